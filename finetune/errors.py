@@ -1,0 +1,67 @@
+"""Failures a user can cause end in one line and exit code 2; a traceback is for bugs only."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from formats import FormatError
+
+
+class UserError(Exception):
+    """What is wrong, where (file and row), what to do; shown to the user as one line."""
+
+
+def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Decorate a script's `main`: UserError and FormatError become `error: …` on stderr and exit status 2.
+
+    Ctrl-C becomes exit status 130 and a closed pipe (`| head`) a quiet exit, both without a traceback.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except (UserError, FormatError) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            # Python flushes stdout once more at exit; point it at nothing so that flush cannot fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+    return wrapped
+
+
+def write_bytes_atomic(path: str | Path, data: bytes) -> Path:
+    """Write `data` beside `path` and rename it into place, so that a reader never sees half a file."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder you may write to") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        # mkstemp makes 0600 files; give the result the permissions an ordinary open() would have given it.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_text_atomic(path: str | Path, text: str) -> Path:
+    """`write_bytes_atomic` for UTF-8 text with "\\n" line ends on every system."""
+    return write_bytes_atomic(path, text.encode("utf-8"))
