@@ -1,0 +1,133 @@
+"""Conversations for training: rows read from any number of sources, normalised, counted; none lost silently."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+from finetune.normalize import conversation_text, normalize_row
+from finetune.shapes import RowError, describe
+from finetune.sources import Unreadable, parse_spec, read_rows
+
+__all__ = ["LoadResult", "Rejected", "RowError", "load_conversations", "normalize_row", "read_rows", "write_jsonl"]
+
+REMEDY = "mend the row, or let prepare_data.py set such rows aside"
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that was set aside: where it stands, why, and its content as it was read."""
+
+    source: str
+    row: int
+    reason: str
+    raw: Any
+
+    def as_json(self) -> dict[str, Any]:
+        raw = self.raw.text if isinstance(self.raw, Unreadable) else self.raw
+        return {"source": self.source, "row": self.row, "reason": self.reason, "raw": raw}
+
+
+@dataclass
+class LoadResult:
+    """What `load_conversations` gives.
+
+    conversations  canonical conversations, in the order of the sources and of their rows
+    origins        (source, row number) of each of them
+    rejected       rows set aside (empty when strict)
+    counts         {"read", "kept", "rejected", "repeated", "left_out", "sources": {…}}; without weights,
+                   kept + rejected = read; a weight adds "repeated" rows or leaves out "left_out" of the kept ones
+    mappings       how columns were read: description -> number of rows
+    notes          what normalising changed: description -> how often
+    fingerprint    SHA-256 over the conversations, order included
+    """
+
+    conversations: list[dict[str, Any]] = field(default_factory=list)
+    origins: list[tuple[str, int]] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    counts: dict[str, Any] = field(default_factory=dict)
+    mappings: Counter = field(default_factory=Counter)
+    notes: Counter = field(default_factory=Counter)
+    fingerprint: str = ""
+
+
+def load_conversations(
+    specs: str | Path | Sequence[str | Path],
+    *,
+    limit: int | None = None,
+    strict: bool = True,
+    column_map: dict[str, str] | None = None,
+    tools: list[dict[str, Any]] | None = None,
+    seed: int = 0,
+    rows: Iterable[tuple[str, int, Any]] | None = None,
+) -> LoadResult:
+    """Read, normalise and mix all sources.
+
+    specs   files, folders or Hub ids, each optionally with a weight (`rows.jsonl*0.5`); see finetune.sources
+    limit   at most this many conversations from all sources together (the first ones)
+    strict  True: the first bad row raises UserError with file, row and remedy; False: it goes to `.rejected`
+    seed    picks which rows a fractional weight keeps
+    rows    rows read elsewhere (SQL), taken after those of `specs`
+    """
+    specs = [specs] if isinstance(specs, (str, Path)) else list(specs)
+    result = LoadResult(counts={"read": 0, "kept": 0, "rejected": 0, "repeated": 0, "left_out": 0, "sources": {}})
+    shapes: dict[tuple, str] = {}
+    parsed = [parse_spec(spec) for spec in specs]  # a missing file is reported before a minute of reading
+    streams = [(spec.text, spec.weight, read_rows(spec)) for spec in parsed]
+    if rows is not None:
+        streams.append(("rows", 1.0, rows))
+    for name, weight, stream in streams:
+        kept: list[tuple[dict, tuple[str, int]]] = []
+        read = 0
+        room = None if limit is None else limit - len(result.conversations)
+        for source, number, raw in stream:
+            if room is not None and weight == 1.0 and len(kept) >= room:
+                break
+            read += 1
+            try:
+                conversation = normalize_row(raw, column_map=column_map, tools=tools, notes=result.notes)
+                kept.append((conversation, (source, number)))
+                columns = tuple(column for column, value in raw.items() if value is not None)
+                if (source, columns) not in shapes:
+                    shapes[source, columns] = f"{source}: {describe(raw, column_map)}"
+                result.mappings[shapes[source, columns]] += 1
+            except RowError as error:
+                if strict:
+                    raise UserError(f"{source}, row {number}: {error}; {REMEDY}") from error
+                result.rejected.append(Rejected(source, number, str(error), raw))
+                result.counts["rejected"] += 1
+        result.counts["read"] += read
+        result.counts["kept"] += len(kept)
+        mixed = _weighted(kept, weight, random.Random(f"{seed}:{name}"))
+        mixed = mixed[:room]
+        result.counts["repeated"] += max(0, len(mixed) - len(kept))
+        result.counts["left_out"] += max(0, len(kept) - len(mixed))
+        result.counts["sources"][name] = {"read": read, "kept": len(kept), "used": len(mixed)}
+        result.conversations += [conversation for conversation, _ in mixed]
+        result.origins += [origin for _, origin in mixed]
+    digest = hashlib.sha256()
+    for conversation in result.conversations:
+        digest.update(conversation_text(conversation) + b"\n")
+    result.fingerprint = digest.hexdigest()
+    return result
+
+
+def _weighted(items: list, weight: float, rng: random.Random) -> list:
+    """`weight` times as many items: whole copies one after another, then a seeded sample in the order of the file."""
+    whole = int(weight)
+    part = round((weight - whole) * len(items))
+    return items * whole + [items[i] for i in sorted(rng.sample(range(len(items)), part))]
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """Write rows as JSON Lines in UTF-8, aside first and renamed into place."""
+    from finetune.errors import write_text_atomic
+
+    return write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
