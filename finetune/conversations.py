@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError
+from finetune.errors import UserError, write_text_atomic
 from finetune.normalize import conversation_text, normalize_row
 from finetune.shapes import RowError, describe
 from finetune.sources import Unreadable, parse_spec, read_rows
 
-__all__ = ["LoadResult", "Rejected", "RowError", "load_conversations", "normalize_row", "read_rows", "write_jsonl"]
+__all__ = ["LoadResult", "Rejected", "RowError", "json_line", "load_conversations", "normalize_row",
+           "read_rows", "write_jsonl"]  # fmt: skip
 
 REMEDY = "mend the row, or let prepare_data.py set such rows aside"
 
@@ -71,7 +72,7 @@ def load_conversations(
     """Read, normalise and mix all sources.
 
     specs   files, folders or Hub ids, each optionally with a weight (`rows.jsonl*0.5`); see finetune.sources
-    limit   at most this many conversations from all sources together (the first ones)
+    limit   only the first so many conversations of each source
     strict  True: the first bad row raises UserError with file, row and remedy; False: it goes to `.rejected`
     seed    picks which rows a fractional weight keeps
     rows    rows read elsewhere (SQL), taken after those of `specs`
@@ -86,9 +87,8 @@ def load_conversations(
     for name, weight, stream in streams:
         kept: list[tuple[dict, tuple[str, int]]] = []
         read = 0
-        room = None if limit is None else limit - len(result.conversations)
         for source, number, raw in stream:
-            if room is not None and weight == 1.0 and len(kept) >= room:
+            if limit is not None and len(kept) >= limit:
                 break
             read += 1
             try:
@@ -106,7 +106,6 @@ def load_conversations(
         result.counts["read"] += read
         result.counts["kept"] += len(kept)
         mixed = _weighted(kept, weight, random.Random(f"{seed}:{name}"))
-        mixed = mixed[:room]
         result.counts["repeated"] += max(0, len(mixed) - len(kept))
         result.counts["left_out"] += max(0, len(kept) - len(mixed))
         result.counts["sources"][name] = {"read": read, "kept": len(kept), "used": len(mixed)}
@@ -126,8 +125,19 @@ def _weighted(items: list, weight: float, rng: random.Random) -> list:
     return items * whole + [items[i] for i in sorted(rng.sample(range(len(items)), part))]
 
 
+def json_line(row: dict[str, Any]) -> str:
+    """One line of JSON Lines, readable in any language; half a surrogate pair, which UTF-8 cannot hold, as an escape.
+
+    Values that JSON has no word for (dates of a Parquet file or a database) are written as text.
+    """
+    line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(row, default=str) + "\n"
+    return line
+
+
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:
     """Write rows as JSON Lines in UTF-8, aside first and renamed into place."""
-    from finetune.errors import write_text_atomic
-
-    return write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return write_text_atomic(path, "".join(map(json_line, rows)))

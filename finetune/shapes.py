@@ -321,6 +321,7 @@ SHAPES: tuple[tuple[str, frozenset[str], Callable], ...] = (
     ("BFCL", frozenset({"prompt", "tools"}), _bfcl),
     ("When2Call multiple choice", frozenset({"prompt", "answers", "correct_answer"}), _when2call),
     ("APIGen/xLAM", frozenset({"prompt", "answers"}), _xlam),
+    ("query log", frozenset({"prompt", "tool", "parameters"}), _query_log),
     ("prompt and completion", frozenset({"prompt", "completion"}), _pair),
     ("query log", frozenset({"prompt", "tool"}), _query_log),
     ("User:/Assistant: text", frozenset({"text"}), _plain_text),

@@ -1,0 +1,43 @@
+"""A progress bar with the time left on stderr: drawn where a person looks, a line now and then where a log does."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+SECONDS_BETWEEN_LINES = 15
+
+
+@contextmanager
+def progress_bar(description: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Yield `advance(n)`; bar and lines go to stderr, so that stdout stays for results."""
+    if not shown:
+        yield lambda n=1: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task(description, total=total)
+            yield lambda n=1: progress.advance(task, n)
+    else:
+        yield _lines(description, total)
+
+
+def _lines(description: str, total: int) -> Callable[[int], None]:
+    started = last = time.monotonic()
+    done = 0
+
+    def advance(n: int = 1) -> None:
+        nonlocal done, last
+        done += n
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES and done:
+            last = now
+            left = (now - started) / done * (total - done)
+            print(f"{description}: {done:,} of {total:,}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return advance
