@@ -31,7 +31,7 @@ X_COLUMNS = {"step": "step", "epoch": "epoch", "tokens": "tokens_seen", "time": 
 SCORES = ("tool_name_accuracy", "parameter_accuracy")
 SILENT_AFTER_SECONDS = 600  # a run that says it is running and has not logged for this long is worth a word
 _FOLDER_NAME = re.compile(
-    r"(?P<model>.+)_r(?P<rank>\d+)_a(?P<alpha>[\d.]+)_lr(?P<lr>[^_]+)_ep(?P<epochs>[^_]+)_\d{8}_\d{6}"
+    r"(?P<model>.+)_r(?P<rank>\d+)_a(?P<alpha>[\d.]+)_lr(?P<lr>[^_]+)_ep(?P<epochs>[^_]+)_\d{8}_\d{6}(_\d+)?"
 )
 
 
@@ -88,7 +88,7 @@ def find_logs(arguments: list[str]) -> list[Path]:
         matches = [Path(argument)]
         if not matches[0].exists() and glob.has_magic(argument):
             # cmd.exe and PowerShell hand patterns on unexpanded.
-            matches = sorted(map(Path, glob.glob(argument, recursive=True)), key=natural_key)
+            matches = sorted(map(Path, glob.glob(argument, recursive=True)), key=natural_key)  # noqa: PTH207 (a pattern may be absolute)
         if not matches or not matches[0].exists():
             raise UserError(f"{argument}: no such log or folder; give training_log.csv files or experiment folders")
         logs: list[Path] = []
@@ -111,7 +111,8 @@ def logs_in(folder: Path) -> list[Path]:
     if (folder / LOG_NAME).exists() or (folder / CONFIG_NAME).exists():
         return [folder / LOG_NAME]
     below = {path.parent for name in (LOG_NAME, CONFIG_NAME) for path in folder.rglob(name)}
-    return [run / LOG_NAME for run in sorted(below, key=natural_key)]
+    # A name that starts with a dot is a folder still being made.
+    return [run / LOG_NAME for run in sorted(below, key=natural_key) if not run.name.startswith(".")]
 
 
 def natural_key(path: Path | str) -> list[tuple[int, Any]]:

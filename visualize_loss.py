@@ -1,0 +1,141 @@
+"""Loss curves of many training runs in one picture and one table. `python visualize_loss.py --help` has examples."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune import curves
+from finetune.errors import UserError, one_line_errors, write_text_atomic
+
+if TYPE_CHECKING:
+    from finetune.run_labels import Comparison
+
+DEFAULT_PICTURE = "loss_comparison.png"
+EXAMPLES = """examples:
+  python visualize_loss.py experiments/*/training_log.csv
+  python visualize_loss.py -o comparison.png -s summary.csv experiments
+  python visualize_loss.py --x tokens --log-y experiments/*_r8_* experiments/*_r64_*
+  python visualize_loss.py --html comparison.html experiments      (one page to open in a browser, no network)
+"""
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Draw the loss curves of training runs side by side and print a summary table.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "paths", nargs="*", default=["experiments"], metavar="PATH",
+        help="training_log.csv files, experiment folders, folders of them, or patterns (default: experiments)",
+    )  # fmt: skip
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE",
+        help=f"picture to write: .png, .svg, .pdf (default: {DEFAULT_PICTURE} unless -s or --html is given)",
+    )  # fmt: skip
+    parser.add_argument("-s", "--summary", type=Path, metavar="FILE", help="write the table as CSV")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained interactive page")
+    parser.add_argument("--x", choices=list(curves.X_COLUMNS), default="step", help="x axis (default: step)")
+    parser.add_argument("--log-y", "--log_y", action="store_true", help="logarithmic loss axis")
+    parser.add_argument(
+        "--smooth", type=int, metavar="N",
+        help="draw the centred mean of N logged points; 0 for none (default: 1/25 of each curve, at least 5)",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.smooth is not None and options.smooth < 0:
+        parser.error("--smooth must not be negative")
+    if not (options.output or options.summary or options.html):
+        options.output = Path(DEFAULT_PICTURE)
+    return options
+
+
+@one_line_errors
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    logs = curves.find_logs(options.paths)
+
+    from finetune.run_labels import compare
+
+    comparison = compare([curves.read_run(log) for log in logs])
+    table = [curves.summarize(run) for run in comparison.runs]
+    print_table(table)
+
+    outputs = [path for path in (options.output, options.summary, options.html) if path]
+    replaced = {path for path in outputs if path.exists()}
+    if options.summary:
+        write_summary(options.summary, comparison, table)
+    if not any(row["final_loss"] is not None for row in table):
+        raise UserError("none of these runs has logged a loss yet; nothing to draw")
+    if options.output:
+        from finetune.plots import draw_curves
+
+        draw_curves(comparison, options.output, x=options.x, log_y=options.log_y, smooth=options.smooth)
+    if options.html:
+        from finetune.curves_page import write_page
+
+        write_page(comparison, table, options.html, x=options.x, log_y=options.log_y, smooth=options.smooth)
+    for path in outputs:
+        print(f"{'replaced' if path in replaced else 'wrote'} {path}")
+    return 0
+
+
+def print_table(table: list[dict[str, Any]]) -> None:
+    """The summary for people; what no run has measured gets no column."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from finetune.plots import short_number
+
+    def cell(form):
+        return lambda value: "" if value is None or value != value else form(value)
+
+    loss, count = cell("{:.4f}".format), cell("{:,}".format)
+    columns = {
+        "status": ("status", cell(str)), "steps": ("steps", count), "final_loss": ("final", loss),
+        "min_loss": ("min", loss), "best_eval_loss": ("best eval", loss), "best_eval_step": ("at step", count),
+        "tokens": ("tokens", cell(short_number)), "seconds": ("time", cell(curves.duration)),
+        "tokens_per_second": ("tokens/s", cell("{:,.0f}".format)), "peak_memory_gb": ("peak GB", cell("{:.2f}".format)),
+        "trainable_parameters": ("trainable", cell(short_number)),
+    }  # fmt: skip
+    columns |= {
+        f"{which}_{score}": (f"{score.removesuffix('_accuracy').replace('_', ' ')} {short}", cell("{:.3f}".format))
+        for score in curves.SCORES
+        for which, short in (("base", "base"), ("finetuned", "tuned"))
+    }
+    wide = None if sys.stdout.isatty() else 220
+    console = Console(width=wide, highlight=False)
+    view = Table(box=None, padding=(0, 1), header_style="bold")
+    view.add_column("run", overflow="fold")
+    shown = [key for key in columns if any(row.get(key) is not None for row in table)]
+    for key in shown:
+        view.add_column(columns[key][0], justify="left" if key == "status" else "right", no_wrap=True)
+    if any(row["notes"] for row in table):
+        view.add_column("notes", overflow="fold", style="yellow")
+    for row in table:
+        cells = [escape(row["run"]), *[columns[key][1](row.get(key)) for key in shown]]
+        view.add_row(*cells, *([escape(row["notes"])] if row["notes"] else []))
+    console.print(view)
+
+
+def write_summary(path: Path, comparison: Comparison, table: list[dict[str, Any]]) -> None:
+    """The whole table as CSV, with one column for each flag that differs; numbers are not rounded."""
+    import csv
+    import io
+
+    flags = [f for f in comparison.differing if f not in table[0]]
+    names = list(dict.fromkeys(key for row in table for key in row if key not in ("folder", "notes")))
+    header = [names[0], *flags, *names[1:], "folder", "notes"]
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, header, restval="", lineterminator="\n")
+    writer.writeheader()
+    for run, row in zip(comparison.runs, table, strict=True):
+        writer.writerow({**{flag: run.flags.get(flag) for flag in flags}, **row})
+    write_text_atomic(path, buffer.getvalue())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
