@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,24 @@ def parse_file(source: str | Path, target: str | Path, fmt) -> Counter:
             counts["calls"] += len(result["tool_calls"])
             write(result)
     return counts
+
+
+def encoded_rows(
+    specs: list[str], tokenizer, fmt, *, first: int = 1, number: int = 5, column_map=None, tools=None, **flags
+) -> Iterator[dict[str, Any]]:
+    """{"title", "reason", "sequences": [(input_ids, labels, roles)]} of `number` rows, counted over all sources."""
+    from formats import encode
+
+    rows = (row for spec in specs for row in read_rows(spec))
+    for source, row, raw in islice(rows, first - 1, first - 1 + number):
+        entry: dict[str, Any] = {"title": f"{source}, row {row}", "reason": None, "sequences": []}
+        try:
+            encoded = encode(normalize_row(raw, column_map=column_map, tools=tools), tokenizer, fmt, **flags)
+        except RowError as error:
+            yield entry | {"reason": f"refused: {error}"}
+            continue
+        reason = f"{encoded.status}: {encoded.reason}" if encoded.reason else None
+        yield entry | {"reason": reason, "sequences": [(s.input_ids, s.labels, s.roles) for s in encoded.sequences]}
 
 
 def _rows_in(source: str | Path) -> int:
