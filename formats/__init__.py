@@ -1,5 +1,30 @@
-"""How a conversation becomes tokens and labels, and how generated text becomes calls again."""
+"""How a conversation becomes tokens and labels, and how generated text becomes calls again.
 
+A format is one Jinja chat template and one small module; `FORMATS` lists them. `encode` is the only place that
+writes a label. Nothing in this package imports torch; a loaded tokenizer is always handed in.
+"""
 
-class FormatError(ValueError):
-    """A conversation, tokenizer or format file that cannot be used together; the text says which and what to do."""
+from __future__ import annotations
+
+from formats.base import Format, FormatError, Parsed, render
+from formats.escape import escape_conversation, unescape
+from formats.masks import Encoded, Sequence, encode, encode_prompt
+from formats.registry import FORMATS, choose_format, get_format
+from formats.tokens import check_tokenizer
+
+__all__ = [
+    "FORMATS",
+    "Encoded",
+    "Format",
+    "FormatError",
+    "Parsed",
+    "Sequence",
+    "check_tokenizer",
+    "choose_format",
+    "encode",
+    "encode_prompt",
+    "escape_conversation",
+    "get_format",
+    "render",
+    "unescape",
+]

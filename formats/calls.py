@@ -1,0 +1,108 @@
+"""Reading calls out of text: the parts that several formats share."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from formats.base import Parsed
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+_SPACE = " \t\r\n"
+
+
+def skip_space(text: str, at: int) -> int:
+    """The first position from `at` on that is no JSON whitespace."""
+    while at < len(text) and text[at] in _SPACE:
+        at += 1
+    return at
+
+
+def read_json(text: str, at: int) -> tuple[Any, int]:
+    """(value, position behind it) of the JSON value at `at`. Raises ValueError with a one-line reason."""
+    at = skip_space(text, at)
+    if at >= len(text):
+        raise ValueError("the text ends where JSON should start")
+    try:
+        return _DECODER.raw_decode(text, at)
+    except json.JSONDecodeError as error:
+        if error.pos >= len(text) or error.msg.startswith("Unterminated"):
+            raise ValueError("the JSON is cut off") from error
+        raise ValueError(f"wrong JSON: {error.msg} at character {error.pos}") from error
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
+
+
+def call_from_object(value: Any, *keys: str) -> dict[str, Any]:
+    """{"name", "arguments"} of a decoded call object whose arguments stand under one of `keys`."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise ValueError('a call must be an object with a "name"')
+    for key in keys:
+        if isinstance(value.get(key), dict):
+            return {"name": value["name"], "arguments": value[key]}
+    raise ValueError(f'call of {value["name"]!r} has no object "{keys[0]}"')
+
+
+def read_tagged(text: str, opening: str, closing: str, read_body) -> Parsed:
+    """Calls between `opening` and `closing` anywhere in `text`.
+
+    `read_body(text, at)` reads one call behind an opening tag and returns (call, position behind it), or raises
+    ValueError; the closing tag must follow. Searching goes on behind a broken call's closing tag, or its opening
+    tag when it has none.
+    """
+    parsed, kept, at = Parsed(), [], 0
+    while (start := text.find(opening, at)) >= 0:
+        kept.append(text[at:start])
+        try:
+            call, end = read_body(text, start + len(opening))
+            end = skip_space(text, end)
+            if not text.startswith(closing, end):
+                raise ValueError(f"{closing} is missing" if end >= len(text) else f"text before {closing}")
+        except ValueError as error:
+            parsed.errors.append(f"call {len(parsed.tool_calls) + len(parsed.errors) + 1}: {error}")
+            close = text.find(closing, start)
+            reopen = text.find(opening, start + len(opening))
+            end = len(text) if close < 0 else close + len(closing)
+            if 0 <= reopen < end:
+                end = reopen
+            kept.append(text[start:end])
+            at = end
+            continue
+        parsed.tool_calls.append(call)
+        at = end + len(closing)
+    kept.append(text[at:])
+    parsed.content = "".join(kept).strip()
+    return parsed
+
+
+def parse_hermes(text: str, tools: list[dict] | None = None) -> Parsed:
+    """`<tool_call>\\n{"name": …, "arguments": {…}}\\n</tool_call>`, any number of them, text around them."""
+
+    def body(source: str, at: int) -> tuple[dict[str, Any], int]:
+        value, end = read_json(source, at)
+        return call_from_object(value, "arguments"), end
+
+    return read_tagged(text, "<tool_call>", "</tool_call>", body)
+
+
+def parse_function_tag(text: str, tools: list[dict] | None = None) -> Parsed:
+    """`<function=NAME>{…}</function>`, any number of them, text around them."""
+
+    def body(source: str, at: int) -> tuple[dict[str, Any], int]:
+        close = source.find(">", at)
+        if close < 0:
+            raise ValueError("the function's name is cut off")
+        name = source[at:close]
+        if not name.strip():
+            raise ValueError("the function has no name")
+        value, end = read_json(source, close + 1)
+        if not isinstance(value, dict):
+            raise ValueError(f"arguments of {name!r} must be a JSON object")
+        return {"name": name, "arguments": value}, end
+
+    return read_tagged(text, "<function=", "</function>", body)

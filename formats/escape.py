@@ -1,0 +1,164 @@
+"""Control tokens inside contents: neutralised on the text, the same way for training, evaluation and chat.
+
+A zero-width space (U+200B) goes behind the first character of every control string, so that it is read as text by any
+tokenizer and any template. Splitting special tokens in the tokenizer would not do: a server tokenises whole prompts.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from functools import lru_cache
+from typing import Any
+
+from formats.base import Format, FormatError
+from formats.tokens import added_tokens
+
+MARK = "\u200b"
+
+# Vocabulary entries of some tokenizers (Gemma) that are ordinary mark-up, not control: a user's HTML stays as it is.
+_HTML = set(
+    "a b blockquote br caption code div em h1 h2 h3 h4 h5 h6 hr i img li ol p pre s span strong sub sup table tbody "
+    "td tfoot th thead tr u ul".split()
+)
+
+
+class Escaper:
+    """Finds and neutralises the control strings of one tokenizer and one format.
+
+    `everywhere` are strings that no content may hold, `assistant` those that additionally are calls when the
+    assistant writes them.
+    """
+
+    def __init__(self, tokenizer: Any, fmt: Format) -> None:
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        control = {text for text in added_tokens(tokenizer) if text in special or not _is_plain(text)}
+        control |= {text for text in fmt.control_tokens if text.strip()}
+        self.everywhere = _pattern(tuple(sorted(control)))
+        self.assistant = _pattern(tuple(sorted(control | set(fmt.call_markers))))
+        marked = tuple(sorted(text[0] + MARK + text[1:] for text in control | set(fmt.call_markers)))
+        self.marked = _pattern(marked)
+        self.keep_reasoning = fmt.thinking is not None or "</think>" in control
+
+    def conversation(self, messages: list[dict], tools: list[dict]) -> tuple[list[dict], list[dict], list[str]]:
+        """(messages, tools, what was neutralised: "message 3 (user): <|eot_id|>"); the input is not changed."""
+        found: list[str] = []
+        out = [self._message(message, index, found) for index, message in enumerate(messages)]
+        for index, tool in enumerate(tools or []):
+            if _holds(tool, self.everywhere):
+                tools = list(tools) if tools[index] is tool else tools
+                tools[index] = self._deep(tool, self.everywhere, f"tool {index}", found)
+        return out, tools, found
+
+    def undo(self, value: Any) -> Any:
+        """`value` with the marks inside control strings removed; other zero-width spaces stay."""
+        if isinstance(value, str):
+            return self.marked.sub(lambda match: match.group().replace(MARK, "", 1), value) if MARK in value else value
+        if isinstance(value, list):
+            return [self.undo(item) for item in value]
+        if isinstance(value, dict):
+            return {self.undo(key): self.undo(item) for key, item in value.items()}
+        return value
+
+    def _message(self, message: dict, index: int, found: list[str]) -> dict:
+        role = message["role"]
+        pattern = self.assistant if role == "assistant" else self.everywhere
+        where = f"message {index} ({role})"
+        changed = {}
+        for key, value in message.items():
+            if key in ("role", "tool_call_id"):
+                continue
+            if key == "content" and role == "assistant" and self.keep_reasoning:
+                changed[key] = self._answer(value, where, found)
+            elif _holds(value, pattern):
+                changed[key] = self._deep(value, pattern, where, found)
+        return {**message, **changed} if changed else message
+
+    def _answer(self, text: str, where: str, found: list[str]) -> str:
+        """An assistant's text; a reasoning block at its start keeps its two tags, they are what the model writes."""
+        head, closing, tail = text.partition("</think>")
+        if not closing:
+            return self._text(text, self.assistant, where, found)
+        before, opening, inside = head.rpartition("<think>")
+        if opening and before.strip():
+            return self._text(text, self.assistant, where, found)
+        if not opening:
+            before, inside = "", head
+        inside = self._text(inside, self.assistant, where, found)
+        return before + opening + inside + closing + self._text(tail, self.assistant, where, found)
+
+    def _deep(self, value: Any, pattern: re.Pattern, where: str, found: list[str]) -> Any:
+        if isinstance(value, str):
+            return self._text(value, pattern, where, found)
+        if isinstance(value, list):
+            return [self._deep(item, pattern, where, found) for item in value]
+        if isinstance(value, dict):
+            return {
+                self._text(key, pattern, where, found): self._deep(item, pattern, where, found)
+                for key, item in value.items()
+            }
+        return value
+
+    def _text(self, text: str, pattern: re.Pattern, where: str, found: list[str]) -> str:
+        # Again and again, because control strings may overlap: neutralising one can lay bare the next.
+        while match := pattern.search(text):
+            while match:
+                found.append(f"{where}: {match.group()}")
+                at = match.start() + 1
+                text = text[:at] + MARK + text[at:]
+                match = pattern.search(text, at)
+        return text
+
+
+def _is_plain(text: str) -> bool:
+    return not text.strip(" \t\r\n\u2581") or text.strip("</>").lower() in _HTML
+
+
+@lru_cache(maxsize=64)
+def _pattern(strings: tuple[str, ...]) -> re.Pattern:
+    if not strings:
+        return re.compile(r"(?!)")
+    return re.compile("|".join(re.escape(text) for text in sorted(strings, key=len, reverse=True)))
+
+
+def _holds(value: Any, pattern: re.Pattern) -> bool:
+    if isinstance(value, str):
+        return pattern.search(value) is not None
+    if isinstance(value, list):
+        return any(_holds(item, pattern) for item in value)
+    if isinstance(value, dict):
+        return any(_holds(key, pattern) or _holds(item, pattern) for key, item in value.items())
+    return False
+
+
+_KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple, Escaper]] = weakref.WeakKeyDictionary()
+
+
+def escaper_of(tokenizer: Any, fmt: Format) -> Escaper:
+    key = (fmt.control_tokens, fmt.call_markers, fmt.thinking, len(tokenizer))
+    known = _KNOWN.setdefault(tokenizer, {})
+    if key not in known:
+        known[key] = Escaper(tokenizer, fmt)
+    return known[key]
+
+
+def escape_conversation(
+    messages: list[dict], tools: list[dict], tokenizer: Any, fmt: Format, control_tokens: str = "escape"
+) -> tuple[list[dict], list[dict], list[str]]:
+    """(messages, tools, findings) under the policy `escape`, `error` (raises FormatError at the first) or `allow`."""
+    if control_tokens == "allow":
+        return messages, tools, []
+    if control_tokens not in ("escape", "error"):
+        raise FormatError(f"control_tokens must be escape, error or allow, not {control_tokens!r}")
+    messages, tools, found = escaper_of(tokenizer, fmt).conversation(messages, tools)
+    if found and control_tokens == "error":
+        raise FormatError(f"control token in {found[0]}; use --control_tokens escape to train it as text")
+    return messages, tools, found
+
+
+def unescape(value: Any, tokenizer: Any, fmt: Format) -> Any:
+    """Take the marks out of generated text, of a call's arguments, or of anything built from strings.
+
+    Use it on what is shown or executed; a text that is put back into a conversation is escaped again there.
+    """
+    return escaper_of(tokenizer, fmt).undo(value)

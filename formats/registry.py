@@ -1,0 +1,53 @@
+"""The list of formats, and which one fits a tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from formats import chatml, llama3, llama3_function, native, qwen
+from formats.base import Format, FormatError
+from formats.tokens import added_tokens
+
+FORMATS: dict[str, Format] = {
+    module.FORMAT.name: module.FORMAT for module in (llama3_function, llama3, qwen, chatml, native)
+}
+
+
+def get_format(name: str, tokenizer: Any = None) -> Format:
+    """The format called `name`, a user's YAML file, or `auto`; with a tokenizer, in the variant its model knows.
+
+    Raises FormatError for an unknown name and for `native` and `auto` without a tokenizer.
+    """
+    if name == "auto":
+        if tokenizer is None:
+            raise FormatError("format auto needs a tokenizer to look at")
+        return choose_format(tokenizer)[0]
+    if name not in FORMATS:
+        raise FormatError(f"unknown format {name!r}; known: {', '.join(FORMATS)}, auto, or a YAML file of four strings")
+    fmt = FORMATS[name]
+    if fmt.adapt is None:
+        return fmt
+    if tokenizer is not None:
+        return fmt.adapt(fmt, tokenizer)
+    if not fmt.template:
+        raise FormatError(f"format {name} needs a tokenizer to look at")
+    return fmt
+
+
+def choose_format(tokenizer: Any) -> tuple[Format, str]:
+    """(format, one sentence why) for `--format auto`: by control tokens first, by the own template second.
+
+    Raises FormatError when nothing fits.
+    """
+    have = set(added_tokens(tokenizer))
+    own = tokenizer.chat_template or ""
+    if "<|start_header_id|>" in have and "<|eot_id|>" in have:
+        return get_format("llama3", tokenizer), "the tokenizer has Llama 3's <|start_header_id|> and <|eot_id|>"
+    if "<|im_start|>" in have and "<|im_end|>" in have:
+        if "<tool_call>" in have:
+            return get_format("qwen", tokenizer), "the tokenizer has <|im_start|> and <tool_call>, as Qwen has"
+        if "tool_call" not in str(own):
+            return get_format("chatml", tokenizer), "the tokenizer has <|im_start|>, and its template knows no tools"
+    if own:
+        return get_format("native", tokenizer), "the tokenizer carries a template of its own"
+    raise FormatError("no format fits this tokenizer and it carries no chat template; choose one with --format")

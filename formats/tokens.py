@@ -1,0 +1,175 @@
+"""Text to ids, exactly as a server tokenises it, without tokenising the same words twice.
+
+Why cutting is exact: a fast tokenizer looks for its added tokens (normalized=False) in the raw text first and works on
+what lies between them separately. So ids(a + T + b) = ids(a) + ids(T + b) for such a token T, as long as T takes no
+whitespace from its left (lstrip), needs no word boundary (single_word) and no other added token can overlap it. Every
+piece but the first starts with such a token, so a tokenizer that treats the start of a text specially (Metaspace,
+"first") sees a start only where there is one. Tokenizers without such tokens are given whole texts.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+from formats.base import Format, FormatError
+
+CACHED_PIECES = 20_000
+CACHED_CHARACTERS = 64_000_000
+PROOFS = 32  # the first texts of every tokenizer are also tokenised whole and compared
+
+
+class Tokens:
+    """Ids and character positions of texts under one tokenizer; pieces are cached."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.added = added_tokens(tokenizer)
+        self.anchors = _anchors(tokenizer) if getattr(tokenizer, "is_fast", False) else []
+        self._cut = re.compile("(?=" + "|".join(map(re.escape, self.anchors)) + ")") if self.anchors else None
+        control = sorted(self.added, key=len, reverse=True)
+        self._names = {number: token for token, number in self.added.items()}
+        self.end_ids: dict[tuple, set[int]] = {}  # what `check_tokenizer` found, by format
+        self._control = re.compile("|".join(map(re.escape, control))) if control else None
+        self._cache: OrderedDict[str, tuple[list[int], list[int]]] = OrderedDict()
+        self._characters = 0
+        self._proofs = PROOFS
+
+    def ids(self, text: str) -> list[int]:
+        return self.ids_and_starts(text)[0]
+
+    def ids_and_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """(ids, position of each token's first character in `text`)."""
+        pieces = [piece for piece in self._cut.split(text) if piece] if self._cut else [text]
+        missing = list(dict.fromkeys(piece for piece in pieces if piece not in self._cache))
+        fresh = dict(zip(missing, self._tokenize(missing), strict=True)) if missing else {}
+        ids: list[int] = []
+        starts: list[int] = []
+        offset = 0
+        for piece in pieces:
+            if (known := fresh.get(piece)) is None:
+                known = self._cache[piece]
+                self._cache.move_to_end(piece)
+            ids += known[0]
+            starts += [offset + start for start in known[1]] if offset else known[1]
+            offset += len(piece)
+        for piece, known in fresh.items():
+            self._remember(piece, known)
+        if self._proofs and self._cut and len(pieces) > 1:
+            self._proofs -= 1
+            whole = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if whole != ids:
+                # Not a tokenizer the argument above holds for: from now on whole texts only.
+                self._cut, self.anchors = None, []
+                self._cache.clear()
+                return self.ids_and_starts(text)
+        return ids, starts
+
+    def continuation(self, prompt: str, text: str, prompt_ids: list[int]) -> tuple[list[int], list[int]]:
+        """(ids, starts within `text`) of `text` generated behind `prompt`.
+
+        The tokens of the joined text where the prompt's own tokens are left alone, else the tokens of `text` by
+        itself: a model can only add tokens behind the prompt's.
+        """
+        ids, starts = self.ids_and_starts(prompt + text)
+        count = len(prompt_ids)
+        if ids[:count] == prompt_ids:
+            return ids[count:], [start - len(prompt) for start in starts[count:]]
+        if self.anchors:
+            # Behind an added token, so that nothing is put in front as at the start of a text.
+            anchor = self.anchors[0]
+            ids, starts = self.ids_and_starts(anchor + text)
+            return ids[1:], [start - len(anchor) for start in starts[1:]]
+        return self.ids_and_starts(text)
+
+    def stray_control_ids(self, text: str, ids: list[int]) -> list[str]:
+        """Control tokens that stand in `ids` without being spelled in `text` (a normaliser made them)."""
+        if self._control is None:
+            return []
+        spelled = {self.added[match] for match in set(self._control.findall(text))}
+        return [self._names[number] for number in set(ids) & self._names.keys() - spelled]
+
+    def _tokenize(self, texts: list[str]) -> list[tuple[list[int], list[int]]]:
+        if not getattr(self.tokenizer, "is_fast", False):
+            lists = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+            return [(ids, [0] * len(ids)) for ids in lists]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        return [
+            (ids, [start for start, _ in offsets])
+            for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+
+    def _remember(self, piece: str, known: tuple[list[int], list[int]]) -> None:
+        self._cache[piece] = known
+        self._characters += len(piece)
+        while len(self._cache) > CACHED_PIECES or self._characters > CACHED_CHARACTERS:
+            old, _ = self._cache.popitem(last=False)
+            self._characters -= len(old)
+
+
+_KNOWN: weakref.WeakKeyDictionary[Any, tuple[int, Tokens]] = weakref.WeakKeyDictionary()
+
+
+def tokens_of(tokenizer: Any) -> Tokens:
+    """The `Tokens` of a tokenizer; made anew when its vocabulary has grown."""
+    size = len(tokenizer)
+    known = _KNOWN.get(tokenizer)
+    if known is None or known[0] != size:
+        known = _KNOWN[tokenizer] = (size, Tokens(tokenizer))
+    return known[1]
+
+
+def added_tokens(tokenizer: Any) -> dict[str, int]:
+    """Every added token's text and id, special or not."""
+    return {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
+
+
+def _anchors(tokenizer: Any) -> list[str]:
+    tokens = list(tokenizer.added_tokens_decoder.values())
+    texts = [str(token) for token in tokens]
+    found = []
+    for token in tokens:
+        text = str(token)
+        plain = token.special and not (token.lstrip or token.single_word or token.normalized)
+        if plain and text.strip() == text and not any(_overlap(text, other) for other in texts if other != text):
+            found.append(text)
+    # rstrip tokens may start a piece but cannot stand in front of a free text: they go last (see `continuation`).
+    right = {str(token) for token in tokens if token.rstrip}
+    return sorted(found, key=lambda text: text in right)
+
+
+def _overlap(one: str, two: str) -> bool:
+    if one in two or two in one:
+        return True
+    return any(one.endswith(two[:n]) or two.endswith(one[:n]) for n in range(1, min(len(one), len(two))))
+
+
+def check_tokenizer(tokenizer: Any, fmt: Format) -> list[int]:
+    """Ids that end a turn of `fmt` under `tokenizer`.
+
+    Raises FormatError when a control token of the format is not exactly one token, or when the padding token ends a
+    turn without there being another way to tell them apart.
+    """
+    ends = []
+    for text in dict.fromkeys((*fmt.end_of_turn, *_token_like(fmt))):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise FormatError(
+                f"format {fmt.name}: its control token {text} is {len(ids)} tokens in this tokenizer "
+                f"({type(tokenizer).__name__}, {len(tokenizer)} entries); choose a format made for this model, "
+                "or --format auto"
+            )
+        if text in fmt.end_of_turn:
+            ends.append(ids[0])
+    if not ends:
+        raise FormatError(f"format {fmt.name}: no end-of-turn token")
+    if tokenizer.bos_token_id is not None and tokenizer.bos_token_id in ends and tokenizer.bos_token != tokenizer.eos_token:
+        raise FormatError(f"format {fmt.name}: the end of a turn is the tokenizer's start token {tokenizer.bos_token}")
+    return ends
+
+
+def _token_like(fmt: Format) -> list[str]:
+    """Control strings that must be single tokens: those in the `<|…|>` style that only added tokens have."""
+    return [text for text in fmt.control_tokens if text.startswith("<|") and text.endswith("|>")]

