@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class PassRunner:
         self.tokens_per_pass = tokens_per_pass
         self.pad_token_id = pad_token_id
         self.mode, self.why = choose_mode(self.causal_lm, share_prefix)
+        self.context = contextlib.nullcontext  # the trainer's autocast, where it uses one
 
     @property
     def device(self) -> torch.device:
@@ -97,7 +99,7 @@ class PassRunner:
         return StepResult(loss_sum, computed, len(plan))
 
     def _pass(self, one, scale, backward) -> float:
-        with torch.set_grad_enabled(backward is not None):
+        with torch.set_grad_enabled(backward is not None), self.context():
             loss = head_loss(
                 self.head,
                 self.hidden_states(one),
@@ -115,7 +117,8 @@ class PassRunner:
         total = 0.0
         for row in rows:
             ids = torch.from_numpy(row.input_ids).long().to(self.device)[None]
-            logits = self.causal_lm(input_ids=ids, use_cache=False).logits[0]
+            with self.context():
+                logits = self.causal_lm(input_ids=ids, use_cache=False).logits[0]
             picked = logits[torch.from_numpy(row.positions).long().to(self.device)].float()
             targets = torch.from_numpy(row.targets).long().to(self.device)
             total += torch.nn.functional.cross_entropy(picked, targets, reduction="sum").item()

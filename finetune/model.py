@@ -1,0 +1,304 @@
+"""The model: loading, quantising, adapting. The only file that imports unsloth, and it does so before Transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.bundled import cache_dir, resolve_model
+from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("sandwich")
+
+
+def import_unsloth() -> Any:
+    """Import unsloth ahead of transformers, trl and peft, quietly; its one line of news goes to the log.
+
+    Three conditions of its import are arranged here, the only place that patches anything:
+    * its compiled cache goes to the user's cache instead of the working directory;
+    * on a torch without CUDA, triton and torchvision are hidden: their wheels are built for CUDA, torchvision's import
+      then fails and TRL's fused loss asks for triton kernels that cannot run (unsloth 2026.10.9, trl 1.15.0);
+    * several visible GPUs would make Trainer wrap the model in DataParallel, which TRL refuses: one GPU per process.
+    """
+    if "unsloth" in sys.modules:
+        return sys.modules["unsloth"]
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled"))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("torch is not installed; run: pip install -r requirements_lora.txt") from error
+    if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
+        for name in ("triton", "torchvision"):
+            if name not in sys.modules and importlib.util.find_spec(name) is not None:
+                sys.modules[name] = None
+                log.warning("%s is installed beside a CPU build of torch and was hidden from this run", name)
+    elif "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    news = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(news):
+            import unsloth
+    except ImportError as error:
+        raise UserError(
+            f"unsloth cannot be imported ({error}); run: pip install --no-deps -r requirements_unsloth.txt, "
+            "then: python train_lora.py --doctor"
+        ) from error
+    for line in news.getvalue().splitlines():
+        log.info("%s", line)
+    return unsloth
+
+
+def default_dtype() -> str:
+    """What --dtype auto means here: bfloat16 in hardware, else float16 on a GPU, else float32.
+
+    A CPU without AMX or AVX512-BF16 emulates bfloat16: measured 50 against 170 GFLOP/s in float32 on a Cascade Lake.
+    """
+    unsloth = import_unsloth()
+    import torch
+
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return "bfloat16" if unsloth.is_bfloat16_supported() else "float32"
+
+
+@dataclass
+class Loaded:
+    """A base model with its tokenizer and how it was loaded."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    revision: str | None
+    dtype: str
+    load_in_4bit: bool
+    device: str
+
+
+def hub_errors(name: str):
+    """Context manager: failures of the Hub and of missing files become one line with a remedy."""
+
+    @contextlib.contextmanager
+    def guard():
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
+
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
+            chain, cause = [], error
+            while cause is not None:
+                chain.append(cause)
+                cause = cause.__cause__ or cause.__context__
+            text = " ".join(str(e) for e in chain)
+            if any(isinstance(e, GatedRepoError) for e in chain) or "gated repo" in text.lower():
+                raise UserError(
+                    f"model {name} is gated: accept its licence on https://huggingface.co/{name} "
+                    "and set HF_TOKEN to a token with read access"
+                ) from error
+            if "trust_remote_code" in text:
+                raise UserError(
+                    f"model {name} brings its own code; read it, then pass --trust_remote_code to run it"
+                ) from error
+            if any(isinstance(e, RepositoryNotFoundError) for e in chain):
+                raise UserError(f"model {name} is not on the Hub (or private: set HF_TOKEN); check --model") from error
+            if (
+                any(isinstance(e, LocalEntryNotFoundError | ConnectionError) for e in chain)
+                or "offline" in text.lower()
+            ):
+                raise UserError(
+                    f"model {name} is neither a folder nor in the local cache, and the Hub cannot be reached; "
+                    "check --model and the network, or use --model smollm2-135m"
+                ) from error
+            if isinstance(error, OSError):
+                raise UserError(
+                    f"model {name} cannot be loaded: {str(error).splitlines()[0]}; check --model"
+                ) from error
+            raise
+
+    return guard()
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, with a padding token that is not an end of turn where one can be had."""
+    from transformers import AutoTokenizer
+
+    with hub_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Only the model's config.json, for the memory estimate of a dry run."""
+    from transformers import AutoConfig
+
+    with hub_errors(name):
+        return AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_base(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    load_in_4bit: bool | None = None,
+    max_seq_length: int = 2048,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load a base model through Unsloth's FastLanguageModel: 4-bit on a GPU, whole on a CPU, unless told otherwise.
+
+    Raises UserError for an unknown, gated or unreachable model.
+    """
+    unsloth = import_unsloth()
+    import torch
+
+    if dtype == "auto":
+        dtype = default_dtype()
+    if load_in_4bit is None:
+        load_in_4bit = torch.cuda.is_available()
+    tokenizer = load_tokenizer(name, revision, trust_remote_code)
+    news = io.StringIO()
+    with hub_errors(name), contextlib.redirect_stdout(news):
+        model, _ = unsloth.FastLanguageModel.from_pretrained(
+            model_name=resolve_model(name),
+            max_seq_length=max_seq_length,
+            dtype=getattr(torch, dtype),
+            load_in_4bit=load_in_4bit,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            token=os.environ.get("HF_TOKEN"),
+        )
+    for line in news.getvalue().splitlines():
+        log.info("%s", line)
+    return Loaded(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        revision=getattr(model.config, "_commit_hash", None) or revision,
+        dtype=dtype,
+        load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)),
+        device=str(model.get_input_embeddings().weight.device),
+    )
+
+
+def add_lora(
+    model: Any,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: list[str],
+    use_rslora: bool,
+    gradient_checkpointing: bool,
+    seed: int,
+) -> Any:
+    """Attach a fresh LoRA through Unsloth; UserError names target modules the model does not have."""
+    unsloth = import_unsloth()
+    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    if target_modules == ["all-linear"]:
+        targets = None  # Unsloth's default is all linear layers of attention and MLP
+    else:
+        targets = target_modules
+        if missing := sorted(set(targets) - present):
+            linear = sorted(n for n in present if n.endswith(("proj", "_attn", "fc1", "fc2", "dense")))
+            raise UserError(
+                f"--target_modules: the model has no module called {', '.join(missing)}; it has {', '.join(linear)}"
+            )
+    news = io.StringIO()
+    with contextlib.redirect_stdout(news):
+        adapted = unsloth.FastLanguageModel.get_peft_model(
+            model,
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            **({"target_modules": targets} if targets else {}),
+            bias="none",
+            use_rslora=use_rslora,
+            use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
+            random_state=seed,
+        )
+    for line in news.getvalue().splitlines():
+        log.info("%s", line)
+    return adapted
+
+
+def load_for_inference(path: str | Path, *, base: bool = False, merged: bool = False) -> tuple[Any, Any, Any]:
+    """(model, tokenizer, format) of an experiment folder, an adapter folder, or a plain model.
+
+    base=True leaves the adapter away; merged=True folds it into the weights (changes bfloat16 results slightly).
+    The format is the one the run was trained with; for a plain model or a stranger's adapter it is chosen by the
+    tokenizer. Raises UserError when `path` is none of the three.
+    """
+    from finetune.experiment import CONFIG, FINAL, Experiment
+    from formats import choose_format, get_format
+
+    path = Path(path) if isinstance(path, str) and Path(path).is_dir() else path
+    if isinstance(path, str):
+        loaded = load_base(path)
+        return _for_inference(loaded.model), loaded.tokenizer, choose_format(loaded.tokenizer)[0]
+
+    experiment = adapter = None
+    if (path / CONFIG).is_file():
+        experiment, adapter = Experiment.open(path), path / FINAL
+        if not (adapter / "adapter_config.json").is_file():
+            checkpoints = experiment.checkpoints()
+            if not checkpoints:
+                raise UserError(f"run {path} has neither {FINAL}/ nor a checkpoint yet; let it train first")
+            adapter = checkpoints[-1]
+    elif (path / "adapter_config.json").is_file():
+        adapter = path
+        if (path.parent / CONFIG).is_file():
+            experiment = Experiment.open(path.parent)
+    elif not (path / "config.json").is_file():
+        raise UserError(f"{path} is neither a run folder, an adapter nor a model; name one of them")
+
+    if adapter is None:
+        loaded = load_base(str(path))
+        return _for_inference(loaded.model), loaded.tokenizer, choose_format(loaded.tokenizer)[0]
+    if experiment is not None:
+        flags = experiment.config["flags"]
+        loaded = load_base(
+            experiment.config["base_model"],
+            revision=experiment.config.get("base_model_revision"),
+            dtype=experiment.config.get("dtype", "auto"),
+            load_in_4bit=experiment.config.get("load_in_4bit"),
+            max_seq_length=flags["max_seq_length"],
+            trust_remote_code=flags["trust_remote_code"],
+        )
+        fmt = get_format(experiment.config["format"]["name"], tokenizer=loaded.tokenizer)
+    else:
+        import json
+
+        adapter_config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        loaded = load_base(adapter_config["base_model_name_or_path"], revision=adapter_config.get("revision"))
+        fmt = choose_format(loaded.tokenizer)[0]
+    model = loaded.model
+    if not base:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter))
+        if merged:
+            model = model.merge_and_unload()
+    return _for_inference(model), loaded.tokenizer, fmt
+
+
+def _for_inference(model: Any) -> Any:
+    return import_unsloth().FastLanguageModel.for_inference(model) or model

@@ -1,0 +1,149 @@
+"""training_log.csv: one flushed row per logged step, and the counters that must survive a resume."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import write_text_atomic
+
+COLUMNS = (
+    "step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_seen", "trained_tokens",
+    "tokens_per_second", "computed_tokens_per_second", "seconds", "peak_memory_gb",
+)  # fmt: skip
+
+
+@dataclass
+class Counters:
+    """What a checkpoint carries so that a resumed run writes the rows an uninterrupted one would have written.
+
+    The window_* entries belong to the steps since the last logged row.
+    """
+
+    tokens_seen: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    window_loss_sum: float = 0.0
+    window_trained_tokens: int = 0
+    window_tokens: int = 0
+    window_computed_tokens: int = 0
+    window_seconds: float = 0.0
+
+
+@dataclass
+class RunLog:
+    """Collects steps and writes rows. `path` None: another process of a data-parallel run writes the file."""
+
+    path: Path | None
+    counters: Counters = field(default_factory=Counters)
+    _pending: dict[str, Any] | None = None
+    _last_clock: float | None = None
+
+    def start(self, resumed_at_step: int | None = None) -> None:
+        """Write the header, or, after a resume, cut off rows behind the checkpoint's step."""
+        self._last_clock = time.perf_counter()
+        if self.path is None:
+            return
+        rows = read_rows(self.path) if resumed_at_step is not None and self.path.exists() else []
+        kept = [row for row in rows if int(row[0]) <= resumed_at_step]
+        lines = [",".join(COLUMNS), *(",".join(row) for row in kept)]
+        write_text_atomic(self.path, "\n".join(lines) + "\n")
+
+    def add_step(self, *, loss_sum: float, tokens: int, trained_tokens: int, computed_tokens: int) -> None:
+        """Count one optimizer step; all its tokens and the summed loss (nats) of its trained tokens."""
+        now = time.perf_counter()
+        elapsed, self._last_clock = now - self._last_clock, now
+        c = self.counters
+        c.tokens_seen += tokens
+        c.trained_tokens += trained_tokens
+        c.seconds += elapsed
+        c.window_loss_sum += loss_sum
+        c.window_trained_tokens += trained_tokens
+        c.window_tokens += tokens
+        c.window_computed_tokens += computed_tokens
+        c.window_seconds += elapsed
+
+    def pause(self) -> None:
+        """Count the time since the last step (an evaluation, a checkpoint) as run time, not as time spent on tokens."""
+        now = time.perf_counter()
+        self.counters.seconds += now - self._last_clock
+        self._last_clock = now
+
+    def log_row(self, *, step: int, epoch: float, learning_rate: float, grad_norm: float) -> dict[str, Any]:
+        """Close the window into a row; it is written with the next event, an evaluation of this step may add to it."""
+        self.flush()
+        c = self.counters
+        seconds = max(c.window_seconds, 1e-9)
+        self._pending = {
+            "step": step,
+            "epoch": round(epoch, 6),
+            "loss": c.window_loss_sum / max(c.window_trained_tokens, 1),
+            "eval_loss": "",
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "tokens_seen": c.tokens_seen,
+            "trained_tokens": c.trained_tokens,
+            "tokens_per_second": round(c.window_tokens / seconds, 1),
+            "computed_tokens_per_second": round(c.window_computed_tokens / seconds, 1),
+            "seconds": round(c.seconds, 3),
+            "peak_memory_gb": round(peak_memory_gb(), 3),
+        }
+        c.window_loss_sum = c.window_seconds = 0.0
+        c.window_trained_tokens = c.window_tokens = c.window_computed_tokens = 0
+        return self._pending
+
+    def log_eval(self, *, step: int, epoch: float, eval_loss: float) -> None:
+        """Put eval_loss into the row of this step, or into a row of its own when the step was not logged."""
+        self.pause()
+        if self._pending is None or self._pending["step"] != step:
+            self.flush()
+            self._pending = dict.fromkeys(COLUMNS, "") | {
+                "step": step,
+                "epoch": round(epoch, 6),
+                "tokens_seen": self.counters.tokens_seen,
+                "trained_tokens": self.counters.trained_tokens,
+                "seconds": round(self.counters.seconds, 3),
+                "peak_memory_gb": round(peak_memory_gb(), 3),
+            }
+        self._pending["eval_loss"] = eval_loss
+
+    def flush(self) -> None:
+        """Append the pending row to the file."""
+        row, self._pending = self._pending, None
+        if row is None or self.path is None:
+            return
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow([row[column] for column in COLUMNS])
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self.counters)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.counters = Counters(**state)
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """The complete rows of a log; a line cut off by a kill is left out."""
+    text = path.read_text(encoding="utf-8")
+    complete = text[: text.rfind("\n") + 1].splitlines()
+    rows = list(csv.reader(complete[1:]))
+    return [row for row in rows if len(row) == len(COLUMNS) and row[0].isdigit()]
+
+
+def peak_memory_gb() -> float:
+    """Highest memory use so far in GB (10^9 bytes): reserved CUDA memory on a GPU, resident memory on a CPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 1e9
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 1e9
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

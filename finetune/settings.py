@@ -1,0 +1,320 @@
+"""Every flag of train_lora.py, declared once: the parser, the recipes and experiment_config.json come from this list."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+
+EPILOG = """examples:
+  python train_lora.py --model smollm2-135m --dataset data/samples/gennx_train.jsonl --format chatml
+  python train_lora.py --model Qwen/Qwen2.5-3B-Instruct --rank 32 --dataset train.jsonl --eval_fraction 0.05
+  python train_lora.py --dataset NotoriousH2/instructkr-apigen --dataset NotoriousH2/instructkr-when2call@train*0.5
+  python train_lora.py --config configs/demo.yaml --rank 8          a recipe; flags on the line win
+  python train_lora.py --config experiments/RUN/experiment_config.json   the same run again
+  python train_lora.py --resume experiments/RUN                     go on where a run was stopped
+  python train_lora.py --dataset train.jsonl --dry_run --show_mask 3     look before you train
+"""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag. `type` converts one word of the command line; `many` flags hold lists; `action` flags do not belong to a run."""
+
+    name: str
+    default: Any
+    help: str
+    group: str
+    type: Callable[[str], Any] = str
+    choices: tuple[str, ...] | None = None
+    many: bool = False
+    optional_value: bool = False
+    action: bool = False
+    metavar: str | None = None
+
+    @property
+    def is_switch(self) -> bool:
+        return self.type is bool
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    def convert(word: str) -> Any:
+        value = kind(word)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"positive {kind.__name__}"
+    return convert
+
+
+def _not_negative(kind: type) -> Callable[[str], Any]:
+    def convert(word: str) -> Any:
+        value = kind(word)
+        if not value >= 0:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"non-negative {kind.__name__}"
+    return convert
+
+
+def _fraction(word: str) -> float:
+    value = float(word)
+    if not 0 <= value < 1:
+        raise ValueError
+    return value
+
+
+_fraction.__name__ = "number from 0 up to, not including, 1"
+_count, _size = _positive(int), _positive(float)
+_amount, _whole = _not_negative(float), _not_negative(int)
+
+# The described system's own three datasets.
+KOREAN_TOOL_CALLING = tuple(f"NotoriousH2/instructkr-{name}" for name in ("toolflow", "when2call", "apigen"))
+
+FLAGS: tuple[Flag, ...] = (
+    # model
+    Flag("model", "kakaocorp/kanana-1.5-2.1b-instruct-2505",
+         "Hub id, folder, or smollm2-135m (bundled, no download)", "model"),
+    Flag("revision", None, "branch, tag or commit of the model on the Hub", "model"),
+    Flag("load_in_4bit", None, "4-bit NF4 base (QLoRA); default: on a GPU yes, on a CPU no", "model", bool),
+    Flag("dtype", "auto", "compute type; auto: bfloat16 where the hardware has it, else float16 (GPU) or float32 (CPU)",
+         "model", choices=("auto", "bfloat16", "float16", "float32")),
+    Flag("trust_remote_code", False, "run code that comes with the model (off: it is a stranger's code)", "model", bool),
+    # data
+    Flag("dataset", list(KOREAN_TOOL_CALLING), "JSONL, JSON or Parquet file, or Hub id[:config][@split]; may be given several times; "
+         "a trailing *0.5 takes half of its rows", "data", many=True, metavar="DATA"),
+    Flag("eval_dataset", None, "rows for eval_loss, same forms as --dataset", "data", many=True, metavar="DATA"),
+    Flag("eval_fraction", 0.0, "share of the training rows to hold out for eval_loss", "data", _fraction),
+    Flag("limit", None, "use only the first N rows of each dataset", "data", _count),
+    Flag("format", "auto", "chat format (see docs/formats.md), path to a format's YAML, native, or auto", "data"),
+    Flag("train_on", "all", "train every assistant turn or only the last", "data", choices=("all", "last")),
+    Flag("control_tokens", "escape", "control tokens inside contents: neutralise, refuse or leave them", "data",
+         choices=("escape", "error", "allow")),
+    Flag("overlong", "drop", "rows longer than --max_seq_length: drop them, remove their oldest turns, or stop",
+         "data", choices=("drop", "trim_turns", "error")),
+    Flag("max_seq_length", 9000, "longest row in tokens", "data", _count),
+    # lora
+    Flag("rank", 16, "LoRA rank r", "lora", _count),
+    Flag("alpha", None, "LoRA alpha; default: 2 x rank", "lora", _size),
+    Flag("dropout", 0.0, "LoRA dropout", "lora", _fraction),
+    Flag("target_modules", ["all-linear"], "module names, or all-linear", "lora", many=True, metavar="NAME"),
+    Flag("use_rslora", False, "scale by alpha / sqrt(r)", "lora", bool),
+    # training
+    Flag("lr", 2e-4, "peak learning rate", "training", _size),
+    Flag("epochs", 3.0, "passes over the data", "training", _size),
+    Flag("max_steps", None, "stop after N optimizer steps, whatever the epochs", "training", _count),
+    Flag("batch_size", 4, "rows per device and accumulation step", "training", _count),
+    Flag("grad_accum", 4, "accumulation steps; one optimizer step takes batch_size x grad_accum rows", "training", _count),
+    Flag("scheduler", "cosine", "learning rate schedule", "training",
+         choices=("cosine", "linear", "constant", "constant_with_warmup", "polynomial")),
+    Flag("warmup_ratio", 0.03, "share of the steps that warm up", "training", _fraction),
+    Flag("warmup_steps", None, "steps that warm up; wins over --warmup_ratio", "training", _whole),
+    Flag("weight_decay", 0.01, "AdamW weight decay", "training", _amount),
+    Flag("max_grad_norm", 1.0, "clip the gradient to this norm; 0 turns clipping off", "training", _amount),
+    Flag("optim", "auto", "Transformers' optimizer name; auto: adamw_8bit on a GPU, adamw_torch on a CPU", "training"),
+    Flag("seed", 3407, "seed of the adapter's start, the row order and dropout", "training", _whole),
+    # speed and memory
+    Flag("share_prefix", True, "compute token prefixes that rows of a step share only once", "speed and memory", bool),
+    Flag("tokens_per_pass", None, "most tokens in one forward pass; default: by free memory", "speed and memory", _count),
+    Flag("gradient_checkpointing", None, "recompute activations in the backward pass; default: on a GPU yes, on a CPU no",
+         "speed and memory", bool),
+    # logging and checkpoints
+    Flag("logging_steps", 1, "steps between rows of training_log.csv", "logging and checkpoints", _count),
+    Flag("save_steps", 200, "steps between checkpoints; 0: none", "logging and checkpoints", _whole),
+    Flag("save_total_limit", 3, "checkpoints to keep", "logging and checkpoints", _count),
+    Flag("eval_steps", None, "steps between evaluations; default: every epoch", "logging and checkpoints", _count),
+    Flag("early_stopping_patience", None, "stop after N evaluations without improvement", "logging and checkpoints", _count),
+    Flag("early_stopping_threshold", 0.0, "smallest improvement of eval_loss that counts", "logging and checkpoints", _amount),
+    Flag("load_best", False, "end with the checkpoint of lowest eval_loss", "logging and checkpoints", bool),
+    Flag("report_to", "none", "also log to a tracker", "logging and checkpoints",
+         choices=("none", "tensorboard", "wandb", "mlflow", "trackio")),
+    # output
+    Flag("experiments_dir", "experiments", "where run folders are made", "output", metavar="DIR"),
+    Flag("name", None, "name of the run folder; default: from model, rank, alpha, lr, epochs and time", "output"),
+    Flag("push_to_hub", None, "upload the finished adapter to this Hub repository (private; token from HF_TOKEN)", "output",
+         metavar="REPO"),
+    # actions
+    Flag("config", None, "YAML or JSON of these flags, or a run's experiment_config.json", "actions", action=True,
+         metavar="FILE"),
+    Flag("resume", None, "continue a run from its newest checkpoint; without a folder: the newest unfinished run",
+         "actions", optional_value=True, action=True, metavar="FOLDER"),
+    Flag("dry_run", False, "everything up to the first step: rows, masks, lengths, memory; trains nothing", "actions",
+         bool, action=True),
+    Flag("show_mask", 0, "print N rows with the trained tokens in colour", "actions", _whole, action=True, metavar="N"),
+    Flag("doctor", False, "print versions, devices and what is missing, then stop", "actions", bool, action=True),
+)  # fmt: skip
+BY_NAME = {flag.name: flag for flag in FLAGS}
+# What may differ when a run is resumed: nothing that changes the numbers.
+RESUMABLE = {"experiments_dir", "report_to", "push_to_hub", "tokens_per_pass", "save_total_limit", "trust_remote_code"}
+
+
+class Settings(argparse.Namespace):
+    """All flags with their values. `given` names those that were set on the command line or in the config."""
+
+    given: set[str]
+
+    def run_flags(self) -> dict[str, Any]:
+        """The flags that belong to a run, as they go into experiment_config.json."""
+        return {flag.name: getattr(self, flag.name) for flag in FLAGS if not flag.action}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train_lora.py",
+        description="Fine-tune a language model with LoRA on the assistant's tokens of tool-calling conversations.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {}
+    for flag in FLAGS:
+        group = groups.setdefault(flag.group, parser.add_argument_group(flag.group))
+        options: dict[str, Any] = {"help": _help(flag), "dest": flag.name}
+        if flag.is_switch:
+            options["action"] = "store_true" if flag.action else argparse.BooleanOptionalAction
+        else:
+            options.update(type=flag.type, metavar=flag.metavar)
+            if flag.choices:
+                options["choices"] = flag.choices
+            if flag.many:
+                options.update(nargs="+", action="extend")
+            if flag.optional_value:
+                options.update(nargs="?", const="")
+        group.add_argument(f"--{flag.name}", **options)
+    return parser
+
+
+def _help(flag: Flag) -> str:
+    text = flag.help.replace("%", "%%")
+    if flag.default in (None, False, 0) or "default:" in text:
+        return text
+    default = " ".join(flag.default) if flag.many else flag.default
+    if flag.is_switch:
+        default = "on"
+    return f"{text} (default: {default})"
+
+
+def parse(argv: Sequence[str] | None = None) -> Settings:
+    """Defaults, then --config, then the command line; argparse itself ends with exit code 2 on an unknown flag."""
+    words = sys.argv[1:] if argv is None else argv
+    given = vars(build_parser().parse_args([_underscored(word) for word in words]))
+    values = {flag.name: flag.default for flag in FLAGS}
+    from_config = read_config(given["config"]) if given.get("config") else {}
+    values.update(from_config)
+    values.update(given)
+    return complete(values, set(given) | set(from_config))
+
+
+def _underscored(word: str) -> str:
+    """--batch-size is --batch_size; both spellings are common, and one name is enough for the help."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    stem = name[2:]
+    prefix = "--no-" if stem.startswith(("no-", "no_")) else "--"
+    return prefix + stem.removeprefix("no-").removeprefix("no_").replace("-", "_") + equals + value
+
+
+def complete(values: dict[str, Any], given: set[str]) -> Settings:
+    """Fill in what follows from other flags and check flags against each other."""
+    if values["alpha"] is None:
+        values["alpha"] = 2 * values["rank"]
+    if isinstance(values["alpha"], float) and values["alpha"].is_integer():
+        values["alpha"] = int(values["alpha"])
+    if isinstance(values["epochs"], float) and values["epochs"].is_integer():
+        values["epochs"] = int(values["epochs"])
+    has_eval = bool(values["eval_dataset"] or values["eval_fraction"])
+    if values["eval_dataset"] and values["eval_fraction"]:
+        raise UserError("--eval_dataset and --eval_fraction exclude each other; keep one of them")
+    for name in ("early_stopping_patience", "load_best", "eval_steps"):
+        if values[name] and not has_eval:
+            raise UserError(f"--{name} needs rows to evaluate on; add --eval_dataset or --eval_fraction")
+    if values["load_best"] and not values["save_steps"]:
+        raise UserError("--load_best needs checkpoints; --save_steps 0 turns them off")
+    settings = Settings(**values)
+    settings.given = given
+    return settings
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Flags from a YAML or JSON file; an experiment_config.json is read by its "flags" entry.
+
+    Raises UserError naming the file and the key for an unknown flag or a value of the wrong kind.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read config {path}: {error.strerror}") from error
+    try:
+        if path.suffix.lower() == ".json":
+            data = json.loads(text)
+        else:
+            import yaml
+
+            data = yaml.safe_load(text)
+    except Exception as error:
+        raise UserError(f"config {path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"config {path} must hold a mapping of flags, such as 'rank: 16'")
+    if isinstance(data.get("flags"), dict):
+        data = data["flags"]
+    return {name: _checked(path, name, value) for name, value in data.items()}
+
+
+def _checked(path: Path, name: str, value: Any) -> Any:
+    flag = BY_NAME.get(name)
+    if flag is None or (flag.action and name != "show_mask"):
+        close = difflib.get_close_matches(str(name), [f.name for f in FLAGS if not f.action], n=1)
+        hint = f"; did you mean {close[0]}?" if close else "; see train_lora.py --help"
+        raise UserError(f"config {path}: unknown flag {name!r}{hint}")
+    if value is None:
+        return flag.default
+    if flag.is_switch:
+        if not isinstance(value, bool):
+            raise UserError(f"config {path}: {name} must be true or false, not {value!r}")
+        return value
+    items = value if isinstance(value, list) and flag.many else [value]
+    converted = []
+    for item in items:
+        if isinstance(item, (dict, list, bool)):
+            raise UserError(f"config {path}: {name} cannot be {item!r}")
+        try:
+            # YAML reads 2e-4 as text and 3 as an integer; going through the flag's own converter treats them alike.
+            converted.append(flag.type(str(item)))
+        except ValueError:
+            raise UserError(f"config {path}: {name} must be a {flag.type.__name__}, not {item!r}") from None
+        if flag.choices and converted[-1] not in flag.choices:
+            raise UserError(f"config {path}: {name} must be one of {', '.join(flag.choices)}, not {item!r}")
+    return converted if flag.many else converted[0]
+
+
+def resumed(settings: Settings, stored: dict[str, Any], folder: str) -> Settings:
+    """The stored flags of a run that goes on; only flags that cannot change its numbers may be given anew.
+
+    Raises UserError naming a flag that differs from the stored one.
+    """
+    values = {flag.name: stored.get(flag.name, flag.default) for flag in FLAGS}
+    for name in settings.given:
+        flag, value = BY_NAME[name], getattr(settings, name)
+        if flag.action or name in RESUMABLE:
+            values[name] = value
+        elif value != values[name]:
+            raise UserError(
+                f"--resume {folder}: --{name} {value} differs from the run's {values[name]}; a resumed run keeps its "
+                "flags, start a new run to change them"
+            )
+    for flag in FLAGS:
+        if flag.action:
+            values[flag.name] = getattr(settings, flag.name)
+    return complete(values, settings.given)

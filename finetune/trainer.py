@@ -1,0 +1,221 @@
+"""TRL's SFTTrainer on ready input_ids and labels, with one optimizer step as its unit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.model import import_unsloth
+
+import_unsloth()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints  # noqa: E402
+from trl import SFTTrainer  # noqa: E402
+
+from finetune.callbacks import LogCallback  # noqa: E402
+from finetune.errors import UserError  # noqa: E402
+from finetune.passes import PassRunner  # noqa: E402
+from finetune.steps import make_row  # noqa: E402
+
+# Largest difference, per trained token in nats, between a few rows computed our way and by the model's own forward.
+# float32: sums in another order differ by about 1e-6; the 16-bit types round every activation.
+FIRST_STEP_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
+CHECKED_ROWS = 2
+COUNTERS = "log_counters.json"  # in every checkpoint: what training_log.csv goes on counting from
+
+
+class StepSampler:
+    """Row numbers of each optimizer step. The order depends on (seed, epoch) alone, so a resumed run draws the same.
+
+    In a data-parallel run every rank takes its slice of the same global step.
+    """
+
+    def __init__(self, rows: int, step_rows: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.rows, self.step_rows, self.seed = rows, step_rows, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.rows / (self.step_rows * self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows).tolist()
+        width = self.step_rows * self.world_size
+        for start in range(0, self.rows, width):
+            yield order[start : start + width][self.rank :: self.world_size]
+
+
+class StepLoader(DataLoader):
+    """A DataLoader whose batches are steps; Trainer and accelerate hand it the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+class SandwichTrainer(SFTTrainer):
+    """Trains on `sequences[i] = (input_ids, labels)`. One batch of the loader is one optimizer step.
+
+    args.per_device_train_batch_size is batch_size x grad_accum and args.gradient_accumulation_steps is 1: how a step is
+    cut into forward passes is PassRunner's business, and the loss is the mean over the step's trained tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        sequences: Sequence[tuple[Any, Any]],
+        eval_sequences: Sequence[tuple[Any, Any]] | None,
+        tokens_per_pass: int,
+        share_prefix: bool,
+        log_callback: LogCallback,
+        **kwargs: Any,
+    ):
+        self.sequences, self.eval_sequences = sequences, eval_sequences
+        self.log_callback = log_callback
+        self._checked = False
+        super().__init__(
+            # TRL wants a Dataset; rows stay where they are and are looked up by number.
+            train_dataset=Dataset.from_dict({"row": range(len(sequences))}),
+            eval_dataset=Dataset.from_dict({"row": range(len(eval_sequences))}) if eval_sequences else None,
+            data_collator=lambda rows: {"rows": [row["row"] for row in rows]},
+            **kwargs,
+        )
+        self.add_callback(log_callback)
+        pad = self.processing_class.pad_token_id
+        self.runner = PassRunner(self.model, tokens_per_pass, share_prefix, pad if pad is not None else 0)
+        self.runner.context = self.compute_loss_context_manager
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        sampler = StepSampler(
+            len(self.sequences),
+            self.args.per_device_train_batch_size,
+            self.args.seed,
+            self.args.process_index,
+            self.args.world_size,
+        )
+        return StepLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # Trainer's estimate counts padded batches, which do not exist here
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Forward and backward of one step; returns its loss, the mean over the trained tokens of all ranks."""
+        model.train()
+        rows = [make_row(*self.sequences[i]) for i in inputs["rows"]]
+        if not self._checked:
+            self._check_against_model(rows)
+        trained = sum(len(row.positions) for row in rows)
+        trained_everywhere = self._sum_over_ranks(trained)
+        # Data-parallel training averages gradients over ranks, so each rank's share is scaled up by their number.
+        scale = self.args.world_size / max(trained_everywhere, 1)
+        result = self.runner.run(rows, scale, backward=self.accelerator.backward)
+        loss_sum = self._sum_over_ranks(result.loss_sum)
+        self.log_callback.run_log.add_step(
+            loss_sum=loss_sum,
+            tokens=int(self._sum_over_ranks(sum(row.length for row in rows))),
+            trained_tokens=int(trained_everywhere),
+            computed_tokens=int(self._sum_over_ranks(result.computed_tokens)),
+        )
+        return torch.tensor(loss_sum / max(trained_everywhere, 1), device=self.args.device)
+
+    def _sum_over_ranks(self, value: float) -> float:
+        if self.args.world_size == 1:
+            return value
+        return self.accelerator.reduce(torch.tensor(value, dtype=torch.float64), "sum").item()
+
+    def _check_against_model(self, rows) -> None:
+        """Compare a few rows computed together with the same rows computed alone by the model's own forward."""
+        self._checked = True
+        few = sorted(rows, key=lambda row: len(row.input_ids))[:CHECKED_ROWS]
+        self.model.eval()
+        alone = self.runner.reference_loss(few)
+        ours = self.runner.run(few, 1.0).loss_sum
+        self.model.train()
+        difference = abs(ours - alone) / sum(len(row.positions) for row in few)
+        dtype = str(self.runner.head.weight.dtype).removeprefix("torch.")
+        tolerance = FIRST_STEP_TOLERANCE.get(dtype, FIRST_STEP_TOLERANCE["bfloat16"])
+        if not difference <= tolerance:
+            raise UserError(
+                f"first step: rows computed together differ from rows computed alone by {difference:.2g} nats a token "
+                f"(allowed {tolerance:.0e}); this model needs another attention path: please report it with the "
+                "model's name, and train with --no-share_prefix meanwhile"
+            )
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Mean loss per trained token over all evaluation rows, computed with the same shared prefixes."""
+        self.model.eval()
+        rows = [make_row(*pair) for pair in self.eval_sequences]
+        size = self.args.per_device_train_batch_size
+        loss_sum = 0.0
+        # Neighbours in id order share the longest prefixes; the sum does not depend on the order.
+        rows.sort(key=lambda row: row.input_ids.tobytes())
+        for start in range(0, len(rows), size):
+            loss_sum += self.runner.run(rows[start : start + size], 1.0).loss_sum
+        loss = loss_sum / sum(len(row.positions) for row in rows)
+        self.model.train()
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.log_callback.run_log.log_eval(step=self.state.global_step, epoch=self.state.epoch or 0.0, eval_loss=loss)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card is written once, with the run's numbers, beside the finished adapter."""
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write the checkpoint aside and rename it, so that whatever is called checkpoint-N is whole."""
+        self.log_callback.run_log.flush()
+        folder = Path(self.args.output_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if (folder / name).exists():  # the last step's checkpoint is already there when an epoch ends with it
+            return
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        best = self.state.best_model_checkpoint
+        aside = folder / ".saving"
+        with _replaced(self, "_get_output_dir", lambda trial: str(aside)):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.best_model_checkpoint = best
+            self.state.save_to_json(str(aside / name / "trainer_state.json"))
+            counters = json.dumps(self.log_callback.run_log.state())
+            (aside / name / COUNTERS).write_text(counters, encoding="utf-8")
+            os.replace(aside / name, folder / name)
+            aside.rmdir()
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=best,
+                use_mtime=False,
+            )
+        self.accelerator.wait_for_everyone()
+        self.log_callback.run_log.pause()
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)

@@ -1,0 +1,246 @@
+"""Fine-tune a language model with LoRA to call tools. The story of a run, from flags to adapter, read top-down."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+from datetime import UTC, datetime
+
+from finetune import settings as flags_of_a_run
+from finetune.bundled import cache_dir
+from finetune.errors import UserError, one_line_errors
+from finetune.settings import Settings
+
+log = logging.getLogger("sandwich")
+# A run that loses more of its rows than this (too long, refused by the format) would train something else than asked.
+MOST_ROWS_LOST = 0.5
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    settings = flags_of_a_run.parse(argv)
+    if settings.doctor:
+        from finetune import doctor
+
+        return doctor.report()
+
+    from rich.console import Console
+
+    from finetune.experiment import check_writable, find_resumable
+    from finetune.logs import start_logging
+
+    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+    start_logging(console)
+    resumed, checkpoint = None, None
+    if settings.resume is not None:
+        resumed, checkpoint = find_resumable(settings.resume, settings.experiments_dir)
+        settings = flags_of_a_run.resumed(settings, resumed.config["flags"], str(resumed.folder))
+        log.info("resuming %s at %s", resumed.folder, checkpoint.name)
+    elif not settings.dry_run:
+        check_writable(settings.experiments_dir)
+    check_tracker(settings.report_to)
+
+    # 1. Conversations. Read and checked before anything slow is imported, so that a bad row shows within a second.
+    train, held_out = load_data(settings)
+
+    # 2. Format: template, masks, tokens.
+    if not settings.dry_run:
+        from finetune.model import import_unsloth
+
+        import_unsloth()
+    from finetune.model import load_tokenizer
+    from formats import check_tokenizer, choose_format, get_format
+
+    tokenizer = load_tokenizer(settings.model, settings.revision, settings.trust_remote_code)
+    if settings.format == "auto":
+        fmt, why = choose_format(tokenizer)
+        log.info("format %s: %s", fmt.name, why)
+    else:
+        fmt = get_format(settings.format, tokenizer=tokenizer)
+    end_of_turn_ids = check_tokenizer(tokenizer, fmt)
+    rows = encode(train, tokenizer, fmt, settings)
+    eval_rows = encode(held_out, tokenizer, fmt, settings) if held_out is not None else None
+    refuse_to_train_nothing(rows.report)
+    if settings.show_mask:
+        show_masks(rows, tokenizer, settings.show_mask)
+
+    # 3. The run in one table. A dry run ends here.
+    from finetune.run_table import print_run_table
+
+    if settings.dry_run:
+        print_run_table(settings, rows, eval_rows, fmt)
+        return 0
+
+    # 4. Model and adapter.
+    from finetune.model import add_lora, load_base
+
+    loaded = load_base(
+        settings.model,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        load_in_4bit=settings.load_in_4bit,
+        max_seq_length=settings.max_seq_length,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    gradient_checkpointing = settings.gradient_checkpointing
+    if gradient_checkpointing is None:
+        gradient_checkpointing = not loaded.device.startswith("cpu")
+    model = add_lora(
+        loaded.model,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        use_rslora=settings.use_rslora,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=settings.seed,
+    )
+
+    # 5. The experiment folder, then the steps.
+    from finetune.experiment import Experiment, git_sha, package_versions, run_name
+    from finetune.logs import log_to_file
+    from finetune.training import interrupted_at, make_trainer, run_training
+
+    template = fmt.pinned_template()
+    config = {
+        "flags": settings.run_flags(),
+        "argv": sys.argv[1:] if argv is None else list(argv),
+        "base_model": settings.model,
+        "base_model_revision": loaded.revision,
+        "dtype": loaded.dtype,
+        "load_in_4bit": loaded.load_in_4bit,
+        "device": loaded.device,
+        "gradient_checkpointing": gradient_checkpointing,
+        "format": {
+            "name": fmt.name,
+            "template_sha256": hashlib.sha256(template.encode("utf-8")).hexdigest(),
+            "template_kwargs": dict(fmt.template_kwargs),
+            "end_of_turn_ids": end_of_turn_ids,
+        },
+        "data": {"fingerprint": train.fingerprint, "counts": train.counts, **rows.report},
+        "eval_data": {"fingerprint": held_out.fingerprint, **eval_rows.report} if held_out is not None else None,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "versions": package_versions(),
+        "git_sha": git_sha(),
+        "seed": settings.seed,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "ended": None,
+        "status": "running",
+    }
+    is_main = os.environ.get("RANK", "0") == "0"
+    if resumed is not None:
+        experiment = resumed
+        for what, old, new in (
+            ("data", resumed.config["data"]["fingerprint"], config["data"]["fingerprint"]),
+            ("chat template", resumed.config["format"]["template_sha256"], config["format"]["template_sha256"]),
+        ):
+            if old != new:
+                raise UserError(f"--resume {resumed.folder}: the {what} changed since; start a new run instead")
+        experiment.update(status="running", resumed=[*resumed.config.get("resumed", []), config["started"]])
+    else:
+        name = settings.name or run_name(
+            settings.model, settings.rank, settings.alpha, settings.lr, settings.epochs, datetime.now()
+        )
+        experiment = Experiment.create(settings.experiments_dir, name, config, exact_name=settings.name is not None)
+    log_to_file(experiment.folder / "training.log")
+
+    try:
+        trainer = make_trainer(settings, experiment, model, tokenizer, rows, eval_rows, loaded, console)
+        print_run_table(settings, rows, eval_rows, fmt, experiment=experiment, trainer=trainer)
+        result = run_training(trainer, checkpoint)
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        experiment.update(status=status, ended=datetime.now(UTC).isoformat(timespec="seconds"))
+        if not isinstance(error, UserError | KeyboardInterrupt):
+            log.exception("the run failed")
+        raise
+    experiment.update(steps=trainer.state.global_step, result=result)
+    if (step := interrupted_at(trainer)) is not None:
+        experiment.update(status="interrupted", ended=datetime.now(UTC).isoformat(timespec="seconds"))
+        log.warning("stopped after step %d; go on with: python train_lora.py --resume %s", step, experiment.folder)
+        return 130
+
+    # 6. Save.
+    from finetune.saving import push_to_hub, save_final_model
+
+    if is_main:
+        final = save_final_model(experiment, model, tokenizer, fmt, end_of_turn_ids)
+        experiment.update(status="finished", ended=datetime.now(UTC).isoformat(timespec="seconds"))
+        log.info("finished: loss %.4f in %d steps", result["final_loss"], trainer.state.global_step)
+        print(experiment.folder)
+        if settings.push_to_hub:
+            log.info("uploaded: %s", push_to_hub(final, settings.push_to_hub))
+    return 0
+
+
+def load_data(settings: Settings):
+    """(training conversations, evaluation conversations or None). The held-out share is drawn by the run's seed."""
+    from finetune.conversations import load_conversations
+    from finetune.held_out import split_off
+
+    train = load_conversations(settings.dataset, limit=settings.limit, strict=True, seed=settings.seed)
+    for mapping, count in train.mappings.items():
+        log.info("%s (%d rows)", mapping, count)
+    if settings.eval_dataset:
+        return train, load_conversations(settings.eval_dataset, strict=True, seed=settings.seed)
+    if settings.eval_fraction:
+        return split_off(train, settings.eval_fraction, settings.seed)
+    return train, None
+
+
+def encode(conversations, tokenizer, fmt, settings: Settings):
+    """Token ids and labels of all rows, from the cache when nothing changed."""
+    from finetune.encoding import encode_conversations
+
+    return encode_conversations(
+        conversations.conversations,
+        tokenizer,
+        fmt,
+        max_seq_length=settings.max_seq_length,
+        train_on=settings.train_on,
+        control_tokens=settings.control_tokens,
+        overlong=settings.overlong,
+        cache_dir=cache_dir() / "tokens",
+        origins=conversations.origins,
+    )
+
+
+def refuse_to_train_nothing(report: dict) -> None:
+    """UserError when no token would be trained, or when most rows were lost on the way."""
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in list(report["reasons"].items())[:3])
+    if not report["sequences"] or not report["trained_tokens"]:
+        raise UserError(
+            f"no rows left to train on: {report['rows']} read, none kept ({reasons or 'the data is empty'})"
+        )
+    lost = 1 - report["kept"] / report["rows"]
+    if lost > MOST_ROWS_LOST:
+        raise UserError(
+            f"{report['rows'] - report['kept']} of {report['rows']} rows would be lost ({reasons}); "
+            "raise --max_seq_length, choose another --format or --overlong trim_turns, or mend the data"
+        )
+
+
+def show_masks(rows, tokenizer, count: int) -> None:
+    """Print rows with the trained tokens in colour."""
+    from rich.console import Console
+
+    from finetune.token_view import mask_text
+
+    console = Console()
+    for number in range(min(count, len(rows.sequences))):
+        console.rule(f"sequence {number + 1}")
+        console.print(mask_text(*rows.sequences[number], tokenizer))
+
+
+def check_tracker(name: str) -> None:
+    import importlib.util
+
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise UserError(f"--report_to {name}: {name} is not installed; run: pip install {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
