@@ -53,8 +53,8 @@ def print_sequence(console, input_ids, labels, tokenizer, title: str) -> None:
 
 def marked(input_ids, labels, tokenizer) -> str:
     """The sequence as plain text with ⟦trained tokens⟧ in brackets."""
-    parts = (_visible(run.text) for run in (found := runs(input_ids, labels, tokenizer)))
-    return "".join(f"⟦{part}⟧" if run.trained else part for run, part in zip(found, parts, strict=True))
+    found = [(_visible(run.text), run.trained) for run in runs(input_ids, labels, tokenizer)]
+    return "".join(f"⟦{text}⟧" if trained else text for text, trained in found)
 
 
 def _visible(text: str) -> str:
