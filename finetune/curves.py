@@ -6,6 +6,7 @@ failed; whatever is odd about a run is kept in `Run.notes` and ends up in the su
 
 from __future__ import annotations
 
+import csv
 import glob
 import io
 import json
@@ -165,7 +166,7 @@ def read_log(path: Path, notes: list[str]) -> pd.DataFrame:
         notes.append("last line is cut")
     try:
         raw = pd.read_csv(
-            io.BytesIO(data), usecols=lambda name: name.strip() in COLUMNS, on_bad_lines="skip", index_col=False,
+            io.BytesIO(data), usecols=lambda name: name.strip() in COLUMNS, index_col=False, quoting=csv.QUOTE_NONE,
             keep_default_na=False, na_values=[""], encoding="utf-8-sig", encoding_errors="replace", low_memory=False,
         )  # fmt: skip
     except pd.errors.EmptyDataError:

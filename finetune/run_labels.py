@@ -18,10 +18,9 @@ UNIMPORTANT = {
 FIRST = ["model", "dataset", "format", "rank", "alpha", "lr", "epochs", "batch_size", "grad_accum", "max_seq_length"]
 # Okabe and Ito's palette without black and yellow: told apart with every common colour blindness and on white.
 CATEGORIES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-# Eleven steps through cividis-like viridis, cut before its yellow, which white paper swallows.
+# Viridis, but for its end: a darker yellow, as white paper swallows the real one. Lightness rises all the way.
 SEQUENCE = [
-    "#440154", "#482576", "#414487", "#35608D", "#2A788E", "#21908C", "#22A884", "#43BF71", "#7AD151", "#A8DB34",
-    "#D2C91F",
+    "#440154", "#482576", "#414487", "#35608D", "#2A788E", "#21908C", "#22A884", "#43BF71", "#7AD151", "#DACF20",
 ]  # fmt: skip
 # Lengths of strokes and gaps in line widths. Dots are left to evaluation curves.
 DASHES = [(), (6, 2), (2.5, 1.3), (7, 1.5, 1.2, 1.5), (6, 1.3, 1.2, 1.3, 1.2, 1.3)]
@@ -154,7 +153,7 @@ def _looks(runs: list[Run], groups: list[str], keys: list[str]) -> list[Look]:
 
 def ramp(count: int) -> list[str]:
     """`count` colours spread evenly over `SEQUENCE`, dark to light; few colours keep away from its pale end."""
-    first, last = {1: (2.0, 2.0), 2: (2.0, 7.0), 3: (0.5, 8.0), 4: (0.0, 9.0)}.get(count, (0.0, len(SEQUENCE) - 1.0))
+    first, last = {1: (2.0, 2.0), 2: (2.0, 7.0), 3: (0.5, 7.7), 4: (0.0, 8.3)}.get(count, (0.0, len(SEQUENCE) - 1.0))
     colors = []
     for index in range(count):
         place = first + index / max(count - 1, 1) * (last - first)

@@ -1,0 +1,459 @@
+"""visualize_loss.py as users run it: a subprocess on run folders that look like train_lora.py's."""
+
+import csv
+import html
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finetune import curves, run_labels
+from finetune.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADER = (
+    "step,epoch,loss,eval_loss,learning_rate,grad_norm,tokens_seen,trained_tokens,tokens_per_second,"
+    "computed_tokens_per_second,seconds,peak_memory_gb"
+)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def make_run(
+    parent: Path, name: str, *, steps=40, floor=0.5, status="finished", noise_seed=0, eval_every=10, **flags
+) -> Path:
+    """A run folder with the columns and keys that train_lora.py writes; loss falls from 2.5 to `floor` with noise."""
+    noise = random.Random(noise_seed)
+    folder = parent / name
+    folder.mkdir(parents=True)
+    lines = [HEADER]
+    for step in range(1, steps + 1):
+        loss = floor + (2.5 - floor) * math.exp(-6 * step / steps)
+        evaluated = f"{loss * 1.1:.6f}" if eval_every and step % eval_every == 0 else ""
+        lines.append(
+            f"{step},{3 * step / steps:.4f},{loss * (1 + noise.gauss(0, 0.05)):.6f},{evaluated},{2e-4:.8f},0.8,"
+            f"{step * 5000},{step * 600},2500.0,,{step * 2.0:.2f},{3 + step / 1000:.3f}"
+        )
+    (folder / "training_log.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    all_flags = {"model": "org/small-1b", "rank": 16, "lr": 2e-4, "epochs": 3, "batch_size": 4, "seed": 1, **flags}
+    all_flags.setdefault("alpha", 2 * all_flags["rank"])
+    config = {"flags": all_flags, "status": status, "trainable_parameters": 1000 * all_flags["rank"]}
+    (folder / "experiment_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def visualize(*arguments, cwd: Path, code: int = 0) -> subprocess.CompletedProcess:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "visualize_loss.py"), *map(str, arguments)], check=False, cwd=cwd,
+        capture_output=True, text=True, encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    assert result.returncode == code, result.stderr + result.stdout
+    return result
+
+
+def read_summary(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Path:
+    """experiments/ with ranks 4, 16 and 8, in folders whose names sort otherwise."""
+    for index, rank in enumerate([16, 4, 8]):
+        make_run(tmp_path / "experiments", f"small_r{rank}_a{2 * rank}_lr2em04_ep3_2025121{index}_143022", rank=rank,
+                 floor=1 / rank, noise_seed=index)  # fmt: skip
+    return tmp_path
+
+
+# ---- the commands of the described system
+
+
+def test_picture_and_summary_of_log_files(ranks):
+    logs = sorted((ranks / "experiments").glob("*/training_log.csv"))
+    result = visualize("-o", "comparison.png", "-s", "summary.csv", *logs, cwd=ranks)
+    assert picture_size(ranks / "comparison.png") == (1800, 1012)
+    rows = read_summary(ranks / "summary.csv")
+    assert [row["run"] for row in rows] == ["rank=4", "rank=8", "rank=16"]  # as numbers, not as text
+    assert [row["rank"] for row in rows] == ["4", "8", "16"]
+    assert [row["trainable_parameters"] for row in rows] == ["4000", "8000", "16000"]
+    for row, log in zip(rows, (logs[1], logs[2], logs[0]), strict=True):
+        lines = list(csv.DictReader(log.open(encoding="utf-8")))
+        losses = [float(line["loss"]) for line in lines]
+        assert float(row["final_loss"]) == losses[-1]
+        assert float(row["min_loss"]) == min(losses)
+        assert int(row["min_loss_step"]) == losses.index(min(losses)) + 1
+        assert float(row["best_eval_loss"]) == min(float(line["eval_loss"]) for line in lines if line["eval_loss"])
+        assert (row["best_eval_step"], row["steps"], row["tokens"], row["seconds"]) == ("40", "40", "200000", "80.0")
+        assert float(row["tokens_per_second"]) == 2500 and float(row["peak_memory_gb"]) == 3.04
+        assert row["status"] == "finished" and row["notes"] == ""
+    assert "wrote comparison.png" in result.stdout and "rank=16" in result.stdout
+
+
+def test_without_options_a_picture_of_experiments_is_written_and_then_said_to_be_replaced(ranks):
+    assert "wrote loss_comparison.png" in visualize(cwd=ranks).stdout
+    assert "replaced loss_comparison.png" in visualize(cwd=ranks).stdout
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ["experiments"],
+        ["experiments/*"],
+        ["experiments/*/training_log.csv"],
+        ["experiments/small_r4*", "experiments", "experiments/small_r*/training_log.csv"],
+    ],
+)
+def test_folders_and_unexpanded_patterns(ranks, paths):
+    (ranks / "experiments" / "README.md").write_text("about", encoding="utf-8")
+    visualize("-s", "summary.csv", *paths, cwd=ranks)
+    assert [row["run"] for row in read_summary(ranks / "summary.csv")] == ["rank=4", "rank=8", "rank=16"]
+
+
+@pytest.mark.parametrize("options", [["--x", "epoch"], ["--x", "tokens", "--log-y"], ["--x", "time", "--smooth", "0"]])
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_axes_and_picture_types(ranks, options, ending):
+    visualize("-o", f"out.{ending}", *options, "experiments", cwd=ranks)
+    data = (ranks / f"out.{ending}").read_bytes()
+    assert len(data) > 5000
+    if ending == "svg":
+        texts = {html.unescape(text) for text in re.findall(r">([^<>\n]+)</text>", data.decode("utf-8"))}
+        assert {"rank=4", "rank=8", "rank=16", "Training loss by rank", "evaluation"} <= texts
+        assert {"epoch": "epoch", "tokens": "tokens seen", "time": "time (seconds)"}[options[1]] in texts
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom visualize_loss import parse_arguments\n"
+        "try: parse_arguments(['--help'])\nexcept SystemExit: pass\n"
+        "print('HEAVY', sorted({'pandas', 'matplotlib', 'numpy', 'torch'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "examples:" in result.stdout and "HEAVY []" in result.stdout
+
+
+# ---- logs in every state
+
+
+def test_logs_in_every_state_are_drawn_as_far_as_they_go_and_named(tmp_path):
+    runs = tmp_path / "experiments"
+    make_run(runs, "whole", rank=1)
+    log = make_run(runs, "cut", rank=2, steps=20, status="running") / "training_log.csv"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:20]) + "20,3.0,0.1", encoding="utf-8")
+    (make_run(runs, "empty", rank=3, status="failed") / "training_log.csv").write_bytes(b"")
+    (make_run(runs, "header", rank=4, status="running") / "training_log.csv").write_text(HEADER + "\n")
+    (make_run(runs, "none", rank=5, status="failed") / "training_log.csv").unlink()
+    log = make_run(runs, "diverged", rank=6, steps=20, status="failed") / "training_log.csv"
+    lines = log.read_text().splitlines()
+    lines[19] = re.sub(r"^(19,[^,]*),[^,]*", r"\1,nan", lines[19])
+    lines[20] = re.sub(r"^(20,[^,]*),[^,]*", r"\1,inf", lines[20])
+    log.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    log = make_run(runs, "spoilt", rank=7, steps=20) / "training_log.csv"
+    lines = log.read_text().splitlines()
+    lines[5:7] = ["what, is this", '"an unclosed quote,1,2,3']
+    log.write_text("\ufeff" + "\n".join(lines) + "\n\0\0\0", encoding="utf-8")
+    (make_run(runs, "noconfig", rank=8) / "experiment_config.json").write_text('{"flags": {"ra', encoding="utf-8")
+    log = make_run(runs, "repeated", rank=9, steps=20) / "training_log.csv"
+    log.write_text(log.read_text() + log.read_text().split("\n", 11)[11], encoding="utf-8")  # steps 11..20 once more
+
+    result = visualize("-o", "out.png", "-s", "summary.csv", "experiments", cwd=tmp_path)
+    rows = {Path(row["folder"]).name: row for row in read_summary(tmp_path / "summary.csv")}
+    assert len(rows) == 9
+    notes = {name: row["notes"] for name, row in rows.items()}
+    assert notes["whole"] == ""
+    # "0.1" may be the start of a longer number: the last certain loss is that of step 19.
+    assert notes["cut"] == "last line is cut" and rows["cut"]["status"] == "running"
+    assert float(rows["cut"]["final_loss"]) == float(
+        (runs / "cut/training_log.csv").read_text().splitlines()[19].split(",")[2]
+    )
+    assert (notes["empty"], rows["empty"]["final_loss"], rows["empty"]["status"]) == ("empty log", "", "failed")
+    assert notes["header"] == "no rows yet"
+    assert notes["none"] == "no log yet"
+    assert notes["diverged"] == "loss is no number in 2 rows, first at step 19"
+    assert "2 unreadable lines left out" in notes["spoilt"] and "NUL bytes" in notes["spoilt"]
+    assert rows["spoilt"]["steps"] == "20"
+    assert notes["noconfig"].startswith("experiment_config.json cannot be read")
+    assert notes["repeated"] == "steps were logged more than once; the later rows count"
+    assert rows["repeated"]["steps"] == "20"
+    for note in notes.values():
+        assert note in result.stdout
+    assert picture_size(tmp_path / "out.png")[0] == 1800
+
+
+def test_cut_line_keeps_the_cells_that_are_surely_whole(tmp_path):
+    log = tmp_path / "training_log.csv"
+    log.write_text(HEADER + "\n1,0.1,2.5,,,,,,,,1.0,\n2,0.2,2.25,1.75,0.0002", encoding="utf-8")
+    notes = []
+    rows = curves.read_log(log, notes)
+    assert rows["loss"].tolist() == [2.5, 2.25] and rows["eval_loss"].tolist()[1] == 1.75
+    assert notes == ["last line is cut"]
+
+
+def test_loss_and_eval_loss_of_one_step_in_two_rows_become_one(tmp_path):
+    log = tmp_path / "training_log.csv"
+    log.write_text("step,loss,eval_loss\n1,3.0,\n2,2.0,\n2,,1.5\n3,1.0,\n", encoding="utf-8")
+    notes = []
+    rows = curves.read_log(log, notes)
+    assert rows["step"].tolist() == [1, 2, 3] and rows["loss"].tolist() == [3, 2, 1]
+    assert rows["eval_loss"].tolist()[1] == 1.5 and notes == []
+
+
+def test_time_goes_on_where_a_restarted_run_counts_from_zero(tmp_path):
+    log = tmp_path / "training_log.csv"
+    log.write_text("step,loss,seconds\n1,3,10\n2,2,20\n3,1,5\n4,1,10\n", encoding="utf-8")
+    assert curves.read_log(log, [])["seconds"].tolist() == [10, 20, 20, 25]
+
+
+def test_nothing_to_draw_is_one_line_and_no_picture(tmp_path):
+    (make_run(tmp_path, "empty") / "training_log.csv").write_text(HEADER + "\n")
+    result = visualize("-o", "out.png", "empty", cwd=tmp_path, code=2)
+    assert result.stderr == "error: none of these runs has logged a loss yet; nothing to draw\n"
+    assert "no rows yet" in result.stdout and not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["nowhere"], "nowhere: no such log or folder"), (["no*where"], "no*where: no such log or folder"),
+     (["-o", "picture.docx", "experiments"], "picture.docx: cannot draw this type"),
+     (["-o", "experiments/README/x.png", "experiments"], "cannot write")],
+)  # fmt: skip
+def test_bad_input_is_one_line(ranks, arguments, words):
+    (ranks / "experiments" / "README").write_text("a file, not a folder", encoding="utf-8")
+    result = visualize(*arguments, cwd=ranks, code=2)
+    assert result.stderr.startswith("error: ") and words in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_folder_still_being_made_is_passed_over(tmp_path):
+    make_run(tmp_path, "run")
+    make_run(tmp_path, ".new_run_x")
+    assert [log.parent.name for log in curves.find_logs([str(tmp_path)])] == ["run"]
+    (tmp_path / "hollow").mkdir()
+    with pytest.raises(UserError, match=r"holds no training_log\.csv"):
+        curves.find_logs([str(tmp_path / "hollow")])
+
+
+# ---- labels and colours
+
+
+def compare(tmp_path: Path, *flags: dict) -> run_labels.Comparison:
+    folders = [make_run(tmp_path, f"run{index}", steps=3, **one) for index, one in enumerate(flags)]
+    return run_labels.compare([curves.read_run(folder / "training_log.csv") for folder in folders])
+
+
+def test_labels_name_only_what_differs(tmp_path):
+    comparison = compare(tmp_path, {"rank": 64}, {"rank": 8}, {"rank": 8, "lr": 1e-5, "report_to": "wandb"})
+    assert [run.label for run in comparison.runs] == ["rank=8  lr=1e-05", "rank=8  lr=2e-04", "rank=64  lr=2e-04"]
+    assert comparison.common["model"] == "org/small-1b"
+
+
+def test_alpha_is_named_when_it_does_not_follow_from_rank(tmp_path):
+    comparison = compare(tmp_path, {"rank": 8, "alpha": 16}, {"rank": 16, "alpha": 64}, {"rank": 16, "alpha": 16})
+    labels = [run.label for run in comparison.runs]
+    assert labels == ["rank=8  alpha=16", "rank=16  alpha=16", "rank=16  alpha=64"]
+
+
+def test_models_are_named_by_their_own_names_and_match_folder_names(tmp_path):
+    comparison = compare(tmp_path, {"model": "kakaocorp/kanana-1.5-2.1b"}, {"model": "Qwen/Qwen2.5-3B"})
+    assert {run.label for run in comparison.runs} == {"kanana-1.5-2.1b", "Qwen2.5-3B"}
+    assert run_labels.comparable("model", "org/small-1b") == run_labels.comparable("model", "small_1b")
+
+
+def test_a_folder_without_config_is_known_by_its_name(tmp_path):
+    name = "kanana_1.5_2.1b_instruct_2505_r16_a32_lr2em04_ep3_20251218_143022"
+    expected = {"model": "kanana_1.5_2.1b_instruct_2505", "rank": 16, "alpha": 32, "lr": 2e-4, "epochs": 3}
+    assert curves.flags_from_name(name) == curves.flags_from_name(name + "_2") == expected
+    assert curves.flags_from_name("my_run") == {}
+
+
+def test_same_settings_twice_still_get_two_labels(tmp_path):
+    comparison = compare(tmp_path, {}, {}, {"rank": 8})
+    labels = [run.label for run in comparison.runs]
+    assert len(set(labels)) == 3 and labels[0] == "rank=8"
+
+
+def test_seeds_share_a_colour_and_ranks_climb_one_scale(tmp_path):
+    comparison = compare(tmp_path, *[{"rank": rank, "seed": seed} for seed in (1, 2) for rank in (64, 4, 16)])
+    assert [run.label for run in comparison.runs[:3]] == ["rank=4  seed=1", "rank=4  seed=2", "rank=16  seed=1"]
+    colors = [look.color for look in comparison.looks]
+    assert colors[0] == colors[1] and len(set(colors)) == 3
+    lightness = [_lightness(color) for color in colors[::2]]
+    assert lightness == sorted(lightness)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 12])
+def test_neighbouring_ranks_differ_in_lightness_alone(count):
+    """Told apart without any colour vision, and never so light that white paper swallows the line."""
+    light = [_lightness(color) for color in run_labels.ramp(count)]
+    assert min(np.diff(light)) > 40 / count and light[-1] < 84
+
+
+def test_categories_keep_apart_under_colour_blindness():
+    """Machado et al. 2009, severity 1: deuteranopia and protanopia; distances in linear RGB."""
+    matrices = [
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    ]
+    colors = np.array([_linear(color) for color in run_labels.CATEGORIES])
+    for matrix in matrices:
+        seen = colors @ np.array(matrix).T
+        for index in range(len(seen)):
+            for other in range(index):
+                assert np.linalg.norm(seen[index] - seen[other]) > 0.1, (index, other)
+
+
+def _linear(color: str) -> list[float]:
+    parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    return [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+
+
+def _lightness(color: str) -> float:
+    """CIE L*, 0 to 100."""
+    return float(116 * np.dot(_linear(color), [0.2126, 0.7152, 0.0722]) ** (1 / 3) - 16)
+
+
+# ---- curves
+
+
+def test_smoothing_is_centred_and_keeps_a_straight_line():
+    line = np.arange(50, dtype=float)
+    assert np.allclose(curves.smooth(line, 5)[2:-2], line[2:-2])
+    assert curves.smooth(line, 0) is line and curves.smooth(line, 1) is line
+    step = np.r_[np.zeros(20), np.ones(20)]
+    assert curves.smooth(step, 10)[19:21].mean() == pytest.approx(0.5, abs=0.06)
+
+
+def test_thinning_keeps_ends_order_and_extremes():
+    values = np.sin(np.arange(10_000) / 50)
+    values[7777], values[1234] = 9.0, -9.0
+    index = curves.thin(values, 500)
+    assert len(index) <= 502 and index[0] == 0 and index[-1] == 9999 and (np.diff(index) > 0).all()
+    assert {7777, 1234} <= set(index.tolist())
+    assert curves.thin(values[:100], 500).tolist() == list(range(100))
+
+
+def test_scores_of_an_evaluated_run_are_in_the_table(ranks):
+    folder = next((ranks / "experiments").glob("small_r8_*"))
+    (folder / "evaluation").mkdir()
+    for which, value in (("base", 0.1), ("finetuned", 0.95)):
+        metrics = {"tool_name_accuracy": value, "per_tool": {"x": 1}}
+        (folder / "evaluation" / f"{which}_model_metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    result = visualize("-s", "summary.csv", "experiments", cwd=ranks)
+    rows = read_summary(ranks / "summary.csv")
+    assert [row["finetuned_tool_name_accuracy"] for row in rows] == ["", "0.95", ""]
+    assert "0.950" in result.stdout and "tool name tuned" in result.stdout
+
+
+def test_a_hundred_long_runs(tmp_path):
+    """Not timed here; that all runs are there and that the page stays small."""
+    first = make_run(tmp_path / "experiments", "run_0", steps=10_000, rank=1, eval_every=500)
+    log = (first / "training_log.csv").read_bytes()
+    for index in range(1, 100):
+        folder = make_run(tmp_path / "experiments", f"run_{index}", steps=1, rank=index + 1)
+        (folder / "training_log.csv").write_bytes(log)
+    visualize("-o", "out.png", "-s", "summary.csv", "--html", "out.html", "experiments", cwd=tmp_path)
+    rows = read_summary(tmp_path / "summary.csv")
+    assert [int(row["rank"]) for row in rows] == list(range(1, 101)) and {row["steps"] for row in rows} == {"10000"}
+    assert picture_size(tmp_path / "out.png") == (1800, 1012)
+    assert (tmp_path / "out.html").stat().st_size < 5_000_000
+
+
+# ---- the interactive page
+
+
+def test_page_needs_nothing_from_outside_and_survives_hostile_names(tmp_path):
+    make_run(tmp_path / "experiments", "a", model="org/</script><script>alert(1)</script>")
+    make_run(tmp_path / "experiments", "b", model="org/한국어")
+    visualize("--html", "page.html", "experiments", cwd=tmp_path)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in page and "한국어" in page
+    assert page.count("</script>") == 2 and "alert(1)</script>" not in page
+    addresses = set(re.findall(r"https?://[^\"'\s]+", page))
+    assert addresses <= {"http://www.w3.org/2000/svg"}  # a namespace, never fetched
+    assert not re.findall(r"<(?:link|img|iframe)|src=|@import|url\((?!#)", page)
+
+
+# Runs inside the page after it has drawn: does what a person does and writes down what the page then shows.
+DRIVER = """
+<script>
+addEventListener("load", () => setTimeout(() => {
+  const out = {};
+  try { drive(out); } catch (error) { out.errors = [String(error), error.stack]; }
+  const node = document.createElement("pre"); node.id = "outcome";
+  node.textContent = JSON.stringify(out); document.body.append(node);
+}, 300));
+function drive(out) {
+  const chart = document.querySelector("#chart > svg");
+  const curves = () => [...chart.querySelectorAll("path.curve")].map(p => p.dataset.run);
+  const area = chart.getBoundingClientRect();
+  const mouse = (type, x, y) => chart.dispatchEvent(
+    new PointerEvent(type, {bubbles: true, clientX: area.left + x, clientY: area.top + y}));
+  out.first = curves();
+  out.legend = [...document.querySelectorAll("#legend label")].map(l => l.innerText.trim());
+  out.axes = [...document.querySelectorAll("#axis option")].map(o => o.textContent);
+  mouse("pointermove", area.width / 2, 200);
+  out.tip = document.getElementById("tip").innerText;
+  out.tipShown = getComputedStyle(document.getElementById("tip")).display;
+  document.querySelectorAll("#legend input")[0].click();
+  out.toggled = curves();
+  document.getElementById("all").click();
+  const find = document.getElementById("find"); find.value = "rank=16"; find.dispatchEvent(new Event("input"));
+  out.found = curves();
+  document.getElementById("all").click();
+  const d = () => chart.querySelector("path.curve").getAttribute("d");
+  const before = d(); document.getElementById("logy").click(); out.logChanged = d() !== before;
+  document.getElementById("logy").click(); out.logBack = d() === before;
+  mouse("pointerdown", area.width / 2, 100);
+  for (const type of ["pointermove", "pointerup"]) mouse(type, area.width * .75, 100);
+  out.zoomed = d() !== before; document.getElementById("reset").click(); out.unzoomed = d() === before;
+  const axis = document.getElementById("axis"); axis.value = "time"; axis.dispatchEvent(new Event("change"));
+  chart.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
+  out.timeTip = document.getElementById("tip").innerText;
+  document.querySelectorAll("#table th button")[3].click();
+  out.sorted = [...document.querySelectorAll("#table tbody tr")].map(r => r.cells[0].innerText);
+  out.errors = window.failed;
+}
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt install chromium)")
+def test_page_in_a_real_browser(ranks):
+    visualize("--html", "page.html", "experiments", cwd=ranks)
+    page = (ranks / "page.html").read_text(encoding="utf-8")
+    errors = "<head><script>window.failed = []; onerror = m => { failed.push(m); };</script>"
+    driven = ranks / "driven.html"
+    driven.write_text(page.replace("<head>", errors, 1).replace("</body>", DRIVER, 1), encoding="utf-8")
+    profile = ranks / "profile"
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
+               "--window-size=1400,900", "--virtual-time-budget=4000", "--dump-dom", driven.as_uri()]  # fmt: skip
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    except subprocess.TimeoutExpired:
+        pytest.skip("chromium is installed but does not start headless on this machine")
+    found = re.search(r'<pre id="outcome">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stderr[-2000:] + done.stdout[-1000:]
+    out = json.loads(html.unescape(found[1]))
+    names = ["rank=4", "rank=8", "rank=16"]
+    assert out["errors"] == []
+    assert out["first"] == names and out["legend"] == names
+    assert out["axes"] == ["optimizer step", "epoch", "tokens seen", "time"]
+    assert out["tipShown"] == "block" and all(name in out["tip"] for name in names)
+    step = int(re.search(r"optimizer step (\d+)", out["tip"])[1])
+    log = next((ranks / "experiments").glob("small_r8_*")) / "training_log.csv"
+    logged = float(log.read_text(encoding="utf-8").splitlines()[step].split(",")[2])
+    assert f"{logged:.4f}" in re.search(r"rank=8\s+(.*)", out["tip"])[0]
+    assert out["toggled"] == ["rank=8", "rank=16"] and out["found"] == ["rank=16"]
+    assert out["logChanged"] and out["logBack"] and out["zoomed"] and out["unzoomed"]
+    assert "time" in out["timeTip"]
+    assert out["sorted"] == ["rank=16", "rank=8", "rank=4"]  # by final loss: rank 16 ends lowest
