@@ -147,6 +147,9 @@ def _attention(module, query, key, value, attention_mask=None, *, scaling=None, 
     decoding = length == 1 and cache.slots.numel() > 0
     if not decoding and all(prefix is None for _, _, prefix in segments):
         return _causal(query, key, value, scaling, sliding_window), None
+    segments = [(a - start, b - start, prefix) for a, b, prefix in segments]
+    if not decoding and sliding_window is None and query.device.type == "cpu":
+        return _merged_blocks(query, key, value, segments, layer, scaling), None
     slots = cache.slots[:, None] if decoding else torch.arange(length, device=query.device).expand(end - start, -1)
     own = cache.longest if decoding else length
     own_keys, own_values = cache.keys[layer][start:end, :, :own], cache.values[layer][start:end, :, :own]
@@ -158,7 +161,7 @@ def _attention(module, query, key, value, attention_mask=None, *, scaling=None, 
             slots[:, at : at + block],
             own_keys,
             own_values,
-            [(a - start, b - start, prefix) for a, b, prefix in segments],
+            segments,
             layer,
             scaling,
             sliding_window,
@@ -179,6 +182,27 @@ def _causal(query, key, value, scaling, sliding_window):
     output = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
     )
+    return output.transpose(1, 2)
+
+
+def _merged_blocks(query, key, value, segments, layer, scaling):
+    """Many new tokens on a CPU: its flash kernel for each part, merged by the parts' log-sum-exp."""
+    group = query.shape[1] // key.shape[1]
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output, log_sum = flash(
+        query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 0.0, True, scale=scaling
+    )
+    for start, end, prefix in segments:
+        if prefix is None:
+            continue
+        part = query[start:end]
+        stacked = part.transpose(0, 1).reshape(1, part.shape[1], -1, part.shape[3])  # (1, heads, n * S, head_dim)
+        keys, values = (x[layer].repeat_interleave(group, 0)[None] for x in (prefix.keys, prefix.values))
+        shared, shared_log_sum = flash(stacked, keys, values, 0.0, False, scale=scaling)
+        shared = shared.view(part.shape[1], end - start, part.shape[2], -1).transpose(0, 1)
+        shared_log_sum = shared_log_sum.view(part.shape[1], end - start, part.shape[2]).transpose(0, 1)
+        weight = torch.sigmoid(shared_log_sum - log_sum[start:end])[..., None].to(shared.dtype)
+        output[start:end] = torch.lerp(output[start:end], shared, weight)
     return output.transpose(1, 2)
 
 
