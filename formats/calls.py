@@ -24,10 +24,12 @@ def skip_space(text: str, at: int) -> int:
 
 
 def read_json(text: str, at: int) -> tuple[Any, int]:
-    """(value, position behind it) of the JSON value at `at`. Raises ValueError with a one-line reason."""
+    """(value, position behind it) of the JSON object or list at `at`. Raises ValueError with a one-line reason."""
     at = skip_space(text, at)
     if at >= len(text):
         raise ValueError("the text ends where JSON should start")
+    if text[at] not in "{[":
+        raise ValueError(f"{text[at]!r} where JSON should start")
     try:
         return _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
@@ -56,6 +58,7 @@ def read_tagged(text: str, opening: str, closing: str, read_body) -> Parsed:
     tag when it has none.
     """
     parsed, kept, at = Parsed(), [], 0
+    last_close = text.rfind(closing)
     while (start := text.find(opening, at)) >= 0:
         kept.append(text[at:start])
         try:
@@ -65,7 +68,7 @@ def read_tagged(text: str, opening: str, closing: str, read_body) -> Parsed:
                 raise ValueError(f"{closing} is missing" if end >= len(text) else f"text before {closing}")
         except ValueError as error:
             parsed.errors.append(f"call {len(parsed.tool_calls) + len(parsed.errors) + 1}: {error}")
-            close = text.find(closing, start)
+            close = text.find(closing, start) if start <= last_close else -1
             reopen = text.find(opening, start + len(opening))
             end = len(text) if close < 0 else close + len(closing)
             if 0 <= reopen < end:

@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from formats.base import Format, render_messages
 
-_SKELETONS: dict[tuple, list[str] | None] = {}
+
+
+class Piece(NamedTuple):
+    """A piece of the template's own text, and where in it the tools' schemas stand."""
+
+    text: str
+    tools: tuple[int, int] | None
+
+
+_SKELETONS: dict[tuple, list[Piece] | None] = {}
 _BLOCKS = ("<think>\n\n</think>\n\n", "<think>\n")  # belong to the answer, although a prompt may contain them
 
 
@@ -36,15 +45,13 @@ def _spans(
     text: str, messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any
 ) -> Iterator[tuple[int, int, str]]:
     """(start, end, role) of the parts of `text` that are no template text, not overlapping."""
-    glue = _skeleton(messages, tools, fmt, tokenizer)
-    if glue is None:
+    pieces = _skeleton(messages, tools, fmt, tokenizer)
+    if pieces is None or not text.startswith(pieces[0].text):
         return
-    at = _find(text, glue[0], 0)
-    if at is None:
-        return
-    yield from _tools(text, glue[0], at, tools)
-    at += len(glue[0])
-    for message, behind in zip(messages, glue[1:], strict=True):
+    if pieces[0].tools:
+        yield (*pieces[0].tools, "system")
+    at = len(pieces[0].text)
+    for message, (behind, schemas) in zip(messages, pieces[1:], strict=True):
         if message["role"] == "assistant":
             ends = [place + len(mark) for mark in fmt.end_of_turn if (place := text.find(mark, at)) >= 0]
             if not ends:
@@ -52,45 +59,34 @@ def _spans(
             block = next((block for block in _BLOCKS if text.endswith(block, 0, at)), "")
             yield at - len(block), min(ends), "assistant"
             at = min(ends)
-            behind = _behind_end(behind, fmt)
-            at = at if text.startswith(behind, at) else _find(text, behind, at)
-        else:
-            found = _find(text, behind, at)
-            end = len(text) if found is None else found
-            if end > at:
-                yield at, end, message["role"]
-            at = found
-        if at is None:
+            cut = min((place + len(mark) for mark in fmt.end_of_turn if (place := behind.find(mark)) >= 0), default=0)
+            behind = behind[cut:]
+            schemas = schemas and (schemas[0] - cut, schemas[1] - cut)
+        found = text.find(behind, at)
+        if message["role"] != "assistant":
+            yield at, len(text) if found < 0 else found, message["role"]
+        if found < 0:
             return
-        yield from _tools(text, behind, at, tools)
-        at += len(behind)
+        if schemas:
+            yield found + schemas[0], found + schemas[1], "system"
+        at = found + len(behind)
 
 
-def _find(text: str, part: str, start: int) -> int | None:
-    at = text.find(part, start)
-    return None if at < 0 else at
-
-
-def _behind_end(glue: str, fmt: Format) -> str:
-    ends = [place + len(mark) for mark in fmt.end_of_turn if (place := glue.find(mark)) >= 0]
-    return glue[min(ends) :] if ends else glue
-
-
-def _tools(text: str, glue: str, at: int, tools: list[dict]) -> Iterator[tuple[int, int, str]]:
-    """The tools' schemas inside a piece of template text that starts at `at`."""
-    if not tools:
-        return
+def _find_tools(glue: str, tools: list[dict]) -> tuple[int, int] | None:
+    """(start, end) of the tools' schemas inside a piece of template text, however the template prints them."""
+    if not tools or str(tools[0].get("function", tools[0]).get("name")) not in glue:
+        return None
     for dump in (json.dumps, lambda value, **kw: json.dumps(value, indent=4, **kw), lambda value, **kw: str(value)):
         for pick in (lambda tool: tool, lambda tool: tool.get("function", tool)):
             first = glue.find(dump(pick(tools[0]), ensure_ascii=False))
-            last_text = dump(pick(tools[-1]), ensure_ascii=False)
-            last = glue.rfind(last_text)
-            if 0 <= first <= last:
-                yield at + first, at + last + len(last_text), "system"
-                return
+            if first >= 0:
+                last_text = dump(pick(tools[-1]), ensure_ascii=False)
+                last = glue.rfind(last_text)
+                return (first, last + len(last_text)) if last >= first else None
+    return None
 
 
-def _skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any) -> list[str] | None:
+def _skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any) -> list[Piece] | None:
     """The template's text in front of, between and behind the contents of messages of these roles."""
     shape = tuple((message["role"], bool(message["content"])) for message in messages)
     key = (fmt.template, str(fmt.template_kwargs), shape, json.dumps(tools), type(tokenizer))
@@ -101,7 +97,7 @@ def _skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: A
     return _SKELETONS[key]
 
 
-def _make_skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any) -> list[str] | None:
+def _make_skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any) -> list[Piece] | None:
     marks = [f"wq{index}zk" for index in range(len(messages))]
     kept = ("role", "tool_call_id", "name")
     plain = [
@@ -121,4 +117,4 @@ def _make_skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokeniz
             # Reasoning stands inside the answer's part, whether the template shows an empty block there or a full one.
             before = next((before.removesuffix(block) for block in _BLOCKS if before.endswith(block)), before)
         glue.append(before)
-    return [*glue, text]
+    return [Piece(part, _find_tools(part, tools)) for part in (*glue, text)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from formats import FORMATS
@@ -62,10 +60,7 @@ def test_a_format_reads_up_to_the_end_of_turn_and_takes_the_reasoning_out():
     assert FORMATS["qwen"].parse("Write <think> and </think>.").content == "Write <think> and </think>."
 
 
-@pytest.mark.parametrize("parse,text", [(parse_hermes, "<tool_call>"), (parse_function_tag, "<function=")])
-def test_reading_is_linear(parse, text):
-    parse(text * 1000)
-    started = time.process_time()
-    parse(text * 20_000)
-    long = time.process_time() - started
-    print(f"20,000 broken openings: {long:.2f} s")
+@pytest.mark.parametrize("parse,opening", [(parse_hermes, "<tool_call>"), (parse_function_tag, "<function=")])
+def test_twenty_thousand_broken_openings_are_all_reported(parse, opening):
+    parsed = parse(opening * 20_000)
+    assert len(parsed.errors) == 20_000 and parsed.content == opening * 20_000
