@@ -20,7 +20,8 @@ EXAMPLES = """examples:
   prepare_data.py audit --tokenizer smollm2-135m --format chatml data/processed
 `prepare` may be left out. Each verb has a --help of its own.
 """
-PREPARE_EXAMPLES = """A source is a .jsonl, .json, .csv, .tsv or .parquet file (also .gz), a folder of splits, or a Hub dataset.
+PREPARE_EXAMPLES = """A source is a .jsonl, .json, .csv, .tsv or .parquet file (also .gz), a folder of splits, or a Hub
+dataset.
 Written into --output: train.jsonl, validation.jsonl, test.jsonl, rejected.jsonl, dataset_card.md, two pictures.
 examples:
   prepare_data.py rows.jsonl --output data/processed
@@ -68,13 +69,17 @@ def _verb(verbs, name: str, summary: str, epilog: str) -> argparse.ArgumentParse
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--map", action="append", metavar="COLUMN=FIELD", help="read a column as this field; repeatable")
+    parser.add_argument(
+        "--map", action="append", metavar="COLUMN=FIELD", help="read a column as this field; repeatable"
+    )
     parser.add_argument("--tools", metavar="FILE", help="JSON file with tool schemas for rows that declare none")
 
 
 def _add_format(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--tokenizer", required=required, metavar="DIR_OR_ID", help="folder, Hub id or smollm2-135m")
-    parser.add_argument("--format", default="auto", metavar="F", help="format name, YAML file, native or auto (default)")
+    parser.add_argument(
+        "--format", default="auto", metavar="F", help="format name, YAML file, native or auto (default)"
+    )
     parser.add_argument("--train_on", default="all", choices=("all", "last"), help="which assistant turns are trained")
     parser.add_argument("--control_tokens", default="escape", choices=("escape", "error", "allow"),
                         help="control tokens inside contents (default: escape)")  # fmt: skip
@@ -86,8 +91,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for the splits and the dataset card")
     parser.add_argument("--overwrite", action="store_true", help="replace the splits already in --output")
     _add_reading(parser)
-    parser.add_argument("--sql", nargs="?", const="", metavar="URL", help="read a database too; without a URL: "
-                        "$DATABASE_URL, or PostgreSQL as POSTGRES_HOST, _PORT, _DB, _USER, _PASSWORD or .env say")  # fmt: skip
+    from_environment = "without a URL: $DATABASE_URL, or PostgreSQL as POSTGRES_HOST, _PORT, _DB, _USER, _PASSWORD say"
+    parser.add_argument("--sql", nargs="?", const="", metavar="URL", help=f"read a database too; {from_environment}")
     parser.add_argument("--query", metavar="SELECT", help="the query for --sql")
     parser.add_argument("--table", help="or a whole table (default: query_logs)")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad row instead of rejecting it")
@@ -146,9 +151,8 @@ def _reading(args) -> dict:
 
 
 def _tokenizer_and_format(args) -> tuple:
-    from formats import check_tokenizer
-
     from finetune.token_files import load_format, load_tokenizer
+    from formats import check_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer, trust_remote_code=args.trust_remote_code)
     fmt, why = load_format(args.format, tokenizer)
@@ -196,7 +200,9 @@ def _encode(args) -> int:
     tokenizer, fmt = _tokenizer_and_format(args)
     flags = {"train_on": args.train_on, "control_tokens": args.control_tokens}
     counts = encode_file(args.input, args.output, tokenizer, fmt, **_reading(args), **flags)
-    print(f"{counts.total()} rows: " + ", ".join(f"{n} {status}" for status, n in counts.items()) + f" -> {args.output}")
+    print(
+        f"{counts.total()} rows: " + ", ".join(f"{n} {status}" for status, n in counts.items()) + f" -> {args.output}"
+    )
     return 0
 
 

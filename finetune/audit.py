@@ -62,7 +62,9 @@ def audit(
         if not spans:
             _note(result.failures, "a row without any trained token", name)
         elif len(spans) != len(wanted):
-            _note(result.failures, "trained turns differ from assistant turns", f"{name} ({len(spans)} of {len(wanted)})")
+            _note(
+                result.failures, "trained turns differ from assistant turns", f"{name} ({len(spans)} of {len(wanted)})"
+            )
         elif not encoded.escaped:
             for text, message in zip(spans, wanted, strict=True):
                 _read_back(text, message, conversation["tools"], fmt, name, result)

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 
@@ -58,7 +59,7 @@ def _check_order(messages: list[dict[str, Any]], add) -> None:
         add("several system messages", f"the conversation begins with {begin} system messages", error=False)
     if roles[begin : begin + 1] == ["assistant"]:
         add("assistant speaks first", f"message {begin + 1}: the assistant speaks before any user", error=False)
-    for number, (before, role) in enumerate(zip(roles, roles[1:]), start=2):
+    for number, (before, role) in enumerate(pairwise(roles), start=2):
         if role == before and role in ("user", "assistant"):
             add(f"two {role} messages in a row", f"messages {number - 1} and {number}: both {role}", error=False)
         if before == "tool" and role == "user":
@@ -82,7 +83,10 @@ def _check_results(messages: list[dict[str, Any]], add) -> None:
             if not calls:
                 add("orphan result", f"message {number}: a tool result, but nothing was called")
             elif ids and message.get("tool_call_id") and message["tool_call_id"] not in ids:
-                add("orphan result", f"message {number}: tool_call_id {message['tool_call_id']!r} is of no call before it")
+                add(
+                    "orphan result",
+                    f"message {number}: tool_call_id {message['tool_call_id']!r} is of no call before it",
+                )
             elif results > len(calls):
                 add("orphan result", f"message {number}: {results} results for {len(calls)} calls")
             elif message.get("name") and message["name"] not in {call["function"]["name"] for call in calls}:

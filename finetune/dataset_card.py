@@ -53,7 +53,10 @@ def card(result: Prepared, options: Options, command: str) -> str:
     lines += [f"  - split: {name}\n    path: {name}.jsonl" for name in SPLITS if result.splits[name]]
     lines += ["---", "", "# Dataset card", "", f"Made by `{command}`.", "", "## Rows", ""]
     lines += _table(["", "rows"], [["read", counts["read"]], ["kept", result.kept], ["rejected", len(result.rejected)]])
-    lines += ["", *_table(["source", "read", "used"], [[_cell(s), n["read"], n["used"]] for s, n in counts["sources"].items()])]
+    lines += [
+        "",
+        *_table(["source", "read", "used"], [[_cell(s), n["read"], n["used"]] for s, n in counts["sources"].items()]),
+    ]
     lines += ["", f"## Splits (seed {options.seed}, asked for {options.split})", ""]
     lines += _table(
         ["split", "rows", f"median {result.unit}", "95 %", "longest"],
@@ -62,8 +65,8 @@ def card(result: Prepared, options: Options, command: str) -> str:
     )  # fmt: skip
     lines += [
         "",
-        f"Rows in groups of near-duplicates that were kept together: {result.near_duplicates} besides the first of each "
-        f"group. Requests that stand in more than one split: {shared_requests(result)}.",
+        f"Rows in groups of near-duplicates that were kept together: {result.near_duplicates} besides the first "
+        f"of each group. Requests that stand in more than one split: {shared_requests(result)}.",
         "", f"![Lengths in {result.unit}](lengths.png)", "", "## Tools", "", "By the tool that a row calls first.", "",
     ]  # fmt: skip
     balance = tool_balance(result)

@@ -25,7 +25,9 @@ from finetune.progress import progress_bar
 REPORTED = 100  # left-out rows named in the report; `EncodedRows.left_out` has all
 CHUNK = 64  # rows per unit of work
 PROBE_SECONDS = 1.0  # how long one process alone encodes before it is judged whether others would help
-WORTH_SECONDS = 20.0  # other processes first import the tokenizer's library (about 6 s), so a short rest is not worth it
+WORTH_SECONDS = (
+    20.0  # other processes first import the tokenizer's library (about 6 s), so a short rest is not worth it
+)
 
 
 @dataclass(frozen=True)

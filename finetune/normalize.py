@@ -56,7 +56,9 @@ def normalize_row(
         messages, declared = _tools_in_messages(messages, notes)
     declared = declared or list(tools or [])
     names = {tool["function"]["name"] for tool in declared}
-    result = [new for number, message in enumerate(messages, start=1) for new in _message(message, number, names, notes)]
+    result = [
+        new for number, message in enumerate(messages, start=1) for new in _message(message, number, names, notes)
+    ]
     if not result:
         raise RowError("messages is empty")
     conversation = {"messages": result, "tools": declared}
@@ -122,7 +124,7 @@ def _content(message: dict[str, Any], number: int, notes: Counter) -> str:
         return ""
     if isinstance(content, list) and content and all(isinstance(p, dict) and "type" in p for p in content):
         texts = [part.get("text") for part in content]
-        if any(part["type"] != "text" or not isinstance(text, str) for part, text in zip(content, texts)):
+        if any(part["type"] != "text" or not isinstance(text, str) for part, text in zip(content, texts, strict=True)):
             raise RowError(f"message {number} has content parts that are no text; only text can be trained")
         notes["content parts joined"] += 1
         return "".join(texts)

@@ -1,4 +1,4 @@
-"""The verb `prepare`: read, normalise, check, remove duplicates, fit to a length, split, write; every row accounted for.
+"""The verb `prepare`: read, normalise, check, remove duplicates, fit to a length, split, write.
 
 Kept rows + rejected rows = rows read, always; the function ends with that sum.
 """
@@ -152,7 +152,9 @@ def _without_near_copies(rows, groups, result: Prepared, options: Options) -> tu
             kept.append(row)
         else:
             source, number = rows[group].origin
-            result.rejected.append(Rejected(*row.origin, f"nearly the same as {source}, row {number}", row.conversation))
+            result.rejected.append(
+                Rejected(*row.origin, f"nearly the same as {source}, row {number}", row.conversation)
+            )
     return kept, list(range(len(kept)))
 
 
@@ -182,7 +184,9 @@ def _fitted(rows: list[_Row], result: Prepared, options: Options, tokenizer, fmt
     return kept
 
 
-def write_prepared(result: Prepared, folder: str | Path, options: Options, command: str, *, overwrite: bool = False) -> None:
+def write_prepared(
+    result: Prepared, folder: str | Path, options: Options, command: str, *, overwrite: bool = False
+) -> None:
     """Write one file per split, rejected.jsonl, the dataset card and its pictures. Raises UserError."""
     from finetune.dataset_card import card, draw_lengths, draw_tools
 

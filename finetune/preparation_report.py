@@ -28,14 +28,18 @@ def print_prepared(result: Prepared, folder: Path) -> None:
     block("columns read", result.loaded.mappings.most_common(SHOWN))
     block("changed while normalising", result.loaded.notes.most_common(SHOWN))
     kinds = Counter(reason_kind(row.reason) for row in result.rejected)
-    examples = {reason_kind(row.reason): f"{row.source}, row {row.row}: {row.reason}" for row in reversed(result.rejected)}
+    examples = {
+        reason_kind(row.reason): f"{row.source}, row {row.row}: {row.reason}" for row in reversed(result.rejected)
+    }
     block("rejected, with the first row of each kind", [(examples[kind], n) for kind, n in kinds.most_common(SHOWN)])
     warnings = sorted(result.warnings.items(), key=lambda item: -len(item[1]))
     block("kept, but worth a look", [(f"{kind} (first: {rows[0]})", len(rows)) for kind, rows in warnings])
     if result.turns_removed:
         console.print(f"oldest turns removed from over-long rows: {result.turns_removed:,}")
     if result.encoding_report and result.encoding_report["escaped"]:
-        console.print(f"control strings inside contents, neutralised when trained: {result.encoding_report['escaped']:,}")
+        console.print(
+            f"control strings inside contents, neutralised when trained: {result.encoding_report['escaped']:,}"
+        )
     table = Table("split", "rows", f"median {result.unit}", "95 %", "longest")
     for column in table.columns[1:]:
         column.justify = "right"

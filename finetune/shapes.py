@@ -185,7 +185,7 @@ def _bfcl(fields):
 
 
 def _allowed(values: Any) -> list[Any]:
-    """The first allowed value as a list of one; none where "" comes first or nothing else is allowed (may be left out)."""
+    """The first allowed value as a list of one; none where "" comes first (it may be left out)."""
     if not isinstance(values, list):
         return [values]
     if not values or values[0] == "":
@@ -221,7 +221,7 @@ def _glaive(fields):
         raise RowError("the chat does not begin with 'USER:' or 'ASSISTANT:'")
     messages = [
         {"role": roles[name], "content": text.replace("<|endoftext|>", "").strip()}
-        for name, text in zip(parts[1::2], parts[2::2])
+        for name, text in zip(parts[1::2], parts[2::2], strict=True)
     ]
     system = re.sub(r"^\s*SYSTEM:\s*", "", _text(fields, "system"))
     tools, start = [], system.find("{") if fields.get("tools") is None else -1
@@ -252,12 +252,12 @@ def _plain_text(fields):
     ends = [match.start() for match in turns[1:]] + [len(text)]
     return [
         {"role": _SPEAKER[match[1].lower()], "content": text[match.end() : end].strip()}
-        for match, end in zip(turns, ends)
+        for match, end in zip(turns, ends, strict=True)
     ], fields.get("tools"), _text(fields, "system")  # fmt: skip
 
 
 _HERMES_SYSTEM = re.compile(
-    r"You are a function calling AI model\..*?<tools>(?P<tools>.*?)</tools>.*?(</tool_call>\s*|$)", re.DOTALL
+    r"You are a function calling AI model\..*?<tools>(?P<tools>\s*[\[{].*?)</tools>.*?(</tool_call>\s*|$)", re.DOTALL
 )
 
 

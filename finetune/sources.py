@@ -64,7 +64,8 @@ def parse_spec(text: str | Path) -> Spec:
     if folder and Path(folder).is_dir():
         return Spec(text, weight, path=Path(folder), split=split)
     match = _HUB.fullmatch(body)
-    looks_local = data_suffix(Path(body)) is not None or body.startswith((".", "/", "~")) or "\\" in body
+    name = match["name"] if match else body
+    looks_local = data_suffix(Path(name)) is not None or body.startswith((".", "/", "~")) or "\\" in body
     if match is None or looks_local or "/" not in body:
         raise UserError(
             f"{body}: there is no such file or folder; give a path to {', '.join(SUFFIXES)} (also .gz), "
@@ -96,7 +97,10 @@ def read_rows(spec: str | Path | Spec) -> Iterator[tuple[str, int, dict[str, Any
             rows = _parquet_records(path)
         else:
             raise UserError(f"{path}: unknown kind of file; rename it to one of {', '.join(SUFFIXES)} (also .gz)")
+        answers = _bfcl_answers(path)
         for number, row in rows:
+            if answers and isinstance(row, dict) and "ground_truth" not in row and row.get("id") in answers:
+                row = row | {"ground_truth": answers[row["id"]]}
             yield str(path), number, row
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: the gzip file is damaged ({error}); fetch it again") from error
@@ -118,6 +122,15 @@ def split_file(folder: Path, split: str | None) -> Path:
         return found[0]
     what = "no file" if not found else f"several files ({', '.join(p.name for p in found)})"
     raise UserError(f"{folder}: holds {what} for the split {wanted!r}; name the file itself, or folder@split")
+
+
+def _bfcl_answers(path: Path) -> dict[str, Any]:
+    """id -> ground truth from `possible_answer/` beside a BFCL question file, which is how BFCL ships them."""
+    beside = path.parent / "possible_answer" / path.name
+    if not path.name.startswith("BFCL_") or not beside.is_file():
+        return {}
+    rows = (row for _, row in _json_lines(beside) if isinstance(row, dict))
+    return {row["id"]: row["ground_truth"] for row in rows if "id" in row and "ground_truth" in row}
 
 
 def _open(path: Path):
@@ -197,7 +210,7 @@ def _json_document(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
     try:
         rows = strict_json(text)
     except ValueError as error:
-        first = next((line for line in text.splitlines() if line.strip()), "")
+        first = next((line for line in text.split("\n") if line.strip()), "")
         if isinstance(read_json_row(first), dict):
             yield from _json_lines(path)
             return
@@ -231,7 +244,7 @@ def _csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, dict | Unrea
                 if len(cells) > len(header):
                     yield number, Unreadable(f"has {len(cells)} cells under {len(header)} columns", str(cells))
                 else:
-                    yield number, {name: cell for name, cell in zip(header, cells) if cell != ""}
+                    yield number, {name: cell for name, cell in zip(header, cells, strict=False) if cell != ""}
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: is not UTF-8 text (line {reader.line_num + 1}); save it as UTF-8") from error
         except csv.Error as error:

@@ -62,13 +62,13 @@ def encode_row(raw: Any, tokenizer, fmt, *, column_map=None, tools=None, **flags
     except RowError as error:
         return {"status": "refused", "reason": str(error), "sequences": []}
     encoded = encode(conversation, tokenizer, fmt, **flags)
-    sequences = [
-        {"text": s.text, "input_ids": list(s.input_ids), "labels": list(s.labels)} for s in encoded.sequences
-    ]
+    sequences = [{"text": s.text, "input_ids": list(s.input_ids), "labels": list(s.labels)} for s in encoded.sequences]
     return {"status": encoded.status, "reason": encoded.reason, "sequences": sequences}
 
 
-def encode_file(source: str | Path, target: str | Path, tokenizer, fmt, *, column_map=None, tools=None, **flags) -> Counter:
+def encode_file(
+    source: str | Path, target: str | Path, tokenizer, fmt, *, column_map=None, tools=None, **flags
+) -> Counter:
     """Write `{"row", "status", "reason", "sequences": [{"text", "input_ids", "labels"}]}` per row; counts by status.
 
     `row` is the row's number from 1 (for JSON Lines its line). flags go to formats.encode (train_on, control_tokens).

@@ -11,8 +11,16 @@ from finetune.sources import json_type, strict_json
 
 # Type names of Python and of BFCL that JSON Schema spells differently; "any" is JSON Schema's absence of a type.
 _TYPES = {
-    "dict": "object", "float": "number", "int": "integer", "str": "string", "bool": "boolean", "list": "array",
-    "tuple": "array", "set": "array", "double": "number", "long": "integer",
+    "dict": "object",
+    "float": "number",
+    "int": "integer",
+    "str": "string",
+    "bool": "boolean",
+    "list": "array",
+    "tuple": "array",
+    "set": "array",
+    "double": "number",
+    "long": "integer",
 }
 _JSON_TYPES = {"object", "array", "string", "number", "integer", "boolean", "null"}
 _GENERIC = re.compile(r"(?P<outer>\w+)\[(?P<inner>.*)\]")
@@ -63,7 +71,9 @@ def _tool(item: Any, number: int, notes: Counter | None) -> dict[str, Any]:
         else:
             function["parameters"] = _json_schema(parameters, notes)
     if wrapper.get("type") == "function":
-        return {key: function if key == "function" else inner for key, inner in wrapper.items()} | {"function": function}
+        return {key: function if key == "function" else inner for key, inner in wrapper.items()} | {
+            "function": function
+        }
     return {"type": "function", "function": function}
 
 
@@ -74,7 +84,8 @@ def _json_schema(parameters: dict[str, Any], notes: Counter | None) -> dict[str,
         if notes is not None:
             notes["tool with a flat parameter list rewritten as JSON Schema"] += 1
         optional = {
-            name for name, prop in parameters.items()
+            name
+            for name, prop in parameters.items()
             if "default" in prop or (isinstance(prop.get("type"), str) and "optional" in prop["type"].lower())
         }
         return {

@@ -1,0 +1,230 @@
+"""Every shape of row comes out as one canonical conversation; what cannot be read exactly is named, never lost."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from finetune.conversations import RowError, load_conversations, normalize_row, write_jsonl
+from finetune.errors import UserError
+from finetune.shapes import parse_map
+from finetune.sources import Unreadable
+from tests.rows import LAMP, WRAPPED, calls, chat
+
+
+def assistant(raw: dict, **kwargs) -> dict:
+    """The last message of a normalised row."""
+    return normalize_row(raw, **kwargs)["messages"][-1]
+
+
+def test_roles():
+    roles = ["developer", "user", "assistant", "ipython", "function", "tool", "model", "HUMAN"]
+    row = {"messages": [{"role": role, "content": "x"} for role in roles]}
+    assert [m["role"] for m in normalize_row(row)["messages"]] == [
+        "system", "user", "assistant", "tool", "tool", "tool", "assistant", "user",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, ""),
+        ([{"type": "text", "text": "a "}, {"type": "text", "text": "b"}], "a b"),
+        ({"온도": 1.50, "n": None}, '{"온도": 1.5, "n": null}'),
+        ([1, 2], "[1, 2]"), (42, "42"), (True, "true"), ("  kept \n", "  kept \n"),
+    ],
+)  # fmt: skip
+def test_contents_of_a_tool_result(content, expected):
+    row = chat({"role": "assistant", "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": content, "name": "f"})
+    assert assistant(row) == {"role": "tool", "content": expected, "name": "f"}
+
+
+def test_assistant_text_is_stripped_and_user_text_is_not():
+    row = {"messages": [{"role": "user", "content": " q\n"}, {"role": "assistant", "content": "\n\u3000a \n"}]}
+    assert [m["content"] for m in normalize_row(row)["messages"]] == [" q\n", "a"]
+
+
+def test_reasoning_and_train_flags():
+    message = assistant(chat({"role": "assistant", "content": "a", "reasoning_content": " r ", "train": False}))
+    assert message == {"role": "assistant", "content": "a", "reasoning_content": "r", "train": False}
+    assert "train" not in assistant(chat({"role": "assistant", "content": "a", "weight": 1}))
+    assert assistant(chat({"role": "assistant", "content": "a", "weight": 0}))["train"] is False
+
+
+@pytest.mark.parametrize("empty", [[], None, ""])
+def test_empty_tool_calls_vanish(empty):
+    assert assistant(chat({"role": "assistant", "content": "a", "tool_calls": empty})) == {
+        "role": "assistant",
+        "content": "a",
+    }
+
+
+def test_legacy_function_call():
+    message = assistant(chat({"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}))
+    assert calls(message) == [("f", {})]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"id": 1}, "has no messages"),
+        ({"messages": []}, "messages is empty"),
+        ({"messages": "hello"}, "messages are text that is no JSON"),
+        ({"messages": {"role": "user"}}, "not a list"),
+        ({"messages": ["hi"]}, "message 1 is a JSON string"),
+        ({"messages": [{"role": "narrator", "content": "x"}]}, "role 'narrator'"),
+        ({"messages": [{"content": "x"}]}, "role None"),
+        (chat({"role": "assistant", "tool_calls": [{"arguments": {}}]}), "no name"),
+        (chat({"role": "assistant", "tool_calls": "[{"}), "tool_calls are no JSON"),
+        (chat({"role": "assistant", "content": [{"type": "image_url", "image_url": "x"}]}), "only text"),
+        (chat({"role": "assistant", "content": "half \ud83d"}), "surrogate"),
+        (chat({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}), "no word"),
+        (Unreadable("is not JSON: x", "{"), "is not JSON"),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_used_say_why(row, reason):
+    with pytest.raises(RowError, match=reason):
+        normalize_row(row)
+
+
+def test_sharegpt_with_calls_and_observation():
+    row = {
+        "system": "Be brief.",
+        "conversations": [
+            {"from": "human", "value": "Dim it"},
+            {"from": "function_call", "value": '{"name": "set_lamp", "arguments": {"room": "hall"}}'},
+            {"from": "observation", "value": '{"ok": true}'},
+            {"from": "gpt", "value": "Done."},
+        ],
+        "tools": json.dumps([LAMP]),
+    }
+    messages = normalize_row(row)["messages"]
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert calls(messages[2]) == [("set_lamp", {"room": "hall"})]
+
+
+def test_hermes_system_prompt_gives_its_tools():
+    system = (
+        "You are a function calling AI model. You are provided with function signatures within <tools> </tools> XML "
+        f"tags. <tools> {json.dumps(WRAPPED)} </tools> For each function call return a json object:\n"
+        "<tool_call>\n{'arguments': <args-dict>, 'name': <function-name>}\n</tool_call>\nAnswer in Korean."
+    )
+    row = {"conversations": [
+        {"from": "system", "value": system},
+        {"from": "human", "value": "Dim"},
+        {"from": "gpt", "value": "<tool_call>\n{'name': 'set_lamp', 'arguments': {'room': 'a'}}\n</tool_call>"},
+        {"from": "tool", "value": "<tool_response>\n{\"ok\": 1}\n</tool_response>\n<tool_response>2</tool_response>"},
+    ]}  # fmt: skip
+    conversation = normalize_row(row)
+    assert conversation["tools"] == [WRAPPED]
+    assert conversation["messages"][0] == {"role": "system", "content": "Answer in Korean."}
+    assert [m["content"] for m in conversation["messages"] if m["role"] == "tool"] == ['{"ok": 1}', "2"]
+
+
+def test_apigen_xlam():
+    row = {"query": "Dim hall and attic", "tools": json.dumps([LAMP]), "answers": json.dumps([
+        {"name": "set_lamp", "arguments": {"room": "hall"}}, {"name": "set_lamp", "arguments": {"room": "attic"}}])}  # fmt: skip
+    assert calls(assistant(row)) == [("set_lamp", {"room": "hall"}), ("set_lamp", {"room": "attic"})]
+
+
+@pytest.mark.parametrize("key", ["direct", "tool_call"])
+def test_when2call_multiple_choice(key):
+    row = {"question": "Dim", "correct_answer": key, "tools": [json.dumps(LAMP)], "answers": {
+        "direct": "I cannot.", "tool_call": '{"name": "set_lamp", "arguments": {"room": "x"}}'}}  # fmt: skip
+    message = assistant(row)
+    assert message["content"] == ("I cannot." if key == "direct" else "")
+    assert ("tool_calls" in message) == (key == "tool_call")
+
+
+def test_when2call_preference_row_takes_the_chosen_answer():
+    row = {"messages": [{"role": "user", "content": "q"}], "chosen_response": {"role": "assistant", "content": "good"},
+           "rejected_response": {"role": "assistant", "content": "bad"}}  # fmt: skip
+    assert assistant(row)["content"] == "good"
+
+
+def test_glaive_chat():
+    row = {
+        "system": "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n"
+        + json.dumps(LAMP, indent=4),
+        "chat": 'USER: Dim the hall\n\n\nASSISTANT: <functioncall> {"name": "set_lamp", "arguments": \'{"room": '
+        '"hall"}\'} <|endoftext|>\n\n\nFUNCTION RESPONSE: {"ok": true}\n\n\nASSISTANT: Done. <|endoftext|>',
+    }
+    conversation = normalize_row(row)
+    assert [m["role"] for m in conversation["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert calls(conversation["messages"][1]) == [("set_lamp", {"room": "hall"})]
+    assert conversation["messages"][3]["content"] == "Done."
+    assert conversation["tools"] == [WRAPPED]
+
+
+def test_bfcl_with_its_answers_beside_it(tmp_path):
+    function = {
+        "name": "m.area",
+        "description": "d",
+        "parameters": {"type": "dict", "properties": {"a": {"type": "float"}}},
+    }
+    question = {"id": "x_0", "question": [[{"role": "user", "content": "area?"}]], "function": [function]}
+    truth = {
+        "id": "x_0",
+        "ground_truth": [{"m.area": {"a": [2.5, 2], "unit": ["", "cm"], "o": [{"k": [1, 2], "l": [""]}]}}],
+    }
+    (tmp_path / "possible_answer").mkdir()
+    for path, row in (
+        (tmp_path / "BFCL_v4_x.json", question),
+        (tmp_path / "possible_answer" / "BFCL_v4_x.json", truth),
+    ):
+        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (conversation,) = load_conversations(tmp_path / "BFCL_v4_x.json").conversations
+    assert calls(conversation["messages"][-1]) == [("m.area", {"a": 2.5, "o": {"k": 1}})]
+    assert conversation["tools"][0]["function"]["parameters"]["type"] == "object"
+
+
+@pytest.mark.parametrize(
+    ("row", "user", "answer"),
+    [
+        ({"instruction": "i", "response": "r", "metadata": {"tool": "web"}}, "i", "r"),
+        ({"instruction": "i", "input": "ctx", "output": "r"}, "i\n\nctx", "r"),
+        ({"instruction": "i", "input": "", "output": "r"}, "i", "r"),
+        ({"prompt": "p", "completion": "c"}, "p", "c"),
+        ({"question": "q", "answer": 4}, "q", "4"),
+        ({"prompt": [{"role": "user", "content": "p"}], "completion": [{"role": "assistant", "content": "c"}]}, "p", "c"),
+        ({"text": "User: hi\nAssistant: hello"}, "hi", "hello"),
+        ({"text": "### Human: hi### x\n### Assistant: hello"}, "hi### x", "hello"),
+    ],
+)  # fmt: skip
+def test_pairs(row, user, answer):
+    messages = normalize_row(row)["messages"]
+    assert [(m["role"], m["content"]) for m in messages] == [("user", user), ("assistant", answer)]
+
+
+def test_plain_text_of_several_turns_with_a_quoted_marker():
+    text = "System: Kurz.\nUser: Say 'Assistant: no'\nAssistant: Sure:\nAssistant: no\nUser: Danke"
+    messages = normalize_row({"text": text})["messages"]
+    assert [(m["role"], m["content"]) for m in messages] == [
+        ("system", "Kurz."), ("user", "Say 'Assistant: no'"), ("assistant", "Sure:\nAssistant: no"), ("user", "Danke"),
+    ]  # fmt: skip
+
+
+def test_rendered_text_is_refused():
+    with pytest.raises(RowError, match="already rendered"):
+        normalize_row({"text": "<|im_start|>user\nhi<|im_end|>"})
+
+
+def test_query_log_row_needs_tools_from_outside():
+    row = {"query": "Dim", "tool_used": "set_lamp", "parameters": '{"room": "hall"}', "reasoning": "A lamp.", "id": 4}
+    conversation = normalize_row(row, tools=[WRAPPED])
+    assert conversation["messages"][-1]["content"] == "A lamp."
+    assert calls(conversation["messages"][-1]) == [("set_lamp", {"room": "hall"})]
+    assert conversation["tools"] == [WRAPPED]
+
+
+def test_map_wins_over_the_guess_and_is_described(tmp_path):
+    path = write_jsonl(tmp_path / "r.jsonl", [{"question": "wrong", "frage": "right", "answer": "a"}])
+    result = load_conversations(path, column_map=parse_map(["frage=prompt"]))
+    assert result.conversations[0]["messages"][0]["content"] == "right"
+    assert list(result.mappings) == [
+        f"{path}: prompt and completion: frage -> prompt, answer -> completion; not read: question"
+    ]
+    assert parse_map(["prompt=frage"]) == {"frage": "prompt"}
+    with pytest.raises(UserError, match="COLUMN=FIELD"):
+        parse_map(["a=b"])

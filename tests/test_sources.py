@@ -1,0 +1,224 @@
+"""Files, folders, the Hub and mixtures of them: every row read once and named, number types and nulls as written."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from finetune.conversations import json_line, load_conversations, normalize_row, read_rows, write_jsonl
+from finetune.errors import UserError
+from finetune.sources import parse_spec
+from tests.rows import LAMP, chat
+
+ROW = chat({"role": "assistant", "content": "안녕 \u2028 ok"}, tools=json.dumps([LAMP]))
+
+
+def write(path, text: str):
+    data = text.encode("utf-8")
+    path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "r.jsonl",
+        "r.jsonl.gz",
+        "r.json",
+        "r.json.gz",
+        "one.json",
+        "lines.json",
+        "data.json",
+        "r.parquet",
+        "r.csv",
+        "r.csv.gz",
+    ],
+)
+def test_every_kind_of_file_gives_the_same_conversation(tmp_path, name):
+    path = tmp_path / name
+    dumped = json.dumps(ROW, ensure_ascii=False)
+    if name == "r.parquet":
+        pq.write_table(pa.Table.from_pylist([ROW, ROW]), path)
+    elif ".csv" in name:
+        cells = {"messages": json.dumps(ROW["messages"], ensure_ascii=False), "tools": ROW["tools"]}
+        plain = tmp_path / "plain.csv"
+        with plain.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(cells))
+            writer.writeheader()
+            writer.writerows([cells, cells])
+        write(path, plain.read_bytes().decode("utf-8"))
+    else:
+        text = {"r.json": f"[{dumped},\n{dumped}]", "one.json": json.dumps(ROW, indent=2),
+                "data.json": json.dumps({"data": [ROW, ROW]})}.get(name.removesuffix(".gz"), f"\ufeff{dumped}\r\n\n{dumped}\n")  # fmt: skip
+        write(path, text)
+    result = load_conversations(path)
+    assert result.conversations == [normalize_row(ROW)] * (1 if name == "one.json" else 2)
+
+
+def test_rows_that_are_no_json_keep_their_place(tmp_path):
+    path = tmp_path / "r.jsonl"
+    good = json.dumps(ROW).encode()
+    path.write_bytes(
+        b"\n".join([good, b"{oops", b"\xff\xfe", b"[1]", b'{"a": 1, "a": 2}', b'{"a": NaN}', b"[" * 100_000, good])
+    )
+    rows = list(read_rows(path))
+    assert [number for _, number, _ in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
+    reasons = [raw.reason for _, _, raw in rows[1:-1]]
+    for reason, expected in zip(
+        reasons,
+        ["is not JSON", "is not UTF-8", "is a JSON array", "stands twice", "NaN", "nested too deeply"],
+        strict=True,
+    ):
+        assert expected in reason
+    result = load_conversations(path, strict=False)
+    assert (len(result.conversations), len(result.rejected), result.counts["read"]) == (2, 6, 8)
+    with pytest.raises(UserError, match=r"r\.jsonl, row 2: is not JSON.*prepare_data\.py"):
+        load_conversations(path)
+
+
+def test_arrow_padding_reaches_no_conversation(tmp_path):
+    rows = [
+        chat({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"b": 1, "a": {"x": 1}}}]}, tools=[LAMP]),
+        chat({"role": "assistant", "content": "no call", "tool_calls": []}, tools=[{"name": "g", "parameters": {
+            "type": "object", "properties": {"q": {"enum": ["a", None], "type": "string"}}}}]),
+        chat({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"c": True}}]}, tools=[LAMP]),
+    ]  # fmt: skip
+    path = tmp_path / "r.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    assert "null" in json.dumps(pq.read_table(path).to_pylist()[1])  # Arrow did pad
+    padded = load_conversations(path).conversations
+    plain = [normalize_row(row) for row in rows]
+    assert padded == plain
+    assert "null" not in json.dumps([padded[0], padded[2]])
+
+
+def test_null_inside_a_json_string_of_a_parquet_file_survives(tmp_path):
+    row = chat({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": '{"b": null, "a": 1}'}]})
+    path = tmp_path / "r.parquet"
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    (conversation,) = load_conversations(path).conversations
+    assert json.dumps(conversation["messages"][1]["tool_calls"][0]["function"]["arguments"]) == '{"b": null, "a": 1}'
+
+
+def test_json_columns_written_by_the_datasets_library_are_exact(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    source = write_jsonl(tmp_path / "r.jsonl", [
+        chat({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"z": 1, "a": None}}]}),
+        chat({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"a": "x"}}]}),
+    ])  # fmt: skip
+    dataset = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=str(tmp_path / "cache"))
+    dataset.to_parquet(str(tmp_path / "r.parquet"))
+    assert load_conversations(tmp_path / "r.parquet").conversations == load_conversations(source).conversations
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("r.jsonl.gz", b"no gzip", "gzip file is damaged"),
+        ("r.parquet", b"no parquet", "no Parquet file"),
+        ("r.json", b"{]", "is not JSON"),
+        ("r.json", b"3", "holds a JSON number"),
+        ("r.csv", b"a,a\n1,2\n", "name each column once"),
+        ("r.csv", b"", "name each column once"),
+        ("r.csv", b"a,b\n\xff,2\n", "not UTF-8"),
+        ("r.txt", b"x", "unknown kind of file"),
+    ],
+)  # fmt: skip
+def test_damaged_files_end_in_one_line(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        load_conversations(tmp_path / name)
+
+
+@pytest.mark.parametrize("spec", ["nowhere.jsonl", "./nowhere", "C:\\data\\rows.jsonl", "nowhere", "a/b.parquet@train"])
+def test_a_missing_file_is_named(spec):
+    with pytest.raises(UserError, match="there is no such file"):
+        load_conversations(spec)
+
+
+def test_hub_specs_are_taken_apart():
+    spec = parse_spec("org/na.me-1:con_fig@train[:10]*0.25")
+    assert (spec.hub, spec.config, spec.split, spec.weight) == ("org/na.me-1", "con_fig", "train[:10]", 0.25)
+    assert parse_spec("org/name").hub == "org/name"
+
+
+def test_a_hub_dataset_that_cannot_be_loaded_is_one_line(monkeypatch, tmp_path):
+    datasets = pytest.importorskip("datasets")
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no network\nlong story")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match=r"org/name@train: .*ConnectionError: no network\)"):
+        load_conversations("org/name@train")
+
+
+def test_rows_of_a_hub_dataset_lose_their_padding(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = [chat({"role": "assistant", "content": "a", "tool_calls": None}),
+            chat({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"q": 1}}]})]  # fmt: skip
+    table = pa.Table.from_pylist([{"messages": row["messages"]} for row in rows])
+    asked = []
+
+    def local(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.Dataset(table)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    assert load_conversations("org/name:conf").conversations == [normalize_row(row) for row in rows]
+    assert asked == [(("org/name", "conf"), {"split": "train"})]
+
+
+def test_folders_of_splits(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [ROW])
+    write_jsonl(tmp_path / "validation.jsonl", [ROW, ROW])
+    assert len(load_conversations(tmp_path).conversations) == 1
+    assert len(load_conversations(f"{tmp_path}@validation").conversations) == 2
+    with pytest.raises(UserError, match="no file for the split 'test'"):
+        load_conversations(f"{tmp_path}@test")
+
+
+def numbered(tmp_path, name: str, number: int):
+    rows = [{"prompt": f"{name} {i}", "completion": "x"} for i in range(number)]
+    return write_jsonl(tmp_path / f"{name}.jsonl", rows)
+
+
+def prompts(result) -> list[str]:
+    return [conversation["messages"][0]["content"] for conversation in result.conversations]
+
+
+def test_weights_repeat_and_sample(tmp_path):
+    a, b = numbered(tmp_path, "a", 10), numbered(tmp_path, "b", 4)
+    result = load_conversations([f"{a}*0.5", f"{b}*2.25"], seed=3)
+    got = prompts(result)
+    assert got == prompts(load_conversations([f"{a}*0.5", f"{b}*2.25"], seed=3))
+    assert len(set(got[:5])) == 5 and got[:5] == sorted(got[:5])
+    assert Counter(got[5:]).most_common(1)[0][1] == 3 and len(got) == 5 + 9
+    assert (result.counts["read"], result.counts["kept"], result.counts["repeated"], result.counts["left_out"]) == (
+        14,
+        14,
+        5,
+        5,
+    )
+    assert prompts(load_conversations(f"{a}*0.5", seed=4)) != got[:5]
+    with pytest.raises(UserError, match="no number above 0"):
+        load_conversations(f"{a}*0")
+
+
+def test_limit_counts_per_source_and_fingerprint_follows_content(tmp_path):
+    a, b = numbered(tmp_path, "a", 10), numbered(tmp_path, "b", 4)
+    result = load_conversations([a, b], limit=3)
+    assert prompts(result) == ["a 0", "a 1", "a 2", "b 0", "b 1", "b 2"]
+    assert result.fingerprint != load_conversations([b, a], limit=3).fingerprint
+    assert result.fingerprint == load_conversations([a, b], limit=3).fingerprint
+
+
+def test_json_line_writes_what_utf8_cannot_hold_as_an_escape():
+    assert json_line({"a": "가"}) == '{"a": "가"}\n'
+    assert json_line({"a": "가\ud800"}) == '{"a": "\\uac00\\ud800"}\n'

@@ -1,0 +1,193 @@
+"""Tools and calls in every spelling: declarations, arguments, calls written into the text."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.calls_in_text import read_arguments, split_calls
+from finetune.conversations import RowError, normalize_row
+from finetune.tool_schemas import normalize_tools
+from tests.rows import LAMP, WRAPPED, calls, chat
+
+
+def assistant(raw: dict, **kwargs) -> dict:
+    """The last message of a normalised row."""
+    return normalize_row(raw, **kwargs)["messages"][-1]
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [[WRAPPED], [LAMP], [json.dumps(WRAPPED)], [json.dumps(LAMP)], json.dumps([WRAPPED]), json.dumps([LAMP]), LAMP,
+     json.dumps([json.dumps(LAMP)]), [{"function": LAMP}], [{"type": "function", **LAMP}]],
+    ids=["dicts", "bare", "strings", "bare strings", "one string", "one string of bare", "one dict", "string in string",
+         "wrapper without type", "flat with type"],
+)  # fmt: skip
+def test_every_spelling_of_tools_becomes_the_same(tools):
+    assert normalize_tools(tools) in ([WRAPPED], [{"function": LAMP, "type": "function"}])
+
+
+@pytest.mark.parametrize("tools", [None, [], "", "[]", "null"])
+def test_no_tools(tools):
+    assert normalize_tools(tools) == []
+
+
+def test_unknown_keys_and_key_order_of_tools_survive():
+    tool = {
+        "function": {"parameters": {"type": "object", "properties": {}}, "name": "a", "strict": True},
+        "type": "function",
+    }
+    assert json.dumps(normalize_tools([tool])) == json.dumps([tool])
+
+
+def test_tool_without_description_stays_as_it_is():
+    assert normalize_tools([{"name": "ping"}]) == [{"type": "function", "function": {"name": "ping"}}]
+
+
+def test_flat_parameters_become_json_schema():
+    notes = Counter()
+    flat = {
+        "city": {"description": "where", "type": "str"},
+        "days": {"description": "how many", "type": "int, optional", "default": 3},
+        "tags": {"description": "words", "type": "List[str]"},
+    }
+    (tool,) = normalize_tools([{"name": "w", "description": "", "parameters": flat}], notes)
+    schema = tool["function"]["parameters"]
+    assert schema["required"] == ["city", "tags"]
+    assert schema["properties"]["days"] == {"description": "how many", "type": "integer", "default": 3}
+    assert schema["properties"]["tags"] == {"description": "words", "type": "array", "items": {"type": "string"}}
+    assert notes["tool with a flat parameter list rewritten as JSON Schema"] == 1
+
+
+def test_foreign_type_names_are_translated_at_every_depth():
+    schema = {"type": "dict", "properties": {"x": {"type": "float"}, "y": {"type": "array", "items": {"type": "dict"}},
+                                             "z": {"type": "any"}}, "required": ["x"]}  # fmt: skip
+    (tool,) = normalize_tools([{"name": "f", "parameters": schema}])
+    assert tool["function"]["parameters"] == {
+        "type": "object",
+        "properties": {"x": {"type": "number"}, "y": {"type": "array", "items": {"type": "object"}}, "z": {}},
+        "required": ["x"],
+    }
+
+
+@pytest.mark.parametrize("tools", ["{", [{"description": "nameless"}], [3], 7, [{"name": "a", "parameters": [1]}]])
+def test_unreadable_tools_are_refused(tools):
+    with pytest.raises(RowError, match="tool"):
+        normalize_row(chat({"role": "assistant", "content": "ok"}, tools=tools))
+
+
+CALL_TEXTS = {
+    "llama": '<function=set_lamp>{"room": "a}<\\"/b", "level": 7}</function>',
+    "hermes": '<tool_call>\n{"name": "set_lamp", "arguments": {"room": "a}<\\"/b", "level": 7}}\n</tool_call>',
+    "hermes, arguments as text": '<tool_call>{"name": "set_lamp", "arguments": "{\\"room\\": \\"a}<\\\\\\"/b\\", \\"level\\": 7}"}</tool_call>',
+    "hermes, Python dict": "<tool_call>\n{'arguments': {'room': 'a}<\"/b', 'level': 7}, 'name': 'set_lamp'}\n</tool_call>",
+    "when2call": '<TOOLCALL>[{"name": "set_lamp", "arguments": {"room": "a}<\\"/b", "level": 7}}]</TOOLCALL>',
+    "mistral": '[TOOL_CALLS] [{"name": "set_lamp", "arguments": {"room": "a}<\\"/b", "level": 7}, "id": "abcdefghi"}]',
+    "glaive": """<functioncall> {"name": "set_lamp", "arguments": '{"room": "a}<\\"/b", "level": 7}'}""",
+    "glaive, plain JSON": '<functioncall> {"name": "set_lamp", "arguments": {"room": "a}<\\"/b", "level": 7}}',
+}
+
+
+@pytest.mark.parametrize("text", CALL_TEXTS.values(), ids=CALL_TEXTS)
+def test_calls_written_in_the_text_become_tool_calls(text):
+    message = assistant(chat({"role": "assistant", "content": text}, tools=[LAMP]))
+    assert message["content"] == ""
+    assert calls(message) == [("set_lamp", {"room": 'a}<"/b', "level": 7})]
+
+
+def test_words_before_calls_and_several_calls():
+    text = 'One moment.\n<function=set_lamp>{"room": "a"}</function>\n<function=set_lamp>{"room": "b"}</function>\n'
+    message = assistant(chat({"role": "assistant", "content": text}, tools=[LAMP]))
+    assert message["content"] == "One moment."
+    assert calls(message) == [("set_lamp", {"room": "a"}), ("set_lamp", {"room": "b"})]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<function=set_lamp>{"room": "a"}',  # cut off
+        '<function=set_lamp>{"room": }</function>',
+        '<function=set_lamp>["a"]</function>',
+        '<function=set_lamp>{"room": "a"}</function> and then?',
+        'Write <tool_call>{"name": "other", "arguments": {}}</tool_call>',  # words about an undeclared tool
+        '<tool_call>{"name": "set_lamp", "surprise": 1}</tool_call>',
+        "<function=set_lamp>" + '{"a":' * 5000,
+    ],
+)
+def test_what_does_not_parse_to_the_last_character_stays_text(text):
+    notes = Counter()
+    message = assistant(chat({"role": "assistant", "content": text}, tools=[LAMP]), notes=notes)
+    assert message == {"role": "assistant", "content": text}
+    assert notes["call tag in the text left as text (it does not parse cleanly)"] == 1
+
+
+def test_tags_in_user_and_tool_texts_stay_text():
+    text = '<function=set_lamp>{"room": "a"}</function>'
+    row = {"messages": [{"role": "user", "content": text}, {"role": "tool", "content": text}], "tools": [LAMP]}
+    assert [m["content"] for m in normalize_row(row)["messages"]] == [text, text]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"b": 1, "a": 2}, {"b": 1, "a": 2}),
+        ('{"b": 1, "a": 2}', {"b": 1, "a": 2}),
+        (json.dumps('{"b": 1, "a": 2}'), {"b": 1, "a": 2}),
+        ("", {}), (" ", {}), (None, {}), ("{}", {}), ("null", {}),
+    ],
+)  # fmt: skip
+def test_arguments_in_every_spelling(arguments, expected):
+    call = {"type": "function", "id": 5, "function": {"name": "f", "arguments": arguments}}
+    message = assistant(chat({"role": "assistant", "content": None, "tool_calls": [call]}))
+    assert json.dumps(message["tool_calls"]) == json.dumps(
+        [{"type": "function", "id": "5", "function": {"name": "f", "arguments": expected}}]
+    )
+
+
+@pytest.mark.parametrize("arguments", [[1], "[1]", "seven", "7", 7, True, '{"a": NaN}', '{"a": 1, "a": 2}', '{"a"'])
+def test_arguments_that_are_no_object_are_refused(arguments):
+    with pytest.raises(RowError, match=r"message 2: call of f: arguments"):
+        assistant(chat({"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}))
+
+
+def test_number_types_survive():
+    text = '{"n": 12345678901234567890, "e": 1e-07, "z": -0.0, "f": 7.0, "i": 7, "s": "007", "t": "1e3", "b": true, "x": null}'
+    assert json.dumps(read_arguments(text)) == text
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=6), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+objects = st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), json_values, max_size=5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(objects, min_size=1, max_size=3), st.sampled_from(["llama", "hermes", "nvidia"]), st.booleans())
+def test_any_arguments_written_in_text_are_read_back(arguments, style, ascii_only):
+    def dump(value):
+        return json.dumps(value, ensure_ascii=ascii_only)
+
+    named = [{"name": "f", "arguments": a} for a in arguments]
+    text = {
+        "llama": "".join(f"<function=f>{dump(a)}</function>" for a in arguments),
+        "hermes": "\n".join(f"<tool_call>\n{dump(call)}\n</tool_call>" for call in named),
+        "nvidia": f"<TOOLCALL>{dump(named)}</TOOLCALL>",
+    }[style]
+    assert json.dumps(split_calls("words " + text)) == json.dumps(("words", named))
+
+
+@settings(max_examples=80, deadline=None)
+@given(objects)
+def test_normalising_twice_changes_nothing(arguments):
+    row = chat(
+        {"role": "assistant", "content": " hi ", "tool_calls": [{"name": "f", "arguments": json.dumps(arguments)}]}
+    )
+    once = normalize_row(row)
+    assert json.dumps(normalize_row(json.loads(json.dumps(once)))) == json.dumps(once)
+    assert json.dumps(once["messages"][1]["tool_calls"][0]["function"]["arguments"]) == json.dumps(arguments)
