@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   prepare_data.py parse --format qwen texts.jsonl out.jsonl              generated text back to calls
   prepare_data.py show --tokenizer smollm2-135m --format chatml data/processed --rows 3 --html page.html
   prepare_data.py audit --tokenizer smollm2-135m --format chatml data/processed
+  prepare_data.py generate --tools tools.json --per-tool 32 --output data/made     rows made from tool schemas
 `prepare` may be left out. Each verb has a --help of its own.
 """
 PREPARE_EXAMPLES = """A source is a .jsonl, .json, .csv, .tsv or .parquet file (also .gz), a folder of splits, or a Hub
@@ -46,20 +47,30 @@ AUDIT_EXAMPLES = """Exit status 1 when an assertion fails, 0 when all hold.
 example:
   prepare_data.py audit --tokenizer smollm2-135m --format chatml data/processed data/processed@validation
 """
+GENERATE_EXAMPLES = """Written into --output: train.jsonl and heldout.jsonl (with _ko and the like for other languages), whose requests are
+worded in different ways. The same seed gives the same bytes on every machine.
+examples:
+  prepare_data.py generate --tools tools.json --per-tool 32 --language en --seed 1 --output data/made
+  prepare_data.py generate --tools data/samples/gennx_tool_schemas_tier1.json --seed 7 --output /tmp/samples \\
+      --phrasings data/samples/gennx_phrasings_en.json --rows 360 --heldout-rows 110 --name gennx
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """One subparser per verb; each sets `run`, a function of the parsed arguments that returns an exit status."""
     parser = argparse.ArgumentParser(
-        prog="prepare_data.py", description=__doc__, epilog=EXAMPLES,
+        prog="prepare_data.py",
+        description=__doc__,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     _add_prepare(_verb(verbs, "prepare", "normalise, check and split rows (the default verb)", PREPARE_EXAMPLES))
     _add_encode(_verb(verbs, "encode", "rows to text, input_ids and labels, one line per row", ENCODE_EXAMPLES))
     _add_parse(_verb(verbs, "parse", "generated texts to content and calls, one line per row", PARSE_EXAMPLES))
     _add_show(_verb(verbs, "show", "rows with their trained tokens in colour", SHOW_EXAMPLES))
     _add_audit(_verb(verbs, "audit", "what is trained over a whole data set, with assertions", AUDIT_EXAMPLES))
+    _add_generate(_verb(verbs, "generate", "make training and held-out rows from tool schemas", GENERATE_EXAMPLES))
     return parser
 
 
@@ -81,8 +92,12 @@ def _add_format(parser: argparse.ArgumentParser, *, required: bool) -> None:
         "--format", default="auto", metavar="F", help="format name, YAML file, native or auto (default)"
     )
     parser.add_argument("--train_on", default="all", choices=("all", "last"), help="which assistant turns are trained")
-    parser.add_argument("--control_tokens", default="escape", choices=("escape", "error", "allow"),
-                        help="control tokens inside contents (default: escape)")  # fmt: skip
+    parser.add_argument(
+        "--control_tokens",
+        default="escape",
+        choices=("escape", "error", "allow"),
+        help="control tokens inside contents (default: escape)",
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="let the tokenizer run code of its own (off)")
 
 
@@ -102,8 +117,12 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="only the first N good rows of each source")
     _add_format(parser, required=False)
     parser.add_argument("--max_seq_length", type=int, help="in tokens; needs --tokenizer")
-    parser.add_argument("--overlong", default="drop", choices=("drop", "trim_turns", "error"),
-                        help="rows that are longer: reject, remove oldest whole turns, or stop")  # fmt: skip
+    parser.add_argument(
+        "--overlong",
+        default="drop",
+        choices=("drop", "trim_turns", "error"),
+        help="rows that are longer: reject, remove oldest whole turns, or stop",
+    )
     parser.add_argument("--num_proc", type=int, help="processes for tokenising (default: as many as pay)")
     parser.set_defaults(run=_prepare)
 
@@ -141,6 +160,22 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
     _add_reading(parser)
     parser.add_argument("--limit", type=int, help="only the first N rows of each source")
     parser.set_defaults(run=_audit)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tools", metavar="FILE", required=True, help="JSON file with tool schemas")
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder for the two files")
+    parser.add_argument("--phrasings", metavar="FILE", help="phrasing file for these tools (default: general wording)")
+    parser.add_argument("--per-tool", "--per_tool", type=int, default=32, metavar="N",
+                        help="training requests per tool (default: 32)")  # fmt: skip
+    parser.add_argument("--rows", type=int, metavar="N", help="training rows in all, instead of --per-tool")
+    parser.add_argument("--heldout-rows", "--heldout_rows", type=int, metavar="N",
+                        help="held-out rows (default: a third of the training rows)")  # fmt: skip
+    parser.add_argument("--language", choices=("en", "ko"), default="en", help="of the general wording (default: en)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default: 0)")
+    parser.add_argument("--name", help="beginning of the files' names")
+    parser.add_argument("--overwrite", action="store_true", help="replace files already in --output")
+    parser.set_defaults(run=_generate)
 
 
 def _reading(args) -> dict:
@@ -246,6 +281,15 @@ def _audit(args) -> int:
     result = audit(rows, tokenizer, fmt, train_on=args.train_on, control_tokens=args.control_tokens)
     print_audit(result, Console())
     return 0 if result.passed else 1
+
+
+def _generate(args) -> int:
+    from finetune.synthetic import generate_files
+
+    names = ("phrasings", "per_tool", "rows", "heldout_rows", "language", "seed", "name", "overwrite")
+    for path, counts in generate_files(args.tools, args.output, **{name: getattr(args, name) for name in names}):
+        print(f"{path}: {counts.total()} rows (" + ", ".join(f"{n} {kind}" for kind, n in counts.items()) + ")")
+    return 0
 
 
 @one_line_errors

@@ -94,8 +94,11 @@ def main() -> None:
         print(
             f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
         )
-        print(f"{report['kept']:,} rows, {report['tokens']:,} tokens "
-              f"({report['tokens'] / report['kept']:.0f} per row), {report['trained_tokens']:,} trained; tokenizer loaded in {loaded_tokenizer:.1f} s")  # fmt: skip
+        print(
+            f"{report['kept']:,} rows, {report['tokens']:,} tokens "
+            f"({report['tokens'] / report['kept']:.0f} per row), {report['trained_tokens']:,} trained"
+        )
+        print(f"tokenizer loaded in {loaded_tokenizer:.1f} s")
         print("| run | read and normalise, s | render, tokenise, mask, s | together, s |\n| --- | --- | --- | --- |")
         for run, read, encode in table:
             print(f"| {run} | {read:.1f} | {encode:.1f} | {read + encode:.1f} |")

@@ -140,8 +140,10 @@ def print_audit(result: Audit, console) -> None:
     console.print(", ".join(f"{number:,} rows {status}" for status, number in result.status.most_common()))
     for reason, number in result.reasons.most_common(10):
         console.print(f"  refused {number:,}: {escape(reason)}", highlight=False)
-    console.print(f"{result.spans:,} trained turns of {result.turns:,} assistant turns; read back as the same calls: "
-                  f"{result.read_back:,}; control strings neutralised: {result.escaped:,}")  # fmt: skip
+    console.print(
+        f"{result.spans:,} trained turns of {result.turns:,} assistant turns; read back as the same calls: "
+        f"{result.read_back:,}; control strings neutralised: {result.escaped:,}"
+    )
     for title, counter in (("first", result.first_tokens), ("last", result.last_tokens)):
         shown = ", ".join(f"{token!r} {number:,}" for token, number in counter.most_common(6))
         console.print(f"{title} trained tokens: {escape(shown)}", highlight=False)

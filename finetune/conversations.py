@@ -16,8 +16,16 @@ from finetune.normalize import conversation_text, normalize_row
 from finetune.shapes import RowError, describe
 from finetune.sources import Unreadable, parse_spec, read_rows
 
-__all__ = ["LoadResult", "Rejected", "RowError", "json_line", "load_conversations", "normalize_row",
-           "read_rows", "write_jsonl"]  # fmt: skip
+__all__ = [
+    "LoadResult",
+    "Rejected",
+    "RowError",
+    "json_line",
+    "load_conversations",
+    "normalize_row",
+    "read_rows",
+    "write_jsonl",
+]
 
 REMEDY = "mend the row, or let prepare_data.py set such rows aside"
 

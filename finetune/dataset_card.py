@@ -60,15 +60,23 @@ def card(result: Prepared, options: Options, command: str) -> str:
     lines += ["", f"## Splits (seed {options.seed}, asked for {options.split})", ""]
     lines += _table(
         ["split", "rows", f"median {result.unit}", "95 %", "longest"],
-        [[name, len(rows), percentile(rows, 0.5), percentile(rows, 0.95), max(rows, default=0)]
-         for name, rows in result.lengths.items()],
-    )  # fmt: skip
+        [
+            [name, len(rows), percentile(rows, 0.5), percentile(rows, 0.95), max(rows, default=0)]
+            for name, rows in result.lengths.items()
+        ],
+    )
     lines += [
         "",
         f"Rows in groups of near-duplicates that were kept together: {result.near_duplicates} besides the first "
         f"of each group. Requests that stand in more than one split: {shared_requests(result)}.",
-        "", f"![Lengths in {result.unit}](lengths.png)", "", "## Tools", "", "By the tool that a row calls first.", "",
-    ]  # fmt: skip
+        "",
+        f"![Lengths in {result.unit}](lengths.png)",
+        "",
+        "## Tools",
+        "",
+        "By the tool that a row calls first.",
+        "",
+    ]
     balance = tool_balance(result)
     lines += _table(
         ["tool", *SPLITS], [[f"`{_cell(tool)}`", *(split[name] for name in SPLITS)] for tool, split in balance.items()]
@@ -78,8 +86,10 @@ def card(result: Prepared, options: Options, command: str) -> str:
     lines += _section("What normalising changed", result.loaded.notes)
     if result.turns_removed:
         lines += ["", f"Oldest turns removed from over-long rows: {result.turns_removed}."]
-    lines += _section("Why rows were rejected (each row with its reason: rejected.jsonl)",
-                      Counter(reason_kind(row.reason) for row in result.rejected))  # fmt: skip
+    lines += _section(
+        "Why rows were rejected (each row with its reason: rejected.jsonl)",
+        Counter(reason_kind(row.reason) for row in result.rejected),
+    )
     lines += _section("Kept, but worth a look", {kind: len(rows) for kind, rows in result.warnings.items()})
     return "\n".join(lines) + "\n"
 
@@ -104,8 +114,13 @@ def draw_lengths(result: Prepared, path: Path, limit: int | None) -> None:
     """Histogram of row lengths, splits stacked; a line marks the length limit."""
     figure, axes = _figure(8, 3.6)
     names = [name for name in SPLITS if result.lengths[name]]
-    axes.hist([result.lengths[name] for name in names], bins=40, stacked=True, label=names,
-              color=[COLOURS[name] for name in names])  # fmt: skip
+    axes.hist(
+        [result.lengths[name] for name in names],
+        bins=40,
+        stacked=True,
+        label=names,
+        color=[COLOURS[name] for name in names],
+    )
     if limit and max(max(result.lengths[name]) for name in names) > limit / 3:
         axes.axvline(limit, color="black", linestyle="--", linewidth=1, label=f"max_seq_length {limit}")
     axes.set_xlabel(f"{result.unit} per row")

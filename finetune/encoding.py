@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -248,10 +249,8 @@ def _add(chunk: Chunk, row: int, sequence, flags: Flags) -> int:
         chunk.ids.append(ids)
         chunk.trained.append(trained)
         chunk.rows.append(row)
-        roles = np.asarray(sequence.roles)
-        for counter, names in ((chunk.tokens_by_role, roles), (chunk.trained_by_role, roles[trained])):
-            for name, number in zip(*np.unique(names, return_counts=True), strict=True):
-                counter[str(name)] += int(number)
+        chunk.tokens_by_role.update(sequence.roles)
+        chunk.trained_by_role.update(compress(sequence.roles, trained.tolist()))
         return 1
     chunk.reasons[reason] += 1
     return 0

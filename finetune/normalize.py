@@ -15,13 +15,25 @@ from finetune.sources import Unreadable, json_type, strict_json
 from finetune.tool_schemas import normalize_tools
 
 ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "tool": "tool", "ipython": "tool", "function": "tool", "observation": "tool", "tool_response": "tool",
-    "function_response": "tool", "environment": "tool",
-    "function_call": "call", "tool_call": "call",
-}  # fmt: skip
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "tool": "tool",
+    "ipython": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+    "environment": "tool",
+    "function_call": "call",
+    "tool_call": "call",
+}
 
 
 def normalize_row(

@@ -162,10 +162,16 @@ def _fitted(rows: list[_Row], result: Prepared, options: Options, tokenizer, fmt
     from finetune.encoding import encode_conversations, without_oldest_turns
 
     encoded = encode_conversations(
-        [row.conversation for row in rows], tokenizer, fmt, max_seq_length=options.max_seq_length,
-        train_on=options.train_on, control_tokens=options.control_tokens, overlong=options.overlong,
-        num_proc=options.num_proc, origins=[row.origin for row in rows],
-    )  # fmt: skip
+        [row.conversation for row in rows],
+        tokenizer,
+        fmt,
+        max_seq_length=options.max_seq_length,
+        train_on=options.train_on,
+        control_tokens=options.control_tokens,
+        overlong=options.overlong,
+        num_proc=options.num_proc,
+        origins=[row.origin for row in rows],
+    )
     result.encoding_report = encoded.report
     result.unit = "tokens"
     reasons = dict(reversed(encoded.left_out))

@@ -179,8 +179,9 @@ def _bfcl(fields):
         raise RowError("a BFCL row without ground_truth has no answer to train")
     calls = [
         {"name": name, "arguments": {key: value for key, allowed in arguments.items() for value in _allowed(allowed)}}
-        for call in truth for name, arguments in call.items()
-    ]  # fmt: skip
+        for call in truth
+        for name, arguments in call.items()
+    ]
     return turns[0] + [{"role": "assistant", "content": "", "tool_calls": calls}], fields.get("tools"), None
 
 
@@ -202,8 +203,11 @@ def _query_log(fields):
     """A row of a query log: what was asked, which tool was used with which parameters."""
     reasoning = _text(fields, "reasoning").strip()
     arguments = fields.get("parameters")
-    answer = {"role": "assistant", "content": reasoning,
-              "tool_calls": [{"name": _text(fields, "tool"), "arguments": arguments}]}  # fmt: skip
+    answer = {
+        "role": "assistant",
+        "content": reasoning,
+        "tool_calls": [{"name": _text(fields, "tool"), "arguments": arguments}],
+    }
     return [{"role": "user", "content": _text(fields, "prompt")}, answer], fields.get("tools"), _text(fields, "system")
 
 
@@ -232,8 +236,14 @@ def _glaive(fields):
 
 
 _TURN = re.compile(r"^(?:### ?)?(System|User|Human|Assistant|AI|Bot)[ \t]*:[ \t]*", re.MULTILINE | re.IGNORECASE)
-_SPEAKER = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "ai": "assistant",
-            "bot": "assistant"}  # fmt: skip
+_SPEAKER = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+}
 _RENDERED = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]")
 
 
@@ -250,10 +260,14 @@ def _plain_text(fields):
         if _SPEAKER[match[1].lower()] != _SPEAKER[turns[-1][1].lower()]:
             turns.append(match)
     ends = [match.start() for match in turns[1:]] + [len(text)]
-    return [
-        {"role": _SPEAKER[match[1].lower()], "content": text[match.end() : end].strip()}
-        for match, end in zip(turns, ends, strict=True)
-    ], fields.get("tools"), _text(fields, "system")  # fmt: skip
+    return (
+        [
+            {"role": _SPEAKER[match[1].lower()], "content": text[match.end() : end].strip()}
+            for match, end in zip(turns, ends, strict=True)
+        ],
+        fields.get("tools"),
+        _text(fields, "system"),
+    )
 
 
 _HERMES_SYSTEM = re.compile(

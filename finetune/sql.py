@@ -33,8 +33,9 @@ def database_url(text: str | None, environment: dict[str, str] | None = None):
         url = make_url(text)
     except (ArgumentError, ValueError) as error:
         # The text may hold a password: it is not repeated.
-        raise UserError("--sql: this is no database URL; write postgresql://user@host/database or sqlite:///file.db"
-                        ) from error  # fmt: skip
+        raise UserError(
+            "--sql: this is no database URL; write postgresql://user@host/database or sqlite:///file.db"
+        ) from error
     if url.get_backend_name() == "sqlite":
         if url.database and url.database != ":memory:" and not Path(url.database).is_file():
             raise UserError(f"--sql: there is no SQLite file {url.database}; check the path (sqlite:///relative.db)")
@@ -79,8 +80,9 @@ def read_sql(
     try:
         engine = sqlalchemy.create_engine(url)
     except (NoSuchModuleError, ImportError) as error:
-        raise UserError(f"--sql: no driver for {url.drivername} ({error}); pip install it, or use postgresql/sqlite"
-                        ) from error  # fmt: skip
+        raise UserError(
+            f"--sql: no driver for {url.drivername} ({error}); pip install it, or use postgresql/sqlite"
+        ) from error
     try:
         with engine.connect().execution_options(stream_results=True, **_read_only(url)) as connection:
             # exec_driver_sql: a colon in the user's own query is no parameter of SQLAlchemy's
@@ -90,8 +92,9 @@ def read_sql(
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         if url.password:
             reason = reason.replace(str(url.password), "***")
-        raise UserError(f"{name}: {reason}; check --sql, --query or --table, and POSTGRES_* in the environment"
-                        ) from error  # fmt: skip
+        raise UserError(
+            f"{name}: {reason}; check --sql, --query or --table, and POSTGRES_* in the environment"
+        ) from error
     finally:
         engine.dispose()
 

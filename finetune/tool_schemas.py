@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from functools import lru_cache
 from typing import Any
 
 from finetune.sources import json_type, strict_json
@@ -29,9 +30,24 @@ _GENERIC = re.compile(r"(?P<outer>\w+)\[(?P<inner>.*)\]")
 def normalize_tools(value: Any, notes: Counter | None = None) -> list[dict[str, Any]]:
     """Accepts a list of dicts, a list of JSON strings, one JSON string, bare functions, or nothing.
 
-    Keys keep their order and unknown keys stay. Raises ValueError naming the tool that cannot be read.
+    Keys keep their order and unknown keys stay. The tools may be shared between rows: do not change them in place. Raises ValueError naming the tool that cannot be read.
     """
-    value = _decoded(value, "tools")
+    if isinstance(value, str):
+        tools, changed = _from_text(value)
+        if notes is not None:
+            notes.update(changed)
+        return list(tools)
+    return _tools(value, notes)
+
+
+@lru_cache(maxsize=1024)
+def _from_text(text: str) -> tuple[tuple[dict[str, Any], ...], Counter]:
+    """Tools written as one text repeat row after row: read once, shared by all rows that carry the same text."""
+    notes: Counter = Counter()
+    return tuple(_tools(_decoded(text, "tools"), notes)), notes
+
+
+def _tools(value: Any, notes: Counter | None) -> list[dict[str, Any]]:
     if value is None or value == "":
         return []
     if isinstance(value, dict):

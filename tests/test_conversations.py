@@ -22,8 +22,15 @@ def test_roles():
     roles = ["developer", "user", "assistant", "ipython", "function", "tool", "model", "HUMAN"]
     row = {"messages": [{"role": role, "content": "x"} for role in roles]}
     assert [m["role"] for m in normalize_row(row)["messages"]] == [
-        "system", "user", "assistant", "tool", "tool", "tool", "assistant", "user",
-    ]  # fmt: skip
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "tool",
+        "tool",
+        "assistant",
+        "user",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -32,9 +39,12 @@ def test_roles():
         (None, ""),
         ([{"type": "text", "text": "a "}, {"type": "text", "text": "b"}], "a b"),
         ({"온도": 1.50, "n": None}, '{"온도": 1.5, "n": null}'),
-        ([1, 2], "[1, 2]"), (42, "42"), (True, "true"), ("  kept \n", "  kept \n"),
+        ([1, 2], "[1, 2]"),
+        (42, "42"),
+        (True, "true"),
+        ("  kept \n", "  kept \n"),
     ],
-)  # fmt: skip
+)
 def test_contents_of_a_tool_result(content, expected):
     row = chat({"role": "assistant", "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": content, "name": "f"})
     assert assistant(row) == {"role": "tool", "content": expected, "name": "f"}
@@ -82,7 +92,7 @@ def test_legacy_function_call():
         (chat({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}), "no word"),
         (Unreadable("is not JSON: x", "{"), "is not JSON"),
     ],
-)  # fmt: skip
+)
 def test_rows_that_cannot_be_used_say_why(row, reason):
     with pytest.raises(RowError, match=reason):
         normalize_row(row)
@@ -110,12 +120,14 @@ def test_hermes_system_prompt_gives_its_tools():
         f"tags. <tools> {json.dumps(WRAPPED)} </tools> For each function call return a json object:\n"
         "<tool_call>\n{'arguments': <args-dict>, 'name': <function-name>}\n</tool_call>\nAnswer in Korean."
     )
-    row = {"conversations": [
-        {"from": "system", "value": system},
-        {"from": "human", "value": "Dim"},
-        {"from": "gpt", "value": "<tool_call>\n{'name': 'set_lamp', 'arguments': {'room': 'a'}}\n</tool_call>"},
-        {"from": "tool", "value": "<tool_response>\n{\"ok\": 1}\n</tool_response>\n<tool_response>2</tool_response>"},
-    ]}  # fmt: skip
+    row = {
+        "conversations": [
+            {"from": "system", "value": system},
+            {"from": "human", "value": "Dim"},
+            {"from": "gpt", "value": "<tool_call>\n{'name': 'set_lamp', 'arguments': {'room': 'a'}}\n</tool_call>"},
+            {"from": "tool", "value": '<tool_response>\n{"ok": 1}\n</tool_response>\n<tool_response>2</tool_response>'},
+        ]
+    }
     conversation = normalize_row(row)
     assert conversation["tools"] == [WRAPPED]
     assert conversation["messages"][0] == {"role": "system", "content": "Answer in Korean."}
@@ -123,23 +135,35 @@ def test_hermes_system_prompt_gives_its_tools():
 
 
 def test_apigen_xlam():
-    row = {"query": "Dim hall and attic", "tools": json.dumps([LAMP]), "answers": json.dumps([
-        {"name": "set_lamp", "arguments": {"room": "hall"}}, {"name": "set_lamp", "arguments": {"room": "attic"}}])}  # fmt: skip
+    row = {
+        "query": "Dim hall and attic",
+        "tools": json.dumps([LAMP]),
+        "answers": json.dumps(
+            [{"name": "set_lamp", "arguments": {"room": "hall"}}, {"name": "set_lamp", "arguments": {"room": "attic"}}]
+        ),
+    }
     assert calls(assistant(row)) == [("set_lamp", {"room": "hall"}), ("set_lamp", {"room": "attic"})]
 
 
 @pytest.mark.parametrize("key", ["direct", "tool_call"])
 def test_when2call_multiple_choice(key):
-    row = {"question": "Dim", "correct_answer": key, "tools": [json.dumps(LAMP)], "answers": {
-        "direct": "I cannot.", "tool_call": '{"name": "set_lamp", "arguments": {"room": "x"}}'}}  # fmt: skip
+    row = {
+        "question": "Dim",
+        "correct_answer": key,
+        "tools": [json.dumps(LAMP)],
+        "answers": {"direct": "I cannot.", "tool_call": '{"name": "set_lamp", "arguments": {"room": "x"}}'},
+    }
     message = assistant(row)
     assert message["content"] == ("I cannot." if key == "direct" else "")
     assert ("tool_calls" in message) == (key == "tool_call")
 
 
 def test_when2call_preference_row_takes_the_chosen_answer():
-    row = {"messages": [{"role": "user", "content": "q"}], "chosen_response": {"role": "assistant", "content": "good"},
-           "rejected_response": {"role": "assistant", "content": "bad"}}  # fmt: skip
+    row = {
+        "messages": [{"role": "user", "content": "q"}],
+        "chosen_response": {"role": "assistant", "content": "good"},
+        "rejected_response": {"role": "assistant", "content": "bad"},
+    }
     assert assistant(row)["content"] == "good"
 
 
@@ -187,11 +211,15 @@ def test_bfcl_with_its_answers_beside_it(tmp_path):
         ({"instruction": "i", "input": "", "output": "r"}, "i", "r"),
         ({"prompt": "p", "completion": "c"}, "p", "c"),
         ({"question": "q", "answer": 4}, "q", "4"),
-        ({"prompt": [{"role": "user", "content": "p"}], "completion": [{"role": "assistant", "content": "c"}]}, "p", "c"),
+        (
+            {"prompt": [{"role": "user", "content": "p"}], "completion": [{"role": "assistant", "content": "c"}]},
+            "p",
+            "c",
+        ),
         ({"text": "User: hi\nAssistant: hello"}, "hi", "hello"),
         ({"text": "### Human: hi### x\n### Assistant: hello"}, "hi### x", "hello"),
     ],
-)  # fmt: skip
+)
 def test_pairs(row, user, answer):
     messages = normalize_row(row)["messages"]
     assert [(m["role"], m["content"]) for m in messages] == [("user", user), ("assistant", answer)]
@@ -201,8 +229,11 @@ def test_plain_text_of_several_turns_with_a_quoted_marker():
     text = "System: Kurz.\nUser: Say 'Assistant: no'\nAssistant: Sure:\nAssistant: no\nUser: Danke"
     messages = normalize_row({"text": text})["messages"]
     assert [(m["role"], m["content"]) for m in messages] == [
-        ("system", "Kurz."), ("user", "Say 'Assistant: no'"), ("assistant", "Sure:\nAssistant: no"), ("user", "Danke"),
-    ]  # fmt: skip
+        ("system", "Kurz."),
+        ("user", "Say 'Assistant: no'"),
+        ("assistant", "Sure:\nAssistant: no"),
+        ("user", "Danke"),
+    ]
 
 
 def test_rendered_text_is_refused():

@@ -54,8 +54,11 @@ def test_every_kind_of_file_gives_the_same_conversation(tmp_path, name):
             writer.writerows([cells, cells])
         write(path, plain.read_bytes().decode("utf-8"))
     else:
-        text = {"r.json": f"[{dumped},\n{dumped}]", "one.json": json.dumps(ROW, indent=2),
-                "data.json": json.dumps({"data": [ROW, ROW]})}.get(name.removesuffix(".gz"), f"\ufeff{dumped}\r\n\n{dumped}\n")  # fmt: skip
+        text = {
+            "r.json": f"[{dumped},\n{dumped}]",
+            "one.json": json.dumps(ROW, indent=2),
+            "data.json": json.dumps({"data": [ROW, ROW]}),
+        }.get(name.removesuffix(".gz"), f"\ufeff{dumped}\r\n\n{dumped}\n")
         write(path, text)
     result = load_conversations(path)
     assert result.conversations == [normalize_row(ROW)] * (1 if name == "one.json" else 2)
@@ -84,11 +87,23 @@ def test_rows_that_are_no_json_keep_their_place(tmp_path):
 
 def test_arrow_padding_reaches_no_conversation(tmp_path):
     rows = [
-        chat({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"b": 1, "a": {"x": 1}}}]}, tools=[LAMP]),
-        chat({"role": "assistant", "content": "no call", "tool_calls": []}, tools=[{"name": "g", "parameters": {
-            "type": "object", "properties": {"q": {"enum": ["a", None], "type": "string"}}}}]),
-        chat({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"c": True}}]}, tools=[LAMP]),
-    ]  # fmt: skip
+        chat(
+            {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"b": 1, "a": {"x": 1}}}]},
+            tools=[LAMP],
+        ),
+        chat(
+            {"role": "assistant", "content": "no call", "tool_calls": []},
+            tools=[
+                {
+                    "name": "g",
+                    "parameters": {"type": "object", "properties": {"q": {"enum": ["a", None], "type": "string"}}},
+                }
+            ],
+        ),
+        chat(
+            {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"c": True}}]}, tools=[LAMP]
+        ),
+    ]
     path = tmp_path / "r.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path)
     assert "null" in json.dumps(pq.read_table(path).to_pylist()[1])  # Arrow did pad
@@ -108,10 +123,13 @@ def test_null_inside_a_json_string_of_a_parquet_file_survives(tmp_path):
 
 def test_json_columns_written_by_the_datasets_library_are_exact(tmp_path):
     datasets = pytest.importorskip("datasets")
-    source = write_jsonl(tmp_path / "r.jsonl", [
-        chat({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"z": 1, "a": None}}]}),
-        chat({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"a": "x"}}]}),
-    ])  # fmt: skip
+    source = write_jsonl(
+        tmp_path / "r.jsonl",
+        [
+            chat({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"z": 1, "a": None}}]}),
+            chat({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"a": "x"}}]}),
+        ],
+    )
     dataset = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=str(tmp_path / "cache"))
     dataset.to_parquet(str(tmp_path / "r.parquet"))
     assert load_conversations(tmp_path / "r.parquet").conversations == load_conversations(source).conversations
@@ -129,7 +147,7 @@ def test_json_columns_written_by_the_datasets_library_are_exact(tmp_path):
         ("r.csv", b"a,b\n\xff,2\n", "not UTF-8"),
         ("r.txt", b"x", "unknown kind of file"),
     ],
-)  # fmt: skip
+)
 def test_damaged_files_end_in_one_line(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
@@ -161,8 +179,10 @@ def test_a_hub_dataset_that_cannot_be_loaded_is_one_line(monkeypatch, tmp_path):
 
 def test_rows_of_a_hub_dataset_lose_their_padding(monkeypatch):
     datasets = pytest.importorskip("datasets")
-    rows = [chat({"role": "assistant", "content": "a", "tool_calls": None}),
-            chat({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"q": 1}}]})]  # fmt: skip
+    rows = [
+        chat({"role": "assistant", "content": "a", "tool_calls": None}),
+        chat({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"q": 1}}]}),
+    ]
     table = pa.Table.from_pylist([{"messages": row["messages"]} for row in rows])
     asked = []
 
