@@ -1,0 +1,275 @@
+"""Training and held-out rows made from tool schemas and phrasings: seeded, and the same on every machine.
+
+Only `random.Random` draws, rows come out in one fixed order, and every call is checked against its tool's JSON Schema
+before it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.conversations import write_jsonl
+from finetune.errors import UserError
+from finetune.phrasing import SPLITS, Case, Deck, Request, Wording, expand, read_json
+from finetune.tool_schemas import load_tools_file
+
+KINDS = ("call", "answered", "steps", "followup", "chat", "missing", "ambiguous")
+CALLING = KINDS[:4]  # kinds of rows that call a tool
+_TRIES = 200  # draws before a wording is declared too poor for the number of rows asked for
+
+
+class Phrasebook:
+    """What requests are made of: the language's wording, the cases of each tool, and which tools follow each other.
+
+    cases      tool name -> its cases (a case may stand several times: it is then drawn more often)
+    sequences  pairs of tools that one request may ask for, the second after the first; names of slots may follow
+               whose value the second takes over from the first
+    mix        split -> kind of row -> share
+    ambiguous  split -> (request, the assistant's question) pairs
+    """
+
+    def __init__(
+        self,
+        wording: Wording,
+        cases: dict[str, list[Any]],
+        sequences: Sequence[Sequence[str]],
+        mix: dict[str, dict[str, float]],
+        ambiguous: dict[str, list[tuple[str, str]]] | None = None,
+    ):
+        self.wording, self.cases, self.sequences, self.mix = wording, cases, sequences, mix
+        self.ambiguous = ambiguous or {split: [] for split in SPLITS}
+
+
+def load_phrasebook(path: str | Path, tools: Sequence[dict[str, Any]], rng: random.Random) -> Phrasebook:
+    """A phrasing file for these tools (canonical schemas). Raises UserError naming what is missing in it."""
+    data = read_json(path)
+    names = [tool["function"]["name"] for tool in tools]
+    try:
+        wording = Wording(**{name: data[name] for name in ("language", "system", "frames", "joins", "lists", "chat")})
+        if unknown := [name for name in data["tools"] if name not in names]:
+            raise UserError(f"{path}: phrasings for {unknown[0]}, which is not among the tool schemas; remove them")
+        if bare := [name for name in names if name not in data["tools"]]:
+            raise UserError(f"{path}: no phrasings for the tool {bare[0]}; add them, or leave --phrasings out")
+        cases = {
+            name: [
+                case for spec in data["tools"][name]
+                for case in [Case(name, spec, data["common"], wording, rng)] * spec.get("weight", 1)
+            ]
+            for name in names
+        }  # fmt: skip
+        return Phrasebook(wording, cases, data["sequences"], data["mix"])
+    except KeyError as error:
+        raise UserError(f"{path}: the field {error} is missing; see data/samples/README.md") from error
+
+
+class Writer:
+    """Makes the rows of one split; requests never repeat within it."""
+
+    def __init__(self, book: Phrasebook, tools: Sequence[dict[str, Any]], split: str, rng: random.Random):
+        self.book, self.split, self.rng = book, split, rng
+        self.tools = json.dumps(list(tools), ensure_ascii=False, separators=(",", ":"))
+        self.seen: set[str] = set()
+        self._frames = Deck(rng, book.wording.frames[split])
+        self._joins = Deck(rng, book.wording.joins[split])
+        names = list(book.cases)
+        self._names = {kind: Deck(rng, names) for kind in ("call", "followup")}
+        answerable = [name for name in names if any(case.answerable for case in book.cases[name])]
+        self._names["answered"] = Deck(rng, answerable) if answerable else None
+        self._cases = {name: Deck(rng, cases) for name, cases in book.cases.items()}
+        self._answerable = {
+            name: Deck(rng, [case for case in book.cases[name] if case.answerable]) for name in answerable
+        }
+        self._incomplete = [case for name in names for case in dict.fromkeys(book.cases[name])
+                            if case.incomplete(split) is not None]  # fmt: skip
+        self._sequences = [pair for pair in book.sequences if pair[0] in self._answerable]
+        self._decks: dict[str, Deck] = {}
+
+    def row(self, kind: str) -> dict[str, Any]:
+        """One row of the kind; raises UserError when no new request can be found."""
+        make: Callable[[], list[dict[str, Any]]] = getattr(self, f"_{kind}")
+        for _ in range(_TRIES):
+            messages = make()
+            requests = [message["content"] for message in messages if message["role"] == "user"]
+            if not any(text in self.seen for text in requests):
+                self.seen.update(requests)
+                break
+        else:
+            raise UserError(
+                f"no new request of kind {kind!r} after {_TRIES} tries; ask for fewer rows or add phrasings and values"
+            )
+        system = [{"role": "system", "content": self.book.wording.system}] if self.book.wording.system else []
+        return {"messages": system + messages, "tools": self.tools}
+
+    def _deck(self, name: str, items: Sequence[Any]) -> Deck:
+        if name not in self._decks:
+            self._decks[name] = Deck(self.rng, items)
+        return self._decks[name]
+
+    def _framed(self, core: str) -> str:
+        text = self._frames.deal().replace("{core}", core)
+        return text[:1].upper() + text[1:]
+
+    def _user(self, request: Request) -> dict[str, Any]:
+        text = request.sentence if request.core is None else self._framed(request.core)
+        return {"role": "user", "content": text}
+
+    def _call(self) -> list[dict[str, Any]]:
+        request = self._cases[self._names["call"].deal()].deal().request(self.split)
+        return [self._user(request), call_message(request)]
+
+    def _answered(self) -> list[dict[str, Any]]:
+        request = self._answerable[self._names["answered"].deal()].deal().request(self.split)
+        return [
+            self._user(request), call_message(request), result_message(request),
+            {"role": "assistant", "content": request.answer},
+        ]  # fmt: skip
+
+    def _steps(self) -> list[dict[str, Any]]:
+        """One request for two things: a call, its result, and the second call."""
+        before, after, *common = self._deck("steps", self._sequences).deal()
+        first = self._answerable[before].deal().request(self.split, core_only=True)
+        given = {name: first.slots[name] for name in common if name in first.slots}
+        second = self._cases[after].deal().request(self.split, core_only=True, given=given)
+        core = self._joins.deal().replace("{first}", first.core).replace("{second}", second.core)
+        return [
+            {"role": "user", "content": self._framed(core)},
+            call_message(first), result_message(first), call_message(second),
+        ]  # fmt: skip
+
+    def _followup(self) -> list[dict[str, Any]]:
+        """A finished request and another one after it."""
+        second = self._cases[self._names["followup"].deal()].deal().request(self.split)
+        return [*self._answered(), self._user(second), call_message(second)]
+
+    def _chat(self) -> list[dict[str, Any]]:
+        user, answer = self._deck("chat", self.book.wording.chat[self.split]).deal()
+        return _pair((expand(user, {}, {}, self.rng), answer))
+
+    def _missing(self) -> list[dict[str, Any]]:
+        return _pair(self._deck("missing", self._incomplete).deal().incomplete(self.split))
+
+    def _ambiguous(self) -> list[dict[str, Any]]:
+        return _pair(self._deck("ambiguous", self.book.ambiguous[self.split]).deal())
+
+
+def _pair(texts: Sequence[str]) -> list[dict[str, Any]]:
+    user, answer = texts
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+
+
+def call_message(request: Request) -> dict[str, Any]:
+    """An assistant message with the call, its arguments as a JSON string."""
+    arguments = json.dumps(request.arguments, ensure_ascii=False, separators=(",", ":"))
+    function = {"name": request.name, "arguments": arguments}
+    return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+
+
+def result_message(request: Request) -> dict[str, Any]:
+    content = json.dumps(request.result, ensure_ascii=False, separators=(",", ":"))
+    return {"role": "tool", "name": request.name, "content": content}
+
+
+def shares(mix: dict[str, float], total: int) -> dict[str, int]:
+    """`total` split by the weights of `mix`, by largest remainder; sums to `total`."""
+    weight = sum(mix.values())
+    counts = {kind: int(total * part / weight) for kind, part in mix.items()}
+    rest = sorted(mix, key=lambda kind: counts[kind] - total * mix[kind] / weight)
+    for kind in rest[: total - sum(counts.values())]:
+        counts[kind] += 1
+    return counts
+
+
+def make_rows(
+    book: Phrasebook, tools: Sequence[dict[str, Any]], split: str, total: int, rng: random.Random
+) -> list[tuple[str, dict[str, Any]]]:
+    """`total` rows of one split with their kinds, mixed as the phrasebook says, in shuffled order; all calls fit their schemas."""
+    writer = Writer(book, tools, split, rng)
+    rows = [(kind, writer.row(kind)) for kind, number in shares(book.mix[split], total).items() for _ in range(number)]
+    rng.shuffle(rows)
+    check_calls([row for _, row in rows], tools)
+    return rows
+
+
+def check_calls(rows: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> None:
+    """Raises UserError at the first call whose arguments its tool's JSON Schema does not accept."""
+    from jsonschema.validators import validator_for
+
+    validators = {}
+    for tool in tools:
+        schema = tool["function"].get("parameters", {"type": "object"})
+        validators[tool["function"]["name"]] = validator_for(schema)(schema)
+    for row in rows:
+        for message in row["messages"]:
+            for call in message.get("tool_calls", ()):
+                name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
+                for error in validators[name].iter_errors(arguments):
+                    raise UserError(f"a made call of {name} does not fit its schema ({error.message}): {arguments}")
+
+
+def generate_files(
+    tools_file: str | Path,
+    output: str | Path,
+    *,
+    phrasings: str | Path | None = None,
+    per_tool: int = 32,
+    rows: int | None = None,
+    heldout_rows: int | None = None,
+    language: str = "en",
+    seed: int = 0,
+    name: str | None = None,
+    overwrite: bool = False,
+) -> list[tuple[Path, Counter]]:
+    """Make and write both splits; gives each file with its rows by kind. Raises UserError."""
+    tools = load_tools_file(tools_file)
+    if not tools:
+        raise UserError(f"{tools_file}: holds no tool schema; give a JSON array of tool schemas")
+    made = generate(tools, phrasings, per_tool=per_tool, rows=rows, heldout_rows=heldout_rows, language=language, seed=seed)
+    written = []
+    for split, (book, entries) in made.items():
+        suffix = "" if book.wording.language == "en" else f"_{book.wording.language}"
+        path = Path(output) / f"{name + '_' if name else ''}{split}{suffix}.jsonl"
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} exists already; choose another --output, or say --overwrite")
+        written.append((path, entries))
+    for path, entries in written:
+        write_jsonl(path, [row for _, row in entries])
+    return [(path, Counter(kind for kind, _ in entries)) for path, entries in written]
+
+
+def generate(
+    tools: Sequence[dict[str, Any]],
+    phrasings: str | Path | None = None,
+    *,
+    per_tool: int = 32,
+    rows: int | None = None,
+    heldout_rows: int | None = None,
+    language: str = "en",
+    seed: int = 0,
+) -> dict[str, tuple[Phrasebook, list[tuple[str, dict[str, Any]]]]]:
+    """Split -> (phrasebook, [(kind, row), ...]).
+
+    Each split draws alone: more training rows leave the held-out ones as they are.
+    """
+    made = {}
+    for split in SPLITS:
+        rng = random.Random(f"{seed}:{split}")
+        book = load_phrasebook(phrasings, tools, rng) 
+        if split == "train":
+            total = rows or rows_for(book, per_tool * len(tools))
+        else:
+            total = heldout_rows or max(1, total // 3)
+        made[split] = (book, make_rows(book, tools, split, total, rng))
+    return made
+
+
+def rows_for(book: Phrasebook, requests: int) -> int:
+    """How many training rows hold at least so many requests that call a tool."""
+    mix = book.mix["train"]
+    calling = sum(part for kind, part in mix.items() if kind in CALLING)
+    return math.ceil(requests * sum(mix.values()) / calling)
