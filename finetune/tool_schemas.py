@@ -30,7 +30,8 @@ _GENERIC = re.compile(r"(?P<outer>\w+)\[(?P<inner>.*)\]")
 def normalize_tools(value: Any, notes: Counter | None = None) -> list[dict[str, Any]]:
     """Accepts a list of dicts, a list of JSON strings, one JSON string, bare functions, or nothing.
 
-    Keys keep their order and unknown keys stay. The tools may be shared between rows: do not change them in place. Raises ValueError naming the tool that cannot be read.
+    Keys keep their order and unknown keys stay. The tools may be shared between rows: never change them in place.
+    Raises ValueError naming the tool that cannot be read.
     """
     if isinstance(value, str):
         tools, changed = _from_text(value)

@@ -107,9 +107,9 @@ CALL_TEXTS = {
     "llama": '<function=set_lamp>{"room": "a}<\\"/b", "level": 7}</function>',
     "hermes": '<tool_call>\n{"name": "set_lamp", "arguments": {"room": "a}<\\"/b", "level": 7}}\n</tool_call>',
     "hermes, arguments as text": "<tool_call>"
-    + json.dumps({"name": "set_lamp", "arguments": '{"room": "a}<"/b", "level": 7}'})
+    + json.dumps({"name": "set_lamp", "arguments": '{"room": "a}<\\"/b", "level": 7}'})
     + "</tool_call>",
-    "hermes, Python dict": "<tool_call>\n{'arguments': {'room': 'a}<\"/b', 'level': 7}, 'name': 'set_lamp'}</tool_call>",
+    "hermes, Python dict": "<tool_call>{'arguments': {'room': 'a}<\"/b', 'level': 7}, 'name': 'set_lamp'}</tool_call>",
     "when2call": '<TOOLCALL>[{"name": "set_lamp", "arguments": {"room": "a}<\\"/b", "level": 7}}]</TOOLCALL>',
     "mistral": '[TOOL_CALLS] [{"name": "set_lamp", "arguments": {"room": "a}<\\"/b", "level": 7}, "id": "abcdefghi"}]',
     "glaive": """<functioncall> {"name": "set_lamp", "arguments": '{"room": "a}<\\"/b", "level": 7}'}""",

@@ -1,0 +1,237 @@
+"""Bulk encoding: exactly what formats.encode says for each row, every row accounted for, the cache never wrong."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from finetune import encoding, encoding_cache
+from finetune.conversations import normalize_row
+from finetune.encoding import encode_conversations, turn_starts, without_oldest_turns
+from finetune.errors import UserError
+from formats import encode, get_format
+from tests import parts
+from tests.rows import LAMP
+
+FMT = get_format("chatml")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return parts.fresh_tokenizer("smollm2")
+
+
+def conversation(*texts: str, system: str | None = "Be brief.", tools=(LAMP,)) -> dict:
+    """user, assistant, user, assistant … with the given texts."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return normalize_row({"messages": messages, "tools": list(tools)})
+
+
+def called(room: str) -> dict:
+    call = {"type": "function", "function": {"name": "set_lamp", "arguments": {"room": room, "level": 7}}}
+    messages = [
+        {"role": "user", "content": f"Dim the {room}"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": '{"ok": true}'},
+        {"role": "assistant", "content": "Done."},
+    ]
+    return normalize_row({"messages": messages, "tools": [LAMP]})
+
+
+ROWS = [called("hall"), conversation("hi", "hello"), called("부엌"), conversation("a", "b", "c", "d")]
+
+
+def same(a, b) -> bool:
+    return [list(a.sequences), a.rows.tolist(), a.left_out] == [list(b.sequences), b.rows.tolist(), b.left_out]
+
+
+def test_sequences_are_those_of_formats(tokenizer):
+    encoded = encode_conversations(ROWS, tokenizer, FMT, progress=False)
+    expected = [encode(row, tokenizer, FMT).sequences for row in ROWS]
+    assert list(encoded.sequences) == [(s.input_ids, s.labels) for row in expected for s in row]
+    assert encoded.rows.tolist() == [i for i, row in enumerate(expected) for _ in row]
+    assert encoded.sequences[-1] == encoded.sequences[len(encoded.sequences) - 1]
+    assert encoded.sequences[1:3] == [encoded.sequences[1], encoded.sequences[2]]
+    with pytest.raises(IndexError):
+        encoded.sequences[len(encoded.sequences)]
+
+
+def test_report_adds_up(tokenizer):
+    rows = [*ROWS, conversation("only a question")]
+    report = encode_conversations(rows, tokenizer, FMT, progress=False).report
+    assert (report["rows"], report["kept"], report["refused"], report["dropped"]) == (5, 4, 1, 0)
+    sequences = [s for row in ROWS for s in encode(row, tokenizer, FMT).sequences]
+    assert report["tokens"] == sum(len(s.input_ids) for s in sequences) == sum(report["tokens_by_role"].values())
+    assert report["trained_tokens_by_role"] == {"assistant": sum(x != -100 for s in sequences for x in s.labels)}
+    assert report["longest"] == max(len(s.input_ids) for s in sequences)
+    assert sum(report["reasons"].values()) == 1
+    assert report["left_out"] == [{"row": "row 5", "reason": next(iter(report["reasons"]))}]
+    json.dumps(report)
+
+
+def test_processes_give_the_same_as_one(tokenizer, monkeypatch):
+    monkeypatch.setattr(encoding, "CHUNK", 3)
+    rows = [called(f"room {i}") for i in range(10)] + [conversation("no answer")]
+    alone = encode_conversations(rows, tokenizer, FMT, num_proc=1, progress=False)
+    together = encode_conversations(rows, tokenizer, FMT, num_proc=2, progress=False)
+    assert same(alone, together)
+    assert {**alone.report, "seconds": 0} == {**together.report, "seconds": 0}
+
+
+# over-long rows
+
+
+def length(row, tokenizer) -> int:
+    return max(len(s.input_ids) for s in encode(row, tokenizer, FMT).sequences)
+
+
+LONG = conversation(*[f"{word} " * 40 for word in ("one", "two", "three", "four", "five", "six", "seven", "eight")])
+
+
+def test_drop_leaves_long_rows_out_and_names_them(tokenizer):
+    limit = length(LONG, tokenizer) - 1
+    encoded = encode_conversations(
+        [ROWS[0], LONG], tokenizer, FMT, max_seq_length=limit, progress=False, origins=[("a.jsonl", 3), ("b.jsonl", 9)]
+    )
+    assert encoded.rows.tolist() == [0]
+    assert encoded.left_out == [(1, f"longer than max_seq_length: {limit + 1} > {limit} tokens")]
+    assert encoded.report["left_out"][0]["row"] == "b.jsonl, row 9"
+    assert (encoded.report["kept"], encoded.report["dropped"], encoded.report["longest"]) == (1, 1, limit + 1)
+
+
+def test_a_row_of_exactly_the_limit_is_kept(tokenizer):
+    encoded = encode_conversations([LONG], tokenizer, FMT, max_seq_length=length(LONG, tokenizer), progress=False)
+    assert encoded.report["kept"] == 1
+
+
+def test_error_stops_with_file_and_row(tokenizer):
+    with pytest.raises(UserError, match=r"b\.jsonl, row 9: longer than max_seq_length"):
+        encode_conversations(
+            [LONG], tokenizer, FMT, max_seq_length=50, overlong="error", progress=False, origins=[("b.jsonl", 9)]
+        )
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_trim_turns_removes_as_few_of_the_oldest_turns_as_needed(tokenizer, turns):
+    kept = without_oldest_turns(LONG, turns)
+    limit = length(kept, tokenizer)
+    encoded = encode_conversations(
+        [ROWS[1], LONG], tokenizer, FMT, max_seq_length=limit, overlong="trim_turns", progress=False
+    )
+    (expected,) = encode(kept, tokenizer, FMT).sequences
+    assert encoded.sequences[1] == (expected.input_ids, expected.labels)
+    assert encoded.turns_removed == {1: turns}
+    assert (encoded.report["trimmed"], encoded.report["turns_removed"], encoded.report["dropped"]) == (1, turns, 0)
+
+
+def test_a_row_whose_last_turn_alone_is_too_long_is_dropped(tokenizer):
+    encoded = encode_conversations([LONG], tokenizer, FMT, max_seq_length=60, overlong="trim_turns", progress=False)
+    assert len(encoded.sequences) == 0 and encoded.report["dropped"] == 1 and encoded.turns_removed == {}
+
+
+def roles(*names: str) -> list[dict]:
+    return [{"role": name, "content": "x"} for name in names]
+
+
+@pytest.mark.parametrize(
+    ("names", "starts"),
+    [
+        (["system", "user", "assistant", "user", "assistant"], [1, 3]),
+        (["assistant", "user", "assistant", "user", "assistant"], [0, 3]),
+        (["user", "user", "assistant", "tool", "assistant", "user", "assistant"], [0, 5]),
+        (["system", "system", "user", "assistant"], [2]),
+        (["user", "assistant", "system", "user", "assistant"], [0, 3]),
+        (["system"], [1]),
+    ],
+)
+def test_whole_turns(names, starts):
+    assert turn_starts(roles(*names)) == starts
+
+
+def test_trimming_keeps_system_messages_and_tools():
+    trimmed = without_oldest_turns(LONG, 3)
+    assert [m["role"] for m in trimmed["messages"]] == ["system", "user", "assistant"]
+    assert trimmed["messages"][1:] == LONG["messages"][-2:] and trimmed["tools"] == LONG["tools"]
+
+
+# cache
+
+
+def test_the_second_time_comes_from_the_cache(tokenizer, tmp_path, monkeypatch):
+    rows = [*ROWS, conversation("no answer"), LONG]
+    flags = {"max_seq_length": 400, "overlong": "trim_turns", "cache_dir": tmp_path, "progress": False}
+    first = encode_conversations(rows, tokenizer, FMT, **flags)
+    monkeypatch.setattr(encoding, "encode_chunk", None)  # a second computation would fail
+    second = encode_conversations(rows, tokenizer, FMT, **flags)
+    assert same(first, second) and second.turns_removed == first.turns_removed
+    assert (first.report["from_cache"], second.report["from_cache"]) == (False, True)
+    assert {**first.report, "from_cache": 0} == {**second.report, "from_cache": 0}
+
+
+def test_anything_that_could_change_a_token_makes_another_file(tokenizer, tmp_path):
+    def path(rows=ROWS, fmt=FMT, tok=tokenizer, **changes):
+        flags = {"max_seq_length": 100, "train_on": "all", "control_tokens": "escape", "overlong": "drop"} | changes
+        return encoding_cache.cache_path(tmp_path, rows, tok, fmt, encoding.Flags(**flags))
+
+    other_tokenizer = parts.fresh_tokenizer("smollm2")
+    other_tokenizer.add_tokens(["<extra>"])
+    reordered = json.loads(json.dumps(ROWS))
+    arguments = reordered[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    reordered[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] = dict(reversed(arguments.items()))
+    paths = [
+        path(),
+        path(ROWS[::-1]),
+        path(reordered),
+        path(fmt=FMT.with_kwargs(x=1)),
+        path(fmt=get_format("qwen", tokenizer)),
+        path(tok=other_tokenizer),
+        path(max_seq_length=101),
+        path(train_on="last"),
+        path(control_tokens="allow"),
+        path(overlong="trim_turns"),
+    ]
+    assert len(set(paths)) == len(paths)
+    before = path()
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=2)  # settings of a call are not of the vocabulary
+    assert path() == before
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "text", "bit", "lengths"])
+def test_a_damaged_cache_is_made_anew(tokenizer, tmp_path, damage):
+    good = encode_conversations(ROWS, tokenizer, FMT, cache_dir=tmp_path, progress=False)
+    (path,) = tmp_path.glob("*.npz")
+    data = path.read_bytes()
+    if damage == "lengths":
+        with np.load(path) as stored:
+            arrays = dict(stored)
+        np.savez(path, **arrays | {"trained": arrays["trained"][:-1]})
+    else:
+        flipped = data[:200] + bytes([data[200] ^ 1]) + data[201:]
+        path.write_bytes({"empty": b"", "half": data[: len(data) // 2], "text": b"hello", "bit": flipped}[damage])
+    again = encode_conversations(ROWS, tokenizer, FMT, cache_dir=tmp_path, progress=False)
+    assert same(good, again) and not again.report["from_cache"]
+    assert encode_conversations(ROWS, tokenizer, FMT, cache_dir=tmp_path, progress=False).report["from_cache"]
+
+
+def test_an_unwritable_cache_is_one_line(tokenizer, tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot write"):
+        encode_conversations(ROWS, tokenizer, FMT, cache_dir=tmp_path / "file", progress=False)
+
+
+def test_labels_that_are_not_their_ids_are_a_bug_and_never_stored(tokenizer, monkeypatch):
+    honest = encoding._encode
+
+    def wrong(*args):
+        encoded = honest(*args)
+        encoded.sequences[0].labels[-1] = 5
+        return encoded
+
+    monkeypatch.setattr(encoding, "_encode", wrong)
+    with pytest.raises(AssertionError, match="do not match"):
+        encode_conversations(ROWS, tokenizer, FMT, progress=False)
