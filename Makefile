@@ -50,7 +50,7 @@ $(VENV)/.installed-test: $(VENV)/.installed requirements_test.txt $(PARTS)
 	$(if $(PARTS),$(PIP) --no-deps -r $(PARTS))
 	@touch $@
 
-HELD_OUT ?= data/samples/gennx_test.jsonl
+HELD_OUT ?= data/samples/gennx_heldout.jsonl
 
 demo: install  ## fine-tune the bundled 135M model to call tools, draw its curve, score it (minutes, no GPU, no hub)
 	@name=demo_$$(date +%Y%m%d_%H%M%S); run=experiments/$$name; set -x; \
