@@ -1,0 +1,200 @@
+"""The verdict on one answer: calls against expected calls, arguments against the tool's schema, text against text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from finetune.evaluation_items import CALL, QUESTION, Item, step_of
+from finetune.text_scores import exact_match, quality_ok, rouge_l, token_f1
+
+NO_CALL = "(no call)"
+UNDECLARED = "(undeclared tool)"
+
+
+def json_equal(left: Any, right: Any) -> bool:
+    """Equality of JSON values: 7 == 7.0, but "7" != 7 and true != 1; objects without order, lists with it."""
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    if isinstance(left, int | float) and isinstance(right, int | float):
+        return left == right
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(json_equal(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(json_equal, left, right))
+    return left == right
+
+
+def leaves(arguments: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """(path, value) of every value that holds no other; an empty object or list is a leaf itself."""
+    if not isinstance(arguments, dict | list) or not arguments:
+        yield path, arguments
+        return
+    inner = arguments.items() if isinstance(arguments, dict) else enumerate(arguments)
+    for key, value in inner:
+        yield from leaves(value, (*path, key))
+
+
+def common_leaves(expected: dict[str, Any], made: dict[str, Any]) -> int:
+    """Number of argument leaves with the same path and an equal value."""
+    wanted = dict(leaves(expected))
+    return sum(path in wanted and json_equal(wanted[path], value) for path, value in leaves(made) if path)
+
+
+def count_leaves(arguments: dict[str, Any]) -> int:
+    """Argument leaves of a call; a call without arguments has none."""
+    return sum(1 for path, _ in leaves(arguments) if path)
+
+
+def pair_calls(expected: list[dict], made: list[dict]) -> list[tuple[int | None, int | None]]:
+    """Pair expected and made calls of one turn: same name first, most equal arguments first, the rest in order.
+
+    Parallel calls have no order. Indices into the two lists; None where a call has no partner.
+    """
+    candidates = sorted(
+        (
+            (-common_leaves(a["arguments"], b["arguments"]), not json_equal(a["arguments"], b["arguments"]), i, j)
+            for i, a in enumerate(expected)
+            for j, b in enumerate(made)
+            if a["name"] == b["name"]
+        ),
+    )
+    left, right, pairs = set(range(len(expected))), set(range(len(made))), []
+    for _, _, i, j in candidates:
+        if i in left and j in right:
+            left.discard(i)
+            right.discard(j)
+            pairs.append((i, j))
+    rest_left, rest_right = sorted(left), sorted(right)
+    for at in range(max(len(rest_left), len(rest_right))):
+        pairs.append((rest_left[at] if at < len(rest_left) else None, rest_right[at] if at < len(rest_right) else None))
+    return pairs
+
+
+class ToolSchemas:
+    """The declared tools of an item, for checking calls against them."""
+
+    def __init__(self, tools: list[dict[str, Any]]):
+        self.parameters = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+
+    def unknown_arguments(self, call: dict[str, Any]) -> list[str]:
+        """Paths of arguments that the tool's schema does not know; the tool must be declared."""
+        return list(_unknown(self.parameters[call["name"]], call["arguments"], ""))
+
+    def is_valid(self, call: dict[str, Any]) -> bool | None:
+        """Whether the arguments satisfy the tool's JSON Schema; None when the schema itself is none."""
+        validator = _validator(json.dumps(self.parameters[call["name"]]))
+        try:
+            return None if validator is None else validator.is_valid(call["arguments"])
+        except Exception:  # an unresolvable $ref or a wrong regular expression inside the schema
+            return None
+
+
+@lru_cache(maxsize=4096)
+def _validator(schema_text: str):
+    """The compiled validator of a schema; None when it is no JSON Schema."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+
+    schema = json.loads(schema_text)
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError:
+        return None
+    return Draft202012Validator(schema)
+
+
+def _unknown(schema: Any, value: Any, path: str) -> Iterator[str]:
+    if not isinstance(schema, dict):
+        return
+    if isinstance(value, list):
+        for at, element in enumerate(value):
+            yield from _unknown(schema.get("items"), element, f"{path}[{at}]")
+    if not isinstance(value, dict):
+        return
+    properties = schema.get("properties")
+    if not isinstance(properties, dict) or any(word in schema for word in ("anyOf", "oneOf", "allOf", "$ref")):
+        # A schema without properties of its own (or with ones kept elsewhere) leaves the names open.
+        extra = schema.get("additionalProperties")
+        for key, inner in value.items() if isinstance(extra, dict) else ():
+            yield from _unknown(extra, inner, f"{path}.{key}".lstrip("."))
+        return
+    for key, inner in value.items():
+        at = f"{path}.{key}".lstrip(".")
+        if key in properties:
+            yield from _unknown(properties[key], inner, at)
+        elif "patternProperties" not in schema and not schema.get("additionalProperties"):
+            yield at
+        elif isinstance(schema.get("additionalProperties"), dict):
+            yield from _unknown(schema["additionalProperties"], inner, at)
+
+
+def score(item: Item, text: str, parsed_calls: list[dict], parse_errors: list[str]) -> dict[str, Any]:
+    """Verdicts on one answer; docs/evaluation.md defines each. Only what applies to the item's kind is in it."""
+    verdicts: dict[str, Any] = {"called": bool(parsed_calls or parse_errors)}
+    if item.tools or parsed_calls:
+        verdicts.update(_call_verdicts(item, parsed_calls, parse_errors))
+    if item.kind != CALL and item.expected_text is not None:
+        verdicts["exact_match"] = exact_match(item.expected_text, text)
+        verdicts["token_f1"] = token_f1(item.expected_text, text)
+        verdicts["rouge_l"] = rouge_l(item.expected_text, text)
+    if item.kind == QUESTION:
+        verdicts["quality_ok"] = quality_ok(text)
+    return verdicts
+
+
+def _call_verdicts(item: Item, made: list[dict], errors: list[str]) -> dict[str, Any]:
+    schemas = ToolSchemas(item.tools)
+    declared = [call for call in made if call["name"] in schemas.parameters]
+    unknown = [f"{call['name']}: {path}" for call in declared for path in schemas.unknown_arguments(call)]
+    undeclared = [call["name"] for call in made if call["name"] not in schemas.parameters]
+    verdicts: dict[str, Any] = {
+        "hallucinated": bool(undeclared or unknown),
+        "hallucinated_tools": undeclared,
+        "hallucinated_arguments": unknown,
+    }
+    if item.kind != CALL:
+        return verdicts | {"no_call_correct": not (made or errors)}
+
+    expected = item.expected_calls
+    pairs = pair_calls(expected, made)
+    matched = [(expected[i], made[j]) for i, j in pairs if i is not None and j is not None]
+    same_names = not errors and len(expected) == len(made) and all(a["name"] == b["name"] for a, b in matched)
+    if item.possible_answers is None:
+        same_arguments = all(json_equal(a["arguments"], b["arguments"]) for a, b in matched)
+    else:
+        from finetune.bfcl import matches_possible_answers
+
+        same_arguments = matches_possible_answers(made, item.possible_answers, item.tools)
+    valid = [schemas.is_valid(call) for call in declared]
+    return verdicts | {
+        "json_valid": bool(made) and not errors,
+        "name_correct": same_names,
+        "arguments_correct": same_names and same_arguments,
+        "schema_valid": bool(made) and not errors and not undeclared and all(v is not False for v in valid),
+        "parallel": len(expected) > 1,
+        "step": step_of(item),
+        "arguments_expected": sum(count_leaves(call["arguments"]) for call in expected),
+        "arguments_made": sum(count_leaves(call["arguments"]) for call in made),
+        "arguments_matched": sum(common_leaves(a["arguments"], b["arguments"]) for a, b in matched
+                                 if a["name"] == b["name"]),
+    }  # fmt: skip
+
+
+def confusion_pairs(item: Item, made: list[dict]) -> list[tuple[str, str]]:
+    """(expected, made) tool names of one request; NO_CALL where a side has none, UNDECLARED for invented tools."""
+    names = {tool["function"]["name"] for tool in item.tools}
+
+    def made_name(call: dict[str, Any]) -> str:
+        return call["name"] if call["name"] in names else UNDECLARED
+
+    if not item.expected_calls and not made:
+        return [(NO_CALL, NO_CALL)]
+    return [
+        (NO_CALL if i is None else item.expected_calls[i]["name"], NO_CALL if j is None else made_name(made[j]))
+        for i, j in pair_calls(item.expected_calls, made)
+    ]
