@@ -85,7 +85,9 @@ def read_sql(
         ) from error
     try:
         with engine.connect().execution_options(stream_results=True, **_read_only(url)) as connection:
-            # exec_driver_sql: a colon in the user's own query is no parameter of SQLAlchemy's
+            # The user's own query has no parameters: its colons are left alone, its per cent signs are meant.
+            if engine.dialect.paramstyle in ("format", "pyformat"):
+                query = query.replace("%", "%%")
             for number, row in enumerate(connection.exec_driver_sql(query).mappings(), start=1):
                 yield name, number, {column: value for column, value in row.items() if value is not None}
     except SQLAlchemyError as error:

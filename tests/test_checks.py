@@ -1,0 +1,203 @@
+"""Problems are found where they are and named; near-duplicates stay together; splits are fair, whole and seeded."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.checks import called_tool, check_conversation, exact_key
+from finetune.conversations import normalize_row
+from finetune.errors import UserError
+from finetune.splits import SPLITS, near_duplicate_groups, parse_ratios, shingles, split_conversations
+from tests.rows import LAMP, chat
+
+
+def call(name="set_lamp", arguments=None, **extra) -> dict:
+    function = {"name": name, "arguments": {"room": "hall"} if arguments is None else arguments}
+    return {"role": "assistant", "tool_calls": [{"type": "function", "function": function, **extra}]}
+
+
+SAY = {"role": "assistant", "content": "Done."}
+ASK = {"role": "user", "content": "And now?"}
+
+
+def problems(*messages, tools=(LAMP,)) -> dict[str, bool]:
+    found = check_conversation(normalize_row(chat(*messages, tools=list(tools))))
+    return {problem.kind: problem.error for problem in found}
+
+
+def test_a_good_conversation_has_no_problem():
+    assert problems(call(id="a"), {"role": "tool", "content": "1", "tool_call_id": "a", "name": "set_lamp"}, SAY) == {}
+
+
+@pytest.mark.parametrize(
+    ("messages", "kind"),
+    [
+        ([ASK], "nothing to train"),
+        ([SAY | {"train": False}], "nothing to train"),
+        ([{"role": "assistant", "content": " "}], "empty answer"),
+        ([call("set_lmap")], "undeclared tool"),
+        ([call(arguments={"level": 3})], "arguments against the schema"),
+        ([call(arguments={"room": "a", "level": "3"})], "arguments against the schema"),
+        ([{"role": "tool", "content": "1"}, SAY], "orphan result"),
+        ([SAY, {"role": "tool", "content": "1"}, SAY], "orphan result"),
+        ([call(), {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}, SAY], "orphan result"),
+        ([call(id="a"), {"role": "tool", "content": "1", "tool_call_id": "b"}, SAY], "orphan result"),
+        ([call(), {"role": "tool", "content": "1", "name": "other"}, SAY], "orphan result"),
+    ],
+)
+def test_errors(messages, kind):
+    assert problems(*messages).get(kind) is True
+
+
+@pytest.mark.parametrize(
+    ("messages", "kind"),
+    [
+        ([SAY, SAY], "two assistant messages in a row"),
+        ([ASK, SAY], "two user messages in a row"),
+        ([SAY, {"role": "system", "content": "x"}, ASK, SAY], "system message in the middle"),
+        ([SAY, ASK], "ends without an answer"),
+        ([call(), {"role": "tool", "content": "1"}, ASK, SAY], "result without an answer"),
+        ([call(), ASK, SAY], "call without a result"),
+    ],
+)
+def test_warnings(messages, kind):
+    assert problems(*messages).get(kind) is False
+
+
+def test_the_problem_names_message_tool_and_value():
+    row = normalize_row(chat(SAY, ASK, call(arguments={"room": "a", "level": "3"}), tools=[LAMP]))
+    assert [p.text for p in check_conversation(row)] == [
+        "message 4: call of set_lamp, level: '3' is not of type 'integer'"
+    ]
+
+
+def test_broken_schemas_and_double_tools_are_errors_not_crashes():
+    broken = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": 7}}}}
+    assert problems(call("f", {}), tools=[broken]) == {"broken schema": True}
+    dangling = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}}}
+    assert problems(call("f", {"a": 1}), tools=[dangling]) == {"broken schema": True}
+    assert problems(SAY, tools=[LAMP, LAMP]) == {"tool declared twice": True}
+
+
+def test_defs_and_formats_of_json_schema_work():
+    tool = {
+        "name": "f",
+        "parameters": {
+            "type": "object",
+            "$defs": {"n": {"type": "integer", "maximum": 3}},
+            "properties": {"a": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/n"}]}},
+        },
+    }
+    assert problems(call("f", {"a": None}), tools=[tool]) == {}
+    assert problems(call("f", {"a": 4}), tools=[tool]) == {"arguments against the schema": True}
+
+
+def test_exact_key_ignores_call_ids_and_key_order_only():
+    one = normalize_row(chat(call(arguments={"room": "a", "level": 1}, id="x"), tools=[LAMP]))
+    two = normalize_row(chat(call(arguments={"level": 1, "room": "a"}, id="y"), tools=[LAMP]))
+    three = normalize_row(chat(call(arguments={"level": 2, "room": "a"}), tools=[LAMP]))
+    assert exact_key(one) == exact_key(two) != exact_key(three)
+
+
+# near-duplicates and splits
+
+
+def asking(text: str, tool: str | None = None) -> dict:
+    answer = call(tool, {}) if tool else SAY
+    return normalize_row({"messages": [{"role": "user", "content": text}, answer]})
+
+
+BASE = "Please create a rectangular beam section with a width of three hundred and a height of six hundred millimetres"
+
+
+def test_near_duplicates_share_a_group_and_others_do_not():
+    texts = [
+        BASE,
+        BASE + " now",
+        "Which load cases are defined?",
+        BASE.upper(),
+        BASE.replace("Please", "Kindly"),
+        "Undo",
+    ]
+    groups = near_duplicate_groups([asking(text) for text in texts])
+    assert groups == [0, 0, 2, 0, 0, 5]
+
+
+def test_groups_are_those_of_comparing_every_pair():
+    rng = random.Random(7)
+    words = BASE.split()
+    texts = []
+    for _ in range(150):
+        chosen = list(words)
+        for _ in range(rng.randrange(6)):
+            chosen[rng.randrange(len(chosen))] = rng.choice(["red", "blue", "seven", "eight", "wall", "slab"])
+        texts.append(" ".join(chosen))
+    sets = [shingles(text.lower()) for text in texts]
+    parent = list(range(len(texts)))
+
+    def find(i):
+        return i if parent[i] == i else find(parent[i])
+
+    for i in range(len(texts)):
+        for j in range(i):
+            if len(sets[i] & sets[j]) >= 0.8 * len(sets[i] | sets[j]):
+                parent[max(find(i), find(j))] = min(find(i), find(j))
+    expected = [find(i) for i in range(len(texts))]
+    assert 5 < len(set(expected)) < 145  # the data has both pairs and loners
+    assert near_duplicate_groups([asking(text) for text in texts]) == expected
+
+
+def test_thousands_of_copies_are_one_group():
+    rows = [asking(f"{BASE} number {i}") for i in range(3000)]
+    assert set(near_duplicate_groups(rows)) == {0}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.sampled_from(["a", "b", "c", None])), min_size=1, max_size=120),
+    st.integers(0, 5),
+)
+def test_splits_keep_groups_whole_and_totals_near(items, seed):
+    rows = [asking(f"q{i}", tool) for i, (_, tool) in enumerate(items)]
+    groups = [group for group, _ in items]
+    splits = split_conversations(rows, groups, (0.8, 0.1, 0.1), seed)
+    where = defaultdict(set)
+    for group, split in zip(groups, splits, strict=True):
+        where[group].add(split)
+    assert all(len(found) == 1 for found in where.values())
+    largest = max(Counter(groups).values())
+    counts = Counter(splits)
+    for name, share in zip(SPLITS, (0.8, 0.1, 0.1), strict=True):
+        assert abs(counts[name] - share * len(rows)) <= largest + 1
+
+
+def test_every_tool_is_in_every_split_in_its_share_and_the_seed_decides():
+    tools = ["a"] * 100 + ["b"] * 60 + ["c"] * 40
+    rows = [asking(f"{tool} {i}", tool) for i, tool in enumerate(tools)]
+    groups = list(range(len(rows)))
+    splits = split_conversations(rows, groups, (0.8, 0.1, 0.1), seed=1)
+    table = Counter(zip(map(called_tool, rows), splits, strict=True))
+    assert table == {
+        (t, s): round(n * share)
+        for t, n in (("a", 100), ("b", 60), ("c", 40))
+        for s, share in zip(SPLITS, (0.8, 0.1, 0.1), strict=True)
+    }
+    assert splits == split_conversations(rows, groups, (0.8, 0.1, 0.1), seed=1)
+    assert splits != split_conversations(rows, groups, (0.8, 0.1, 0.1), seed=2)
+
+
+def test_no_rows_go_to_a_split_of_share_zero():
+    rows = [asking(f"q{i}") for i in range(20)]
+    assert set(split_conversations(rows, list(range(20)), (0.9, 0.1, 0.0))) == {"train", "validation"}
+
+
+def test_ratios():
+    assert parse_ratios("80/10/10") == (0.8, 0.1, 0.1) and parse_ratios("1/0/0") == (1, 0, 0)
+    for text in ("80/20", "a/b/c", "0/50/50", "-1/1/1"):
+        with pytest.raises(UserError, match="three shares"):
+            parse_ratios(text)

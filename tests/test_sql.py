@@ -1,0 +1,214 @@
+"""Rows out of real databases: SQLite always, PostgreSQL where its programs are on the machine. No password leaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune.conversations import load_conversations
+from finetune.errors import UserError
+from finetune.sql import database_url, read_sql
+
+CREATE = """CREATE TABLE query_logs (id integer, query text, tool_used text, parameters {json}, response text)"""
+LOGS = [
+    (1, "Find the Q3 report", "rag_retrieval", '{"z": "Q3", "a": {"n": 1.50, "big": 12345678901234567890}}', None),
+    (2, "Hello 안녕", None, None, "Hi there: 100%"),
+    (3, "What is 2+2?", "code_execution", "{}", None),
+]
+TOOLS = [{"type": "function", "function": {"name": name}} for name in ("rag_retrieval", "code_execution")]
+
+
+def check(rows) -> None:
+    result = load_conversations([], rows=rows, tools=TOOLS)
+    first, second, third = (conversation["messages"][-1] for conversation in result.conversations)
+    arguments = first["tool_calls"][0]["function"]["arguments"]
+    assert json.dumps(arguments) == '{"z": "Q3", "a": {"n": 1.5, "big": 12345678901234567890}}'
+    assert second == {"role": "assistant", "content": "Hi there: 100%"}
+    assert third["tool_calls"][0]["function"] == {"name": "code_execution", "arguments": {}}
+    assert [row for _, row in result.origins] == [1, 2, 3]
+
+
+@pytest.fixture
+def sqlite_url(tmp_path) -> str:
+    path = tmp_path / "logs.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute(CREATE.format(json="text"))
+        connection.executemany("INSERT INTO query_logs VALUES (?, ?, ?, ?, ?)", LOGS)
+    connection.close()
+    return f"sqlite:///{path.as_posix()}"
+
+
+def test_sqlite_table_and_query(sqlite_url):
+    check(read_sql(sqlite_url))
+    check(read_sql(sqlite_url, table="query_logs"))
+    check(read_sql(sqlite_url, query="SELECT * FROM query_logs WHERE ':x' <> '%s' ORDER BY id"))
+    ((source, number, row),) = read_sql(
+        sqlite_url, query="SELECT query AS question, NULL AS n FROM query_logs WHERE id = 2"
+    )
+    assert (number, row) == (1, {"question": "Hello 안녕"}) and source.endswith("logs.db#query")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"table": "none"}, "no such table"),
+        ({"table": "x; DROP TABLE query_logs"}, "no plain table name"),
+        ({"query": "SELEC 1"}, "syntax error"),
+    ],
+)
+def test_wrong_queries_are_one_line(sqlite_url, kwargs, message):
+    with pytest.raises(UserError, match=message):
+        list(read_sql(sqlite_url, **kwargs))
+
+
+@pytest.mark.parametrize("url", ["nonsense", "sqlite:///nowhere/at/all.db", "nodriver://u:hush@host/db"])
+def test_wrong_urls_are_one_line_without_the_password(url):
+    with pytest.raises(UserError, match="--sql") as caught:
+        list(read_sql(url))
+    assert "hush" not in str(caught.value)
+
+
+def test_credentials_come_from_the_environment_and_the_url_wins():
+    known = {
+        "POSTGRES_HOST": "db",
+        "POSTGRES_PORT": "5433",
+        "POSTGRES_DB": "logs",
+        "POSTGRES_USER": "me",
+        "POSTGRES_PASSWORD": "hush",
+    }
+    url = database_url(None, known)
+    assert (url.drivername, url.host, url.port, url.database, url.username, url.password) == (
+        "postgresql+psycopg",
+        "db",
+        5433,
+        "logs",
+        "me",
+        "hush",
+    )
+    assert database_url("postgres://other@elsewhere/x", known).host == "elsewhere"
+    assert database_url("", {"DATABASE_URL": "sqlite://"}).get_backend_name() == "sqlite"
+    with pytest.raises(UserError, match="POSTGRES_PORT"):
+        database_url(None, {"POSTGRES_PORT": "five"})
+
+
+def test_dotenv_is_read_and_the_environment_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text('export POSTGRES_HOST="from_file"\nPOSTGRES_DB=file_db\n', encoding="utf-8")
+    for name in ("DATABASE_URL", "POSTGRES_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("POSTGRES_DB", "from_environment")
+    url = database_url(None)
+    assert (url.host, url.database) == ("from_file", "from_environment")
+
+
+# PostgreSQL
+
+
+def _program(name: str) -> str | None:
+    found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), reverse=True)
+    return shutil.which(name) or (str(found[0]) if found else None)
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory):
+    """A server of our own on a free port, with password logins; yields its port."""
+    if not (_program("initdb") and _program("pg_ctl")):
+        pytest.skip("PostgreSQL's initdb and pg_ctl are not on this machine (Debian: postgresql)")
+    pytest.importorskip("psycopg")
+    folder = tmp_path_factory.mktemp("postgres")
+    (folder / "password").write_text("hush-hush", encoding="utf-8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # The server refuses to run as root: there it is run as the user that the Debian package made.
+    as_user: list[str] = []
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        if not (shutil.which("runuser") and _user_exists("postgres")):
+            pytest.skip("running as root without the user postgres")
+        as_user = ["runuser", "-u", "postgres", "--"]
+        for path in (folder, *list(folder.parents)[:2]):
+            path.chmod(0o755)
+        shutil.chown(folder, "postgres")
+        shutil.chown(folder / "password", "postgres")
+    data = folder / "data"
+    init = [
+        _program("initdb"),
+        "-D",
+        str(data),
+        "-U",
+        "cipher",
+        "-A",
+        "scram-sha-256",
+        "--no-sync",
+        "-E",
+        "UTF8",
+        "--locale=C",
+        f"--pwfile={folder / 'password'}",
+    ]
+    control = [*as_user, _program("pg_ctl"), "-D", str(data)]
+    subprocess.run([*as_user, *init], check=True, capture_output=True, cwd=folder)
+    options = f"-c port={port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
+    start = [*control, "-W", "-l", str(folder / "log"), "-o", options, "start"]
+    subprocess.run(start, check=True, cwd=folder, stdout=subprocess.DEVNULL)
+    try:
+        with _connected(port) as link:
+            link.execute(CREATE.format(json="json"))
+            link.cursor().executemany("INSERT INTO query_logs VALUES (%s, %s, %s, %s::json, %s)", LOGS)
+        yield port
+    finally:
+        stop = [*control, "-W", "-m", "immediate", "stop"]
+        subprocess.run(stop, check=False, cwd=folder, stdout=subprocess.DEVNULL)
+
+
+def _connected(port: int):
+    """A connection as soon as the server takes one (pg_ctl's own waiting is misled by clocks of some containers)."""
+    import psycopg
+
+    for _ in range(300):
+        try:
+            return psycopg.connect(host="127.0.0.1", port=port, user="cipher", password="hush-hush", dbname="postgres")
+        except psycopg.OperationalError as error:
+            failure = error
+            time.sleep(0.1)
+    raise failure
+
+
+def _user_exists(name: str) -> bool:
+    import pwd
+
+    return any(entry.pw_name == name for entry in pwd.getpwall())
+
+
+@pytest.fixture
+def postgres_environment(postgres, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    values = {"HOST": "127.0.0.1", "PORT": str(postgres), "DB": "postgres", "USER": "cipher", "PASSWORD": "hush-hush"}
+    for name, value in values.items():
+        monkeypatch.setenv(f"POSTGRES_{name}", value)
+    return postgres
+
+
+def test_postgresql_table_and_query(postgres_environment):
+    check(read_sql(""))
+    check(read_sql("postgresql://", query="SELECT * FROM query_logs WHERE query NOT LIKE '%nothing%' ORDER BY id"))
+
+
+def test_postgresql_refuses_to_write(postgres_environment):
+    with pytest.raises(UserError, match="read-only"):
+        list(read_sql("", query="SELECT lo_create(0)"))
+
+
+def test_postgresql_wrong_password_is_one_line_without_it(postgres_environment, monkeypatch):
+    monkeypatch.setenv("POSTGRES_PASSWORD", "wrong-secret")
+    with pytest.raises(UserError, match="authentication failed") as caught:
+        list(read_sql(""))
+    assert "wrong-secret" not in str(caught.value)
