@@ -68,14 +68,25 @@ class Request:
 
 @dataclass
 class Wording:
-    """Everything in a phrasing file that concerns the language and not one tool."""
+    """Everything in a phrasing file that concerns the language and not one tool.
+
+    frames   sentences around a clause, `{core}`
+    joins    two clauses in one, `{first}` and `{second}`
+    lists    how enumerations are separated: [between, before the last]
+    chat     requests that need no tool, with their answers; `openers` may go before them
+    """
 
     language: str
     system: str
     frames: dict[str, list[str]]
     joins: dict[str, list[str]]
     lists: dict[str, list[list[str]]]
-    chat: dict[str, list[list[str]]] = field(default_factory=dict)
+    chat: dict[str, list[list[str]]]
+    openers: dict[str, list[str]] = field(default_factory=dict)
+
+    def sentence(self, text: str) -> str:
+        """With a capital letter, in a language that begins sentences with one."""
+        return text[:1].upper() + text[1:] if self.language == "en" else text
 
 
 def number_text(value: Any) -> str:

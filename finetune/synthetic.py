@@ -16,12 +16,18 @@ from typing import Any
 
 from finetune.conversations import write_jsonl
 from finetune.errors import UserError
-from finetune.phrasing import SPLITS, Case, Deck, Request, Wording, expand, read_json
+from finetune.phrasing import SPLITS, Case, Deck, Request, Value, Wording, expand, read_json
+from finetune.schema_phrasing import general_phrasebook
 from finetune.tool_schemas import load_tools_file
 
 KINDS = ("call", "answered", "steps", "followup", "chat", "missing", "ambiguous")
-CALLING = KINDS[:4]  # kinds of rows that call a tool
+# What evaluation may know of rows whose right answer is text.
+CATEGORIES = {"chat": "irrelevant", "missing": "missing_parameter", "ambiguous": "missing_parameter"}
 _TRIES = 200  # draws before a wording is declared too poor for the number of rows asked for
+
+
+class NoNewRequest(UserError):
+    """The wordings of a kind of row are used up."""
 
 
 class Phrasebook:
@@ -85,13 +91,13 @@ class Writer:
         self._answerable = {
             name: Deck(rng, [case for case in book.cases[name] if case.answerable]) for name in answerable
         }
-        self._incomplete = [case for name in names for case in dict.fromkeys(book.cases[name])
-                            if case.incomplete(split) is not None]  # fmt: skip
+        cases = [case for name in names for case in dict.fromkeys(book.cases[name])]
+        self._incomplete = [case for case in cases if case.incomplete(split) is not None]
         self._sequences = [pair for pair in book.sequences if pair[0] in self._answerable]
         self._decks: dict[str, Deck] = {}
 
     def row(self, kind: str) -> dict[str, Any]:
-        """One row of the kind; raises UserError when no new request can be found."""
+        """One row of the kind; raises NoNewRequest when none can be found."""
         make: Callable[[], list[dict[str, Any]]] = getattr(self, f"_{kind}")
         for _ in range(_TRIES):
             messages = make()
@@ -100,11 +106,12 @@ class Writer:
                 self.seen.update(requests)
                 break
         else:
-            raise UserError(
+            raise NoNewRequest(
                 f"no new request of kind {kind!r} after {_TRIES} tries; ask for fewer rows or add phrasings and values"
             )
         system = [{"role": "system", "content": self.book.wording.system}] if self.book.wording.system else []
-        return {"messages": system + messages, "tools": self.tools}
+        category = {"category": CATEGORIES[kind]} if kind in CATEGORIES else {}
+        return {"messages": system + messages, "tools": self.tools, **category}
 
     def _deck(self, name: str, items: Sequence[Any]) -> Deck:
         if name not in self._decks:
@@ -112,8 +119,7 @@ class Writer:
         return self._decks[name]
 
     def _framed(self, core: str) -> str:
-        text = self._frames.deal().replace("{core}", core)
-        return text[:1].upper() + text[1:]
+        return self.book.wording.sentence(expand(self._frames.deal(), {"core": Value(core, None)}, {}, self.rng))
 
     def _user(self, request: Request) -> dict[str, Any]:
         text = request.sentence if request.core is None else self._framed(request.core)
@@ -136,7 +142,8 @@ class Writer:
         first = self._answerable[before].deal().request(self.split, core_only=True)
         given = {name: first.slots[name] for name in common if name in first.slots}
         second = self._cases[after].deal().request(self.split, core_only=True, given=given)
-        core = self._joins.deal().replace("{first}", first.core).replace("{second}", second.core)
+        clauses = {"first": Value(first.core, None), "second": Value(second.core, None)}
+        core = expand(self._joins.deal(), clauses, {}, self.rng)
         return [
             {"role": "user", "content": self._framed(core)},
             call_message(first), result_message(first), call_message(second),
@@ -148,8 +155,10 @@ class Writer:
         return [*self._answered(), self._user(second), call_message(second)]
 
     def _chat(self) -> list[dict[str, Any]]:
-        user, answer = self._deck("chat", self.book.wording.chat[self.split]).deal()
-        return _pair((expand(user, {}, {}, self.rng), answer))
+        wording = self.book.wording
+        user, answer = self._deck("chat", wording.chat[self.split]).deal()
+        openers = wording.openers[self.split] if wording.openers else [""]
+        return _pair((self.rng.choice(openers) + expand(user, {}, {}, self.rng), answer))
 
     def _missing(self) -> list[dict[str, Any]]:
         return _pair(self._deck("missing", self._incomplete).deal().incomplete(self.split))
@@ -188,9 +197,20 @@ def shares(mix: dict[str, float], total: int) -> dict[str, int]:
 def make_rows(
     book: Phrasebook, tools: Sequence[dict[str, Any]], split: str, total: int, rng: random.Random
 ) -> list[tuple[str, dict[str, Any]]]:
-    """`total` rows of one split with their kinds, mixed as the phrasebook says, in shuffled order; all calls fit their schemas."""
+    """`total` rows of one split with their kinds, mixed as the phrasebook says, in shuffled order.
+
+    All calls fit their schemas. Where the wordings of a kind run out, its rows become plain calls.
+    """
     writer = Writer(book, tools, split, rng)
-    rows = [(kind, writer.row(kind)) for kind, number in shares(book.mix[split], total).items() for _ in range(number)]
+    rows = []
+    for kind, number in shares(book.mix[split], total).items():
+        for _ in range(number):
+            try:
+                rows.append((kind, writer.row(kind)))
+            except NoNewRequest:
+                if kind == "call":
+                    raise
+                rows.append(("call", writer.row("call")))
     rng.shuffle(rows)
     check_calls([row for _, row in rows], tools)
     return rows
@@ -229,7 +249,8 @@ def generate_files(
     tools = load_tools_file(tools_file)
     if not tools:
         raise UserError(f"{tools_file}: holds no tool schema; give a JSON array of tool schemas")
-    made = generate(tools, phrasings, per_tool=per_tool, rows=rows, heldout_rows=heldout_rows, language=language, seed=seed)
+    numbers = {"per_tool": per_tool, "rows": rows, "heldout_rows": heldout_rows}
+    made = generate(tools, phrasings, **numbers, language=language, seed=seed)
     written = []
     for split, (book, entries) in made.items():
         suffix = "" if book.wording.language == "en" else f"_{book.wording.language}"
@@ -239,7 +260,7 @@ def generate_files(
         written.append((path, entries))
     for path, entries in written:
         write_jsonl(path, [row for _, row in entries])
-    return [(path, Counter(kind for kind, _ in entries)) for path, entries in written]
+    return [(path, Counter(sorted((kind for kind, _ in entries), key=KINDS.index))) for path, entries in written]
 
 
 def generate(
@@ -259,7 +280,7 @@ def generate(
     made = {}
     for split in SPLITS:
         rng = random.Random(f"{seed}:{split}")
-        book = load_phrasebook(phrasings, tools, rng) 
+        book = load_phrasebook(phrasings, tools, rng) if phrasings else general_phrasebook(tools, language, rng)
         if split == "train":
             total = rows or rows_for(book, per_tool * len(tools))
         else:
@@ -269,7 +290,6 @@ def generate(
 
 
 def rows_for(book: Phrasebook, requests: int) -> int:
-    """How many training rows hold at least so many requests that call a tool."""
+    """How many training rows hold so many that are one request and one call; these are dealt evenly to the tools."""
     mix = book.mix["train"]
-    calling = sum(part for kind, part in mix.items() if kind in CALLING)
-    return math.ceil(requests * sum(mix.values()) / calling)
+    return math.ceil(requests * sum(mix.values()) / mix["call"])
