@@ -212,6 +212,10 @@ def add_lora(
 ) -> Any:
     """Attach a fresh LoRA through Unsloth; UserError names target modules the model does not have."""
     unsloth = import_unsloth()
+    import torch
+
+    from finetune.lora_linear import fuse_lora_linears
+
     present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     if target_modules == ["all-linear"]:
         targets = None  # Unsloth's default is all linear layers of attention and MLP
@@ -237,6 +241,8 @@ def add_lora(
         )
     for line in news.getvalue().splitlines():
         log.info("%s", line)
+    if not torch.cuda.is_available():
+        fuse_lora_linears(adapted)
     return adapted
 
 

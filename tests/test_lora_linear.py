@@ -1,0 +1,58 @@
+"""The fused LoRA layer computes what PEFT computes."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from finetune.lora_linear import fuse_lora_linears
+
+
+def tiny(dropout=0.0, **lora):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attention_bias=True,
+    )  # fmt: skip
+    lora_config = LoraConfig(r=8, lora_alpha=24, lora_dropout=dropout, target_modules="all-linear", **lora)
+    model = get_peft_model(LlamaForCausalLM(config), lora_config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def loss_and_gradients(model):
+    model.zero_grad()
+    ids = torch.arange(40).reshape(2, 20)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_loss_and_gradients_are_those_of_peft(rslora):
+    model = tiny(use_rslora=rslora)
+    loss, gradients = loss_and_gradients(model)
+    assert fuse_lora_linears(model) == 14
+    fused_loss, fused_gradients = loss_and_gradients(model)
+    assert fused_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        assert torch.allclose(fused_gradients[name], gradient, rtol=1e-4, atol=1e-7), name
+
+
+def test_disabling_the_adapter_still_gives_the_base_model():
+    model = tiny()
+    ids = torch.arange(10)[None]
+    with model.disable_adapter(), torch.no_grad():
+        wanted = model(input_ids=ids).logits
+    fuse_lora_linears(model)
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, wanted)
+    with torch.no_grad():
+        assert not torch.allclose(model(input_ids=ids).logits, wanted)
+
+
+@pytest.mark.parametrize("lora", [{"dropout": 0.1}, {"use_dora": True}])
+def test_layers_with_dropout_or_dora_are_left_to_peft(lora):
+    assert fuse_lora_linears(tiny(**lora)) == 0

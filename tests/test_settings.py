@@ -1,0 +1,117 @@
+"""Flags: one declaration, one value, from the line, a recipe or an earlier run."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import UserError
+from finetune.settings import FLAGS, build_parser, parse, read_config, resumed
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_defaults_are_those_of_the_described_system():
+    settings = parse([])
+    assert settings.model == "kakaocorp/kanana-1.5-2.1b-instruct-2505"
+    assert (settings.rank, settings.alpha, settings.lr, settings.epochs) == (16, 32, 2e-4, 3)
+    assert (settings.batch_size, settings.grad_accum, settings.max_seq_length) == (4, 4, 9000)
+    assert len(settings.dataset) == 3
+
+
+def test_alpha_follows_rank_unless_given():
+    assert parse(["--rank", "8"]).alpha == 16
+    assert parse(["--rank", "8", "--alpha", "64"]).alpha == 64
+
+
+def test_datasets_on_the_line_replace_the_default_and_add_up():
+    assert parse(["--dataset", "a.jsonl", "b.jsonl", "--dataset", "c.jsonl"]).dataset == ["a.jsonl", "b.jsonl", "c.jsonl"]
+
+
+def test_both_spellings_of_a_flag():
+    settings = parse(["--batch-size", "2", "--grad_accum=8", "--no-share-prefix", "--no-load_in_4bit"])
+    assert (settings.batch_size, settings.grad_accum) == (2, 8)
+    assert settings.share_prefix is False
+    assert settings.load_in_4bit is False
+
+
+def test_line_wins_over_config_and_config_over_default(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("rank: 8\nlr: 3e-5\nepochs: 5\ndataset: rows.jsonl\ntarget_modules: [q_proj, v_proj]\n")
+    settings = parse(["--config", str(recipe), "--rank", "64"])
+    assert (settings.rank, settings.alpha, settings.lr, settings.epochs) == (64, 128, 3e-5, 5)
+    assert settings.dataset == ["rows.jsonl"]
+    assert settings.target_modules == ["q_proj", "v_proj"]
+
+
+def test_an_experiment_config_is_a_config(tmp_path):
+    stored = parse(["--rank", "4", "--dataset", "x.jsonl", "--max_steps", "7"]).run_flags()
+    path = tmp_path / "experiment_config.json"
+    path.write_text(json.dumps({"flags": stored, "status": "finished"}))
+    assert parse(["--config", str(path)]).run_flags() == stored
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("rnak: 8\n", "did you mean rank"), ("rank: many\n", "rank must be"), ("rank: 0\n", "rank must be"),
+     ("scheduler: cosinus\n", "one of cosine"), ("share_prefix: maybe\n", "true or false"), ("- 1\n", "mapping"),
+     ("rank: {a: 1}\n", "rank cannot be"), ("rank: [1\n", "not valid YAML"), ("resume: x\n", "unknown flag")],
+)  # fmt: skip
+def test_bad_configs_name_file_and_key(tmp_path, text, wanted):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=wanted) as error:
+        read_config(path)
+    assert "bad.yaml" in str(error.value)
+
+
+def test_missing_config_is_named():
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        read_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize("line", ["--rank 0", "--lr -1", "--epochs 0", "--eval_fraction 1", "--batch_size x", "--frobnicate"])
+def test_impossible_values_end_with_exit_code_2(line, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(line.split())
+    assert stopped.value.code == 2
+    assert line.split()[0].strip("-") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [("--load_best", "eval_dataset"), ("--early_stopping_patience 3", "eval_dataset"),
+     ("--eval_fraction 0.1 --eval_dataset x", "exclude"), ("--eval_fraction 0.1 --load_best --save_steps 0", "checkpoints")],
+)  # fmt: skip
+def test_flags_that_contradict_each_other(line, wanted):
+    with pytest.raises(UserError, match=wanted):
+        parse(line.split())
+
+
+def test_a_resumed_run_keeps_its_flags():
+    stored = parse(["--rank", "4", "--dataset", "x.jsonl"]).run_flags()
+    again = resumed(parse(["--resume", "run", "--rank", "4", "--tokens_per_pass", "512"]), stored, "run")
+    assert again.rank == 4
+    assert again.dataset == ["x.jsonl"]
+    assert again.tokens_per_pass == 512
+    with pytest.raises(UserError, match="--rank 8 differs"):
+        resumed(parse(["--resume", "run", "--rank", "8"]), stored, "run")
+
+
+def test_every_declared_flag_is_read_somewhere():
+    sources = [ROOT / "train_lora.py", *(ROOT / "finetune").rglob("*.py")]
+    text = "\n".join(p.read_text(encoding="utf-8") for p in sources if p.name != "settings.py")
+    own = (ROOT / "finetune" / "settings.py").read_text(encoding="utf-8")
+    for flag in FLAGS:
+        used = re.search(rf"settings\.{flag.name}\b", text) or re.search(rf'\["{flag.name}"\]', text)
+        # --config is consumed where flags are parsed.
+        assert used or (flag.name == "config" and 'given["config"]' in own), f"--{flag.name} is declared but never read"
+
+
+def test_help_names_every_flag_with_its_default_and_has_examples():
+    text = build_parser().format_help()
+    for flag in FLAGS:
+        assert f"--{flag.name}" in text
+    assert "examples:" in text
+    assert "(default: 9000)" in text

@@ -1,0 +1,396 @@
+"""train_lora.py as a user runs it: the real script in a process of its own, its folder, its resume, its refusals."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune.bundled import smollm2_dir
+from finetune.run_log import COLUMNS
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Weather of a city",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]
+# What a machine decides, not the run: never equal between two runs.
+CLOCKED = {"tokens_per_second", "computed_tokens_per_second", "seconds", "peak_memory_gb"}
+
+
+def conversation(number):
+    city = ["Oslo", "Rome", "Paris", "Kyiv", "Seoul"][number % 5]
+    call = {"type": "function", "function": {"name": "get_weather", "arguments": json.dumps({"city": city})}}
+    return {
+        "messages": [
+            {"role": "user", "content": f"Weather in {city}, please ({number})"},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "name": "get_weather", "content": '{"t": 3}'},
+            {"role": "assistant", "content": f"It is 3 degrees in {city}."},
+        ],
+        "tools": json.dumps(TOOLS),
+    }
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", [conversation(i) for i in range(12)])
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """Two small random layers under the real SmolLM2 tokenizer: for what does not depend on sense."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    AutoTokenizer.from_pretrained(smollm2_dir()).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "train_lora.py"), *map(str, arguments)]
+
+
+def run(*arguments, env=None, cwd=ROOT):
+    return subprocess.run(
+        command(*arguments), cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=600,
+        env={**os.environ, **(env or {})}, check=False,
+    )  # fmt: skip
+
+
+def log_rows(folder):
+    with (folder / "training_log.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def config_of(folder):
+    return json.loads((folder / "experiment_config.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def finished_run(rows, tmp_path_factory):
+    """One run of the real bundled model: 12 rows, 2 held out, 4 rows a step, 2 epochs."""
+    experiments = tmp_path_factory.mktemp("experiments")
+    result = run(
+        "--model", "smollm2-135m", "--dataset", rows, "--format", "chatml", "--batch_size", 2, "--grad_accum", 2,
+        "--epochs", 2, "--eval_fraction", 0.17, "--save_steps", 4, "--lr", "1e-3", "--experiments_dir", experiments,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (folder,) = [p for p in experiments.iterdir() if not p.name.startswith(".")]
+    return folder, result
+
+
+def test_folder_holds_exactly_what_the_readme_says(finished_run):
+    folder, result = finished_run
+    assert re.fullmatch(r"smollm2_135m_r16_a32_lr1em03_ep2_\d{8}_\d{6}", folder.name)
+    assert result.stdout.strip() == str(folder)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoint-4", "experiment_config.json", "final_model", "training.log", "training_log.csv",
+    ]  # fmt: skip
+    assert sorted(p.name for p in (folder / "final_model").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+        "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert not list(folder.rglob("*.bin"))
+
+
+def test_log_has_one_row_a_step_and_the_loss_falls(finished_run):
+    folder, _ = finished_run
+    logged = log_rows(folder)
+    assert list(logged[0]) == list(COLUMNS)
+    assert [int(row["step"]) for row in logged] == [1, 2, 3, 4, 5, 6]
+    assert [float(row["epoch"]) for row in logged] == pytest.approx([i / 3 for i in range(1, 7)], abs=1e-6)
+    losses = [float(row["loss"]) for row in logged]
+    assert losses[-1] < 0.6 * losses[0]
+    assert [bool(row["eval_loss"]) for row in logged] == [False, False, True, False, False, True]
+    assert float(logged[5]["eval_loss"]) < float(logged[2]["eval_loss"])
+    seen = [int(row["tokens_seen"]) for row in logged]
+    assert seen == sorted(seen)
+    config = config_of(folder)
+    assert seen[2] == config["data"]["tokens"]  # an epoch sees every token once
+    assert int(logged[2]["trained_tokens"]) == config["data"]["trained_tokens"]
+    for row in logged:
+        # The tool schema is shared within a step, so fewer tokens are computed than the rows hold.
+        assert 0 < float(row["computed_tokens_per_second"]) < float(row["tokens_per_second"])
+        assert float(row["peak_memory_gb"]) > 0.5
+        assert float(row["seconds"]) > 0
+
+
+def test_config_records_what_the_run_was(finished_run):
+    folder, _ = finished_run
+    config = config_of(folder)
+    assert config["status"] == "finished"
+    assert config["ended"] >= config["started"]
+    assert config["flags"]["rank"] == 16
+    assert config["flags"]["alpha"] == 32
+    assert config["base_model"] == "smollm2-135m"
+    assert "--eval_fraction" in config["argv"]
+    assert config["data"]["rows"] == 10
+    assert config["eval_data"]["rows"] == 2
+    assert config["data"]["trained_tokens_by_role"].keys() == {"assistant"}
+    template = (folder / "final_model" / "chat_template.jinja").read_text(encoding="utf-8")
+    assert hashlib.sha256(template.encode()).hexdigest() == config["format"]["template_sha256"]
+    assert config["format"]["name"] == "chatml"
+    assert config["trainable_parameters"] == 4_884_480
+    assert config["versions"]["unsloth"]
+    assert config["result"]["final_loss"] == float(log_rows(folder)[-1]["loss"])
+
+
+def test_generation_stops_at_the_end_of_turn(finished_run):
+    folder, _ = finished_run
+    generation = json.loads((folder / "final_model" / "generation_config.json").read_text(encoding="utf-8"))
+    ends = generation["eos_token_id"]
+    assert 2 in (ends if isinstance(ends, list) else [ends])
+
+
+def test_no_secret_reaches_the_folder(rows, tiny_model, tmp_path):
+    result = run(
+        "--model", tiny_model, "--dataset", rows, "--format", "chatml", "--max_steps", 1, "--experiments_dir", tmp_path,
+        env={"HF_TOKEN": "hf_averysecretvalue", "WANDB_API_KEY": "wandbsecretvalue"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    texts = [p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()] + [result.stderr.encode()]
+    assert not any(b"secretvalue" in text for text in texts)
+
+
+def test_the_same_run_again_from_its_config(finished_run, tmp_path):
+    """An experiment_config.json is a valid --config, and the curve it gives is the same."""
+    folder, _ = finished_run
+    result = run("--config", folder / "experiment_config.json", "--max_steps", 2, "--experiments_dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    (again,) = tmp_path.iterdir()
+    assert log_rows(again)[0]["loss"] == log_rows(folder)[0]["loss"]
+
+
+RESUMED = (
+    "--format", "chatml", "--batch_size", 2, "--grad_accum", 2, "--epochs", 3, "--dropout", 0.1, "--save_steps", 2,
+    "--logging_steps", 3, "--eval_fraction", 0.17, "--lr", "5e-3", "--name", "run",
+)  # fmt: skip
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(rows, tiny_model, tmp_path):
+    """SIGKILL after a checkpoint, then --resume: adapter bytes and log rows equal those of a run never killed.
+
+    Dropout draws random numbers in every step, and rows are logged every third step while checkpoints come every
+    second, so random state, data order and the half-filled log window all have to come back.
+    """
+    arguments = ("--model", tiny_model, "--dataset", rows, *RESUMED)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(*arguments, "--experiments_dir", whole).returncode == 0
+
+    process = subprocess.Popen(
+        command(*arguments, "--experiments_dir", killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    while not (killed / "run" / "checkpoint-4").is_dir():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+    process.wait()
+    assert config_of(killed / "run")["status"] == "running"
+    assert not (killed / "run" / "final_model").exists()
+    # What a kill in mid-line and in mid-checkpoint would have left behind as well.
+    with (killed / "run" / "training_log.csv").open("a") as file:
+        file.write("5,1.6")
+    (killed / "run" / ".saving" / "checkpoint-99").mkdir(parents=True, exist_ok=True)
+
+    result = run("--resume", killed / "run")
+    assert result.returncode == 0, result.stderr
+    assert config_of(killed / "run")["status"] == "finished"
+    adapters = [(d / "run" / "final_model" / "adapter_model.safetensors").read_bytes() for d in (whole, killed)]
+    assert adapters[0] == adapters[1]
+    logs = [[{k: v for k, v in r.items() if k not in CLOCKED} for r in log_rows(d / "run")] for d in (whole, killed)]
+    assert logs[0] == logs[1]
+    assert [int(row["step"]) for row in logs[0]] == [3, 6, 9]
+    assert not list((killed / "run").glob(".*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(rows, tiny_model, tmp_path):
+    process = subprocess.Popen(
+        command("--model", tiny_model, "--dataset", rows, "--format", "chatml", "--batch_size", 1, "--grad_accum", 1,
+                "--epochs", 500, "--name", "run", "--experiments_dir", tmp_path),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+    )  # fmt: skip
+    log = tmp_path / "run" / "training_log.csv"
+    deadline = time.monotonic() + 300
+    while not (log.exists() and len(log.read_text().splitlines()) > 3):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert f"--resume {tmp_path / 'run'}" in errors
+    assert "Traceback" not in errors
+    config = config_of(tmp_path / "run")
+    assert config["status"] == "interrupted"
+    last = int(log_rows(tmp_path / "run")[-1]["step"])
+    assert (tmp_path / "run" / f"checkpoint-{last}" / "trainer_state.json").is_file()
+    assert config["steps"] == last
+
+
+def test_sharing_prefixes_does_not_change_the_curve(rows, tiny_model, tmp_path):
+    """Thirty steps with and without sharing: equal within 1e-4 in float32."""
+    arguments = ("--model", tiny_model, "--dataset", rows, "--format", "chatml", "--max_steps", 30, "--lr", "5e-3",
+                 "--experiments_dir", tmp_path)  # fmt: skip
+    assert run(*arguments, "--name", "shared").returncode == 0
+    assert run(*arguments, "--name", "alone", "--no-share_prefix").returncode == 0
+    shared, alone = ([float(r["loss"]) for r in log_rows(tmp_path / name)] for name in ("shared", "alone"))
+    assert len(shared) == 30
+    assert shared == pytest.approx(alone, abs=1e-4)
+    assert shared[-1] < 0.9 * shared[0]
+
+
+def test_early_stopping_and_the_best_checkpoint(rows, tiny_model, tmp_path):
+    result = run(
+        "--model", tiny_model, "--dataset", rows, "--eval_dataset", rows, "--format", "chatml", "--lr", "30",
+        "--max_steps", 40, "--eval_steps", 2, "--early_stopping_patience", 2, "--load_best", "--scheduler", "constant",
+        "--experiments_dir", tmp_path, "--name", "run",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    logged = log_rows(tmp_path / "run")
+    losses = {int(r["step"]): float(r["eval_loss"]) for r in logged if r["eval_loss"]}
+    assert max(losses) < 40
+    best = min(losses, key=losses.get)
+    assert max(losses) - best >= 4
+    final = (tmp_path / "run" / "final_model" / "adapter_model.safetensors").read_bytes()
+    assert final == (tmp_path / "run" / f"checkpoint-{best}" / "adapter_model.safetensors").read_bytes()
+
+
+def test_dry_run_prints_the_table_and_makes_nothing(rows, tmp_path):
+    result = run(
+        "--model", "smollm2-135m", "--dataset", rows, "--format", "chatml", "--dry_run", "--show_mask", 1,
+        "--experiments_dir", tmp_path / "experiments",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for wanted in ("rows", "dropped", "trained", "longest row", "steps", "memory", '"name": "get_weather"'):
+        assert wanted in result.stdout
+    assert not (tmp_path / "experiments").exists()
+
+
+def row_without_messages():
+    return {"tools": "[]", "note": "nothing to say"}
+
+
+def bad_arguments():
+    row = conversation(0)
+    row["messages"][1]["tool_calls"][0]["function"]["arguments"] = '{"city": '
+    return row
+
+
+BAD_DATA = {
+    "a missing file": (None, "rows.jsonl"),
+    "not JSON": ("{'a': 1}\n", "row 2"),
+    "no messages": (json.dumps(row_without_messages()) + "\n", "row 2"),
+    "arguments are no object": (json.dumps(bad_arguments()) + "\n", "row 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_rows_end_in_one_line(case, tmp_path):
+    second, wanted = BAD_DATA[case]
+    path = tmp_path / "rows.jsonl"
+    if second is not None:
+        path.write_text(json.dumps(conversation(1)) + "\n" + second, encoding="utf-8")
+    refused(run("--model", "smollm2-135m", "--dataset", path, "--experiments_dir", tmp_path / "e"), "rows.jsonl", wanted)
+    assert not list((tmp_path / "e").glob("*"))
+
+
+def refused(result, *wanted):
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "Traceback" not in result.stderr
+    for text in wanted:
+        assert text in errors[0]
+
+
+def test_no_rows_left_is_one_line(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
+    result = run("--model", "smollm2-135m", "--dataset", path, "--format", "chatml", "--experiments_dir", tmp_path / "e")
+    refused(result)
+    assert not list((tmp_path / "e").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (("--model", "nobody/no-such-model"), "nobody/no-such-model"),
+        (("--model", "smollm2-135m", "--format", "llama3"), "llama3"),
+        (("--model", "smollm2-135m", "--format", "no-such-format"), "no-such-format"),
+        (("--model", "smollm2-135m", "--format", "chatml", "--target_modules", "qqq_proj"), "qqq_proj"),
+        (("--model", "smollm2-135m", "--max_seq_length", "50", "--format", "chatml"), "max_seq_length"),
+        (("--model", "smollm2-135m", "--report_to", "trackio"), "trackio"),
+    ],
+)
+def test_impossible_settings_are_one_line_and_leave_no_folder(arguments, wanted, rows, tmp_path):
+    if wanted == "trackio":
+        pytest.importorskip("rich")
+        import importlib.util
+
+        if importlib.util.find_spec("trackio"):
+            pytest.skip("trackio is installed here")
+    result = run(*arguments, "--dataset", rows, "--experiments_dir", tmp_path / "e", env={"HF_HUB_OFFLINE": "1"})
+    refused(result, wanted)
+    assert not list((tmp_path / "e").glob("*"))
+
+
+def test_an_unwritable_experiments_folder_is_one_line(rows, tmp_path):
+    (tmp_path / "e").write_text("a file is in the way")
+    refused(run("--model", "smollm2-135m", "--dataset", rows, "--experiments_dir", tmp_path / "e"), "--experiments_dir")
+
+
+def test_a_tokenizer_without_a_template_is_one_line(rows, tiny_model, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    refused(
+        run("--model", model, "--dataset", rows, "--format", "native", "--experiments_dir", tmp_path / "e"), "template"
+    )
+
+
+def test_help_is_quick_to_import_nothing_heavy():
+    """The budget is a second; what costs seconds is importing torch and its friends, so that is what is checked."""
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['train_lora.py', '--help']; sys.path.insert(0, {str(ROOT)!r})\n"
+        "try:\n    runpy.run_path('train_lora.py', run_name='__main__')\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'matplotlib', 'numpy', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "examples:" in result.stdout
