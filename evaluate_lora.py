@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_new_tokens", type=_positive, default=256, help="longest answer (default: 256)")
     parser.add_argument("--temperature", type=_temperature, default=0.0, help="0 is greedy (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of the bootstrap (default: 0)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: FOLDER/evaluation of a run or adapter")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN/evaluation, or evaluation/MODEL")
     parser.add_argument("--no-share_prefix", dest="share_prefix", action="store_false",
                         help="answer with the model's own generate, for comparison")  # fmt: skip
     return parser
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         write_json(folder / f"{name}_metrics.json", metrics[side])
 
     # 5. Side by side.
-    from finetune.evaluation_report import write_report
+    from finetune.evaluation_report import update_model_card, write_report
 
     compared = compare(scored["base"], scored["tuned"], seed=args.seed) if len(scored) == 2 else {}
     if compared:
@@ -135,6 +135,9 @@ def main(argv: list[str] | None = None) -> int:
         f"at most {args.max_new_tokens} new tokens. Model: {args.model}."
     ]
     written = write_report(metrics, compared, heading, folder)
+    if scored.keys() == {"base", "tuned"} and args.output is None and args.dataset and not args.limit:
+        card = Path(args.model) / "final_model" / "README.md"
+        update_model_card(card, (folder / "comparison.md").read_text(encoding="utf-8"))
     show(metrics, compared)
     print(f"\nin {folder}: " + ", ".join(sorted(p.name for p in written)) + ", *_metrics.json, *_results.jsonl")
     return 0
@@ -143,7 +146,8 @@ def main(argv: list[str] | None = None) -> int:
 def output_folder(args: argparse.Namespace) -> Path:
     """Where the scores go; made now, so that an unwritable place is known before the work."""
     path = Path(args.model)
-    folder = args.output or (path if path.is_dir() else Path("evaluation") / path.name) / "evaluation"
+    trained = any((path / name).is_file() for name in ("experiment_config.json", "adapter_config.json"))
+    folder = args.output or (path / "evaluation" if trained else Path("evaluation") / path.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -158,7 +162,7 @@ def answer_settings(args: argparse.Namespace, side: str, model: Any, fmt: Any) -
     """Everything that decides an answer besides the row: answers of other settings are never mixed with these."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {
-        "base_model": getattr(inner.config, "_name_or_path", ""),
+        "base_model": _base_name(Path(args.model)) or getattr(inner.config, "_name_or_path", ""),
         "base_model_revision": getattr(inner.config, "_commit_hash", None),
         "adapter_sha256": _adapter_hash(Path(args.model)) if side == "tuned" else None,
         "dtype": str(inner.dtype).removeprefix("torch."),
@@ -171,13 +175,21 @@ def answer_settings(args: argparse.Namespace, side: str, model: Any, fmt: Any) -
     }
 
 
+def _base_name(path: Path) -> str | None:
+    """The base model by the name the user gave it when the run was trained."""
+    for folder in (path, path.parent):
+        if (config := folder / "experiment_config.json").is_file():
+            return json.loads(config.read_text(encoding="utf-8")).get("base_model")
+    return None
+
+
 def _adapter_hash(path: Path) -> str:
     """SHA-256 of the adapter's weights that `load_for_inference` takes from an experiment or adapter folder."""
     from finetune.experiment import CONFIG, FINAL, Experiment
 
     folders = [path]
     if (path / CONFIG).is_file():
-        folders = [path / FINAL, *reversed(Experiment.open(path).checkpoints())]
+        folders = [path / FINAL, *reversed(Experiment.open(path).checkpoints())]  # as load_for_inference looks
     for folder in folders:
         if (weights := folder / "adapter_model.safetensors").is_file():
             return hashlib.sha256(weights.read_bytes()).hexdigest()

@@ -103,7 +103,9 @@ def _confusion_picture(metrics: dict[str, dict[str, Any]], path: Path) -> Path:
     sides = [side for side in metrics if metrics[side].get("confusion_matrix")]
     size = max(len(metrics[side]["confusion_matrix"]["labels"]) for side in sides)
     width = max(4.0, 0.42 * size + 2.6)
-    figure, axes = plt.subplots(1, len(sides), figsize=(width * len(sides), max(3.6, 0.42 * size + 2.0)), squeeze=False)
+    height = max(3.6, 0.42 * size + 2.0)
+    size_inches = (width * len(sides), height)
+    figure, axes = plt.subplots(1, len(sides), figsize=size_inches, squeeze=False, layout="constrained")
     for axis, side in zip(axes[0], sides, strict=True):
         labels, counts = (metrics[side]["confusion_matrix"][key] for key in ("labels", "matrix"))
         counts = np.array(counts)
@@ -133,7 +135,7 @@ def _f1_picture(metrics: dict[str, dict[str, Any]], path: Path) -> Path:
     last = metrics[list(metrics)[-1]].get("per_tool", {})
     tools.sort(key=lambda tool: last.get(tool, {}).get("f1", 0))
     height = 0.8 / len(metrics)
-    figure, axis = plt.subplots(figsize=(7, max(2.5, 0.34 * len(tools) + 1.2)))
+    figure, axis = plt.subplots(figsize=(7, max(2.5, 0.34 * len(tools) + 1.2)), layout="constrained")
     colors = dict(zip(metrics, (BLUE, ORANGE) if len(metrics) > 1 else (ORANGE,), strict=False))
     for at, (side, m) in enumerate(metrics.items()):
         values = [m.get("per_tool", {}).get(tool, {}).get("f1", 0.0) for tool in tools]
@@ -167,3 +169,17 @@ def write_report(
     """comparison.md and the pictures; returns what was written."""
     text = comparison_markdown(metrics, compared, heading)
     return [write_text_atomic(folder / "comparison.md", text), *write_pictures(metrics, folder)]
+
+
+def update_model_card(card: Path, comparison: str) -> bool:
+    """Put the comparison under "## Evaluation" at the end of a model card, in place of an earlier one.
+
+    False when there is no card to write into.
+    """
+    if not card.is_file():
+        return False
+    text = card.read_text(encoding="utf-8").partition("\n## Evaluation\n")[0]
+    kept = [line for line in text.splitlines() if not line.startswith("Evaluation results, once")]
+    body = comparison.partition("\n")[2].replace("\n## ", "\n### ")
+    write_text_atomic(card, "\n".join(kept).rstrip() + "\n\n## Evaluation\n" + body)
+    return True

@@ -136,7 +136,7 @@ def _unknown(schema: Any, value: Any, path: str) -> Iterator[str]:
 def score(item: Item, text: str, parsed_calls: list[dict], parse_errors: list[str]) -> dict[str, Any]:
     """Verdicts on one answer; docs/evaluation.md defines each. Only what applies to the item's kind is in it."""
     verdicts: dict[str, Any] = {"called": bool(parsed_calls or parse_errors)}
-    if item.tools or parsed_calls:
+    if item.tools:
         verdicts.update(_call_verdicts(item, parsed_calls, parse_errors))
     if item.kind != CALL and item.expected_text is not None:
         verdicts["exact_match"] = exact_match(item.expected_text, text)

@@ -1,0 +1,341 @@
+"""Verdicts, metrics, intervals and the paired test, against numbers worked out by hand or by another library."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.evaluation_items import ANSWER, CALL, IRRELEVANT, MISSING_PARAMETER, QUESTION, Item, items_of
+from finetune.metrics import RATIOS, Scored, compare, compute_metrics
+from finetune.scoring import NO_CALL, UNDECLARED, confusion_pairs, json_equal, leaves, pair_calls, score
+from finetune.text_scores import exact_match, quality_ok, rouge_l, token_f1
+
+LAMP = {
+    "type": "function",
+    "function": {
+        "name": "set_lamp",
+        "parameters": {
+            "type": "object",
+            "properties": {"room": {"type": "string"}, "level": {"type": "integer"}},
+            "required": ["room"],
+        },
+    },
+}
+DOOR = {
+    "type": "function",
+    "function": {
+        "name": "door",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "Assign": {
+                    "type": "object",
+                    "additionalProperties": {"type": "object", "properties": {"open": {"type": "boolean"}}},
+                }
+            },
+        },
+    },
+}
+TOOLS = [LAMP, DOOR]
+
+
+def call(name: str, **arguments) -> dict:
+    return {"name": name, "arguments": arguments}
+
+
+def item(kind: str = CALL, *expected: dict, row: int = 1, text: str | None = None, **more) -> Item:
+    messages = [{"role": "user", "content": "Dim the kitchen"}]
+    more.setdefault("tools", TOOLS)
+    return Item("rows", row, 1, kind, messages, expected_calls=list(expected), expected_text=text, **more)
+
+
+def answered(one: Item, *made: dict, text: str = "", errors: tuple[str, ...] = (), latency: float = 1.0) -> Scored:
+    return Scored(one, text, list(made), score(one, text, list(made), list(errors)), latency, 10)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "equal"),
+    [
+        (7, 7.0, True),
+        ("7", 7, False),
+        (True, 1, False),
+        (None, False, False),
+        ({"a": 1, "b": [1, 2]}, {"b": [1, 2], "a": 1}, True),
+        ([1, 2], [2, 1], False),
+        ({"a": None}, {}, False),
+        ({}, [], False),
+        ("Seoul", "seoul", False),
+    ],
+)
+def test_equality_is_that_of_json(left, right, equal):
+    assert json_equal(left, right) is equal
+    assert json_equal(right, left) is equal
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(JSON, JSON)
+def test_equal_values_have_equal_leaves(left, right):
+    assert json_equal(left, left)
+    if json_equal(left, right):
+        assert {path for path, _ in leaves(left)} == {path for path, _ in leaves(right)}
+
+
+def test_leaves_of_a_nested_body():
+    body = {"Assign": {"1": {"X": 0, "FV": [0, -1], "empty": {}}}}
+    assert list(leaves(body)) == [
+        (("Assign", "1", "X"), 0),
+        (("Assign", "1", "FV", 0), 0),
+        (("Assign", "1", "FV", 1), -1),
+        (("Assign", "1", "empty"), {}),
+    ]
+
+
+def test_parallel_calls_have_no_order_and_pair_by_arguments():
+    expected = [call("set_lamp", room="hall", level=1), call("set_lamp", room="attic", level=2)]
+    made = [call("set_lamp", room="attic", level=2), call("set_lamp", room="hall", level=9)]
+    assert sorted(pair_calls(expected, made)) == [(0, 1), (1, 0)]
+    assert pair_calls(expected, []) == [(0, None), (1, None)]
+    assert pair_calls([], made[:1]) == [(None, 0)]
+    verdicts = score(item(CALL, *expected), "", made, [])
+    assert verdicts["name_correct"] and not verdicts["arguments_correct"]
+    assert (verdicts["arguments_matched"], verdicts["arguments_expected"], verdicts["arguments_made"]) == (3, 4, 4)
+    assert score(item(CALL, *expected), "", expected[::-1], [])["arguments_correct"]
+
+
+@pytest.mark.parametrize(
+    ("made", "errors", "name", "arguments", "valid_json", "valid_schema", "hallucinated"),
+    [
+        ([call("set_lamp", room="hall", level=3)], [], 1, 1, 1, 1, 0),
+        ([call("set_lamp", room="hall", level=3.0)], [], 1, 1, 1, 1, 0),
+        ([call("set_lamp", room="hall", level="3")], [], 1, 0, 1, 0, 0),
+        ([call("set_lamp", level=3)], [], 1, 0, 1, 0, 0),
+        ([call("set_lamp", room="hall", level=3, color="red")], [], 1, 0, 1, 1, 1),
+        ([call("lamp", room="hall", level=3)], [], 0, 0, 1, 0, 1),
+        ([call("door", Assign={"1": {"open": True}})], [], 0, 0, 1, 1, 0),
+        ([call("door", Assign={"1": {"opne": True}})], [], 0, 0, 1, 1, 1),
+        ([call("set_lamp", room="hall", level=3)] * 2, [], 0, 0, 1, 1, 0),
+        ([call("set_lamp", room="hall", level=3)], ["call 2: the JSON is cut off"], 0, 0, 0, 0, 0),
+        ([], ["call 1: the JSON is cut off"], 0, 0, 0, 0, 0),
+        ([], [], 0, 0, 0, 0, 0),
+    ],
+)
+def test_verdicts_on_a_call(made, errors, name, arguments, valid_json, valid_schema, hallucinated):
+    verdicts = score(item(CALL, call("set_lamp", room="hall", level=3)), "", made, errors)
+    assert verdicts["called"] == bool(made or errors)
+    got = [verdicts[key] for key in ("name_correct", "arguments_correct", "json_valid", "schema_valid", "hallucinated")]
+    assert got == [bool(v) for v in (name, arguments, valid_json, valid_schema, hallucinated)]
+
+
+def test_a_broken_attempt_counts_as_a_call_where_none_is_right():
+    assert score(item(IRRELEVANT, text="No tool for that."), "…", [], [])["no_call_correct"]
+    assert not score(item(IRRELEVANT, text="No tool for that."), "…", [], ["call 1: cut off"])["no_call_correct"]
+    assert not score(item(ANSWER, text="Done."), "", [call("set_lamp", room="hall")], [])["no_call_correct"]
+
+
+def test_a_schema_that_is_none_is_not_held_against_the_model():
+    broken = {"type": "function", "function": {"name": "odd", "parameters": {"type": "no such type"}}}
+    assert score(item(CALL, call("odd", a=1), tools=[broken]), "", [call("odd", a=1)], [])["schema_valid"]
+
+
+def conversation() -> dict:
+    def calling(name, **arguments):
+        calls = [{"type": "function", "function": call(name, **arguments)}]
+        return {"role": "assistant", "content": "", "tool_calls": calls}
+
+    return {
+        "tools": TOOLS,
+        "messages": [
+            {"role": "user", "content": "Dim the hall and open door 1"},
+            calling("set_lamp", room="hall"),
+            {"role": "tool", "content": "ok"},
+            calling("door", Assign={"1": {"open": True}}),
+            {"role": "tool", "content": "ok"},
+            {"role": "assistant", "content": "Both done."},
+            {"role": "user", "content": "And the lamp?"},
+            {"role": "assistant", "content": "Which lamp do you mean?"},
+            {"role": "user", "content": "Tell me a joke"},
+            {"role": "assistant", "content": "I have no tool for jokes."},
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": "a slip", "train": False},
+        ],
+    }
+
+
+def test_every_assistant_turn_is_an_item_of_its_kind():
+    items = items_of(conversation(), "rows", 5)
+    assert [(i.turn, i.kind) for i in items] == [
+        (1, CALL), (3, CALL), (5, ANSWER), (7, MISSING_PARAMETER), (9, IRRELEVANT),
+    ]  # fmt: skip
+    assert items[1].messages == conversation()["messages"][:3]
+    assert items[1].expected_calls == [call("door", Assign={"1": {"open": True}})]
+    assert items[2].expected_text == "Both done." and items[1].expected_text is None
+    assert score(items[0], "", [], [])["step"] == 0 and score(items[1], "", [], [])["step"] == 1
+    plain = {"tools": [], "messages": conversation()["messages"][8:10]}
+    assert [i.kind for i in items_of(plain, "rows", 1)] == [QUESTION]
+    named = items_of(conversation(), "rows", 5, category=MISSING_PARAMETER)
+    assert [i.kind for i in named][-2:] == [MISSING_PARAMETER, MISSING_PARAMETER]
+
+
+def test_metrics_by_hand():
+    right = call("set_lamp", room="hall", level=3)
+    scored = [
+        answered(item(CALL, right, row=1), right),
+        answered(item(CALL, right, row=2), call("set_lamp", room="hall", level=4)),
+        answered(item(CALL, right, row=3), call("door", Assign={})),
+        answered(item(CALL, right, row=4), text="I dimmed it."),
+        answered(item(IRRELEVANT, row=5, text="No."), text="No."),
+        answered(item(IRRELEVANT, row=6, text="No."), call("lamp")),
+        answered(item(MISSING_PARAMETER, row=7, text="Which room?"), text="Which one?", latency=3.0),
+        answered(item(ANSWER, row=7, text="Done."), text="Done."),
+    ]
+    m = compute_metrics(scored)
+    assert m["tool_name_accuracy"] == 2 / 4
+    assert m["parameter_accuracy"] == 1 / 4
+    # Made: room and level twice, and {"Assign": {}} is one leaf. Expected: two leaves in each of four items.
+    assert m["argument_precision"] == pytest.approx(3 / 5)
+    assert m["argument_recall"] == pytest.approx(3 / 8)
+    assert m["argument_f1"] == pytest.approx(2 * 3 / (5 + 8), abs=1e-6)
+    assert m["json_validity_rate"] == 3 / 4
+    assert m["schema_valid_rate"] == 3 / 4
+    assert m["hallucination_rate"] == 1 / 8
+    assert m["irrelevance_accuracy"] == 1 / 2
+    assert m["missing_parameter_accuracy"] == m["asks_back_rate"] == m["answer_accuracy"] == 1
+    assert m["tool_selection_accuracy"] == pytest.approx(4 / 7, abs=1e-6)
+    assert m["exact_match"] == 2 / 4
+    assert m["latency_p50_s"] == 1.0 and m["latency_p95_s"] == pytest.approx(np.percentile([1] * 7 + [3], 95))
+    assert (m["items"], m["rows"]) == (8, 7)
+    assert "parallel_accuracy" not in m and "parallel_accuracy" in m["not_measured"]
+    # door was called once for set_lamp: one false positive; an invented tool is a class of its own.
+    assert m["per_tool"]["set_lamp"] == {
+        "precision": 1.0,
+        "recall": 0.5,
+        "f1": pytest.approx(2 / 3, abs=1e-6),
+        "support": 4,
+    }
+    assert m["per_tool"][NO_CALL]["recall"] == pytest.approx(2 / 3, abs=1e-6)
+    table = m["confusion_matrix"]
+    at = {label: i for i, label in enumerate(table["labels"])}
+    assert table["matrix"][at["set_lamp"]][at["door"]] == 1
+    assert table["matrix"][at["set_lamp"]][at[NO_CALL]] == 1
+    assert table["matrix"][at[NO_CALL]][at[UNDECLARED]] == 1
+    assert sum(map(sum, table["matrix"])) == 7
+    low, high = m["intervals_95"]["tool_name_accuracy"]
+    assert low < 0.5 < high
+
+
+def test_every_number_at_the_top_is_a_number():
+    scored = [answered(item(CALL, call("set_lamp", room="hall")))]
+    m = compute_metrics(scored)
+    tables = {"intervals_95", "items_by_kind", "calls", "not_measured", "per_tool", "confusion_matrix"}
+    assert all(isinstance(v, int | float) and math.isfinite(v) for k, v in m.items() if k not in tables)
+    assert m["hallucination_rate"] == 0 and m["argument_precision"] == 0 and m["json_validity_rate"] == 0
+
+
+def test_bootstrap_agrees_with_scipy():
+    from scipy.stats import bootstrap
+
+    right = call("set_lamp", room="hall")
+    scored = [answered(item(CALL, right, row=i), *([right] if i % 3 else [])) for i in range(60)]
+    ours = compute_metrics(scored, seed=1)["intervals_95"]["tool_name_accuracy"]
+    hits = np.array([bool(i % 3) for i in range(60)], float)
+    theirs = bootstrap((hits,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(0))
+    assert ours == pytest.approx([theirs.confidence_interval.low, theirs.confidence_interval.high], abs=0.02)
+
+
+def test_rows_are_resampled_whole():
+    """Ten turns of one row are one piece of evidence: two rows, one all right and one all wrong, know nothing."""
+    right = call("set_lamp", room="hall")
+    scored = [answered(item(CALL, right, row=1 + i // 10), *([right] if i < 10 else [])) for i in range(20)]
+    assert compute_metrics(scored)["intervals_95"]["tool_name_accuracy"] == [0.0, 1.0]
+
+
+def test_paired_test_and_interval():
+    from scipy.stats import binomtest
+
+    right = call("set_lamp", room="hall")
+    items = [item(CALL, right, row=i) for i in range(20)]
+    base = [answered(one, *([right] if i < 4 else [])) for i, one in enumerate(items)]
+    tuned = [answered(one, *([right] if i >= 2 else [])) for i, one in enumerate(items)]
+    result = compare(base, tuned)["tool_name_accuracy"]
+    assert (result["base"], result["tuned"], result["difference"]) == (0.2, 0.9, 0.7)
+    assert result["p_value"] == pytest.approx(binomtest(16, 18).pvalue)  # 16 gained, 2 lost
+    assert 0.35 < result["interval_95"][0] < 0.7 < result["interval_95"][1] <= 1
+    assert compare(base, base)["tool_name_accuracy"]["p_value"] == 1.0
+    with pytest.raises(ValueError, match="same items"):
+        compare(base, tuned[::-1])
+
+
+def test_confusion_pairs():
+    one = item(CALL, call("set_lamp", room="hall"), call("door"))
+    assert sorted(confusion_pairs(one, [call("door"), call("lamp")])) == [("door", "door"), ("set_lamp", UNDECLARED)]
+    assert sorted(confusion_pairs(one, [call("door")])) == [("door", "door"), ("set_lamp", NO_CALL)]
+    assert confusion_pairs(item(IRRELEVANT), []) == [(NO_CALL, NO_CALL)]
+
+
+def test_text_scores():
+    assert exact_match("Paris, France!", "paris france") and not exact_match("Paris", "Lyon")
+    assert token_f1("the cat sat", "the cat ran off") == pytest.approx(2 * 2 / 7)
+    assert token_f1("", "") == 1 and token_f1("a", "") == 0
+    # Longest common subsequence "서울 날씨 맑음" of 3 of 3 and 3 of 4 words.
+    assert rouge_l("서울 날씨 맑음", "서울 오늘 날씨 맑음") == pytest.approx(2 * 0.75 / 1.75)
+
+
+@pytest.mark.parametrize(
+    ("expected", "made"),
+    [
+        ("police killed the gunman", "the gunman kill police"),
+        ("a b c d e", "e d c b a"),
+        ("a a b", "a b a a"),
+        ("Node 1 has been added.", "Node 1 was added at the origin (0, 0, 0)."),
+        ("same words", "same words"),
+        ("", "something"),
+    ],
+)
+def test_rouge_l_is_that_of_the_rouge_score_package(expected, made):
+    package = pytest.importorskip("rouge_score.rouge_scorer")
+    theirs = package.RougeScorer(["rougeL"]).score(expected, made)["rougeL"].fmeasure
+    assert rouge_l(expected, made) == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize(
+    ("text", "ok"),
+    [
+        ("Drink water every day.", True),
+        ("yes", False),
+        ("a b c", False),
+        ("!!! ??? ...", False),
+        ("Drink water", False),
+    ],
+)
+def test_quality_rule(text, ok):
+    assert quality_ok(text) is ok
+
+
+def test_quality_rule_against_labels():
+    def labelled(row, label, text):
+        return answered(item(QUESTION, row=row, tools=[], label=label), text=text)
+
+    good, bad = "Drink water every day.", "no"
+    m = compute_metrics(
+        [labelled(1, True, good), labelled(2, True, bad), labelled(3, False, good), labelled(4, False, bad)]
+    )
+    assert (m["quality_accuracy"], m["quality_precision"], m["quality_recall"], m["quality_f1"]) == (0.5, 0.5, 0.5, 0.5)
+    assert m["quality_ok_rate"] == 0.5
+
+
+def test_docs_define_every_metric():
+    from pathlib import Path
+
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert [name for name in RATIOS if f"| `{name}` |" not in text] == []
