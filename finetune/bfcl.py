@@ -83,12 +83,12 @@ def first_answer(possible: dict[str, dict[str, list]]) -> dict[str, Any]:
     return {"name": name, "arguments": {k: _first(v) for k, v in arguments.items() if v and v[0] != ""}}
 
 
-def _first(allowed: Any) -> Any:
+def _first(allowed: list) -> Any:
     value = allowed[0]
-    if isinstance(value, dict):
-        return {key: _first(inner) for key, inner in value.items() if inner and inner[0] != ""}
+    if isinstance(value, dict):  # each key has allowed values of its own; what is deeper is meant literally
+        return {key: inner[0] for key, inner in value.items() if inner and inner[0] != ""}
     if isinstance(value, list):
-        return [_first([inner]) if isinstance(inner, dict) else inner for inner in value]
+        return [_first([element]) for element in value]
     return value
 
 
@@ -125,16 +125,20 @@ def _value_fits(value: Any, allowed: list) -> bool:
 
 
 def _one_fits(value: Any, choice: Any) -> bool:
+    if isinstance(choice, dict) and isinstance(value, dict):
+        return all(
+            key in choice and any(_same(inner, one) for one in choice[key]) for key, inner in value.items()
+        ) and all(key in value or "" in inner for key, inner in choice.items())
+    if isinstance(choice, list) and isinstance(value, list):
+        return len(choice) == len(value) and all(map(_one_fits, value, choice))
+    return _same(value, choice)
+
+
+def _same(value: Any, choice: Any) -> bool:
     from finetune.scoring import json_equal
 
     if isinstance(choice, str) and isinstance(value, str):
         return _loose(value) == _loose(choice)
-    if isinstance(choice, dict) and isinstance(value, dict):
-        return all(key in choice and _value_fits(inner, choice[key]) for key, inner in value.items()) and all(
-            key in value or "" in inner for key, inner in choice.items()
-        )
-    if isinstance(choice, list) and isinstance(value, list):
-        return len(choice) == len(value) and all(map(_one_fits, value, choice))
     return json_equal(value, choice)
 
 
