@@ -14,8 +14,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 DEVICE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
 TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' requirements_lora.txt)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-# Progress on a terminal, quiet in a log.
-PIP := $(PY) -m pip install --disable-pip-version-check --no-input $$([ -t 1 ] || echo --quiet)
+# Progress on a terminal, quiet in a log. Compiling every module took more than half of the time, most are never
+# imported, and Python compiles those that are.
+PIP := $(PY) -m pip install --disable-pip-version-check --no-input --no-compile $$([ -t 1 ] || echo --quiet)
 PARTS := $(wildcard tests/requirements_parts.txt)
 
 .PHONY: help install install-test demo test lint bench clean
