@@ -47,8 +47,8 @@ AUDIT_EXAMPLES = """Exit status 1 when an assertion fails, 0 when all hold.
 example:
   prepare_data.py audit --tokenizer smollm2-135m --format chatml data/processed data/processed@validation
 """
-GENERATE_EXAMPLES = """Written into --output: train.jsonl and heldout.jsonl (Korean: train_ko.jsonl, heldout_ko.jsonl); the
-requests of the two are worded in different ways. The same seed gives the same bytes on every machine.
+GENERATE_EXAMPLES = """Written into --output: train.jsonl and heldout.jsonl (Korean: train_ko.jsonl, heldout_ko.jsonl);
+the requests of the two are worded in different ways. The same seed gives the same bytes on every machine.
 examples:
   prepare_data.py generate --tools tools.json --per-tool 32 --language en --seed 1 --output data/made
   prepare_data.py generate --tools data/samples/gennx_tool_schemas_tier1.json --seed 7 --output /tmp/samples \\

@@ -126,13 +126,12 @@ def general_phrasebook(tools: Sequence[dict[str, Any]], language: str, rng: rand
         ]
         for split in SPLITS
     }  # fmt: skip
-    mix = {split: {kind: part for kind, part in words["mix"].items() if pairs or kind not in ("steps", "ambiguous")}
-           for split in SPLITS}  # fmt: skip
+    mix = dict.fromkeys(SPLITS, words["mix"])
     return Phrasebook(wording, cases, pairs, mix, ambiguous)
 
 
 def _tasks(cases: dict[str, list[SchemaCase]], pair: Sequence[str]) -> dict[str, Value]:
-    return {slot: Value(cases[name][0].task, None) for slot, name in zip(("first", "second"), pair)}
+    return {slot: Value(cases[name][0].task, None) for slot, name in zip(("first", "second"), pair, strict=True)}
 
 
 def _concerns(text: str, tools: Sequence[dict[str, Any]]) -> bool:

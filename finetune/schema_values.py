@@ -19,7 +19,7 @@ MAX_DEPTH = 6  # of recursive schemas: below it only what is required is filled 
 TRIES = 300  # draws before a schema is given up
 OPTIONAL_SHARE = 0.35  # how often an optional property is given
 # "e.g. Seoul, Paris" and "for example: a, b" in a description: the schema's author says what values look like.
-_EXAMPLES = re.compile(r"(?:e\.g\.,?|for example:?|for instance:?|such as|like|예:|예를 들어)\s+([^.;)\n]+)", re.IGNORECASE)
+_EXAMPLES = re.compile(r"(?:e\.g\.,?|for example:?|for instance:?|such as|예:|예를 들어)\s+([^.;)\n]+)", re.IGNORECASE)
 _BRANCHES = ("anyOf", "oneOf")
 
 
@@ -49,7 +49,7 @@ class SchemaValues:
             if error is None:
                 return value
             reason = error.message
-        raise UserError(f"{what}: no arguments found that fit its schema ({reason[:200]}); add `examples` to the schema")
+        raise UserError(f"{what}: no arguments found that fit its schema ({reason[:200]}); add `examples` to it")
 
     def resolved(self, schema: Any) -> dict[str, Any]:
         """The schema with `$ref`, `allOf` and one branch of `anyOf`/`oneOf` merged in."""
@@ -77,7 +77,7 @@ class SchemaValues:
         for part in reference.removeprefix("#").split("/")[1:] if reference.startswith("#") else ["?"]:
             part = part.replace("~1", "/").replace("~0", "~").replace("%25", "%")
             if not isinstance(target, dict) or part not in target:
-                raise UserError(f"the schema refers to {reference}, which is not in it; write that part into the schema")
+                raise UserError(f"the schema refers to {reference}, which is not in it; write that part in")
             target = target[part]
         return target if isinstance(target, dict) else {}
 
@@ -118,13 +118,14 @@ class SchemaValues:
         if float(step) != int(step):  # the whole multiples of 2.5 are the multiples of 5
             step = next((whole for k in range(1, 1001) if (whole := step * k) == int(whole)), 1)
         step = int(step)
-        return self.rng.randint(math.ceil(low / step), max(math.floor(high / step), math.ceil(low / step))) * step
+        first, last = math.ceil(low / step), math.floor(high / step)
+        return self.rng.randint(first, max(first, last)) * step
 
     def _number(self, schema: dict[str, Any], name: str, depth: int) -> float | int:
         low, high = _bounds(schema, 0)
         step = schema.get("multipleOf") or (0.5 if high - low > 4 else (high - low) / 20 or 1)
-        value = round(self.rng.randint(math.ceil(low / step), max(math.floor(high / step), math.ceil(low / step))) * step, 6)
-        value = min(max(value, low), high)
+        first, last = math.ceil(low / step), math.floor(high / step)
+        value = min(max(round(self.rng.randint(first, max(first, last)) * step, 6), low), high)
         return int(value) if value == int(value) else value
 
     def _string(self, schema: dict[str, Any], name: str, depth: int) -> str:
@@ -250,4 +251,4 @@ def _from_pattern(pattern: str, rng: random.Random) -> str:
     try:
         return rstr.Rstr(rng).xeger(pattern)
     except (re.error, KeyError, ValueError, RecursionError) as error:
-        raise UserError(f"no text can be made for the pattern {pattern!r} ({error}); add `examples` beside it") from error
+        raise UserError(f"no text fits the pattern {pattern!r} ({error}); add `examples` beside it") from error

@@ -86,7 +86,8 @@ class Writer:
         names = list(book.cases)
         self._names = {kind: Deck(rng, names) for kind in ("call", "followup")}
         answerable = [name for name in names if any(case.answerable for case in book.cases[name])]
-        self._names["answered"] = Deck(rng, answerable) if answerable else None
+        if answerable:
+            self._names["answered"] = Deck(rng, answerable)
         self._cases = {name: Deck(rng, cases) for name, cases in book.cases.items()}
         self._answerable = {
             name: Deck(rng, [case for case in book.cases[name] if case.answerable]) for name in answerable
@@ -96,18 +97,30 @@ class Writer:
         self._sequences = [pair for pair in book.sequences if pair[0] in self._answerable]
         self._decks: dict[str, Deck] = {}
 
+    def possible(self, kind: str) -> bool:
+        """Whether these tools and phrasings can make rows of the kind at all."""
+        needs = {
+            "answered": self._answerable, "followup": self._answerable, "steps": self._sequences,
+            "chat": self.book.wording.chat[self.split], "missing": self._incomplete,
+            "ambiguous": self.book.ambiguous[self.split],
+        }  # fmt: skip
+        return bool(needs.get(kind, True))
+
     def row(self, kind: str) -> dict[str, Any]:
         """One row of the kind; raises NoNewRequest when none can be found."""
-        make: Callable[[], list[dict[str, Any]]] = getattr(self, f"_{kind}")
+        make: Callable[..., list[dict[str, Any]]] = getattr(self, f"_{kind}")
+        # Dealt once: a tool with few wordings is tried again, not passed over for the next one.
+        subject = (self._names[kind].deal(),) if kind in self._names else ()
         for _ in range(_TRIES):
-            messages = make()
+            messages = make(*subject)
             requests = [message["content"] for message in messages if message["role"] == "user"]
             if not any(text in self.seen for text in requests):
                 self.seen.update(requests)
                 break
         else:
             raise NoNewRequest(
-                f"no new request of kind {kind!r} after {_TRIES} tries; ask for fewer rows or add phrasings and values"
+                f"no new request of kind {' for '.join((repr(kind), *subject))} after {_TRIES} tries; "
+                "ask for fewer rows or add phrasings and values"
             )
         system = [{"role": "system", "content": self.book.wording.system}] if self.book.wording.system else []
         category = {"category": CATEGORIES[kind]} if kind in CATEGORIES else {}
@@ -125,12 +138,12 @@ class Writer:
         text = request.sentence if request.core is None else self._framed(request.core)
         return {"role": "user", "content": text}
 
-    def _call(self) -> list[dict[str, Any]]:
-        request = self._cases[self._names["call"].deal()].deal().request(self.split)
+    def _call(self, name: str) -> list[dict[str, Any]]:
+        request = self._cases[name].deal().request(self.split)
         return [self._user(request), call_message(request)]
 
-    def _answered(self) -> list[dict[str, Any]]:
-        request = self._answerable[self._names["answered"].deal()].deal().request(self.split)
+    def _answered(self, name: str) -> list[dict[str, Any]]:
+        request = self._answerable[name].deal().request(self.split)
         return [
             self._user(request), call_message(request), result_message(request),
             {"role": "assistant", "content": request.answer},
@@ -149,10 +162,11 @@ class Writer:
             call_message(first), result_message(first), call_message(second),
         ]  # fmt: skip
 
-    def _followup(self) -> list[dict[str, Any]]:
-        """A finished request and another one after it."""
-        second = self._cases[self._names["followup"].deal()].deal().request(self.split)
-        return [*self._answered(), self._user(second), call_message(second)]
+    def _followup(self, name: str) -> list[dict[str, Any]]:
+        """A finished request and another one, for the tool `name`, after it."""
+        first = self._answered(self._deck("first", list(self._answerable)).deal())
+        second = self._cases[name].deal().request(self.split)
+        return [*first, self._user(second), call_message(second)]
 
     def _chat(self) -> list[dict[str, Any]]:
         wording = self.book.wording
@@ -203,7 +217,8 @@ def make_rows(
     """
     writer = Writer(book, tools, split, rng)
     rows = []
-    for kind, number in shares(book.mix[split], total).items():
+    mix = {kind: part for kind, part in book.mix[split].items() if writer.possible(kind)}
+    for kind, number in shares(mix, total).items():
         for _ in range(number):
             try:
                 rows.append((kind, writer.row(kind)))

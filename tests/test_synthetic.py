@@ -1,0 +1,495 @@
+"""Rows made from schemas: reproducible, valid, worded apart; the committed samples are what the command makes."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+from finetune.checks import check_conversation
+from finetune.conversations import load_conversations, normalize_row
+from finetune.errors import UserError
+from finetune.phrasing import SPLITS, Value, expand, fill_arguments, read_json
+from finetune.schema_phrasing import FOLDER, LANGUAGES, task_of
+from finetune.schema_values import SchemaValues, humanised
+from finetune.synthetic import Writer, generate, load_phrasebook, shares
+from finetune.tool_schemas import load_tools_file
+
+ROOT = Path(__file__).parents[1]
+SAMPLES = ROOT / "data" / "samples"
+SCHEMAS = SAMPLES / "gennx_tool_schemas_tier1.json"
+# The commands of data/samples/README.md: language -> flags.
+COMMANDS = {
+    language: [
+        *("--tools", str(SCHEMAS), "--phrasings", str(SAMPLES / f"gennx_phrasings_{language}.json")),
+        *("--rows", "356", "--heldout-rows", "110", "--seed", "7", "--name", "gennx"),
+    ]
+    for language in LANGUAGES
+}
+FOUR_TOOLS = [
+    {
+        "name": "rag_retrieval",
+        "description": "Searches the knowledge base for documents.",
+        "parameters": {
+            "type": "object",
+            "properties": {"query": {"type": "string"}, "top_k": {"type": "integer", "minimum": 1, "maximum": 20}},
+            "required": ["query"],
+        },
+    },
+    {
+        "name": "web_search",
+        "description": "Search the internet for current information",
+        "parameters": {
+            "type": "object",
+            "properties": {"query": {"type": "string"}, "region": {"enum": ["us", "de", "kr"]}},
+            "required": ["query"],
+        },
+    },
+    {
+        "name": "code_execution",
+        "description": "Execute Python code in a sandbox",
+        "parameters": {
+            "type": "object",
+            "properties": {"code": {"type": "string"}, "timeout": {"type": "number", "minimum": 1, "maximum": 60}},
+            "required": ["code"],
+        },
+    },
+    {
+        "name": "direct_chat",
+        "description": "Direct conversation without external tools",
+        "parameters": {"type": "object", "properties": {"message": {"type": "string"}}, "required": ["message"]},
+    },
+]
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def prepare(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "generate", *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
+
+
+def texts(row: dict, role: str) -> list[str]:
+    return [message["content"] for message in row["messages"] if message["role"] == role]
+
+
+def calls(row: dict) -> list[dict]:
+    return [call["function"] for message in row["messages"] for call in message.get("tool_calls", ())]
+
+
+@pytest.fixture
+def four_tools(tmp_path) -> Path:
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps(FOUR_TOOLS), encoding="utf-8")
+    return path
+
+
+# --- the committed samples
+
+
+def test_tier_1_holds_fifteen_valid_schemas_with_nested_bodies():
+    tools = load_tools_file(SCHEMAS)
+    assert len({tool["function"]["name"] for tool in tools}) == 15
+    for tool in tools:
+        Draft202012Validator.check_schema(tool["function"]["parameters"])
+    bodies = [tool["function"]["parameters"]["properties"].get("Assign") for tool in tools]
+    assert sum(body is not None for body in bodies) == 11
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_committed_samples_are_what_the_command_makes(tmp_path, language):
+    done = prepare(*COMMANDS[language], "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    suffix = "" if language == "en" else f"_{language}"
+    for split in SPLITS:
+        name = f"gennx_{split}{suffix}.jsonl"
+        assert (tmp_path / name).read_bytes() == (SAMPLES / name).read_bytes(), name
+        assert (SAMPLES / name).stat().st_size < 2_200_000
+    readme = " ".join((SAMPLES / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").split())
+    assert "--rows 356 --heldout-rows 110 --seed 7 --name gennx" in readme
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in SAMPLES.glob("*.jsonl")))
+def test_every_sample_row_passes_the_checks_of_prepare_data(name):
+    loaded = load_conversations(SAMPLES / name, strict=True)
+    tools = load_tools_file(SCHEMAS)
+    for (_, number), conversation in zip(loaded.origins, loaded.conversations, strict=True):
+        assert conversation["tools"] == tools, number
+        errors = [problem.text for problem in check_conversation(conversation) if problem.error]
+        assert not errors, (number, errors)
+
+
+@pytest.mark.parametrize("suffix", ["", "_ko"])
+def test_hand_written_rows_are_multi_turn_in_the_documented_format(suffix):
+    rows = read_rows(SAMPLES / f"gennx_tool_calling_samples{suffix}.jsonl")
+    assert len(rows) >= 10
+    for row in rows:
+        assert list(row) == ["messages", "tools"] and isinstance(row["tools"], str)
+        roles = [message["role"] for message in row["messages"]]
+        assert roles[:2] == ["system", "user"] and roles[-1] == "assistant"
+        assert roles.count("assistant") >= 2
+        for call in calls(row):
+            assert isinstance(call["arguments"], str) and isinstance(json.loads(call["arguments"]), dict)
+        for message in row["messages"]:
+            assert message["role"] != "tool" or ("name" in message and json.loads(message["content"]) is not None)
+    used = Counter(call["name"] for row in rows for call in calls(row))
+    assert len(used) == 15, "every tool is shown at least once"
+    assert any(len(texts(row, "user")) > 1 for row in rows)
+    assert any(not calls(row) for row in rows)
+
+
+@pytest.mark.parametrize("suffix", ["", "_ko"])
+def test_no_held_out_wording_occurs_in_training(suffix):
+    skeletons = {}
+    for split in SPLITS:
+        rows = read_rows(SAMPLES / f"gennx_{split}{suffix}.jsonl")
+        skeletons[split] = {skeleton(text) for row in rows for text in texts(row, "user")}
+    assert len(skeletons["heldout"]) > 100
+    assert not skeletons["train"] & skeletons["heldout"]
+
+
+def skeleton(text: str) -> str:
+    """A request without its values: numbers, and names such as C30, B1, DL or Roof."""
+    return re.sub(r"-?\d+(\.\d+)?|\b[A-Z][A-Za-z]*\d*\b(?<!^.)", "#", text[:1].lower() + text[1:]).lower()
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_templates_of_the_two_splits_are_disjoint(language):
+    """Beyond the committed rows: no text of the held-out lists is a text of the training lists, bar value forms."""
+    shared: set[str] = set()
+
+    def walk(node, path):
+        if isinstance(node, dict) and set(node) == set(SPLITS):
+            if path[-1] in ("core", "sentence", "missing", "frames", "joins", "chat"):
+                assert not {str(text) for text in node["train"]} & {str(text) for text in node["heldout"]}, path
+                shared.add(path[-1])
+        elif isinstance(node, dict):
+            for key, value in node.items():
+                walk(value, [*path, key])
+        elif isinstance(node, list):
+            for number, value in enumerate(node):
+                walk(value, [*path, str(number)])
+
+    walk(read_json(SAMPLES / f"gennx_phrasings_{language}.json"), ["file"])
+    assert shared == {"core", "sentence", "missing", "frames", "joins", "chat"}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_thousands_of_requests_never_cross_from_held_out_to_training(language):
+    tools, seen = load_tools_file(SCHEMAS), {}
+    for split in SPLITS:
+        rng = random.Random(f"wide:{split}")
+        writer = Writer(load_phrasebook(SAMPLES / f"gennx_phrasings_{language}.json", tools, rng), tools, split, rng)
+        seen[split] = set()
+        for kind in ("call", "steps", "missing", "chat"):
+            for _ in range(500):
+                subject = (writer._names[kind].deal(),) if kind in writer._names else ()
+                users = [m["content"] for m in getattr(writer, f"_{kind}")(*subject) if m["role"] == "user"]
+                seen[split].update(re.sub(r"-?\d+(\.\d+)?", "#", text) for text in users)
+    assert not seen["train"] & seen["heldout"]
+
+
+def test_training_samples_have_twelve_templates_a_tool():
+    """Counted as wordings of one request: templates with their alternatives, before frames multiply them."""
+    data = read_json(SAMPLES / "gennx_phrasings_en.json")
+    for name, cases in data["tools"].items():
+        wordings = sum(
+            1 if "[" not in text else len(re.search(r"\[([^\]]*)\]", text)[1].split("|"))
+            for case in cases
+            for text in case["core"]["train"] + case.get("sentence", {}).get("train", [])
+        )
+        assert wordings >= 12, name
+
+
+@pytest.mark.parametrize("suffix", ["", "_ko"])
+def test_held_out_rows_hold_every_tool_several_steps_and_rows_without_a_call(suffix):
+    rows = read_rows(SAMPLES / f"gennx_heldout{suffix}.jsonl")
+    by_tool = Counter(call["name"] for row in rows for call in calls(row))
+    assert len(by_tool) == 15 and min(by_tool.values()) >= 4
+    assert 100 <= sum(by_tool.values()) <= 150
+    assert sum(len(calls(row)) > 1 for row in rows) >= 10
+    silent = Counter(row["category"] for row in rows if not calls(row))
+    assert silent["irrelevant"] >= 5 and silent["missing_parameter"] >= 5
+    assert "category" not in next(row for row in rows if calls(row))
+
+
+def test_every_value_of_a_call_is_stated_in_its_request():
+    """Learnable without guessing: numbers and names are copied; only codes (BEAM, 1111111, GZ) are looked up."""
+    codes = {"SB", "SR", "CONC", "STEEL", "BEAM", "TRUSS", "D", "L", "W", "S", "KN", "N", "M", "MM", "GX", "GY", "GZ",
+             "1111111", "1110000", "0010000", "REACTIONG", "DISPLACEMENTG", "BEAMFORCE"}  # fmt: skip
+    for row in read_rows(SAMPLES / "gennx_train.jsonl"):
+        said = " ".join(texts(row, "user"))
+        for call in calls(row):
+            fixed = {"POST /db/bodf": ["1", 0], "POST /db/unit": ["1"]}.get(call["name"], [])
+            for value in leaves(json.loads(call["arguments"])):
+                if value not in codes and value not in fixed:
+                    assert re.search(rf"(?<![\w.]){re.escape(str(value))}(?![\w]|\.\d)", said), (value, said)
+
+
+def leaves(value):
+    """Values and map keys of arguments; the field names of the API are left out."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key.isdecimal():
+                yield key
+            yield from leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from leaves(inner)
+    else:
+        yield value
+
+
+# --- the command
+
+
+def test_same_seed_same_bytes_other_seed_other_rows(tmp_path, four_tools):
+    for folder, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        done = prepare("--tools", str(four_tools), "--seed", seed, "--output", str(tmp_path / folder))
+        assert done.returncode == 0, done.stderr
+    for name in ("train.jsonl", "heldout.jsonl"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "c" / name).read_bytes()
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_general_wording_makes_so_many_requests_for_each_tool(four_tools, language):
+    tools = load_tools_file(four_tools)
+    made = generate(tools, per_tool=32, language=language, seed=1)
+    rows = [row for _, row in made["train"][1]]
+    kinds = Counter(kind for kind, _ in made["train"][1])
+    assert kinds["missing"] and kinds["ambiguous"] and kinds["chat"] and kinds["steps"]
+    by_tool = Counter(calls(row)[0]["name"] for kind, row in made["train"][1] if kind == "call")
+    assert set(by_tool.values()) == {32} and len(by_tool) == 4
+    requests = Counter(text for row in rows for text in texts(row, "user"))
+    assert requests.most_common(1)[0][1] == 1, "no request twice"
+    assert not set(requests) & {text for _, row in made["heldout"][1] for text in texts(row, "user")}
+    for _, row in made["train"][1] + made["heldout"][1]:
+        assert not [problem for problem in check_conversation(normalize_row(row)) if problem.error]
+    if language == "ko":
+        assert all(re.search("[가-힣]", text) for text in requests)
+
+
+def test_more_training_rows_leave_the_held_out_rows_as_they_are(four_tools):
+    tools = load_tools_file(four_tools)
+    few, many = (generate(tools, rows=rows, heldout_rows=20, seed=5) for rows in (30, 60))
+    assert [row for _, row in few["heldout"][1]] == [row for _, row in many["heldout"][1]]
+
+
+def test_rows_that_lack_a_parameter_ask_for_it_and_ambiguous_ones_ask_which(four_tools):
+    made = generate(load_tools_file(four_tools), per_tool=32, seed=1)["train"][1]
+    for kind, row in made:
+        if kind in ("missing", "ambiguous", "chat"):
+            assert not calls(row)
+        if kind == "missing":
+            assert row["category"] == "missing_parameter"
+            assert re.fullmatch(r"Which (query|code|message) shall I use\?", row["messages"][-1]["content"])
+        if kind == "ambiguous":
+            assert row["messages"][-1]["content"].startswith("Which of the two: shall I ")
+
+
+def test_one_tool_without_parameters_is_enough(tmp_path):
+    path = tmp_path / "tools.json"
+    path.write_text('[{"name": "ping", "description": "Ping the server"}]', encoding="utf-8")
+    made = generate(load_tools_file(path), per_tool=20, seed=0)
+    kinds = Counter(kind for kind, _ in made["train"][1])
+    assert kinds["call"] >= 20 and not kinds["steps"] and not kinds["ambiguous"] and not kinds["missing"]
+    assert all(json.loads(call["arguments"]) == {} for _, row in made["train"][1] for call in calls(row))
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "words"),
+    [
+        ("[]", [], ["holds no tool schema"]),
+        ("[{}", [], ["tools.json", "JSON array of tool schemas"]),
+        (json.dumps(FOUR_TOOLS), ["--phrasings", str(SAMPLES / "gennx_phrasings_en.json")], ["POST /db/node"]),
+        (json.dumps(FOUR_TOOLS), ["--phrasings", "nowhere.json"], ["nowhere.json", "cannot be read"]),
+        ('[{"name": "f"}]', ["--rows", "5000"], ["no new request", "fewer rows"]),
+        (
+            '[{"name": "f", "parameters": {"type": "object", "properties": {"a": {"not": {}}}, "required": ["a"]}}]',
+            [],
+            ["tool f", "no arguments found"],
+        ),
+        (
+            '[{"name": "f", "parameters": {"type": "object", "properties": {"a": {"$ref": "#/$defs/b"}}}}]',
+            [],
+            ["#/$defs/b"],
+        ),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(tmp_path, content, flags, words):
+    path = tmp_path / "tools.json"
+    path.write_text(content, encoding="utf-8")
+    done = prepare("--tools", str(path), "--output", str(tmp_path / "out"), *flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    for word in words:
+        assert word in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_files_are_kept_unless_told(tmp_path, four_tools):
+    flags = ("--tools", str(four_tools), "--rows", "20", "--output", str(tmp_path))
+    (tmp_path / "heldout.jsonl").write_text("mine", encoding="utf-8")
+    done = prepare(*flags)
+    assert done.returncode == 2 and "--overwrite" in done.stderr
+    assert (tmp_path / "heldout.jsonl").read_text(encoding="utf-8") == "mine"
+    assert not (tmp_path / "train.jsonl").exists()
+    assert prepare(*flags, "--overwrite").returncode == 0
+    assert len(read_rows(tmp_path / "train.jsonl")) == 20
+
+
+# --- values out of any schema
+
+names = st.sampled_from(["query", "city", "id", "startDate", "top_k", "x", "제목", "note-2", "LCNAME"])
+scalars = st.one_of(
+    st.fixed_dictionaries({"type": st.just("boolean")}),
+    st.fixed_dictionaries({"enum": st.lists(st.sampled_from(["a", 7, None, True, 2.5]), min_size=1, unique_by=repr)}),
+    st.fixed_dictionaries({"const": st.sampled_from(["fixed", 3])}),
+    st.builds(lambda low, span: {"type": "integer", "minimum": low, "maximum": low + span},
+              st.integers(-1000, 1000), st.integers(0, 50)),
+    st.builds(lambda low, span: {"type": "integer", "exclusiveMinimum": low, "exclusiveMaximum": low + 2 + span},
+              st.integers(-50, 50), st.integers(0, 9)),
+    st.builds(lambda step: {"type": "integer", "multipleOf": step}, st.integers(1, 20)),
+    st.builds(lambda low, span: {"type": "number", "minimum": low, "exclusiveMaximum": low + span},
+              st.integers(-50, 50), st.sampled_from([0.5, 1, 8, 100])),
+    st.builds(lambda low, span: {"type": "string", "minLength": low, "maxLength": low + span},
+              st.integers(0, 30), st.integers(0, 30)),
+    st.builds(lambda form: {"type": "string", "format": form},
+              st.sampled_from(["date", "date-time", "email", "uri", "uuid", "ipv4", "time", "hostname"])),
+    st.builds(lambda pattern: {"type": "string", "pattern": pattern},
+              st.sampled_from([r"^[A-Z]{2}\d{4}$", r"^(GET|POST) /\w{1,8}$", r"^\d{3}-\d{4}$"])),
+    st.just({"type": ["string", "null"], "description": "a city, e.g. Seoul, Paris"}),
+    st.just({}),
+)  # fmt: skip
+
+
+def containers(inner):
+    return st.one_of(
+        st.builds(lambda items, low, span: {"type": "array", "items": items, "minItems": low, "maxItems": low + span},
+                  inner, st.integers(0, 3), st.integers(0, 3)),
+        st.builds(lambda items: {"type": "array", "prefixItems": items, "items": False, "maxItems": 9},
+                  st.lists(inner, min_size=1, max_size=2)),
+        st.builds(lambda value: {"type": "object", "additionalProperties": value, "minProperties": 1}, inner),
+        st.builds(lambda branches: {"anyOf": [*branches, {"type": "null"}]}, st.lists(inner, min_size=1, max_size=2)),
+        objects(inner),
+    )  # fmt: skip
+
+
+def objects(inner):
+    def build(properties, required, closed):
+        schema = {"type": "object", "properties": properties, "required": [k for k in properties if k in required]}
+        return {**schema, "additionalProperties": False} if closed else schema
+
+    return st.builds(build, st.dictionaries(names, inner, max_size=4), st.sets(names), st.booleans())
+
+
+@settings(max_examples=100, deadline=None)
+@given(objects(st.recursive(scalars, containers, max_leaves=8)), st.integers(0, 2**32))
+def test_drawn_arguments_fit_any_schema(schema, seed):
+    Draft202012Validator.check_schema(schema)
+    words = read_json(FOLDER / "en.json")["values"]
+    first = SchemaValues(schema, words, random.Random(seed)).draw("tool f")
+    Draft202012Validator(schema).validate(first)
+    assert json.loads(json.dumps(first)) == first
+    assert set(schema["required"]) <= set(first)
+    assert SchemaValues(schema, words, random.Random(seed)).draw("tool f") == first
+
+
+def test_recursive_references_end():
+    tree = {"type": "object", "properties": {"name": {"type": "string"},
+            "children": {"type": "array", "items": {"$ref": "#/$defs/node"}}}, "required": ["name"]}  # fmt: skip
+    schema = {"$defs": {"node": tree}, "type": "object", "properties": {"root": {"$ref": "#/$defs/node"}},
+              "required": ["root"]}  # fmt: skip
+    values = SchemaValues(schema, read_json(FOLDER / "en.json")["values"], random.Random(0))
+    for _ in range(50):
+        Draft202012Validator(schema).validate(values.draw("tool f"))
+
+
+def test_rules_that_need_several_draws_are_met():
+    schema = {"type": "object", "properties": {
+              "a": {"type": "integer", "minimum": 1, "maximum": 6, "not": {"const": 3}},
+              "b": {"type": "array", "items": {"enum": [1, 2]}, "contains": {"const": 2}, "minItems": 1}},
+              "required": ["a", "b"]}  # fmt: skip
+    values = SchemaValues(schema, read_json(FOLDER / "en.json")["values"], random.Random(0))
+    for _ in range(50):
+        Draft202012Validator(schema).validate(values.draw("tool f"))
+
+
+def test_text_comes_from_the_description_then_from_the_name():
+    properties = {
+        "place": {"type": "string", "description": "Where, e.g. Jeju or Gangneung."},
+        "mail": {"type": "string", "format": "email"},
+        "home_city": {"type": "string"},
+    }
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    words = read_json(FOLDER / "en.json")["values"]
+    for seed in range(20):
+        value = SchemaValues(schema, words, random.Random(seed)).draw("tool f")
+        assert value["place"] in ("Jeju", "Gangneung")
+        assert value["mail"] in words["email"] and value["home_city"] in words["city"]
+
+
+# --- phrasing files
+
+
+def test_slots_keep_their_types_and_repeat_for_lists():
+    slots = {"id": Value("7", 7), "x": Value("0.5", 0.5), "ids": Value("3 and 4", [3, 4]), "axis": Value("Z", "FZ")}
+    template = {"Assign": {"{id}": {"X": "{x}", "{axis}": -1, "NOTE": "no. {id}"}}, "KEYS": "{ids}"}
+    assert fill_arguments(template, slots) == {
+        "Assign": {"7": {"X": 0.5, "FZ": -1, "NOTE": "no. 7"}}, "KEYS": [3, 4],
+    }  # fmt: skip
+    assert fill_arguments({"{ids}": {"C": "1"}}, slots) == {"3": {"C": "1"}, "4": {"C": "1"}}
+    items = [{"n": Value("1", 1)}, {"n": Value("2", 2)}]
+    assert fill_arguments({"Assign": {"{n}": {"N": "{n}"}}}, slots, items) == {"Assign": {"1": {"N": 1}, "2": {"N": 2}}}
+
+
+def test_alternatives_and_values_do_not_meet():
+    """Brackets and braces inside a value are text, not template."""
+    slots = {"code": Value("print([1|2], {x})", None)}
+    assert expand("[run|run] {code}", slots, {}, random.Random(0)) == "run print([1|2], {x})"
+
+
+@pytest.mark.parametrize(
+    ("description", "task"),
+    [
+        ("Searches the web. Fast.", "search the web"),
+        ("Queries a table", "query a table"),
+        ("Fetches pages", "fetch pages"),
+        ("Get weather", "get weather"),
+        ("Direct conversation", "use the tool for direct conversation"),
+        ("GPU statistics", "use the tool for GPU statistics"),
+        ("", "do it now"),
+    ],
+)
+def test_descriptions_become_clauses(description, task):
+    words = read_json(FOLDER / "en.json")
+    assert task_of({"name": "do_it_now", "description": description}, words) == task
+
+
+def test_names_become_words():
+    assert [humanised(name) for name in ("top_k", "startDate", "LCNAME", "POST /db/node", "note-2")] == [
+        "top k", "start date", "LCNAME", "POST /db/node", "note 2",
+    ]  # fmt: skip
+
+
+def test_shares_add_up():
+    assert shares({"a": 66, "b": 8, "c": 8, "d": 10, "e": 8}, 1) == {"a": 1, "b": 0, "c": 0, "d": 0, "e": 0}
+    for total in range(200):
+        assert sum(shares({"a": 3, "b": 1.5, "c": 1}, total).values()) == total
+
+
+def test_a_phrasing_file_that_lacks_a_field_is_named(tmp_path):
+    path = tmp_path / "phrasings.json"
+    path.write_text('{"language": "en", "system": ""}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"phrasings\.json: the field 'frames' is missing"):
+        load_phrasebook(path, load_tools_file(SCHEMAS), random.Random(0))
