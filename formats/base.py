@@ -39,6 +39,10 @@ class Format:
     read_calls        the module's `parse`: (text without end of turn, tools or None) -> Parsed
     adapt             (format, tokenizer) -> format; chooses the variant that the tokenizer's model was trained with
     thinking          template variable that switches reasoning on for a turn that has `reasoning_content`
+    reasoning         the template takes a lone `</think>` for the end of reasoning (the prompt may open it)
+    untyped           calls carry values without their type: 7 and "7" look alike, a server decides by the schema
+    tokens            strings that must be exactly one token each, besides end_of_turn
+    prepare           messages -> messages, before anything is rendered (Mistral: ids of nine characters)
     vllm_parser       name for vLLM's --tool-call-parser, None when vLLM has none for it
     """
 
@@ -52,6 +56,10 @@ class Format:
     adapt: Callable[[Format, Any], Format] | None = None
     thinking: str | None = None
     vllm_parser: str | None = None
+    reasoning: bool = False
+    untyped: bool = False
+    tokens: tuple[str, ...] = ()
+    prepare: Callable[[list[dict]], list[dict]] | None = None
 
     def parse(self, text: str, tools: list[dict] | None = None) -> Parsed:
         """Read one generated turn; everything from the first end-of-turn string on is ignored.
@@ -61,7 +69,7 @@ class Format:
         ends = [at for mark in self.end_of_turn if (at := text.find(mark)) >= 0]
         if ends:
             text = text[: min(ends)]
-        reasoning, text = split_reasoning(text)
+        reasoning, text = split_reasoning(text, self.reasoning)
         parsed = self.read_calls(text, tools) if self.read_calls else Parsed(content=text.strip())
         parsed.reasoning_content = reasoning
         return parsed
@@ -94,18 +102,20 @@ def read_template(name: str) -> str:
     return Path(__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8").removesuffix("\n")
 
 
-def split_reasoning(text: str) -> tuple[str | None, str]:
-    """(reasoning, rest) of a turn that starts with `<think>…</think>`, or holds only the closing tag.
+def split_reasoning(text: str, lone_end: bool = False) -> tuple[str | None, str]:
+    """(reasoning, rest) of a turn that starts with `<think>…</think>`; (None, text) when it does not.
 
-    The opening tag may belong to the prompt (templates that start the answer with `<think>`).
+    With `lone_end` the opening tag may be missing: it belongs to the prompt of templates that start the answer so.
     """
     head, closing, tail = text.partition("</think>")
     if not closing:
         return None, text
-    opening, tag, reasoning = head.rpartition("<think>")
-    if tag and opening.strip():
-        return None, text  # text before the tag: somebody writes about tags
-    return (reasoning if tag else head).strip(), tail.lstrip("\n")
+    before, opening, reasoning = head.partition("<think>")
+    if opening and not before.strip():
+        return reasoning.strip(), tail.lstrip("\n")
+    if lone_end and not opening:
+        return head.strip(), tail.lstrip("\n")
+    return None, text  # somebody writes about tags
 
 
 def call_of(tool_call: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +124,7 @@ def call_of(tool_call: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": function["name"], "arguments": function.get("arguments", {})}
 
 
-def clean_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def clean_messages(messages: list[dict[str, Any]], fmt: Format | None = None) -> list[dict[str, Any]]:
     """Messages as a template shall see them: no None, no empty `tool_calls`, no keys that only training knows.
 
     Lists of text parts become one string. Raises FormatError for other contents.
@@ -128,7 +138,7 @@ def clean_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if calls := copy.get("tool_calls"):
             copy["tool_calls"] = [_clean_call(call, index) for call in calls]
         cleaned.append(copy)
-    return cleaned
+    return fmt.prepare(cleaned) if fmt is not None and fmt.prepare else cleaned
 
 
 def _as_text(content: Any, index: int) -> str:
@@ -180,7 +190,7 @@ def render(conversation: Mapping[str, Any], fmt: Format, tokenizer: Any, add_gen
     """
     try:
         return render_messages(
-            clean_messages(conversation["messages"]), conversation.get("tools"), fmt, tokenizer, add_generation_prompt
+            clean_messages(conversation["messages"], fmt), conversation.get("tools"), fmt, tokenizer, add_generation_prompt
         )
     except FormatError:
         raise

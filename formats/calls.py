@@ -109,3 +109,21 @@ def parse_function_tag(text: str, tools: list[dict] | None = None) -> Parsed:
         return {"name": name, "arguments": value}, end
 
     return read_tagged(text, "<function=", "</function>", body)
+
+
+def read_call_list(text: str, opening: str, closing: str) -> Parsed:
+    """One JSON list of `{"name", "arguments"}` behind `opening`, text around it; `closing` may be empty."""
+    before, found, rest = text.partition(opening)
+    if not found:
+        return Parsed(content=text.strip())
+    try:
+        value, end = read_json(rest, 0)
+        if not isinstance(value, list):
+            raise ValueError("the calls must be a JSON list")
+        tool_calls = [call_from_object(item, "arguments", "parameters") for item in value]
+        end = skip_space(rest, end)
+        if not rest.startswith(closing, end):
+            raise ValueError(f"{closing} is missing")
+    except ValueError as error:
+        return Parsed(content=text.strip(), errors=[f"call 1: {error}"])
+    return Parsed(content=(before + rest[end + len(closing) :]).strip(), tool_calls=tool_calls)

@@ -38,7 +38,8 @@ class Escaper:
         self.assistant = _pattern(tuple(sorted(control | set(fmt.call_markers))))
         marked = tuple(sorted(text[0] + MARK + text[1:] for text in control | set(fmt.call_markers)))
         self.marked = _pattern(marked)
-        self.keep_reasoning = fmt.thinking is not None or "</think>" in control
+        self.keep_reasoning = fmt.reasoning or "</think>" in control
+        self.lone_end = fmt.reasoning
 
     def conversation(self, messages: list[dict], tools: list[dict]) -> tuple[list[dict], list[dict], list[str]]:
         """(messages, tools, what was neutralised: "message 3 (user): <|eot_id|>"); the input is not changed."""
@@ -77,10 +78,8 @@ class Escaper:
     def _answer(self, text: str, where: str, found: list[str]) -> str:
         """An assistant's text; a reasoning block at its start keeps its two tags, they are what the model writes."""
         head, closing, tail = text.partition("</think>")
-        if not closing:
-            return self._text(text, self.assistant, where, found)
-        before, opening, inside = head.rpartition("<think>")
-        if opening and before.strip():
+        before, opening, inside = head.partition("<think>")
+        if not closing or (opening and before.strip()) or not (opening or self.lone_end):
             return self._text(text, self.assistant, where, found)
         if not opening:
             before, inside = "", head
@@ -135,7 +134,7 @@ _KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple, Escaper]] = weakref.WeakKeyDi
 
 
 def escaper_of(tokenizer: Any, fmt: Format) -> Escaper:
-    key = (fmt.control_tokens, fmt.call_markers, fmt.thinking, len(tokenizer))
+    key = (fmt.control_tokens, fmt.call_markers, fmt.reasoning, len(tokenizer))
     known = _KNOWN.setdefault(tokenizer, {})
     if key not in known:
         known[key] = Escaper(tokenizer, fmt)

@@ -37,4 +37,7 @@ def _starts_like_a_call(text: str) -> bool:
     return text.startswith("{") and text[1:].lstrip().startswith('"name"')
 
 
-FORMAT = Format("llama3", TEMPLATE, END_OF_TURN, CONTROL_TOKENS, (), TEMPLATE_KWARGS, parse, vllm_parser="llama3_json")
+FORMAT = Format(
+    "llama3", TEMPLATE, END_OF_TURN, CONTROL_TOKENS, (), TEMPLATE_KWARGS, parse,
+    vllm_parser="llama3_json", tokens=CONTROL_TOKENS,
+)

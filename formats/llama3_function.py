@@ -11,4 +11,6 @@ CONTROL_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>
 CALL_MARKERS = ("<function=", "</function>")
 parse = parse_function_tag
 
-FORMAT = Format("llama3-function", TEMPLATE, END_OF_TURN, CONTROL_TOKENS, CALL_MARKERS, {}, parse)
+FORMAT = Format(
+    "llama3-function", TEMPLATE, END_OF_TURN, CONTROL_TOKENS, CALL_MARKERS, {}, parse, tokens=CONTROL_TOKENS
+)

@@ -18,7 +18,7 @@ def lost_in_answer(
     """
     reasoning, content = answer.get("reasoning_content"), answer["content"]
     if not reasoning and "</think>" in content:
-        inline, rest = split_reasoning(content)
+        inline, rest = split_reasoning(content, fmt.reasoning)
         if inline is not None:
             reasoning, content = inline, rest
     calls = [call_of(call) for call in answer.get("tool_calls", [])]
@@ -31,7 +31,7 @@ def lost_in_answer(
     parsed = fmt.parse(completion, tools)
     if parsed.errors:
         return f"its text does not read back: {parsed.errors[0]}", note
-    if not _same_calls(parsed.tool_calls, calls):
+    if not _same_calls(parsed.tool_calls, calls, fmt.untyped):
         if calls and not parsed.tool_calls:
             return "the template drops its tool calls", note
         if not calls:
@@ -43,15 +43,23 @@ def lost_in_answer(
     return None, note
 
 
-def _same_calls(one: list[dict], two: list[dict]) -> bool:
+def _same_calls(one: list[dict], two: list[dict], untyped: bool) -> bool:
+    same = _untyped if untyped else exact
     return len(one) == len(two) and all(
-        a["name"] == b["name"] and exact(a["arguments"]) == exact(b["arguments"]) for a, b in zip(one, two, strict=True)
+        a["name"] == b["name"] and same(a["arguments"]) == same(b["arguments"]) for a, b in zip(one, two, strict=True)
     )
 
 
 def exact(value: Any) -> str:
     """A JSON text that tells 7, 7.0, "7" and true apart and keeps the order of keys."""
     return json.dumps(value, ensure_ascii=False)
+
+
+def _untyped(arguments: dict[str, Any]) -> list[tuple[str, str]]:
+    """Arguments as a format without types writes them; Python's words and JSON's are the same."""
+    words = {"True": "true", "False": "false", "None": "null"}
+    written = {key: value if isinstance(value, str) else exact(value) for key, value in arguments.items()}
+    return [(key, words.get(text, text)) for key, text in written.items()]
 
 
 def _same_text(one: str, two: str) -> bool:
@@ -102,7 +110,7 @@ def lost_in_prompt(messages: list[dict], tools: list[dict], prompt: str, fmt: Fo
     for index, message in enumerate(messages):
         content = message["content"]
         if message["role"] == "assistant" and "</think>" in content:
-            content = split_reasoning(content)[1]
+            content = split_reasoning(content, fmt.reasoning)[1]
         if content and content not in prompt and not _holds(prompt, content):
             return f"message {index} ({message['role']}): the template drops its text"
     shape = tuple(

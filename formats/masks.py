@@ -75,7 +75,7 @@ def encode(
     tokens = tokens_of(tokenizer)
     ends = _end_ids(tokenizer, fmt)
     try:
-        messages = clean_messages(conversation["messages"])
+        messages = clean_messages(conversation["messages"], fmt)
         tools = list(conversation.get("tools") or [])
         messages, tools, found = escape_conversation(messages, tools, tokenizer, fmt, control_tokens)
     except FormatError as error:
@@ -108,7 +108,7 @@ def encode_prompt(
     Raises FormatError when the template cannot express the messages, or loses one of them.
     """
     cleaned, tools, _ = escape_conversation(
-        clean_messages(messages), list(tools or []), tokenizer, fmt, control_tokens
+        clean_messages(messages, fmt), list(tools or []), tokenizer, fmt, control_tokens
     )
     try:
         text = _prompt(cleaned, tools, fmt, tokenizer)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
-from formats import calls, llama3
+from formats import kanana, llama3, llama3_pythonic, mistral, phi4_mini, qwen, qwen_xml
 from formats.base import Format, FormatError
 from formats.probing import USER, own_text, thinks
 from formats.tokens import added_tokens
@@ -36,7 +35,7 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
     ends = _ends_of_turn(tokenizer, kwargs)
     added = added_tokens(tokenizer)
     control = tuple(text for text in ("[INST]", "[/INST]", "<tool_response>", "</tool_response>") if text in template)
-    name, markers, parse = _call_style(tokenizer, template, kwargs)
+    parser, markers, parse, untyped = _call_style(tokenizer, kwargs, ends)
     return replace(
         fmt,
         template=template,
@@ -46,7 +45,9 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
         template_kwargs=kwargs,
         read_calls=parse,
         thinking="enable_thinking" if hybrid else None,
-        vllm_parser=name,
+        reasoning="</think>" in template,
+        vllm_parser=parser,
+        untyped=untyped,
     )
 
 
@@ -75,19 +76,25 @@ def _ends_of_turn(tokenizer: Any, kwargs: dict[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(ends))
 
 
-def _call_style(tokenizer: Any, template: str, kwargs: dict[str, Any]) -> tuple[str | None, tuple[str, ...], Any]:
-    """(vLLM parser, call markers, parse) of the style in which the template writes a call; parse None if unknown."""
-    arguments = {"a": "vq0zk"}
+def _call_style(tokenizer: Any, kwargs: dict[str, Any], ends: tuple[str, ...]) -> tuple[str | None, tuple, Any, bool]:
+    """(vLLM parser, call markers, parse, untyped) of the known spelling in which the template writes calls.
+
+    Every known parser is tried on a call that the template has written; parse is None when none reads it back.
+    """
+    arguments = {"a": "vq0zk", "b": {"c": [1, True]}}
     call = {"type": "function", "id": "callid000", "function": {"name": "fq0zk", "arguments": arguments}}
-    text = own_text(tokenizer, [USER, {"role": "assistant", "content": "", "tool_calls": [call]}], **kwargs) or ""
-    written = json.dumps(arguments)
-    if f'<tool_call>\n{{"name": "fq0zk", "arguments": {written}}}\n</tool_call>' in text:
-        return "hermes", ("<tool_call>", "</tool_call>"), calls.parse_hermes
-    if f"<function=fq0zk>{written}</function>" in text:
-        return None, ("<function=", "</function>"), calls.parse_function_tag
-    if f'{{"name": "fq0zk", "parameters": {written}}}' in text:
-        return "llama3_json", (), llama3.parse
-    return None, (), None
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    prompt = own_text(tokenizer, [USER], add_generation_prompt=True, **kwargs)
+    text = own_text(tokenizer, [USER, answer], **kwargs)
+    if prompt is None or text is None or not text.startswith(prompt):
+        return None, (), None, False
+    written = text[len(prompt) :]
+    written = written[: min((at for end in ends if (at := written.find(end)) >= 0), default=len(written))]
+    for module in (qwen, qwen_xml, kanana, llama3, mistral, phi4_mini, llama3_pythonic):
+        fmt = module.FORMAT
+        if fmt.read_calls(written).tool_calls == [{"name": "fq0zk", "arguments": arguments}]:
+            return fmt.vllm_parser, fmt.call_markers, fmt.read_calls, fmt.untyped
+    return None, (), None, False
 
 
 FORMAT = Format("native", "", (), adapt=adapt)

@@ -31,9 +31,10 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
     if not hybrid:
         return fmt.with_kwargs(**kwargs)
     # Without thinking the empty block is part of the prompt, so an answer's own words are all that is trained.
-    return replace(fmt.with_kwargs(**kwargs, enable_thinking=False), thinking="enable_thinking")
+    return replace(fmt.with_kwargs(**kwargs, enable_thinking=False), thinking="enable_thinking", reasoning=True)
 
 
 FORMAT = Format(
-    "qwen", TEMPLATE, END_OF_TURN, CONTROL_TOKENS, CALL_MARKERS, TEMPLATE_KWARGS, parse, adapt, vllm_parser="hermes"
+    "qwen", TEMPLATE, END_OF_TURN, CONTROL_TOKENS, CALL_MARKERS, TEMPLATE_KWARGS, parse, adapt,
+    vllm_parser="hermes", tokens=("<|im_start|>", "<|im_end|>"),
 )

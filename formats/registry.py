@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from formats import chatml, llama3, llama3_function, native, qwen
+from formats import chatml, gemma, kanana, llama3, llama3_function, llama3_pythonic, mistral, native, phi4_mini, plain
+from formats import qwen, qwen_xml, user_yaml
 from formats.base import Format, FormatError
 from formats.tokens import added_tokens
 
 FORMATS: dict[str, Format] = {
-    module.FORMAT.name: module.FORMAT for module in (llama3_function, llama3, qwen, chatml, native)
+    fmt.name: fmt
+    for fmt in (
+        *(llama3_function.FORMAT, kanana.FORMAT, llama3.FORMAT, llama3_pythonic.FORMAT, qwen.FORMAT, qwen_xml.FORMAT),
+        *(mistral.FORMAT, *mistral.FORMATS, chatml.FORMAT, gemma.FORMAT, phi4_mini.FORMAT, plain.FORMAT, native.FORMAT),
+    )
 }
 
 
@@ -22,6 +27,8 @@ def get_format(name: str, tokenizer: Any = None) -> Format:
         if tokenizer is None:
             raise FormatError("format auto needs a tokenizer to look at")
         return choose_format(tokenizer)[0]
+    if name not in FORMATS and name.endswith((".yaml", ".yml")):
+        return user_yaml.load(name, tokenizer)
     if name not in FORMATS:
         raise FormatError(f"unknown format {name!r}; known: {', '.join(FORMATS)}, auto, or a YAML file of four strings")
     fmt = FORMATS[name]

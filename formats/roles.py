@@ -22,7 +22,7 @@ class Piece(NamedTuple):
     tools: tuple[int, int] | None
 
 
-_SKELETONS: dict[tuple, list[Piece] | None] = {}
+_SKELETONS: dict[tuple, tuple[list[int], list[Piece]] | None] = {}
 _BLOCKS = ("<think>\n\n</think>\n\n", "<think>\n")  # belong to the answer, although a prompt may contain them
 
 
@@ -45,13 +45,15 @@ def _spans(
     text: str, messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any
 ) -> Iterator[tuple[int, int, str]]:
     """(start, end, role) of the parts of `text` that are no template text, not overlapping."""
-    pieces = _skeleton(messages, tools, fmt, tokenizer)
-    if pieces is None or not text.startswith(pieces[0].text):
+    skeleton = _skeleton(messages, tools, fmt, tokenizer)
+    if skeleton is None or not text.startswith(skeleton[1][0].text):
         return
+    order, pieces = skeleton
     if pieces[0].tools:
         yield (*pieces[0].tools, "system")
     at = len(pieces[0].text)
-    for message, (behind, schemas) in zip(messages, pieces[1:], strict=True):
+    for index, (behind, schemas) in zip(order, pieces[1:], strict=True):
+        message = messages[index]
         if message["role"] == "assistant":
             ends = [place + len(mark) for mark in fmt.end_of_turn if (place := text.find(mark, at)) >= 0]
             if not ends:
@@ -86,9 +88,11 @@ def _find_tools(glue: str, tools: list[dict]) -> tuple[int, int] | None:
     return None
 
 
-def _skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any) -> list[Piece] | None:
-    """The template's text in front of, between and behind the contents of messages of these roles."""
-    shape = tuple((message["role"], bool(message["content"])) for message in messages)
+def _skeleton(
+    messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any
+) -> tuple[list[int], list[Piece]] | None:
+    """(messages in the order of the text, template text in front of, between and behind their contents)."""
+    shape = tuple((message["role"], bool(message["content"]), _is_number(message)) for message in messages)
     key = (fmt.template, str(fmt.template_kwargs), shape, json.dumps(tools), type(tokenizer))
     if key not in _SKELETONS:
         if len(_SKELETONS) > 5_000:
@@ -97,24 +101,65 @@ def _skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: A
     return _SKELETONS[key]
 
 
-def _make_skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any) -> list[Piece] | None:
-    marks = [f"wq{index}zk" for index in range(len(messages))]
-    kept = ("role", "tool_call_id", "name")
-    plain = [
-        {**{key: message[key] for key in kept if key in message}, "content": mark}
-        for message, mark in zip(messages, marks, strict=True)
-    ]
-    try:
-        text = render_messages(plain, tools, fmt, tokenizer)
-    except Exception:  # the template wants results only behind calls, or the like
+def _make_skeleton(
+    messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any
+) -> tuple[list[int], list[Piece]] | None:
+    marks = {
+        index: str(7_310_000 + index) if _is_number(message) else f"wq{index}zk"
+        for index, message in enumerate(messages)
+        if message["content"] or message["role"] == "assistant"
+    }
+    text = _marked(messages, marks, tools, fmt, tokenizer, with_calls=False)
+    opening = ""
+    if text is None:
+        # Some templates want calls where there are results; then the mark is the name of a call.
+        text = _marked(messages, marks, tools, fmt, tokenizer, with_calls=True)
+        opening = _opening(fmt, tokenizer)
+    if text is None:
         return None
+    order = sorted(marks, key=lambda index: text.find(marks[index]))
     glue = []
-    for mark, message in zip(marks, messages, strict=True):
-        before, found, text = text.partition(mark)
+    for index in order:
+        before, found, text = text.partition(marks[index])
         if not found:
             return None
-        if message["role"] == "assistant":
-            # Reasoning stands inside the answer's part, whether the template shows an empty block there or a full one.
+        if messages[index]["role"] == "assistant":
+            # Reasoning and a space in front belong to the answer, whether a prompt contains them or not.
             before = next((before.removesuffix(block) for block in _BLOCKS if before.endswith(block)), before)
+            if opening and opening in before:
+                before = before[: before.rindex(opening) + len(opening)]
+            before = before.rstrip(" ")
         glue.append(before)
-    return [Piece(part, _find_tools(part, tools)) for part in (*glue, text)]
+    return order, [Piece(part, _find_tools(part, tools)) for part in (*glue, text)]
+
+
+def _marked(
+    messages: list[dict], marks: dict[int, str], tools: list[dict], fmt: Format, tokenizer: Any, with_calls: bool
+) -> str | None:
+    kept = ("role", "tool_call_id", "name")
+    plain = []
+    for index, message in enumerate(messages):
+        copy = {**{key: message[key] for key in kept if key in message}, "content": marks.get(index, "")}
+        if with_calls and message.get("tool_calls"):
+            call = {**message["tool_calls"][0], "function": {"name": copy["content"], "arguments": {}}}
+            copy.update(content="", tool_calls=[call])
+        plain.append(copy)
+    try:
+        return render_messages(plain, tools, fmt, tokenizer)
+    except Exception:  # templates raise anything
+        return None
+
+
+def _opening(fmt: Format, tokenizer: Any) -> str:
+    """What the template writes to open an answer."""
+    user = [{"role": "user", "content": "wq0zk"}]
+    try:
+        without = render_messages(user, [], fmt, tokenizer)
+        opened = render_messages(user, [], fmt, tokenizer, add_generation_prompt=True)
+    except Exception:  # templates raise anything
+        return ""
+    return opened[len(without) :] if opened.startswith(without) else ""
+
+
+def _is_number(message: dict) -> bool:
+    return message["role"] == "tool" and message["content"].replace(".", "", 1).isdigit()

@@ -149,11 +149,11 @@ def _overlap(one: str, two: str) -> bool:
 def check_tokenizer(tokenizer: Any, fmt: Format) -> list[int]:
     """Ids that end a turn of `fmt` under `tokenizer`.
 
-    Raises FormatError when a control token of the format is not exactly one token, or when the padding token ends a
-    turn without there being another way to tell them apart.
+    Raises FormatError when a control token of the format is not exactly one token, or when what ends a turn is what
+    starts a text (a tokenizer with its end token set wrong). Write the ids into generation_config.eos_token_id.
     """
     ends = []
-    for text in dict.fromkeys((*fmt.end_of_turn, *_token_like(fmt))):
+    for text in dict.fromkeys((*fmt.end_of_turn, *fmt.tokens)):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise FormatError(
@@ -165,11 +165,6 @@ def check_tokenizer(tokenizer: Any, fmt: Format) -> list[int]:
             ends.append(ids[0])
     if not ends:
         raise FormatError(f"format {fmt.name}: no end-of-turn token")
-    if tokenizer.bos_token_id is not None and tokenizer.bos_token_id in ends and tokenizer.bos_token != tokenizer.eos_token:
+    if tokenizer.bos_token_id in ends and tokenizer.bos_token != tokenizer.eos_token:
         raise FormatError(f"format {fmt.name}: the end of a turn is the tokenizer's start token {tokenizer.bos_token}")
     return ends
-
-
-def _token_like(fmt: Format) -> list[str]:
-    """Control strings that must be single tokens: those in the `<|…|>` style that only added tokens have."""
-    return [text for text in fmt.control_tokens if text.startswith("<|") and text.endswith("|>")]

@@ -19,7 +19,7 @@ import pytest
 
 from finetune.bundled import cache_dir
 
-LAYOUT = "v1"  # part of the folder's name: a change to a converter must change it
+LAYOUT = "v2"  # part of the folder's name: a change to a converter must change it
 
 
 def _package(name: str) -> Path:
@@ -109,19 +109,26 @@ def mistral_dir(version: str) -> Path:
         "tekken": "tekken_240911.json",
     }
 
+    def own_template(source: Path) -> str:
+        from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
+
+        return convert_tokenizer_to_chat_template(source)
+
     def convert(target: Path) -> None:
         source = _package("mistral_common") / "data" / files[version]
         if version == "tekken":
             from transformers import PreTrainedTokenizerFast
             from transformers.integrations.mistral.tokenizer import MistralConverter
 
-            PreTrainedTokenizerFast(
+            tokenizer = PreTrainedTokenizerFast(
                 tokenizer_object=MistralConverter(str(source)).converted(),
                 bos_token="<s>",
                 eos_token="</s>",
                 unk_token="<unk>",
                 pad_token="<pad>",
-            ).save_pretrained(target)
+            )
+            tokenizer.chat_template = own_template(source)
+            tokenizer.save_pretrained(target)
             return
         import sentencepiece
         from transformers import LlamaTokenizer
@@ -137,6 +144,7 @@ def mistral_dir(version: str) -> Path:
             unk_token="<unk>",
         )
         (target / "tokenizer.model").unlink()
+        tokenizer.chat_template = own_template(source)
         tokenizer.save_pretrained(target)
         # Transformers 5 orders SentencePiece's merges by id; by score they are right for runs of spaces.
         pieces = sentencepiece.SentencePieceProcessor(str(source))
@@ -185,16 +193,36 @@ def tokenizer(name: str):
     return AutoTokenizer.from_pretrained(FOLDERS[name]())
 
 
-def fresh_tokenizer(name: str, chat_template: str | None = None):
-    """A tokenizer of one's own, with another chat template if given."""
+@lru_cache(maxsize=None)
+def fresh_tokenizer(name: str, chat_template: str | None = None, tokens: tuple[str, ...] = ()):
+    """A tokenizer with another chat template, or with control tokens of a family whose own vocabulary is not at hand."""
     from transformers import AutoTokenizer
 
     made = AutoTokenizer.from_pretrained(FOLDERS[name]())
+    if tokens:
+        made.add_special_tokens({"additional_special_tokens": list(tokens)})
     if chat_template is not None:
         made.chat_template = chat_template
     return made
 
 
+GEMMA_TOKENS = ("<start_of_turn>", "<end_of_turn>")
+PHI4_TOKENS = (
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>"),
+    "<|end|>",
+)
+
+
+def mistral_template(version: str, spm: bool) -> str:
+    """The template that mistral-common generates for a tokenizer version; writes `<s>` and `</s>` literally."""
+    _package("mistral_common")
+    from mistral_common.integrations.chat_templates.template_generator import TemplateConfig, build_chat_template
+    from mistral_common.tokens.tokenizers.base import TokenizerVersion
+
+    return build_chat_template(TemplateConfig(version=TokenizerVersion(version), spm=spm))
+
+
 def reference_template(name: str) -> str:
     """A published chat template as TRL ships it for comparison."""
     return (_package("trl") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+MISTRAL_ARGS = ("[ARGS]", "[CALL_ID]")

@@ -1,0 +1,59 @@
+"""Calls as a Python list: `[f(a='x'), g(b={"c": 1})]`, read by Python's own parser and never run."""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any
+
+from formats.base import Parsed
+
+_LOOKS_LIKE_CALLS = re.compile(r"\[\s*[^\W\d][\w.]*\s*\(")
+_JSON_NAMES = {"true": True, "false": False, "null": None}
+
+
+def parse(text: str, tools: list[dict] | None = None) -> Parsed:
+    """The whole turn must be one list of calls with named arguments; otherwise it is text."""
+    content = text.strip().removeprefix("<|python_tag|>").strip()
+    if not _LOOKS_LIKE_CALLS.match(content):
+        return Parsed(content=text.strip())
+    try:
+        tree = ast.parse(content, mode="eval").body
+        if not isinstance(tree, ast.List):
+            raise ValueError("text behind the list of calls")
+        return Parsed(tool_calls=[_call(node) for node in tree.elts])
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else str(error) or type(error).__name__
+        return Parsed(content=text.strip(), errors=[f"call 1: {reason}"])
+
+
+def _call(node: ast.expr) -> dict[str, Any]:
+    if not isinstance(node, ast.Call):
+        raise ValueError("not a call in the list")
+    if node.args or any(keyword.arg is None for keyword in node.keywords):
+        raise ValueError("arguments must be named")
+    return {"name": _name(node.func), "arguments": {keyword.arg: _value(keyword.value) for keyword in node.keywords}}
+
+
+def _name(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{_name(node.value)}.{node.attr}"
+    if isinstance(node, ast.Name):
+        return node.id
+    raise ValueError("a call needs a name")
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Constant) and isinstance(node.value, (str, int, float, bool, type(None))):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in _JSON_NAMES:
+        return _JSON_NAMES[node.id]
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_value(item) for item in node.elts]
+    if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) and isinstance(key.value, str) for key in node.keys):
+        return {key.value: _value(item) for key, item in zip(node.keys, node.values, strict=True)}
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        number = _value(node.operand)
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            return -number
+    raise ValueError("an argument must be a value, not an expression")
