@@ -12,7 +12,7 @@ import json
 import re
 from typing import Any
 
-from finetune.sources import json_type, strict_json
+from finetune.row_files import json_type, strict_json
 
 _OPENING = re.compile(
     r"<function=(?P<name>[^<>=\s]+)>|(?P<hermes><tool_call>)|(?P<nvidia><TOOLCALL>)"

@@ -13,8 +13,10 @@ from typing import Any
 
 from finetune.errors import UserError, write_text_atomic
 from finetune.normalize import conversation_text, normalize_row
-from finetune.shapes import RowError, describe
-from finetune.sources import Unreadable, parse_spec, read_rows
+from finetune.row_files import Unreadable
+from finetune.shapes import describe
+from finetune.sources import parse_spec, read_rows
+from finetune.text_shapes import RowError
 
 __all__ = [
     "LoadResult",

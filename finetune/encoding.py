@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 
 from finetune.errors import UserError
 from finetune.progress import progress_bar
+from finetune.row_encoding import Chunk, Flags, encode_chunk
 
 REPORTED = 100  # left-out rows named in the report; `EncodedRows.left_out` has all
 CHUNK = 64  # rows per unit of work
@@ -29,32 +29,6 @@ PROBE_SECONDS = 1.0  # how long one process alone encodes before it is judged wh
 WORTH_SECONDS = (
     20.0  # other processes first import the tokenizer's library (about 6 s), so a short rest is not worth it
 )
-
-
-@dataclass(frozen=True)
-class Flags:
-    """What decides the result besides data, format and tokenizer."""
-
-    max_seq_length: int | None
-    train_on: str
-    control_tokens: str
-    overlong: str
-
-
-@dataclass
-class Chunk:
-    """The result for some consecutive rows; `rows` counts from the first conversation given."""
-
-    ids: list[np.ndarray] = field(default_factory=list)
-    trained: list[np.ndarray] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    counts: Counter = field(default_factory=Counter)
-    tokens_by_role: Counter = field(default_factory=Counter)
-    trained_by_role: Counter = field(default_factory=Counter)
-    reasons: Counter = field(default_factory=Counter)
-    left_out: list[tuple[int, str]] = field(default_factory=list)
-    turns_removed: dict[int, int] = field(default_factory=dict)
-    longest: tuple[int, int] = (0, -1)  # tokens, row; over-long rows count too
 
 
 class Sequences(Sequence):
@@ -197,108 +171,6 @@ def _encode_in_pool(work, tokenizer, fmt, flags, processes, take) -> None:
         raise UserError("a process that turns rows into tokens died (out of memory?); use --num_proc 1") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def encode_chunk(start: int, conversations, tokenizer, fmt, flags: Flags) -> Chunk:
-    """Encode consecutive conversations, the first of which is number `start` of all."""
-    chunk = Chunk()
-    for row, conversation in enumerate(conversations, start=start):
-        encoded = _encode(conversation, tokenizer, fmt, flags)
-        if encoded.status == "refused":
-            chunk.left_out.append((row, f"refused: {encoded.reason}"))
-            chunk.reasons[f"refused: {encoded.reason}"] += 1
-            chunk.counts["refused"] += 1
-            continue
-        chunk.longest = max(chunk.longest, (max((len(s.input_ids) for s in encoded.sequences), default=0), row))
-        encoded, removed = _fitted(encoded, conversation, tokenizer, fmt, flags)
-        used = 0
-        for sequence in encoded.sequences:
-            used += _add(chunk, row, sequence, flags)
-        if used:
-            chunk.counts["kept"] += 1
-            chunk.counts["split"] += len(encoded.sequences) > 1
-            if removed:
-                chunk.turns_removed[row] = removed
-            chunk.counts["escaped"] += encoded.escaped
-        else:
-            chunk.counts["dropped"] += 1
-    return chunk
-
-
-def _encode(conversation, tokenizer, fmt, flags: Flags):
-    from formats import encode
-
-    return encode(conversation, tokenizer, fmt, train_on=flags.train_on, control_tokens=flags.control_tokens)
-
-
-def _add(chunk: Chunk, row: int, sequence, flags: Flags) -> int:
-    """Add one sequence if it fits and trains something; returns how many were added (1 or 0)."""
-    ids = np.asarray(sequence.input_ids, dtype=np.int32)
-    labels = np.asarray(sequence.labels, dtype=np.int32)
-    trained = labels != -100
-    if len(ids) != len(labels) or not np.array_equal(labels[trained], ids[trained]):
-        raise AssertionError(f"labels of conversation {row} do not match its ids")
-    if flags.max_seq_length is not None and len(ids) > flags.max_seq_length:
-        reason = "longer than max_seq_length"
-        chunk.left_out.append((row, f"{reason}: {len(ids)} > {flags.max_seq_length} tokens"))
-        chunk.counts["sequences_too_long"] += 1
-    elif not trained.any():
-        reason = "nothing to train"
-        chunk.left_out.append((row, reason))
-    else:
-        chunk.ids.append(ids)
-        chunk.trained.append(trained)
-        chunk.rows.append(row)
-        chunk.tokens_by_role.update(sequence.roles)
-        chunk.trained_by_role.update(compress(sequence.roles, trained.tolist()))
-        return 1
-    chunk.reasons[reason] += 1
-    return 0
-
-
-def _fitted(encoded, conversation, tokenizer, fmt, flags: Flags):
-    """With trim_turns: the conversation without as few of its oldest turns as make every sequence fit.
-
-    Returns (encoded, turns removed); the conversation as it is when nothing is to be done or nothing helps.
-    """
-    limit = flags.max_seq_length
-    if limit is None or flags.overlong != "trim_turns" or _fits(encoded, limit):
-        return encoded, 0
-    first, last = 1, len(turn_starts(conversation["messages"])) - 1  # how many turns may go: at least one stays
-    best = None
-    while first <= last:
-        middle = (first + last) // 2
-        trial = _encode(without_oldest_turns(conversation, middle), tokenizer, fmt, flags)
-        if trial.status != "refused" and _fits(trial, limit):
-            best, last = (trial, middle), middle - 1
-        else:
-            first = middle + 1
-    return best or (encoded, 0)
-
-
-def _fits(encoded, limit: int) -> bool:
-    return all(len(sequence.input_ids) <= limit for sequence in encoded.sequences)
-
-
-def turn_starts(messages: list[dict[str, Any]]) -> list[int]:
-    """Indices at which whole turns begin: each user message after something else. What is before the first one (an
-    assistant's greeting) belongs to the first turn; leading system messages belong to none."""
-    begin = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    starts, user_seen = [begin], False
-    for index in range(begin, len(messages)):
-        user = messages[index]["role"] == "user"
-        if user and user_seen and messages[index - 1]["role"] != "user":
-            starts.append(index)
-        user_seen = user_seen or user
-    return starts
-
-
-def without_oldest_turns(conversation: dict[str, Any], number: int) -> dict[str, Any]:
-    """The conversation without its `number` oldest turns; leading system messages and tools stay."""
-    messages = conversation["messages"]
-    starts = turn_starts(messages)
-    head = messages[: starts[0]]
-    return conversation | {"messages": head + messages[starts[number] :]}
 
 
 def _raise_overlong(chunk: Chunk, flags: Flags, origins) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from finetune.encoding import EncodedRows, Flags
+from finetune.encoding import EncodedRows
 from finetune.errors import write_bytes_atomic
 from finetune.normalize import conversation_text
+from finetune.row_encoding import Flags
 
 ARRAYS = ("input_ids", "trained", "offsets", "rows")
 
@@ -58,7 +59,7 @@ def _code_fingerprint() -> str:
     root = Path(__file__).resolve().parent.parent
     files = sorted(p for p in (root / "formats").rglob("*") if p.suffix in (".py", ".jinja"))
     digest = hashlib.sha256()
-    for path in [*files, root / "finetune" / "encoding.py"]:
+    for path in [*files, root / "finetune" / "encoding.py", root / "finetune" / "row_encoding.py"]:
         digest.update(path.read_bytes())
     return digest.hexdigest() + "".join(version(name) for name in ("tokenizers", "transformers", "jinja2"))
 

@@ -10,8 +10,9 @@ from collections import Counter
 from typing import Any
 
 from finetune.calls_in_text import has_call_tag, read_arguments, split_calls
-from finetune.shapes import RowError, as_text, detect_shape, hermes_system, tool_responses
-from finetune.sources import Unreadable, json_type, strict_json
+from finetune.row_files import Unreadable, json_type, strict_json
+from finetune.shapes import detect_shape
+from finetune.text_shapes import RowError, as_text, hermes_system, tool_responses
 from finetune.tool_schemas import normalize_tools
 
 ROLES = {

@@ -159,7 +159,8 @@ def _without_near_copies(rows, groups, result: Prepared, options: Options) -> tu
 
 
 def _fitted(rows: list[_Row], result: Prepared, options: Options, tokenizer, fmt) -> list[_Row]:
-    from finetune.encoding import encode_conversations, without_oldest_turns
+    from finetune.encoding import encode_conversations
+    from finetune.row_encoding import without_oldest_turns
 
     encoded = encode_conversations(
         [row.conversation for row in rows],

@@ -6,18 +6,12 @@ fields are there converts them. A new shape is one function and one line in SHAP
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.sources import json_type, strict_json
-
-
-class RowError(ValueError):
-    """Why one row cannot be used; the caller adds file and row number."""
-
+from finetune.row_files import json_type, strict_json
+from finetune.text_shapes import RowError, glaive_chat, speaker_text, text_field
 
 # field -> the column names read as it, the likeliest first
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -101,52 +95,33 @@ def describe(raw: dict[str, Any], column_map: dict[str, str] | None = None) -> s
     return f"{shape.name}: {read}" + (f"; not read: {', '.join(unread)}" if unread else "")
 
 
-def as_text(value: Any) -> str:
-    """Text as it is; anything else as JSON the way chat templates write it (not ASCII-escaped)."""
-    if isinstance(value, str):
-        return value
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
-        raise RowError(f"holds a value that JSON has no word for ({error})") from error
-
-
-def _text(fields: dict[str, Any], name: str) -> str:
-    value = fields.get(name)
-    if value is None:
-        return ""
-    if not isinstance(value, (str, int, float)):
-        raise RowError(f"the {name} is a JSON {json_type(value)}, not text")
-    return as_text(value)
-
-
 def _messages(fields):
     messages, chosen = fields["messages"], fields.get("completion")
     last = messages[-1] if isinstance(messages, list) and messages else None
     if isinstance(chosen, dict) and isinstance(last, dict) and last.get("role") == "user":
         messages = [*messages, chosen]  # When2Call's preference rows keep the answer beside the messages
-    return messages, fields.get("tools"), _text(fields, "system")
+    return messages, fields.get("tools"), text_field(fields, "system")
 
 
 def _pair(fields):
     """prompt/completion and its relatives; both may be lists of messages, as TRL's conversational rows are."""
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, list) or isinstance(completion, (list, dict)):
-        first = prompt if isinstance(prompt, list) else [{"role": "user", "content": _text(fields, "prompt")}]
+        first = prompt if isinstance(prompt, list) else [{"role": "user", "content": text_field(fields, "prompt")}]
         if isinstance(completion, dict):
             completion = [completion]
         last = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
-        return first + last, fields.get("tools"), _text(fields, "system")
+        return first + last, fields.get("tools"), text_field(fields, "system")
     messages = []
     for turn in fields.get("history") or []:
         if not (isinstance(turn, (list, tuple)) and len(turn) == 2):
             raise RowError("history is no list of [question, answer] pairs")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    text, context = _text(fields, "prompt"), _text(fields, "context")
+    text, context = text_field(fields, "prompt"), text_field(fields, "context")
     if context.strip():
         text = f"{text}\n\n{context}"
-    messages += [{"role": "user", "content": text}, {"role": "assistant", "content": _text(fields, "completion")}]
-    return messages, fields.get("tools"), _text(fields, "system")
+    messages += [{"role": "user", "content": text}, {"role": "assistant", "content": text_field(fields, "completion")}]
+    return messages, fields.get("tools"), text_field(fields, "system")
 
 
 def _xlam(fields):
@@ -154,7 +129,11 @@ def _xlam(fields):
     answer = {"role": "assistant", "content": "", "tool_calls": calls}
     if not calls:
         raise RowError("answers are empty: there is no call to train")
-    return [{"role": "user", "content": _text(fields, "prompt")}, answer], fields.get("tools"), _text(fields, "system")
+    return (
+        [{"role": "user", "content": text_field(fields, "prompt")}, answer],
+        fields.get("tools"),
+        text_field(fields, "system"),
+    )
 
 
 def _when2call(fields):
@@ -167,7 +146,11 @@ def _when2call(fields):
     answer: dict[str, Any] = {"role": "assistant", "content": answers[key]}
     if key == "tool_call" and not answers[key].lstrip().startswith("<"):
         answer = {"role": "assistant", "content": "", "tool_calls": _json_list(answers[key], "tool_call")}
-    return [{"role": "user", "content": _text(fields, "prompt")}, answer], fields.get("tools"), _text(fields, "system")
+    return (
+        [{"role": "user", "content": text_field(fields, "prompt")}, answer],
+        fields.get("tools"),
+        text_field(fields, "system"),
+    )
 
 
 def _bfcl(fields):
@@ -201,111 +184,18 @@ def _allowed(values: Any) -> list[Any]:
 
 def _query_log(fields):
     """A row of a query log: what was asked, which tool was used with which parameters."""
-    reasoning = _text(fields, "reasoning").strip()
+    reasoning = text_field(fields, "reasoning").strip()
     arguments = fields.get("parameters")
     answer = {
         "role": "assistant",
         "content": reasoning,
-        "tool_calls": [{"name": _text(fields, "tool"), "arguments": arguments}],
+        "tool_calls": [{"name": text_field(fields, "tool"), "arguments": arguments}],
     }
-    return [{"role": "user", "content": _text(fields, "prompt")}, answer], fields.get("tools"), _text(fields, "system")
-
-
-_GLAIVE_TURN = re.compile(r"^(USER|ASSISTANT|FUNCTION RESPONSE):", re.MULTILINE)
-_GLAIVE_SYSTEM = re.compile(
-    r"You are a helpful assistant with access to the following functions\.\s*Use them if required\s*-?\s*"
-)
-
-
-def _glaive(fields):
-    """Glaive v2: `system` with JSON functions in running text, `chat` with USER:/ASSISTANT:/FUNCTION RESPONSE:."""
-    roles = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
-    parts = _GLAIVE_TURN.split(_text(fields, "chat"))
-    if len(parts) < 3 or parts[0].strip():
-        raise RowError("the chat does not begin with 'USER:' or 'ASSISTANT:'")
-    messages = [
-        {"role": roles[name], "content": text.replace("<|endoftext|>", "").strip()}
-        for name, text in zip(parts[1::2], parts[2::2], strict=True)
-    ]
-    system = re.sub(r"^\s*SYSTEM:\s*", "", _text(fields, "system"))
-    tools, start = [], system.find("{") if fields.get("tools") is None else -1
-    if start >= 0:
-        tools = _json_stream(system[start:], "the system text")
-        system = _GLAIVE_SYSTEM.sub("", system[:start])
-    return messages, tools or fields.get("tools"), system.strip()
-
-
-_TURN = re.compile(r"^(?:### ?)?(System|User|Human|Assistant|AI|Bot)[ \t]*:[ \t]*", re.MULTILINE | re.IGNORECASE)
-_SPEAKER = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "ai": "assistant",
-    "bot": "assistant",
-}
-_RENDERED = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]")
-
-
-def _plain_text(fields):
-    """`User: … Assistant: …`; a turn begins only where the speaker changes, so quoted markers stay text."""
-    text = _text(fields, "text")
-    if _RENDERED.search(text):
-        raise RowError("text is already rendered with a chat template; give the messages it was made from")
-    found = list(_TURN.finditer(text))
-    if not found or text[: found[0].start()].strip():
-        raise RowError("text does not begin with 'User:', 'Assistant:' or 'System:'; see --map for other columns")
-    turns = [found[0]]
-    for match in found[1:]:
-        if _SPEAKER[match[1].lower()] != _SPEAKER[turns[-1][1].lower()]:
-            turns.append(match)
-    ends = [match.start() for match in turns[1:]] + [len(text)]
     return (
-        [
-            {"role": _SPEAKER[match[1].lower()], "content": text[match.end() : end].strip()}
-            for match, end in zip(turns, ends, strict=True)
-        ],
+        [{"role": "user", "content": text_field(fields, "prompt")}, answer],
         fields.get("tools"),
-        _text(fields, "system"),
+        text_field(fields, "system"),
     )
-
-
-_HERMES_SYSTEM = re.compile(
-    r"You are a function calling AI model\..*?<tools>(?P<tools>\s*[\[{].*?)</tools>.*?(</tool_call>\s*|$)", re.DOTALL
-)
-
-
-def hermes_system(text: str) -> tuple[str, list[Any]] | None:
-    """Hermes' own system prompt -> (what else the system text says, its tools); None if it is not that prompt."""
-    match = _HERMES_SYSTEM.search(text)
-    if match is None:
-        return None
-    tools = _json_stream(match["tools"], "the <tools> block")
-    return (text[: match.start()] + text[match.end() :]).strip(), tools
-
-
-def tool_responses(content: str) -> list[str] | None:
-    """The texts of a content that is nothing but <tool_response>…</tool_response> blocks, else None."""
-    stripped = content.strip()
-    if not (stripped.startswith("<tool_response>") and stripped.endswith("</tool_response>")):
-        return None
-    blocks = re.findall(r"<tool_response>(.*?)</tool_response>\s*", stripped, re.DOTALL)
-    return [block.strip() for block in blocks]
-
-
-def _json_stream(text: str, where: str) -> list[Any]:
-    """JSON values one after another with white space or commas between; a single list is taken as its items."""
-    values, position, decoder = [], 0, json.JSONDecoder()
-    while position < len(text):
-        if text[position] in " \t\r\n,":
-            position += 1
-            continue
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except ValueError as error:
-            raise RowError(f"{where} holds functions that are no JSON ({error})") from error
-        values += value if isinstance(value, list) else [value]
-    return values
 
 
 def _decoded(text: str, name: str) -> Any:
@@ -331,14 +221,14 @@ def _is_bfcl(fields) -> bool:
 # name, fields that must be there, converter: the first that fits is taken
 SHAPES: tuple[tuple[str, frozenset[str], Callable], ...] = (
     ("messages", frozenset({"messages"}), _messages),
-    ("Glaive chat", frozenset({"chat"}), _glaive),
+    ("Glaive chat", frozenset({"chat"}), glaive_chat),
     ("BFCL", frozenset({"prompt", "tools"}), _bfcl),
     ("When2Call multiple choice", frozenset({"prompt", "answers", "correct_answer"}), _when2call),
     ("APIGen/xLAM", frozenset({"prompt", "answers"}), _xlam),
     ("query log", frozenset({"prompt", "tool", "parameters"}), _query_log),
     ("prompt and completion", frozenset({"prompt", "completion"}), _pair),
     ("query log", frozenset({"prompt", "tool"}), _query_log),
-    ("User:/Assistant: text", frozenset({"text"}), _plain_text),
+    ("User:/Assistant: text", frozenset({"text"}), speaker_text),
 )
 _GUARDS: dict[str, Callable[[dict[str, Any]], bool]] = {"BFCL": _is_bfcl}
 _USED: dict[str, frozenset[str]] = {

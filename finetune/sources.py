@@ -10,9 +10,7 @@ A source is named by one string, the spec:
 
 from __future__ import annotations
 
-import csv
 import gzip
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -21,17 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.row_files import Unreadable, arrow_rows, csv_records, json_document, json_lines, parquet_records
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^@*]+))?(@(?P<split>[^*]+))?", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """Stands in a row's place when its text is no JSON object, so that no row is ever lost silently."""
-
-    reason: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -88,13 +79,13 @@ def read_rows(spec: str | Path | Spec) -> Iterator[tuple[str, int, dict[str, Any
     suffix = data_suffix(path)
     try:
         if suffix in (".jsonl", ".ndjson"):
-            rows = _json_lines(path)
+            rows = json_lines(path)
         elif suffix == ".json":
-            rows = _json_document(path)
+            rows = json_document(path)
         elif suffix in (".csv", ".tsv"):
-            rows = _csv_records(path, "\t" if suffix == ".tsv" else ",")
+            rows = csv_records(path, "\t" if suffix == ".tsv" else ",")
         elif suffix == ".parquet":
-            rows = _parquet_records(path)
+            rows = parquet_records(path)
         else:
             raise UserError(f"{path}: unknown kind of file; rename it to one of {', '.join(SUFFIXES)} (also .gz)")
         answers = _bfcl_answers(path)
@@ -129,170 +120,8 @@ def _bfcl_answers(path: Path) -> dict[str, Any]:
     beside = path.parent / "possible_answer" / path.name
     if not path.name.startswith("BFCL_") or not beside.is_file():
         return {}
-    rows = (row for _, row in _json_lines(beside) if isinstance(row, dict))
+    rows = (row for _, row in json_lines(beside) if isinstance(row, dict))
     return {row["id"]: row["ground_truth"] for row in rows if "id" in row and "ground_truth" in row}
-
-
-def _open(path: Path):
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
-    return row
-
-
-def _no_constant(name: str):
-    raise ValueError(f"{name} is no JSON number")
-
-
-def strict_json(text: str) -> Any:
-    """json.loads that refuses what JSON forbids and Python lets pass: doubled keys, NaN, Infinity.
-
-    Raises ValueError (RecursionError for absurd nesting is turned into one).
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def read_json_row(line: bytes | str) -> dict[str, Any] | Unreadable:
-    """One line of JSON Lines as a dict, or Unreadable with the reason."""
-    try:
-        text = line.decode("utf-8") if isinstance(line, bytes) else line
-    except UnicodeDecodeError as error:
-        return Unreadable(f"is not UTF-8 text (byte {error.start})", line.decode("utf-8", "replace"))
-    try:
-        row = strict_json(text)
-    except ValueError as error:
-        return Unreadable(f"is not JSON: {_reason(error)}", text)
-    if not isinstance(row, dict):
-        return Unreadable(f"is a JSON {json_type(row)}, not an object", text)
-    return row
-
-
-def json_type(value: Any) -> str:
-    """The JSON name of a Python value's type, for messages."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else "boolean"
-    return {str: "string", int: "number", float: "number", list: "array", dict: "object"}.get(
-        type(value), type(value).__name__
-    )
-
-
-def _reason(error: ValueError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.pos + 1}"
-    return str(error)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield number, read_json_row(line.rstrip(b"\r\n"))
-
-
-def _json_document(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
-    """A JSON array of rows, an object holding one, a single row, or (as BFCL does) JSON Lines under the name .json."""
-    with _open(path) as file:
-        raw = file.read()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    try:
-        rows = strict_json(text)
-    except ValueError as error:
-        first = next((line for line in text.split("\n") if line.strip()), "")
-        if isinstance(read_json_row(first), dict):
-            yield from _json_lines(path)
-            return
-        raise UserError(f"{path}: is not JSON: {_reason(error)}; mend it, or convert it to JSON Lines") from error
-    if isinstance(rows, dict):
-        inner = [value for key, value in rows.items() if key in ("data", "rows", "train", "examples")]
-        rows = inner[0] if len(inner) == 1 and isinstance(inner[0], list) else [rows]
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: holds a JSON {json_type(rows)}; give an array of rows or JSON Lines")
-    for number, row in enumerate(rows, start=1):
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            text = json.dumps(row, ensure_ascii=False)
-            yield number, Unreadable(f"is a JSON {json_type(row)}, not an object", text)
-
-
-def _csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, dict | Unreadable]]:
-    """Rows of a CSV file with a header; an empty cell is an absent column, every other cell is text."""
-    csv.field_size_limit(2**31 - 1)
-    with _open(path) as file:
-        lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(file))
-        reader = csv.reader(lines, delimiter=delimiter)
-        try:
-            header = next(reader, None)
-            if not header or len(set(header)) != len(header):
-                raise UserError(f"{path}: the first line must name each column once, it is {header}; add a header")
-            for number, cells in enumerate(reader, start=1):
-                if not cells:
-                    continue
-                if len(cells) > len(header):
-                    yield number, Unreadable(f"has {len(cells)} cells under {len(header)} columns", str(cells))
-                else:
-                    yield number, {name: cell for name, cell in zip(header, cells, strict=False) if cell != ""}
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8 text (line {reader.line_num + 1}); save it as UTF-8") from error
-        except csv.Error as error:
-            raise UserError(f"{path}: line {reader.line_num} is no CSV ({error}); quote its cells") from error
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[int, dict]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        source = pyarrow.BufferReader(_open(path).read()) if path.name.lower().endswith(".gz") else path
-        with parquet.ParquetFile(source) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=512):
-                for row in arrow_rows(batch):
-                    number += 1
-                    yield number, row
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: is no Parquet file ({str(error).splitlines()[0]}); fetch it again") from error
-
-
-def arrow_rows(batch) -> Iterator[dict]:
-    """Rows of a pyarrow RecordBatch or Table as dicts, without what Arrow invented.
-
-    Arrow gives every struct of a column the union of all keys and fills the rest with nulls, so a null field of a
-    struct is padding (or cannot be told from it) and is left out. Nulls inside lists, maps and JSON text are data.
-    """
-    types = {field.name: field.type for field in batch.schema}
-    for row in batch.to_pylist():
-        yield {name: _unpad(value, types[name]) for name, value in row.items() if value is not None}
-
-
-def _unpad(value: Any, kind) -> Any:
-    import pyarrow.types as types
-
-    if value is None:
-        return None
-    if types.is_struct(kind):
-        fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
-        return {name: _unpad(inner, fields[name]) for name, inner in value.items() if inner is not None}
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return [_unpad(inner, kind.value_type) for inner in value]
-    if types.is_map(kind):
-        return {str(name): _unpad(inner, kind.item_type) for name, inner in value}
-    if getattr(kind, "extension_name", None) == "arrow.json":
-        return strict_json(value)
-    return value
 
 
 def _hub_rows(spec: Spec) -> Iterator[tuple[str, int, dict]]:

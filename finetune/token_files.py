@@ -18,8 +18,9 @@ from finetune.conversations import json_line
 from finetune.errors import UserError
 from finetune.normalize import normalize_row
 from finetune.progress import progress_bar
-from finetune.shapes import RowError
-from finetune.sources import Unreadable, data_suffix, read_rows
+from finetune.row_files import Unreadable
+from finetune.sources import data_suffix, read_rows
+from finetune.text_shapes import RowError
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False):

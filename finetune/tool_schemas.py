@@ -8,7 +8,7 @@ from collections import Counter
 from functools import lru_cache
 from typing import Any
 
-from finetune.sources import json_type, strict_json
+from finetune.row_files import json_type, strict_json
 
 # Type names of Python and of BFCL that JSON Schema spells differently; "any" is JSON Schema's absence of a type.
 _TYPES = {

@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from finetune import encoding, encoding_cache
+from finetune import encoding, encoding_cache, row_encoding
 from finetune.conversations import normalize_row
-from finetune.encoding import encode_conversations, turn_starts, without_oldest_turns
+from finetune.encoding import encode_conversations
 from finetune.errors import UserError
+from finetune.row_encoding import turn_starts, without_oldest_turns
 from formats import encode, get_format
 from tests import parts
 from tests.rows import LAMP
@@ -225,13 +226,13 @@ def test_an_unwritable_cache_is_one_line(tokenizer, tmp_path):
 
 
 def test_labels_that_are_not_their_ids_are_a_bug_and_never_stored(tokenizer, monkeypatch):
-    honest = encoding._encode
+    honest = row_encoding._encode
 
     def wrong(*args):
         encoded = honest(*args)
         encoded.sequences[0].labels[-1] = 5
         return encoded
 
-    monkeypatch.setattr(encoding, "_encode", wrong)
+    monkeypatch.setattr(row_encoding, "_encode", wrong)
     with pytest.raises(AssertionError, match="do not match"):
         encode_conversations(ROWS, tokenizer, FMT, progress=False)

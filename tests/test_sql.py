@@ -202,9 +202,11 @@ def test_postgresql_table_and_query(postgres_environment):
     check(read_sql("postgresql://", query="SELECT * FROM query_logs WHERE query NOT LIKE '%nothing%' ORDER BY id"))
 
 
-def test_postgresql_refuses_to_write(postgres_environment):
-    with pytest.raises(UserError, match="read-only"):
-        list(read_sql("", query="SELECT lo_create(0)"))
+def test_postgresql_is_only_read(postgres_environment):
+    ((_, _, row),) = read_sql("", query="SELECT current_setting('transaction_read_only') AS answer")
+    assert row == {"answer": "on"}
+    with pytest.raises(UserError, match="DELETE"):
+        list(read_sql("", query="DELETE FROM query_logs RETURNING *"))
 
 
 def test_postgresql_wrong_password_is_one_line_without_it(postgres_environment, monkeypatch):
