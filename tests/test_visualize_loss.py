@@ -405,6 +405,7 @@ function drive(out) {
   mouse("pointermove", area.width / 2, 200);
   out.tip = document.getElementById("tip").innerText;
   out.tipShown = getComputedStyle(document.getElementById("tip")).display;
+  const tip = document.getElementById("tip").getBoundingClientRect(); out.tipSize = [tip.width, tip.height];
   document.querySelectorAll("#legend input")[0].click();
   out.toggled = curves();
   document.getElementById("all").click();
@@ -449,6 +450,7 @@ def test_page_in_a_real_browser(ranks):
     assert out["first"] == names and out["legend"] == names
     assert out["axes"] == ["optimizer step", "epoch", "tokens seen", "time"]
     assert out["tipShown"] == "block" and all(name in out["tip"] for name in names)
+    assert out["tipSize"][0] < 400 and out["tipSize"][1] < 200
     step = int(re.search(r"optimizer step (\d+)", out["tip"])[1])
     log = next((ranks / "experiments").glob("small_r8_*")) / "training_log.csv"
     logged = float(log.read_text(encoding="utf-8").splitlines()[step].split(",")[2])
