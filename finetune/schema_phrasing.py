@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.phrasing import SPLITS, Deck, Request, Value, Wording, enumeration, expand, read_json
+from finetune.phrasebook import Phrasebook, Request, Wording
+from finetune.phrasing import SPLITS, Deck, Value, enumeration, expand, read_json
 from finetune.schema_values import SchemaValues, humanised
 
 FOLDER = Path(__file__).parent / "phrasings"
@@ -108,10 +109,8 @@ def _stems(word: str) -> list[str]:
     return [word, word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y"]
 
 
-def general_phrasebook(tools: Sequence[dict[str, Any]], language: str, rng: random.Random):
+def general_phrasebook(tools: Sequence[dict[str, Any]], language: str, rng: random.Random) -> Phrasebook:
     """Phrasebook for any tools in the wording of finetune/phrasings/<language>.json."""
-    from finetune.synthetic import Phrasebook
-
     words = read_json(FOLDER / f"{language}.json")
     chat = {split: [pair for pair in words["chat"][split] if not _concerns(pair[0], tools)] for split in SPLITS}
     fields = {name: words[name] for name in ("language", "system", "frames", "joins", "lists", "openers")}

@@ -16,7 +16,8 @@ from typing import Any
 
 from finetune.conversations import write_jsonl
 from finetune.errors import UserError
-from finetune.phrasing import SPLITS, Case, Deck, Request, Value, Wording, expand, read_json
+from finetune.phrasebook import Phrasebook, Request, load_phrasebook
+from finetune.phrasing import SPLITS, Deck, Value, expand
 from finetune.schema_phrasing import general_phrasebook
 from finetune.tool_schemas import load_tools_file
 
@@ -28,50 +29,6 @@ _TRIES = 200  # draws before a wording is declared too poor for the number of ro
 
 class NoNewRequest(UserError):
     """The wordings of a kind of row are used up."""
-
-
-class Phrasebook:
-    """What requests are made of: the language's wording, the cases of each tool, and which tools follow each other.
-
-    cases      tool name -> its cases (a case may stand several times: it is then drawn more often)
-    sequences  pairs of tools that one request may ask for, the second after the first; names of slots may follow
-               whose value the second takes over from the first
-    mix        split -> kind of row -> share
-    ambiguous  split -> (request, the assistant's question) pairs
-    """
-
-    def __init__(
-        self,
-        wording: Wording,
-        cases: dict[str, list[Any]],
-        sequences: Sequence[Sequence[str]],
-        mix: dict[str, dict[str, float]],
-        ambiguous: dict[str, list[tuple[str, str]]] | None = None,
-    ):
-        self.wording, self.cases, self.sequences, self.mix = wording, cases, sequences, mix
-        self.ambiguous = ambiguous or {split: [] for split in SPLITS}
-
-
-def load_phrasebook(path: str | Path, tools: Sequence[dict[str, Any]], rng: random.Random) -> Phrasebook:
-    """A phrasing file for these tools (canonical schemas). Raises UserError naming what is missing in it."""
-    data = read_json(path)
-    names = [tool["function"]["name"] for tool in tools]
-    try:
-        wording = Wording(**{name: data[name] for name in ("language", "system", "frames", "joins", "lists", "chat")})
-        if unknown := [name for name in data["tools"] if name not in names]:
-            raise UserError(f"{path}: phrasings for {unknown[0]}, which is not among the tool schemas; remove them")
-        if bare := [name for name in names if name not in data["tools"]]:
-            raise UserError(f"{path}: no phrasings for the tool {bare[0]}; add them, or leave --phrasings out")
-        cases = {
-            name: [
-                case for spec in data["tools"][name]
-                for case in [Case(name, spec, data["common"], wording, rng)] * spec.get("weight", 1)
-            ]
-            for name in names
-        }  # fmt: skip
-        return Phrasebook(wording, cases, data["sequences"], data["mix"])
-    except KeyError as error:
-        raise UserError(f"{path}: the field {error} is missing; see data/samples/README.md") from error
 
 
 class Writer:
@@ -307,4 +264,6 @@ def generate(
 def rows_for(book: Phrasebook, requests: int) -> int:
     """How many training rows hold so many that are one request and one call; these are dealt evenly to the tools."""
     mix = book.mix["train"]
+    if not mix.get("call"):
+        raise UserError("the phrasings' mix has no share for `call`; say --rows")
     return math.ceil(requests * sum(mix.values()) / mix["call"])

@@ -16,10 +16,11 @@ from jsonschema import Draft202012Validator
 from finetune.checks import check_conversation
 from finetune.conversations import load_conversations, normalize_row
 from finetune.errors import UserError
+from finetune.phrasebook import load_phrasebook
 from finetune.phrasing import SPLITS, Value, expand, fill_arguments, read_json
 from finetune.schema_phrasing import FOLDER, LANGUAGES, task_of
 from finetune.schema_values import SchemaValues, humanised
-from finetune.synthetic import Writer, generate, load_phrasebook, shares
+from finetune.synthetic import Writer, generate, shares
 from finetune.tool_schemas import load_tools_file
 
 ROOT = Path(__file__).parents[1]
@@ -366,8 +367,6 @@ scalars = st.one_of(
               st.integers(0, 30), st.integers(0, 30)),
     st.builds(lambda form: {"type": "string", "format": form},
               st.sampled_from(["date", "date-time", "email", "uri", "uuid", "ipv4", "time", "hostname"])),
-    st.builds(lambda pattern: {"type": "string", "pattern": pattern},
-              st.sampled_from([r"^[A-Z]{2}\d{4}$", r"^(GET|POST) /\w{1,8}$", r"^\d{3}-\d{4}$"])),
     st.just({"type": ["string", "null"], "description": "a city, e.g. Seoul, Paris"}),
     st.just({}),
 )  # fmt: skip
@@ -403,6 +402,16 @@ def test_drawn_arguments_fit_any_schema(schema, seed):
     assert json.loads(json.dumps(first)) == first
     assert set(schema["required"]) <= set(first)
     assert SchemaValues(schema, words, random.Random(seed)).draw("tool f") == first
+
+
+@pytest.mark.parametrize("pattern", [r"^[A-Z]{2}\d{4}$", r"^(GET|POST) /\w{1,8}$", r"\d{3}-\d{4}", "^a?b*$"])
+def test_texts_follow_a_pattern(pattern):
+    pytest.importorskip("rstr", reason="pip install rstr")
+    schema = {"type": "object", "properties": {"code": {"type": "string", "pattern": pattern, "maxLength": 20}},
+              "patternProperties": {"^x-": {"type": "boolean"}}, "required": ["code"]}  # fmt: skip
+    for seed in range(50):
+        value = SchemaValues(schema, {"word": ["a"]}, random.Random(seed)).draw("tool f")
+        Draft202012Validator(schema).validate(value)
 
 
 def test_recursive_references_end():
@@ -488,8 +497,33 @@ def test_shares_add_up():
         assert sum(shares({"a": 3, "b": 1.5, "c": 1}, total).values()) == total
 
 
-def test_a_phrasing_file_that_lacks_a_field_is_named(tmp_path):
+def broken(change) -> dict:
+    data = read_json(SAMPLES / "gennx_phrasings_en.json")
+    change(data)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.pop("frames"), r"phrasings\.json: the field 'frames' is missing"),
+        (lambda data: data["tools"].pop("POST /db/node"), "no phrasings for the tool POST /db/node"),
+        (lambda data: data["tools"].update({"f": []}), "phrasings for f, which is not among the tool schemas"),
+        (lambda data: data["common"]["values"].pop("x"), r"POST /db/node: the slot \{x\} has no value"),
+        (lambda data: data["common"]["values"].update(x={"real": [0, 1]}), "the value 'x' must be one of integer"),
+        (lambda data: data["tools"]["POST /doc/anal"][0]["core"].update(heldout=[]), "`core` has no heldout wording"),
+    ],
+)
+def test_faults_of_a_phrasing_file_are_named(tmp_path, change, message):
     path = tmp_path / "phrasings.json"
-    path.write_text('{"language": "en", "system": ""}', encoding="utf-8")
-    with pytest.raises(UserError, match=r"phrasings\.json: the field 'frames' is missing"):
+    path.write_text(json.dumps(broken(change)), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
         load_phrasebook(path, load_tools_file(SCHEMAS), random.Random(0))
+
+
+def test_a_call_that_breaks_its_schema_is_not_written(tmp_path):
+    path = tmp_path / "phrasings.json"
+    wrong = {"Assign": {"{id}": {"X": "{x}", "Y": "{y}"}}}  # Z is required
+    path.write_text(json.dumps(broken(lambda d: d["tools"]["POST /db/node"][0].update(arguments=wrong))))
+    with pytest.raises(UserError, match=r"POST /db/node does not fit its schema.*'Z' is a required property"):
+        generate(load_tools_file(SCHEMAS), path, rows=60, seed=0)
