@@ -16,6 +16,7 @@ UNIMPORTANT = {
     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "trust_remote_code", "num_proc", "tokens_per_pass",
 }  # fmt: skip
 FIRST = ["model", "dataset", "format", "rank", "alpha", "lr", "epochs", "batch_size", "grad_accum", "max_seq_length"]
+MOST_NAMED = 4  # runs that differ by more flags are named by as few as tell them apart, and "…"
 # Okabe and Ito's palette without black and yellow: told apart with every common colour blindness and on white.
 CATEGORIES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 # Viridis, but for its end: a darker yellow, as white paper swallows the real one. Lightness rises all the way.
@@ -49,8 +50,9 @@ def compare(runs: list[Run]) -> Comparison:
     """Sort the runs by what differs (numbers as numbers), set each `Run.label`, and choose colours."""
     differing = differing_flags(runs)
     runs = sorted(runs, key=lambda run: ([sort_key(run.flags.get(key)) for key in differing], natural_key(run.folder)))
-    groups = [[key for key in differing if key != "seed"]] * len(runs)
-    names = [describe(run.flags, keys) for run, keys in zip(runs, groups, strict=True)]
+    keys = [key for key in differing if key != "seed"]
+    named = telling_keys(runs, keys) if len(keys) > MOST_NAMED else keys
+    names = [describe(run.flags, named) + "  …" * (len(named) < len(keys)) for run in runs]
     if not all(names):
         names = [name or run.folder.name for run, name in zip(runs, names, strict=True)]
     _label(runs, names, "seed" in differing)
@@ -60,7 +62,7 @@ def compare(runs: list[Run]) -> Comparison:
         for key in [*FIRST, "seed"]
         if flags and key not in differing and all(key in one and one[key] == flags[0].get(key) for one in flags)
     }
-    return Comparison(runs, _looks(runs, names, groups[0] if groups else []), differing, common)
+    return Comparison(runs, _looks(runs, names, named), differing, common)
 
 
 def differing_flags(runs: list[Run]) -> list[str]:
@@ -74,6 +76,18 @@ def differing_flags(runs: list[Run]) -> list[str]:
         if len(ratios) == 1:
             differing.remove("alpha")
     return sorted(differing, key=lambda key: (key == "seed", FIRST.index(key) if key in FIRST else len(FIRST), key))
+
+
+def telling_keys(runs: list[Run], keys: list[str]) -> list[str]:
+    """The first of `keys` that together tell apart whatever all of `keys` tell apart."""
+    chosen: list[str] = []
+    kinds = 1
+    for key in keys:
+        more = len({tuple(comparable(k, run.flags.get(k)) for k in [*chosen, key]) for run in runs})
+        if more > kinds:
+            chosen.append(key)
+            kinds = more
+    return chosen
 
 
 def describe(flags: dict[str, Any], keys: list[str]) -> str:

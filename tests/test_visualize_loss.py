@@ -277,6 +277,15 @@ def test_a_folder_without_config_is_known_by_its_name(tmp_path):
     assert curves.flags_from_name("my_run") == {}
 
 
+def test_runs_that_differ_by_much_are_named_by_the_flags_that_tell_them_apart(tmp_path):
+    one = {"dataset": ["a.jsonl"], "lr": 1e-3, "epochs": 1, "batch_size": 16, "warmup_steps": 2}
+    other = {"dataset": ["b.jsonl"], "lr": 2e-4, "epochs": 2, "batch_size": 2, "warmup_steps": 0}
+    comparison = compare(tmp_path, one, other, {**other, "rank": 4})
+    labels = [run.label for run in comparison.runs]
+    assert labels == ["a.jsonl  rank=16  …", "b.jsonl  rank=4  …", "b.jsonl  rank=16  …"]
+    assert "warmup_steps" in comparison.differing
+
+
 def test_same_settings_twice_still_get_two_labels(tmp_path):
     comparison = compare(tmp_path, {}, {}, {"rank": 8})
     labels = [run.label for run in comparison.runs]
