@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -21,7 +22,7 @@ FMT = get_format("chatml")
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return parts.fresh_tokenizer("smollm2")
+    return parts.tokenizer("smollm2")
 
 
 def conversation(*texts: str, system: str | None = "Be brief.", tools=(LAMP,)) -> dict:
@@ -179,7 +180,7 @@ def test_anything_that_could_change_a_token_makes_another_file(tokenizer, tmp_pa
         flags = {"max_seq_length": 100, "train_on": "all", "control_tokens": "escape", "overlong": "drop"} | changes
         return encoding_cache.cache_path(tmp_path, rows, tok, fmt, encoding.Flags(**flags))
 
-    other_tokenizer = parts.fresh_tokenizer("smollm2")
+    other_tokenizer = copy.deepcopy(tokenizer)
     other_tokenizer.add_tokens(["<extra>"])
     reordered = json.loads(json.dumps(ROWS))
     arguments = reordered[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]
