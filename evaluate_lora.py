@@ -34,7 +34,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows (of each suite category)")
     parser.add_argument("--format", help="chat format; default: the one the run was trained with")
     parser.add_argument("--batch_size", type=_positive, default=32, help="prompts answered side by side (default: 32)")
-    parser.add_argument("--max_new_tokens", type=_positive, default=256, help="longest answer (default: 256)")
+    parser.add_argument("--max_new_tokens", type=_positive, metavar="N",
+                        help="longest answer (default: 1.5 x the longest gold answer, 64 to 1024)")  # fmt: skip
     parser.add_argument("--temperature", type=_temperature, default=0.0, help="0 is greedy (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of the bootstrap (default: 0)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN/evaluation, or evaluation/MODEL")
@@ -90,10 +91,13 @@ def main(argv: list[str] | None = None) -> int:
     sides = ["base", "tuned"] if has_adapter and args.only == "both" else ["tuned" if has_adapter else "base"]
 
     # 3. The same prompts and decoding for both.
-    from finetune.evaluation import make_prompts, run_model
+    from finetune.evaluation import make_prompts, room_for_answers, run_model
     from finetune.generation import Decoding
     from finetune.metrics import compare, compute_metrics
 
+    if args.max_new_tokens is None:
+        args.max_new_tokens = room_for_answers(items, tokenizer)
+        say(f"--max_new_tokens {args.max_new_tokens}, from the longest gold answer")
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompts = make_prompts(items, tokenizer, fmt, longest=room - args.max_new_tokens if room else None)
     for item, reason in prompts.refused[:5]:

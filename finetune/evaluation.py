@@ -50,6 +50,20 @@ def make_prompts(items: Sequence[Item], tokenizer: Any, fmt: Any, *, longest: in
     return prompts
 
 
+def room_for_answers(items: Sequence[Item], tokenizer: Any) -> int:
+    """Tokens an answer may take: half as many again as the longest gold answer, 64 to 1024; 256 without gold answers.
+
+    A model that has not learned when to stop would otherwise spend most of the time on text that no score reads.
+    """
+    longest = 0
+    for item in items:
+        texts = [json.dumps(call, ensure_ascii=False) for call in item.expected_calls] or [item.expected_text or ""]
+        # A call's brackets and tags take up to a dozen tokens beside its JSON.
+        lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 12 for text in texts if text]
+        longest = max(longest, sum(lengths))
+    return min(1024, max(64, longest * 3 // 2)) if longest else 256
+
+
 def settings_hash(settings: dict[str, Any]) -> str:
     """12 hexadecimal digits over everything that decides an answer besides the item itself."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
