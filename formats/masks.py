@@ -145,9 +145,9 @@ def _sequences(
 ) -> list[Sequence]:
     sequences: list[Sequence] = []
     starts: list[int] = []  # of each token in the open sequence's text
-    last = -1
+    last, served = -1, fmt
     for index in turns:
-        prompt, completion = _turn(messages, tools, index, tokens.tokenizer, fmt, warnings)
+        prompt, completion, kwargs = _turn(messages, tools, index, tokens.tokenizer, fmt, warnings)
         prompt_ids, prompt_starts = tokens.ids_and_starts(prompt)
         answer_ids, answer_starts = tokens.continuation(prompt, completion, prompt_ids)
         if not answer_ids or answer_ids[-1] not in ends:
@@ -157,7 +157,7 @@ def _sequences(
             labels = done.labels + [IGNORED] * (len(prompt_ids) - len(done.labels))
         else:
             if done is not None:
-                done.roles = token_roles(done.text, starts, messages[: last + 1], tools, fmt, tokens.tokenizer)
+                done.roles = token_roles(done.text, starts, messages[: last + 1], tools, served, tokens.tokenizer)
             done = Sequence("", [], [])
             sequences.append(done)
             labels = [IGNORED] * len(prompt_ids)
@@ -165,10 +165,10 @@ def _sequences(
         done.input_ids = prompt_ids + answer_ids
         done.labels = labels + answer_ids
         starts = prompt_starts + [len(prompt) + start for start in answer_starts]
-        last = index
+        last, served = index, fmt.with_kwargs(**kwargs) if kwargs else fmt
     done = sequences[-1]
-    starts, last = _append_tail(done, starts, last, messages, tools, tokens, fmt)
-    done.roles = token_roles(done.text, starts, messages[: last + 1], tools, fmt, tokens.tokenizer)
+    starts, last = _append_tail(done, starts, last, messages, tools, tokens, served)
+    done.roles = token_roles(done.text, starts, messages[: last + 1], tools, served, tokens.tokenizer)
     return sequences
 
 
@@ -204,8 +204,8 @@ def _prompt(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any
 
 def _turn(
     messages: list[dict], tools: list[dict], index: int, tokenizer: Any, fmt: Format, warnings: list[str]
-) -> tuple[str, str]:
-    """(prompt, completion) of the assistant turn at `index`; raises _Refusal when it cannot be trained as it is."""
+) -> tuple[str, str, dict[str, Any]]:
+    """(prompt, completion, variables) of the assistant turn at `index`; raises _Refusal when it cannot be trained."""
     where = f"message {index} (assistant)"
     answer = messages[index]
     problem = ""
@@ -232,7 +232,7 @@ def _turn(
             raise _Refusal(lost)
         if note:
             warnings.append(f"{where}: {note}")
-        return prompt, completion
+        return prompt, completion, kwargs
     raise _Refusal(problem)
 
 

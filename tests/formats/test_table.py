@@ -1,0 +1,15 @@
+"""The published table is what the code does, and nothing in it is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.formats.table import table
+
+PAGE = Path(__file__).parents[2] / "docs" / "formats_table.md"
+
+
+def test_no_row_is_wrong_and_the_published_table_is_up_to_date():
+    page, wrong = table()
+    assert wrong == 0
+    assert PAGE.read_text(encoding="utf-8") == page, "run: python -m tests.formats.table > docs/formats_table.md"
