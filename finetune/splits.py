@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -22,12 +23,17 @@ def request_text(conversation: dict[str, Any]) -> str:
     return _SPACE.sub(" ", text).strip().lower()
 
 
-def shingles(text: str) -> frozenset:
-    """Overlapping pieces of 5 characters (of 3 words where a text is long), the set that similarity is measured on."""
+def shingles(text: str) -> frozenset[int]:
+    """Overlapping pieces of 5 characters (of 3 words where a text is long), the set that similarity is measured on.
+
+    Each piece stands as its CRC-32, which is the same in every process and quick to compare.
+    """
     if len(text) > 2000:
         words = text.split(" ")
-        return frozenset(tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2)))
-    return frozenset(text[i : i + 5] for i in range(max(1, len(text) - 4)))
+        pieces = (" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))
+    else:
+        pieces = (text[i : i + 5] for i in range(max(1, len(text) - 4)))
+    return frozenset(zlib.crc32(piece.encode("utf-8")) for piece in pieces)
 
 
 def near_duplicate_groups(conversations: Sequence[dict[str, Any]], threshold: float = SIMILARITY) -> list[int]:
@@ -79,9 +85,9 @@ def _buckets(sets: dict[int, frozenset]) -> list[list[int]]:
     from datasketch import MinHash
 
     items = list(sets)
-    encoded = [[repr(piece).encode("utf-8", "surrogatepass") for piece in sets[item]] for item in items]
+    signatures = MinHash.generator(sets.values(), num_perm=_BANDS * _ROWS, seed=1, hashfunc=int)
     buckets: dict[tuple, list[int]] = defaultdict(list)
-    for item, signature in zip(items, MinHash.generator(encoded, num_perm=_BANDS * _ROWS, seed=1), strict=True):
+    for item, signature in zip(items, signatures, strict=True):
         for band in range(_BANDS):
             values = signature.hashvalues[band * _ROWS : (band + 1) * _ROWS]
             buckets[band, values.tobytes()].append(item)
