@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         alpha=settings.alpha,
         dropout=settings.dropout,
         target_modules=settings.target_modules,
+        last_layers=settings.last_layers,
         use_rslora=settings.use_rslora,
         gradient_checkpointing=gradient_checkpointing,
         seed=settings.seed,
@@ -227,12 +228,11 @@ def show_masks(rows, tokenizer, count: int) -> None:
     """Print rows with the trained tokens in colour."""
     from rich.console import Console
 
-    from finetune.token_view import mask_text
+    from finetune.mask_view import print_sequence
 
     console = Console()
     for number in range(min(count, len(rows.sequences))):
-        console.rule(f"sequence {number + 1}")
-        console.print(mask_text(*rows.sequences[number], tokenizer))
+        print_sequence(console, *rows.sequences[number], tokenizer, f"sequence {number + 1}")
 
 
 def check_tracker(name: str) -> None:

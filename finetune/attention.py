@@ -3,8 +3,8 @@
 A token sees the tokens before it in its own segment (causal) and all tokens of the segments above it. Each of these
 blocks is one call of a flash-attention kernel; their results are merged by log-sum-exp. With the merged output and
 log-sum-exp, a flash backward of each block alone gives exactly its share of the gradient, because the kernel rebuilds
-the probabilities as exp(q k^T - lse). (Dao et al., FlashAttention-2, arXiv:2307.08691, section 3.1; the merging of blocks
-is that of ring attention, arXiv:2310.01889.)
+the probabilities as exp(q k^T - lse). (Dao et al., FlashAttention-2, arXiv:2307.08691, section 3.1; the merging of
+blocks is that of ring attention, arXiv:2310.01889.)
 
 Registered with Transformers' attention interface; the CPU kernels are PyTorch's own.
 """
@@ -130,7 +130,7 @@ class _TreeAttention(torch.autograd.Function):
         for index in layout.short:
             tensors = [_gather(x, index) for x in (query, k, v, output, lse[..., None], grad_output)]
             tensors[4] = tensors[4][..., 0].contiguous()
-            for target, rows in zip((dq, dk, dv), block_grads(*tensors, True)):
+            for target, rows in zip((dq, dk, dv), block_grads(*tensors, True), strict=True):
                 _scatter(target, index, rows)
         for start, end, subtree_end in layout.above:
             below, above = slice(end, subtree_end), slice(start, end)

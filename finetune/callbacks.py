@@ -90,7 +90,7 @@ class LastStepCallback(TrainerCallback):
 
 
 class StopCallback(TrainerCallback):
-    """The first Ctrl-C (or SIGTERM, as a preempted machine sends) ends the run after the step at hand, with a checkpoint.
+    """The first Ctrl-C (or the SIGTERM of a preempted machine) ends the run after the step at hand, with a checkpoint.
 
     Stopping between steps is what makes the resume exact. A second Ctrl-C stops at once.
     """

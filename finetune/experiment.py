@@ -120,7 +120,7 @@ def _umask() -> int:
 
 
 def find_resumable(target: str, experiments_dir: str | Path) -> tuple[Experiment, Path]:
-    """(run, newest checkpoint) for --resume: a run folder, one of its checkpoints, or "" for the newest unfinished run."""
+    """(run, newest checkpoint) for --resume: a run folder, one of its checkpoints, or "" for the newest stopped run."""
     if target:
         path = Path(target)
         if not path.is_dir():
@@ -176,7 +176,8 @@ def git_sha() -> str | None:
 
     def git(*arguments: str) -> str | None:
         try:
-            result = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)
+            command = ["git", *arguments]
+            result = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10, check=False)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return result.stdout.strip() if result.returncode == 0 else None

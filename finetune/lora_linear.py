@@ -2,8 +2,8 @@
 
 PEFT computes `base(x) + lora_B(lora_A(x)) * scaling` as separate operations, each of which reads and writes a tensor as
 large as the layer's output; on a CPU that traffic costs as much as the small products themselves. Here the second
-product is accumulated into the first one's result (GEMM with beta = 1), forward and backward. The numbers are the same up
-to the order of one addition. Formula: Hu et al., LoRA, arXiv:2106.09685, section 4.1.
+product is accumulated into the first one's result (GEMM with beta = 1), forward and backward. The numbers are the same
+up to the order of one addition. Formula: Hu et al., LoRA, arXiv:2106.09685, section 4.1.
 """
 
 from __future__ import annotations

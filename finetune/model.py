@@ -206,6 +206,7 @@ def add_lora(
     alpha: float,
     dropout: float,
     target_modules: list[str],
+    last_layers: int | None = None,
     use_rslora: bool,
     gradient_checkpointing: bool,
     seed: int,
@@ -226,6 +227,12 @@ def add_lora(
             raise UserError(
                 f"--target_modules: the model has no module called {', '.join(missing)}; it has {', '.join(linear)}"
             )
+    layers = None
+    if last_layers is not None:
+        count = model.config.get_text_config().num_hidden_layers
+        if last_layers > count:
+            raise UserError(f"--last_layers {last_layers}: the model has {count} decoder layers")
+        layers = list(range(count - last_layers, count))
     news = io.StringIO()
     with contextlib.redirect_stdout(news):
         adapted = unsloth.FastLanguageModel.get_peft_model(
@@ -235,6 +242,7 @@ def add_lora(
             lora_dropout=dropout,
             **({"target_modules": targets} if targets else {}),
             bias="none",
+            layers_to_transform=layers,
             use_rslora=use_rslora,
             use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
             random_state=seed,

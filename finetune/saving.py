@@ -1,4 +1,4 @@
-"""The finished adapter's folder: adapter, tokenizer, the template it was trained with, generation config, model card."""
+"""The finished adapter's folder: adapter, tokenizer, template as trained, generation config, model card."""
 
 from __future__ import annotations
 
@@ -55,9 +55,11 @@ def model_card(experiment: Experiment) -> str:
         "",
         "| | |",
         "| --- | --- |",
-        f"| data | {', '.join(flags['dataset'])} ({data['sequences']:,} sequences, {data['trained_tokens']:,} trained tokens) |",
+        f"| data | {', '.join(flags['dataset'])} "
+        f"({data['sequences']:,} sequences, {data['trained_tokens']:,} trained tokens) |",
         f"| format | {config['format']['name']} (template in `chat_template.jinja`) |",
-        f"| LoRA | r {flags['rank']}, alpha {flags['alpha']}, dropout {flags['dropout']}, {', '.join(flags['target_modules'])} |",
+        f"| LoRA | r {flags['rank']}, alpha {flags['alpha']}, dropout {flags['dropout']}, "
+        f"{', '.join(flags['target_modules'])} |",
         f"| training | lr {flags['lr']:g}, {flags['epochs']:g} epochs, "
         f"{flags['batch_size'] * flags['grad_accum']} rows a step, {config['steps']} steps, seed {flags['seed']} |",
         f"| base weights | {'4-bit NF4' if config['load_in_4bit'] else config['dtype']} |",

@@ -1,4 +1,4 @@
-"""Every flag of train_lora.py, declared once: the parser, the recipes and experiment_config.json come from this list."""
+"""Every flag of train_lora.py, declared once: parser, recipes, experiment_config.json and docs come from this list."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EPILOG = """examples:
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag. `type` converts one word of the command line; `many` flags hold lists; `action` flags do not belong to a run."""
+    """One flag. `type` converts one word; `many` flags hold lists; `action` flags say what to do, not what a run is."""
 
     name: str
     default: Any
@@ -88,9 +88,11 @@ FLAGS: tuple[Flag, ...] = (
     Flag("load_in_4bit", None, "4-bit NF4 base (QLoRA); default: on a GPU yes, on a CPU no", "model", bool),
     Flag("dtype", "auto", "compute type; auto: bfloat16 where the hardware has it, else float16 (GPU) or float32 (CPU)",
          "model", choices=("auto", "bfloat16", "float16", "float32")),
-    Flag("trust_remote_code", False, "run code that comes with the model (off: it is a stranger's code)", "model", bool),
+    Flag("trust_remote_code", False, "run code that comes with the model (off: it is a stranger's code)", "model",
+         bool),
     # data
-    Flag("dataset", list(KOREAN_TOOL_CALLING), "JSONL, JSON or Parquet file, or Hub id[:config][@split]; may be given several times; "
+    Flag("dataset", list(KOREAN_TOOL_CALLING), "JSONL, JSON or Parquet file, "
+         "or Hub id[:config][@split]; may be given several times; "
          "a trailing *0.5 takes half of its rows", "data", many=True, metavar="DATA"),
     Flag("eval_dataset", None, "rows for eval_loss, same forms as --dataset", "data", many=True, metavar="DATA"),
     Flag("eval_fraction", 0.0, "share of the training rows to hold out for eval_loss", "data", _fraction),
@@ -107,13 +109,15 @@ FLAGS: tuple[Flag, ...] = (
     Flag("alpha", None, "LoRA alpha; default: 2 x rank", "lora", _size),
     Flag("dropout", 0.0, "LoRA dropout", "lora", _fraction),
     Flag("target_modules", ["all-linear"], "module names, or all-linear", "lora", many=True, metavar="NAME"),
+    Flag("last_layers", None, "adapt only the last N decoder layers: the backward pass ends there", "lora", _count),
     Flag("use_rslora", False, "scale by alpha / sqrt(r)", "lora", bool),
     # training
     Flag("lr", 2e-4, "peak learning rate", "training", _size),
     Flag("epochs", 3.0, "passes over the data", "training", _size),
     Flag("max_steps", None, "stop after N optimizer steps, whatever the epochs", "training", _count),
     Flag("batch_size", 4, "rows per device and accumulation step", "training", _count),
-    Flag("grad_accum", 4, "accumulation steps; one optimizer step takes batch_size x grad_accum rows", "training", _count),
+    Flag("grad_accum", 4, "accumulation steps; one optimizer step takes batch_size x grad_accum rows", "training",
+         _count),
     Flag("scheduler", "cosine", "learning rate schedule", "training",
          choices=("cosine", "linear", "constant", "constant_with_warmup", "polynomial")),
     Flag("warmup_ratio", 0.03, "share of the steps that warm up", "training", _fraction),
@@ -124,23 +128,28 @@ FLAGS: tuple[Flag, ...] = (
     Flag("seed", 3407, "seed of the adapter's start, the row order and dropout", "training", _whole),
     # speed and memory
     Flag("share_prefix", True, "compute token prefixes that rows of a step share only once", "speed and memory", bool),
-    Flag("tokens_per_pass", None, "most tokens in one forward pass; default: by free memory", "speed and memory", _count),
-    Flag("gradient_checkpointing", None, "recompute activations in the backward pass; default: on a GPU yes, on a CPU no",
+    Flag("tokens_per_pass", None, "most tokens in one forward pass; default: by free memory", "speed and memory",
+         _count),
+    Flag("gradient_checkpointing", None, "recompute activations in the backward pass; default: on a GPU yes, "
+         "on a CPU no",
          "speed and memory", bool),
     # logging and checkpoints
     Flag("logging_steps", 1, "steps between rows of training_log.csv", "logging and checkpoints", _count),
     Flag("save_steps", 200, "steps between checkpoints; 0: none", "logging and checkpoints", _whole),
     Flag("save_total_limit", 3, "checkpoints to keep", "logging and checkpoints", _count),
     Flag("eval_steps", None, "steps between evaluations; default: every epoch", "logging and checkpoints", _count),
-    Flag("early_stopping_patience", None, "stop after N evaluations without improvement", "logging and checkpoints", _count),
-    Flag("early_stopping_threshold", 0.0, "smallest improvement of eval_loss that counts", "logging and checkpoints", _amount),
+    Flag("early_stopping_patience", None, "stop after N evaluations without improvement", "logging and checkpoints",
+         _count),
+    Flag("early_stopping_threshold", 0.0, "smallest improvement of eval_loss that counts", "logging and checkpoints",
+         _amount),
     Flag("load_best", False, "end with the checkpoint of lowest eval_loss", "logging and checkpoints", bool),
     Flag("report_to", "none", "also log to a tracker", "logging and checkpoints",
          choices=("none", "tensorboard", "wandb", "mlflow", "trackio")),
     # output
     Flag("experiments_dir", "experiments", "where run folders are made", "output", metavar="DIR"),
     Flag("name", None, "name of the run folder; default: from model, rank, alpha, lr, epochs and time", "output"),
-    Flag("push_to_hub", None, "upload the finished adapter to this Hub repository (private; token from HF_TOKEN)", "output",
+    Flag("push_to_hub", None, "upload the finished adapter to this Hub repository (private; token from HF_TOKEN)",
+         "output",
          metavar="REPO"),
     # actions
     Flag("config", None, "YAML or JSON of these flags, or a run's experiment_config.json", "actions", action=True,
@@ -264,7 +273,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
             data = yaml.safe_load(text)
     except Exception as error:
-        raise UserError(f"config {path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise UserError(f"config {path} is not valid {kind}: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"config {path} must hold a mapping of flags, such as 'rank: 16'")
     if isinstance(data.get("flags"), dict):
@@ -318,3 +328,28 @@ def resumed(settings: Settings, stored: dict[str, Any], folder: str) -> Settings
         if flag.action:
             values[flag.name] = getattr(settings, flag.name)
     return complete(values, settings.given)
+
+
+def markdown() -> str:
+    """docs/flags.md: the flags in their groups with defaults; a test compares it with the file."""
+    lines = [
+        "# Flags of train_lora.py",
+        "",
+        "Made from `finetune/settings.py` by `python -m finetune.settings > docs/flags.md`. A recipe (`--config`) is",
+        "YAML of the same names; flags on the command line win over it.",
+    ]
+    group = None
+    for flag in FLAGS:
+        if flag.group != group:
+            group = flag.group
+            lines += ["", f"## {group.capitalize()}", "", "| flag | default | meaning |", "| --- | --- | --- |"]
+        default = " ".join(flag.default) if flag.many and flag.default else flag.default
+        words = {"None": "", "False": "off", "True": "on"}
+        shown = words.get(str(default), f"`{default}`")
+        meaning = flag.help + (f" ({', '.join(flag.choices)})" if flag.choices else "")
+        lines.append(f"| `--{flag.name}` | {shown} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

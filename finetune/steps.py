@@ -123,7 +123,7 @@ class _Packer:
     def finish(self) -> Pass:
         for segment, _ in self.path:
             segment.subtree_end = self.size
-        pairs = np.stack([np.concatenate(column) for column in zip(*self.targets)])
+        pairs = np.stack([np.concatenate(column) for column in zip(*self.targets, strict=True)])
         # Rows may train the same token at a shared position (equal first turns): one projection, a weight of two.
         (positions, targets), weights = np.unique(pairs, axis=1, return_counts=True)
         return Pass(

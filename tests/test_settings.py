@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
-from finetune.settings import FLAGS, build_parser, parse, read_config, resumed
+from finetune.settings import FLAGS, build_parser, markdown, parse, read_config, resumed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,7 +26,11 @@ def test_alpha_follows_rank_unless_given():
 
 
 def test_datasets_on_the_line_replace_the_default_and_add_up():
-    assert parse(["--dataset", "a.jsonl", "b.jsonl", "--dataset", "c.jsonl"]).dataset == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert parse(["--dataset", "a.jsonl", "b.jsonl", "--dataset", "c.jsonl"]).dataset == [
+        "a.jsonl",
+        "b.jsonl",
+        "c.jsonl",
+    ]
 
 
 def test_both_spellings_of_a_flag():
@@ -71,7 +75,9 @@ def test_missing_config_is_named():
         read_config("nowhere.yaml")
 
 
-@pytest.mark.parametrize("line", ["--rank 0", "--lr -1", "--epochs 0", "--eval_fraction 1", "--batch_size x", "--frobnicate"])
+@pytest.mark.parametrize(
+    "line", ["--rank 0", "--lr -1", "--epochs 0", "--eval_fraction 1", "--batch_size x", "--frobnicate"]
+)
 def test_impossible_values_end_with_exit_code_2(line, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(line.split())
@@ -115,3 +121,8 @@ def test_help_names_every_flag_with_its_default_and_has_examples():
         assert f"--{flag.name}" in text
     assert "examples:" in text
     assert "(default: 9000)" in text
+
+
+def test_the_flags_page_is_the_parser():
+    page = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+    assert page == markdown(), "run: python -m finetune.settings > docs/flags.md"

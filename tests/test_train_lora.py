@@ -320,7 +320,9 @@ def test_bad_rows_end_in_one_line(case, tmp_path):
     path = tmp_path / "rows.jsonl"
     if second is not None:
         path.write_text(json.dumps(conversation(1)) + "\n" + second, encoding="utf-8")
-    refused(run("--model", "smollm2-135m", "--dataset", path, "--experiments_dir", tmp_path / "e"), "rows.jsonl", wanted)
+    refused(
+        run("--model", "smollm2-135m", "--dataset", path, "--experiments_dir", tmp_path / "e"), "rows.jsonl", wanted
+    )
     assert not list((tmp_path / "e").glob("*"))
 
 
@@ -335,7 +337,9 @@ def refused(result, *wanted):
 
 def test_no_rows_left_is_one_line(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
-    result = run("--model", "smollm2-135m", "--dataset", path, "--format", "chatml", "--experiments_dir", tmp_path / "e")
+    result = run(
+        "--model", "smollm2-135m", "--dataset", path, "--format", "chatml", "--experiments_dir", tmp_path / "e"
+    )
     refused(result)
     assert not list((tmp_path / "e").glob("*"))
 
