@@ -28,7 +28,7 @@ NEEDED = {
 }  # fmt: skip
 SHOWN = ("transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 LITTLE_DISK_GB = 5
-PROBE_SECONDS = 300
+PROBE_SECONDS = 900  # a first import compiles a thousand modules, on a busy machine slowly
 INSTALL = "make install, or the pip lines for this kind of machine in the README"
 
 # Run in a process of its own: importing Unsloth patches the process, and a broken build may end it.
