@@ -88,7 +88,8 @@ def test_impossible_values_end_with_exit_code_2(line, capsys):
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [("--load_best", "eval_dataset"), ("--early_stopping_patience 3", "eval_dataset"),
-     ("--eval_fraction 0.1 --eval_dataset x", "exclude"), ("--eval_fraction 0.1 --load_best --save_steps 0", "checkpoints")],
+     ("--eval_fraction 0.1 --eval_dataset x", "exclude"),
+     ("--eval_fraction .1 --load_best --save_steps 0", "checkpoints")],
 )  # fmt: skip
 def test_flags_that_contradict_each_other(line, wanted):
     with pytest.raises(UserError, match=wanted):

@@ -391,7 +391,8 @@ def test_help_is_quick_to_import_nothing_heavy():
     code = (
         "import sys, runpy\n"
         f"sys.argv = ['train_lora.py', '--help']; sys.path.insert(0, {str(ROOT)!r})\n"
-        "try:\n    runpy.run_path('train_lora.py', run_name='__main__')\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "try:\n    runpy.run_path('train_lora.py', run_name='__main__')\n"
+        "except SystemExit as stop:\n    assert not stop.code\n"
         "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'matplotlib', 'numpy', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
