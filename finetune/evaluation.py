@@ -164,7 +164,7 @@ def run_model(
 
     def record(at: int, generation: Any) -> None:
         item = prompts.items[at]
-        text = tokenizer.decode(generation.input_ids, skip_special_tokens=False)
+        text = tokenizer.decode(generation.input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         results.append(
             {
                 "source": item.source,
