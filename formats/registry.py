@@ -47,14 +47,27 @@ def choose_format(tokenizer: Any) -> tuple[Format, str]:
     Raises FormatError when nothing fits.
     """
     have = set(added_tokens(tokenizer))
-    own = tokenizer.chat_template or ""
-    if "<|start_header_id|>" in have and "<|eot_id|>" in have:
-        return get_format("llama3", tokenizer), "the tokenizer has Llama 3's <|start_header_id|> and <|eot_id|>"
-    if "<|im_start|>" in have and "<|im_end|>" in have:
+    own = str(tokenizer.chat_template or "")
+    name, reason = _guess(have, own)
+    if name is None:
+        raise FormatError("no format fits this tokenizer and it carries no chat template; choose one with --format")
+    return get_format(name, tokenizer), reason
+
+
+def _guess(have: set[str], own: str) -> tuple[str | None, str]:
+    if {"<|start_header_id|>", "<|eot_id|>"} <= have:
+        return "llama3", "the tokenizer has Llama 3's <|start_header_id|> and <|eot_id|>"
+    if {"<|im_start|>", "<|im_end|>"} <= have:
+        if "<parameter=" in own:
+            return "qwen-xml", "the tokenizer has <|im_start|>, and its template writes calls as XML"
         if "<tool_call>" in have:
-            return get_format("qwen", tokenizer), "the tokenizer has <|im_start|> and <tool_call>, as Qwen has"
-        if "tool_call" not in str(own):
-            return get_format("chatml", tokenizer), "the tokenizer has <|im_start|>, and its template knows no tools"
-    if own:
-        return get_format("native", tokenizer), "the tokenizer carries a template of its own"
-    raise FormatError("no format fits this tokenizer and it carries no chat template; choose one with --format")
+            return "qwen", "the tokenizer has <|im_start|> and <tool_call>, as Qwen has"
+        if "tool_call" not in own:
+            return "chatml", "the tokenizer has <|im_start|>, and its template knows no tools"
+    if "[INST]" in have or "[INST]" in own:
+        return "mistral", "the tokenizer has Mistral's [INST]"
+    if {"<start_of_turn>", "<end_of_turn>"} <= have:
+        return "gemma", "the tokenizer has Gemma's <start_of_turn>"
+    if {"<|tool_call|>", "<|end|>"} <= have:
+        return "phi4-mini", "the tokenizer has Phi-4-mini's <|tool_call|> and <|end|>"
+    return ("native", "the tokenizer carries a template of its own") if own else (None, "")

@@ -53,7 +53,7 @@ def test_contents_yield_no_control_token(name, vocabulary, label):
     fmt = get_format(name, tokenizer)
     control = set(tokenizer.added_tokens_decoder)
     messages, tools, found = escape_conversation(HOSTILE[label]["messages"], HOSTILE[label]["tools"], tokenizer, fmt)
-    assert found
+    assert found or label == "half_tokens"  # which holds none of Mistral's
     for message in messages:
         assert not control & set(tokenizer(message["content"], add_special_tokens=False)["input_ids"])
         for call in message.get("tool_calls", []):
@@ -66,7 +66,7 @@ def test_an_answer_that_quotes_control_tokens_is_trained_to_its_end():
     tokenizer = parts.tokenizer("llama3")
     fmt = get_format("llama3-function")
     texts = trained_text(encode(HOSTILE["answer"], tokenizer, fmt), tokenizer)
-    assert texts[0].endswith(f"or <{MARK}/s>, not [/INST].<|eot_id|>") or texts[0].endswith("or </s>, not [/INST].<|eot_id|>")
+    assert texts[0].endswith("or </s>, not [/INST].<|eot_id|>")
     assert f"<{MARK}|eot_id|>" in texts[0] and len(texts) == 2
 
 
@@ -78,9 +78,7 @@ def test_error_refuses_the_row_and_names_the_place_and_an_unknown_policy_is_an_e
     with pytest.raises(FormatError, match="message 0"):
         encode_prompt(HOSTILE["user"]["messages"][:1], [], tokenizer, fmt, control_tokens="error")
     with pytest.raises(FormatError, match="escape, error or allow"):
-        encode(HOSTILE["user"], tokenizer, fmt, control_tokens="ignore") if False else escape_conversation(
-            [], [], tokenizer, fmt, "ignore"
-        )
+        escape_conversation([], [], tokenizer, fmt, "ignore")
 
 
 def test_chat_and_training_escape_alike():

@@ -56,7 +56,9 @@ def test_parse(parse, text, content, tool_calls, errors):
 def test_a_format_reads_up_to_the_end_of_turn_and_takes_the_reasoning_out():
     parsed = FORMATS["qwen"].parse(f"<think>\nwhy\n</think>\n\nSo.\n{HERMES}<|im_end|>\n<|im_start|>user")
     assert (parsed.reasoning_content, parsed.content, parsed.tool_calls) == ("why", "So.", [F])
-    assert FORMATS["qwen"].parse("why\n</think>\n\nSo.").reasoning_content == "why"
+    # A lone closing tag ends reasoning where the prompt opens it, and is text elsewhere.
+    assert FORMATS["qwen-xml"].parse("why\n</think>\n\nSo.").reasoning_content == "why"
+    assert FORMATS["chatml"].parse("why\n</think>\n\nSo.").reasoning_content is None
     assert FORMATS["qwen"].parse("Write <think> and </think>.").content == "Write <think> and </think>."
 
 

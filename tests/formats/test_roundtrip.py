@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from formats.escape import escape_conversation
 from formats.base import render_messages
+from formats.escape import escape_conversation
 from tests.formats.cases import calls, tool, user
 from tests.formats.pairs import PAIRS
 
@@ -31,7 +31,7 @@ def rendered(pair, made):
     pairs = made[:1] if pair.format == "llama3" else made
     answer = {**calls(*pairs)}
     messages, _, _ = escape_conversation([user("x"), answer], [], tokenizer, fmt)
-    prompt = render_messages(messages[:1], [], fmt, tokenizer, add_generation_prompt=True, **{})
+    prompt = render_messages(messages[:1], [], fmt, tokenizer, add_generation_prompt=True)
     text = render_messages(messages, [], fmt, tokenizer)
     assert text.startswith(prompt)
     return fmt, text[len(prompt) :], [call["function"] for call in messages[1]["tool_calls"]]

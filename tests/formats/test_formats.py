@@ -1,0 +1,84 @@
+"""Choosing formats, user formats, and what start-up refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from formats import FORMATS, FormatError, check_tokenizer, choose_format, encode, get_format, render
+from tests import parts
+from tests.formats import fuzz
+from tests.formats.cases import ROWS
+from tests.formats.checks import assert_exact
+from tests.formats.pairs import PAIRS
+
+FOUR = 'start: "<call>"\nseparator: "|"\nend: "</call>"\ntools: {place}\n'
+
+
+@pytest.mark.parametrize(
+    "vocabulary,name",
+    [("llama3", "llama3"), ("qwen2.5", "qwen"), ("qwen3", "qwen"), ("smollm2", "chatml"), ("mistral-v3", "mistral"), ("mistral-v1", "mistral")],
+)
+def test_auto_says_what_it_picked_and_why(vocabulary, name):
+    fmt, reason = choose_format(parts.tokenizer(vocabulary))
+    assert fmt.name == name and "the tokenizer" in reason
+
+
+def test_a_format_that_does_not_fit_the_tokenizer_is_refused_at_the_start():
+    with pytest.raises(FormatError, match=r"<\|eot_id\|> is \d+ tokens .*--format auto"):
+        check_tokenizer(parts.tokenizer("qwen2.5"), FORMATS["llama3-function"])
+    assert check_tokenizer(parts.tokenizer("llama3"), FORMATS["kanana"]) == [128009, 128008]
+    assert check_tokenizer(parts.tokenizer("smollm2"), FORMATS["chatml"]) == [2]
+    with pytest.raises(FormatError, match="unknown format 'qwem'"):
+        get_format("qwem")
+    with pytest.raises(FormatError, match="no chat template"):
+        get_format("native", parts.tokenizer("llama3"))
+
+
+def test_the_end_of_turn_is_not_taken_from_a_wrong_eos_token():
+    tokenizer = parts.fresh_tokenizer("smollm2", None, ("<|unused|>",))
+    tokenizer.eos_token = "<|im_start|>"  # as the GGUF reader sets it
+    assert get_format("native", tokenizer).end_of_turn == ("<|im_end|>",)
+    with pytest.raises(FormatError, match="both start and end"):
+        get_format("plain", tokenizer)
+
+
+@pytest.mark.parametrize("place", ["system", "first_user", "last_user"])
+@pytest.mark.parametrize("vocabulary", ["smollm2", "qwen2.5", "llama3"])
+def test_a_user_format_of_four_strings(tmp_path, place, vocabulary):
+    path = tmp_path / "mine.yaml"
+    path.write_text(FOUR.format(place=place), encoding="utf-8")
+    tokenizer = parts.tokenizer(vocabulary)
+    fmt = get_format(str(path), tokenizer)
+    statuses = {}
+    for label in ("plain", "single_call", "parallel", "text_and_call", "steps", "nested_arguments", "korean_call"):
+        encoded = encode(ROWS[label], tokenizer, fmt)
+        assert_exact(ROWS[label], encoded, tokenizer, fmt)
+        statuses[label] = encoded.status
+    assert "refused" not in statuses.values()
+    assert '<call>weather_at|{"place": "Turin", "unit": "C"}</call>' in render(ROWS["single_call"], fmt, tokenizer)
+    assert get_format(str(path)).parse('a<call>f|{"x": 1}</call>').tool_calls == [{"name": "f", "arguments": {"x": 1}}]
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("start: a\n", "exactly the four strings"),
+        (FOUR.format(place="nowhere"), "tools must be one of"),
+        ('start: ""\nseparator: "|"\nend: x\ntools: system\n', "start must not be empty"),
+        ("start: [", "is no YAML"),
+    ],
+)
+def test_a_wrong_format_file_is_named_with_what_is_wrong(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(FormatError, match=message):
+        get_format(str(path))
+    with pytest.raises(FormatError, match="absent.yaml"):
+        get_format(str(tmp_path / "absent.yaml"))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair.format}-{pair.vocabulary}{pair.template}")
+def test_generated_conversations_are_exact(pair):
+    counts, wrong = fuzz.run(pair, 25)
+    assert wrong == []
+    assert sum(counts.values()) == 25 and counts["ok"] + counts["split"] > 0
