@@ -52,7 +52,7 @@ the requests of the two are worded in different ways. The same seed gives the sa
 examples:
   prepare_data.py generate --tools tools.json --per-tool 32 --language en --seed 1 --output data/made
   prepare_data.py generate --tools data/samples/gennx_tool_schemas_tier1.json --seed 7 --output /tmp/samples \\
-      --phrasings data/samples/gennx_phrasings_en.json --rows 356 --heldout-rows 110 --name gennx
+      --phrasings data/samples/gennx_phrasings_en.json --rows 384 --heldout-rows 100 --name gennx
 """
 
 
