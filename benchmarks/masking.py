@@ -41,7 +41,7 @@ def marker_search(input_ids: list[int], instruction: list[int], response: list[i
 def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Tool-calling conversations of about 800 tokens, one in twenty with control tokens typed by the user."""
     chance = random.Random(seed)
-    nouns = "order ticket invoice room flight parcel account report beam node load floor".split()
+    nouns = ["order", "ticket", "invoice", "room", "flight", "parcel", "account", "report", "beam", "node", "load"]
 
     def words(number: int) -> str:
         return " ".join(chance.choice(nouns) for _ in range(number))
@@ -54,7 +54,10 @@ def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
                 "function": {
                     "name": f"{noun}_lookup",
                     "description": words(20),
-                    "parameters": {"type": "object", "properties": {"id": {"type": "string", "description": words(10)}}},
+                    "parameters": {
+                        "type": "object",
+                        "properties": {"id": {"type": "string", "description": words(10)}},
+                    },
                 },
             }
             for noun in chance.sample(nouns, 5)
@@ -89,7 +92,9 @@ def truth(row: dict, tokenizer: Any, fmt: Any, text: str) -> list[tuple[int, int
     return spans
 
 
-def judge(text: str, ids: list[int], labels: list[int], spans: list[tuple[int, int]], tokenizer: Any) -> tuple[int, int]:
+def judge(
+    text: str, ids: list[int], labels: list[int], spans: list[tuple[int, int]], tokenizer: Any
+) -> tuple[int, int]:
     """(tokens wrongly trained, tokens of answers missed)."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if encoded["input_ids"] != list(ids):
@@ -128,7 +133,10 @@ def main() -> int:
 
     def generation_tags(row: dict) -> tuple[str, list[int], list[int]]:
         made = tokenizer.apply_chat_template(
-            row["messages"], tools=row["tools"], chat_template=template, return_dict=True,
+            row["messages"],
+            tools=row["tools"],
+            chat_template=template,
+            return_dict=True,
             return_assistant_tokens_mask=True,
         )
         ids = made["input_ids"]
@@ -165,8 +173,14 @@ def main() -> int:
             trained += sum(label != -100 for label in labels)
             tokens += len(ids)
         results.append(
-            {"way": name, "ms_per_row": round(1000 * seconds / len(data), 2), "tokens_per_row": round(tokens / len(data)),
-             "trained": trained, "wrong": wrong, "missed": missed}
+            {
+                "way": name,
+                "ms_per_row": round(1000 * seconds / len(data), 2),
+                "tokens_per_row": round(tokens / len(data)),
+                "trained": trained,
+                "wrong": wrong,
+                "missed": missed,
+            }
         )
     keys = list(results[0])
     print("| " + " | ".join(keys) + " |\n| " + " | ".join("---" for _ in keys) + " |")

@@ -144,7 +144,9 @@ def clean_messages(messages: list[dict[str, Any]], fmt: Format | None = None) ->
 def _as_text(content: Any, index: int) -> str:
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
         return "".join(part["text"] for part in content)
     raise FormatError(f"message {index}: content must be text, not {type(content).__name__}")
 
@@ -190,7 +192,11 @@ def render(conversation: Mapping[str, Any], fmt: Format, tokenizer: Any, add_gen
     """
     try:
         return render_messages(
-            clean_messages(conversation["messages"], fmt), conversation.get("tools"), fmt, tokenizer, add_generation_prompt
+            clean_messages(conversation["messages"], fmt),
+            conversation.get("tools"),
+            fmt,
+            tokenizer,
+            add_generation_prompt,
         )
     except FormatError:
         raise

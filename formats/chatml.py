@@ -22,6 +22,14 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
 
 
 FORMAT = Format(
-    "chatml", TEMPLATE, END_OF_TURN, CONTROL_TOKENS, CALL_MARKERS, TEMPLATE_KWARGS, parse, adapt,
-    vllm_parser="hermes", tokens=("<|im_start|>", "<|im_end|>"),
+    "chatml",
+    TEMPLATE,
+    END_OF_TURN,
+    CONTROL_TOKENS,
+    CALL_MARKERS,
+    TEMPLATE_KWARGS,
+    parse,
+    adapt,
+    vllm_parser="hermes",
+    tokens=("<|im_start|>", "<|im_end|>"),
 )

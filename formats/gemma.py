@@ -9,4 +9,6 @@ TEMPLATE = read_template("gemma")
 END_OF_TURN = ("<end_of_turn>",)
 CONTROL_TOKENS = ("<start_of_turn>", "<end_of_turn>", "<tool_response>", "</tool_response>")
 
-FORMAT = Format("gemma", TEMPLATE, END_OF_TURN, CONTROL_TOKENS, (), {}, parse, vllm_parser="pythonic", tokens=CONTROL_TOKENS[:2])
+FORMAT = Format(
+    "gemma", TEMPLATE, END_OF_TURN, CONTROL_TOKENS, (), {}, parse, vllm_parser="pythonic", tokens=CONTROL_TOKENS[:2]
+)

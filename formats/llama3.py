@@ -38,6 +38,13 @@ def _starts_like_a_call(text: str) -> bool:
 
 
 FORMAT = Format(
-    "llama3", TEMPLATE, END_OF_TURN, CONTROL_TOKENS, (), TEMPLATE_KWARGS, parse,
-    vllm_parser="llama3_json", tokens=CONTROL_TOKENS,
+    "llama3",
+    TEMPLATE,
+    END_OF_TURN,
+    CONTROL_TOKENS,
+    (),
+    TEMPLATE_KWARGS,
+    parse,
+    vllm_parser="llama3_json",
+    tokens=CONTROL_TOKENS,
 )

@@ -9,6 +9,13 @@ from formats.pythonic import parse
 TEMPLATE = read_template("llama3_pythonic")
 
 FORMAT = Format(
-    "llama3-pythonic", TEMPLATE, END_OF_TURN, CONTROL_TOKENS, (), TEMPLATE_KWARGS, parse,
-    vllm_parser="pythonic", tokens=CONTROL_TOKENS,
+    "llama3-pythonic",
+    TEMPLATE,
+    END_OF_TURN,
+    CONTROL_TOKENS,
+    (),
+    TEMPLATE_KWARGS,
+    parse,
+    vllm_parser="pythonic",
+    tokens=CONTROL_TOKENS,
 )

@@ -138,7 +138,9 @@ def _probe(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any)
                 value = f"vq{index}x{number}zk"
                 function = {"name": name, "arguments": {"a": value}}
                 probe["tool_calls"].append({**call, "function": function})
-                words += [(word, f"message {index} (assistant): the template drops its tool calls") for word in (name, value)]
+                words += [
+                    (word, f"message {index} (assistant): the template drops its tool calls") for word in (name, value)
+                ]
         probes.append(probe)
     if tools:
         schema = {"type": "object", "properties": {"a": {"type": "string", "description": "a"}}, "required": ["a"]}

@@ -173,7 +173,13 @@ def _sequences(
 
 
 def _append_tail(
-    sequence: Sequence, starts: list[int], last: int, messages: list[dict], tools: list[dict], tokens: Tokens, fmt: Format
+    sequence: Sequence,
+    starts: list[int],
+    last: int,
+    messages: list[dict],
+    tools: list[dict],
+    tokens: Tokens,
+    fmt: Format,
 ) -> tuple[list[int], int]:
     """Add, untrained, what the whole conversation's text has behind the last trained turn (a newline, later turns)."""
     try:

@@ -90,7 +90,9 @@ def _nine(seed: str) -> str:
 def adapt(fmt: Format, tokenizer: Any) -> Format:
     """The version that the own template writes, else the one the vocabulary allows; the tokenizer's end token."""
     end = tokenizer.eos_token or END_OF_TURN[0]
-    return replace(_versioned(fmt, _version_of_template(tokenizer) or _version_of_vocabulary(tokenizer)), end_of_turn=(end,))
+    return replace(
+        _versioned(fmt, _version_of_template(tokenizer) or _version_of_vocabulary(tokenizer)), end_of_turn=(end,)
+    )
 
 
 def _versioned(fmt: Format, version: str) -> Format:
@@ -128,7 +130,15 @@ def _version_of_vocabulary(tokenizer: Any) -> str:
 
 
 FORMAT = Format(
-    "mistral", TEMPLATE, END_OF_TURN, CONTROL_TOKENS, (), {"version": "v3"}, parse, adapt, vllm_parser="mistral",
+    "mistral",
+    TEMPLATE,
+    END_OF_TURN,
+    CONTROL_TOKENS,
+    (),
+    {"version": "v3"},
+    parse,
+    adapt,
+    vllm_parser="mistral",
     prepare=prepare,
 )
 FORMATS = [replace(_versioned(FORMAT, version), name=f"mistral-{version}", adapt=None) for version in VERSIONS]

@@ -15,4 +15,6 @@ def parse(text: str, tools: list[dict] | None = None) -> Parsed:
     return read_call_list(text, *CALL_MARKERS)
 
 
-FORMAT = Format("phi4-mini", TEMPLATE, END_OF_TURN, CONTROL_TOKENS, CALL_MARKERS, {}, parse, tokens=CONTROL_TOKENS + CALL_MARKERS)
+FORMAT = Format(
+    "phi4-mini", TEMPLATE, END_OF_TURN, CONTROL_TOKENS, CALL_MARKERS, {}, parse, tokens=CONTROL_TOKENS + CALL_MARKERS
+)

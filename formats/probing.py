@@ -21,7 +21,7 @@ def default_system(tokenizer: Any, opening: str, closing: str) -> str:
     """The system text that the own template puts before a conversation without one, "" for none."""
     text = own_text(tokenizer, [USER]) or ""
     before = text.partition(USER["content"])[0]
-    head, found, rest = before.partition(opening)
+    _, found, rest = before.partition(opening)
     return rest.partition(closing)[0] if found and closing in rest else ""
 
 

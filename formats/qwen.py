@@ -35,6 +35,14 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
 
 
 FORMAT = Format(
-    "qwen", TEMPLATE, END_OF_TURN, CONTROL_TOKENS, CALL_MARKERS, TEMPLATE_KWARGS, parse, adapt,
-    vllm_parser="hermes", tokens=("<|im_start|>", "<|im_end|>"),
+    "qwen",
+    TEMPLATE,
+    END_OF_TURN,
+    CONTROL_TOKENS,
+    CALL_MARKERS,
+    TEMPLATE_KWARGS,
+    parse,
+    adapt,
+    vllm_parser="hermes",
+    tokens=("<|im_start|>", "<|im_end|>"),
 )

@@ -1,4 +1,4 @@
-"""Qwen3.5, 3.6, 3.8 and models like them: `<function=name>\\n<parameter=key>\\nvalue\\n</parameter>…`, values untyped."""
+"""Qwen3.5, 3.6 and 3.8: calls as XML, `<function=name>` with one `<parameter=key>` each, values without types."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def _typed(raw: str, schema: Any) -> Any:
         value = json.loads(word)
     except ValueError:
         return raw
-    kind = {dict: "object", list: "array", bool: "boolean", type(None): "null", str: "string"}.get(type(value), "number")
+    kind = {dict: "object", list: "array", bool: "boolean", type(None): "null", str: "string"}.get(
+        type(value), "number"
+    )
     if kind == "string":
         return raw  # strings are written without quotes, so these quotes are the string's own
     if declared and not (kind in declared or (kind == "number" and "integer" in declared)):
@@ -83,7 +85,9 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
     if "<parameter=a>\n" not in written:
         return fmt
     past = own_text(tokenizer, [USER, said, USER], enable_thinking=False) or ""
-    tagged = own_text(tokenizer, [USER, {"role": "assistant", "content": "<think>\nrq0zk\n</think>\n\naq0zk"}, USER]) or ""
+    tagged = (
+        own_text(tokenizer, [USER, {"role": "assistant", "content": "<think>\nrq0zk\n</think>\n\naq0zk"}, USER]) or ""
+    )
     prompt = own_text(tokenizer, [USER], add_generation_prompt=True) or ""
     before = prompt.partition(USER["content"])[0]
     effort = before.partition("<|im_start|>system\n")[2].partition("<|im_end|>")[0]
@@ -99,7 +103,17 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
 
 
 FORMAT = Format(
-    "qwen-xml", TEMPLATE, END_OF_TURN, CONTROL_TOKENS, CALL_MARKERS, TEMPLATE_KWARGS, parse, adapt,
-    thinking="enable_thinking", vllm_parser="qwen3_coder", reasoning=True, untyped=True,
+    "qwen-xml",
+    TEMPLATE,
+    END_OF_TURN,
+    CONTROL_TOKENS,
+    CALL_MARKERS,
+    TEMPLATE_KWARGS,
+    parse,
+    adapt,
+    thinking="enable_thinking",
+    vllm_parser="qwen3_coder",
+    reasoning=True,
+    untyped=True,
     tokens=("<|im_start|>", "<|im_end|>"),
 )

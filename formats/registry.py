@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from formats import chatml, gemma, kanana, llama3, llama3_function, llama3_pythonic, mistral, native, phi4_mini, plain
-from formats import qwen, qwen_xml, user_yaml
+from formats import (
+    chatml,
+    gemma,
+    kanana,
+    llama3,
+    llama3_function,
+    llama3_pythonic,
+    mistral,
+    native,
+    phi4_mini,
+    plain,
+    qwen,
+    qwen_xml,
+    user_yaml,
+)
 from formats.base import Format, FormatError
 from formats.tokens import added_tokens
 

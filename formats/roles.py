@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from formats.base import Format, render_messages
 
 
-
 class Piece(NamedTuple):
     """A piece of the template's own text, and where in it the tools' schemas stand."""
 

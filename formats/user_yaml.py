@@ -42,10 +42,15 @@ _PREAMBLE = """\
 {%- for message in messages %}
     {%- set text = namespace(value=message.content) %}
     {%- if loop.index0 == own.at %}
-        {%- set text.value = text.value + ('\\n\\n' if text.value else '') + own.tools if ROLE == 'system' else own.tools + '\\n\\n' + text.value %}
+        {%- if ROLE == 'system' %}
+            {%- set text.value = text.value + ('\\n\\n' if text.value else '') + own.tools %}
+        {%- else %}
+            {%- set text.value = own.tools + '\\n\\n' + text.value %}
+        {%- endif %}
     {%- endif %}
     {%- for call in message.tool_calls or [] %}
-        {%- set text.value = text.value + START + call.function.name + SEPARATOR + call.function.arguments | tojson + END %}
+        {%- set text.value = text.value + START + call.function.name + SEPARATOR %}
+        {%- set text.value = text.value + call.function.arguments | tojson + END %}
     {%- endfor %}
     {%- set made = {'role': message.role, 'content': text.value} %}
     {%- if message.reasoning_content is string %}
@@ -94,7 +99,11 @@ def load(path: str | Path, tokenizer: Any = None) -> Format:
         raise FormatError(f"format file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FormatError(f"format file {path} is no YAML: {error}") from error
-    if not isinstance(given, dict) or set(given) != set(KEYS) or not all(isinstance(value, str) for value in given.values()):
+    if (
+        not isinstance(given, dict)
+        or set(given) != set(KEYS)
+        or not all(isinstance(value, str) for value in given.values())
+    ):
         raise FormatError(f"format file {path} must hold exactly the four strings {', '.join(KEYS)}")
     return build(path.stem, given, tokenizer, str(path))
 
@@ -112,8 +121,14 @@ def build(name: str, given: dict[str, str], tokenizer: Any, where: str) -> Forma
         return Format(name, "", (), call_markers=markers, read_calls=parse)
     base = _layout(tokenizer)
     return replace(
-        base, name=name, template=_preamble(given) + base.template, call_markers=markers, read_calls=parse,
-        vllm_parser=None, adapt=None, untyped=False,
+        base,
+        name=name,
+        template=_preamble(given) + base.template,
+        call_markers=markers,
+        read_calls=parse,
+        vllm_parser=None,
+        adapt=None,
+        untyped=False,
     )
 
 

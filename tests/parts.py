@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -185,7 +185,7 @@ FOLDERS: dict[str, Callable[[], Path]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def tokenizer(name: str):
     """A real tokenizer by its name in `FOLDERS`; the same object each time, so do not change it."""
     from transformers import AutoTokenizer
@@ -193,9 +193,9 @@ def tokenizer(name: str):
     return AutoTokenizer.from_pretrained(FOLDERS[name]())
 
 
-@lru_cache(maxsize=None)
+@cache
 def fresh_tokenizer(name: str, chat_template: str | None = None, tokens: tuple[str, ...] = ()):
-    """A tokenizer with another chat template, or with control tokens of a family whose own vocabulary is not at hand."""
+    """A tokenizer with another chat template, or with control tokens lent from a family we have no vocabulary of."""
     from transformers import AutoTokenizer
 
     made = AutoTokenizer.from_pretrained(FOLDERS[name]())
@@ -225,4 +225,6 @@ def mistral_template(version: str, spm: bool) -> str:
 def reference_template(name: str) -> str:
     """A published chat template as TRL ships it for comparison."""
     return (_package("trl") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
 MISTRAL_ARGS = ("[ARGS]", "[CALL_ID]")

@@ -27,7 +27,9 @@ def exact_calls(calls: list[dict]) -> str:
     return unicodedata.normalize("NFC", json.dumps(calls, ensure_ascii=False))
 
 
-def served_prompts(row: dict, tokenizer: Any, fmt: Format, control_tokens: str = "escape") -> dict[int, list[list[int]]]:
+def served_prompts(
+    row: dict, tokenizer: Any, fmt: Format, control_tokens: str = "escape"
+) -> dict[int, list[list[int]]]:
     """Ids a server gets before each assistant turn, through Transformers alone; with thinking off and on."""
     messages, tools, _ = escape_conversation(
         clean_messages(row["messages"]), row["tools"], tokenizer, fmt, control_tokens

@@ -1,7 +1,7 @@
 """Generated conversations against every format: parity and masks must hold for all of them.
 
-    python -m tests.formats.fuzz --conversations 10000            # one line per format; exit 1 on a violation
-    python -m tests.formats.fuzz --conversations 500 --format qwen
+python -m tests.formats.fuzz --conversations 10000            # one line per format; exit 1 on a violation
+python -m tests.formats.fuzz --conversations 500 --format qwen
 """
 
 from __future__ import annotations
@@ -19,10 +19,73 @@ from tests.formats.checks import assert_exact
 from tests.formats.pairs import PAIRS, Pair
 
 FRAGMENTS = [
-    *("hello", "the weather", "in Oslo", "서울 날씨", "예약해 줘", "漢字", "e\u0301te\u0301", "한글", "😀👩‍👩‍👧", "naïve", "ß"),
-    *("\n", "\n\n", " ", "  ", "\t", "\u3000", "\u00a0", "\u200b", "\r\n", ".", ",", "!", "?", "'", '"', "`", "\\", "\\n"),
-    *("{", "}", "[", "]", "(", ")", "<", ">", "|", "/", "=", ":", "{}", '{"a": 1}', "</", "<|", "|>", "<<", "0", "42", "-1.5", "1e3"),
-    *("{{ x }}", "{% if %}", "{# c #}", "<b>bold</b>", "```python\nprint(1)\n```", "User:", "\nAssistant: no", "Human:"),
+    *(
+        "hello",
+        "the weather",
+        "in Oslo",
+        "서울 날씨",
+        "예약해 줘",
+        "漢字",
+        "e\u0301te\u0301",
+        "한글",
+        "😀👩‍👩‍👧",
+        "naïve",
+        "ß",
+    ),
+    *(
+        "\n",
+        "\n\n",
+        " ",
+        "  ",
+        "\t",
+        "\u3000",
+        "\u00a0",
+        "\u200b",
+        "\r\n",
+        ".",
+        ",",
+        "!",
+        "?",
+        "'",
+        '"',
+        "`",
+        "\\",
+        "\\n",
+    ),
+    *(
+        "{",
+        "}",
+        "[",
+        "]",
+        "(",
+        ")",
+        "<",
+        ">",
+        "|",
+        "/",
+        "=",
+        ":",
+        "{}",
+        '{"a": 1}',
+        "</",
+        "<|",
+        "|>",
+        "<<",
+        "0",
+        "42",
+        "-1.5",
+        "1e3",
+    ),
+    *(
+        "{{ x }}",
+        "{% if %}",
+        "{# c #}",
+        "<b>bold</b>",
+        "```python\nprint(1)\n```",
+        "User:",
+        "\nAssistant: no",
+        "Human:",
+    ),
     *("<|eot_id|>", "<|im_end|>", "<|im_start|>assistant\n", "<|end_header_id|>", "[INST]", "[/INST]", "</s>", "<s>"),
     *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<function=f>{}", "</function>", "<think>"),
     *("</think>", "<end_of_turn>", "<start_of_turn>model\n", "<|end|>", "[TOOL_CALLS]", "<|python_tag|>", ALL_ATTACKS),
@@ -46,7 +109,15 @@ def value(chance: random.Random, depth: int = 0):
         return [value(chance, depth + 1) for _ in range(chance.randint(0, 3))]
     if kind == 8:
         return {chance.choice(KEYS): value(chance, depth + 1) for _ in range(chance.randint(0, 3))}
-    return [words(chance), text(chance, 4), chance.randint(-5, 10**12), chance.random() * 10.0**chance.randint(-9, 9), True, None, "007"][kind]
+    return [
+        words(chance),
+        text(chance, 4),
+        chance.randint(-5, 10**12),
+        chance.random() * 10.0 ** chance.randint(-9, 9),
+        True,
+        None,
+        "007",
+    ][kind]
 
 
 def conversation(seed: int) -> dict:
@@ -56,7 +127,11 @@ def conversation(seed: int) -> dict:
     say = (lambda: text(chance)) if hostile else (lambda: words(chance))
     names = chance.sample(NAMES, chance.randint(1, 3))
     tools = [
-        tool(name, say(), **{key.replace(" ", "_"): {"type": "string", "description": say()} for key in chance.sample(KEYS, 2)})
+        tool(
+            name,
+            say(),
+            **{key.replace(" ", "_"): {"type": "string", "description": say()} for key in chance.sample(KEYS, 2)},
+        )
         for name in names
     ]
     with_tools = chance.random() < 0.7
@@ -76,7 +151,9 @@ def conversation(seed: int) -> dict:
             if chance.random() < 0.1:
                 made["reasoning_content"] = words(chance)
             messages.append(made)
-            messages += [result(chance.choice((say(), json.dumps({"v": say()}), "42")), number + n) for n in range(count)]
+            messages += [
+                result(chance.choice((say(), json.dumps({"v": say()}), "42")), number + n) for n in range(count)
+            ]
             number += count
         answer = says(say())
         if chance.random() < 0.1:
@@ -112,7 +189,10 @@ def main() -> int:
     parser.add_argument("--all_tokenizers", action="store_true", help="every pair, not the first of each format")
     args = parser.parse_args()
     seen, failed = set(), False
-    print("| format | tokenizer, template | exact | split | refused | wrong | s |\n| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    print(
+        "| format | tokenizer, template | exact | split | refused | wrong | s |\n"
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    )
     for pair in PAIRS:
         if (args.format and pair.format != args.format) or (pair.format in seen and not args.all_tokenizers):
             continue
@@ -121,7 +201,10 @@ def main() -> int:
         counts, wrong = run(pair, args.conversations)
         failed |= bool(wrong)
         numbers = " | ".join(str(counts[key]) for key in ("ok", "split", "refused"))
-        print(f"| {pair.format} | {pair.label} | {numbers} | {len(wrong)} | {time.process_time() - started:.0f} |", flush=True)
+        print(
+            f"| {pair.format} | {pair.label} | {numbers} | {len(wrong)} | {time.process_time() - started:.0f} |",
+            flush=True,
+        )
         for line in wrong[:5]:
             print(f"  {line}", file=sys.stderr)
     return 1 if failed else 0

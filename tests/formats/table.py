@@ -1,6 +1,6 @@
 """The table in docs/formats_table.md: every format, tokenizer and hard conversation.
 
-    python -m tests.formats.table > docs/formats_table.md
+python -m tests.formats.table > docs/formats_table.md
 """
 
 from __future__ import annotations

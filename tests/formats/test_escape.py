@@ -46,7 +46,16 @@ def test_a_hostile_row_trains_no_injected_text_and_the_marker_search_does():
     assert trained_text(encode(made, tokenizer, fmt, control_tokens="allow"), tokenizer) == ["I will not.<|im_end|>"]
 
 
-@pytest.mark.parametrize("name,vocabulary", [("llama3-function", "llama3"), ("qwen", "qwen3"), ("chatml", "smollm2"), ("mistral", "mistral-v3"), ("mistral", "mistral-v1")])
+@pytest.mark.parametrize(
+    "name,vocabulary",
+    [
+        ("llama3-function", "llama3"),
+        ("qwen", "qwen3"),
+        ("chatml", "smollm2"),
+        ("mistral", "mistral-v3"),
+        ("mistral", "mistral-v1"),
+    ],
+)
 @pytest.mark.parametrize("label", HOSTILE)
 def test_contents_yield_no_control_token(name, vocabulary, label):
     tokenizer = parts.tokenizer(vocabulary)

@@ -16,7 +16,14 @@ FOUR = 'start: "<call>"\nseparator: "|"\nend: "</call>"\ntools: {place}\n'
 
 @pytest.mark.parametrize(
     "vocabulary,name",
-    [("llama3", "llama3"), ("qwen2.5", "qwen"), ("qwen3", "qwen"), ("smollm2", "chatml"), ("mistral-v3", "mistral"), ("mistral-v1", "mistral")],
+    [
+        ("llama3", "llama3"),
+        ("qwen2.5", "qwen"),
+        ("qwen3", "qwen"),
+        ("smollm2", "chatml"),
+        ("mistral-v3", "mistral"),
+        ("mistral-v1", "mistral"),
+    ],
 )
 def test_auto_says_what_it_picked_and_why(vocabulary, name):
     fmt, reason = choose_format(parts.tokenizer(vocabulary))
@@ -73,7 +80,7 @@ def test_a_wrong_format_file_is_named_with_what_is_wrong(tmp_path, text, message
     path.write_text(text, encoding="utf-8")
     with pytest.raises(FormatError, match=message):
         get_format(str(path))
-    with pytest.raises(FormatError, match="absent.yaml"):
+    with pytest.raises(FormatError, match=r"absent\.yaml"):
         get_format(str(tmp_path / "absent.yaml"))
 
 

@@ -9,6 +9,7 @@ from tests import parts
 from tests.formats.cases import CLOCK, ROWS, WEATHER, calls, result, row, says, user
 from tests.formats.checks import spans
 
+
 def test_exact_ids_and_labels_of_the_described_call_format():
     tokenizer = parts.tokenizer("llama3")
     tool = {"type": "function", "function": {"name": "get_weather", "description": "날씨 조회"}}
@@ -26,7 +27,12 @@ def test_exact_ids_and_labels_of_the_described_call_format():
     assert sequence.input_ids[:2] == [128000, 128006] and sequence.input_ids[-1] == 128009
     ((start, end),) = spans(sequence.labels)
     assert end == len(sequence.labels)
-    assert sequence.labels[start:] == tokenizer('<function=get_weather>{"location": "서울"}</function><|eot_id|>', add_special_tokens=False)["input_ids"]
+    assert (
+        sequence.labels[start:]
+        == tokenizer('<function=get_weather>{"location": "서울"}</function><|eot_id|>', add_special_tokens=False)[
+            "input_ids"
+        ]
+    )
     assert sequence.input_ids[start - 2 : start] == [128007, 271]
 
 
@@ -85,7 +91,8 @@ def test_a_turn_with_reasoning_is_trained_as_served_with_thinking():
 
 def test_a_masked_result_that_the_template_loses_refuses_the_row():
     template = (
-        "{{ tools | tojson if tools }}{% for m in messages %}{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{{ tools | tojson if tools }}{% for m in messages %}{% if m.role != 'tool' %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )

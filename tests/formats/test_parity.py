@@ -65,7 +65,9 @@ def test_the_format_chosen_for_a_tokenizer_renders_plain_conversations_as_its_ow
         assert render(ROWS[label], fmt, tokenizer) == own, label
 
 
-@pytest.mark.parametrize("name,vocabulary", [("llama3", "llama3"), ("qwen", "qwen3"), ("chatml", "smollm2"), ("native", "qwen3")])
+@pytest.mark.parametrize(
+    "name,vocabulary", [("llama3", "llama3"), ("qwen", "qwen3"), ("chatml", "smollm2"), ("native", "qwen3")]
+)
 def test_the_pinned_template_renders_the_same_without_variables(name, vocabulary):
     tokenizer = parts.tokenizer(vocabulary)
     fmt = get_format(name, tokenizer)

@@ -12,7 +12,8 @@ from tests.formats.cases import calls, tool, user
 from tests.formats.pairs import PAIRS
 
 TEXT = st.one_of(
-    st.text(max_size=12), st.sampled_from(["007", "1e3", "true", "null", "", " x ", "}{", '"', "\\", "]", "</x>", "서울", "😀", "\n"])
+    st.text(max_size=12),
+    st.sampled_from(["007", "1e3", "true", "null", "", " x ", "}{", '"', "\\", "]", "</x>", "서울", "😀", "\n"]),
 )
 NUMBERS = st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False))
 JSON = st.recursive(
@@ -22,7 +23,11 @@ JSON = st.recursive(
 )
 IDENTIFIER = st.sampled_from(["city", "날짜", "a", "_x", "Assign"])
 NAME = st.sampled_from(["find", "예약하기", "math.add"])
-TYPED = [pair for pair in {pair.format: pair for pair in reversed(PAIRS)}.values() if pair.format not in ("plain", "native", "qwen-xml")]
+TYPED = [
+    pair
+    for pair in {pair.format: pair for pair in reversed(PAIRS)}.values()
+    if pair.format not in ("plain", "native", "qwen-xml")
+]
 
 
 def rendered(pair, made):
@@ -53,7 +58,15 @@ def test_calls_read_back_as_they_were(pair, made):
 def test_untyped_values_read_back_with_the_schema(arguments):
     pair = next(pair for pair in PAIRS if pair.template == "qwen3_6" and pair.format == "qwen-xml")
     fmt, text, wanted = rendered(pair, [("find", arguments)])
-    kinds = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object", type(None): "null"}
+    kinds = {
+        str: "string",
+        bool: "boolean",
+        int: "integer",
+        float: "number",
+        list: "array",
+        dict: "object",
+        type(None): "null",
+    }
     schema = tool("find", **{key: {"type": kinds[type(value)]} for key, value in wanted[0]["arguments"].items()})
     parsed = fmt.parse(text, [schema])
     assert repr(parsed.tool_calls) == repr(wanted)
