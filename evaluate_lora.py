@@ -22,7 +22,7 @@ A killed evaluation goes on where it stopped: give the same command again.
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """All flags of this command."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,7 +60,7 @@ def _temperature(word: str) -> float:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     if not args.dataset and not args.suite:
         raise UserError("nothing to score: name held-out rows with --dataset, or --suite bfcl:simple_python")
 

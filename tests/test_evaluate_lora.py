@@ -302,10 +302,10 @@ def test_table_of_one_model():
 
 
 def test_arguments_are_checked():
-    from evaluate_lora import make_parser, output_folder
+    from evaluate_lora import build_parser, output_folder
 
     for wrong in (["m", "--limit", "0"], ["m", "--temperature", "-1"], ["m", "--batch_size", "x"]):
         with pytest.raises(SystemExit):
-            make_parser().parse_args(wrong)
+            build_parser().parse_args(wrong)
     with pytest.raises(UserError, match="cannot write"):
         output_folder(argparse.Namespace(model="m", output=Path(__file__) / "below"))
