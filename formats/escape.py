@@ -18,7 +18,11 @@ MARK = "\u200b"
 
 # Vocabulary entries of some tokenizers (Gemma) that are ordinary mark-up, not control: a user's HTML stays as it is.
 _HTML = frozenset(
-    ["a", "b", "blockquote", "br", "caption", "code", "div", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "li", "ol", "p", "pre", "s", "span", "strong", "sub", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "u", "ul"]
+    (
+        *("a", "b", "blockquote", "br", "caption", "code", "div", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i"),
+        *("img", "li", "ol", "p", "pre", "s", "span", "strong", "sub", "sup", "table", "tbody", "td", "tfoot", "th"),
+        *("thead", "tr", "u", "ul"),
+    )
 )
 
 

@@ -146,8 +146,9 @@ def _sequences(
     sequences: list[Sequence] = []
     starts: list[int] = []  # of each token in the open sequence's text
     last, served = -1, fmt
-    for index in turns:
-        prompt, completion, kwargs = _turn(messages, tools, index, tokens.tokenizer, fmt, warnings)
+    texts = [_turn(messages, tools, index, tokens.tokenizer, fmt, warnings) for index in turns]
+    tokens.warm([prompt + completion for prompt, completion, _ in texts])
+    for index, (prompt, completion, kwargs) in zip(turns, texts, strict=True):
         prompt_ids, prompt_starts = tokens.ids_and_starts(prompt)
         answer_ids, answer_starts = tokens.continuation(prompt, completion, prompt_ids)
         if not answer_ids or answer_ids[-1] not in ends:

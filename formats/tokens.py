@@ -67,6 +67,15 @@ class Tokens:
                 return self.ids_and_starts(text)
         return ids, starts
 
+    def warm(self, texts: list[str]) -> None:
+        """Tokenise all new pieces of `texts` in one call; many small calls cost more than the tokenising."""
+        if self._cut:
+            pieces = dict.fromkeys(piece for text in texts for piece in self._cut.split(text) if piece)
+            missing = [piece for piece in pieces if piece not in self._cache]
+            if missing:
+                for piece, known in zip(missing, self._tokenize(missing), strict=True):
+                    self._remember(piece, known)
+
     def continuation(self, prompt: str, text: str, prompt_ids: list[int]) -> tuple[list[int], list[int]]:
         """(ids, starts within `text`) of `text` generated behind `prompt`.
 
