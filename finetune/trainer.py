@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,9 @@ class SandwichTrainer(SFTTrainer):
             self.state.best_model_checkpoint = str(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
         best = self.state.best_model_checkpoint
         aside = folder / ".saving"
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)  # what a killed process left behind
+        self.accelerator.wait_for_everyone()
         with _replaced(self, "_get_output_dir", lambda trial: str(aside)):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
@@ -200,8 +204,10 @@ class SandwichTrainer(SFTTrainer):
             self.state.save_to_json(str(aside / name / "trainer_state.json"))
             counters = json.dumps(self.log_callback.run_log.state())
             (aside / name / COUNTERS).write_text(counters, encoding="utf-8")
+            # A pickle that nothing here reads: the flags are in experiment_config.json.
+            (aside / name / "training_args.bin").unlink(missing_ok=True)
             os.replace(aside / name, folder / name)
-            aside.rmdir()
+            shutil.rmtree(aside, ignore_errors=True)
             rotate_checkpoints(
                 output_dir=str(folder),
                 save_total_limit=self.args.save_total_limit,
