@@ -37,7 +37,7 @@ def served_prompts(
     modes = [{}] if fmt.thinking is None else [{}, {fmt.thinking: True}]
     prompts = {}
     for index, message in enumerate(messages):
-        if message["role"] != "assistant" or not index:
+        if message["role"] != "assistant" or not index or row["messages"][index].get("train") is False:
             continue
         prompts[index] = [
             tokenizer.apply_chat_template(
