@@ -297,7 +297,9 @@ def load_for_inference(path: str | Path, *, base: bool = False, merged: bool = F
             max_seq_length=flags["max_seq_length"],
             trust_remote_code=flags["trust_remote_code"],
         )
-        fmt = get_format(experiment.config["format"]["name"], tokenizer=loaded.tokenizer)
+        # A format of the user's own is known by its file, the others by their name.
+        own = str(flags["format"]).endswith((".yaml", ".yml"))
+        fmt = get_format(flags["format"] if own else experiment.config["format"]["name"], tokenizer=loaded.tokenizer)
     else:
         import json
 

@@ -38,7 +38,7 @@ def test_loss_and_gradients_are_those_of_peft(rslora):
     fused_loss, fused_gradients = loss_and_gradients(model)
     assert fused_loss == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
-        assert torch.allclose(fused_gradients[name], gradient, rtol=1e-4, atol=1e-7), name
+        assert (fused_gradients[name] - gradient).norm() < 1e-5 * gradient.norm(), name
 
 
 def test_disabling_the_adapter_still_gives_the_base_model():
