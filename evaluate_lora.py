@@ -65,8 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("nothing to score: name held-out rows with --dataset, or --suite bfcl:simple_python")
 
     # 1. What is asked: rows become items before anything slow is imported, so that a bad row shows at once.
-    from finetune import bfcl
-    from finetune.evaluation_items import load_items
+    from finetune.evaluation import bfcl
+    from finetune.evaluation.items import load_items
 
     items = load_items(args.dataset, limit=args.limit) if args.dataset else []
     if args.suite:
@@ -91,9 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     sides = ["base", "tuned"] if has_adapter and args.only == "both" else ["tuned" if has_adapter else "base"]
 
     # 3. The same prompts and decoding for both.
-    from finetune.evaluation import make_prompts, room_for_answers, run_model
+    from finetune.evaluation.metrics import compare, compute_metrics
+    from finetune.evaluation.run import make_prompts, room_for_answers, run_model
     from finetune.generation import Decoding
-    from finetune.metrics import compare, compute_metrics
 
     if args.max_new_tokens is None:
         args.max_new_tokens = room_for_answers(items, tokenizer)
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         write_json(folder / f"{name}_metrics.json", metrics[side])
 
     # 5. Side by side.
-    from finetune.evaluation_report import update_model_card, write_report
+    from finetune.evaluation.report import update_model_card, write_report
 
     compared = compare(scored["base"], scored["tuned"], seed=args.seed) if len(scored) == 2 else {}
     if compared:
@@ -232,7 +232,7 @@ def show(metrics: dict[str, dict[str, Any]], compared: dict[str, dict[str, Any]]
     from rich.console import Console
     from rich.table import Table
 
-    from finetune.evaluation_report import metric_names
+    from finetune.evaluation.report import metric_names
 
     table = Table("metric", *({"base": "base", "tuned": "tuned"}[side] for side in metrics))
     if compared:

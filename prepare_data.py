@@ -179,14 +179,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _reading(args) -> dict:
-    from finetune.shapes import parse_map
-    from finetune.tool_schemas import load_tools_file
+    from finetune.reading.shapes import parse_map
+    from finetune.reading.tool_schemas import load_tools_file
 
     return {"column_map": parse_map(args.map), "tools": load_tools_file(args.tools) if args.tools else None}
 
 
 def _tokenizer_and_format(args) -> tuple:
-    from finetune.token_files import load_format, load_tokenizer
+    from finetune.encoding.token_files import load_format, load_tokenizer
     from formats import check_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer, trust_remote_code=args.trust_remote_code)
@@ -197,8 +197,8 @@ def _tokenizer_and_format(args) -> tuple:
 
 
 def _prepare(args) -> int:
-    from finetune.preparation import Options, prepare, write_prepared
-    from finetune.preparation_report import print_prepared
+    from finetune.preparing.preparation import Options, prepare, write_prepared
+    from finetune.preparing.preparation_report import print_prepared
 
     if not args.inputs and args.sql is None:
         raise UserError("nothing to read; name a file, a folder, a Hub id, or --sql")
@@ -209,7 +209,7 @@ def _prepare(args) -> int:
     tokenizer, fmt = _tokenizer_and_format(args) if args.tokenizer else (None, None)
     rows = None
     if args.sql is not None:
-        from finetune.sql import read_sql
+        from finetune.reading.sql import read_sql
 
         rows = read_sql(args.sql, query=args.query, table=args.table)
     result = prepare(args.inputs, options, tokenizer=tokenizer, fmt=fmt, rows=rows)
@@ -222,7 +222,7 @@ def _command_line(args) -> str:
     """The command as typed, for the dataset card; a password in a database URL is left out."""
     words = ["prepare_data.py", *args.argv]
     if args.sql:
-        from finetune.sql import database_url
+        from finetune.reading.sql import database_url
 
         shown = database_url(args.sql, {}).render_as_string(hide_password=True)
         words = [word.replace(args.sql, shown) for word in words]
@@ -230,7 +230,7 @@ def _command_line(args) -> str:
 
 
 def _encode(args) -> int:
-    from finetune.token_files import encode_file
+    from finetune.encoding.token_files import encode_file
 
     tokenizer, fmt = _tokenizer_and_format(args)
     flags = {"train_on": args.train_on, "control_tokens": args.control_tokens}
@@ -242,7 +242,7 @@ def _encode(args) -> int:
 
 
 def _parse(args) -> int:
-    from finetune.token_files import load_format, load_tokenizer, parse_file
+    from finetune.encoding.token_files import load_format, load_tokenizer, parse_file
 
     if args.format in ("native", "auto") and not args.tokenizer:
         raise UserError(f"--format {args.format} needs --tokenizer")
@@ -254,8 +254,8 @@ def _parse(args) -> int:
 
 
 def _show(args) -> int:
-    from finetune.mask_view import show_html, show_terminal
-    from finetune.token_files import encoded_rows
+    from finetune.encoding.token_files import encoded_rows
+    from finetune.preparing.mask_view import show_html, show_terminal
 
     tokenizer, fmt = _tokenizer_and_format(args)
     flags = {"train_on": args.train_on, "control_tokens": args.control_tokens}
@@ -271,8 +271,8 @@ def _show(args) -> int:
 def _audit(args) -> int:
     from rich.console import Console
 
-    from finetune.audit import audit, print_audit
     from finetune.conversations import load_conversations
+    from finetune.preparing.audit import audit, print_audit
 
     tokenizer, fmt = _tokenizer_and_format(args)
     loaded = load_conversations(args.inputs, limit=args.limit, **_reading(args))
@@ -284,7 +284,7 @@ def _audit(args) -> int:
 
 
 def _generate(args) -> int:
-    from finetune.synthetic import generate_files
+    from finetune.synthetic.generate import generate_files
 
     names = ("phrasings", "per_tool", "rows", "heldout_rows", "language", "seed", "name", "overwrite")
     for path, counts in generate_files(args.tools, args.output, **{name: getattr(args, name) for name in names}):

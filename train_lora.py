@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         show_masks(rows, tokenizer, settings.show_mask)
 
     # 3. The run in one table. A dry run ends here.
-    from finetune.run_table import print_run_table
+    from finetune.training.run_table import print_run_table
 
     if settings.dry_run:
         print_run_table(settings, rows, eval_rows, fmt)
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     # 5. The experiment folder, then the steps.
     from finetune.experiment import Experiment, git_sha, package_versions, run_name
     from finetune.logs import log_to_file
-    from finetune.training import interrupted_at, make_trainer, run_training
+    from finetune.training.run import interrupted_at, make_trainer, run_training
 
     template = fmt.pinned_template()
     config = {
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
     # 6. Save.
-    from finetune.saving import push_to_hub, save_final_model
+    from finetune.training.saving import push_to_hub, save_final_model
 
     if is_main:
         final = save_final_model(experiment, model, tokenizer, fmt, end_of_turn_ids)
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
 def load_data(settings: Settings):
     """(training conversations, evaluation conversations or None). The held-out share is drawn by the run's seed."""
     from finetune.conversations import load_conversations
-    from finetune.held_out import split_off
+    from finetune.preparing.held_out import split_off
 
     train = load_conversations(settings.dataset, limit=settings.limit, strict=True, seed=settings.seed)
     for mapping, count in train.mappings.items():
@@ -194,7 +194,7 @@ def load_data(settings: Settings):
 
 def encode(conversations, tokenizer, fmt, settings: Settings):
     """Token ids and labels of all rows, from the cache when nothing changed."""
-    from finetune.encoding import encode_conversations
+    from finetune.encoding.encode import encode_conversations
 
     return encode_conversations(
         conversations.conversations,
@@ -228,7 +228,7 @@ def show_masks(rows, tokenizer, count: int) -> None:
     """Print rows with the trained tokens in colour."""
     from rich.console import Console
 
-    from finetune.mask_view import print_sequence
+    from finetune.preparing.mask_view import print_sequence
 
     console = Console()
     for number in range(min(count, len(rows.sequences))):

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import curves
+from finetune.charts import curves
 from finetune.errors import UserError, one_line_errors, write_text_atomic
 
 if TYPE_CHECKING:
-    from finetune.run_labels import Comparison
+    from finetune.charts.run_labels import Comparison
 
 DEFAULT_PICTURE = "loss_comparison.png"
 EXAMPLES = """examples:
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     logs = curves.find_logs(options.paths)
 
-    from finetune.run_labels import compare
+    from finetune.charts.run_labels import compare
 
     comparison = compare([curves.read_run(log) for log in logs])
     table = [curves.summarize(run) for run in comparison.runs]
@@ -70,11 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not any(row["final_loss"] is not None for row in table):
         raise UserError("none of these runs has logged a loss yet; nothing to draw")
     if options.output:
-        from finetune.plots import draw_curves
+        from finetune.charts.plots import draw_curves
 
         draw_curves(comparison, options.output, x=options.x, log_y=options.log_y, smooth=options.smooth)
     if options.html:
-        from finetune.curves_page import write_page
+        from finetune.charts.curves_page import write_page
 
         write_page(comparison, table, options.html, x=options.x, log_y=options.log_y, smooth=options.smooth)
     for path in outputs:
@@ -88,7 +88,7 @@ def print_table(table: list[dict[str, Any]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from finetune.plots import short_number
+    from finetune.charts.plots import short_number
 
     def cell(form):
         return lambda value: "" if value is None or value != value else form(value)

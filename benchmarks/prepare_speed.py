@@ -69,8 +69,8 @@ def main() -> None:
     args = parser.parse_args()
 
     from finetune.conversations import load_conversations, write_jsonl
-    from finetune.encoding import encode_conversations
-    from finetune.token_files import load_format, load_tokenizer
+    from finetune.encoding.encode import encode_conversations
+    from finetune.encoding.token_files import load_format, load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         path = write_jsonl(

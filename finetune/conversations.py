@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, write_text_atomic
-from finetune.normalize import conversation_text, normalize_row
-from finetune.row_files import Unreadable
-from finetune.shapes import describe
-from finetune.sources import parse_spec, read_rows
-from finetune.text_shapes import RowError
+from finetune.reading.normalize import conversation_text, normalize_row
+from finetune.reading.row_files import Unreadable
+from finetune.reading.shapes import describe
+from finetune.reading.sources import parse_spec, read_rows
+from finetune.reading.text_shapes import RowError
 
 __all__ = [
     "LoadResult",
@@ -81,7 +81,7 @@ def load_conversations(
 ) -> LoadResult:
     """Read, normalise and mix all sources.
 
-    specs   files, folders or Hub ids, each optionally with a weight (`rows.jsonl*0.5`); see finetune.sources
+    specs   files, folders or Hub ids, each optionally with a weight (`rows.jsonl*0.5`); see finetune.reading.sources
     limit   only the first so many conversations of each source
     strict  True: the first bad row raises UserError with file, row and remedy; False: it goes to `.rejected`
     seed    picks which rows a fractional weight keeps

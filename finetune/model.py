@@ -215,7 +215,7 @@ def add_lora(
     unsloth = import_unsloth()
     import torch
 
-    from finetune.lora_linear import fuse_lora_linears
+    from finetune.training.lora_linear import fuse_lora_linears
 
     present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     if target_modules == ["all-linear"]:

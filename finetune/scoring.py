@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from finetune.evaluation_items import CALL, QUESTION, Item, step_of
-from finetune.text_scores import exact_match, quality_ok, rouge_l, token_f1
+from finetune.evaluation.items import CALL, QUESTION, Item, step_of
+from finetune.evaluation.text_scores import exact_match, quality_ok, rouge_l, token_f1
 
 NO_CALL = "(no call)"
 UNDECLARED = "(undeclared tool)"
@@ -167,7 +167,7 @@ def _call_verdicts(item: Item, made: list[dict], errors: list[str]) -> dict[str,
     if item.possible_answers is None:
         same_arguments = all(json_equal(a["arguments"], b["arguments"]) for a, b in matched)
     else:
-        from finetune.bfcl import matches_possible_answers
+        from finetune.evaluation.bfcl import matches_possible_answers
 
         same_arguments = matches_possible_answers(made, item.possible_answers, item.tools)
     valid = [schemas.is_valid(call) for call in declared]

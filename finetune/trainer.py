@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader  # noqa: E402
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints  # noqa: E402
 from trl import SFTTrainer  # noqa: E402
 
-from finetune.callbacks import LogCallback  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
-from finetune.passes import PassRunner  # noqa: E402
 from finetune.steps import make_row  # noqa: E402
+from finetune.training.callbacks import LogCallback  # noqa: E402
+from finetune.training.passes import PassRunner  # noqa: E402
 
 # Largest difference, per trained token in nats, between a few rows computed our way and by the model's own forward.
 # float32: sums in another order differ by about 1e-6; the 16-bit types round every activation.

@@ -7,9 +7,17 @@ from copy import deepcopy
 
 import pytest
 
-from finetune.bfcl import CATEGORIES, WITH_ANSWERS, check, load_items, matches_possible_answers, parse_suite, verdict
 from finetune.errors import UserError
-from finetune.evaluation_items import CALL, IRRELEVANT
+from finetune.evaluation.bfcl import (
+    CATEGORIES,
+    WITH_ANSWERS,
+    check,
+    load_items,
+    matches_possible_answers,
+    parse_suite,
+    verdict,
+)
+from finetune.evaluation.items import CALL, IRRELEVANT
 from finetune.scoring import score
 
 needs_bfcl = pytest.mark.skipif(

@@ -8,8 +8,8 @@ import pytest
 
 from finetune.conversations import RowError, load_conversations, normalize_row, write_jsonl
 from finetune.errors import UserError
-from finetune.row_files import Unreadable
-from finetune.shapes import parse_map
+from finetune.reading.row_files import Unreadable
+from finetune.reading.shapes import parse_map
 from tests.rows import LAMP, WRAPPED, calls, chat
 
 

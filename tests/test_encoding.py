@@ -8,11 +8,13 @@ import json
 import numpy as np
 import pytest
 
-from finetune import encoding, encoding_cache, row_encoding
 from finetune.conversations import normalize_row
-from finetune.encoding import encode_conversations
+from finetune.encoding import cache as encoding_cache
+from finetune.encoding import encode as encoding
+from finetune.encoding import rows as row_encoding
+from finetune.encoding.encode import encode_conversations
+from finetune.encoding.rows import turn_starts, without_oldest_turns
 from finetune.errors import UserError
-from finetune.row_encoding import turn_starts, without_oldest_turns
 from formats import encode, get_format
 from tests import parts
 from tests.rows import LAMP

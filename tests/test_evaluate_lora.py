@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
-from finetune.evaluation import ResultsFile, make_prompts, room_for_answers, run_model, settings_hash
-from finetune.evaluation_items import load_items
-from finetune.evaluation_report import comparison_markdown, update_model_card
+from finetune.evaluation.items import load_items
+from finetune.evaluation.metrics import compute_metrics
+from finetune.evaluation.report import comparison_markdown, update_model_card
+from finetune.evaluation.run import ResultsFile, make_prompts, room_for_answers, run_model, settings_hash
 from finetune.generation import Decoding
-from finetune.metrics import compute_metrics
 from tests import parts
 from tests.rows import WRAPPED
 

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finetune.lora_linear import fuse_lora_linears
+from finetune.training.lora_linear import fuse_lora_linears
 
 
 def tiny(dropout=0.0, **lora):

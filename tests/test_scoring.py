@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.evaluation_items import ANSWER, CALL, IRRELEVANT, MISSING_PARAMETER, QUESTION, Item, items_of
-from finetune.metrics import RATIOS, Scored, compare, compute_metrics
+from finetune.evaluation.items import ANSWER, CALL, IRRELEVANT, MISSING_PARAMETER, QUESTION, Item, items_of
+from finetune.evaluation.metrics import RATIOS, Scored, compare, compute_metrics
+from finetune.evaluation.text_scores import exact_match, quality_ok, rouge_l, token_f1
 from finetune.scoring import NO_CALL, UNDECLARED, confusion_pairs, json_equal, leaves, pair_calls, score
-from finetune.text_scores import exact_match, quality_ok, rouge_l, token_f1
 
 LAMP = {
     "type": "function",

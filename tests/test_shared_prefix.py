@@ -7,9 +7,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from finetune.attention import Layout, tree_attention
-from finetune.loss import head_loss
-from finetune.passes import PassRunner, choose_mode
 from finetune.steps import make_row, plan_passes
+from finetune.training.loss import head_loss
+from finetune.training.passes import PassRunner, choose_mode
 
 SMALL = {
     "vocab_size": 300, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 3,

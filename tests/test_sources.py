@@ -13,7 +13,7 @@ import pytest
 
 from finetune.conversations import json_line, load_conversations, normalize_row, read_rows, write_jsonl
 from finetune.errors import UserError
-from finetune.sources import parse_spec
+from finetune.reading.sources import parse_spec
 from tests.rows import LAMP, chat
 
 ROW = chat({"role": "assistant", "content": "안녕 \u2028 ok"}, tools=json.dumps([LAMP]))

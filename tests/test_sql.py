@@ -15,7 +15,7 @@ import pytest
 
 from finetune.conversations import load_conversations
 from finetune.errors import UserError
-from finetune.sql import database_url, read_sql
+from finetune.reading.sql import database_url, read_sql
 
 CREATE = """CREATE TABLE query_logs (id integer, query text, tool_used text, parameters {json}, response text)"""
 LOGS = [

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from finetune.checks import check_conversation
 from finetune.conversations import load_conversations, normalize_row
 from finetune.errors import UserError
-from finetune.phrasebook import load_phrasebook
-from finetune.phrasing import SPLITS, Value, expand, fill_arguments, read_json
-from finetune.schema_phrasing import FOLDER, LANGUAGES, task_of
-from finetune.schema_values import SchemaValues, humanised
-from finetune.synthetic import Writer, generate, shares
-from finetune.tool_schemas import load_tools_file
+from finetune.preparing.checks import check_conversation
+from finetune.reading.tool_schemas import load_tools_file
+from finetune.synthetic.generate import Writer, generate, shares
+from finetune.synthetic.phrasebook import load_phrasebook
+from finetune.synthetic.phrasing import SPLITS, Value, expand, fill_arguments, read_json
+from finetune.synthetic.schema_phrasing import FOLDER, LANGUAGES, task_of
+from finetune.synthetic.schema_values import SchemaValues, humanised
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "data" / "samples"

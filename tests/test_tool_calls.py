@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.calls_in_text import read_arguments, split_calls
 from finetune.conversations import RowError, normalize_row
-from finetune.tool_schemas import normalize_tools
+from finetune.reading.calls_in_text import read_arguments, split_calls
+from finetune.reading.tool_schemas import normalize_tools
 from tests.rows import LAMP, WRAPPED, calls, chat
 
 

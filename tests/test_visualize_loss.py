@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune import curves, run_labels
+from finetune.charts import curves, run_labels
 from finetune.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

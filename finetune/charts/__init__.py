@@ -1,0 +1,1 @@
+"""Curves of many runs: reading their logs, naming, drawing."""

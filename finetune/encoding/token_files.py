@@ -1,0 +1,155 @@
+"""Files that anybody can check with tools of their own: conversations as text, ids and labels; texts as calls.
+
+`encode_file` and `parse_file` write exactly one line per input row, in order, whatever the row holds.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from finetune.conversations import json_line
+from finetune.errors import UserError
+from finetune.progress import progress_bar
+from finetune.reading.normalize import normalize_row
+from finetune.reading.row_files import Unreadable
+from finetune.reading.sources import data_suffix, read_rows
+from finetune.reading.text_shapes import RowError
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False):
+    """A tokenizer by folder, Hub id or the bundled model's name; needs no torch. Raises UserError."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from finetune.bundled import resolve_model
+
+    path = resolve_model(name)
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # OSError, ValueError, KeyError, JSON errors: whatever a wrong folder provokes
+        lines = str(error).strip().splitlines()
+        raise UserError(
+            f"tokenizer {name}: cannot be loaded ({type(error).__name__}: {lines[0] if lines else ''}); give a folder "
+            "with tokenizer.json, a Hub id (HF_TOKEN set if it is gated), or smollm2-135m"
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def load_format(name: str, tokenizer):
+    """(Format, why) for a format's name, a YAML file, `native` or `auto`. Raises FormatError."""
+    from formats import choose_format, get_format
+
+    if name == "auto":
+        return choose_format(tokenizer)
+    return get_format(name, tokenizer), "asked for"
+
+
+def encode_row(raw: Any, tokenizer, fmt, *, column_map=None, tools=None, **flags) -> dict[str, Any]:
+    """{"status", "reason", "sequences"} of one raw row; what cannot be used is refused with its reason."""
+    from formats import encode
+
+    try:
+        conversation = normalize_row(raw, column_map=column_map, tools=tools)
+    except RowError as error:
+        return {"status": "refused", "reason": str(error), "sequences": []}
+    encoded = encode(conversation, tokenizer, fmt, **flags)
+    sequences = [{"text": s.text, "input_ids": list(s.input_ids), "labels": list(s.labels)} for s in encoded.sequences]
+    return {"status": encoded.status, "reason": encoded.reason, "sequences": sequences}
+
+
+def encode_file(
+    source: str | Path, target: str | Path, tokenizer, fmt, *, column_map=None, tools=None, **flags
+) -> Counter:
+    """Write `{"row", "status", "reason", "sequences": [{"text", "input_ids", "labels"}]}` per row; counts by status.
+
+    `row` is the row's number from 1 (for JSON Lines its line). flags go to formats.encode (train_on, control_tokens).
+    """
+    counts: Counter = Counter()
+    with _lines_to(target) as write, progress_bar("rows", _rows_in(source)) as advance:
+        for _, number, raw in read_rows(source):
+            result = encode_row(raw, tokenizer, fmt, column_map=column_map, tools=tools, **flags)
+            counts[result["status"]] += 1
+            write({"row": number, **result})
+            advance(1)
+    return counts
+
+
+def parse_file(source: str | Path, target: str | Path, fmt) -> Counter:
+    """Read the field `text` of each row and write `{"content", "tool_calls", "errors"}`; counts by outcome.
+
+    `reasoning_content` is added where the text holds some. A row without text gets an error in its line.
+    """
+    counts: Counter = Counter()
+    with _lines_to(target) as write:
+        for _, number, raw in read_rows(source):
+            result: dict[str, Any] = {"content": "", "tool_calls": [], "errors": []}
+            if isinstance(raw, Unreadable):
+                result |= {"content": raw.text, "errors": [f"row {number} {raw.reason}"]}
+            elif not isinstance(raw.get("text"), str):
+                result["errors"] = [f"row {number} has no field 'text' with a string"]
+            else:
+                tools = raw.get("tools") if isinstance(raw.get("tools"), list) else None
+                parsed = fmt.parse(raw["text"], tools)
+                result |= {"content": parsed.content, "tool_calls": parsed.tool_calls, "errors": parsed.errors}
+                if parsed.reasoning_content is not None:
+                    result["reasoning_content"] = parsed.reasoning_content
+            counts["with errors" if result["errors"] else "read"] += 1
+            counts["calls"] += len(result["tool_calls"])
+            write(result)
+    return counts
+
+
+def encoded_rows(
+    specs: list[str], tokenizer, fmt, *, first: int = 1, number: int = 5, column_map=None, tools=None, **flags
+) -> Iterator[dict[str, Any]]:
+    """{"title", "reason", "sequences": [(input_ids, labels, roles)]} of `number` rows, counted over all sources."""
+    from formats import encode
+
+    rows = (row for spec in specs for row in read_rows(spec))
+    for source, row, raw in islice(rows, first - 1, first - 1 + number):
+        entry: dict[str, Any] = {"title": f"{source}, row {row}", "reason": None, "sequences": []}
+        try:
+            encoded = encode(normalize_row(raw, column_map=column_map, tools=tools), tokenizer, fmt, **flags)
+        except RowError as error:
+            yield entry | {"reason": f"refused: {error}"}
+            continue
+        reason = f"{encoded.status}: {encoded.reason}" if encoded.reason else None
+        yield entry | {"reason": reason, "sequences": [(s.input_ids, s.labels, s.roles) for s in encoded.sequences]}
+
+
+def _rows_in(source: str | Path) -> int:
+    """How many rows a progress bar should expect: the lines of a JSON Lines file, else unknown (0)."""
+    path = Path(source)
+    if data_suffix(path) not in (".jsonl", ".ndjson") or path.suffix == ".gz" or not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())
+
+
+@contextmanager
+def _lines_to(target: str | Path) -> Iterator:
+    """Yield write(row); the lines go to a file beside `target` that takes its place only when all are written."""
+    target = Path(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}; choose a folder you may write to") from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            yield lambda row: file.write(json_line(row))
+        Path(aside).chmod(0o644)
+        Path(aside).replace(target)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,1 @@
+"""What `evaluate_lora.py` does: items, answers, verdicts, metrics, report."""

@@ -1,0 +1,185 @@
+"""Base beside tuned: comparison.md for reading, two pictures for looking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import write_text_atomic
+from finetune.evaluation.metrics import LOWER_IS_BETTER, RATIOS
+
+# Beside the ratios, in this order.
+PLAIN = (
+    "argument_f1", "macro_precision", "macro_recall", "macro_f1",
+    "weighted_precision", "weighted_recall", "weighted_f1",
+    "quality_precision", "quality_recall", "quality_f1",
+    "latency_p50_s", "latency_p95_s", "tokens_per_second",
+)  # fmt: skip
+NAMES = {"base": "base_model", "tuned": "finetuned_model"}
+BLUE, ORANGE = "#0072B2", "#E69F00"  # Okabe-Ito: told apart by everybody
+
+
+def metric_names(metrics: dict[str, dict[str, Any]]) -> list[str]:
+    """Names of all numbers that any of the models has, ratios first."""
+    bfcl = sorted({n for m in metrics.values() for n in m if n.startswith("bfcl_")} - set(RATIOS))
+    return [name for name in (*RATIOS, *bfcl, *PLAIN) if any(m.get(name) is not None for m in metrics.values())]
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}".rstrip("0").rstrip(".") if abs(value) >= 10 else f"{value:.3f}"
+
+
+def comparison_markdown(
+    metrics: dict[str, dict[str, Any]], compared: dict[str, dict[str, Any]], heading: Sequence[str]
+) -> str:
+    """The table metric, base, tuned, difference; with intervals and p values where the metric has them."""
+    lines = ["# Base against tuned" if len(metrics) > 1 else "# Evaluation", "", *heading, ""]
+    if len(metrics) == 1:
+        ((_, only),) = metrics.items()
+        lines += ["| metric | value | 95% interval |", "| --- | ---: | ---: |"]
+        for name in metric_names(metrics):
+            lines.append(f"| {name} | {_number(only.get(name))} | {_interval(only['intervals_95'].get(name))} |")
+        return "\n".join(lines) + "\n" + _tool_table(metrics)
+    lines += [
+        "| metric | base | tuned | difference | 95% interval of the difference | p |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name in metric_names(metrics):
+        base, tuned = (metrics[side].get(name) for side in ("base", "tuned"))
+        test = compared.get(name, {})
+        difference = "" if base is None or tuned is None else f"{tuned - base:+.3f}"
+        p_value = test.get("p_value")
+        shown = "" if p_value is None else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+        marker = " (lower is better)" if name in LOWER_IS_BETTER else ""
+        lines.append(
+            f"| {name}{marker} | {_number(base)} | {_number(tuned)} | {difference} | "
+            f"{_interval(test.get('interval_95'), '+')} | {shown} |"
+        )
+    return "\n".join(lines) + "\n" + _tool_table(metrics)
+
+
+def _interval(bounds: Sequence[float] | None, sign: str = "") -> str:
+    return f"{bounds[0]:{sign}.3f} to {bounds[1]:{sign}.3f}" if bounds else ""
+
+
+def _tool_table(metrics: dict[str, dict[str, Any]]) -> str:
+    tables = {side: m.get("per_tool", {}) for side, m in metrics.items()}
+    tools = list(dict.fromkeys(tool for table in tables.values() for tool in table))
+    if not tools:
+        return ""
+    sides = list(tables)
+    columns = ["tool", "expected", *sides, *["difference"] * (len(sides) > 1)]
+    lines = ["", "## F1 of each tool", "", f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    for tool in tools:
+        support = next(table[tool]["support"] for table in tables.values() if tool in table)
+        scores = [table.get(tool, {}).get("f1") for table in tables.values()]
+        cells = [_number(score) for score in scores]
+        if len(scores) == 2 and None not in scores:
+            cells.append(f"{scores[1] - scores[0]:+.3f}")
+        lines.append(f"| {tool.replace('|', chr(92) + '|')} | {support} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_pictures(metrics: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
+    """confusion_matrix.png (of the tuned model where there is one) and per_tool_f1.png; [] when no tool is involved."""
+    last = list(metrics)[-1]
+    matrix = metrics[last].get("confusion_matrix")
+    if not matrix:
+        return []
+    import matplotlib
+
+    matplotlib.use("Agg")
+    paths = [_confusion_picture(metrics, folder / "confusion_matrix.png")]
+    if metrics[last].get("per_tool"):
+        paths.append(_f1_picture(metrics, folder / "per_tool_f1.png"))
+    return paths
+
+
+def _confusion_picture(metrics: dict[str, dict[str, Any]], path: Path) -> Path:
+    import numpy as np
+    from matplotlib import pyplot as plt
+
+    sides = [side for side in metrics if metrics[side].get("confusion_matrix")]
+    size = max(len(metrics[side]["confusion_matrix"]["labels"]) for side in sides)
+    width = max(4.0, 0.42 * size + 2.6)
+    height = max(3.6, 0.42 * size + 2.0)
+    size_inches = (width * len(sides), height)
+    figure, axes = plt.subplots(1, len(sides), figsize=size_inches, squeeze=False, layout="constrained")
+    for axis, side in zip(axes[0], sides, strict=True):
+        labels, counts = (metrics[side]["confusion_matrix"][key] for key in ("labels", "matrix"))
+        counts = np.array(counts)
+        # A line or column without any count says nothing and takes room.
+        kept = [i for i in range(len(labels)) if counts[i].any() or counts[:, i].any()]
+        counts, labels = counts[np.ix_(kept, kept)], [labels[i] for i in kept]
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        if len(labels) <= 40:
+            for (i, j), count in np.ndenumerate(counts):
+                if count:
+                    color = "white" if shares[i, j] > 0.5 else "black"
+                    axis.text(j, i, str(count), ha="center", va="center", fontsize=7, color=color)
+        axis.set_xticks(range(len(labels)), [_short(label) for label in labels], rotation=90, fontsize=7)
+        axis.set_yticks(range(len(labels)), [_short(label) for label in labels], fontsize=7)
+        axis.set_xlabel("tool called")
+        axis.set_ylabel("tool expected")
+        axis.set_title(NAMES.get(side, side).replace("_", " "))
+    return _save(figure, path)
+
+
+def _f1_picture(metrics: dict[str, dict[str, Any]], path: Path) -> Path:
+    import numpy as np
+    from matplotlib import pyplot as plt
+
+    tools = list(dict.fromkeys(tool for m in metrics.values() for tool in m.get("per_tool", {})))
+    last = metrics[list(metrics)[-1]].get("per_tool", {})
+    tools.sort(key=lambda tool: last.get(tool, {}).get("f1", 0))
+    height = 0.8 / len(metrics)
+    figure, axis = plt.subplots(figsize=(7, max(2.5, 0.34 * len(tools) + 1.2)), layout="constrained")
+    colors = dict(zip(metrics, (BLUE, ORANGE) if len(metrics) > 1 else (ORANGE,), strict=False))
+    for at, (side, m) in enumerate(metrics.items()):
+        values = [m.get("per_tool", {}).get(tool, {}).get("f1", 0.0) for tool in tools]
+        axis.barh(np.arange(len(tools)) + (at - (len(metrics) - 1) / 2) * height, values, height, label=side,
+                  color=colors[side])  # fmt: skip
+    axis.set_yticks(range(len(tools)), [_short(tool) for tool in tools], fontsize=8)
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("F1")
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(loc="lower right")
+    return _save(figure, path)
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 28 else label[:27] + "…"
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    aside = path.with_name(f".{path.name}.part")
+    figure.savefig(aside, format="png", dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    aside.replace(path)
+    return path
+
+
+def write_report(
+    metrics: dict[str, dict[str, Any]], compared: dict[str, dict[str, Any]], heading: Sequence[str], folder: Path
+) -> list[Path]:
+    """comparison.md and the pictures; returns what was written."""
+    text = comparison_markdown(metrics, compared, heading)
+    return [write_text_atomic(folder / "comparison.md", text), *write_pictures(metrics, folder)]
+
+
+def update_model_card(card: Path, comparison: str) -> bool:
+    """Put the comparison under "## Evaluation" at the end of a model card, in place of an earlier one.
+
+    False when there is no card to write into.
+    """
+    if not card.is_file():
+        return False
+    text = card.read_text(encoding="utf-8").partition("\n## Evaluation\n")[0]
+    kept = [line for line in text.splitlines() if not line.startswith("Evaluation results, once")]
+    body = comparison.partition("\n")[2].replace("\n## ", "\n### ")
+    write_text_atomic(card, "\n".join(kept).rstrip() + "\n\n## Evaluation\n" + body)
+    return True

@@ -1,0 +1,242 @@
+"""One row of any usual shape -> the canonical conversation that everything behind this file works with.
+
+{"messages": [{"role": "system"|"user"|"assistant"|"tool", "content": str, ...}], "tools": [{"type": "function", ...}]}
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from finetune.reading.calls_in_text import has_call_tag, read_arguments, split_calls
+from finetune.reading.row_files import Unreadable, json_type, strict_json
+from finetune.reading.shapes import detect_shape
+from finetune.reading.text_shapes import RowError, as_text, hermes_system, tool_responses
+from finetune.reading.tool_schemas import normalize_tools
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "tool": "tool",
+    "ipython": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+    "environment": "tool",
+    "function_call": "call",
+    "tool_call": "call",
+}
+
+
+def normalize_row(
+    raw: dict[str, Any] | Unreadable,
+    *,
+    column_map: dict[str, str] | None = None,
+    tools: list[dict[str, Any]] | None = None,
+    notes: Counter | None = None,
+) -> dict[str, Any]:
+    """Bring one raw row to the canonical shape; raises RowError(reason) when it cannot be done exactly.
+
+    raw         what `read_rows` yields
+    column_map  {"question": "prompt"}: read the row's column `question` as the field `prompt` (see shapes.FIELDS)
+    tools       canonical tools for rows that declare none
+    notes       counts what had to be changed, by description ("content null -> empty")
+    """
+    if isinstance(raw, Unreadable):
+        raise RowError(raw.reason)
+    if not isinstance(raw, dict):
+        raise RowError(f"is a JSON {json_type(raw)}, not an object")
+    notes = Counter() if notes is None else notes
+    shape = detect_shape(raw, column_map)
+    messages, raw_tools, system = shape.convert(shape.fields)
+    try:
+        declared = normalize_tools(raw_tools, notes)
+    except ValueError as error:
+        raise RowError(str(error)) from error
+    messages = _messages_list(messages)
+    if system and not (messages and isinstance(messages[0], dict) and _role(messages[0], 1) == "system"):
+        messages = [{"role": "system", "content": system}, *messages]
+    if not declared:
+        messages, declared = _tools_in_messages(messages, notes)
+    declared = declared or list(tools or [])
+    names = {tool["function"]["name"] for tool in declared}
+    result = [
+        new for number, message in enumerate(messages, start=1) for new in _message(message, number, names, notes)
+    ]
+    if not result:
+        raise RowError("messages is empty")
+    conversation = {"messages": result, "tools": declared}
+    conversation_text(conversation)
+    return conversation
+
+
+def conversation_text(conversation: dict[str, Any]) -> bytes:
+    """The conversation as one line of JSON in UTF-8, its identity for fingerprints. Raises RowError if it has none."""
+    try:
+        return json.dumps(conversation, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError("holds half of a surrogate pair (\\ud800…\\udfff), which is no character") from error
+    except (TypeError, ValueError) as error:
+        raise RowError(f"holds a value that JSON has no word for ({error})") from error
+
+
+def _messages_list(messages: Any) -> list[Any]:
+    if isinstance(messages, str):
+        try:
+            messages = strict_json(messages)
+        except ValueError as error:
+            raise RowError(f"messages are text that is no JSON ({error})") from error
+    if not isinstance(messages, list):
+        raise RowError(f"messages are a JSON {json_type(messages)}, not a list")
+    return messages
+
+
+def _role(message: Any, number: int) -> str:
+    if not isinstance(message, dict):
+        raise RowError(f"message {number} is a JSON {json_type(message)}, not an object")
+    role = message.get("role", message.get("from"))
+    if not isinstance(role, str) or role.strip().lower() not in ROLES:
+        known = ", ".join(ROLES)
+        raise RowError(f"message {number} has the role {role!r}; known are {known}")
+    return ROLES[role.strip().lower()]
+
+
+def _tools_in_messages(messages: list[Any], notes: Counter) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Tools that the row declares inside its system message: a `tools` key there (Phi), or Hermes' own wording."""
+    for index, message in enumerate(messages):
+        if _role(message, index + 1) != "system":
+            continue
+        try:
+            if message.get("tools"):
+                notes["tools taken from the system message"] += 1
+                return messages, normalize_tools(message["tools"], notes)
+            text = message.get("content", message.get("value"))
+            found = hermes_system(text) if isinstance(text, str) else None
+            if found:
+                notes["Hermes system prompt: tools taken out, its wording left to the format"] += 1
+                rest = [{"role": "system", "content": found[0]}] if found[0] else []
+                return messages[:index] + rest + messages[index + 1 :], normalize_tools(found[1], notes)
+        except ValueError as error:
+            raise RowError(f"message {index + 1}: {error}") from error
+    return messages, []
+
+
+def _content(message: dict[str, Any], number: int, notes: Counter) -> str:
+    content = message["content"] if "content" in message else message.get("value")
+    if content is None:
+        notes["content null or absent -> empty"] += 1
+        return ""
+    if isinstance(content, list) and content and all(isinstance(p, dict) and "type" in p for p in content):
+        texts = [part.get("text") for part in content]
+        if any(part["type"] != "text" or not isinstance(text, str) for part, text in zip(content, texts, strict=True)):
+            raise RowError(f"message {number} has content parts that are no text; only text can be trained")
+        notes["content parts joined"] += 1
+        return "".join(texts)
+    if not isinstance(content, str):
+        notes["content that is no text written as JSON"] += 1
+    return as_text(content)
+
+
+def _message(message: Any, number: int, names: set[str], notes: Counter) -> list[dict[str, Any]]:
+    """One raw message as canonical ones: usually one, several where it holds several tool responses."""
+    role = _role(message, number)
+    content = _content(message, number, notes)
+    if role == "tool":
+        return _results(message, content, notes)
+    if role in ("system", "user"):
+        return [{"role": role, "content": content}]
+    calls: list[dict[str, Any]] = []
+    if role == "call":
+        role, calls, content = "assistant", _calls_text(content, number), ""
+    calls += _tool_calls(message, number, notes)
+    if not calls and has_call_tag(content):
+        found = split_calls(content)
+        # A tag in running text is a call only if it calls a declared tool; a message that is nothing else always is.
+        if found and (not found[0] or all(call["name"] in names for call in found[1])):
+            content, calls = found[0], [{"type": "function", "function": call} for call in found[1]]
+            notes["calls written in the text -> tool_calls"] += 1
+        else:
+            notes["call tag in the text left as text (it does not parse cleanly)"] += 1
+    if content != content.strip():
+        notes["assistant text stripped"] += 1
+    result: dict[str, Any] = {"role": role, "content": content.strip()}
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        if isinstance(message.get(name), str) and message[name].strip():
+            result["reasoning_content"] = message[name].strip()
+            break
+    if calls:
+        result["tool_calls"] = calls
+    trained = message.get("train", message.get("weight"))
+    if trained is not None and not isinstance(trained, (bool, int)):
+        raise RowError(f"message {number}: train is {trained!r}; write true or false")
+    if trained is not None and not trained:
+        result["train"] = False
+    return [result]
+
+
+def _results(message: dict[str, Any], content: str, notes: Counter) -> list[dict[str, Any]]:
+    result: dict[str, Any] = {"role": "tool", "content": content}
+    if isinstance(message.get("name"), str) and message["name"]:
+        result["name"] = message["name"]
+    if message.get("tool_call_id") is not None:
+        result["tool_call_id"] = str(message["tool_call_id"])
+    responses = tool_responses(content)
+    if responses is None:
+        return [result]
+    notes["<tool_response> tags taken off"] += 1
+    return [result | {"content": text} for text in responses]
+
+
+def _calls_text(content: str, number: int) -> list[dict[str, Any]]:
+    """The calls of a ShareGPT `function_call` turn: JSON of one call or of a list of them, or tagged calls."""
+    found = split_calls(content)
+    if found and not found[0]:
+        return [{"type": "function", "function": call} for call in found[1]]
+    try:
+        value = strict_json(content)
+    except ValueError as error:
+        raise RowError(f"message {number}: the function call is no JSON ({error})") from error
+    return [_call(item, number) for item in (value if isinstance(value, list) else [value])]
+
+
+def _tool_calls(message: dict[str, Any], number: int, notes: Counter) -> list[dict[str, Any]]:
+    calls = message.get("tool_calls")
+    if isinstance(calls, str):
+        try:
+            calls = strict_json(calls) if calls.strip() else None
+        except ValueError as error:
+            raise RowError(f"message {number}: tool_calls are no JSON ({error})") from error
+    if not calls and isinstance(message.get("function_call"), dict):
+        notes["function_call -> tool_calls"] += 1
+        calls = [message["function_call"]]
+    if not calls:
+        return []
+    if not isinstance(calls, list):
+        raise RowError(f"message {number}: tool_calls are a JSON {json_type(calls)}, not a list")
+    return [_call(call, number) for call in calls]
+
+
+def _call(item: Any, number: int) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise RowError(f"message {number}: a tool call is a JSON {json_type(item)}, not an object")
+    function = item["function"] if isinstance(item.get("function"), dict) else item
+    name = function.get("name")
+    if not isinstance(name, str) or not name:
+        raise RowError(f"message {number}: a tool call has no name")
+    try:
+        arguments = read_arguments(function.get("arguments", function.get("parameters")))
+    except ValueError as error:
+        raise RowError(f"message {number}: call of {name}: {error}") from error
+    call: dict[str, Any] = {"type": "function"}
+    if item.get("id") is not None:
+        call["id"] = str(item["id"])
+    return call | {"function": {"name": name, "arguments": arguments}}

@@ -1,0 +1,1 @@
+"""Rows made from tool schemas and phrasings, seeded."""
