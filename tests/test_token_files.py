@@ -66,7 +66,7 @@ def test_encode_writes_one_exact_line_per_row(tmp_path, tokenizer, tokenizer_dir
             assert tokenizer(sequence["text"], add_special_tokens=False)["input_ids"] == sequence["input_ids"]
     assert "PWNED" not in trained_text(encoded[3]["sequences"][0], tokenizer)
     assert trained_text(encoded[0]["sequences"][0], tokenizer) == (
-        '<tool_call>\n{"name": "set_lamp", "arguments": {"room": "hall", "level": 7}}\n</tool_call><|im_end|>'
+        '<tool_call>\n{"name":"set_lamp","arguments":{"room":"hall","level":7}}\n</tool_call><|im_end|>'
     )
 
 
