@@ -254,22 +254,55 @@ def add_lora(
     return adapted
 
 
-def load_for_inference(path: str | Path, *, base: bool = False, merged: bool = False) -> tuple[Any, Any, Any]:
-    """(model, tokenizer, format) of an experiment folder, an adapter folder, or a plain model.
+@dataclass
+class Run:
+    """What a path names: an experiment folder, an adapter folder, or (both None) a plain model."""
 
-    base=True leaves the adapter away; merged=True folds it into the weights (changes bfloat16 results slightly).
-    The format is the one the run was trained with; for a plain model or a stranger's adapter it is chosen by the
-    tokenizer. Raises UserError when `path` is none of the three.
+    path: str | Path
+    experiment: Any | None  # finetune.experiment.Experiment
+    adapter: Path | None
+
+    def load_base(self, **overrides: Any) -> tuple[Loaded, Any]:
+        """(base model as it was loaded for training, format it was trained with); `overrides` go to `load_base`.
+
+        For a plain model or a stranger's adapter the format is chosen by the tokenizer.
+        """
+        from formats import choose_format, get_format
+
+        if self.adapter is None:
+            loaded = load_base(str(self.path), **overrides)
+        elif self.experiment is None:
+            import json
+
+            config = json.loads((self.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+            loaded = load_base(config["base_model_name_or_path"], **{"revision": config.get("revision"), **overrides})
+        else:
+            config = self.experiment.config
+            flags = config["flags"]
+            settings = {
+                "revision": config.get("base_model_revision"),
+                "dtype": config.get("dtype", "auto"),
+                "load_in_4bit": config.get("load_in_4bit"),
+                "max_seq_length": flags["max_seq_length"],
+                "trust_remote_code": flags["trust_remote_code"],
+            }
+            loaded = load_base(config["base_model"], **{**settings, **overrides})
+            # A format of the user's own is known by its file, the others by their name.
+            own = str(flags["format"]).endswith((".yaml", ".yml"))
+            return loaded, get_format(flags["format"] if own else config["format"]["name"], tokenizer=loaded.tokenizer)
+        return loaded, choose_format(loaded.tokenizer)[0]
+
+
+def find_run(path: str | Path) -> Run:
+    """What `path` names; a run without a finished adapter stands for its newest checkpoint.
+
+    Raises UserError when it is a folder that is neither a run, an adapter nor a model, or a run without any of these.
     """
     from finetune.experiment import CONFIG, FINAL, Experiment
-    from formats import choose_format, get_format
 
-    path = Path(path) if isinstance(path, str) and Path(path).is_dir() else path
-    if isinstance(path, str):
-        loaded = load_base(path)
-        return _for_inference(loaded.model), loaded.tokenizer, choose_format(loaded.tokenizer)[0]
-
-    experiment = adapter = None
+    if isinstance(path, str) and not Path(path).is_dir():
+        return Run(path, None, None)
+    path = Path(path)
     if (path / CONFIG).is_file():
         experiment, adapter = Experiment.open(path), path / FINAL
         if not (adapter / "adapter_config.json").is_file():
@@ -277,40 +310,28 @@ def load_for_inference(path: str | Path, *, base: bool = False, merged: bool = F
             if not checkpoints:
                 raise UserError(f"run {path} has neither {FINAL}/ nor a checkpoint yet; let it train first")
             adapter = checkpoints[-1]
-    elif (path / "adapter_config.json").is_file():
-        adapter = path
-        if (path.parent / CONFIG).is_file():
-            experiment = Experiment.open(path.parent)
-    elif not (path / "config.json").is_file():
+        return Run(path, experiment, adapter)
+    if (path / "adapter_config.json").is_file():
+        return Run(path, Experiment.open(path.parent) if (path.parent / CONFIG).is_file() else None, path)
+    if not (path / "config.json").is_file():
         raise UserError(f"{path} is neither a run folder, an adapter nor a model; name one of them")
+    return Run(path, None, None)
 
-    if adapter is None:
-        loaded = load_base(str(path))
-        return _for_inference(loaded.model), loaded.tokenizer, choose_format(loaded.tokenizer)[0]
-    if experiment is not None:
-        flags = experiment.config["flags"]
-        loaded = load_base(
-            experiment.config["base_model"],
-            revision=experiment.config.get("base_model_revision"),
-            dtype=experiment.config.get("dtype", "auto"),
-            load_in_4bit=experiment.config.get("load_in_4bit"),
-            max_seq_length=flags["max_seq_length"],
-            trust_remote_code=flags["trust_remote_code"],
-        )
-        # A format of the user's own is known by its file, the others by their name.
-        own = str(flags["format"]).endswith((".yaml", ".yml"))
-        fmt = get_format(flags["format"] if own else experiment.config["format"]["name"], tokenizer=loaded.tokenizer)
-    else:
-        import json
 
-        adapter_config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        loaded = load_base(adapter_config["base_model_name_or_path"], revision=adapter_config.get("revision"))
-        fmt = choose_format(loaded.tokenizer)[0]
+def load_for_inference(path: str | Path, *, base: bool = False, merged: bool = False) -> tuple[Any, Any, Any]:
+    """(model, tokenizer, format) of an experiment folder, an adapter folder, or a plain model.
+
+    base=True leaves the adapter away; merged=True folds it into the weights (changes bfloat16 results slightly).
+    The format is the one the run was trained with; for a plain model or a stranger's adapter it is chosen by the
+    tokenizer. Raises UserError when `path` is none of the three.
+    """
+    run = find_run(path)
+    loaded, fmt = run.load_base()
     model = loaded.model
-    if not base:
+    if run.adapter is not None and not base:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(adapter))
+        model = PeftModel.from_pretrained(model, str(run.adapter))
         if merged:
             model = model.merge_and_unload()
     return _for_inference(model), loaded.tokenizer, fmt
