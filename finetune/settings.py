@@ -216,7 +216,7 @@ def _help(flag: Flag) -> str:
 def parse(argv: Sequence[str] | None = None) -> Settings:
     """Defaults, then --config, then the command line; argparse itself ends with exit code 2 on an unknown flag."""
     words = sys.argv[1:] if argv is None else argv
-    given = vars(build_parser().parse_args([_underscored(word) for word in words]))
+    given = vars(build_parser().parse_args([underscored(word) for word in words]))
     values = {flag.name: flag.default for flag in FLAGS}
     from_config = read_config(given["config"]) if given.get("config") else {}
     values.update(from_config)
@@ -224,7 +224,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     return complete(values, set(given) | set(from_config))
 
 
-def _underscored(word: str) -> str:
+def underscored(word: str) -> str:
     """--batch-size is --batch_size; both spellings are common, and one name is enough for the help."""
     if not word.startswith("--"):
         return word
@@ -279,33 +279,34 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise UserError(f"config {path} must hold a mapping of flags, such as 'rank: 16'")
     if isinstance(data.get("flags"), dict):
         data = data["flags"]
-    return {name: _checked(path, name, value) for name, value in data.items()}
+    return {name: checked(f"config {path}", name, value) for name, value in data.items()}
 
 
-def _checked(path: Path, name: str, value: Any) -> Any:
+def checked(where: str, name: str, value: Any) -> Any:
+    """The value in the flag's own type; raises UserError, beginning with `where`, for an unknown name or value."""
     flag = BY_NAME.get(name)
     if flag is None or (flag.action and name != "show_mask"):
         close = difflib.get_close_matches(str(name), [f.name for f in FLAGS if not f.action], n=1)
         hint = f"; did you mean {close[0]}?" if close else "; see train_lora.py --help"
-        raise UserError(f"config {path}: unknown flag {name!r}{hint}")
+        raise UserError(f"{where}: unknown flag {name!r}{hint}")
     if value is None:
         return flag.default
     if flag.is_switch:
         if not isinstance(value, bool):
-            raise UserError(f"config {path}: {name} must be true or false, not {value!r}")
+            raise UserError(f"{where}: {name} must be true or false, not {value!r}")
         return value
     items = value if isinstance(value, list) and flag.many else [value]
     converted = []
     for item in items:
         if isinstance(item, (dict, list, bool)):
-            raise UserError(f"config {path}: {name} cannot be {item!r}")
+            raise UserError(f"{where}: {name} cannot be {item!r}")
         try:
             # YAML reads 2e-4 as text and 3 as an integer; going through the flag's own converter treats them alike.
             converted.append(flag.type(str(item)))
         except ValueError:
-            raise UserError(f"config {path}: {name} must be a {flag.type.__name__}, not {item!r}") from None
+            raise UserError(f"{where}: {name} must be a {flag.type.__name__}, not {item!r}") from None
         if flag.choices and converted[-1] not in flag.choices:
-            raise UserError(f"config {path}: {name} must be one of {', '.join(flag.choices)}, not {item!r}")
+            raise UserError(f"{where}: {name} must be one of {', '.join(flag.choices)}, not {item!r}")
     return converted if flag.many else converted[0]
 
 
