@@ -1,0 +1,1 @@
+"""A finished run made ready to serve: merged weights, GGUF, Ollama, vLLM, the Hub."""

@@ -1,0 +1,60 @@
+"""Where an export goes: filled aside, then renamed, so that nobody ever serves half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.errors import UserError
+
+
+def output_folder(source: str | Path, kind: str, output: Path | None, overwrite: bool) -> Path:
+    """`output`, else `<run>/exports/<kind>`; for a model that is no folder, `exports/<name>/<kind>`.
+
+    Raises UserError when something lies there and may not be replaced, or when replacing it would delete the run.
+    """
+    path = Path(source)
+    if output is None:
+        output = (path / "exports" if path.is_dir() else Path("exports") / path.name) / kind
+    if output.exists():
+        if not output.is_dir():
+            raise UserError(f"{output} is a file; name a folder with --output")
+        if not overwrite:
+            raise UserError(f"{output} exists already; give --overwrite to replace it, or another folder by --output")
+        if output.resolve() in (Path.cwd(), *Path.cwd().parents, path.resolve(), *path.resolve().parents):
+            raise UserError(f"--overwrite would delete {output} and the run in it; name another folder with --output")
+    return output
+
+
+@contextlib.contextmanager
+def filled_aside(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; on success it takes its place, on an error it is deleted.
+
+    An older export is moved away first and deleted only when the new one stands.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
+    except OSError as error:
+        raise UserError(f"cannot write into {target.parent}: {error.strerror}; name another --output") from error
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(aside, 0o777 & ~umask)  # mkdtemp's folders are for one user only
+        yield aside
+        old = aside.with_suffix(".old")
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{target}: the disk is full; free some space or name another --output") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
