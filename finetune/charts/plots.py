@@ -27,11 +27,19 @@ X_LABELS = {"step": "optimizer step", "epoch": "epoch", "tokens": "tokens seen",
 
 
 def draw_curves(
-    comparison: Comparison, output: Path, *, x: str = "step", log_y: bool = False, smooth: int | None = None
+    comparison: Comparison,
+    output: Path,
+    *,
+    x: str = "step",
+    log_y: bool = False,
+    smooth: int | None = None,
+    repeats: bool = False,
 ) -> None:
     """Write the picture to `output` (type by its ending); raises UserError for an unknown type.
 
     Faint: every logged loss; strong: its centred mean over `smooth` points (see `curves.smooth`); dots: eval loss.
+    With `repeats`, runs that differ by their seed alone become one curve, their mean, in a band of one standard
+    deviation to each side.
     """
     if output.suffix.lower() not in PICTURE_TYPES:
         raise UserError(f"{output}: cannot draw this type of picture; end the name in {', '.join(PICTURE_TYPES)}")
@@ -49,7 +57,13 @@ def draw_curves(
         figure = Figure(figsize=(12, 6.75), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
+        if repeats:
+            from finetune.charts.repeats import draw_repeats, merge_repeats
+
+            comparison, bands = merge_repeats(comparison)
         lowest, top = _draw_lines(axes, comparison, x, smooth)
+        if repeats:
+            draw_repeats(axes, bands, x, smooth, time_unit(comparison)[0] if x == "time" else 1.0)
         _dress(axes, comparison, x, log_y, lowest, top)
         _legend(axes, comparison)
         buffer = io.BytesIO()

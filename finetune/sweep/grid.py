@@ -1,0 +1,305 @@
+"""Which runs a sweep has: values on the line, or a YAML file with a grid, a list of runs and random draws.
+
+Every name and value is checked by the flags that train_lora.py declares (finetune/settings.py), so that a sweep of a
+hundred runs is refused before its first run rather than in its ninetieth.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from finetune import settings
+from finetune.charts.run_labels import value_text
+from finetune.errors import UserError
+from finetune.settings import BY_NAME, FLAGS, Flag, Settings
+
+# Where a run lies and what it is called is the sweep's business.
+RESERVED = {"experiments_dir": "--experiments_dir before the --", "name": "--name before the --"}
+MOST_RUNS = 10_000
+SWITCH_WORDS = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
+SECTIONS = ("train", "grid", "runs", "random", "seeds")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run to be made: `flags` are all that it is given, `varied` those of them that the sweep varies."""
+
+    name: str
+    flags: dict[str, Any]
+    varied: dict[str, Any]
+
+    def settings(self) -> Settings:
+        """All flags of the run with their defaults filled in; raises UserError where they contradict each other."""
+        values = {flag.name: flag.default for flag in FLAGS} | self.flags
+        return settings.complete(values, set(self.flags))
+
+    def words(self) -> list[str]:
+        """The run's flags as train_lora.py reads them on its command line."""
+        words: list[str] = []
+        for name, value in self.flags.items():
+            flag = BY_NAME[name]
+            if flag.is_switch:
+                if value is not None:
+                    words.append(f"--{name}" if value else f"--no-{name}")
+            elif value is not None:
+                words += [f"--{name}", *([str(item) for item in value] if flag.many else [_word(value)])]
+        return words
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(words of the sweep, words of every run), parted at the first `--`."""
+    words = list(words)
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
+def fixed_flags(words: Sequence[str]) -> dict[str, Any]:
+    """The flags that all runs share, from the words after `--`; a recipe (--config) is dissolved into its flags."""
+    given = vars(settings.build_parser().parse_args([settings.underscored(word) for word in words]))
+    config = given.pop("config", None)
+    for name in given:
+        if name in RESERVED:
+            raise UserError(f"--{name} after the --: every run's folder lies in the sweep's; use {RESERVED[name]}")
+        if BY_NAME[name].action:
+            raise UserError(f"--{name} after the --: it is not for a run of a sweep; leave it out")
+    recipe = settings.read_config(config) if config else {}
+    # An experiment_config.json names the folder of the run that it came from, and every default beside what was given.
+    recipe = {name: value for name, value in recipe.items() if name not in RESERVED and not BY_NAME[name].action}
+    return _without_defaults(recipe) | given
+
+
+def grid_values(name: str, words: Sequence[str]) -> list[Any]:
+    """The values of one flag from the words behind it: `on`/`off` for a switch, `a,b` for one value that is a list.
+
+    `default` stands for the flag left away. Raises UserError for an unknown flag or a value of the wrong kind.
+    """
+    flag, values = BY_NAME[name], []
+    for word in words or ["on"]:
+        if word == "default":
+            value: Any = flag.default
+        elif flag.is_switch:
+            value = SWITCH_WORDS.get(word.lower(), word)
+        elif flag.many:
+            value = word.split(",")
+        else:
+            value = word
+        values.append(settings.checked(f"--{name}", name, value))
+    return values
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The sections of a sweep's YAML, each value checked; see docs/sweeps.md for their meaning."""
+    import yaml
+
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read sweep {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"sweep {path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict) or not set(data) <= set(SECTIONS):
+        unknown = sorted(map(str, set(data) - set(SECTIONS))) if isinstance(data, dict) else []
+        raise UserError(f"sweep {path}: {'unknown section ' + unknown[0] if unknown else 'no mapping'}; "
+                        f"it may hold {', '.join(SECTIONS)}")  # fmt: skip
+    where = f"sweep {path}"
+    read: dict[str, Any] = {"train": _flags(f"{where}, train", data.get("train") or {}, allow_config=True)}
+    grid = _mapping(f"{where}, grid", data.get("grid") or {})
+    read["grid"] = {name: _values(f"{where}, grid", name, values) for name, values in grid.items()}
+    runs = data.get("runs") or []
+    if not isinstance(runs, list):
+        raise UserError(f"{where}, runs: must be a list of mappings, such as '- {{rank: 8, lr: 1e-4}}'")
+    read["runs"] = [_flags(f"{where}, runs, entry {number}", run) for number, run in enumerate(runs, start=1)]
+    read["random"] = _random(f"{where}, random", data.get("random"))
+    seeds = data.get("seeds")
+    if seeds is not None and (not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1):
+        raise UserError(f"{where}: seeds must be a whole number above 0, not {seeds!r}")
+    read["seeds"] = seeds
+    return read
+
+
+def make_points(
+    fixed: dict[str, Any],
+    grid: dict[str, list[Any]],
+    *,
+    runs: Sequence[dict[str, Any]] = (),
+    draws: Sequence[dict[str, Any]] = (),
+    seeds: int | None = None,
+) -> list[Point]:
+    """All runs: each of `runs` with each of `draws` with every combination of `grid`, `seeds` times.
+
+    Seeds count up from the run's own. The first flag of the grid varies slowest. Equal runs are made once. Raises
+    UserError when a combination contradicts itself or there are too many.
+    """
+    # In the order of their declaration, so that a sweep has the same names however it was written down.
+    names = [flag.name for flag in FLAGS if flag.name in grid]
+    if seeds and ("seed" in grid or any("seed" in one for one in [*runs, *draws])):
+        raise UserError("--seeds and several values of --seed exclude each other; keep one of them")
+    size = math.prod(map(len, grid.values())) * max(len(runs), 1) * max(len(draws), 1) * (seeds or 1)
+    if size > MOST_RUNS:
+        raise UserError(f"this sweep has {size:,} runs, more than {MOST_RUNS:,}; give fewer values, or draw at random")
+    varied_by_run: dict[str, dict[str, Any]] = {}
+    flags_by_run: dict[str, dict[str, Any]] = {}
+    for run, draw, values in itertools.product(
+        runs or [{}], draws or [{}], itertools.product(*(grid[n] for n in names))
+    ):
+        varied = run | draw | dict(zip(names, values, strict=True))
+        for repeat in range(seeds or 1):
+            if seeds:
+                first = fixed.get("seed", BY_NAME["seed"].default)
+                varied = varied | {"seed": first + repeat}
+            flags = fixed | varied
+            key = json.dumps(flags, sort_keys=True)
+            varied_by_run[key], flags_by_run[key] = varied, flags
+    same = {
+        name
+        for name in {name for varied in varied_by_run.values() for name in varied}
+        if len({json.dumps(varied.get(name)) for varied in varied_by_run.values()}) == 1
+    }
+    points, taken = [], set()
+    for key, flags in flags_by_run.items():
+        varied = varied_by_run[key]
+        varied = {flag.name: varied[flag.name] for flag in FLAGS if flag.name in varied and flag.name not in same}
+        name = _free_name(run_label(varied), taken)
+        point = Point(name, flags, varied)
+        try:
+            point.settings()
+        except UserError as error:
+            raise UserError(f"run {name}: {error}") from error
+        points.append(point)
+    return points
+
+
+def run_label(varied: dict[str, Any]) -> str:
+    """A folder's name out of what is varied: `rank16_lr1e-04`; the data set's and model's own names without a key."""
+    parts = []
+    for name, value in varied.items():
+        if isinstance(value, bool):
+            parts.append(name if value else f"no_{name}")
+        else:
+            parts.append(value_text(value) if name in ("model", "dataset") else f"{name}{value_text(value)}")
+    label = re.sub(r"[^\w.+-]+", "-", "_".join(parts), flags=re.ASCII).strip("-._")
+    if len(label) > 80:
+        label = f"{label[:70]}_{sha256(label.encode()).hexdigest()[:8]}"
+    return label or "run"
+
+
+def fingerprint(points: Sequence[Point], extra: dict[str, Any]) -> str:
+    """Eight characters that are the same for the same runs in any order, and differ otherwise."""
+    runs = sorted(json.dumps(point.flags, sort_keys=True) for point in points)
+    return sha256(json.dumps([runs, extra], sort_keys=True).encode()).hexdigest()[:8]
+
+
+def draw(spec: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The random runs of a checked `random` section; the same for the same seed."""
+    if not spec:
+        return []
+    generator = random.Random(spec["seed"])
+    drawn = []
+    for _ in range(spec["count"]):
+        one = {}
+        for name, ranges in spec["flags"].items():
+            one[name] = settings.checked("random", name, _draw_one(generator, BY_NAME[name], ranges))
+        drawn.append(one)
+    return drawn
+
+
+def _draw_one(generator: random.Random, flag: Flag, ranges: dict[str, Any] | list[Any]) -> Any:
+    if isinstance(ranges, list):
+        return generator.choice(ranges)
+    low, high = ranges["min"], ranges["max"]
+    if ranges.get("scale") == "log":
+        value = math.exp(generator.uniform(math.log(low), math.log(high)))
+    else:
+        value = generator.uniform(low, high)
+    if _is_whole(flag):
+        return min(max(round(value), math.ceil(low)), math.floor(high))
+    return float(f"{value:.3g}")  # a learning rate of 17 digits makes no better run and a worse name
+
+
+def _random(where: str, spec: Any) -> dict[str, Any] | None:
+    if spec is None:
+        return None
+    spec = _mapping(where, spec)
+    if not set(spec) <= {"count", "seed", "flags"} or not isinstance(spec.get("count"), int) or spec["count"] < 1:
+        raise UserError(f"{where}: must hold count (runs to draw), flags, and may hold seed")
+    flags = _mapping(f"{where}, flags", spec.get("flags") or {})
+    read: dict[str, Any] = {}
+    for name, ranges in flags.items():
+        if isinstance(ranges, list):
+            read[name] = _values(f"{where}, flags", name, ranges)
+            continue
+        ranges = dict(_mapping(f"{where}, flags, {name}", ranges))
+        scale = ranges.get("scale", "linear")
+        if not {"min", "max"} <= set(ranges) <= {"min", "max", "scale"} or scale not in ("linear", "log"):
+            raise UserError(f"{where}, flags, {name}: give a list of values, or min, max and scale (linear or log)")
+        for end in ("min", "max"):
+            ranges[end] = settings.checked(f"{where}, flags", name, ranges[end])
+            if isinstance(ranges[end], bool | str | list) or ranges[end] is None:
+                raise UserError(f"{where}, flags, {name}: a range needs a flag with numbers; give a list of values")
+        if ranges["min"] > ranges["max"] or (scale == "log" and not ranges["min"] > 0):
+            raise UserError(f"{where}, flags, {name}: min must not be above max, and above 0 on a log scale")
+        read[name] = ranges
+    return {"count": spec["count"], "seed": int(spec.get("seed", 0)), "flags": read}
+
+
+def _mapping(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: must be a mapping of flags, such as 'rank: [4, 8]'")
+    for name in value:
+        if name in RESERVED:
+            raise UserError(f"{where}: {name} is the sweep's own; use {RESERVED[name]}")
+    return value
+
+
+def _flags(where: str, flags: Any, allow_config: bool = False) -> dict[str, Any]:
+    flags = dict(_mapping(where, flags))
+    recipe = {}
+    if allow_config and "config" in flags:
+        recipe = fixed_flags(["--config", str(flags.pop("config"))])
+    return recipe | {name: settings.checked(where, name, value) for name, value in flags.items()}
+
+
+def _values(where: str, name: str, values: Any) -> list[Any]:
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{where}, {name}: must be a list of values")
+    return [settings.checked(where, name, value) for value in values]
+
+
+def _without_defaults(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags that are not at their default: what an experiment_config.json says beyond what would happen anyway."""
+    kept = {name: value for name, value in flags.items() if value != BY_NAME[name].default}
+    if "alpha" in kept and kept["alpha"] == 2 * flags.get("rank", BY_NAME["rank"].default):
+        del kept["alpha"]  # the default follows the rank, and has to follow it when the sweep varies the rank
+    return kept
+
+
+def _is_whole(flag: Flag) -> bool:
+    """Whether the flag takes whole numbers only."""
+    try:
+        flag.type("1.5")
+    except ValueError:
+        return True
+    return False
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    free, number = name, 1
+    while free.lower() in taken:  # two names that differ in case are one folder on Windows
+        number += 1
+        free = f"{name}_{number}"
+    taken.add(free.lower())
+    return free
+
+
+def _word(value: Any) -> str:
+    return repr(value) if isinstance(value, float) else str(value)

@@ -1,0 +1,295 @@
+"""Runs a sweep's runs on Ray: on this machine, or on a cluster that is there already.
+
+Ray queues, places and watches them; each is one process of train_lora.py (attempt.py). Ray's own retries are off:
+what is tried again, and from which checkpoint, is decided here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import time
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+from finetune.sweep.attempt import KILLED, OUT_OF_MEMORY, ROOT, run_attempt
+from finetune.sweep.courier import TOKEN
+from finetune.sweep.hub import EVERYTHING, Hub
+from finetune.sweep.options import Options
+from finetune.sweep.runs import (
+    FAILED,
+    INTERRUPTED,
+    REFUSED,
+    RUNNING,
+    STOPPED,
+    WAITING,
+    Sweep,
+    SweepRun,
+    local_files,
+    now,
+)  # fmt: skip
+from finetune.sweep.stopping import Asha
+from finetune.sweep.table import LiveTable
+
+log = logging.getLogger("sandwich")
+POLL_SECONDS = 0.5
+SAVE_SECONDS = 1.0  # between two writings of sweep.json; with a thousand runs it has a megabyte
+OBJECT_STORE_BYTES = 256 << 20  # pieces of files pass through it, never whole models
+CODE = {"finetune", "formats", "train_lora.py"}  # what a node needs of this checkout
+
+
+@contextlib.contextmanager
+def ray_session(options: Options):
+    """Ray, started for this sweep or found at --address; ended (if started here) on the way out.
+
+    Raises UserError when Ray is not installed or the cluster cannot be reached.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    own = options.address is None
+    before = dict(os.environ)
+    if own:
+        # Ray's ports take work from whoever knows this session's token, and nobody else does.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    try:
+        import ray
+    except ImportError:
+        raise UserError("a sweep needs Ray; run: pip install -r requirements_optional.txt, or: pip install ray==2.60.0"
+                        ) from None  # fmt: skip
+    common = {"logging_level": "ERROR", "log_to_driver": False}
+    try:
+        if own:
+            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
+                     _node_ip_address="127.0.0.1", **common)  # fmt: skip
+        else:
+            if options.address.startswith("ray://"):
+                raise UserError("--address ray://…: start the sweep on a machine of the cluster, with --address auto")
+            others = [f"/{path.name}" for path in ROOT.iterdir() if path.name not in CODE]
+            code = {"working_dir": str(ROOT), "excludes": [*others, "__pycache__"]}
+            ray.init(address=options.address, runtime_env=code, **common)
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        where = f"the cluster at {options.address}" if options.address else "Ray on this machine"
+        raise UserError(f"cannot start {where}: {str(error).splitlines()[0]}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+        if own:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def resources_per_run(ray: Any, options: Options) -> tuple[float, float]:
+    """(GPUs, CPUs) for each run: one GPU where the cluster has any, else all cores of its smallest node.
+
+    Raises UserError when no machine here can ever run one; a cluster may still grow, so there it is a warning.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus, cpus = options.gpus_per_run, options.cpus_per_run
+    if gpus is None:
+        gpus = 1.0 if any(node.get("GPU") for node in nodes) else 0.0
+    if cpus is None:
+        able = [node.get("CPU", 0) for node in nodes if node.get("CPU", 0) >= 1]
+        cpus = 1.0 if gpus or not able else float(min(able))
+    if gpus > 1 and gpus != int(gpus):
+        raise UserError(f"--gpus_per_run {gpus:g}: above 1 it must be a whole number")
+    if not any(node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= cpus for node in nodes):
+        most = max(nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)), default={})
+        text = (f"no machine has {gpus:g} GPUs and {cpus:g} CPUs for a run; the largest has {most.get('GPU', 0):g} "
+                f"and {most.get('CPU', 0):g} (--gpus_per_run, --cpus_per_run)")  # fmt: skip
+        if options.address is None:
+            raise UserError(text)
+        log.warning("%s; waiting for one to join", text)
+    return gpus, cpus
+
+
+def remote_attempt(task: dict[str, Any], hub: Any) -> dict[str, Any]:
+    """The Ray task: an attempt whose calls go to the hub's actor."""
+    import ray
+
+    def call(method: str, *arguments: Any) -> Any:
+        return ray.get(getattr(hub, method).remote(*arguments))
+
+    try:
+        return run_attempt(task, call)
+    except UserError as error:
+        return _lost(task, REFUSED, str(error))
+    except OSError as error:
+        return _lost(task, FAILED, f"{type(error).__name__}: {error}")
+
+
+def _lost(task: dict[str, Any], outcome: str, line: str) -> dict[str, Any]:
+    return {"number": task["number"], "outcome": outcome, "step": None, "ended": now(), "lines": [line]}
+
+
+class RayRunner:
+    """Keeps the runs of one sweep going until each is finished, stopped or out of retries."""
+
+    def __init__(self, ray: Any, sweep: Sweep, options: Options, table: LiveTable, asha: Asha | None):
+        self.ray, self.sweep, self.options, self.table, self.asha = ray, sweep, options, table, asha
+        self.gpus, self.cpus = resources_per_run(ray, options)
+        self.by_name = {run.name: run for run in sweep.runs}
+        files = local_files([run.point for run in sweep.runs])
+        self.inputs = {name: sweep.config["data"][name] for name in files}
+        # Folders on other machines are told apart by where the sweep lies on this one.
+        self.sweep_id = f"{sweep.config['id']}_{sha256(str(sweep.folder.resolve()).encode()).hexdigest()[:8]}"
+        self.token = secrets.token_hex(16)
+        (sweep.folder / TOKEN).write_text(self.token, encoding="utf-8")
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.hub = ray.remote(num_cpus=0, scheduling_strategy=here)(Hub).remote(
+            str(sweep.folder), {name: str(Path(name).resolve()) for name in self.inputs}
+        )
+        self.pending: dict[Any, SweepRun] = {}
+        self.signals = 0
+        self.saved = 0.0
+
+    def run(self) -> None:
+        """Returns when nothing is left to do, or when a signal has stopped it and every process has ended."""
+        if self.asha is not None:
+            self._replay()
+        for run in self.sweep.runs:
+            if run.status == WAITING:
+                self._submit(run)
+        with self._signals(), self.table:
+            told = 0
+            while self.pending:
+                if self.signals > told:
+                    told = self.signals
+                    self._stop_all(hurry=told > 1)
+                self._collect()
+                self.table.show(self.sweep.runs)
+                self._save()
+        self.sweep.save()
+
+    # --- one run ------------------------------------------------------------------------------------------------------
+
+    def _submit(self, run: SweepRun) -> None:
+        gpus = self.gpus
+        if 0 < gpus < 1 and run.attempts and run.attempts[-1]["outcome"] in (OUT_OF_MEMORY, KILLED):
+            gpus = 1.0  # it did not fit beside others: the next try has the card to itself
+        sweep, number = self.sweep, len(run.attempts) + 1
+        task = {
+            "name": run.name, "words": run.point.words(), "command": list(self.options.command), "root": str(ROOT),
+            "folder": str(sweep.folder.resolve()), "cwd": str(Path.cwd()), "scratch": self.options.scratch,
+            "sweep_id": self.sweep_id, "token": self.token, "transport": self.options.transport, "inputs": self.inputs,
+            "processes": int(gpus) if gpus > 1 else 1, "cpus": self.cpus, "gpus": gpus,
+            "number": number, "interval": self.options.interval, "patience": self.options.patience,
+        }  # fmt: skip
+        # max_calls 0: Ray would end a worker after each GPU task to free memory that only our own process ever held.
+        remote = self.ray.remote(num_cpus=self.cpus, num_gpus=gpus, max_retries=0, max_calls=0,
+                                 scheduling_strategy="SPREAD")(remote_attempt)  # fmt: skip
+        self.pending[remote.remote(task, self.hub)] = run
+
+    def _collect(self) -> None:
+        """Wait a moment for attempts to end, and take in how."""
+        done, _ = self.ray.wait(list(self.pending), num_returns=1, timeout=POLL_SECONDS)
+        if done:
+            done, _ = self.ray.wait(list(self.pending), num_returns=len(self.pending), timeout=0)
+        self._listen()  # what an attempt has reported came before its end
+        for ref in done:
+            run = self.pending.pop(ref)
+            outcome = self._outcome(ref, run)
+            again = run.ended(outcome, self.options.retries)
+            if again and self.signals:
+                run.status, again = INTERRUPTED, False
+            self.table.ended(run, again)
+            if again:
+                self._submit(run)
+
+    def _outcome(self, ref: Any, run: SweepRun) -> dict[str, Any]:
+        errors = self.ray.exceptions
+        try:
+            return self.ray.get(ref)
+        except errors.TaskCancelledError:
+            kind, line = INTERRUPTED, "stopped before it began"
+        except errors.OutOfMemoryError as error:
+            kind, line = OUT_OF_MEMORY, str(error).splitlines()[0]
+        except errors.RayTaskError as error:
+            kind, line = FAILED, str(error.cause)
+        except errors.RayError as error:
+            kind, line = "lost", f"{type(error).__name__}: the machine or its worker is gone"
+        known = {name: run.progress[name] for name in ("node", "device", "started") if name in run.progress}
+        return known | {
+            "number": len(run.attempts) + 1, "outcome": kind, "step": run.progress.get("step"), "ended": now(),
+            "lines": [line],
+        }  # fmt: skip
+
+    # --- news ---------------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        for update in self.ray.get(self.hub.take.remote()):
+            run = self.by_name[update["run"]]
+            if update["number"] != len(run.attempts) + 1:
+                continue  # a last word of an attempt that is over
+            if update["event"] == "started":
+                run.status = RUNNING
+                run.progress = {name: update[name] for name in ("node", "device", "started")} | {"clock": time.time()}
+                self.table.started(run)
+            for row in update.get("rows", ()):
+                self._take_row(run, row)
+
+    def _take_row(self, run: SweepRun, row: dict[str, Any]) -> None:
+        new = row["step"] > run.progress.get("decided", 0)
+        if "first" not in run.progress:
+            run.progress["first"] = (percent(run, row), time.time())
+        run.progress |= row | {"percent": percent(run, row)}
+        if self.asha is not None and new and run.status == RUNNING:
+            run.progress["decided"] = row["step"]
+            if self.asha.result(run.name, run.progress["percent"], row) and run.progress["percent"] < 100:
+                log.info("%s: stopped early at step %d (%s %.4f)", run.name, row["step"], self.asha.metric,
+                         row[self.asha.metric])  # fmt: skip
+                self.hub.stop.remote(run.name, STOPPED)
+
+    def _replay(self) -> None:
+        """Tell the scheduler what runs of an earlier start of this sweep have reached."""
+        from finetune.experiment import LOG
+        from finetune.sweep.attempt import new_rows
+
+        for run in self.sweep.runs:
+            log_file = self.sweep.run_folder(run) / LOG
+            for row in new_rows(log_file, 0) if log_file.exists() else ():
+                self.asha.result(run.name, percent(run, row), row, replay=True)
+
+    # --- stopping -----------------------------------------------------------------------------------------------------
+
+    def _stop_all(self, hurry: bool) -> None:
+        log.warning("stopping: %s", "at once" if hurry else
+                    "runs save a checkpoint and end; again to stop at once")  # fmt: skip
+        self.ray.get(self.hub.stop.remote(EVERYTHING, INTERRUPTED, hurry))
+        for ref, run in self.pending.items():
+            if run.status == WAITING:
+                self.ray.cancel(ref)
+
+    @contextlib.contextmanager
+    def _signals(self):
+        def handle(number, frame):
+            self.signals += 1
+            if self.signals > 2:
+                raise KeyboardInterrupt
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _save(self) -> None:
+        if time.monotonic() - self.saved > SAVE_SECONDS:
+            self.sweep.save()
+            self.saved = time.monotonic()
+
+
+def percent(run: SweepRun, row: dict[str, Any]) -> float:
+    """How much of the run is done, 0 to 100: by its steps where --max_steps says how many, else by its epochs."""
+    flags = run.point.settings()
+    if flags.max_steps:
+        return 100.0 * row["step"] / flags.max_steps
+    return min(100.0, 100.0 * row.get("epoch", 0.0) / flags.epochs)

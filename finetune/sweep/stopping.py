@@ -1,0 +1,61 @@
+"""Early stopping of hopeless runs: Ray Tune's ASHA decides, every decision is written down.
+
+ASHA, Li et al., arXiv:1810.05934: at each rung a run goes on only if its loss is among the best 1/reduction of those
+that have reached the rung so far. Rungs are per cent of a run's own length, so that runs of unlike batch sizes meet.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from finetune.sweep.runs import now
+
+DECISIONS = "decisions.jsonl"
+NO_NUMBER = 1e9  # what a loss that is NaN or infinite counts as
+
+
+class Asha:
+    """Takes losses of runs in the order in which they come; says which run is to stop."""
+
+    def __init__(self, folder: Path, *, metric: str, grace: float, reduction: float):
+        from ray.tune.schedulers import AsyncHyperBandScheduler
+
+        self.metric, self.path = metric, folder / DECISIONS
+        self.rungs = [grace * reduction**k for k in range(20) if grace * reduction**k < 100]
+        self.scheduler = AsyncHyperBandScheduler(
+            time_attr="percent", metric="loss", mode="min", grace_period=grace, reduction_factor=reduction, max_t=100,
+            stop_last_trials=False,
+        )  # fmt: skip
+        self.trials: dict[str, Any] = {}
+        self.reached: dict[str, float] = {}
+
+    def result(self, run: str, percent: float, row: dict[str, Any], *, replay: bool = False) -> bool:
+        """Whether the run is to stop after this row of its log. `replay`: an old row, whose decision is on file."""
+        if self.metric not in row:
+            return False
+        if run not in self.trials:
+            self.trials[run] = SimpleNamespace(trial_id=run)
+            self.scheduler.on_trial_add(None, self.trials[run])
+        before, self.reached[run] = self.reached.get(run, 0.0), percent
+        crossed = [rung for rung in self.rungs if before < rung <= percent]
+        loss = row[self.metric]
+        known = {"percent": percent, "loss": loss if math.isfinite(loss) else NO_NUMBER}
+        decision = self.scheduler.on_trial_result(None, self.trials[run], known)
+        stop = decision == self.scheduler.STOP
+        if crossed and not replay:
+            self._write(run, row, crossed[-1], stop)
+        return stop
+
+    def _write(self, run: str, row: dict[str, Any], rung: float, stop: bool) -> None:
+        loss = row[self.metric]
+        entry = {
+            "time": now(), "run": run, "step": row["step"], "rung_percent": rung, "metric": self.metric,
+            "value": loss if math.isfinite(loss) else str(loss), "decision": "stop" if stop else "go on",
+            "state": self.scheduler.debug_string().splitlines()[1:],
+        }  # fmt: skip
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")

@@ -1,0 +1,95 @@
+"""What came out of a sweep: the table, the picture, and which run is best."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from finetune.charts import curves
+from finetune.charts.curves import Run
+from finetune.charts.run_labels import Comparison, compare
+from finetune.charts.tables import print_table, write_summary
+from finetune.experiment import LOG
+from finetune.sweep.runs import FINISHED, WAITING, Sweep, SweepRun
+
+SUMMARY, PICTURE = "summary.csv", "comparison.png"
+LAST_SHARE = 0.1  # of a run's logged losses, where there is no evaluation: a single step's loss is mostly noise
+
+
+@dataclass(frozen=True)
+class Best:
+    """The run, or the repeats of one setting, with the lowest loss; `values` has one entry for each repeat."""
+
+    setting: str
+    folder: str
+    metric: str
+    values: list[float]
+
+    def text(self) -> str:
+        loss = f"{mean(self.values):.4f}"
+        if len(self.values) > 1:
+            loss += f" ± {stdev(self.values):.4f} over {len(self.values)} seeds"
+        return f"best: {self.setting} ({self.metric} {loss}), {self.folder}"
+
+
+def write_results(sweep: Sweep) -> Best | None:
+    """Print the table, write summary.csv and, where anything was logged, comparison.png; returns the best run."""
+    runs = {str(sweep.run_folder(run)): run for run in sweep.runs if run.status != WAITING or run.attempts}
+    if not runs:
+        return None
+    comparison = compare([as_curve(sweep, run) for run in runs.values()])
+    table = []
+    for curve in comparison.runs:
+        run = runs[str(curve.folder)]
+        last = run.attempts[-1] if run.attempts else {}
+        lines = last.get("lines") or [""]
+        extra = {"attempts": len(run.attempts), "node": last.get("node"), "device": last.get("device"),
+                 "last_outcome": last.get("outcome"), "last_line": lines[-1]}  # fmt: skip
+        table.append(curves.summarize(curve) | extra)
+    best = find_best(comparison)
+    print_table(table)
+    write_summary(sweep.folder / SUMMARY, comparison, table)
+    if any(row["final_loss"] is not None for row in table):
+        from finetune.charts.plots import draw_curves
+
+        draw_curves(comparison, sweep.folder / PICTURE, repeats=True)
+    return best
+
+
+def as_curve(sweep: Sweep, run: SweepRun) -> Run:
+    """The run's folder as the charts read it; a run that left none is there with its flags and its fate."""
+    curve = curves.read_run(sweep.run_folder(run) / LOG)
+    if not curve.config.get("flags"):
+        curve.config["flags"] = run.point.settings().run_flags()
+    curve.config["status"] = run.status
+    return curve
+
+
+def find_best(comparison: Comparison) -> Best | None:
+    """Lowest mean over the repeats of a setting: of eval_loss where every finished run has one, else of training loss.
+
+    A setting counts when all its repeats have finished with a loss that is a number.
+    """
+    finished = [run for run in comparison.runs if run.status == FINISHED and run.rows["loss"].notna().any()]
+    evaluated = bool(finished) and all(run.rows["eval_loss"].notna().any() for run in finished)
+    groups: dict[str, list[Run]] = {}
+    for run, look in zip(comparison.runs, comparison.looks, strict=True):
+        groups.setdefault(look.group, []).append(run)
+    candidates = []
+    for name, runs in groups.items():
+        if all(run in finished for run in runs):
+            values = [_loss(run, evaluated) for run in runs]
+            if all(map(math.isfinite, values)):
+                first = runs[values.index(min(values))]
+                metric = "eval_loss" if evaluated else "training loss"
+                candidates.append(Best(name, str(first.folder), metric, values))
+    return min(candidates, key=lambda one: mean(one.values), default=None)
+
+
+def _loss(run: Run, evaluated: bool) -> float:
+    if evaluated:
+        return float(run.rows["eval_loss"].min())
+    losses: Any = run.rows["loss"].dropna()
+    return float(losses.iloc[-max(1, math.ceil(len(losses) * LAST_SHARE)) :].mean())

@@ -1,0 +1,215 @@
+"""Many runs of train_lora.py side by side, on this machine or on a Ray cluster, and one chart of them all."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError, one_line_errors
+from finetune.settings import FLAGS, underscored
+from finetune.sweep import grid
+
+log = logging.getLogger("sandwich")
+EXAMPLES = """Before the --: every flag of train_lora.py with the values to try. After it: the flags of all runs.
+
+examples:
+  python sweep_lora.py --rank 4 8 16 32 64 -- --config configs/demo.yaml
+  python sweep_lora.py --rank 4 8 16 --lr 1e-4 2e-4 --seeds 3 -- --dataset train.jsonl --eval_fraction 0.05
+  python sweep_lora.py --sweep my_sweep.yaml --dry_run            what would be run
+  python sweep_lora.py --rank 8 64 --address auto -- --config configs/gennx_qlora.yaml        on a Ray cluster
+  python sweep_lora.py --lr 1e-5 1e-4 1e-3 --scheduler asha -- --dataset train.jsonl --eval_steps 20 --eval_fraction 0.1
+The same command again goes on with what is missing, and repeats nothing that has finished.
+"""
+ASHA = "asha"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The sweep's own flags, and behind them every flag of train_lora.py that a run may have, with several values."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage="sweep_lora.py [--FLAG VALUE ...] [flags of the sweep] -- [flags of every run]",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--sweep", metavar="FILE", help="YAML with train, grid, runs, random, seeds (docs/sweeps.md)")
+    add("--seeds", type=_count, metavar="N", help="repeat each run with N seeds; the chart shows mean and spread")
+    add("--name", help="name of the sweep's folder; default: from the model, what varies and a hash of all runs")
+    add("--experiments_dir", type=Path, default=Path("experiments"), metavar="DIR",
+        help="where the sweep's folder is made (default: experiments)")  # fmt: skip
+    add("--dry_run", action="store_true", help="print the runs, check their flags, run nothing")
+    add("--retries", type=_not_negative, default=2, metavar="N",
+        help="tries after a failure that gets no further, from the last checkpoint (default: 2)")  # fmt: skip
+    add("--address", help="a Ray cluster (auto, or host:port); default: Ray on this machine alone")
+    add("--gpus_per_run", type=_amount, metavar="N",
+        help="GPUs of a run: 0.5 puts two on a card, 2 starts torchrun (default: 1 where there are any)")  # fmt: skip
+    add("--cpus_per_run", type=_amount, metavar="N",
+        help="CPU cores of a run (default: 1 beside a GPU, else all cores of a machine)")  # fmt: skip
+    add("--transport", choices=("auto", "shared", "ray"), default="auto",
+        help="how results come from other machines (default: auto: through a shared folder, else Ray)")  # fmt: skip
+    add(
+        "--scratch", metavar="DIR", help="where other machines work when the folder is not shared (default: their /tmp)"
+    )
+    add("--asha_grace", type=_percent, default=10.0, metavar="PERCENT",
+        help="with --scheduler asha: no run is stopped before this share of its steps (default: 10)")  # fmt: skip
+    add("--asha_reduction", type=_reduction, default=3.0, metavar="N",
+        help="with --scheduler asha: the best 1/N go on at each rung (default: 3)")  # fmt: skip
+    add("--command", type=shlex.split, default=[], metavar="PROGRAM",
+        help="run this instead of train_lora.py, with the same flags behind it")  # fmt: skip
+    group = parser.add_argument_group(
+        "values to try",
+        "every flag of train_lora.py, see its --help; on or off for a switch, a,b for one list, default",
+    )
+    for flag in FLAGS:
+        if flag.name == "scheduler":
+            group.add_argument("--scheduler", nargs="+", default=argparse.SUPPRESS, metavar="VALUE",
+                               help="asha stops hopeless runs early (Ray Tune); or learning rate schedules")  # fmt: skip
+        elif not flag.action and flag.name not in grid.RESERVED:
+            group.add_argument(f"--{flag.name}", nargs="*" if flag.is_switch else "+", default=argparse.SUPPRESS,
+                               metavar="VALUE", help=argparse.SUPPRESS)  # fmt: skip
+    parser.add_argument("words", nargs="*", metavar="-- FLAGS", help="flags that every run is given")
+    return parser
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    before, after = grid.split_words(argv)
+    args = build_parser().parse_args([underscored(word) for word in before])
+    if args.words:
+        raise UserError(
+            f"{args.words[0]!r} belongs to no flag; flags of every run, such as --config, stand behind a --"
+        )
+
+    # 1. Which runs. Every value is checked before anything is started.
+    schedulers = getattr(args, "scheduler", [])
+    asha = ASHA in schedulers
+    if asha:
+        args.scheduler = [name for name in schedulers if name != ASHA]
+        if not args.scheduler:
+            del args.scheduler
+    given = [flag.name for flag in FLAGS if not flag.action and flag.name not in grid.RESERVED]
+    values = {name: grid.grid_values(name, getattr(args, name)) for name in given if hasattr(args, name)}
+    file = grid.read_file(args.sweep) if args.sweep else {}
+    points = grid.make_points(
+        file.get("train", {}) | grid.fixed_flags(after), file.get("grid", {}) | values, runs=file.get("runs", []),
+        draws=grid.draw(file.get("random")), seeds=args.seeds or file.get("seeds"),
+    )  # fmt: skip
+    identity = grid.fingerprint(points, {"command": args.command, "asha": asha})
+    folder = args.experiments_dir / (args.name or default_name(points, identity))
+    if args.dry_run:
+        for point in points:
+            print(f"{folder / point.name}: train_lora.py {shlex.join(point.words())}")
+        return 0
+
+    # 2. The folder: a new one, or the same sweep again.
+    from rich.console import Console
+
+    from finetune.logs import log_to_file, start_logging
+    from finetune.sweep.runs import FAILED, INTERRUPTED, WAITING, now, open_sweep
+
+    console = Console(stderr=True)
+    start_logging(console)
+    options = run_options(args)
+    sweep = open_sweep(folder, points, identity=identity, argv=argv, settings=vars(options) | {"asha": asha})
+    log_to_file(folder / "sweep.log")
+    log.info("sweep %s: %d runs, %d of them done", folder, len(points), len(points) - sweep.count(WAITING))
+    try:
+        # 3. Run what is missing.
+        if sweep.count(WAITING):
+            run_all(sweep, options, args if asha else None, console)
+
+        # 4. Table, picture, best run.
+        from finetune.sweep.summary import write_results
+
+        best = write_results(sweep)
+        status = INTERRUPTED if sweep.count(INTERRUPTED, WAITING) else FAILED if sweep.count(FAILED) else "finished"
+        sweep.save(status=status, ended=now(), best=vars(best) if best else None)
+    finally:
+        sweep.close()
+    for run in sweep.runs:
+        if run.status == FAILED:
+            log.warning("failed: %s after %d tries: %s; all of it in %s", run.name, len(run.attempts),
+                        " | ".join(run.attempts[-1]["lines"][-3:]), sweep.log_path(run))  # fmt: skip
+    if best:
+        log.info("%s", best.text())
+        if best.metric != "eval_loss":
+            log.info("(training loss favours large ranks; --eval_fraction or --eval_dataset gives a fair comparison)")
+    print(folder)
+    if status == INTERRUPTED:
+        log.warning("interrupted; the same command again goes on")
+        return 130
+    return 1 if status == FAILED else 0
+
+
+def run_all(sweep: Any, options: Any, asha_flags: argparse.Namespace | None, console: Any) -> None:
+    """Start Ray, run every run that is not done."""
+    from finetune.sweep.ray_runner import RayRunner, ray_session
+    from finetune.sweep.table import LiveTable
+
+    with ray_session(options) as ray:
+        asha = None
+        if asha_flags is not None:
+            from finetune.sweep.stopping import Asha
+
+            flags = [run.point.settings() for run in sweep.runs]
+            metric = "eval_loss" if all(one.eval_dataset or one.eval_fraction for one in flags) else "loss"
+            asha = Asha(sweep.folder, metric=metric, grace=asha_flags.asha_grace, reduction=asha_flags.asha_reduction)
+        RayRunner(ray, sweep, options, LiveTable(console, len(sweep.runs)), asha).run()
+
+
+def run_options(args: argparse.Namespace) -> Any:
+    from finetune.sweep.options import Options
+
+    return Options(
+        address=args.address, gpus_per_run=args.gpus_per_run, cpus_per_run=args.cpus_per_run, transport=args.transport,
+        scratch=args.scratch, retries=args.retries, command=tuple(args.command),
+    )  # fmt: skip
+
+
+def default_name(points: list[grid.Point], identity: str) -> str:
+    """`sweep_<model>_<what varies>_<hash>`: the same runs have the same folder, however they were written down."""
+    varied = list(dict.fromkeys(name for point in points for name in point.varied))
+    model = grid.run_label({"model": points[0].settings().model})
+    return "_".join(["sweep", model, *varied[:4], identity])
+
+
+def _count(word: str) -> int:
+    value = int(word)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not above 0")
+    return value
+
+
+def _not_negative(word: str) -> int:
+    value = int(word)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{word} is below 0")
+    return value
+
+
+def _amount(word: str) -> float:
+    value = float(word)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word} is not 0 or above")
+    return value
+
+
+def _percent(word: str) -> float:
+    value = float(word)
+    if not 0 < value < 100:
+        raise argparse.ArgumentTypeError(f"{word} is not between 0 and 100")
+    return value
+
+
+def _reduction(word: str) -> float:
+    value = float(word)
+    if not value > 1:
+        raise argparse.ArgumentTypeError(f"{word} is not above 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

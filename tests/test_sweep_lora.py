@@ -1,0 +1,250 @@
+"""sweep_lora.py on a real Ray: machines that go and come, runs that fail, sweeps that are stopped and go on.
+
+The runs themselves are tests/sweep_stub.py, but for one sweep of the real train_lora.py.
+"""
+
+import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray")
+
+import sweep_lora
+from tests.test_train_lora import rows, tiny_model  # noqa: F401 (fixtures)
+
+ROOT = Path(__file__).resolve().parent.parent
+STUB = ROOT / "tests" / "sweep_stub.py"
+STORE = 80 << 20
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head that runs nothing and one machine of four cores, each a Ray node of its own on this machine."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
+    )
+    cluster.add_node(num_cpus=4, object_store_memory=STORE)
+    yield cluster
+    cluster.shutdown()
+
+
+def write_plan(folder, **plan):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps({"steps": 3, "seconds": 0.0} | plan))
+    return shlex.join([sys.executable, "-S", str(STUB), str(folder / "plan.json")])
+
+
+def arguments(folder, command, *more):
+    return ["--experiments_dir", str(folder), "--name", "s", "--cpus_per_run", "1", "--command", command, *more]
+
+
+def sweep_of(folder):
+    return json.loads((folder / "s" / "sweep.json").read_text())
+
+
+def starts(folder, name):
+    return [int(word) for word in (folder / "plan" / f"{name}.tries").read_text().split()]
+
+
+def logged_steps(folder, name):
+    with (folder / "s" / name / "training_log.csv").open() as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
+
+
+def wait_for(condition, process=None, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, "the sweep ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_machine_dies_and_another_joins_and_nothing_is_lost(cluster, tmp_path):
+    """Six runs whose results travel through Ray; the machine that holds runs is killed, another one comes."""
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    command = write_plan(tmp_path / "plan", steps=8, seconds=0.4)
+    doomed = cluster.add_node(num_cpus=2, object_store_memory=STORE, resources={"doomed": 1})
+    words = arguments(Path("e"), command, "--address", cluster.address, "--transport", "ray", "--scratch",
+                      str(tmp_path / "scratch"), "--retries", "1", "--rank", "1", "2", "3", "4", "5", "6")  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "sweep_lora.py"), *words, "--", "--dataset", "rows.jsonl"], cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    folder = tmp_path / "e"
+    # Every run has brought back a checkpoint, so whichever of them are on the doomed machine have something to go on.
+    wait_for(lambda: len(list(folder.glob("s/rank*/checkpoint-*/step"))) >= 6, process)
+    cluster.remove_node(doomed, allow_graceful=False)
+    cluster.add_node(num_cpus=2, object_store_memory=STORE)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert output.strip() == str(Path("e") / "s")
+
+    sweep = sweep_of(folder)
+    outcomes = {run["name"]: [attempt["outcome"] for attempt in run["attempts"]] for run in sweep["runs"]}
+    lost = [name for name, kinds in outcomes.items() if kinds == ["lost", "finished"]]
+    assert 1 <= len(lost) <= 2
+    assert all(kinds == ["finished"] for name, kinds in outcomes.items() if name not in lost)
+    for name in outcomes:
+        run = folder / "s" / name
+        assert logged_steps(folder, name)[-1] == 8
+        assert (run / "final_model" / "adapter").read_text() == name
+        assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-7", "checkpoint-8"]
+        assert (run / "checkpoint-8" / "weights").stat().st_size == 100_000
+        assert not list(run.glob(".*"))
+    for name in lost:
+        assert starts(tmp_path, name)[0] == 0
+        assert starts(tmp_path, name)[1] > 0, "it went on from a checkpoint that had been brought back"
+    assert {run["attempts"][-1]["transport"] for run in sweep["runs"]} == {"Ray"}
+    assert (folder / "s" / "comparison.png").stat().st_size > 10_000
+
+
+def test_bad_runs_stop_no_other_and_are_told(cluster, tmp_path, capsys):
+    runs = {
+        "rank1": {"at": 2, "times": 1, "how": "failed"},
+        "rank2": {"at": 3, "times": 99, "how": "out of memory"},
+        "rank3": {"at": 1, "times": 99, "how": "refused"},
+        "rank4": {"at": 2, "times": 1, "how": "killed"},
+        "rank5": {"at": 3, "times": 1, "how": "preempted"},
+    }
+    command = write_plan(tmp_path / "plan", runs=runs)
+    words = arguments(tmp_path, command, "--address", cluster.address, "--retries", "2",
+                      "--rank", "1", "2", "3", "4", "5", "6")  # fmt: skip
+    assert sweep_lora.main(words) == 1
+    said = capsys.readouterr()
+    records = {run["name"]: run for run in sweep_of(tmp_path)["runs"]}
+    kinds = {name: [attempt["outcome"] for attempt in run["attempts"]] for name, run in records.items()}
+    assert kinds == {
+        "rank1": ["failed", "finished"],
+        "rank2": ["out of memory"] * 3,
+        "rank3": ["refused"],
+        "rank4": ["killed", "finished"],
+        "rank5": ["preempted", "finished"],
+        "rank6": ["finished"],
+    }
+    assert [records[f"rank{n}"]["status"] for n in (2, 3)] == ["failed", "failed"]
+    assert starts(tmp_path, "rank5") == [0, 2], "the next try begins at the checkpoint"
+    assert logged_steps(tmp_path, "rank5") == [1, 2, 3]
+    assert any("CUDA out of memory" in line for line in records["rank2"]["attempts"][-1]["lines"])
+    assert "rank2" in said.err
+    assert "CUDA out of memory" in said.err
+    with (tmp_path / "s" / "summary.csv").open() as file:
+        table = {Path(row["folder"]).name: row for row in csv.DictReader(file)}
+    assert table["rank3"]["status"] == "failed"
+    assert table["rank2"]["last_outcome"] == "out of memory"
+    log = (tmp_path / "s" / "logs" / "rank1.log").read_text()
+    assert log.count("=== attempt") == 2
+    assert "the run says why" in log
+
+    # The same command again: what has finished is not repeated, what has failed gets another chance.
+    before = {name: len(starts(tmp_path, name)) for name in runs | {"rank6": 0}}
+    (tmp_path / "plan" / "plan.json").write_text(json.dumps({"steps": 3, "seconds": 0.0}))
+    assert sweep_lora.main(words) == 0
+    after = {name: len(starts(tmp_path, name)) for name in before}
+    assert {name for name in before if after[name] > before[name]} == {"rank2", "rank3"}
+    assert sweep_of(tmp_path)["status"] == "finished"
+
+
+def test_asha_stops_the_hopeless_and_writes_down_why(cluster, tmp_path):
+    """One run at a time, the good ones first: of those that come later, ASHA lets none of the worse ones go on."""
+    runs = {f"rank{rank}": {"loss": float(rank)} for rank in range(1, 7)}
+    command = write_plan(tmp_path / "plan", steps=10, seconds=0.25, runs=runs)
+    words = arguments(tmp_path, command, "--address", cluster.address, "--scheduler", "asha", "--asha_grace", "20",
+                      "--asha_reduction", "2", "--cpus_per_run", "4", "--rank", "1", "2", "3", "4", "5", "6")  # fmt: skip
+    assert sweep_lora.main([*words, "--", "--max_steps", "10"]) == 0
+    sweep = sweep_of(tmp_path)
+    status = {run["name"]: run["status"] for run in sweep["runs"]}
+    stopped = [name for name, what in status.items() if what == "stopped early"]
+    assert status["rank1"] == "finished"
+    assert len(stopped) >= 2
+    assert set(status.values()) == {"finished", "stopped early"}
+    assert all(logged_steps(tmp_path, name)[-1] < 10 for name in stopped)
+    decisions = [json.loads(line) for line in (tmp_path / "s" / "decisions.jsonl").read_text().splitlines()]
+    assert {one["run"] for one in decisions if one["decision"] == "stop"} == set(stopped)
+    assert all(one["rung_percent"] in (20, 40, 80) and one["metric"] == "loss" for one in decisions)
+    assert sweep["best"]["setting"] == "rank=1"
+    # Stopped runs are done: the same command again starts nothing.
+    before = {name: starts(tmp_path, name) for name in status}
+    assert sweep_lora.main([*words, "--", "--max_steps", "10"]) == 0
+    assert {name: starts(tmp_path, name) for name in status} == before
+
+
+def test_sixty_queued_runs(cluster, tmp_path):
+    ranks = [str(rank) for rank in range(1, 21)]
+    command = write_plan(tmp_path / "plan", steps=2)
+    words = arguments(tmp_path, command, "--address", cluster.address, "--seeds", "3", "--rank", *ranks)
+    assert sweep_lora.main(words) == 0
+    sweep = sweep_of(tmp_path)
+    assert len(sweep["runs"]) == 60
+    assert all(starts(tmp_path, run["name"]) == [0] for run in sweep["runs"])
+    assert {run["status"] for run in sweep["runs"]} == {"finished"}
+    assert len(sweep["best"]["values"]) == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to a process group")
+def test_ctrl_c_stops_every_process_and_the_same_command_goes_on(tmp_path):
+    """On a Ray of the sweep's own. The signal goes to the whole process group, as a terminal sends it."""
+    command = write_plan(tmp_path / "plan", steps=400, seconds=0.05)
+    words = [sys.executable, str(ROOT / "sweep_lora.py"), *arguments(tmp_path, command, "--rank", "1", "2", "3", "4")]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)  # fmt: skip
+    wait_for(lambda: len(list(tmp_path.glob("s/rank*/checkpoint-5"))) >= 1, process)
+    started = {path.stem for path in (tmp_path / "plan").glob("*.tries")}
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert not stubs_of(tmp_path)
+    records = {run["name"]: run for run in sweep_of(tmp_path)["runs"]}
+    assert {records[name]["status"] for name in started} == {"interrupted"}
+    assert sweep_of(tmp_path)["status"] == "interrupted"
+
+    (tmp_path / "plan" / "plan.json").write_text(json.dumps({"steps": 12, "seconds": 0.0}))
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for name in started:
+        first, second = starts(tmp_path, name)
+        assert first == 0
+        assert second >= 5 or len(started) > 1
+        assert len(set(logged_steps(tmp_path, name))) == len(logged_steps(tmp_path, name))
+
+
+def stubs_of(folder):
+    """Command lines of processes that still run the stub with this folder's plan."""
+    import psutil
+
+    plan = str(folder / "plan" / "plan.json")
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if plan in words and str(STUB) in words:
+            found.append(words)
+    return found
+
+
+def test_a_sweep_of_the_real_script(rows, tiny_model, tmp_path):  # noqa: F811
+    words = ["--rank", "4", "8", "--experiments_dir", str(tmp_path), "--name", "s", "--", "--model", str(tiny_model),
+             "--dataset", str(rows), "--format", "chatml", "--max_steps", "2", "--eval_fraction", "0.2"]  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "sweep_lora.py"), *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    for rank in (4, 8):
+        run = tmp_path / "s" / f"rank{rank}"
+        config = json.loads((run / "experiment_config.json").read_text())
+        assert config["status"] == "finished"
+        assert config["flags"]["alpha"] == 2 * rank
+        assert (run / "final_model" / "adapter_model.safetensors").is_file()
+    assert "best: rank=" in result.stderr
+    assert sweep_of(tmp_path)["best"]["metric"] == "eval_loss"
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pkl", ".pickle")]
