@@ -287,10 +287,26 @@ class Run:
                 "trust_remote_code": flags["trust_remote_code"],
             }
             loaded = load_base(config["base_model"], **{**settings, **overrides})
-            # A format of the user's own is known by its file, the others by their name.
-            own = str(flags["format"]).endswith((".yaml", ".yml"))
-            return loaded, get_format(flags["format"] if own else config["format"]["name"], tokenizer=loaded.tokenizer)
+            return loaded, get_format(self.format_name(), loaded.tokenizer)
         return loaded, choose_format(loaded.tokenizer)[0]
+
+    def load_tokenizer(self) -> tuple[PreTrainedTokenizerBase, Any]:
+        """(tokenizer, format it was trained with), without the weights."""
+        from formats import choose_format, get_format
+
+        if self.experiment is not None:
+            config, flags = self.experiment.config, self.experiment.config["flags"]
+            tokenizer = load_tokenizer(
+                config["base_model"], config.get("base_model_revision"), flags["trust_remote_code"]
+            )
+            return tokenizer, get_format(self.format_name(), tokenizer)
+        tokenizer = load_tokenizer(str(self.adapter or self.path))
+        return tokenizer, choose_format(tokenizer)[0]
+
+    def format_name(self) -> str:
+        """Name of the run's format; a format of the user's own is known by its file."""
+        own = str(self.experiment.config["flags"]["format"])
+        return own if own.endswith((".yaml", ".yml")) else self.experiment.config["format"]["name"]
 
 
 def find_run(path: str | Path) -> Run:

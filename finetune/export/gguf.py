@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.model import Run
 
 DIRECT = ("f16", "bf16", "f32", "q8_0")  # the converter writes these itself
 QUANTIZATIONS = (*DIRECT, "q4_k_m", "q5_k_m", "q6_k", "q4_0")
@@ -80,11 +83,8 @@ def _quantizer_in(folder: Path) -> list[str] | None:
 
 def export_gguf(merged: Path, folder: Path, name: str, quantizations: list[str], tools: Tools, say: Any) -> list[Path]:
     """Write `<name>-<quantization>.gguf` files into `folder` from a folder of merged weights; returns their paths."""
+    check_tools(tools, quantizations)
     others = [kind for kind in quantizations if kind not in DIRECT]
-    if others and tools.quantize is None:
-        raise UserError(
-            f"llama-quantize, which {', '.join(others)} needs, is not installed; " + INSTALL.format(folder=tools_folder())
-        )
     paths = []
     first = folder / f"{name}-f16.gguf"
     for kind in dict.fromkeys([*(["f16"] if others else []), *quantizations]):
@@ -103,6 +103,68 @@ def export_gguf(merged: Path, folder: Path, name: str, quantizations: list[str],
     return paths
 
 
+def check_tools(tools: Tools, quantizations: list[str]) -> None:
+    """UserError when a quantisation was asked for that only llama-quantize makes, and there is none."""
+    if (others := [kind for kind in quantizations if kind not in DIRECT]) and tools.quantize is None:
+        raise UserError(
+            f"llama-quantize, which {', '.join(others)} needs, is not installed; "
+            + INSTALL.format(folder=tools_folder())
+        )
+
+
+@dataclass
+class MadeFiles:
+    """What `make_gguf` wrote, with tokenizer and format as served."""
+
+    paths: list[Path]
+    tokenizer: Any
+    format: Any
+
+
+def make_gguf(
+    run: Run, folder: Path, name: str, quantizations: list[str], dtype: str, tools: Tools, say: Any
+) -> MadeFiles:
+    """Merge beside `folder`, convert into it, check each file's header, and its answers where xllamacpp is installed.
+
+    dtype   of the merged weights in between; "auto": the run's own, so that nothing is rounded twice
+    """
+    from finetune.export.llama_check import compare_first_tokens, first_tokens
+    from finetune.export.merged import export_merged
+    from formats import check_tokenizer
+
+    if dtype == "auto" and run.experiment is not None:
+        dtype = run.experiment.config.get("dtype", "auto")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merged.", ignore_cleanup_errors=True) as merged:
+        made = export_merged(run, Path(merged), dtype, say)
+        expected = first_tokens(made, run)
+        made.model = None
+        template = always_pinned(made.format.template)
+        (Path(merged) / "chat_template.jinja").write_text(template, encoding="utf-8")
+        paths = export_gguf(Path(merged), folder, name, quantizations, tools, say)
+    for path in paths:
+        check_gguf(path, template, check_tokenizer(made.tokenizer, made.format))
+        if importlib.util.find_spec("xllamacpp"):
+            say(f"{path.name}: {compare_first_tokens(path, expected)}")
+    return MadeFiles(paths, made.tokenizer, made.format)
+
+
+def always_pinned(template: str) -> str:
+    """The template with its pinned variables set whatever a server passes.
+
+    llama.cpp hands every template today's date as `date_string` and its own `enable_thinking`; what the model was
+    trained with has to win.
+    """
+    start = ""
+    while match := _PIN.match(template):
+        start, template = start + match["set"], template[match.end() :]
+    return start + template
+
+
+_PIN = re.compile(
+    r"\{%- if (?P<name>\w+) is not defined %\}(?P<set>\{%- set (?P=name) = .*?%\})\{%- endif %\}", re.DOTALL
+)
+
+
 def run_tool(command: list[str]) -> None:
     """Run one of llama.cpp's programs; UserError with the last line it said when it fails."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # its `gguf` lies beside the script
@@ -111,12 +173,11 @@ def run_tool(command: list[str]) -> None:
     )
     if result.returncode:
         said = [line for line in (result.stderr + result.stdout).splitlines() if line.strip()]
-        raise UserError(f"{Path(command[-1 if len(command) == 1 else 0]).name} failed: {said[-1] if said else 'no word'}"
-                        f" (command: {' '.join(command)})")  # fmt: skip
+        raise UserError(f"llama.cpp failed: {said[-1] if said else 'no word'} (command: {' '.join(command)})")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Key -> value of a GGUF file's header: texts, numbers and short lists; long lists (the vocabulary) are left out."""
+    """Key -> value of a GGUF file's header: texts, numbers and short lists; long lists (the vocabulary) not."""
     from gguf import GGUFReader
 
     fields = GGUFReader(path).fields

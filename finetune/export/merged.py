@@ -6,7 +6,7 @@ import contextlib
 import gc
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,17 @@ TAIL = 64  # positions compared at the end of each prompt
 LONGEST = 1024  # tokens of a prompt that are read
 # A merge may differ from its adapter by rounding: this much, plus this part of what the adapter changed.
 ROUNDING_NATS, PART_OF_CHANGE = 5e-3, 0.05
+
+
+@dataclass
+class Made:
+    """What `export_merged` wrote: the saved model itself, its tokenizer, the format as served, and the check."""
+
+    model: Any
+    tokenizer: Any
+    format: Any
+    prompts: list[list[int]]
+    agreement: Agreement
 
 
 @dataclass
@@ -62,8 +73,17 @@ def served_format(run: Run, fmt: Any) -> Any:
 
 def check_prompts(run: Run, tokenizer: Any, fmt: Any, count: int = 4) -> list[list[int]]:
     """Ids of whole conversations, answers included: the run's own data where it can be read, else two of ours."""
-    from finetune.conversations import load_conversations
     from formats import encode
+
+    prompts = []
+    for conversation in conversations_of(run, count):
+        prompts += [sequence.input_ids[-LONGEST:] for sequence in encode(conversation, tokenizer, fmt).sequences[-1:]]
+    return prompts[:count]
+
+
+def conversations_of(run: Run, count: int) -> list[dict[str, Any]]:
+    """The first conversations of the run's data, as far as they can be read, and two of ours behind them."""
+    from finetune.conversations import load_conversations
 
     conversations = []
     if run.experiment is not None:
@@ -71,10 +91,7 @@ def check_prompts(run: Run, tokenizer: Any, fmt: Any, count: int = 4) -> list[li
         # The data may have moved, or the Hub be out of reach: the check does without.
         with contextlib.suppress(UserError, OSError):
             conversations = load_conversations(flags["dataset"], limit=count, strict=False).conversations[:count]
-    prompts = []
-    for conversation in [*conversations, *_OWN]:
-        prompts += [sequence.input_ids[-LONGEST:] for sequence in encode(conversation, tokenizer, fmt).sequences[-1:]]
-    return prompts[:count]
+    return [*conversations, *_OWN]
 
 
 _OWN = (
@@ -117,8 +134,8 @@ def compare(adapter: list[Any], base: list[Any], saved: list[Any]) -> Agreement:
     )
 
 
-def export_merged(run: Run, folder: Path, dtype: str = "auto", say: Any = print) -> dict[str, Any]:
-    """Write the merged model, its tokenizer, template and generation config into `folder`; returns what was measured.
+def export_merged(run: Run, folder: Path, dtype: str = "auto", say: Any = print) -> Made:
+    """Write the merged model, its tokenizer, template and generation config into `folder`, and check them.
 
     dtype   "bfloat16", "float16", "float32", or "auto": the run's own when it has 16 bits, else bfloat16
     A base that was trained in 4 bits is loaded in 4 bits and dequantised, so that the adapter meets the very weights
@@ -169,7 +186,7 @@ def export_merged(run: Run, folder: Path, dtype: str = "auto", say: Any = print)
             "and report it if that does not help"
         )
     check_files(folder, fmt.template, ends)
-    return {"dtype": dtype, **asdict(agreement)}
+    return Made(saved, tokenizer, fmt, prompts, agreement)
 
 
 def check_files(folder: Path, template: str, ends: list[int]) -> None:

@@ -72,13 +72,13 @@ def model_card(experiment: Experiment) -> str:
     return "\n".join(lines)
 
 
-def push_to_hub(folder: Path, repository: str) -> str:
-    """Upload the folder to a private repository; the token comes from HF_TOKEN or the Hub's own login, never a flag."""
+def push_to_hub(folder: Path, repository: str, private: bool = True) -> str:
+    """Upload the folder; the token comes from HF_TOKEN or the Hub's own login, never a flag. Private unless told."""
     from huggingface_hub import HfApi
 
     try:
         api = HfApi(token=os.environ.get("HF_TOKEN"))
-        api.create_repo(repository, private=True, exist_ok=True)
+        api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(folder_path=str(folder), repo_id=repository))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,88 @@
+"""Does llama.cpp answer as Transformers does? First-token log-probabilities of a GGUF through xllamacpp."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+
+TOP = 5  # likeliest tokens compared
+# Nats by which the likeliest tokens' log-probabilities may differ; quantised files are measured, not judged.
+TOLERANCE = {"f32": 0.02, "f16": 0.05, "bf16": 0.2}
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    """A prompt's ids and the log-probabilities {token id: nats} of the TOP likeliest next tokens."""
+
+    prompt: list[int]
+    logprobs: dict[int, float]
+
+
+def first_tokens(made: Any, run: Any, count: int = 3) -> list[FirstToken]:
+    """What the merged model expects at the start of an answer, for the first user turns of a few conversations."""
+    from finetune.export.merged import LONGEST, conversations_of, log_probabilities
+    from formats import FormatError, encode_prompt
+
+    prompts = []
+    for conversation in conversations_of(run, count):
+        messages = conversation["messages"]
+        turn = next((i for i, m in enumerate(messages) if m["role"] == "assistant" and i), len(messages))
+        with contextlib.suppress(FormatError):
+            ids = encode_prompt(messages[:turn], conversation.get("tools"), made.tokenizer, made.format)
+            if len(ids) <= LONGEST:
+                prompts.append(ids)
+    found = []
+    for prompt, rows in zip(prompts[:count], log_probabilities(made.model, prompts[:count]), strict=True):
+        values, ids = rows[-1].topk(TOP)
+        found.append(FirstToken(prompt, dict(zip(ids.tolist(), values.tolist(), strict=True))))
+    return found
+
+
+@contextlib.contextmanager
+def llama_server(path: Path, *, context: int = 2048, chat_template: str | None = None) -> Iterator[Any]:
+    """A llama.cpp server in this process for one GGUF file; `listening_address` is its URL on 127.0.0.1."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = context, 1, False, 0
+    params.use_jinja = True
+    if chat_template is not None:
+        params.chat_template = chat_template
+    server = xllamacpp.Server(params)
+    try:
+        yield server
+    finally:
+        del server
+
+
+def compare_first_tokens(path: Path, expected: list[FirstToken]) -> str:
+    """One sentence about how far llama.cpp is from `expected`; UserError when a 16- or 32-bit file is too far."""
+    differences, same = [], 0
+    with llama_server(path, context=max(len(one.prompt) for one in expected) + 64) as server:
+        for one in expected:
+            answer = server.handle_completions(
+                {"prompt": one.prompt, "n_predict": 1, "max_tokens": 1, "n_probs": 50, "logprobs": 50, "temperature": 0}
+            )
+            top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            theirs = {entry["id"]: entry["logprob"] for entry in top}
+            differences += [
+                abs(theirs[i] - value) if i in theirs else float("inf") for i, value in one.logprobs.items()
+            ]
+            same += max(theirs, key=theirs.get) == max(one.logprobs, key=one.logprobs.get)
+    worst = max(differences)
+    kind = path.stem.rpartition("-")[2]
+    if worst > TOLERANCE.get(kind, float("inf")):
+        raise UserError(
+            f"{path.name}: llama.cpp's first-token log-probabilities are {worst:.3g} nats from Transformers' "
+            f"(at most {TOLERANCE[kind]:g} are rounding); this release of llama.cpp converts the model wrongly"
+        )
+    return (
+        f"first-token log-probabilities of llama.cpp and Transformers differ by {worst:.3g} nats at most, "
+        f"likeliest token the same for {same} of {len(expected)} prompts"
+    )

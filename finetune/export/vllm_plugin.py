@@ -1,0 +1,131 @@
+"""Tool parser for vLLM: --tool-parser-plugin sandwich_tool_parser.py --tool-call-parser sandwich
+
+Reads calls with the `formats` package that lies beside this file: what training checked is what the server finds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if str(HERE) not in sys.path:
+    sys.path.insert(0, str(HERE))
+
+from vllm.entrypoints.chat_utils import make_tool_call_id  # noqa: E402
+
+from formats import get_format  # noqa: E402
+
+try:  # where the messages live has moved twice
+    from vllm.entrypoints.generate.base import protocol
+except ImportError:
+    try:
+        from vllm.entrypoints.openai.engine import protocol
+    except ImportError:
+        from vllm.entrypoints.openai import protocol
+try:
+    from vllm.tool_parsers.abstract_tool_parser import ToolParser, ToolParserManager
+except ImportError:
+    from vllm.entrypoints.openai.tool_parsers.abstract_tool_parser import ToolParser, ToolParserManager
+
+PARSER = "sandwich"
+FORMAT = "llama3-function"
+
+
+class SandwichToolParser(ToolParser):
+    """Whole answers through `parse`; a stream passes text on at once and each call as soon as it is complete."""
+
+    def __init__(self, tokenizer, *args, **kwargs):
+        super().__init__(tokenizer, *args, **kwargs)
+        name = str(HERE / FORMAT) if FORMAT.endswith(".yaml") else FORMAT
+        self.format = get_format(name, tokenizer)
+        self.end_ids = {tokenizer.convert_tokens_to_ids(mark) for mark in self.format.end_of_turn}
+        self.sent_text = ""
+        self.sent_calls = 0
+
+    def adjust_request(self, request):
+        request = super().adjust_request(request)
+        if request.tools and request.tool_choice != "none":
+            request.skip_special_tokens = False  # the marks of a call may be special tokens
+        return request
+
+    def extract_tool_calls(self, model_output, request):
+        parsed = self.format.parse(model_output, _tools(request))
+        self.prev_tool_call_arr = [_plain(call) for call in parsed.tool_calls]
+        return protocol.ExtractedToolCallInformation(
+            tools_called=bool(parsed.tool_calls),
+            tool_calls=[
+                protocol.ToolCall(
+                    id=make_tool_call_id(), type="function", function=protocol.FunctionCall(**_plain(call))
+                )
+                for call in parsed.tool_calls
+            ],
+            content=parsed.content or None,
+        )
+
+    def extract_tool_calls_streaming(
+        self,
+        previous_text: str,
+        current_text: str,
+        delta_text: str,
+        previous_token_ids: Sequence[int],
+        current_token_ids: Sequence[int],
+        delta_token_ids: Sequence[int],
+        request,
+    ):
+        ended = bool(self.end_ids.intersection(delta_token_ids))
+        ended = ended or any(mark in current_text for mark in self.format.end_of_turn)
+        parsed = self.format.parse(current_text, _tools(request))
+        text = parsed.content if ended else settled(current_text, self.format)
+        delta = text[len(self.sent_text) :] if text.startswith(self.sent_text) else ""
+        calls = []
+        for index in range(self.sent_calls, len(parsed.tool_calls)):
+            call = _plain(parsed.tool_calls[index])
+            self.prev_tool_call_arr.append(call)
+            self.streamed_args_for_tool.append(call["arguments"])
+            self.current_tool_id, self.current_tool_name_sent = index, True
+            function = protocol.DeltaFunctionCall(**call)
+            calls.append(
+                protocol.DeltaToolCall(index=index, id=make_tool_call_id(), type="function", function=function)
+            )
+        self.sent_calls += len(calls)
+        self.sent_text += delta
+        if not calls and not delta:
+            return None
+        return protocol.DeltaMessage(content=delta or None, tool_calls=calls)
+
+
+def settled(text, fmt):
+    """The content that no later token can change, while an answer is being written."""
+    if text.lstrip().startswith("<think>"[: len(text.lstrip())] or " ") and "</think>" not in text:
+        return ""
+    marks = (*fmt.call_markers, *fmt.end_of_turn)
+    # The last characters may be the first ones of a mark.
+    cut = max((n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
+    text = text[: len(text) - cut]
+    start = max((text.rfind(mark) for mark in fmt.call_markers if not _closes(mark)), default=-1)
+    if start >= 0:
+        last = fmt.parse(text[start:])
+        broken = last.errors and any(mark in text[start:] for mark in fmt.call_markers if _closes(mark))
+        if not broken and (last.errors or not last.tool_calls):
+            text = text[:start]  # a call that may still be completed
+    return fmt.parse(text).content
+
+
+def _closes(mark):
+    return mark.startswith(("</", "<|/", "[/"))
+
+
+def _plain(call):
+    return {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+
+
+def _tools(request):
+    """The request's tools as dictionaries; None without any."""
+    tools = getattr(request, "tools", None) or []
+    return [tool if isinstance(tool, dict) else tool.model_dump() for tool in tools] or None
+
+
+ToolParserManager.register_module(PARSER, module=SandwichToolParser)
