@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     for flag in FLAGS:
         if flag.name == "scheduler":
             group.add_argument("--scheduler", nargs="+", default=argparse.SUPPRESS, metavar="VALUE",
-                               help="asha stops hopeless runs early (Ray Tune); or learning rate schedules")  # fmt: skip
+                               help="asha: stop hopeless runs early (Ray Tune); or schedules to try")  # fmt: skip
         elif not flag.action and flag.name not in grid.RESERVED:
             group.add_argument(f"--{flag.name}", nargs="*" if flag.is_switch else "+", default=argparse.SUPPRESS,
                                metavar="VALUE", help=argparse.SUPPRESS)  # fmt: skip

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 
 from finetune import settings as flags_of_a_run
 from finetune.bundled import cache_dir
@@ -30,8 +30,9 @@ def main(argv: list[str] | None = None) -> int:
 
     from finetune.experiment import check_writable, find_resumable
     from finetune.logs import start_logging
+    from finetune.training import ranks
 
-    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+    console = Console(stderr=True, quiet=ranks.rank() != 0)
     start_logging(console)
     resumed, checkpoint = None, None
     if settings.resume is not None:
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         from finetune.model import import_unsloth
 
         import_unsloth()
+        ranks.start()
     from finetune.model import load_tokenizer
     from formats import check_tokenizer, choose_format, get_format
 
@@ -102,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     # 5. The experiment folder, then the steps.
     from finetune.experiment import Experiment, git_sha, package_versions, run_name
     from finetune.logs import log_to_file
+    from finetune.training.order import tool_sets
     from finetune.training.run import interrupted_at, make_trainer, run_training
 
     template = fmt.pinned_template()
@@ -131,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         "ended": None,
         "status": "running",
     }
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = ranks.rank() == 0
     if resumed is not None:
         experiment = resumed
         for what, old, new in (
@@ -140,17 +143,26 @@ def main(argv: list[str] | None = None) -> int:
         ):
             if old != new:
                 raise UserError(f"--resume {resumed.folder}: the {what} changed since; start a new run instead")
+        experiment.writes = is_main
         experiment.update(status="running", resumed=[*resumed.config.get("resumed", []), config["started"]])
     else:
         name = settings.name or run_name(
             settings.model, settings.rank, settings.alpha, settings.lr, settings.epochs, datetime.now()
         )
-        experiment = Experiment.create(settings.experiments_dir, name, config, exact_name=settings.name is not None)
-    log_to_file(experiment.folder / "training.log")
+        exact = settings.name is not None
+        if is_main:
+            experiment = Experiment.create(settings.experiments_dir, name, config, exact_name=exact)
+        folder = ranks.from_first(lambda: str(experiment.folder))
+        if not is_main:
+            experiment = Experiment(Path(folder), config, writes=False)
+    if is_main:
+        log_to_file(experiment.folder / "training.log")
 
     try:
-        trainer = make_trainer(settings, experiment, model, tokenizer, rows, eval_rows, loaded, console)
-        print_run_table(settings, rows, eval_rows, fmt, experiment=experiment, trainer=trainer)
+        groups = tool_sets(train.conversations, rows.rows) if settings.order == "group_tools" else None
+        trainer = make_trainer(settings, experiment, model, tokenizer, rows, eval_rows, loaded, console, groups)
+        if is_main:
+            print_run_table(settings, rows, eval_rows, fmt, experiment=experiment, trainer=trainer)
         result = run_training(trainer, checkpoint)
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -158,7 +170,8 @@ def main(argv: list[str] | None = None) -> int:
         if not isinstance(error, UserError | KeyboardInterrupt):
             log.exception("the run failed")
         raise
-    experiment.update(steps=trainer.state.global_step, result=result)
+    memory = {**experiment.config["memory"], "measured_gb": result["peak_memory_gb"]}
+    experiment.update(steps=trainer.state.global_step, result=result, memory=memory)
     if (step := interrupted_at(trainer)) is not None:
         experiment.update(status="interrupted", ended=datetime.now(UTC).isoformat(timespec="seconds"))
         log.warning("stopped after step %d; go on with: python train_lora.py --resume %s", step, experiment.folder)
@@ -174,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         print(experiment.folder)
         if settings.push_to_hub:
             log.info("uploaded: %s", push_to_hub(final, settings.push_to_hub))
+    ranks.end()
     return 0
 
 

@@ -46,10 +46,14 @@ def check_writable(experiments_dir: str | Path) -> Path:
 
 @dataclass
 class Experiment:
-    """One run's folder and the contents of its experiment_config.json."""
+    """One run's folder and the contents of its experiment_config.json.
+
+    `writes` is False in the processes of a data-parallel run that only read: rank 0 writes for all of them.
+    """
 
     folder: Path
     config: dict[str, Any]
+    writes: bool = True
 
     @classmethod
     def create(cls, experiments_dir: str | Path, name: str, config: dict[str, Any], *, exact_name: bool) -> Experiment:
@@ -90,6 +94,8 @@ class Experiment:
         return cls(folder, config)
 
     def save(self) -> None:
+        if not self.writes:
+            return
         write_text_atomic(self.folder / CONFIG, json.dumps(self.config, ensure_ascii=False, indent=2) + "\n")
 
     def update(self, **entries: Any) -> None:

@@ -160,7 +160,7 @@ def test_asha_stops_the_hopeless_and_writes_down_why(cluster, tmp_path):
     runs = {f"rank{rank}": {"loss": float(rank)} for rank in range(1, 7)}
     command = write_plan(tmp_path / "plan", steps=10, seconds=0.25, runs=runs)
     words = arguments(tmp_path, command, "--address", cluster.address, "--scheduler", "asha", "--asha_grace", "20",
-                      "--asha_reduction", "2", "--cpus_per_run", "4", "--rank", "1", "2", "3", "4", "5", "6")  # fmt: skip
+                      "--asha_reduction", "2", "--cpus_per_run", "4", "--rank", *"123456")  # fmt: skip
     assert sweep_lora.main([*words, "--", "--max_steps", "10"]) == 0
     sweep = sweep_of(tmp_path)
     status = {run["name"]: run["status"] for run in sweep["runs"]}

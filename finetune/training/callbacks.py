@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from finetune.run_log import RunLog
+from finetune.training import ranks
 
 log = logging.getLogger("sandwich")
 
@@ -92,11 +93,13 @@ class LastStepCallback(TrainerCallback):
 class StopCallback(TrainerCallback):
     """The first Ctrl-C (or the SIGTERM of a preempted machine) ends the run after the step at hand, with a checkpoint.
 
-    Stopping between steps is what makes the resume exact. A second Ctrl-C stops at once.
+    Stopping between steps is what makes the resume exact. A second Ctrl-C stops at once. In a data-parallel run all
+    ranks have to stop after the same step, so a request counts when the trainer says that all have heard of it.
     """
 
     def __init__(self):
         self.requested: str | None = None
+        self.agreed = ranks.size() == 1
         self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -111,8 +114,13 @@ class StopCallback(TrainerCallback):
         self.requested = signal.Signals(number).name
         log.warning("%s: finishing this step, then saving a checkpoint (again to stop at once)", self.requested)
 
+    def agree(self) -> None:
+        """All ranks know that one of them was asked to stop."""
+        self.requested = self.requested or "another process"
+        self.agreed = True
+
     def on_step_end(self, args, state, control, **kwargs):
-        if self.requested:
+        if self.requested and self.agreed:
             control.should_save = True
             control.should_training_stop = True
         return control

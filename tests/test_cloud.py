@@ -1,0 +1,60 @@
+"""The cloud recipes: SkyPilot's own reading of the YAML, and the shell recipe with stand-ins for its programs."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SKY = ROOT / "cloud" / "sweep.sky.yaml"
+
+
+def test_skypilot_accepts_the_task(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sky = pytest.importorskip("sky")
+    task = sky.Task.from_yaml(str(SKY))
+    assert task.name == "lora-rank"
+    assert all(one.use_spot for one in task.resources)
+    assert {name for one in task.resources for name in one.accelerators} == {"L4", "A10G", "RTXA6000", "A100"}
+    assert "/ranks" in task.storage_mounts
+    assert "$LORA_RANK" in task.run
+    # The check can fail: a key that SkyPilot does not know is refused.
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(yaml.safe_dump(yaml.safe_load(SKY.read_text()) | {"recources": {}}))
+    with pytest.raises(ValueError, match="recources"):
+        sky.Task.from_yaml(str(broken))
+
+
+def test_the_run_of_the_task_is_shell_that_parses():
+    task = yaml.safe_load(SKY.read_text())
+    for part in ("setup", "run"):
+        checked = subprocess.run(["bash", "-n"], input=task[part], text=True, capture_output=True, check=False)
+        assert checked.returncode == 0, checked.stderr
+    assert "visualize_loss.py" in task["run"].splitlines()[-1]
+    assert (ROOT / task["envs"]["RECIPE"]).is_file()
+    assert (ROOT / task["envs"]["DATASET"]).is_file()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a bash script")
+@pytest.mark.parametrize("failing", ["", "16"])
+def test_five_lines_start_five_ranks_on_five_cards(tmp_path, failing):
+    """PY is a stand-in that notes how it was called; a rank that fails fails the recipe, once all have ended."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        f'#!/usr/bin/env bash\necho "$CUDA_VISIBLE_DEVICES $*" >> {tmp_path}/calls\n'
+        f'case "$*" in *"--rank {failing or "none"} "*) exit 1;; esac\n'
+    )
+    stand_in.chmod(0o755)
+    env = {**os.environ, "PY": str(stand_in), "RUNS": str(tmp_path / "runs")}
+    env.pop("CUDA_VISIBLE_DEVICES", None)
+    words = ["bash", str(ROOT / "cloud" / "five_gpus.sh"), "--dataset", "a b.jsonl"]
+    result = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == bool(failing), result.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    ranks = sorted((int(line.split("--rank ")[1].split()[0]), line.split()[0]) for line in calls[:5])
+    assert ranks == [(4, "0"), (8, "1"), (16, "2"), (32, "3"), (64, "4")]
+    assert all("--dataset a b.jsonl" in line for line in calls[:5])
+    assert "visualize_loss.py" in calls[5]
+    assert len(calls) == 6

@@ -1,0 +1,235 @@
+"""Which runs a sweep has, before anything is started."""
+
+import json
+
+import pytest
+import yaml
+
+import sweep_lora
+from finetune.errors import UserError
+from finetune.settings import parse
+from finetune.sweep import grid
+from finetune.sweep.hub import Hub
+from finetune.sweep.runs import SweepRun, data_digests, open_sweep
+from finetune.sweep.stopping import Asha
+
+
+def dry(capsys, *words):
+    """(exit code, {run: its settings}, stderr) of a sweep that is only printed."""
+    code = sweep_lora.main([*words[: words.index("--")], "--dry_run", *words[words.index("--") :]]
+                           if "--" in words else [*words, "--dry_run"])  # fmt: skip
+    said = capsys.readouterr()
+    runs = {}
+    for line in said.out.splitlines():
+        name, _, flags = line.partition(": train_lora.py")
+        runs[name.rsplit("/", 1)[-1]] = parse(flags.split())
+    return code, runs, said
+
+
+def test_the_grid_of_the_line(capsys):
+    code, runs, _ = dry(capsys, "--lr", "1e-4", "2e-4", "--rank", "4", "8", "--", "--model", "m", "--alpha", "5")
+    assert code == 0
+    assert list(runs) == ["rank4_lr1e-04", "rank4_lr2e-04", "rank8_lr1e-04", "rank8_lr2e-04"]
+    assert [(s.rank, s.lr, s.alpha, s.model) for s in runs.values()] == [
+        (4, 1e-4, 5, "m"), (4, 2e-4, 5, "m"), (8, 1e-4, 5, "m"), (8, 2e-4, 5, "m"),
+    ]  # fmt: skip
+
+
+def test_every_kind_of_flag(capsys):
+    _, runs, _ = dry(
+        capsys, "--use_rslora", "on", "off", "--target_modules", "q_proj,v_proj", "all-linear", "--alpha", "default",
+        "--load-in-4bit", "default", "off",
+    )  # fmt: skip
+    assert len(runs) == 8
+    assert {s.use_rslora for s in runs.values()} == {True, False}
+    assert {tuple(s.target_modules) for s in runs.values()} == {("q_proj", "v_proj"), ("all-linear",)}
+    assert {s.load_in_4bit for s in runs.values()} == {None, False}
+    assert {s.alpha for s in runs.values()} == {32}
+
+
+def test_the_recipe_is_dissolved_and_alpha_follows_the_rank(capsys):
+    _, runs, _ = dry(capsys, "--rank", "4", "64", "--", "--config", "configs/demo.yaml", "--max_steps", "2")
+    assert [(s.rank, s.alpha, s.max_steps, s.model) for s in runs.values()] == [
+        (4, 8, 2, "smollm2-135m"), (64, 128, 2, "smollm2-135m"),
+    ]  # fmt: skip
+
+
+def test_seeds_count_up(capsys):
+    _, runs, _ = dry(capsys, "--rank", "4", "8", "--seeds", "3", "--", "--seed", "10")
+    assert [s.seed for s in runs.values()] == [10, 11, 12] * 2
+    assert len(runs) == 6
+
+
+def test_schedules_and_asha_share_a_flag(capsys):
+    _, runs, _ = dry(capsys, "--scheduler", "asha", "cosine", "linear")
+    assert {s.scheduler for s in runs.values()} == {"cosine", "linear"}
+
+
+def write(path, **sections):
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def test_the_file(tmp_path, capsys):
+    file = write(
+        tmp_path / "s.yaml", train={"model": "m"}, grid={"rank": [4, 8]}, seeds=2,
+        runs=[{"lr": "1e-4", "alpha": 16}, {"lr": 2e-4}],
+    )  # fmt: skip
+    _, runs, _ = dry(capsys, "--sweep", str(file), "--", "--epochs", "1")
+    assert len(runs) == 8
+    assert {(s.rank, s.lr, s.alpha) for s in runs.values()} == {
+        (4, 1e-4, 16), (8, 1e-4, 16), (4, 2e-4, 8), (8, 2e-4, 16),
+    }  # fmt: skip
+    assert {(s.model, s.epochs) for s in runs.values()} == {("m", 1)}
+
+
+def test_random_draws_stay_in_their_ranges_and_repeat(tmp_path, capsys):
+    ranges = {"lr": {"min": 1e-5, "max": 1e-3, "scale": "log"}, "rank": {"min": 4, "max": 64}, "dropout": [0, 0.1]}
+    file = write(tmp_path / "s.yaml", random={"count": 200, "seed": 1, "flags": ranges})
+    _, runs, _ = dry(capsys, "--sweep", str(file))
+    _, again, _ = dry(capsys, "--sweep", str(file))
+    assert list(runs) == list(again)
+    values = list(runs.values())
+    assert len(values) == 200
+    assert all(1e-5 <= s.lr <= 1e-3 and 4 <= s.rank <= 64 and s.dropout in (0, 0.1) for s in values)
+    # Half of a log range lies below its geometric middle, and whole numbers reach both ends' neighbourhoods.
+    assert 60 < sum(s.lr < 1e-4 for s in values) < 140
+    assert min(s.rank for s in values) < 10
+    assert max(s.rank for s in values) > 58
+    other = write(tmp_path / "t.yaml", random={"count": 200, "seed": 2, "flags": ranges})
+    assert list(dry(capsys, "--sweep", str(other))[1]) != list(runs)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--rank", "4", "x"], "--rank"),
+        (["--rank", "0"], "--rank"),
+        (["--use_rslora", "maybe"], "use_rslora"),
+        (["--overlong", "drop", "keep"], "overlong"),
+        (["--rank", "4", "--", "--name", "a"], "--name"),
+        (["--rank", "4", "--", "--resume", "a"], "--resume"),
+        (["--rank", "4", "--", "--experiments_dir", "a"], "--experiments_dir"),
+        (["--rank", "4", "--", "--config", "no-such.yaml"], "no-such.yaml"),
+        (["--load_best", "on", "off"], "load_best"),  # a run that contradicts itself, before any is started
+        (["--seed", "1", "2", "--seeds", "2"], "--seeds"),
+        (["--rank", *map(str, range(1, 201)), "--seed", *map(str, range(100))], "20,000"),
+    ],
+)
+def test_what_is_refused(words, wanted, capsys):
+    code, runs, said = dry(capsys, *words)
+    assert code == 2
+    assert not runs
+    assert wanted in said.err
+    assert len(said.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("sections", "wanted"),
+    [
+        ({"grids": {}}, "grids"),
+        ({"grid": {"rnak": [1]}}, "rank"),
+        ({"grid": {"rank": 4}}, "list"),
+        ({"grid": {"name": ["a"]}}, "--name"),
+        ({"runs": {"rank": 4}}, "list"),
+        ({"seeds": 0}, "seeds"),
+        ({"random": {"flags": {"lr": [1]}}}, "count"),
+        ({"random": {"count": 2, "flags": {"lr": {"min": 1}}}}, "max"),
+        ({"random": {"count": 2, "flags": {"lr": {"min": 2, "max": 1}}}}, "min"),
+        ({"random": {"count": 2, "flags": {"weight_decay": {"min": 0, "max": 1, "scale": "log"}}}}, "log"),
+        ({"random": {"count": 2, "flags": {"optim": {"min": "a", "max": "b"}}}}, "list of values"),
+    ],
+)
+def test_what_is_refused_in_a_file(sections, wanted, tmp_path, capsys):
+    code, _, said = dry(capsys, "--sweep", str(write(tmp_path / "s.yaml", **sections)))
+    assert code == 2
+    assert "s.yaml" in said.err
+    assert wanted in said.err
+
+
+def test_the_same_runs_have_the_same_folder_however_they_are_written(tmp_path, capsys):
+    file = write(tmp_path / "s.yaml", grid={"lr": [1e-4, 2e-4], "rank": [8, 4]})
+    sweep_lora.main(["--sweep", str(file), "--dry_run"])
+    one = capsys.readouterr().out.splitlines()
+    sweep_lora.main(["--rank", "4", "8", "--lr", "2e-4", "1e-4", "--dry_run"])
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(one)
+
+
+def points(*ranks, **fixed):
+    return grid.make_points(fixed, {"rank": list(ranks)})
+
+
+def opened(folder, some, identity="a"):
+    return open_sweep(folder, some, identity=identity, argv=["--rank"], settings={})
+
+
+def test_two_sweeps_at_once_do_not_share_a_folder(tmp_path):
+    first = opened(tmp_path / "s", points(4, 8))
+    with pytest.raises(UserError, match="another process"):
+        opened(tmp_path / "s", points(4, 8))
+    first.close()
+    opened(tmp_path / "s", points(4, 8)).close()
+    with pytest.raises(UserError, match="another sweep"):
+        opened(tmp_path / "s", points(4, 16), identity="b")
+
+
+def test_changed_data_stop_a_sweep_that_goes_on(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("{}\n")
+    some = points(4, 8, dataset=[f"{data}*0.5"])
+    assert list(data_digests(some)) == [str(data)]
+    opened(tmp_path / "s", some).close()
+    data.write_text("{}\n{}\n")
+    with pytest.raises(UserError, match="has changed since"):
+        opened(tmp_path / "s", some)
+
+
+def test_a_finished_run_counts_even_if_the_sweep_could_not_write_it_down(tmp_path):
+    sweep = opened(tmp_path / "s", points(4, 8))
+    sweep.close()
+    run = sweep.run_folder(sweep.runs[0])
+    run.mkdir()
+    (run / "experiment_config.json").write_text(json.dumps({"status": "finished"}))
+    again = opened(tmp_path / "s", points(4, 8))
+    assert [run.status for run in again.runs] == ["finished", "waiting"]
+    again.close()
+
+
+def test_retries_count_only_what_gets_no_further():
+    run = SweepRun(points(4)[0])
+    gets_on = [run.ended({"outcome": "lost", "step": step}, retries=1) for step in (10, 20, 30)]
+    assert gets_on == [True, True, True]
+    assert run.ended({"outcome": "lost", "step": 30}, retries=1) is False
+    assert run.status == "failed"
+
+
+def test_asha_lets_the_best_go_on(tmp_path):
+    pytest.importorskip("ray")
+    asha = Asha(tmp_path, metric="loss", grace=10, reduction=2)
+    losses = {"a": 1.0, "b": 2.0, "c": 0.5, "d": float("nan")}
+    stopped = [run for run, loss in losses.items() if asha.result(run, 10.0, {"step": 1, "loss": loss})]
+    assert stopped == ["b", "d"]
+    assert not asha.result("a", 11.0, {"step": 2, "loss": 9.0}), "between two rungs nobody is stopped"
+    decisions = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
+    assert [(one["run"], one["decision"]) for one in decisions] == [
+        ("a", "go on"), ("b", "stop"), ("c", "go on"), ("d", "stop"),
+    ]  # fmt: skip
+    # A sweep that goes on knows what was reached before, and writes it down no second time.
+    again = Asha(tmp_path, metric="loss", grace=10, reduction=2)
+    for run in ("a", "c"):
+        again.result(run, 10.0, {"step": 1, "loss": losses[run]}, replay=True)
+    assert again.result("e", 10.0, {"step": 1, "loss": 2.0})
+    assert len((tmp_path / "decisions.jsonl").read_text().splitlines()) == 5
+
+
+def test_the_hub_writes_nowhere_else(tmp_path):
+    (tmp_path / "s").mkdir()
+    hub = Hub(str(tmp_path / "s"), {})
+    hub.write("run/file", 0, b"ab", False)
+    assert not (tmp_path / "s" / "run" / "file").exists()
+    hub.write("run/file", 2, b"c", True)
+    assert (tmp_path / "s" / "run" / "file").read_bytes() == b"abc"
+    for name in ("../outside", str(tmp_path / "outside"), "run/../../outside"):
+        with pytest.raises(ValueError, match="outside"):
+            hub.write(name, 0, b"x", True)
+    assert not (tmp_path / "outside").exists()
