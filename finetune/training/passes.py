@@ -11,7 +11,7 @@ import torch
 
 from finetune.attention import Layout, UnsupportedModel, tree_attention_in
 from finetune.steps import PaddedPass, Pass, Row, plan_padded, plan_passes
-from finetune.training.loss import head_loss, logit_transform
+from finetune.training.loss import CHUNK, head_loss, logit_transform
 
 MIN_TOKENS_PER_PASS = 256
 
@@ -119,9 +119,11 @@ class PassRunner:
             ids = torch.from_numpy(row.input_ids).long().to(self.device)[None]
             with self.context():
                 logits = self.causal_lm(input_ids=ids, use_cache=False).logits[0]
-            picked = logits[torch.from_numpy(row.positions).long().to(self.device)].float()
-            targets = torch.from_numpy(row.targets).long().to(self.device)
-            total += torch.nn.functional.cross_entropy(picked, targets, reduction="sum").item()
+            positions = torch.from_numpy(row.positions).long().to(self.device).split(CHUNK)
+            targets = torch.from_numpy(row.targets).long().to(self.device).split(CHUNK)
+            # In chunks: in float32 all of a long row's logits would take more memory than the training itself.
+            for some, wanted in zip(positions, targets, strict=True):
+                total += torch.nn.functional.cross_entropy(logits[some].float(), wanted, reduction="sum").item()
         return total
 
 

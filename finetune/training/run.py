@@ -12,8 +12,9 @@ from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
-from finetune import memory
 from finetune.experiment import LOG, Experiment
+from finetune.memory import runs as memory
+from finetune.memory.sizes import sizes_of_model
 from finetune.model import Loaded
 from finetune.run_log import RunLog, read_rows
 from finetune.settings import Settings
@@ -36,13 +37,15 @@ def make_trainer(
     """The trainer for these settings, writing into the experiment's folder."""
     args = training_arguments(settings, experiment, rows, eval_rows is not None, loaded)
     run_log = RunLog(experiment.folder / LOG if args.process_index == 0 else None)
-    tokens_per_pass = settings.tokens_per_pass or memory.default_tokens_per_pass(
-        memory.Shape.of(model.config),
-        rank=settings.rank,
+    sizes = sizes_of_model(model)
+    plan = memory.plan_of_run(
+        settings,
         dtype=loaded.dtype,
         load_in_4bit=loaded.load_in_4bit,
         gradient_checkpointing=experiment.config["gradient_checkpointing"],
+        device=loaded.device,
     )
+    tokens_per_pass = settings.tokens_per_pass or memory.default_tokens_per_pass(sizes, plan, loaded=True)
     trainer = SandwichTrainer(
         model=model,
         args=args,
@@ -58,6 +61,9 @@ def make_trainer(
     trainer.add_callback(StopCallback())
     if settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience, settings.early_stopping_threshold))
+    # Written before the first step, so that a run that dies of too little memory says what was expected of it.
+    plan = memory.with_rows(plan, settings, rows.sequences, tokens_per_pass, trainer.runner.plan)
+    experiment.update(memory=memory.prediction(sizes, plan))
     return trainer
 
 
@@ -68,8 +74,6 @@ def training_arguments(
     steps_per_epoch = -(-len(rows.sequences) // step_rows)
     steps = settings.max_steps or max(1, int(steps_per_epoch * settings.epochs))
     warmup = settings.warmup_steps if settings.warmup_steps is not None else int(settings.warmup_ratio * steps)
-    on_gpu = not loaded.device.startswith("cpu")
-    optim = settings.optim if settings.optim != "auto" else ("adamw_8bit" if on_gpu else "adamw_torch")
     evaluation = {"eval_strategy": "no"}
     # In steps, also for "every epoch": an evaluation behind the epoch's last checkpoint would be lost by a resume.
     eval_steps = settings.eval_steps or steps_per_epoch
@@ -92,7 +96,7 @@ def training_arguments(
         warmup_steps=warmup,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        optim=optim,
+        optim=memory.chosen_optimizer(settings, loaded.device),
         seed=settings.seed,
         bf16=loaded.dtype == "bfloat16",
         fp16=loaded.dtype == "float16",

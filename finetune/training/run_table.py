@@ -7,7 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from finetune import memory
+from finetune.errors import UserError
+from finetune.memory import runs, tables
+from finetune.memory.sizes import sizes_of_config
 from finetune.settings import Settings
 
 
@@ -56,33 +58,42 @@ def print_run_table(
         kind = "4-bit NF4" if config["load_in_4bit"] else config["dtype"]
         add("device", f"{config['device']}, base weights {kind}")
         add("passes", f"{trainer.runner.why}; at most {trainer.runner.tokens_per_pass:,} tokens each")
-        shape_config = trainer.runner.causal_lm.config
-        dtype, in_4bit = config["dtype"], config["load_in_4bit"]
-        checkpointing, tokens_per_pass = config["gradient_checkpointing"], trainer.runner.tokens_per_pass
-    else:
-        from finetune.model import load_config
-
-        shape_config = load_config(settings.model, settings.revision, settings.trust_remote_code)
-        dtype, in_4bit, checkpointing, device = planned_device(settings)
-        add("device", f"{device}, base weights {'4-bit NF4' if in_4bit else dtype}")
-        add("LoRA", f"r {settings.rank}, alpha {settings.alpha}")
-        tokens_per_pass = settings.tokens_per_pass
-    add("memory", memory_line(settings, shape_config, rows, dtype, in_4bit, checkpointing, tokens_per_pass))
-    Console(stderr=experiment is not None).print(table)
+        add("memory", memory_line(config["memory"]))
+        Console(stderr=True).print(table)
+        return
+    dtype, in_4bit, checkpointing, device = planned_device(settings)
+    add("device", f"{device}, base weights {'4-bit NF4' if in_4bit else dtype}")
+    add("LoRA", f"r {settings.rank}, alpha {settings.alpha}")
+    console = Console()
+    console.print(table)
+    plan = runs.plan_of_run(settings, dtype=dtype, load_in_4bit=in_4bit, gradient_checkpointing=checkpointing,
+                            device=device)  # fmt: skip
+    print_memory(console, settings, rows, plan, device)
 
 
-def memory_line(settings, config, rows, dtype, in_4bit, checkpointing, tokens_per_pass) -> str:
+def memory_line(memory: dict[str, Any]) -> str:
+    """The prediction of a run that begins."""
+    if memory["predicted_gb"] is None:
+        return f"not predicted: {memory['reason']}"
+    largest = sorted(memory["parts"].items(), key=lambda part: -part[1])[:4]
+    parts = ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in largest)
+    return f"about {memory['predicted_gb']:.1f} GB ({parts}, …); free now: {runs.free_memory() / 1e9:.1f} GB"
+
+
+def print_memory(console: Console, settings: Settings, rows: Any, plan: Any, device: str) -> None:
+    """What `gpu_memory.py estimate` prints, with the passes that these very rows are cut into."""
+    from finetune.model import load_config
+
     try:
-        shape = memory.Shape.of(config)
-    except AttributeError as error:
-        return f"not estimated: config.json of this model has no {error.name}"
-    options = {"rank": settings.rank, "dtype": dtype, "load_in_4bit": in_4bit, "gradient_checkpointing": checkpointing}
-    step_tokens = settings.batch_size * settings.grad_accum * rows.report["tokens"] // rows.report["sequences"]
-    most = tokens_per_pass or memory.default_tokens_per_pass(shape, **options)
-    # A pass is never larger than a step; sharing prefixes makes it smaller than this.
-    parts = memory.estimate(shape, **options, tokens_per_pass=max(min(most, step_tokens), rows.report["longest"]))
-    text = ", ".join(f"{name} {size:.1f}" for name, size in parts.items() if name != "total")
-    return f"at most about {parts['total']:.1f} GB ({text}); free: {memory.free_memory_gb():.1f} GB"
+        sizes = sizes_of_config(load_config(settings.model, settings.revision, settings.trust_remote_code))
+        tokens_per_pass = settings.tokens_per_pass or runs.default_tokens_per_pass(sizes, plan, loaded=False)
+        plan = runs.with_rows(plan, settings, rows.sequences, tokens_per_pass)
+        tables.print_estimate(
+            console, sizes, plan, settings.model, runs.free_memory(), f"{device}, free now",
+            step_rows=settings.batch_size * settings.grad_accum,
+        )  # fmt: skip
+    except UserError as error:
+        console.print(f"memory not estimated: {error}")
 
 
 def planned_device(settings: Settings) -> tuple[str, bool, bool, str]:

@@ -1,0 +1,201 @@
+"""Does it fit? Memory of a run before it starts, what this machine's cards can do, and what they do meanwhile."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError, one_line_errors
+from finetune.settings import underscored
+
+EXAMPLES = """examples:
+  python gpu_memory.py estimate --model Qwen/Qwen2.5-1.5B-Instruct --card 6
+  python gpu_memory.py estimate --model-size 7.0 --quantization 4bit --lora-r 8 --batch-size 1 --seq-length 2048
+  python gpu_memory.py estimate --model my_model --rank 64 --max_seq_length 8192 --json
+  python gpu_memory.py check
+  python gpu_memory.py monitor --interval 5 --output gpu_logs.json
+  python gpu_memory.py plot gpu_logs.json -o gpu_logs.png
+"""
+QUANTIZATIONS = {"4bit": True, "nf4": True, "16bit": False, "none": False}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and flags of this command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _estimate_flags(verbs.add_parser("estimate", help="memory of a run, part by part, and what to change so it fits",
+                                     allow_abbrev=False))  # fmt: skip
+    verbs.add_parser("check", help="driver, cards, free memory, and what they are good for")
+    watch = verbs.add_parser("monitor", help="watch the cards, with a log and a picture", allow_abbrev=False)
+    watch.add_argument("--interval", type=_above(float), default=5.0, help="seconds between readings (default: 5)")
+    watch.add_argument("--output", type=Path, metavar="FILE", help="log: .json, .jsonl or .csv; an earlier one goes on")
+    watch.add_argument("--samples", type=_above(int), metavar="N", help="stop after N readings; default: at Ctrl-C")
+    watch.add_argument("--plot", type=Path, metavar="PNG", help="picture at the end (default: the log's name, .png)")
+    picture = verbs.add_parser("plot", help="draw a log of monitor", allow_abbrev=False)
+    picture.add_argument("log", type=Path)
+    picture.add_argument("-o", "--output", type=Path, metavar="PNG", help="default: the log's name, .png")
+    return parser
+
+
+def _estimate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Dashes and underscores are the same in every flag; names after a comma are other names of a flag."
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="Hub id, folder, or smollm2-135m; only its config.json is read")
+    what.add_argument("--model_size", type=_above(float), metavar="B", help="parameters in billions, e.g. 7.0")
+    add = parser.add_argument
+    add("--revision", help="branch, tag or commit of the model on the Hub")
+    add("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    add("--quantization", choices=tuple(QUANTIZATIONS), default="4bit", help="base weights (default: 4bit)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="compute type")
+    add("--lora_r", "--rank", dest="rank", type=_above(int), default=16, metavar="R", help="LoRA rank (default: 16)")
+    add("--target_modules", nargs="+", default=["all-linear"], metavar="NAME", help="default: all-linear")
+    add("--last_layers", type=_above(int), metavar="N", help="adapt only the last N decoder layers")
+    add("--batch_size", type=_above(int), default=1, metavar="N", help="rows in one pass (default: 1)")
+    add("--grad_accum", type=_above(int), metavar="N", help="passes of a step; default: 16 rows in all")
+    add("--seq_length", "--max_seq_length", dest="seq_length", type=_above(int), default=2048, metavar="N",
+        help="tokens of the longest row (default: 2048)")  # fmt: skip
+    add("--tokens_per_pass", type=_above(int), metavar="N", help="default: batch_size x seq_length")
+    add("--trained_share", type=_share, default=1.0, metavar="P", help="trained share of the tokens (default: 1)")
+    add("--optim", default="auto", help="Transformers' optimizer name (default: adamw_8bit, adamw_torch on a CPU)")
+    add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="default: on a GPU yes, on a CPU no")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="where it will run (default: cuda)")
+    add("--card", type=_above(float), metavar="GB", help="size of the card as sold; default: this machine's first card")
+    add("--json", action="store_true", help="print the numbers as JSON")
+
+
+def _above(kind: type) -> Any:
+    def convert(word: str) -> Any:
+        value = kind(word)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{word} is not above 0")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def _share(word: str) -> float:
+    value = float(word)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{word} is not above 0 and at most 1")
+    return value
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args([underscored(word) for word in words])
+    return {"estimate": estimate, "check": check, "monitor": monitor, "plot": plot}[args.verb](args)
+
+
+def estimate(args: argparse.Namespace) -> int:
+    """Parts, total against the card, what to change, flags for common cards."""
+    from finetune.memory import advice, sizes, tables
+    from finetune.memory.estimate import Plan
+
+    if args.model:
+        shape = sizes.sizes_of_name(args.model, args.revision, args.trust_remote_code)
+    else:
+        shape = sizes.sizes_of_billions(args.model_size)
+    if not shape.adapted(args.target_modules):
+        names = ", ".join(sorted({m.name for m in shape.matrices}))
+        raise UserError(f"--target_modules {' '.join(args.target_modules)}: this model has {names}")
+    on_cpu = args.device == "cpu"
+    tokens = max(args.tokens_per_pass or args.batch_size * args.seq_length, args.seq_length)
+    plan = Plan(
+        tokens=tokens,
+        longest=args.seq_length,
+        trained=max(1, round(tokens * args.trained_share)),
+        rank=args.rank,
+        target_modules=tuple(args.target_modules),
+        last_layers=args.last_layers,
+        dtype=args.dtype,
+        load_in_4bit=QUANTIZATIONS[args.quantization] and args.dtype != "float32",
+        gradient_checkpointing=not on_cpu if args.gradient_checkpointing is None else args.gradient_checkpointing,
+        optim=("adamw_torch" if on_cpu else "adamw_8bit") if args.optim == "auto" else args.optim,
+        device=args.device,
+    )
+    card = card_to_fit(args)
+    step_rows = args.batch_size * args.grad_accum if args.grad_accum else max(16, args.batch_size)
+    if args.json:
+        suggestions = [advice.suggest(shape, gb, step_rows=step_rows, like=plan) for gb in advice.CARDS_GB]
+        print(json.dumps(tables.as_json(shape, plan, suggestions, card), indent=2))
+        return 0
+    name, capacity = card or ("", None)
+    model = args.model or f"a model of {args.model_size:g} B"
+    tables.print_estimate(_console(), shape, plan, model, capacity, name, step_rows=step_rows)
+    return 0
+
+
+def card_to_fit(args: argparse.Namespace) -> tuple[str, float] | None:
+    """(name, usable bytes) of --card, else of this machine's first card, else None. On a CPU: its main memory."""
+    from finetune.memory import advice
+    from finetune.memory.devices import NoDriver, open_driver
+
+    if args.card:
+        return f"a {args.card:g} GB card", advice.usable(args.card)
+    if args.device == "cpu":
+        import psutil
+
+        return "this machine's free memory", psutil.virtual_memory().available
+    try:
+        with open_driver() as driver:
+            card = next((c for c in driver.cards() if c.memory_total_gb), None)
+    except (NoDriver, UserError):
+        return None
+    return (f"{card.name}, {card.memory_total_gb:.1f} GB", 0.98 * card.memory_total_gb * 1e9) if card else None
+
+
+def check(args: argparse.Namespace) -> int:
+    """Driver, cards and a verdict; a machine without a card gets an answer too."""
+    from finetune.memory.checkup import print_checkup
+
+    print_checkup(_console())
+    return 0
+
+
+def monitor(args: argparse.Namespace) -> int:
+    """Readings until Ctrl-C, SIGTERM or --samples; then the picture."""
+    import signal
+
+    from finetune.memory.devices import NoDriver, open_driver
+    from finetune.memory.watch import CardLog, draw, read_log, watch
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with open_driver() as driver:
+            if not driver.cards():
+                raise NoDriver("the NVIDIA driver sees no card")
+            log = CardLog(args.output) if args.output else None
+            watch(driver, log, _console(), interval=args.interval, samples=args.samples)
+    except NoDriver as reason:
+        print(f"Nothing to watch: {reason}.")
+        return 0
+    if log is not None and log.records:
+        picture = draw(read_log(log.path), args.plot or log.path.with_suffix(".png"))
+        print(f"{log.records} records in {log.path}, drawn in {picture}")
+    return 0
+
+
+def plot(args: argparse.Namespace) -> int:
+    """The picture of a log, also of one that a killed monitor left."""
+    from finetune.memory.watch import draw, read_log
+
+    print(draw(read_log(args.log), args.output or args.log.with_suffix(".png")))
+    return 0
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # A log or a pipe has no width of its own; the tables need more than the 80 columns that rich takes it for.
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
