@@ -58,3 +58,8 @@ def filled_aside(target: Path) -> Iterator[Path]:
         raise UserError(f"{target}: the disk is full; free some space or name another --output") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below `folder`."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

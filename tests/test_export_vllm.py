@@ -1,0 +1,211 @@
+"""The parser plugin for vLLM, loaded from an exported folder under stand-ins for vLLM's base classes."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import random
+import shlex
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import UserError
+from finetune.export.vllm import max_lora_rank, parser_of, serve_command, write_plugin
+from finetune.model import Run
+from formats import FORMATS, get_format
+from tests import parts
+
+# Where vLLM has kept its messages and its base class, newest first.
+LAYOUTS = {
+    "now": ("vllm.entrypoints.generate.base.protocol", "vllm.tool_parsers.abstract_tool_parser"),
+    "2026": ("vllm.entrypoints.openai.engine.protocol", "vllm.tool_parsers.abstract_tool_parser"),
+    "2025": ("vllm.entrypoints.openai.protocol", "vllm.entrypoints.openai.tool_parsers.abstract_tool_parser"),
+}
+
+
+class Record(types.SimpleNamespace):
+    """A message of vLLM's: keyword arguments become attributes."""
+
+
+class ToolParser:
+    """The constructor and the state that vLLM's base class has; `tools` came in 2026."""
+
+    def __init__(self, tokenizer, tools=None):
+        self.prev_tool_call_arr, self.streamed_args_for_tool = [], []
+        self.current_tool_id, self.current_tool_name_sent = -1, False
+        self.model_tokenizer, self.tools = tokenizer, tools
+
+    def adjust_request(self, request):
+        return request
+
+
+class ToolParserManager:
+    found: dict = {}  # noqa: RUF012
+
+    @classmethod
+    def register_module(cls, name=None, force=True, module=None):
+        cls.found[name] = module
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """Installs the stand-ins in one layout; returns that function."""
+
+    def install(layout: str) -> None:
+        protocol, base = LAYOUTS[layout]
+        numbers = itertools.count()
+        contents = {
+            "vllm.entrypoints.chat_utils": {"make_tool_call_id": lambda: f"id{next(numbers)}"},
+            protocol: dict.fromkeys(
+                ("DeltaFunctionCall", "DeltaMessage", "DeltaToolCall", "ExtractedToolCallInformation", "FunctionCall",
+                 "ToolCall"), Record,
+            ),
+            base: {"ToolParser": ToolParser, "ToolParserManager": ToolParserManager},
+        }  # fmt: skip
+        for name, members in contents.items():
+            parents = name.split(".")
+            for depth in range(1, len(parents) + 1):
+                full = ".".join(parents[:depth])
+                if full not in sys.modules:
+                    module = types.ModuleType(full)
+                    module.__path__ = []
+                    monkeypatch.setitem(sys.modules, full, module)
+                if depth > 1:
+                    setattr(sys.modules[".".join(parents[: depth - 1])], parents[depth - 1], sys.modules[full])
+            vars(sys.modules[name]).update(members)
+
+    return install
+
+
+def load_plugin(folder: Path):
+    spec = importlib.util.spec_from_file_location("sandwich_tool_parser", folder / "sandwich_tool_parser.py")
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return ToolParserManager.found["sandwich"]
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+REQUEST = Record(tools=TOOLS, tool_choice="auto", skip_special_tokens=True)
+
+FUNCTION_TEXTS = [
+    "Just text, with < and <func and </function> in it.",
+    '<function=f>{"a": 1}</function>',
+    'Let me look.\n<function=f>{"a": "x>y</function>"}</function>',
+    '<function=f>{}</function><function=g.h>{"ü": ["<function=", {"b": null}]}</function> Done.',
+    '<function=f>{"a": 1}</function>\n and\n<function=f>{"a": 2}</function>',
+    '<function=f>{"a": 1</function> then <function=f>{"a": 2}</function>',
+    "<function=f>[1]</function>",
+    "<function=>{}</function>",
+    '<function=f>{"a": 1}',
+    '<function=f>{"a": "cut',
+    "<function=f",
+    '<function=POST /db/node>{"Assign": {"1": {"X": 0.5}}}</function>',
+    '<function=f>{"a": 1} x</function>',
+    "",
+]
+TEXTS = {
+    "llama3-function": FUNCTION_TEXTS,
+    "kanana": [*FUNCTION_TEXTS, '<|python_tag|>{"code": "1"}', 'so <|python_tag|>{"code": "1"} ok', "<|python_tag|>{"],
+    "phi4-mini": [
+        "No call.",
+        '<|tool_call|>[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]<|/tool_call|>',
+        'Text <|tool_call|>[{"name": "f", "arguments": {"a": "]<|/tool_call|>"}}]<|/tool_call|> more',
+        '<|tool_call|>[{"name": "f"}]<|/tool_call|>',
+        '<|tool_call|>[{"name": "f", "arguments": {}}',
+    ],
+}  # fmt: skip
+
+
+def plugin_for(name: str, folder: Path):
+    write_plugin(folder, Run("x", None, None), FORMATS[name])
+    return load_plugin(folder)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", TEXTS)
+def test_plugin_finds_what_parse_finds(name, layout, vllm, tmp_path):
+    vllm(layout)
+    parser_class = plugin_for(name, tmp_path)
+    tokenizer = parts.tokenizer("llama3")
+    fmt = FORMATS[name]
+    rng = random.Random(0)
+    for text in TEXTS[name]:
+        parsed = fmt.parse(text)
+        whole = parser_class(tokenizer).extract_tool_calls(text, REQUEST)
+        assert whole.tools_called == bool(parsed.tool_calls)
+        assert [(c.function.name, json.loads(c.function.arguments)) for c in whole.tool_calls] == [
+            (call["name"], call["arguments"]) for call in parsed.tool_calls
+        ]
+        assert (whole.content or "") == parsed.content
+        for end in ("", fmt.end_of_turn[0]):
+            content, calls, early = streamed(parser_class(tokenizer, TOOLS), text, end, rng, fmt)
+            assert calls == parsed.tool_calls, text
+            if end:  # the server's last token says that nothing follows
+                assert content == parsed.content, text
+            assert parsed.content.startswith(content)
+            if not parsed.tool_calls and not parsed.errors and "<" not in text and text:
+                assert early, "plain text is passed on while it is written"
+
+
+def streamed(parser, text: str, end: str, rng: random.Random, fmt) -> tuple[str, list[dict], bool]:
+    """(content, calls, whether content came before the last piece) of a text fed in random pieces."""
+    at, previous, content, calls, early = 0, "", "", [], False
+    while at < len(text) or end:
+        size = rng.randint(1, 7)
+        piece, at = text[at : at + size], at + size
+        ids = []
+        if not piece:  # vLLM gives the end token's id, not its text
+            ids, end = [parser.model_tokenizer.convert_tokens_to_ids(end)], ""
+        delta = parser.extract_tool_calls_streaming(previous, previous + piece, piece, [], ids, ids, REQUEST)
+        previous += piece
+        if delta is None:
+            continue
+        early = early or bool(delta.content and at < len(text))
+        content += delta.content or ""
+        for call in delta.tool_calls:
+            assert call.index == len(calls) and call.id and call.type == "function"
+            calls.append({"name": call.function.name, "arguments": json.loads(call.function.arguments)})
+    assert [call["name"] for call in parser.prev_tool_call_arr] == [call["name"] for call in calls]
+    return content, calls, early
+
+
+def test_special_tokens_are_kept_for_the_parser(vllm, tmp_path):
+    vllm("now")
+    parser = plugin_for("kanana", tmp_path)(parts.tokenizer("llama3"))
+    request = Record(tools=TOOLS, tool_choice="auto", skip_special_tokens=True)
+    assert parser.adjust_request(request).skip_special_tokens is False
+
+
+@pytest.mark.parametrize(("rank", "wanted"), [(1, 1), (4, 8), (12, 16), (16, 16), (100, 128), (257, 320)])
+def test_max_lora_rank_holds_the_adapter(rank, wanted):
+    assert max_lora_rank(rank) == wanted
+
+
+def test_a_rank_beyond_vllm_is_refused():
+    with pytest.raises(UserError, match="--mode merged"):
+        max_lora_rank(1024)
+
+
+# Names of vLLM's parsers that formats of ours name; a typing error would show only in a server.
+KNOWN = {"hermes", "llama3_json", "pythonic", "mistral", "qwen3_coder", "sandwich", None}
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "native"])
+def test_command_for_every_format(name):
+    fmt = FORMATS[name]
+    assert parser_of(fmt) in KNOWN
+    command = shlex.join(serve_command(fmt, name="my model", model="org/base", adapter="./adapter", rank=12))
+    assert "--chat-template ./chat_template.jinja" in command and "--host 127.0.0.1" in command
+    assert "--enable-lora --lora-modules 'my model=./adapter' --max-lora-rank 16" in command
+    assert ("--enable-auto-tool-choice" in command) == (name != "plain")
+    assert ("--tool-parser-plugin" in command) == (name in TEXTS)
+
+
+def test_native_formats_get_the_parser_their_calls_need():
+    assert parser_of(get_format("native", parts.tokenizer("qwen2.5"))) == "hermes"
