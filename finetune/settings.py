@@ -118,8 +118,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag("batch_size", 4, "rows per device and accumulation step", "training", _count),
     Flag("grad_accum", 4, "accumulation steps; one optimizer step takes batch_size x grad_accum rows", "training",
          _count),
-    Flag("scheduler", "cosine", "learning rate schedule", "training",
-         choices=("cosine", "linear", "constant", "constant_with_warmup", "polynomial")),
+    Flag("scheduler", "cosine", "learning rate schedule; warmup_stable_decay falls in the last fifth of the steps",
+         "training",
+         choices=("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "warmup_stable_decay")),
     Flag("warmup_ratio", 0.03, "share of the steps that warm up", "training", _fraction),
     Flag("warmup_steps", None, "steps that warm up; wins over --warmup_ratio", "training", _whole),
     Flag("weight_decay", 0.01, "AdamW weight decay", "training", _amount),
@@ -127,6 +128,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("optim", "auto", "Transformers' optimizer name; auto: adamw_8bit on a GPU, adamw_torch on a CPU", "training"),
     Flag("seed", 3407, "seed of the adapter's start, the row order and dropout", "training", _whole),
     # speed and memory
+    Flag("order", "shuffle", "rows of an epoch: one shuffle, or rows with the same tools in one step (faster where "
+         "tool sets differ; another order, so another curve)", "speed and memory", choices=("shuffle", "group_tools")),
     Flag("share_prefix", True, "compute token prefixes that rows of a step share only once", "speed and memory", bool),
     Flag("tokens_per_pass", None, "most tokens in one forward pass; default: by free memory", "speed and memory",
          _count),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -24,9 +25,12 @@ from trl import SFTTrainer  # noqa: E402
 
 from finetune.errors import UserError  # noqa: E402
 from finetune.steps import make_row  # noqa: E402
-from finetune.training.callbacks import LogCallback  # noqa: E402
+from finetune.training import ranks  # noqa: E402
+from finetune.training.callbacks import LogCallback, StopCallback  # noqa: E402
+from finetune.training.order import steps_of_epoch  # noqa: E402
 from finetune.training.passes import PassRunner  # noqa: E402
 
+log = logging.getLogger("sandwich")
 # Largest difference, per trained token in nats, between a few rows computed our way and by the model's own forward.
 # float32: sums in another order differ by about 1e-6; the 16-bit types round every activation.
 FIRST_STEP_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
@@ -37,11 +41,20 @@ COUNTERS = "log_counters.json"  # in every checkpoint: what training_log.csv goe
 class StepSampler:
     """Row numbers of each optimizer step. The order depends on (seed, epoch) alone, so a resumed run draws the same.
 
-    In a data-parallel run every rank takes its slice of the same global step.
+    In a data-parallel run every rank takes its slice of the same step, so the number of ranks changes no step's rows;
+    a rank's slice of a short last step may be empty.
     """
 
-    def __init__(self, rows: int, step_rows: int, seed: int, rank: int = 0, world_size: int = 1):
-        self.rows, self.step_rows, self.seed = rows, step_rows, seed
+    def __init__(
+        self,
+        rows: int,
+        step_rows: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        groups: np.ndarray | None = None,  # see steps_of_epoch
+    ):
+        self.rows, self.step_rows, self.seed, self.groups = rows, step_rows, seed, groups
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
 
@@ -49,13 +62,12 @@ class StepSampler:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return math.ceil(self.rows / (self.step_rows * self.world_size))
+        return math.ceil(self.rows / self.step_rows)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows).tolist()
-        width = self.step_rows * self.world_size
-        for start in range(0, self.rows, width):
-            yield order[start : start + width][self.rank :: self.world_size]
+        rng = np.random.default_rng([self.seed, self.epoch])
+        for step in steps_of_epoch(self.rows, self.step_rows, rng, self.groups):
+            yield step[self.rank :: self.world_size]
 
 
 class StepLoader(DataLoader):
@@ -80,10 +92,11 @@ class SandwichTrainer(SFTTrainer):
         tokens_per_pass: int,
         share_prefix: bool,
         log_callback: LogCallback,
+        groups: np.ndarray | None = None,
         **kwargs: Any,
     ):
         self.sequences, self.eval_sequences = sequences, eval_sequences
-        self.log_callback = log_callback
+        self.log_callback, self.groups = log_callback, groups
         self._checked = False
         super().__init__(
             # TRL wants a Dataset; rows stay where they are and are looked up by number.
@@ -106,6 +119,7 @@ class SandwichTrainer(SFTTrainer):
             self.args.seed,
             self.args.process_index,
             self.args.world_size,
+            self.groups,
         )
         return StepLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
 
@@ -118,26 +132,41 @@ class SandwichTrainer(SFTTrainer):
         """Forward and backward of one step; returns its loss, the mean over the trained tokens of all ranks."""
         model.train()
         rows = [make_row(*self.sequences[i]) for i in inputs["rows"]]
-        if not self._checked:
+        if rows and not self._checked:
             self._check_against_model(rows)
-        trained = sum(len(row.positions) for row in rows)
-        trained_everywhere = self._sum_over_ranks(trained)
-        # Data-parallel training averages gradients over ranks, so each rank's share is scaled up by their number.
-        scale = self.args.world_size / max(trained_everywhere, 1)
-        result = self.runner.run(rows, scale, backward=self.accelerator.backward)
-        loss_sum = self._sum_over_ranks(result.loss_sum)
+        stop = next(c for c in self.callback_handler.callbacks if isinstance(c, StopCallback))
+        mine = sum(len(row.positions) for row in rows)
+        trained_everywhere, stopping = ranks.totals([mine, stop.requested is not None])
+        if stopping:  # a signal that has reached one rank stops all of them after this step
+            stop.agree()
+        result = self.runner.run(rows, 1 / max(trained_everywhere, 1), backward=self.accelerator.backward)
+        loss_sum, tokens, computed_tokens = ranks.totals(
+            [result.loss_sum, sum(row.length for row in rows), result.computed_tokens]
+        )
+        ranks.sum_gradients([p for p in self.model.parameters() if p.requires_grad])
         self.log_callback.run_log.add_step(
             loss_sum=loss_sum,
-            tokens=int(self._sum_over_ranks(sum(row.length for row in rows))),
+            tokens=int(tokens),
             trained_tokens=int(trained_everywhere),
-            computed_tokens=int(self._sum_over_ranks(result.computed_tokens)),
+            computed_tokens=int(computed_tokens),
         )
         return torch.tensor(loss_sum / max(trained_everywhere, 1), device=self.args.device)
 
-    def _sum_over_ranks(self, value: float) -> float:
-        if self.args.world_size == 1:
-            return value
-        return self.accelerator.reduce(torch.tensor(value, dtype=torch.float64), "sum").item()
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; where another process of the run dies, rank 0 saves the last whole step and the run is stopped."""
+        try:
+            return super().train(*args, **kwargs)
+        except Exception as error:
+            if not ranks.is_lost(error):
+                raise
+            log.error("another process of this run ended in step %d", self.state.global_step + 1)
+            stop = next(c for c in self.callback_handler.callbacks if isinstance(c, StopCallback))
+            stop.requested = stop.requested or "a lost process"
+            if self.args.should_save and self.state.global_step:
+                # Gradients are summed before they are used: the weights are those of the last whole step.
+                with _replaced(self.accelerator, "wait_for_everyone", lambda: None):
+                    self._save_checkpoint(self.model, None)
+            return None
 
     def _check_against_model(self, rows) -> None:
         """Compare a few rows computed together with the same rows computed alone by the model's own forward."""
@@ -162,14 +191,15 @@ class SandwichTrainer(SFTTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Mean loss per trained token over all evaluation rows, computed with the same shared prefixes."""
         self.model.eval()
-        rows = [make_row(*pair) for pair in self.eval_sequences]
+        rows = [make_row(*pair) for pair in self.eval_sequences[ranks.rank() :: ranks.size()]]
         size = self.args.per_device_train_batch_size
         loss_sum = 0.0
         # Neighbours in id order share the longest prefixes; the sum does not depend on the order.
         rows.sort(key=lambda row: row.input_ids.tobytes())
         for start in range(0, len(rows), size):
             loss_sum += self.runner.run(rows[start : start + size], 1.0).loss_sum
-        loss = loss_sum / sum(len(row.positions) for row in rows)
+        loss_sum, positions = ranks.totals([loss_sum, sum(len(row.positions) for row in rows)])
+        loss = loss_sum / positions
         self.model.train()
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log_callback.run_log.log_eval(step=self.state.global_step, epoch=self.state.epoch or 0.0, eval_loss=loss)
