@@ -158,24 +158,24 @@ def test_bad_runs_stop_no_other_and_are_told(cluster, tmp_path, capsys):
 def test_asha_stops_the_hopeless_and_writes_down_why(cluster, tmp_path):
     """One run at a time, the good ones first: of those that come later, ASHA lets none of the worse ones go on."""
     runs = {f"rank{rank}": {"loss": float(rank)} for rank in range(1, 7)}
-    command = write_plan(tmp_path / "plan", steps=10, seconds=0.25, runs=runs)
+    command = write_plan(tmp_path / "plan", steps=12, seconds=0.4, runs=runs)
     words = arguments(tmp_path, command, "--address", cluster.address, "--scheduler", "asha", "--asha_grace", "20",
                       "--asha_reduction", "2", "--cpus_per_run", "4", "--rank", *"123456")  # fmt: skip
-    assert sweep_lora.main([*words, "--", "--max_steps", "10"]) == 0
+    assert sweep_lora.main([*words, "--", "--max_steps", "12"]) == 0
     sweep = sweep_of(tmp_path)
     status = {run["name"]: run["status"] for run in sweep["runs"]}
     stopped = [name for name, what in status.items() if what == "stopped early"]
     assert status["rank1"] == "finished"
     assert len(stopped) >= 2
     assert set(status.values()) == {"finished", "stopped early"}
-    assert all(logged_steps(tmp_path, name)[-1] < 10 for name in stopped)
+    assert all(logged_steps(tmp_path, name)[-1] < 12 for name in stopped)
     decisions = [json.loads(line) for line in (tmp_path / "s" / "decisions.jsonl").read_text().splitlines()]
     assert {one["run"] for one in decisions if one["decision"] == "stop"} == set(stopped)
     assert all(one["rung_percent"] in (20, 40, 80) and one["metric"] == "loss" for one in decisions)
     assert sweep["best"]["setting"] == "rank=1"
     # Stopped runs are done: the same command again starts nothing.
     before = {name: starts(tmp_path, name) for name in status}
-    assert sweep_lora.main([*words, "--", "--max_steps", "10"]) == 0
+    assert sweep_lora.main([*words, "--", "--max_steps", "12"]) == 0
     assert {name: starts(tmp_path, name) for name in status} == before
 
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune.errors import UserError
@@ -85,6 +85,8 @@ class Courier:
         for name in self.call("files_of", self.run):
             self._get("output", name, self.place.folder / name)
             self.sent[name] = _state(self.place.folder / name)
+            if (parent := str(PurePosixPath(name).parent)) != self.run:
+                self.sent[parent] = (0, 0)  # a checkpoint that need not travel back
 
     def send_changed(self, ended: bool = False) -> None:
         """Send what is new or has changed since the last time; folders that must be whole go in one piece."""

@@ -147,6 +147,7 @@ class RayRunner:
             str(sweep.folder), {name: str(Path(name).resolve()) for name in self.inputs}
         )
         self.pending: dict[Any, SweepRun] = {}
+        self.decided: dict[str, int] = {}  # the last step of each run that the scheduler has judged
         self.signals = 0
         self.saved = 0.0
 
@@ -174,6 +175,7 @@ class RayRunner:
         gpus = self.gpus
         if 0 < gpus < 1 and run.attempts and run.attempts[-1]["outcome"] in (OUT_OF_MEMORY, KILLED):
             gpus = 1.0  # it did not fit beside others: the next try has the card to itself
+        run.progress = {}
         sweep, number = self.sweep, len(run.attempts) + 1
         task = {
             "name": run.name, "words": run.point.words(), "command": list(self.options.command), "root": str(ROOT),
@@ -236,12 +238,12 @@ class RayRunner:
                 self._take_row(run, row)
 
     def _take_row(self, run: SweepRun, row: dict[str, Any]) -> None:
-        new = row["step"] > run.progress.get("decided", 0)
+        new = row["step"] > self.decided.get(run.name, 0)
         if "first" not in run.progress:
             run.progress["first"] = (percent(run, row), time.time())
         run.progress |= row | {"percent": percent(run, row)}
         if self.asha is not None and new and run.status == RUNNING:
-            run.progress["decided"] = row["step"]
+            self.decided[run.name] = row["step"]
             if self.asha.result(run.name, run.progress["percent"], row) and run.progress["percent"] < 100:
                 log.info("%s: stopped early at step %d (%s %.4f)", run.name, row["step"], self.asha.metric,
                          row[self.asha.metric])  # fmt: skip

@@ -45,6 +45,9 @@ class SweepRun:
 
     def ended(self, outcome: dict[str, Any], retries: int) -> bool:
         """Take in how an attempt ended; returns whether the run is to be tried again."""
+        if outcome["outcome"] == INTERRUPTED and "node" not in outcome:  # it never began
+            self.status = INTERRUPTED
+            return False
         self.attempts.append(outcome)
         kind, step = outcome["outcome"], outcome.get("step") or 0
         if kind in (FINISHED, STOPPED, INTERRUPTED):

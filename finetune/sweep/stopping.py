@@ -40,7 +40,8 @@ class Asha:
         if run not in self.trials:
             self.trials[run] = SimpleNamespace(trial_id=run)
             self.scheduler.on_trial_add(None, self.trials[run])
-        before, self.reached[run] = self.reached.get(run, 0.0), percent
+        before = self.reached.get(run, 0.0)
+        self.reached[run] = max(before, percent)
         crossed = [rung for rung in self.rungs if before < rung <= percent]
         loss = row[self.metric]
         known = {"percent": percent, "loss": loss if math.isfinite(loss) else NO_NUMBER}

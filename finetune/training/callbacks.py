@@ -110,6 +110,8 @@ class StopCallback(TrainerCallback):
 
     def _handle(self, number, frame):
         if self.requested:
+            if ranks.size() > 1:  # torchrun passes a Ctrl-C on as SIGTERM, and ends us itself when we take too long
+                return
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
         log.warning("%s: finishing this step, then saving a checkpoint (again to stop at once)", self.requested)
@@ -127,6 +129,8 @@ class StopCallback(TrainerCallback):
 
     def restore(self) -> None:
         """Give the signals back to their former handlers."""
+        if ranks.size() > 1:  # a launcher's SIGTERM must not cut short what is still to be written
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
