@@ -46,9 +46,10 @@ $(VENV)/.installed: $(VENV)/.python requirements_lora.txt requirements_unsloth.t
 
 install-test: $(VENV)/.installed-test
 
-$(VENV)/.installed-test: $(VENV)/.installed requirements_test.txt $(PARTS)
+$(VENV)/.installed-test: $(VENV)/.installed requirements_test.txt requirements_llama_cpp.txt $(PARTS)
 	$(PIP) -r requirements_test.txt
 	$(if $(PARTS),$(PIP) --no-deps -r $(PARTS))
+	$(PIP) --no-deps --upgrade --target $(VENV)/llama_cpp -r requirements_llama_cpp.txt
 	@touch $@
 
 HELD_OUT ?= data/samples/gennx_heldout.jsonl

@@ -84,13 +84,15 @@ def _quantizer_in(folder: Path) -> list[str] | None:
 def export_gguf(merged: Path, folder: Path, name: str, quantizations: list[str], tools: Tools, say: Any) -> list[Path]:
     """Write `<name>-<quantization>.gguf` files into `folder` from a folder of merged weights; returns their paths."""
     check_tools(tools, quantizations)
-    others = [kind for kind in quantizations if kind not in DIRECT]
+    # Converting takes half a minute each time, quantising a file that is there a second.
+    converted = ("f16", "bf16", "f32") if tools.quantize and len(quantizations) > 1 else DIRECT
+    others = [kind for kind in quantizations if kind not in converted]
     paths = []
     first = folder / f"{name}-f16.gguf"
     for kind in dict.fromkeys([*(["f16"] if others else []), *quantizations]):
         path = folder / f"{name}-{kind}.gguf"
         say(f"writing {path.name} ...")
-        if kind in DIRECT:
+        if kind in converted:
             run_tool([*tools.convert, str(merged), "--outfile", str(path), "--outtype", kind])
         else:
             run_tool([*tools.quantize, str(first), str(path), kind.upper(), str(os.cpu_count() or 1)])

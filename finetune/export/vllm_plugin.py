@@ -98,24 +98,33 @@ class SandwichToolParser(ToolParser):
 
 
 def settled(text, fmt):
-    """The content that no later token can change, while an answer is being written."""
+    """The content that no later token can change, while an answer is being written.
+
+    Of a format's `call_markers` the second closes a call, the others open one.
+    """
     if text.lstrip().startswith("<think>"[: len(text.lstrip())] or " ") and "</think>" not in text:
         return ""
     marks = (*fmt.call_markers, *fmt.end_of_turn)
     # The last characters may be the first ones of a mark.
     cut = max((n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
     text = text[: len(text) - cut]
-    start = max((text.rfind(mark) for mark in fmt.call_markers if not _closes(mark)), default=-1)
-    if start >= 0:
-        last = fmt.parse(text[start:])
-        broken = last.errors and any(mark in text[start:] for mark in fmt.call_markers if _closes(mark))
-        if not broken and (last.errors or not last.tool_calls):
-            text = text[:start]  # a call that may still be completed
+    openings = (*fmt.call_markers[:1], *fmt.call_markers[2:])
+    start = max((text.rfind(mark) for mark in openings), default=-1)
+    if start >= 0 and not _finished(text[start:], fmt):
+        text = text[:start]
     return fmt.parse(text).content
 
 
-def _closes(mark):
-    return mark.startswith(("</", "<|/", "[/"))
+def _finished(text, fmt):
+    """Whether the call at the start of `text` is complete, or broken whatever may follow."""
+    last = fmt.parse(text)
+    if last.tool_calls and not last.errors:
+        return True
+    # A closing mark may stand inside a string, so what decides is whether the text up to the last one is broken.
+    closing = fmt.call_markers[1]
+    end = text.rfind(closing)
+    errors = fmt.parse(text[: end + len(closing)]).errors if end >= 0 else []
+    return any(not ("cut off" in error or "the text ends" in error) for error in errors)
 
 
 def _plain(call):

