@@ -22,9 +22,17 @@ EXAMPLES = """examples:
 QUANTIZATIONS = {"4bit": True, "nf4": True, "16bit": False, "none": False}
 
 
+class Parser(argparse.ArgumentParser):
+    """Takes --seq-length for --seq_length."""
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_args([underscored(word) for word in words], namespace)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All verbs and flags of this command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -88,8 +96,7 @@ def _share(word: str) -> float:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
-    args = build_parser().parse_args([underscored(word) for word in words])
+    args = build_parser().parse_args(argv)
     return {"estimate": estimate, "check": check, "monitor": monitor, "plot": plot}[args.verb](args)
 
 

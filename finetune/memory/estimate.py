@@ -153,7 +153,8 @@ def estimate(sizes: Sizes, plan: Plan) -> dict[str, float]:
     adapter = share * sum(m.lora(plan.rank) for m in adapted)
 
     if plan.load_in_4bit:
-        weights, constants = map(sum, zip(*(nf4_bytes(m) for m in sizes.matrices), strict=True))
+        packed = [nf4_bytes(m) for m in sizes.matrices]
+        weights, constants = sum(p[0] for p in packed), sum(p[1] for p in packed)
     else:
         weights, constants = width * sum(m.size for m in sizes.matrices), 0
 

@@ -12,8 +12,9 @@ from finetune.memory.advice import LONGEST, largest
 from finetune.memory.estimate import Plan, estimate, knows, measured_part, total
 from finetune.memory.sizes import Sizes
 from finetune.steps import make_row, plan_passes
+from finetune.training.order import steps_of_epoch
 
-# Steps of random rows that are cut into passes on trial, to see how large a pass becomes with shared prefixes.
+# Steps that are cut into passes on trial, to see how large a pass becomes with shared prefixes.
 TRIED_STEPS = 24
 # Share of the free memory that a default budget per pass may take. On a CPU larger passes are no faster and other
 # programs want memory too; on a card a pass that is too large is halved.
@@ -51,21 +52,28 @@ def plan_of_run(
 
 
 def with_rows(
-    plan: Plan, settings: Any, sequences: Sequence, tokens_per_pass: int, planner: Callable | None = None
+    plan: Plan,
+    settings: Any,
+    sequences: Sequence,
+    tokens_per_pass: int,
+    planner: Callable | None = None,
+    groups: np.ndarray | None = None,
 ) -> Plan:
-    """The plan with the largest pass that random steps of these rows are cut into.
+    """The plan with the largest pass that the first steps of this run are cut into.
 
-    sequences: (input_ids, labels) of each row; planner: rows of a step -> its passes (default: packed, by the flags).
+    sequences: (input_ids, labels) of each row; planner: rows of a step -> its passes (default: packed, by the flags);
+    groups: as in `steps_of_epoch`.
     """
     planner = planner or (lambda rows: plan_passes(rows, tokens_per_pass, settings.share_prefix))
-    step_rows = settings.batch_size * settings.grad_accum
-    order = np.random.default_rng(settings.seed).permutation(len(sequences))[: TRIED_STEPS * step_rows]
+    rng = np.random.default_rng([settings.seed, 0])  # as the trainer draws the first epoch
+    steps = steps_of_epoch(len(sequences), settings.batch_size * settings.grad_accum, rng, groups)
     tokens = trained = check = 0
-    for start in range(0, len(order), step_rows):
-        rows = [make_row(*sequences[i]) for i in order[start : start + step_rows]]
+    for number, step in enumerate(steps[: min(TRIED_STEPS, settings.max_steps or TRIED_STEPS)]):
+        rows = [make_row(*sequences[i]) for i in step]
         for one in planner(rows):
             tokens, trained = max(tokens, one.input_ids.size), max(trained, len(one.positions))
-        check = max(check, sorted(len(row.input_ids) for row in rows)[:2][-1])
+        if number == 0:  # the two shortest rows of the first step are checked
+            check = sorted(len(row.input_ids) for row in rows)[:2][-1]
     longest = max(len(ids) for ids, _ in sequences)
     return plan.but(tokens=max(tokens, longest), longest=longest, trained=trained, check_tokens=check)
 

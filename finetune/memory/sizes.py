@@ -24,7 +24,8 @@ KNOWN_SHAPES = (
     (8192, 28_672, 80, 64, 8, 128, 128_256, False),  # 70.6
 )
 # The linear layers that Unsloth adapts for all-linear, by the last part of their name.
-ALL_LINEAR = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj"})
+ALL_LINEAR = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj",
+                        "qkv_proj"})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ def sizes_of_model(model: Any) -> Sizes:
                 embedding += math.prod(shape)
             elif key == "weight" and len(shape) == 2 and hasattr(module, "in_features"):
                 matrices[name, module.in_features, module.out_features, 1] += 1
+            elif key == "weight" and len(shape) == 2 and hasattr(module, "nf"):  # GPT-2's Conv1D: [inputs, outputs]
+                matrices[name, *shape, 1] += 1
             elif len(shape) == 3:  # the experts of a layer in one tensor
                 experts, outputs, inputs = shape
                 matrices[key, inputs, outputs, experts] += 1

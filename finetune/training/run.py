@@ -64,7 +64,7 @@ def make_trainer(
     if settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience, settings.early_stopping_threshold))
     # Written before the first step, so that a run that dies of too little memory says what was expected of it.
-    plan = memory.with_rows(plan, settings, rows.sequences, tokens_per_pass, trainer.runner.plan)
+    plan = memory.with_rows(plan, settings, rows.sequences, tokens_per_pass, trainer.runner.plan, groups)
     experiment.update(memory=memory.prediction(sizes, plan))
     return trainer
 

@@ -1,0 +1,185 @@
+"""Predicted against measured memory: real two-step runs of train_lora.py, each in a process of its own.
+
+Models of several shapes with random weights and the bundled 135M model; rows of a chosen length that share nothing. On
+a machine without a GPU the measured peak is resident memory, on one with a GPU what PyTorch's allocator reserved. The
+records go into a JSON file that the estimator's tests are held against.
+
+  python benchmarks/memory.py                                   every case for this machine, as a table
+  python benchmarks/memory.py --only 135m_512 135m_4x512        some of them
+  python benchmarks/memory.py --json benchmarks/results/memory_cpu.json     add to (or renew in) a file of records
+  python benchmarks/memory.py --show benchmarks/results/memory_cpu.json     the table of a file, with today's estimator
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from finetune.errors import one_line_errors, write_text_atomic  # noqa: E402
+
+WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run. model: "smollm2-135m" or the config of a random one; rows of `tokens` words each, `trained` of them
+    the answer; flags: of train_lora.py."""
+
+    model: Any
+    tokens: int
+    trained: int = 48
+    rows: int = 1
+    flags: tuple[str, ...] = ()
+
+
+def shape(kind: str, hidden: int, intermediate: int, layers: int, heads: int, kv: int, vocab: int = 49_152,
+          **more: Any) -> dict[str, Any]:  # fmt: skip
+    return {
+        "model_type": kind, "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocab, "tie_word_embeddings": True,
+        "max_position_embeddings": 16_384, **more,
+    }  # fmt: skip
+
+
+CKPT = "--gradient_checkpointing"
+SMALL = "smollm2-135m"
+CPU_CASES = {
+    "tiny_64": Case(shape("llama", 64, 128, 2, 4, 2), 64),
+    "135m_512": Case(SMALL, 512),
+    "135m_1024": Case(SMALL, 1024),
+    "135m_4x512": Case(SMALL, 512, rows=4),
+    "135m_2048": Case(SMALL, 2048),
+    "135m_2048_trained": Case(SMALL, 2048, trained=1900),
+    "135m_2048_checkpoint": Case(SMALL, 2048, flags=(CKPT,)),
+    "135m_1024_r64": Case(SMALL, 1024, flags=("--rank", "64")),
+    "135m_1024_last8": Case(SMALL, 1024, flags=("--last_layers", "8")),
+    "135m_512_4bit": Case(SMALL, 512, flags=("--load_in_4bit",)),
+    "135m_512_bf16": Case(SMALL, 512, flags=("--dtype", "bfloat16")),
+    "wide_qwen2_1024": Case(shape("qwen2", 1024, 4096, 8, 16, 4), 1024),
+    "deep_qwen3_1024": Case(shape("qwen3", 384, 1024, 40, 6, 2, head_dim=64), 1024),
+    "large_vocabulary_1024": Case(shape("llama", 512, 1536, 8, 8, 8, vocab=151_936), 1024, trained=900),
+}
+# Sizes as published; random weights take the memory that trained ones take.
+B05 = shape("qwen2", 896, 4864, 24, 14, 2, vocab=151_936)
+B15 = shape("qwen2", 1536, 8960, 28, 12, 2, vocab=151_936)
+B8 = shape("llama", 4096, 14_336, 32, 32, 8, vocab=128_256, tie_word_embeddings=False)
+CUDA_CASES = {
+    f"{name}_{bits}_{tokens}": Case(config, tokens, flags=(f"--{'' if bits == '4bit' else 'no-'}load_in_4bit",))
+    for name, config in (("0.5b", B05), ("1.5b", B15), ("8b", B8))
+    for bits in ("4bit", "16bit")
+    for tokens in (512, 2048, 8192)
+}
+
+
+def make_model(config: dict[str, Any], folder: Path) -> Path:
+    """A model of this shape with random weights under the bundled model's tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from finetune.bundled import smollm2_dir
+
+    AutoTokenizer.from_pretrained(smollm2_dir()).save_pretrained(folder)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config, **ids), dtype=dtype)
+    model.save_pretrained(folder)
+    return folder
+
+
+def run(name: str, case: Case) -> dict[str, Any]:
+    """Train two steps; the record of the run, or its last line where it failed."""
+    dice = random.Random(0)
+
+    def words(count: int) -> str:
+        return " ".join(dice.choice(WORDS) for _ in range(count))
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = case.model
+        if isinstance(model, dict):
+            # In a process of its own, so that no model but the trained one is ever in this one's memory.
+            code = "import sys, json; from pathlib import Path; from benchmarks.memory import make_model; " \
+                   "make_model(json.loads(sys.argv[1]), Path(sys.argv[2]))"  # fmt: skip
+            model = str(folder / "model")
+            subprocess.run([sys.executable, "-c", code, json.dumps(case.model), model], cwd=ROOT, check=True)
+        rows = [{"messages": [{"role": "user", "content": words(case.tokens - case.trained - 12)},
+                              {"role": "assistant", "content": words(case.trained)}]}
+                for _ in range(2 * case.rows)]  # fmt: skip
+        (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        command = [
+            sys.executable, "train_lora.py", "--model", model, "--dataset", str(folder / "rows.jsonl"), "--format",
+            "chatml", "--batch_size", str(case.rows), "--grad_accum", "1", "--max_steps", "2", "--save_steps", "0",
+            "--tokens_per_pass", str(2 * case.rows * case.tokens), "--experiments_dir", str(folder / "runs"),
+            "--name", "run", *case.flags,
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False)
+        if done.returncode != 0:
+            return {"case": name, "failed": done.stderr.strip().splitlines()[-1][:200]}
+        config = json.loads((folder / "runs" / "run" / "experiment_config.json").read_text(encoding="utf-8"))
+        from finetune.memory.sizes import sizes_of_name
+
+        sizes = dataclasses.asdict(sizes_of_name(model))
+    return {"case": name, "device": config["device"], **config["memory"], "sizes": sizes}
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown: measured, predicted by the estimator as it is now, and the difference."""
+    from finetune.memory.estimate import estimate, measured_part
+    from finetune.memory.records import plan_of, sizes_of
+
+    lines = ["| case | parameters | tokens in a pass | measured GB | predicted GB | difference |",
+             "| --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    for record in records:
+        if "failed" in record:
+            lines.append(f"| {record['case']} | | | failed: {record['failed']} | | |")
+            continue
+        plan, sizes = plan_of(record), sizes_of(record)
+        predicted = measured_part(estimate(sizes, plan), plan.device) / 1e9
+        lines.append(
+            f"| {record['case']} | {sizes.parameters / 1e6:.0f} M | {plan.tokens:,} | {record['measured_gb']:.2f} | "
+            f"{predicted:.2f} | {predicted / record['measured_gb'] - 1:+.0%} |"
+        )
+    return "\n".join(lines)
+
+
+@one_line_errors
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="CASE", help="names of cases; default: all of this machine")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the records to this file")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing, print the table of a file")
+    args = parser.parse_args()
+    if args.show:
+        print(table(json.loads(args.show.read_text(encoding="utf-8"))))
+        return 0
+    import torch
+
+    from finetune.progress import progress_bar
+
+    cases = CUDA_CASES if torch.cuda.is_available() else CPU_CASES
+    chosen = {name: cases[name] for name in args.only} if args.only else cases
+    records = []
+    with progress_bar("runs", len(chosen)) as advance:
+        for name, case in chosen.items():
+            records.append(run(name, case))
+            if args.json:
+                known = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else []
+                kept = [r for r in known if r["case"] != name]
+                write_text_atomic(args.json, json.dumps([*kept, records[-1]], indent=1) + "\n")
+            advance(1)
+    print(table(records))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
