@@ -11,16 +11,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.errors import UserError
+from finetune.experiment import CONFIG, FINAL
 
 
 def output_folder(source: str | Path, kind: str, output: Path | None, overwrite: bool) -> Path:
-    """`output`, else `<run>/exports/<kind>`; for a model that is no folder, `exports/<name>/<kind>`.
+    """`output`, else `<run>/exports/<kind>` (of a checkpoint `<run>/exports/<kind>-<checkpoint>`).
 
-    Raises UserError when something lies there and may not be replaced, or when replacing it would delete the run.
+    A model that is no folder exports into `exports/<name>/<kind>`. Raises UserError when something lies there and may
+    not be replaced, or when replacing it would delete the run.
     """
     path = Path(source)
     if output is None:
-        output = (path / "exports" if path.is_dir() else Path("exports") / path.name) / kind
+        if not path.is_dir():
+            output = Path("exports") / path.name / kind
+        elif (path.parent / CONFIG).is_file():
+            output = path.parent / "exports" / (kind if path.name == FINAL else f"{kind}-{path.name}")
+        else:
+            output = path / "exports" / kind
     if output.exists():
         if not output.is_dir():
             raise UserError(f"{output} is a file; name a folder with --output")

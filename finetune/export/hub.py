@@ -13,7 +13,7 @@ from finetune.errors import UserError
 from finetune.experiment import LOG
 from finetune.model import Run
 
-PRIVATE = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin")
+PRIVATE = ("exports", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin")
 SHOWN = 12  # metrics in the card's table
 
 

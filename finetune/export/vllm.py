@@ -10,6 +10,7 @@ from typing import Any
 
 import formats
 from finetune.errors import UserError
+from finetune.export.hub import PRIVATE
 from finetune.export.merged import served_format
 from finetune.model import Run
 from formats import Format
@@ -80,7 +81,7 @@ def export_vllm(
     if not merged:
         if run.adapter is None:
             raise UserError(f"{run.path} has no adapter; use --mode merged")
-        shutil.copytree(run.adapter, folder / "adapter", ignore=shutil.ignore_patterns("optimizer*", "*.pt", "rng_*"))
+        shutil.copytree(run.adapter, folder / "adapter", ignore=shutil.ignore_patterns(*PRIVATE))
         config = json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
         patterns = config.get("rank_pattern") or {}
         options |= {
