@@ -37,6 +37,21 @@ class Decoding:
     temperature: float = 0.0
     seed: int = 0
 
+    def generation_config(self):
+        """The same for the model's own `generate` (a `transformers.GenerationConfig`)."""
+        from transformers import GenerationConfig
+
+        sampling = {"do_sample": False}
+        if self.temperature:
+            sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=list(self.stop_ids),
+            pad_token_id=self.stop_ids[0],
+            repetition_penalty=1.0,
+            **sampling,
+        )
+
 
 @dataclass
 class Generation:
@@ -296,19 +311,8 @@ class _Sampler:
 @torch.inference_mode()
 def _generate_plain(model, prompts, rows, decoding: Decoding, finish, report: GenerationReport) -> None:
     """The model's own `generate` on left-padded batches."""
-    from transformers import GenerationConfig
-
     stop_ids, batch_size = decoding.stop_ids, decoding.batch_size
-    sampling = {"do_sample": False}
-    if decoding.temperature:
-        sampling = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
-    config = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        eos_token_id=list(stop_ids),
-        pad_token_id=stop_ids[0],
-        repetition_penalty=1.0,
-        **sampling,
-    )
+    config = decoding.generation_config()
     torch.manual_seed(decoding.seed)
     rows = sorted(rows, key=lambda i: len(prompts[i]))
     for at in range(0, len(rows), batch_size):

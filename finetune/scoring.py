@@ -93,6 +93,23 @@ class ToolSchemas:
         except Exception:  # an unresolvable $ref or a wrong regular expression inside the schema
             return None
 
+    def problems(self, call: dict[str, Any]) -> list[str]:
+        """What is wrong with a call, one line each, for a person or for the model to read; empty when nothing is."""
+        name = call["name"]
+        if name not in self.parameters:
+            return [f"no tool is called {name!r}; declared: {', '.join(self.parameters) or 'none'}"]
+        found = [f"the schema knows no argument {path}" for path in self.unknown_arguments(call)]
+        validator = _validator(json.dumps(self.parameters[name]))
+        if validator is None:
+            return [*found, f"the parameters of {name} are no JSON Schema, so its arguments cannot be checked"]
+        try:
+            for error in validator.iter_errors(call["arguments"]):
+                if error.validator not in ("additionalProperties", "unevaluatedProperties") or not found:
+                    found.append(f"{error.json_path.removeprefix('$').lstrip('.') or 'arguments'}: {error.message}")
+        except Exception as error:  # as above
+            found.append(f"the schema of {name} cannot be followed: {' '.join(str(error).split())}")
+        return found
+
 
 @lru_cache(maxsize=4096)
 def _validator(schema_text: str):
