@@ -170,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         if not isinstance(error, UserError | KeyboardInterrupt):
             log.exception("the run failed")
         raise
+    experiment.writes = trainer.args.should_save  # another rank's task where rank 0 was lost
     memory = {**experiment.config["memory"], "measured_gb": result["peak_memory_gb"]}
     experiment.update(steps=trainer.state.global_step, result=result, memory=memory)
     if (step := interrupted_at(trainer)) is not None:

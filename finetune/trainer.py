@@ -153,7 +153,7 @@ class SandwichTrainer(SFTTrainer):
         return torch.tensor(loss_sum / max(trained_everywhere, 1), device=self.args.device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; where another process of the run dies, rank 0 saves the last whole step and the run is stopped."""
+        """Train; where another process of the run dies, the last whole step is saved and the run is stopped."""
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
@@ -162,8 +162,10 @@ class SandwichTrainer(SFTTrainer):
             log.error("another process of this run ended in step %d", self.state.global_step + 1)
             stop = next(c for c in self.callback_handler.callbacks if isinstance(c, StopCallback))
             stop.requested = stop.requested or "a lost process"
-            if self.args.should_save and self.state.global_step:
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if self.state.global_step and ranks.saves_what_is_left(folder):
                 # Gradients are summed before they are used: the weights are those of the last whole step.
+                self.args.distributed_state.process_index = 0
                 with _replaced(self.accelerator, "wait_for_everyone", lambda: None):
                     self._save_checkpoint(self.model, None)
             return None

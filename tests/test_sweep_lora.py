@@ -189,6 +189,7 @@ def test_sixty_queued_runs(cluster, tmp_path):
     assert all(starts(tmp_path, run["name"]) == [0] for run in sweep["runs"])
     assert {run["status"] for run in sweep["runs"]} == {"finished"}
     assert len(sweep["best"]["values"]) == 3
+    assert (tmp_path / "s" / "comparison.png").stat().st_size > 10_000
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to a process group")

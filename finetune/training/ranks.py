@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
@@ -20,6 +22,8 @@ SHARDED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }  # fmt: skip
 _LOST = re.compile(r"gloo|nccl|(closed|reset) by peer|broken pipe|connection (was )?(closed|refused)", re.IGNORECASE)
+# torchrun kills what is left of a broken run after 30 seconds.
+SECONDS_FOR_THE_RANK_BEFORE = 10
 _group: Any = None
 
 
@@ -52,6 +56,8 @@ def start() -> None:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # or accelerate takes each process for a run of its own
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     _group = dist.new_group(backend="gloo")
@@ -71,6 +77,19 @@ def end() -> None:
         if not is_lost(error):
             raise
     _group = None
+
+
+def saves_what_is_left(checkpoint: Path) -> bool:
+    """Whether this rank is to write the checkpoint of a run that has lost a process: the lowest one that is left.
+
+    Nobody can be asked any more, so each rank gives those before it a while to finish it. Rank 0 does not wait.
+    """
+    deadline = time.monotonic() + SECONDS_FOR_THE_RANK_BEFORE * rank()
+    while time.monotonic() < deadline:
+        if checkpoint.exists():
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def is_lost(error: BaseException) -> bool:
