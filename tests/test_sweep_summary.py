@@ -1,0 +1,67 @@
+"""Mean and spread of repeats, and which run of a sweep is the best."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from finetune.charts.curves import COLUMNS, Run
+from finetune.charts.repeats import mean_and_spread, merge_repeats
+from finetune.charts.run_labels import compare
+from finetune.sweep.summary import find_best
+
+
+def made(losses, eval_losses=None, status="finished", **flags):
+    """A run as the charts read it: one row a step, eval_loss in the last rows."""
+    rows = pd.DataFrame({name: np.full(len(losses), np.nan) for name in COLUMNS})
+    rows["step"] = np.arange(1.0, len(losses) + 1)
+    rows["seconds"] = rows["step"] * 2
+    rows["loss"] = losses
+    if eval_losses:
+        rows.loc[len(losses) - len(eval_losses) :, "eval_loss"] = eval_losses
+    name = "_".join(f"{key}{value}" for key, value in flags.items())
+    return Run(Path("s") / name, rows, {"status": status, "flags": flags})
+
+
+def test_repeats_become_their_mean_and_a_band():
+    runs = [made([3, 2, 1], [1.0], rank=8, seed=1), made([5, 4, 3, 9], [2.0], rank=8, seed=2), made([7, 7], rank=4)]
+    merged, bands = merge_repeats(compare(runs))
+    assert [len(band.runs) for band in bands] == [2]
+    assert [look.group for look in merged.looks] == ["rank=4", "rank=8  mean of 2 seeds"]
+    xs, ys = merged.runs[1].points("step", "loss")
+    assert (xs.tolist(), ys.tolist()) == ([1, 2, 3], [4, 3, 2]), "only steps that both have reached"
+    xs, middle, spread = mean_and_spread(bands[0].runs, "time", "loss", 0)
+    assert xs.tolist() == [2, 4, 6]
+    assert middle.tolist() == [4, 3, 2]
+    assert spread == pytest.approx([np.std([3, 5], ddof=1)] * 3)
+
+
+def test_a_run_that_broke_off_keeps_its_own_curve():
+    runs = [made([3, 2], rank=8, seed=1), made([5, 4], rank=8, seed=2), made([9], rank=8, seed=3, status="failed")]
+    merged, bands = merge_repeats(compare([*runs, made([1], rank=4, seed=1)]))
+    assert [len(band.runs) for band in bands] == [2]
+    assert len(merged.runs) == 3
+
+
+def test_the_best_is_the_lowest_mean_of_evaluation_losses():
+    runs = [
+        made([1.0], [0.9], rank=4, seed=1), made([1.0], [0.1], rank=4, seed=2),  # mean 0.5
+        made([2.0], [0.4], rank=8, seed=1), made([2.0], [0.4], rank=8, seed=2),  # mean 0.4
+        made([0.1], [0.01], rank=16, seed=1), made([0.1], rank=16, seed=2, status="failed"),
+    ]  # fmt: skip
+    best = find_best(compare(runs))
+    assert (best.setting, best.metric, best.values) == ("rank=8", "eval_loss", [0.4, 0.4])
+    assert "0.4000 ± 0.0000 over 2 seeds" in best.text()
+
+
+def test_without_evaluation_the_last_tenth_of_the_losses_decides():
+    steady = made([2.0] * 19 + [1.0], rank=4)  # the last two: mean 1.5
+    lucky = made([2.0] * 18 + [2.9, 0.5], rank=8)  # the last two: mean 1.7, though its last one is the lowest
+    best = find_best(compare([steady, lucky]))
+    assert (best.setting, best.metric, best.values) == ("rank=4", "training loss", [1.5])
+
+
+def test_no_best_among_failures_and_no_numbers():
+    runs = [made([1.0], rank=4, status="failed"), made([float("nan")], rank=8), made([float("inf")], rank=16)]
+    assert find_best(compare(runs)) is None
