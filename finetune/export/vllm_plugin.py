@@ -108,23 +108,34 @@ def settled(text, fmt):
     # The last characters may be the first ones of a mark.
     cut = max((n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
     text = text[: len(text) - cut]
-    openings = (*fmt.call_markers[:1], *fmt.call_markers[2:])
-    start = max((text.rfind(mark) for mark in openings), default=-1)
-    if start >= 0 and not _finished(text[start:], fmt):
-        text = text[:start]
+    at = 0
+    while (start := _next_opening(text, at, fmt)) >= 0:
+        end = _call_end(text, start, fmt)
+        if end is None:
+            return fmt.parse(text[:start]).content
+        at = end
     return fmt.parse(text).content
 
 
-def _finished(text, fmt):
-    """Whether the call at the start of `text` is complete, or broken whatever may follow."""
-    last = fmt.parse(text)
-    if last.tool_calls and not last.errors:
-        return True
-    # A closing mark may stand inside a string, so what decides is whether the text up to the last one is broken.
+def _next_opening(text, at, fmt):
+    openings = (*fmt.call_markers[:1], *fmt.call_markers[2:])
+    return min((found for mark in openings if (found := text.find(mark, at)) >= 0), default=-1)
+
+
+def _call_end(text, start, fmt):
+    """Where the call at `start` ends, or just behind `start` when it is broken for good; None while that is open."""
     closing = fmt.call_markers[1]
-    end = text.rfind(closing)
-    errors = fmt.parse(text[: end + len(closing)]).errors if end >= 0 else []
-    return any(not ("cut off" in error or "the text ends" in error) for error in errors)
+    broken = False
+    close = text.find(closing, start)
+    while True:  # a closing mark may stand inside a string: the first that makes a whole call counts
+        end = close + len(closing) if close >= 0 else len(text)
+        parsed = fmt.parse(text[start:end])
+        if not parsed.errors:
+            return end
+        if close < 0:
+            return start + 1 if broken else None
+        broken = broken or not ("cut off" in parsed.errors[0] or "the text ends" in parsed.errors[0])
+        close = text.find(closing, end)
 
 
 def _plain(call):
