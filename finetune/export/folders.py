@@ -50,10 +50,12 @@ def filled_aside(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write into {target.parent}: {error.strerror}; name another --output") from error
     try:
+        yield aside
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(aside, 0o777 & ~umask)  # mkdtemp's folders are for one user only
-        yield aside
+        for path in (aside, *aside.rglob("*")):  # folders of mkdtemp and files of safetensors are for one user only
+            whole = 0o777 if path.is_dir() or path.stat().st_mode & 0o100 else 0o666
+            path.chmod(whole & ~umask)
         old = aside.with_suffix(".old")
         if target.exists():
             target.rename(old)

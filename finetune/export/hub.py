@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.experiment import LOG
+from finetune.experiment import LOG, Experiment
 from finetune.model import Run
 
 PRIVATE = ("exports", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin")
@@ -40,8 +40,8 @@ def _name_base(path: Path, config: dict[str, Any]) -> None:
 
 
 def public_name(model: str) -> str:
-    """A Hub id as it is; of a folder on this machine only its last part."""
-    return Path(model).name if Path(model).is_dir() or Path(model).is_absolute() else model
+    """A Hub id as it is; of a path on this machine only its last part."""
+    return Path(model).name if Path(model).exists() or Path(model).is_absolute() else model
 
 
 def read_scores(run_folder: Path) -> dict[str, dict[str, Any]]:
@@ -82,13 +82,11 @@ def model_card(experiment: Any, scores: dict[str, dict[str, Any]], curve: bool) 
     """Markdown with the front matter that the Hub reads: base, data, training, scores with intervals, curve."""
     from finetune.training.saving import model_card as training_card
 
-    text = training_card(experiment).replace(
-        f"`{experiment.config['base_model']}`", f"`{public_name(experiment.config['base_model'])}`"
-    )
-    front, _, body = text.removeprefix("---\n").partition("\n---\n")
-    front = front.replace(
-        f"base_model: {experiment.config['base_model']}", f"base_model: {public_name(experiment.config['base_model'])}"
-    )
+    config = experiment.config
+    flags = {**config["flags"], "dataset": [public_name(name) for name in config["flags"]["dataset"]]}
+    config = {**config, "base_model": public_name(config["base_model"]), "flags": flags}
+    experiment = Experiment(experiment.folder, config)
+    front, _, body = training_card(experiment).removeprefix("---\n").partition("\n---\n")
     names = shown_metrics(scores)
     if names and "tuned" in scores:
         front += _model_index(experiment, scores["tuned"], names)
@@ -135,7 +133,6 @@ def _model_index(experiment: Any, metrics: dict[str, Any], names: list[str]) -> 
 
 
 def _use(experiment: Any) -> list[str]:
-    name = public_name(experiment.config["base_model"])
     return [
         "```python",
         "from peft import AutoPeftModelForCausalLM",
@@ -148,7 +145,8 @@ def _use(experiment: Any) -> list[str]:
         "answer = model.generate(**prompt, max_new_tokens=256)",
         "```",
         "",
-        f"The chat template in this repository is the one that was trained; the one of `{name}` may differ.",
+        "The chat template in this repository is the one that was trained; that of "
+        f"`{experiment.config['base_model']}` may differ.",
     ]
 
 
