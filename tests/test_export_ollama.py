@@ -135,7 +135,7 @@ def test_modelfile_stops_at_every_end_of_turn():
 
 
 @pytest.mark.parametrize(
-    ("name", "parser"), [("qwen-xml", "qwen3-coder"), ("mistral-v13", "ministral"), ("mistral-v3", None)]
+    ("name", "parser"), [("qwen-xml", "qwen3-coder"), ("mistral-v13", "ministral"), ("mistral-v3", None), ("mistral-v11", None)]
 )
 def test_formats_whose_calls_are_no_json_objects_name_a_parser_of_ollama(name, parser):
     lines = [line for line in modelfile(FORMATS[name], "m.gguf").splitlines() if line.startswith("PARSER")]

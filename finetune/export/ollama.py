@@ -19,7 +19,7 @@ TAGS = {
     "chatml": "<tool_call>", "qwen": "<tool_call>", "llama3-function": "<function=", "kanana": "<function=",
     "mistral": "[TOOL_CALLS]", "phi4-mini": "<|tool_call|>",
 }  # fmt: skip
-PARSERS = {"qwen-xml": "qwen3-coder", "mistral-v11": "ministral", "mistral-v13": "ministral"}
+PARSERS = {"qwen-xml": "qwen3-coder", "mistral-v13": "ministral"}
 
 
 def go_template(fmt: Format) -> str:
