@@ -117,7 +117,7 @@ def test_merged_model_answers_as_the_adapter(exports, run_folder, adapter_logpro
     ids, adapted, base = adapter_logprobs
     merged = logits(model, ids)
     rounding, change = (merged - adapted).abs().max(), (base - adapted).abs().max()
-    assert rounding < 0.1 and change > 10 * rounding
+    assert rounding < 0.1 and change > 5 * rounding
     trained = (run_folder / "final_model" / "chat_template.jinja").read_text("utf-8")
     assert (folder / "merged" / "chat_template.jinja").read_text("utf-8") == trained
     assert AutoTokenizer.from_pretrained(folder / "merged")(PROMPT)["input_ids"] == ids
@@ -245,10 +245,12 @@ def test_ollama_folder_is_whole(exports):
     assert text.startswith("FROM ./run-f16.gguf\n")
     assert 'PARAMETER stop "<|im_end|>"' in text and "PARAMETER num_ctx 1024" in text
     template = text.split('"""')[1]
-    row = {"messages": [{"role": "user", "content": "hi"}], "tools": []}
-    assert ollama.render(template, [row]) == ["<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"] or (
-        "system" in template
+    row = {"messages": [{"role": "user", "content": "hi"}], "tools": ROWS["single_call"]["tools"]}
+    trained = (exports[0] / "merged" / "chat_template.jinja").read_text("utf-8")
+    ours = parts.tokenizer("smollm2").apply_chat_template(
+        row["messages"], tools=row["tools"], chat_template=trained, add_generation_prompt=True, tokenize=False
     )
+    assert ollama.render(template, [row]) == [ours]
 
 
 def test_vllm_folder_serves_adapter_and_template(run_folder, tmp_path, capsys):

@@ -101,6 +101,8 @@ def test_go_template_renders_as_our_own(name):
     theirs = ollama.render(go_template(fmt), [given for _, given in cases])
     compared = 0
     for (case, given), text in zip(cases, theirs, strict=True):
+        if name == "plain" and given["tools"]:
+            continue  # a template that does not mention tools makes Ollama refuse them itself
         same = ollama.carried(given)
         try:
             ours = render_messages(
@@ -135,7 +137,8 @@ def test_modelfile_stops_at_every_end_of_turn():
 
 
 @pytest.mark.parametrize(
-    ("name", "parser"), [("qwen-xml", "qwen3-coder"), ("mistral-v13", "ministral"), ("mistral-v3", None), ("mistral-v11", None)]
+    ("name", "parser"),
+    [("qwen-xml", "qwen3-coder"), ("mistral-v13", "ministral"), ("mistral-v3", None), ("mistral-v11", None)],
 )
 def test_formats_whose_calls_are_no_json_objects_name_a_parser_of_ollama(name, parser):
     lines = [line for line in modelfile(FORMATS[name], "m.gguf").splitlines() if line.startswith("PARSER")]

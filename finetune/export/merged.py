@@ -165,7 +165,10 @@ def export_merged(run: Run, folder: Path, dtype: str = "auto", say: Any = print)
         model = PeftModel.from_pretrained(model, str(run.adapter))
         model.eval()
         adapted = log_probabilities(model, prompts)
-        model = model.merge_and_unload(safe_merge=True)
+        try:
+            model = model.merge_and_unload(safe_merge=True)
+        except ValueError as error:  # numbers that are none
+            raise UserError(f"{run.adapter} cannot be merged: {error}") from error
     ends = check_tokenizer(tokenizer, fmt)
     model.generation_config = generation_config(model, ends)
     model.config.eos_token_id = model.generation_config.eos_token_id
