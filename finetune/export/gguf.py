@@ -141,6 +141,7 @@ def make_gguf(
         expected = first_tokens(made, run)
         made.model = None
         template = always_pinned(made.format.template)
+        end_with(made.tokenizer, made.format, Path(merged))
         (Path(merged) / "chat_template.jinja").write_text(template, encoding="utf-8")
         paths = export_gguf(Path(merged), folder, name, quantizations, tools, say)
     for path in paths:
@@ -148,6 +149,16 @@ def make_gguf(
         if importlib.util.find_spec("xllamacpp"):
             say(f"{path.name}: {compare_first_tokens(path, expected)}")
     return MadeFiles(paths, made.tokenizer, made.format)
+
+
+def end_with(tokenizer: Any, fmt: Any, folder: Path) -> None:
+    """Make the format's end of turn the tokenizer's end token in `folder`: a GGUF has room for one.
+
+    A base model's own end token ends documents. A template that writes `eos_token` keeps the one it was trained with.
+    """
+    if tokenizer.eos_token not in fmt.end_of_turn and "eos_token" not in fmt.template:
+        tokenizer.eos_token = fmt.end_of_turn[0]
+        tokenizer.save_pretrained(str(folder))
 
 
 def always_pinned(template: str) -> str:
@@ -193,5 +204,5 @@ def check_gguf(path: Path, template: str, ends: list[int]) -> None:
         raise UserError(f"{path}: the chat template in it is not the trained one; report this")
     end = found.get("tokenizer.ggml.eos_token_id")
     eot = found.get("tokenizer.ggml.eot_token_id")
-    if not {end, eot} & set(ends):
+    if not {end, eot} & set(ends) and "eos_token" not in template:
         raise UserError(f"{path}: its end token {end} is no end of turn of the format ({ends}); report this")

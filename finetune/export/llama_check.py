@@ -11,6 +11,7 @@ from typing import Any
 from finetune.errors import UserError
 
 TOP = 5  # likeliest tokens compared
+LONGEST = 2048  # tokens of a prompt
 # Nats by which the likeliest tokens' log-probabilities may differ; quantised files are measured, not judged.
 TOLERANCE = {"f32": 0.02, "f16": 0.05, "bf16": 0.2}
 
@@ -25,7 +26,7 @@ class FirstToken:
 
 def first_tokens(made: Any, run: Any, count: int = 3) -> list[FirstToken]:
     """What the merged model expects at the start of an answer, for the first user turns of a few conversations."""
-    from finetune.export.merged import LONGEST, conversations_of, log_probabilities
+    from finetune.export.merged import conversations_of, log_probabilities
     from formats import FormatError, encode_prompt
 
     prompts = []
@@ -44,14 +45,21 @@ def first_tokens(made: Any, run: Any, count: int = 3) -> list[FirstToken]:
 
 
 @contextlib.contextmanager
-def llama_server(path: Path, *, context: int = 2048, chat_template: str | None = None) -> Iterator[Any]:
-    """A llama.cpp server in this process for one GGUF file; `listening_address` is its URL on 127.0.0.1."""
+def llama_server(
+    path: Path, *, context: int = 2048, chat_template: str | None = None, host: str = "127.0.0.1", port: int = 0
+) -> Iterator[Any]:
+    """A llama.cpp server in this process for one GGUF file; `listening_address` is its URL.
+
+    context  tokens it has room for, 0: as many as the model
+    port     0: a free one
+    """
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx, params.n_parallel, params.warmup, params.verbosity = context, 1, False, 0
     params.use_jinja = True
+    params.hostnames, params.port = [host], port
     if chat_template is not None:
         params.chat_template = chat_template
     server = xllamacpp.Server(params)
@@ -63,6 +71,8 @@ def llama_server(path: Path, *, context: int = 2048, chat_template: str | None =
 
 def compare_first_tokens(path: Path, expected: list[FirstToken]) -> str:
     """One sentence about how far llama.cpp is from `expected`; UserError when a 16- or 32-bit file is too far."""
+    if not expected:
+        return "not compared with Transformers: no prompt of the data is short enough"
     differences, same = [], 0
     with llama_server(path, context=max(len(one.prompt) for one in expected) + 64) as server:
         for one in expected:
