@@ -62,7 +62,7 @@ def logged_steps(folder, name):
         return [int(row["step"]) for row in csv.DictReader(file)]
 
 
-def wait_for(condition, process=None, seconds=240):
+def wait_for(condition, process=None, seconds=900):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process is None or process.poll() is None, "the sweep ended too early"
@@ -73,7 +73,7 @@ def wait_for(condition, process=None, seconds=240):
 def test_a_machine_dies_and_another_joins_and_nothing_is_lost(cluster, tmp_path):
     """Six runs whose results travel through Ray; the machine that holds runs is killed, another one comes."""
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    command = write_plan(tmp_path / "plan", steps=8, seconds=0.4)
+    command = write_plan(tmp_path / "plan", steps=30, seconds=0.4)
     doomed = cluster.add_node(num_cpus=2, object_store_memory=STORE, resources={"doomed": 1})
     words = arguments(Path("e"), command, "--address", cluster.address, "--transport", "ray", "--scratch",
                       str(tmp_path / "scratch"), "--retries", "1", "--rank", "1", "2", "3", "4", "5", "6")  # fmt: skip
@@ -83,10 +83,10 @@ def test_a_machine_dies_and_another_joins_and_nothing_is_lost(cluster, tmp_path)
     )  # fmt: skip
     folder = tmp_path / "e"
     # Every run has brought back a checkpoint, so whichever of them are on the doomed machine have something to go on.
-    wait_for(lambda: len(list(folder.glob("s/rank*/checkpoint-*/step"))) >= 6, process)
+    wait_for(lambda: len({path.parent for path in folder.glob("s/rank*/checkpoint-*")}) == 6, process)
     cluster.remove_node(doomed, allow_graceful=False)
     cluster.add_node(num_cpus=2, object_store_memory=STORE)
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     assert output.strip() == str(Path("e") / "s")
 
@@ -97,10 +97,10 @@ def test_a_machine_dies_and_another_joins_and_nothing_is_lost(cluster, tmp_path)
     assert all(kinds == ["finished"] for name, kinds in outcomes.items() if name not in lost)
     for name in outcomes:
         run = folder / "s" / name
-        assert logged_steps(folder, name)[-1] == 8
+        assert logged_steps(folder, name)[-1] == 30
         assert (run / "final_model" / "adapter").read_text() == name
-        assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-7", "checkpoint-8"]
-        assert (run / "checkpoint-8" / "weights").stat().st_size == 100_000
+        assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-29", "checkpoint-30"]
+        assert (run / "checkpoint-30" / "weights").stat().st_size == 100_000
         assert not list(run.glob(".*"))
     for name in lost:
         assert starts(tmp_path, name)[0] == 0
@@ -199,10 +199,10 @@ def test_ctrl_c_stops_every_process_and_the_same_command_goes_on(tmp_path):
     words = [sys.executable, str(ROOT / "sweep_lora.py"), *arguments(tmp_path, command, "--rank", "1", "2", "3", "4")]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)  # fmt: skip
-    wait_for(lambda: len(list(tmp_path.glob("s/rank*/checkpoint-5"))) >= 1, process)
+    wait_for(lambda: any(len(path.read_text().splitlines()) > 5 for path in tmp_path.glob("s/*/*.csv")), process)
     started = {path.stem for path in (tmp_path / "plan").glob("*.tries")}
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert not stubs_of(tmp_path)
@@ -215,9 +215,9 @@ def test_ctrl_c_stops_every_process_and_the_same_command_goes_on(tmp_path):
     assert result.returncode == 0, result.stderr
     for name in started:
         first, second = starts(tmp_path, name)
-        assert first == 0
-        assert second >= 5 or len(started) > 1
-        assert len(set(logged_steps(tmp_path, name))) == len(logged_steps(tmp_path, name))
+        steps = logged_steps(tmp_path, name)
+        assert (first, steps) == (0, list(range(1, len(steps) + 1)))
+        assert second > 0, "it went on from the checkpoint of its last step"
 
 
 def stubs_of(folder):

@@ -7,6 +7,7 @@ the hub: Ray's object transport. Only bytes, text and numbers are sent; no objec
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def place_of(task: dict[str, Any]) -> Workspace:
             return Workspace(cwd, folder, True)
         if task["transport"] == "shared":
             raise UserError(f"{folder} is not the sweep's folder on this machine; share it, or use --transport ray")
-    scratch = Path(task["scratch"] or tempfile.gettempdir()) / "sandwich_sweeps" / task["sweep_id"]
+    scratch = Path(task["scratch"] or tempfile.gettempdir()) / "sandwich_sweeps" / task["sweep_id"] / task["machine"]
     inside = folder.relative_to(cwd) if folder.is_relative_to(cwd) else Path(folder.name)
     (scratch / inside).mkdir(parents=True, exist_ok=True)
     return Workspace(scratch, scratch / inside, False)
@@ -102,27 +103,24 @@ class Courier:
         for path in sorted(folder.iterdir(), key=lambda path: (path.is_file(), path.name)):
             if path.name.startswith("."):
                 continue
-            name = path.relative_to(self.place.folder).as_posix()
-            if path.is_dir():
-                if name not in self.sent and (CHECKPOINT.fullmatch(path.name) or path.name in WHOLE):
-                    self._send_folder(path, name)
-            elif self.sent.get(name) != (state := _state(path)):
-                if path.name == CONFIG and not ended and folder_status(folder) == FINISHED:
-                    continue
-                self._put(path, name)
-                self.sent[name] = state
+            with contextlib.suppress(FileNotFoundError):  # an old checkpoint that is removed while it is read
+                self._send(path, ended)
         kept = [path.name for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name)]
         self.call("keep_checkpoints", self.run, kept)
 
-    def _send_folder(self, path: Path, name: str) -> None:
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-        try:
-            for file in files:
-                self._put(file, f"{self.run}/.incoming/{path.name}/{file.relative_to(path).as_posix()}")
-        except FileNotFoundError:
-            return  # an old checkpoint that was removed while it was read
-        self.call("move", f"{self.run}/.incoming/{path.name}", name)
-        self.sent[name] = (0, 0)
+    def _send(self, path: Path, ended: bool) -> None:
+        name = path.relative_to(self.place.folder).as_posix()
+        if CHECKPOINT.fullmatch(path.name) or path.name in WHOLE:
+            if name not in self.sent:
+                for file in sorted(p for p in path.rglob("*") if p.is_file()):
+                    self._put(file, f"{self.run}/.incoming/{path.name}/{file.relative_to(path).as_posix()}")
+                self.call("move", f"{self.run}/.incoming/{path.name}", name)
+                self.sent[name] = (0, 0)
+        elif path.is_file() and self.sent.get(name) != (state := _state(path)):
+            if path.name == CONFIG and not ended and folder_status(path.parent) == FINISHED:
+                return
+            self._put(path, name)
+            self.sent[name] = state
 
     def _put(self, path: Path, name: str) -> None:
         with path.open("rb") as file:
@@ -145,7 +143,7 @@ class Courier:
 
     def _get(self, kind: str, name: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
+        part = target.with_name(f".{target.name}.{self.run}.part")  # other runs may be fetching the same file
         with part.open("wb") as file:
             while data := self.call("read", kind, name, file.tell(), CHUNK):
                 file.write(data)

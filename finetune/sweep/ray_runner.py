@@ -115,6 +115,8 @@ def remote_attempt(task: dict[str, Any], hub: Any) -> dict[str, Any]:
     def call(method: str, *arguments: Any) -> Any:
         return ray.get(getattr(hub, method).remote(*arguments))
 
+    # A name of the machine: several Ray nodes on one of them must not work in one folder.
+    task = task | {"machine": ray.get_runtime_context().get_node_id()[:12]}
     try:
         return run_attempt(task, call)
     except UserError as error:
