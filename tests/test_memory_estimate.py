@@ -215,12 +215,13 @@ def runs_attention(model):
 # --- against measurements ---------------------------------------------------------------------------------------------
 
 RECORDS = [r for path in sorted(RESULTS.glob("*memory_*.json")) for r in json.loads(path.read_text(encoding="utf-8"))]
-# Reached over the recorded runs: see docs/memory.md. Resident memory of a CPU process; a GPU has not been measured.
-TOLERANCE = {"cpu": 0.15, "cuda": 0.10}
+# On a CPU the slack was fitted to the first of these records (docs/memory.md), so there they guard against drift; a GPU
+# has not been measured, its 10% is the target.
+TOLERANCE = {"cpu": 0.10, "cuda": 0.10}
 
 
 def test_there_are_records():
-    assert len([r for r in RECORDS if "failed" not in r]) >= 8
+    assert len([r for r in RECORDS if "failed" not in r]) >= 4
 
 
 @pytest.mark.parametrize("record", [r for r in RECORDS if "failed" not in r], ids=lambda r: r["case"])
@@ -362,3 +363,19 @@ def test_a_prediction_never_stops_a_run():
     entry = runs.prediction(LLAMA3_8B, Plan(tokens=64))
     assert entry["predicted_gb"] == pytest.approx(sum(entry["parts"].values()) - entry["parts"]["context"], abs=0.01)
     assert plan_of(entry) == Plan(tokens=64)
+
+
+def test_on_a_cpu_a_pass_is_no_larger_than_an_ordinary_micro_batch(monkeypatch):
+    from finetune import settings
+
+    monkeypatch.setattr(runs, "free_memory", lambda: 200e9)
+    sizes, rows = sizes_of_billions(0.5), [([1] * length, [1] * length) for length in (30, 900)]
+
+    def budget(device, *words):
+        plan = Plan(tokens=1, device=device, load_in_4bit=False)
+        return runs.tokens_of_a_pass(settings.parse(list(words)), sizes, plan, rows, loaded=False)
+
+    assert budget("cpu", "--batch_size", "8") == 8 * 900
+    assert budget("cpu", "--batch_size", "1") == 4 * 900
+    assert budget("cpu", "--batch_size", "8", "--tokens_per_pass", "100000") == 100_000
+    assert budget("cuda", "--batch_size", "8") == runs.MOST_TOKENS

@@ -90,10 +90,8 @@ def verdict(card: Card) -> list[str]:
     fitting = [b for b in COMMON_SIZES if suggest(sizes_of_billions(b), card_gb).plan is not None]
     if fitting:
         best = suggest(sizes_of_billions(fitting[-1]), card_gb)
-        words = flag_words(best.flags)
-        lines.append(
-            f"{name} can train models of up to about {fitting[-1]:g} B parameters now, the largest with {words}."
-        )
+        lines.append(f"{name} can now train models of up to about {fitting[-1]:g} B parameters; that size with:")
+        lines.append(f"  {flag_words(best.flags)}")
         roomy = [b for b in fitting if not suggest(sizes_of_billions(b), card_gb).plan.load_in_4bit]
         if roomy:
             lines.append(f"Up to about {roomy[-1]:g} B it has room for 16-bit weights and rows of 4,096 tokens.")

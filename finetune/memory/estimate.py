@@ -32,7 +32,7 @@ CONTEXT = 0.55e9
 UNSLOTH_OFFLOAD_FROM = 2 * 1024 * 1024
 # Share of activations, loss and workspace that the allocator holds on top of what is in use: fragments of blocks of
 # changing sizes. CPU: fitted to the recorded measurements. CUDA: an assumption until one is measured.
-SLACK = {"cpu": 0.15, "cuda": 0.08}
+SLACK = {"cpu": 0.4, "cuda": 0.08}
 
 # Bytes of optimizer state per trained number, for tensors that are large enough to be kept in 8 bits.
 _EIGHT_BIT = 2 + 2 * 4 / OPTIM_BLOCK
