@@ -290,7 +290,7 @@ def test_hub_dry_run_lists_a_card_and_uploads_nothing(run_folder, tmp_path, caps
     assert front["base_model"] == "base"
     assert front["model-index"][0]["results"][0]["metrics"] == [{"type": "tool_name_accuracy", "value": 0.9}]
     assert "| tool_name_accuracy | 0.100 | 0.900 | 0.800 to 0.900 |" in card and "![Training loss" in card
-    assert str(run_folder.parent) not in card + (target / "adapter_config.json").read_text("utf-8")
+    assert str(run_folder.parents[1]) not in card + (target / "adapter_config.json").read_text("utf-8")
 
 
 def test_a_token_in_a_file_stops_the_upload(run_folder, tmp_path, capsys, monkeypatch):
