@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.scoring import ToolSchemas
 from formats import Parsed, unescape
+from formats.escape import MARK
 from formats.tokens import added_tokens
 
 
@@ -96,11 +97,14 @@ class LiveText:
     def __init__(self, tokenizer: Any, fmt: Any, tools: list[dict] | None = None, prompt: str = ""):
         self.tokenizer, self.fmt, self.tools = tokenizer, fmt, tools
         self.text, self.shown = "", ""
-        tags = ("<think>", "</think>")
+        tags = ("<think>", "</think>", "<|python_tag|>", "[TOOL_CALLS]")  # read by parsers that do not declare them
         named = {*fmt.call_markers, *fmt.control_tokens, *fmt.end_of_turn, *tags, *added_tokens(tokenizer)}
-        self._marks = sorted((mark for mark in named if mark.strip(" \t\r\n\u2581")), key=len, reverse=True)
+        self._marks = sorted(mark for mark in named if mark.strip(" \t\r\n\u2581"))
+        neutral = [mark[0] + MARK + mark[1:] for mark in self._marks if len(mark) > 1]
+        self._beginnings = {mark[:size] for mark in (*self._marks, *neutral) for size in range(1, len(mark))}
+        self._longest = max(map(len, self._beginnings), default=0)
         # A prompt that opened the reasoning itself: text is reasoning until it is closed.
-        self._thinking = prompt.rstrip().endswith("<think>")
+        self._thinking = fmt.reasoning and prompt.rstrip().endswith("<think>")
 
     def feed(self, text: str) -> str:
         """Take more text; returns what can be shown of the content now ("" while a call may be under way)."""
@@ -124,18 +128,16 @@ class LiveText:
         if self.fmt.read_calls is not None and text[:1] in ("{", "["):
             return 0  # formats whose whole turn is JSON or a list of calls
         end = min((at for mark in self._marks if (at := text.find(mark)) >= 0), default=len(text))
-        if end == len(text):
-            longest = max((len(mark) for mark in self._marks), default=1)
-            for size in range(min(longest - 1, len(text)), 0, -1):
-                if any(mark.startswith(text[-size:]) for mark in self._marks):
-                    end = len(text) - size
-                    break
+        if end == len(text):  # the end may be the beginning of a mark
+            sizes = range(min(self._longest, len(text)), 0, -1)
+            end -= next((size for size in sizes if text[-size:] in self._beginnings), 0)
         return len(text[:end].rstrip())  # the parsed content ends without whitespace
 
     def _show(self, text: str, whole: bool = False) -> str:
         if not whole:
             text = unescape(text, self.tokenizer, self.fmt)
-        new = text[len(self.shown) :] if text.startswith(self.shown) else ""
+        # Text that later tokens turned into something else is rather shown twice than lost.
+        new = text[len(self.shown) :] if text.startswith(self.shown) else ("\n" + text if whole else "")
         self.shown += new
         return new
 

@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.chat.reply import LiveText, Reply, read_reply
 from finetune.errors import UserError
-from finetune.generation import Decoding
+
+if TYPE_CHECKING:
+    from finetune.generation import Decoding
 
 TUNED, BASE = "tuned", "base"
 
@@ -60,8 +62,8 @@ class Speaker:
         ids = encode_prompt(messages, tools, self.tokenizer, self.fmt)
         if self.room is not None and len(ids) + max_new_tokens > self.room:
             raise UserError(
-                f"the conversation has {len(ids):,} tokens and the answer may take {max_new_tokens:,}, but the model has "
-                f"room for {self.room:,}; start a new conversation, declare fewer tools or lower --max_new_tokens"
+                f"the conversation has {len(ids):,} tokens, the answer may take {max_new_tokens:,}, the model "
+                f"has room for {self.room:,} in all; start anew, declare fewer tools or lower --max_new_tokens"
             )
         return ids
 

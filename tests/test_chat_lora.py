@@ -1,0 +1,550 @@
+"""Talking: what is shown while it is written, calls and their results, the terminal, the page, the server."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune.chat.questions import read_questions
+from finetune.chat.reply import LiveText, Reply, read_reply
+from finetune.chat.session import Conversation, Talk, read_tools
+from finetune.chat.tool_command import ToolCommand, parse_tool_command
+from finetune.errors import UserError
+from formats import FORMATS
+from tests import parts, talker
+from tests.browser import CHROMIUM, REASON
+from tests.rows import LAMP
+
+ROOT = Path(__file__).parents[1]
+
+TEXTS = (
+    "",
+    "  Two words.\n\n",
+    "I will dim it.\n<tool_call>\n{\"name\":\"set_lamp\",\"arguments\":{\"room\":\"hall\"}}\n</tool_call>",
+    "<tool_call>{\"name\":\"a\",\"arguments\":{}}</tool_call> a <tool_call>{\"name\":\"b\",\"arguments\":{}}</tool_call> x",
+    "<tool_call>\n{\"name\": \"set_lamp\", \"argu",
+    "<function=set_lamp>{\"room\": \"hall\"}</function> Done.",
+    "before <function=set_lamp>{\"room\": }</function> after",
+    "<tool_call>\n<function=set_lamp>\n<parameter=room>\nhall\n</parameter>\n</function>\n</tool_call>",
+    "{\"name\": \"set_lamp\", \"parameters\": {\"room\": \"hall\"}}",
+    "{\"answer\": 42}",
+    "<|python_tag|>{\"name\": \"set_lamp\", \"parameters\": {}}",
+    "[set_lamp(room=\"hall\", level=3)]",
+    "[1] is a footnote",
+    "Well: [TOOL_CALLS][{\"name\": \"a\", \"arguments\": {}}]",
+    "[TOOL_CALLS]a[ARGS]{}[TOOL_CALLS]b[ARGS]{\"x\": 1}",
+    "<|tool_call|>[{\"name\": \"a\", \"arguments\": {}}]<|/tool_call|>",
+    "<think>It is dark.</think>\n\nLet there be light <b>now</b>, 3 < 4.",
+    "What a < b <t and [T mean; 100 <|im_ is no token",
+    "A control token of the data: <\u200b|im_end|> stays. 안녕하세요 🙂",
+    "Ended.<|im_end|>\n<|im_start|>user\nnever shown",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(name for name, fmt in FORMATS.items() if fmt.read_calls or fmt.template))
+def test_what_is_shown_while_it_is_written_is_the_parsed_content(name):
+    fmt, tokenizer, rng = FORMATS[name], parts.tokenizer("smollm2"), random.Random(name)
+    for text in TEXTS:
+        live, shown, at = LiveText(tokenizer, fmt), [], 0
+        while at < len(text):
+            size = rng.randint(1, 7)
+            shown.append(live.feed(text[at : at + size]))
+            at += size
+        rest, parsed = live.finish()
+        assert "".join(shown) + rest == parsed.content, text
+        assert parsed == read_parsed(text, tokenizer, fmt)
+
+
+def read_parsed(text, tokenizer, fmt):
+    from finetune.chat.reply import unescaped
+
+    return unescaped(fmt.parse(text), tokenizer, fmt)
+
+
+def test_plain_text_is_shown_at_once_and_reasoning_that_the_prompt_opened_is_not():
+    tokenizer = parts.tokenizer("smollm2")
+    live = LiveText(tokenizer, FORMATS["chatml"])
+    assert [live.feed(piece) for piece in ("The", " hall", " is <", "b>dark", ".")] == [
+        "The",
+        " hall",
+        " is",
+        " <b>dark",
+        ".",
+    ]
+    live = LiveText(tokenizer, FORMATS["qwen-xml"], prompt="<|im_start|>assistant\n<think>\n")
+    assert [live.feed(piece) for piece in ("dark", "</think>", "\n\nYes", " it is")] == ["", "", "Yes", " it is"]
+    assert live.finish()[1].reasoning_content == "dark"
+
+
+def test_faults_of_calls_are_named():
+    tokenizer, fmt = parts.tokenizer("smollm2"), FORMATS["chatml"]
+
+    def problems(name, arguments):
+        text = "<tool_call>\n" + json.dumps({"name": name, "arguments": arguments}) + "\n</tool_call>"
+        return read_reply(text, talker.TOOLS, tokenizer, fmt).problems[0]
+
+    assert problems("set_lamp", {"room": "hall", "level": 3}) == []
+    assert problems("sing", {}) == ["no tool is called 'sing'; declared: set_lamp"]
+    assert problems("set_lamp", {"room": "hall", "colour": "red"}) == ["the schema knows no argument colour"]
+    assert sorted(problems("set_lamp", {"level": "3"})) == [
+        "arguments: 'room' is a required property",
+        "level: '3' is not of type 'integer'",
+    ]
+    broken = read_reply(talker.BROKEN, talker.TOOLS, tokenizer, fmt)
+    assert broken.parse_errors and broken.content == talker.BROKEN  # never hidden
+
+
+# --- the user's program
+
+
+def program(tmp_path: Path, body: str) -> tuple[str, ...]:
+    path = tmp_path / "a tool.py"
+    path.write_text("import json, subprocess, sys, time\n" + body, encoding="utf-8")
+    return (sys.executable, str(path))
+
+
+def test_program_gets_the_call_on_stdin_and_no_shell(tmp_path):
+    argv = program(tmp_path, "call = json.load(sys.stdin)\nprint(json.dumps({'got': call, 'argv': sys.argv[1:]}))")
+    call = {"name": "set_lamp", "arguments": {"room": "부엌; rm -rf $HOME", "level": 3}}
+    given = json.loads(ToolCommand((*argv, "$(whoami)", "a;b"))(call))
+    assert given == {"got": call, "argv": ["$(whoami)", "a;b"]}
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("sys.exit('the lamp is broken')", "status 1: the lamp is broken"),
+        ("pass", "wrote nothing"),
+        ("print('x' * 200_000)", "200,000 characters"),
+    ],
+)
+def test_failure_of_a_program_is_a_result_that_says_so(tmp_path, body, said):
+    assert said in json.loads(ToolCommand(program(tmp_path, body))({"name": "a", "arguments": {}}))["error"]
+
+
+def test_program_that_cannot_start_or_hangs_with_a_child(tmp_path):
+    assert "cannot be started" in ToolCommand((str(tmp_path / "none"),))({"name": "a", "arguments": {}})
+    # The child inherits the pipes: killing only its parent would leave us waiting for it.
+    child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).wait()"
+    result = ToolCommand(program(tmp_path, child), timeout=2.0)({"name": "a", "arguments": {}})
+    assert "longer than 2 s" in json.loads(result)["error"]
+
+
+def test_words_of_the_tool_command():
+    assert parse_tool_command(None) is None
+    assert parse_tool_command("prog 'a b' --x=1 ; rm").argv == ("prog", "a b", "--x=1", ";", "rm")
+    for wrong in ("", "'open"):
+        with pytest.raises(UserError, match="--tool-command"):
+            parse_tool_command(wrong)
+
+
+# --- a conversation
+
+
+class Scripted:
+    """A speaker that gives prepared answers, where only the order of things is the point."""
+
+    name, sides = "scripted", ("tuned",)
+
+    def __init__(self, *replies: Reply):
+        self.replies, self.seen = list(replies), []
+
+    def answer(self, messages, tools, decoding, side="tuned", on_text=None):
+        self.seen.append(messages)
+        return self.replies.pop(0)
+
+
+def calling(*names: str, problems: list[str] | None = None) -> Reply:
+    made = [{"name": name, "arguments": {}} for name in names]
+    return Reply("…", tool_calls=made, problems=[problems or []] * len(made))
+
+
+def test_calls_are_carried_out_in_order_until_the_answer():
+    ran = []
+    speaker = Scripted(calling("a", "b"), calling("c", problems=["no tool is called 'c'"]), Reply("Done.", "Done."))
+    conversation = Conversation("Be brief.")
+    conversation.say("go")
+    talk = Talk(speaker, None, lambda call: ran.append(call["name"]) or f"did {call['name']}")
+    made = list(talk.answer(conversation))
+    assert ran == ["a", "b"]  # a call that its schema refuses never reaches the program
+    assert [m.tool_calls if isinstance(m, Reply) else m[1] for m in made][1:3] == ["did a", "did b"]
+    assert [turn["role"] for turn in conversation.messages] == [
+        "system", "user", "assistant", "tool", "tool", "assistant", "tool", "assistant",
+    ]  # fmt: skip
+    ids = [call["id"] for turn in conversation.turns for call in turn.get("tool_calls", [])]
+    assert ids == ["call_1", "call_2", "call_3"]
+    assert [t["tool_call_id"] for t in conversation.turns if t["role"] == "tool"] == ids
+    assert "no tool is called" in json.loads(conversation.turns[5]["content"])["error"]
+    assert not conversation.waiting
+
+
+def test_rounds_of_calls_are_limited():
+    conversation = Conversation()
+    conversation.say("go")
+    speaker = Scripted(*(calling("a") for _ in range(9)))
+    list(Talk(speaker, None, lambda call: "again", max_rounds=2).answer(conversation))
+    assert len(speaker.seen) == 3 and len(conversation.waiting) == 1
+
+
+def test_saved_conversation_is_a_row_that_training_reads(tmp_path):
+    from finetune.conversations import load_conversations
+
+    conversation = Conversation("Be brief.", talker.TOOLS)
+    with pytest.raises(UserError, match="nothing to save"):
+        conversation.save(tmp_path / "chat.jsonl")
+    conversation.say("Dim")
+    conversation.take(Reply("", tool_calls=[talker.CALL], problems=[[]]))
+    conversation.result(talker.RESULT)
+    conversation.take(Reply("Done.", "Done."))
+    path = tmp_path / "chat.jsonl"
+    path.write_bytes(b'{"question": "2+2?", "answer": "4"}')  # a last line without its end
+    conversation.save(path)
+    read = load_conversations([path]).conversations
+    assert len(read) == 2 and read[1]["tools"] == talker.TOOLS
+    assert [m["role"] for m in read[1]["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
+
+
+def test_tools_and_questions_are_read_and_refused_with_their_place(tmp_path):
+    file = tmp_path / "tools.json"
+    for written in ([LAMP], {"tools": [LAMP]}, talker.TOOLS):
+        file.write_text(json.dumps(written), encoding="utf-8")
+        assert read_tools(file) == talker.TOOLS
+    file.write_text(json.dumps({"messages": [], "tools": [LAMP]}) + "\n" + json.dumps({"messages": []}), "utf-8")
+    assert read_tools(file) == talker.TOOLS
+    for wrong, said in (("{", "no JSON"), ("[{}]", "no name"), (json.dumps([LAMP, LAMP]), "same name")):
+        file.write_text(wrong, encoding="utf-8")
+        with pytest.raises(UserError, match=said):
+            read_tools(file)
+    with pytest.raises(UserError, match=r"none\.json"):
+        read_tools(tmp_path / "none.json")
+    text, lines = tmp_path / "q.txt", tmp_path / "q.jsonl"
+    text.write_text("one\n\n two \n", encoding="utf-8")
+    assert read_questions(text) == ["one", "two"]
+    lines.write_text('"one"\n{"question": "two"}\n{"messages": [{"role": "user", "content": "x"}]}\n{"a": 1}', "utf-8")
+    with pytest.raises(UserError, match="line 4"):
+        read_questions(lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--web", "--serve"], "cannot go together"),
+        (["--prompt", "x", "--compare", "--base"], "--compare needs"),
+        (["--compare"], "at the keyboard"),
+        (["--output", "x.jsonl"], "use /save"),
+        (["--web", "--host", "0.0.0.0"], "SANDWICH_WEB_PASSWORD"),
+        (["--web", "--share"], "SANDWICH_WEB_PASSWORD"),
+        (["--tools", "none.json"], "none.json"),
+        (["--serve", "--tool-command", "x"], "the client carries out"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, said, capsys, monkeypatch):
+    import chat_lora
+
+    monkeypatch.delenv("SANDWICH_WEB_PASSWORD", raising=False)
+    assert chat_lora.main(["m", *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+# --- a model that has learned one conversation
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    return talker.talker(tmp_path_factory.mktemp("talker"))
+
+
+@pytest.fixture(scope="module")
+def talk(adapter) -> Talk:
+    """Without Unsloth, whose import would change the models of other tests; the script's own tests have it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from finetune.chat.speaker import Speaker
+    from finetune.generation import Decoding
+    from formats import get_format
+
+    tokenizer = AutoTokenizer.from_pretrained(adapter.parent / "base")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(adapter.parent / "base"), adapter).eval()
+    speaker = Speaker(model, tokenizer, get_format("chatml", tokenizer), "talker")
+    return Talk(speaker, Decoding(speaker.stop_ids, max_new_tokens=48))
+
+
+def test_an_answer_is_the_one_that_evaluation_generates(talk):
+    from finetune.generation import generate
+
+    speaker, messages = talk.speaker, talker.conversation()[:1]
+    shown: list[str] = []
+    reply = speaker.answer(messages, talker.TOOLS, talk.decoding, on_text=shown.append)
+    assert (reply.tool_calls, reply.problems, reply.finish_reason) == ([talker.CALL], [[]], "stop")
+    assert "".join(shown) == reply.content == ""
+    evaluated = generate(speaker.model, [speaker.prompt_ids(messages, talker.TOOLS)], decoding=talk.decoding).results[0]
+    assert speaker.tokenizer.decode(evaluated.input_ids) == reply.text
+    base = speaker.answer(messages, talker.TOOLS, talk.decoding, "base", shown.append)
+    assert "".join(shown) == base.content == talker.BASE_SAYS
+    with pytest.raises(UserError, match="room for 1,024"):
+        speaker.prompt_ids([{"role": "user", "content": "lamp " * 1100}], [])
+
+
+def typed(talk: Talk, lines: list[str], keyboard: bool = True, tools=talker.TOOLS) -> tuple[str, Conversation]:
+    """What the terminal shows when these lines are typed (or piped)."""
+    from rich.console import Console
+
+    from finetune.chat.terminal import Terminal
+
+    feed, out = iter(lines), io.StringIO()
+
+    def read(_prompt: str) -> str:
+        try:
+            return next(feed)
+        except StopIteration:
+            raise EOFError from None
+
+    conversation = Conversation("", list(tools))
+    terminal = Terminal(talk, conversation, Console(file=out, width=200), read)
+    terminal.keyboard = keyboard
+    terminal.run()
+    return out.getvalue(), conversation
+
+
+def test_terminal_shows_calls_takes_results_and_compares(talk, tmp_path):
+    saved = tmp_path / "my chats.jsonl"
+    text, conversation = typed(
+        talk, [talker.REQUEST, talker.RESULT, "/base", "/raw", f"/save {saved}", "/tools", "/nix"]
+    )
+    assert 'call  set_lamp(room="hall", level=3)' in text
+    assert text.index("call  set_lamp") < text.index(talker.DONE) < text.index(talker.BASE_SAYS)
+    assert f'"{talker.DONE}"' in text  # /raw
+    assert "set_lamp(room, level)  Dim a lamp." in text and "there is no command /nix" in text
+    assert [turn["role"] for turn in conversation.turns] == ["user", "assistant", "tool", "assistant"]
+    assert json.loads(saved.read_text("utf-8"))["messages"] == conversation.messages
+    text, conversation = typed(talk, [talker.REQUEST, "", "/system Be brief.", "/reset", "/base", "/system"])
+    assert conversation.turns == [] and conversation.system == "Be brief."
+    assert "nothing has been answered yet" in text and "system: Be brief." in text
+
+
+def test_terminal_never_hides_what_is_no_call(talk):
+    text, _ = typed(talk, [talker.BROKEN_REQUEST])
+    assert "not a call: call 1:" in text and '{"name":"set_lamp","arguments":{"room":' in text
+
+
+def test_terminal_over_a_pipe_takes_results_by_a_command(talk):
+    text, conversation = typed(talk, [talker.REQUEST, f"/result {talker.RESULT}"], keyboard=False)
+    assert talker.DONE in text and not conversation.waiting
+
+
+def test_the_terminal_cannot_be_driven_by_a_model():
+    from finetune.chat.terminal import printable
+
+    assert printable("a\x1b[2Jb\x9bc\r\n\td") == "a\ufffd[2Jb\ufffdc\ufffd\n\td"
+
+
+def chat(*arguments: str | Path, given: str = "", cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "chat_lora.py"), *map(str, arguments)], cwd=cwd, input=given, capture_output=True,
+        text=True, encoding="utf-8", check=False, timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8", "COLUMNS": "160"},
+    )  # fmt: skip
+
+
+def test_the_command_answers_a_file_of_questions_by_both(adapter, tmp_path):
+    (tmp_path / "tools.json").write_text(json.dumps([LAMP]), encoding="utf-8")
+    (tmp_path / "q.txt").write_text(f"{talker.REQUEST}\n{talker.BROKEN_REQUEST}\n", encoding="utf-8")
+    flags = ["--tools", "tools.json", "--max_new_tokens", "48", "--questions", "q.txt", "--compare"]
+    done = chat(adapter, *flags, "--output", "out.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
+    assert [(line["row"], line["side"]) for line in lines] == [(1, "base"), (1, "tuned"), (2, "base"), (2, "tuned")]
+    assert lines[0]["content"] == talker.BASE_SAYS
+    assert lines[1]["tool_calls"] == [{**talker.CALL, "problems": []}]
+    assert lines[3]["parse_errors"] and lines[3]["content"] == talker.BROKEN
+    again = chat(adapter, *flags, "--output", "out.jsonl", cwd=tmp_path)
+    assert again.returncode == 2 and "exists already" in again.stderr
+
+
+def test_the_command_over_a_pipe_with_a_program_for_the_calls(adapter, tmp_path):
+    (tmp_path / "tools.json").write_text(json.dumps([LAMP]), encoding="utf-8")
+    argv = program(tmp_path, f"print('{talker.RESULT}')")
+    command = " ".join(f'"{word}"' for word in argv)
+    flags = ["--tools", tmp_path / "tools.json", "--max_new_tokens", "48", "--tool-command", command]
+    done = chat(adapter, *flags, given=talker.REQUEST + "\n", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n") == [
+        'call  set_lamp(room="hall", level=3)', f"  -> {talker.RESULT}", talker.DONE, "",
+    ]  # fmt: skip
+
+
+# --- an OpenAI client
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def client(talk):
+    openai, uvicorn = pytest.importorskip("openai"), pytest.importorskip("uvicorn")
+    from finetune.chat.serve import build_app
+
+    port = free_port()
+    app = build_app(talk.speaker, talk.decoding)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.05)
+    yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    server.should_exit = True
+    thread.join(20)
+
+
+def test_openai_client_round_trip(client):
+    assert [model.id for model in client.models.list()] == ["tuned", "base"]
+    messages = [{"role": "user", "content": talker.REQUEST}]
+    choice = client.chat.completions.create(model="tuned", messages=messages, tools=talker.TOOLS).choices[0]
+    assert choice.finish_reason == "tool_calls" and not choice.message.content
+    (call,) = choice.message.tool_calls
+    assert call.function.name == "set_lamp" and json.loads(call.function.arguments) == talker.CALL["arguments"]
+    messages += [choice.message, {"role": "tool", "tool_call_id": call.id, "content": talker.RESULT}]
+    answer = client.chat.completions.create(model="tuned", messages=messages, tools=talker.TOOLS)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (talker.DONE, "stop")
+    assert answer.usage.completion_tokens > 1
+    base = client.chat.completions.create(model="base", messages=messages[:1], tools=talker.TOOLS)
+    assert base.choices[0].message.content == talker.BASE_SAYS
+
+
+def test_openai_client_streams(client):
+    def streamed(messages, **more):
+        stream = client.chat.completions.create(
+            model="tuned", messages=messages, tools=talker.TOOLS, stream=True, **more
+        )
+        chunks = list(stream)
+        text = "".join(c.choices[0].delta.content or "" for c in chunks)
+        calls = [call for c in chunks for call in c.choices[0].delta.tool_calls or []]
+        return text, calls, chunks[-1].choices[0].finish_reason, sum(bool(c.choices[0].delta.content) for c in chunks)
+
+    turns = talker.conversation()
+    text, calls, reason, _ = streamed(turns[:1])
+    assert (text, reason, [c.function.name for c in calls]) == ("", "tool_calls", ["set_lamp"])
+    assert json.loads(calls[0].function.arguments) == talker.CALL["arguments"]
+    sent = [dict(turn) for turn in turns[:3]]
+    function = {"name": "set_lamp", "arguments": json.dumps(talker.CALL["arguments"])}  # as clients write them
+    sent[1]["tool_calls"] = [{"id": "call_1", "type": "function", "function": function}]
+    text, calls, reason, pieces = streamed(sent)
+    assert (text, calls, reason) == (talker.DONE, [], "stop") and pieces > 1
+    text, calls, _, _ = streamed([{"role": "user", "content": talker.BROKEN_REQUEST}])
+    assert text == talker.BROKEN and not calls  # a broken call is not hidden
+    text, _, reason, _ = streamed(sent, max_completion_tokens=2)
+    assert reason == "length" and len(text) < len(talker.DONE)
+
+
+def test_openai_client_is_told_what_is_not_served(client):
+    import openai
+
+    ask = {"model": "tuned", "messages": [{"role": "user", "content": "Hi"}], "tools": talker.TOOLS}
+    for wrong in (
+        {"tool_choice": "required"},
+        {"response_format": {"type": "json_object"}},
+        {"n": 2},
+        {"messages": []},
+        {"messages": [{"role": "wizard", "content": "Hi"}]},
+        {"max_tokens": 5000},
+    ):
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(**{**ask, **wrong})
+    with pytest.raises(openai.NotFoundError, match="tuned, base"):
+        client.chat.completions.create(**{**ask, "model": "gpt"})
+
+
+# --- the page
+
+
+@contextlib.contextmanager
+def opened(talk: Talk):
+    pytest.importorskip("gradio")
+    from finetune.chat.web import open_page
+
+    port = free_port()
+    page = open_page(talk, "", talker.TOOLS, "127.0.0.1", port)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        page.close(verbose=False)
+
+
+def test_page_through_its_client(talk, monkeypatch):
+    monkeypatch.delenv("SANDWICH_WEB_PASSWORD", raising=False)
+    with opened(talk) as url:
+        from gradio_client import Client
+
+        client = Client(url, verbose=False)
+        settings = (json.dumps(talker.TOOLS), "", 0, 48)
+        _, base, tuned = client.predict(talker.REQUEST, *settings, api_name="/ask")
+        assert said(base) == [talker.REQUEST, talker.BASE_SAYS]
+        card = tuned[-1]
+        assert card["metadata"]["title"] == "call: set_lamp" and '"room": "hall"' in said([card])[0]
+        assert "arguments fit the schema" in said([card])[0]
+        _, base, tuned = client.predict(talker.RESULT, "tuned", *settings, api_name="/give_result")
+        assert said(tuned)[-1] == talker.DONE and len(base) == 2
+        _, _, tuned = client.predict(talker.BROKEN_REQUEST, *settings, api_name="/ask")
+        assert tuned[-1]["metadata"]["title"] == "not a call"
+        with pytest.raises(Exception, match="no JSON"):
+            client.predict("x", "{", *settings[1:], api_name="/ask")
+
+
+def said(messages: list[dict]) -> list[str]:
+    return [m["content"] if isinstance(m["content"], str) else m["content"][0]["text"] for m in messages]
+
+
+def test_page_asks_for_the_password(talk, monkeypatch):
+    monkeypatch.setenv("SANDWICH_WEB_PASSWORD", "bread and butter")
+    with opened(talk) as url:
+        from gradio_client import Client
+
+        for wrong in (None, ("me", "bread")):
+            with pytest.raises(Exception, match=r"(?i)auth|login|401|credentials"):
+                Client(url, auth=wrong, verbose=False)
+        assert Client(url, auth=("anyone", "bread and butter"), verbose=False)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=REASON)
+def test_page_in_a_real_browser(talk, tmp_path, monkeypatch):
+    playwright = pytest.importorskip("playwright.sync_api")
+    monkeypatch.delenv("SANDWICH_WEB_PASSWORD", raising=False)
+    picture = Path(os.environ.get("SANDWICH_SCREENSHOT", tmp_path / "chat_web.png"))
+    with opened(talk) as url, playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        try:
+            page = browser.new_page(viewport={"width": 1200, "height": 900})
+            elsewhere: list[str] = []
+            page.on(
+                "request",
+                lambda request: request.url.startswith((url, "data:", "blob:")) or elsewhere.append(request.url),
+            )
+            page.goto(url)
+            page.get_by_label("Message", exact=True).fill(talker.REQUEST)
+            page.get_by_role("button", name="Send").click()
+            page.get_by_text("call: set_lamp").wait_for(timeout=120_000)
+            page.get_by_text(talker.BASE_SAYS).wait_for(timeout=120_000)
+            page.get_by_label("Result of the call that waits").fill(talker.RESULT)
+            page.get_by_role("button", name="Give the result").click()
+            page.get_by_text(talker.DONE).wait_for(timeout=120_000)
+            page.screenshot(path=str(picture))
+            assert elsewhere == []  # nothing is fetched from other hosts
+        finally:
+            browser.close()
+    assert picture.read_bytes()[:4] == b"\x89PNG"
