@@ -1,0 +1,155 @@
+"""One attempt at a run without Ray: the hub is called directly, the process is tests/sweep_stub.py."""
+
+import json
+import os
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import UserError
+from finetune.sweep.attempt import run_attempt
+from finetune.sweep.courier import TOKEN
+from finetune.sweep.hub import Hub
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="ends processes with POSIX signals")
+STUB = Path(__file__).with_name("sweep_stub.py")
+
+
+class Site:
+    """A user's working folder with a sweep in it, and machines that may or may not see it."""
+
+    def __init__(self, root):
+        self.root, self.cwd = root, root / "user"
+        self.folder = self.cwd / "e" / "s"
+        (self.folder / "logs").mkdir(parents=True)
+        (self.folder / TOKEN).write_text("token")
+        (self.cwd / "rows.jsonl").write_bytes(b"{}\n" * 10)
+        (root / "plan").mkdir()
+        self.inputs = {"rows.jsonl": sha256(b"{}\n" * 10).hexdigest()}
+        self.hub = Hub(str(self.folder), {"rows.jsonl": str(self.cwd / "rows.jsonl")})
+        self.number = 0
+
+    def attempt(self, machine, transport="ray", on_call=None, **plan):
+        (self.root / "plan" / "plan.json").write_text(json.dumps({"steps": 4, "seconds": 0.0} | plan))
+        self.number += 1
+        task = {
+            "name": "rank4", "words": ["--rank", "4", "--dataset", "rows.jsonl"], "root": str(self.root),
+            "command": [sys.executable, "-S", str(STUB), str(self.root / "plan" / "plan.json")],
+            "folder": str(self.folder), "cwd": str(self.cwd), "scratch": str(self.root / "tmp"), "sweep_id": "id",
+            "machine": machine, "token": "token", "transport": transport, "inputs": self.inputs, "processes": 1,
+            "cpus": 1.0, "gpus": 0.0, "number": self.number, "interval": 0.05, "patience": 20.0,
+        }  # fmt: skip
+
+        def call(method, *arguments):
+            if on_call:
+                on_call(method, *arguments)
+            return getattr(self.hub, method)(*arguments)
+
+        return run_attempt(task, call)
+
+    def starts(self):
+        return [int(word) for word in (self.root / "plan" / "rank4.tries").read_text().split()]
+
+    def files(self):
+        run = self.folder / "rank4"
+        return {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def site(tmp_path):
+    return Site(tmp_path)
+
+
+WHOLE_RUN = {
+    "experiment_config.json", "training_log.csv", "final_model/adapter", "checkpoint-3/step", "checkpoint-3/weights",
+    "checkpoint-4/step", "checkpoint-4/weights",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("transport", ["ray", "auto"])
+def test_everything_comes_back(site, transport):
+    outcome = site.attempt("one", transport)
+    assert (outcome["outcome"], outcome["step"], outcome["exit_code"]) == ("finished", 4, 0), outcome
+    assert outcome["transport"] == {"ray": "Ray", "auto": "shared folder"}[transport]
+    assert site.files() == WHOLE_RUN
+    assert (site.folder / "rank4" / "checkpoint-4" / "weights").read_bytes() == bytes(100_000)
+    assert (site.folder / "logs" / "rank4.log").read_text().startswith("=== attempt 1 on ")
+    assert sorted(path.name for path in site.folder.iterdir()) == [TOKEN, "logs", "rank4"]
+    rows = [row for update in site.hub.take() for row in update.get("rows", [])]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[3]["loss"] == 1.25
+
+
+@pytest.mark.parametrize("transport", ["ray", "auto"])
+def test_another_machine_goes_on_from_the_checkpoint(site, transport):
+    broken = {"rank4": {"at": 4, "times": 1, "how": "killed"}}
+    first = site.attempt("one", transport, steps=6, runs=broken)
+    assert (first["outcome"], first["step"], first["exit_code"]) == ("killed", 3, -9)
+    assert first["lines"][-1] == "the run says why"
+    second = site.attempt("two", transport, steps=6, runs=broken)
+    assert (second["outcome"], second["step"]) == ("finished", 6)
+    assert site.starts() == [0, 3]
+    lines = (site.folder / "rank4" / "training_log.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["step", "1", "2", "3", "4", "5", "6"]
+    assert {path.name for path in (site.folder / "rank4").glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-6"}
+    assert (site.folder / "logs" / "rank4.log").read_text().count("=== attempt") == 2
+
+
+@pytest.mark.parametrize("transport", ["ray", "auto"])
+def test_a_try_without_a_checkpoint_is_kept_aside(site, transport):
+    broken = {"rank4": {"at": 1, "times": 1, "how": "failed"}}
+    assert site.attempt("one", transport, runs=broken)["outcome"] == "failed"
+    assert site.attempt("two", transport, runs=broken)["outcome"] == "finished"
+    assert site.starts() == [0, 0]
+    aside = site.folder / ".rank4_broken_1"
+    assert (aside / "experiment_config.json").is_file()
+    assert site.files() == WHOLE_RUN
+
+
+@pytest.mark.parametrize(("why", "kind"), [("interrupted", "interrupted"), ("stopped early", "stopped early")])
+def test_a_run_that_is_told_to_stop_saves_and_ends(site, why, kind):
+    def on_call(method, *arguments):
+        if method == "report" and arguments[0].get("rows"):
+            site.hub.stop("rank4", why)
+
+    outcome = site.attempt("one", on_call=on_call, steps=400, seconds=0.05)
+    assert outcome["outcome"] == kind
+    assert outcome["exit_code"] == 130
+    step = outcome["step"]
+    assert 0 < step < 400
+    assert (site.folder / "rank4" / f"checkpoint-{step}" / "step").read_text() == str(step)
+    assert json.loads((site.folder / "rank4" / "experiment_config.json").read_text())["status"] == "interrupted"
+
+
+def test_a_finished_run_is_not_run_again(site):
+    site.attempt("one")
+    assert site.attempt("two")["outcome"] == "finished"
+    assert site.starts() == [0]
+
+
+def test_a_finished_config_never_arrives_before_the_adapter(site):
+    arrived = []
+
+    def on_call(method, *arguments):
+        if method == "write" and arguments[3]:
+            text = arguments[2].decode("utf-8", "replace") if "config" in arguments[0] else ""
+            arrived.append("finished" if '"finished"' in text else arguments[0])
+
+    site.attempt("one", on_call=on_call)
+    assert arrived.index("rank4/.incoming/final_model/adapter") < arrived.index("finished")
+
+
+def test_a_program_that_is_not_there(site, monkeypatch):
+    monkeypatch.setattr("finetune.sweep.attempt.first_words", lambda task, place: ["/no/such/program"])
+    outcome = site.attempt("one")
+    assert outcome["outcome"] == "refused"
+    assert "/no/such/program" in outcome["lines"][-1]
+
+
+def test_a_folder_that_is_not_shared_is_noticed(site):
+    (site.folder / TOKEN).write_text("another sweep's")
+    with pytest.raises(UserError, match="--transport ray"):
+        site.attempt("one", "shared")
+    assert site.attempt("one", "auto")["transport"] == "Ray"
