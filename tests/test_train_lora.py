@@ -160,6 +160,11 @@ def test_config_records_what_the_run_was(finished_run):
     assert config["trainable_parameters"] == 4_884_480
     assert config["versions"]["unsloth"]
     assert config["result"]["final_loss"] == float(log_rows(folder)[-1]["loss"])
+    memory = config["memory"]
+    assert memory["measured_gb"] == config["result"]["peak_memory_gb"]
+    assert memory["predicted_gb"] == pytest.approx(sum(memory["parts"].values()), abs=0.01)
+    assert memory["parts"]["adapter"] == pytest.approx(4 * config["trainable_parameters"] / 1e9, abs=1e-4)
+    assert memory["plan"]["tokens"] >= memory["plan"]["longest"] == config["data"]["longest"]
 
 
 def test_generation_stops_at_the_end_of_turn(finished_run):
