@@ -11,13 +11,14 @@ Registered with Transformers' attention interface; the CPU kernels are PyTorch's
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from finetune.steps import Segment
+from finetune.steps import Pass, Segment
 
 NAME = "sandwich_tree"
 # Segments up to this length go through one batched call; the padding is bounded by the power-of-two buckets.
@@ -157,11 +158,7 @@ def tree_attention(
 def _interface(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs):
     if layout is None:
         raise UnsupportedModel("its layers do not hand keyword arguments on to the attention function")
-    for option in ("softcap", "s_aux", "sliding_window"):
-        if kwargs.get(option) is not None:
-            raise UnsupportedModel(f"its attention uses {option}")
-    if dropout:
-        raise UnsupportedModel("its attention uses dropout")
+    refuse_options(dropout, kwargs)
     return tree_attention(query, key, value, layout, scaling).transpose(1, 2), None
 
 
@@ -169,16 +166,37 @@ class UnsupportedModel(Exception):
     """This model's attention cannot run on a packed tree; the text says why."""
 
 
+def refuse_options(dropout: float, options: dict[str, Any]) -> None:
+    """UnsupportedModel for what a model asks of its attention that a packed tree does not have."""
+    for option in ("softcap", "s_aux", "sliding_window"):
+        if options.get(option) is not None:
+            raise UnsupportedModel(f"its attention uses {option}")
+    if dropout:
+        raise UnsupportedModel("its attention uses dropout")
+
+
 @contextmanager
-def tree_attention_in(model: torch.nn.Module) -> Iterator[None]:
-    """Route the model's attention through the tree; forward AND backward belong inside (checkpointing recomputes)."""
+def attention_named(model: torch.nn.Module, name: str, function: Callable) -> Iterator[None]:
+    """Route the model's attention through `function`; the backward belongs inside too (checkpointing recomputes)."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, _interface)
+    AttentionInterface.register(name, function)
     config = model.config.get_text_config()
     before = config._attn_implementation
-    config._attn_implementation = NAME
+    config._attn_implementation = name
     try:
         yield
     finally:
         config._attn_implementation = before
+
+
+class CpuTree:
+    """The tree on a CPU, through Transformers' attention interface."""
+
+    shares, says = True, ""
+
+    def inputs(self, one: Pass, device: torch.device) -> dict[str, Any]:
+        return {"layout": Layout.of(one.segments)}
+
+    def inside(self, model: torch.nn.Module):
+        return attention_named(model, NAME, _interface)

@@ -208,7 +208,7 @@ def test_other_families_share_through_the_same_interface(make):
 def test_a_sliding_window_falls_back_to_padding_and_says_so():
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=64))
-    mode, why = choose_mode(model, share_prefix=True)
+    mode, why, _ = choose_mode(model, share_prefix=True)
     assert mode == "padded"
     assert "sliding_window" in why
     assert model.config._attn_implementation != "sandwich_tree"

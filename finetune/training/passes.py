@@ -6,11 +6,12 @@ import contextlib
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from finetune.attention import Layout, UnsupportedModel, tree_attention_in
-from finetune.steps import PaddedPass, Pass, Row, plan_padded, plan_passes
+from finetune.attention import CpuTree, UnsupportedModel
+from finetune.steps import MIN_SHARED, PaddedPass, Pass, Row, make_row, plan_padded, plan_passes
 from finetune.training.loss import CHUNK, head_loss, logit_transform
 
 MIN_TOKENS_PER_PASS = 256
@@ -39,8 +40,8 @@ class PassRunner:
         self.logit_transform = logit_transform(self.causal_lm.config.get_text_config())
         self.tokens_per_pass = tokens_per_pass
         self.pad_token_id = pad_token_id
-        self.mode, self.why = choose_mode(self.causal_lm, share_prefix)
         self.context = contextlib.nullcontext  # the trainer's autocast, where it uses one
+        self.mode, self.why, self.attention = choose_mode(self.causal_lm, share_prefix)
 
     @property
     def device(self) -> torch.device:
@@ -56,12 +57,11 @@ class PassRunner:
         tensors = {"input_ids": torch.from_numpy(one.input_ids).to(self.device)}
         if isinstance(one, PaddedPass):
             tensors["attention_mask"] = torch.from_numpy(one.attention_mask).to(self.device)
-            extra = {}
         else:
             tensors["input_ids"] = tensors["input_ids"][None]
             tensors["position_ids"] = torch.from_numpy(one.position_ids).to(self.device)[None]
-            extra = {"layout": Layout.of(one.segments)}
-        states = self.inner(**tensors, use_cache=False, **extra)[0]
+            tensors.update(self.attention.inputs(one, self.device))
+        states = self.inner(**tensors, use_cache=False)[0]
         return states.flatten(0, 1)[torch.from_numpy(one.positions).to(self.device)]
 
     def run(
@@ -89,12 +89,9 @@ class PassRunner:
         loss_sum, computed = 0.0, 0
         plan = self.plan(rows)
         for one in plan:
-            if self.mode == "padded":
-                loss = self._pass(one, scale, backward)
-            else:
-                with tree_attention_in(self.causal_lm):
-                    loss = self._pass(one, scale, backward)
-            loss_sum += loss
+            packed = self.attention is not None and isinstance(one, Pass)
+            with self.attention.inside(self.causal_lm) if packed else contextlib.nullcontext():
+                loss_sum += self._pass(one, scale, backward)
             computed += one.input_ids.size
         return StepResult(loss_sum, computed, len(plan))
 
@@ -127,32 +124,73 @@ class PassRunner:
         return total
 
 
-def choose_mode(causal_lm: torch.nn.Module, share_prefix: bool) -> tuple[str, str]:
-    """("tree" | "packed" | "padded", why) for this model on its device; tried on four tokens, not guessed."""
-    device = causal_lm.get_input_embeddings().weight.device
-    if device.type != "cpu":
-        return "padded", f"shared prefixes run on the CPU only so far; on {device.type} rows are padded, not shared"
-    from finetune.steps import make_row
+def choose_mode(causal_lm: torch.nn.Module, share_prefix: bool) -> tuple[str, str, Any]:
+    """("tree" | "packed" | "padded", why, attention or None) for this model on its device.
 
-    probe = plan_passes([make_row([1, 2, 3, 4], [-100, -100, 3, 4])], 1 << 20)[0]
+    Tried on two short rows, not guessed: an attention counts when the hidden states of the packed rows are those of the
+    same rows alone.
+    """
+    if causal_lm.get_input_embeddings().weight.device.type == "cpu":
+        candidates: list[Any] = [CpuTree()]
+    else:
+        from finetune.attention_cuda import FlexTree, UnslothPacked, UnslothTree
+
+        candidates = [UnslothTree(), FlexTree(), UnslothPacked()]
+    reasons = []
+    for attention in candidates:
+        if problem := why_not(causal_lm, attention):
+            reasons.append(f"{attention.says}: {problem}" if attention.says else problem)
+            continue
+        with_whom = f" ({attention.says})" if attention.says else ""
+        if not attention.shares:
+            why = f"this model cannot share prefixes ({'; '.join(reasons)}); packed without padding{with_whom}"
+            return (
+                "packed",
+                why if share_prefix else f"packed without padding{with_whom} (--no-share_prefix)",
+                attention,
+            )
+        if share_prefix:
+            return "tree", f"packed without padding, equal prefixes of a step computed once{with_whom}", attention
+        return "packed", f"packed without padding, every row computed alone (--no-share_prefix){with_whom}", attention
+    return "padded", f"this model cannot share prefixes ({'; '.join(reasons)}); rows are padded", None
+
+
+def why_not(causal_lm: torch.nn.Module, attention: Any) -> str:
+    """What goes wrong when two short rows with a common beginning are packed this way; empty when nothing does."""
+    device = causal_lm.get_input_embeddings().weight.device
     inner = getattr(causal_lm, causal_lm.base_model_prefix)
+    vocabulary = causal_lm.get_input_embeddings().weight.shape[0]
+    few = min(vocabulary, 89)
+    # The rows' own parts are long, so that seeing the other row's would show.
+    pair = ([step * i % few for i in range(4 * MIN_SHARED)] for step in (5, 3))
+    rows = [make_row(ids, ids) for ids in ([*range(2, 2 + MIN_SHARED), *own] for own in pair)]
+    (probe,) = plan_passes(rows, 1 << 20, share_prefix=attention.shares)
     training = causal_lm.training
     causal_lm.eval()
+
+    def states(ids, **more) -> torch.Tensor:
+        return inner(input_ids=torch.from_numpy(ids).long().to(device)[None], use_cache=False, **more)[0][0].float()
+
+    autocast = torch.autocast(device.type, dtype=causal_lm.dtype) if device.type != "cpu" else contextlib.nullcontext()
     try:
-        with torch.no_grad(), tree_attention_in(causal_lm):
-            inner(
-                input_ids=torch.from_numpy(probe.input_ids)[None],
-                position_ids=torch.from_numpy(probe.position_ids)[None],
-                use_cache=False,
-                layout=Layout.of(probe.segments),
-            )
-    except (UnsupportedModel, TypeError) as error:
-        return "padded", f"this model cannot share prefixes ({error}); rows are padded"
+        with torch.no_grad(), autocast:
+            alone = torch.stack([states(row.input_ids)[-1] for row in rows])
+            with attention.inside(causal_lm):
+                position_ids = torch.from_numpy(probe.position_ids).to(device)[None]
+                packed = states(probe.input_ids, position_ids=position_ids, **attention.inputs(probe, device))
+    except UnsupportedModel as error:
+        return str(error)
+    except Exception as error:  # whatever a stranger's forward says to arguments it does not know
+        if is_out_of_memory(error):
+            raise
+        return f"{type(error).__name__}: {error}".splitlines()[0][:120]
     finally:
         causal_lm.train(training)
-    if share_prefix:
-        return "tree", "packed without padding, equal prefixes of a step computed once"
-    return "packed", "packed without padding, every row computed alone (--no-share_prefix)"
+    ends = [segment.end - 1 for segment in probe.segments if segment.subtree_end == segment.end]
+    distance = ((packed[ends] - alone[probe.rows]).norm() / alone.norm()).item()
+    # The 16-bit types round by some thousandths in each layer.
+    allowed = 1e-3 if causal_lm.dtype == torch.float32 else 4e-2
+    return "" if distance < allowed else f"it computes something else (hidden states differ by {distance:.1%})"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
