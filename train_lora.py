@@ -86,6 +86,11 @@ def main(argv: list[str] | None = None) -> int:
         max_seq_length=settings.max_seq_length,
         trust_remote_code=settings.trust_remote_code,
     )
+    if settings.dequantize_once:
+        from finetune.memory.runs import free_memory
+        from finetune.training.dequantize import dequantize
+
+        log.info("unpacked %d 4-bit layers", dequantize(loaded.model, free_memory()))
     gradient_checkpointing = settings.gradient_checkpointing
     if gradient_checkpointing is None:
         gradient_checkpointing = not loaded.device.startswith("cpu")

@@ -133,6 +133,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("share_prefix", True, "compute token prefixes that rows of a step share only once", "speed and memory", bool),
     Flag("tokens_per_pass", None, "most tokens in one forward pass; default: by free memory", "speed and memory",
          _count),
+    Flag("dequantize_once", False, "unpack a 4-bit base once instead of in every pass: the same numbers as QLoRA, for "
+         "the memory of a 16-bit base", "speed and memory", bool),
     Flag("gradient_checkpointing", None, "recompute activations in the backward pass; default: on a GPU yes, "
          "on a CPU no",
          "speed and memory", bool),

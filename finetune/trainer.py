@@ -35,6 +35,7 @@ log = logging.getLogger("sandwich")
 # float32: sums in another order differ by about 1e-6; the 16-bit types round every activation.
 FIRST_STEP_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
 CHECKED_ROWS = 2
+EVALUATED_TOGETHER = 64  # rows of the evaluation set that may share prefixes; passes are cut by their tokens anyway
 COUNTERS = "log_counters.json"  # in every checkpoint: what training_log.csv goes on counting from
 
 
@@ -194,7 +195,7 @@ class SandwichTrainer(SFTTrainer):
         """Mean loss per trained token over all evaluation rows, computed with the same shared prefixes."""
         self.model.eval()
         rows = [make_row(*pair) for pair in self.eval_sequences[ranks.rank() :: ranks.size()]]
-        size = self.args.per_device_train_batch_size
+        size = max(self.args.per_device_train_batch_size, EVALUATED_TOGETHER)
         loss_sum = 0.0
         # Neighbours in id order share the longest prefixes; the sum does not depend on the order.
         rows.sort(key=lambda row: row.input_ids.tobytes())

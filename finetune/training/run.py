@@ -42,11 +42,11 @@ def make_trainer(
     plan = memory.plan_of_run(
         settings,
         dtype=loaded.dtype,
-        load_in_4bit=loaded.load_in_4bit,
+        load_in_4bit=loaded.load_in_4bit and not settings.dequantize_once,
         gradient_checkpointing=experiment.config["gradient_checkpointing"],
         device=loaded.device,
     )
-    tokens_per_pass = settings.tokens_per_pass or memory.default_tokens_per_pass(sizes, plan, loaded=True)
+    tokens_per_pass = memory.tokens_of_a_pass(settings, sizes, plan, rows.sequences, loaded=True)
     trainer = SandwichTrainer(
         model=model,
         args=args,

@@ -66,7 +66,8 @@ def print_run_table(
     add("LoRA", f"r {settings.rank}, alpha {settings.alpha}")
     console = Console()
     console.print(table)
-    plan = runs.plan_of_run(settings, dtype=dtype, load_in_4bit=in_4bit, gradient_checkpointing=checkpointing,
+    plan = runs.plan_of_run(settings, dtype=dtype, load_in_4bit=in_4bit and not settings.dequantize_once,
+                            gradient_checkpointing=checkpointing,
                             device=device)  # fmt: skip
     print_memory(console, settings, rows, plan, device)
 
@@ -86,7 +87,7 @@ def print_memory(console: Console, settings: Settings, rows: Any, plan: Any, dev
 
     try:
         sizes = sizes_of_config(load_config(settings.model, settings.revision, settings.trust_remote_code))
-        tokens_per_pass = settings.tokens_per_pass or runs.default_tokens_per_pass(sizes, plan, loaded=False)
+        tokens_per_pass = runs.tokens_of_a_pass(settings, sizes, plan, rows.sequences, loaded=False)
         plan = runs.with_rows(plan, settings, rows.sequences, tokens_per_pass)
         tables.print_estimate(
             console, sizes, plan, settings.model, runs.free_memory(), f"{device}, free now",
