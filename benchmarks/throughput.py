@@ -1,0 +1,279 @@
+"""One optimizer step, five ways, side by side: Unsloth's trainer, packed and padded, plain PEFT, ours with and without
+shared prefixes. Same rows, same trained tokens, same rows per step; each way in a process of its own.
+
+    python benchmarks/throughput.py --workload fixed_tools --steps 2 --json throughput.json
+    python benchmarks/throughput.py --ways stock,ours --steps 1
+    python benchmarks/throughput.py --device cuda --model qwen2.5-1.5b --load_in_4bit --checkpointing --warmup 2
+
+A model name of MODELS stands for that model's shape with random weights: enough for time and memory. Seconds are the
+median of the measured steps. On a machine where other programs run, processor seconds say more than wall seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import throughput_rows  # noqa: E402
+from benchmarks.throughput_ways import WAYS  # noqa: E402
+
+# Shapes as published in each model's config.json.
+MODELS = {
+    "qwen2.5-1.5b": ("qwen2", {
+        "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 1e6,
+        "max_position_embeddings": 32768,
+    }),
+    "llama-3.2-3b": ("llama", {
+        "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+        "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+        "rope_theta": 5e5, "max_position_embeddings": 131072,
+    }),
+    "llama-3.1-8b": ("llama", {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+        "rope_theta": 5e5, "max_position_embeddings": 131072,
+    }),
+}  # fmt: skip
+# Dense bfloat16 in FLOP/s, from the makers' data sheets (without sparsity).
+BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=__doc__.split("\n\n", 1)[1],
+    )  # fmt: skip
+    listed = "; ".join(f"{name}: {what}" for name, what in throughput_rows.WORKLOADS.items())
+    parser.add_argument("--workload", default="all", help=f"names with commas, or all. {listed}")
+    listed = "; ".join(f"{name}: {what}" for name, what in WAYS.items())
+    parser.add_argument("--ways", default="all", help=f"names with commas, or all. {listed}")
+    parser.add_argument("--model", default="smollm2-135m", help=f"folder, Hub id, smollm2-135m or {', '.join(MODELS)}")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--load_in_4bit", action="store_true", help="4-bit NF4 base in every way")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in every way")
+    parser.add_argument("--optim", default=None, help="default: adamw_8bit on a GPU, adamw_torch on a CPU")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps (default 3)")
+    parser.add_argument("--warmup", type=int, default=0, help="whole steps before them (on a GPU: 2)")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--grad_accum", type=int, default=2)
+    parser.add_argument("--our_flags", default="", help="further flags of train_lora.py for our two ways, in one word")
+    parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    workloads = _chosen(args.workload, list(throughput_rows.WORKLOADS), "--workload")
+    ways = _chosen(args.ways, list(WAYS), "--ways")
+    device, dtype = _device(args.device, args.dtype)
+    folder = _model_folder(args.model, device, dtype)
+    record = {
+        "command": " ".join(["python", "benchmarks/throughput.py", *(sys.argv[1:] if argv is None else argv)]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": _machine(),
+        "model": args.model, "dtype": dtype, "load_in_4bit": args.load_in_4bit, "checkpointing": args.checkpointing,
+        "rows_per_step": args.batch_size * args.grad_accum, "micro_batch": args.batch_size,
+        "load_average_before": _load(), "results": {},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as temporary:
+        for workload in workloads:
+            steps = _rows(folder, workload, args)
+            steps_file = Path(temporary) / f"{workload}.json"
+            throughput_rows.save(steps_file, steps)
+            task = {
+                "steps_file": str(steps_file), "model": folder, "device": device, "dtype": dtype,
+                "load_in_4bit": args.load_in_4bit, "checkpointing": args.checkpointing, "steps": args.steps,
+                "warmup": args.warmup, "batch_size": args.batch_size, "grad_accum": args.grad_accum,
+                "optim": args.optim or ("adamw_8bit" if device == "cuda" else "adamw_torch"),
+                "max_seq_length": max(len(ids) for step in steps for ids, _ in step),
+                "our_flags": args.our_flags.split(), "threads": os.cpu_count(),
+            }  # fmt: skip
+            results = {}
+            for way in ways:
+                print(f"{workload}: {way} …", file=sys.stderr, flush=True)
+                load = _load()
+                results[way] = _run(way, task, Path(temporary)) | {"load_average": [load, _load()]}
+            _judge(results)
+            _share_of_peak(results, folder, args.checkpointing)
+            record["results"][workload] = results
+            print_table(workload, results, steps)
+            if args.json:  # after every workload, so that an interrupted run keeps what it has
+                Path(args.json).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return 0
+
+
+def _chosen(words: str, known: list[str], flag: str) -> list[str]:
+    names = known if words == "all" else words.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"error: {flag}: no {', '.join(unknown)}; there are {', '.join(known)}")
+    return names
+
+
+def _device(device: str, dtype: str) -> tuple[str, str]:
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: --device cuda: torch sees no CUDA card (python train_lora.py --doctor says why)")
+    if dtype == "auto":
+        fast = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        dtype = "bfloat16" if fast else "float32"
+    return device, dtype
+
+
+def _model_folder(name: str, device: str, dtype: str) -> str:
+    """A folder that every way loads; random weights are written into the cache once."""
+    from finetune.bundled import cache_dir, resolve_model, smollm2_dir
+
+    if name not in MODELS:
+        return resolve_model(name)
+    folder = cache_dir() / "random" / f"{name}-{dtype}"
+    if (folder / "config.json").is_file():
+        return str(folder)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    kind, shape = MODELS[name]
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())
+    config = AutoConfig.for_model(
+        kind, **shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def _rows(folder: str, workload: str, args) -> list:
+    from transformers import AutoTokenizer
+
+    from formats import get_format
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    fmt = get_format("chatml", tokenizer=tokenizer)
+    return throughput_rows.steps_of(workload, tokenizer, fmt, args.steps, args.batch_size * args.grad_accum)
+
+
+def _run(way: str, task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    path = folder / f"{way}.task"
+    path.write_text(json.dumps(task | {"way": way}), encoding="utf-8")
+    result = path.with_suffix(".result")
+    result.unlink(missing_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.throughput_ways", str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if not result.is_file():
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        return {"error": f"process ended with code {done.returncode}: {last}"}
+    answer = json.loads(result.read_text(encoding="utf-8"))
+    if "error" in answer:
+        print(done.stderr[-3000:], file=sys.stderr)
+    return answer
+
+
+def _judge(results: dict[str, dict[str, Any]]) -> None:
+    """Ratios to `stock`, and the way whose loss is another one: it did not do the same work."""
+    stock = results.get("stock", {})
+    for result in results.values():
+        if "error" in result or "error" in stock or not stock:
+            continue
+        result["times_stock"] = stock["seconds_per_step"] / result["seconds_per_step"]
+        result["times_stock_cpu"] = stock["cpu_seconds_per_step"] / result["cpu_seconds_per_step"]
+        if abs(result["first_loss"] / stock["first_loss"] - 1) > 0.02:
+            result["note"] = f"its first loss is {result['first_loss']:.4f}, not {stock['first_loss']:.4f}"
+
+
+def _share_of_peak(results: dict[str, dict[str, Any]], folder: str, checkpointing: bool) -> None:
+    """Matrix products that the rows' own tokens need, per second, as a share of the card's bfloat16 peak.
+
+    2 x weights per token forward and 2 backward (frozen weights get no gradient), 2 more where activations are
+    recomputed; attention left out. Tokens that are shared or padding count as the row's own: it is useful work per
+    second, so sharing can bring it above what the card could compute.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    layer = config.hidden_size * (2 * queries + 2 * keys) + 3 * config.hidden_size * config.intermediate_size
+    weights = config.num_hidden_layers * layer
+    for result in results.values():
+        peak = next((flops for name, flops in BF16_PEAK.items() if name in result.get("device", "")), None)
+        if peak and "seconds_per_step" in result:
+            per_token = (6 if checkpointing else 4) * weights
+            result["useful_share_of_bf16_peak"] = per_token * result["tokens_per_second"] / peak
+            computed = result.get("computed_tokens_per_step", result["tokens_per_step"])
+            result["share_of_bf16_peak"] = per_token * computed / result["seconds_per_step"] / peak
+
+
+def print_table(workload: str, results: dict[str, dict[str, Any]], steps: list) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = [row for step in steps for row in step]
+    trained = sum(sum(label != -100 for label in labels[1:]) for _, labels in rows)
+    table = Table(title=f"{workload}: {throughput_rows.WORKLOADS[workload]}\n{len(rows)} rows in {len(steps)} steps, "
+                        f"{sum(len(ids) for ids, _ in rows):,} tokens, {trained:,} of them trained")  # fmt: skip
+    names = ["way", "s/step", "CPU s/step", "rows/s", "tokens/s", "x stock", "x stock (CPU s)", "peak GB", "final loss"]
+    gpu = any("share_of_bf16_peak" in result for result in results.values())
+    for name in [*names, *(["of bf16 peak"] if gpu else [])]:
+        table.add_column(name, justify="left" if name == "way" else "right")
+    for way, result in results.items():
+        if "error" in result:
+            table.add_row(WAYS[way], result["error"])
+            continue
+        cells = [result[k] for k in ("seconds_per_step", "cpu_seconds_per_step", "rows_per_second")]
+        words = [f"{cell:.2f}" for cell in cells] + [f"{result['tokens_per_second']:,.0f}"]
+        words += [f"{result[k]:.2f}" if k in result else "" for k in ("times_stock", "times_stock_cpu")]
+        words += [f"{result['peak_memory_gb']:.2f}", f"{result['final_loss']:.4f}"]
+        words += [f"{result['share_of_bf16_peak']:.0%}"] if "share_of_bf16_peak" in result else []
+        name = WAYS[way] + (f"\n({result['note']})" if "note" in result else "")
+        table.add_row(name, *words)
+    Console(width=150).print(table)
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    name = platform.processor()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    versions = {}
+    from importlib.metadata import PackageNotFoundError, version
+
+    for package in ("torch", "transformers", "peft", "trl", "unsloth"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {"processor": name, "cores": os.cpu_count(), "gpu": gpu, "python": platform.python_version(), **versions}
+
+
+def _load() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
