@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.bundled import cache_dir, resolve_model
 from finetune.errors import UserError
+from finetune.training import ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -175,6 +176,8 @@ def load_base(
     if load_in_4bit is None:
         load_in_4bit = torch.cuda.is_available()
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
+    # Unsloth gives process N of a data-parallel run the device N, and there is no cpu:1.
+    place = {"device_map": {"": "cpu"}} if ranks.size() > 1 and not torch.cuda.is_available() else {}
     news = io.StringIO()
     with hub_errors(name), contextlib.redirect_stdout(news):
         model, _ = unsloth.FastLanguageModel.from_pretrained(
@@ -185,6 +188,7 @@ def load_base(
             revision=revision,
             trust_remote_code=trust_remote_code,
             token=os.environ.get("HF_TOKEN"),
+            **place,
         )
     for line in news.getvalue().splitlines():
         log.info("%s", line)
