@@ -32,7 +32,7 @@ TEXTS = (
     "",
     "  Two words.\n\n",
     "I will dim it.\n<tool_call>\n{\"name\":\"set_lamp\",\"arguments\":{\"room\":\"hall\"}}\n</tool_call>",
-    "<tool_call>{\"name\":\"a\",\"arguments\":{}}</tool_call> a <tool_call>{\"name\":\"b\",\"arguments\":{}}</tool_call> x",
+    '<tool_call>{"name":"a","arguments":{}}</tool_call> and <tool_call>{"name":"b","arguments":{}}</tool_call> x',
     "<tool_call>\n{\"name\": \"set_lamp\", \"argu",
     "<function=set_lamp>{\"room\": \"hall\"}</function> Done.",
     "before <function=set_lamp>{\"room\": }</function> after",
@@ -501,7 +501,7 @@ def test_page_through_its_client(talk, monkeypatch):
         _, base, tuned = client.predict(talker.RESULT, "tuned", *settings, api_name="/give_result")
         assert said(tuned)[-1] == talker.DONE and len(base) == 2
         _, _, tuned = client.predict(talker.BROKEN_REQUEST, *settings, api_name="/ask")
-        assert tuned[-1]["metadata"]["title"] == "not a call"
+        assert tuned[-1]["metadata"]["title"] == "not a call" and talker.BROKEN in said(tuned)[-1]
         with pytest.raises(Exception, match="no JSON"):
             client.predict("x", "{", *settings[1:], api_name="/ask")
 

@@ -50,7 +50,7 @@ def open_page(talk: Talk, system: str, tools: list[dict], host: str, port: int, 
             auth=(lambda _user, given: hmac.compare_digest(given.encode(), password.encode())) if password else None,
             auth_message="Any user name will do; the password is the one this page was started with.",
             theme=gradio.themes.Default(font="system-ui", font_mono="monospace"),  # no fonts from elsewhere
-            enable_monitoring=False, footer_links=["api"],
+            enable_monitoring=False, footer_links=["api"], ssr_mode=False,
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"{host}:{port} cannot be listened on; choose another --port") from error
@@ -95,11 +95,12 @@ def build_page(talk: Talk, system: str = "", tools: list[dict] | None = None) ->
         settings = [tools_box, system_box, temperature, longest]
         line = {"concurrency_limit": 1, "concurrency_id": "model"}  # one model: one answer at a time
         asked = [message, state, *settings]
-        for trigger, name in ((send.click, "ask"), (message.submit, False)):
-            trigger(answers.ask, asked, [message, state, *chats], api_name=name, **line)
+        hidden = {"api_visibility": "private"}  # the same again for the keyboard
+        for trigger, named in ((send.click, {"api_name": "ask"}), (message.submit, hidden)):
+            trigger(answers.ask, asked, [message, state, *chats], **named, **line)
         given = [result, whose, state, *settings]
-        for trigger, name in ((give.click, "give_result"), (result.submit, False)):
-            trigger(answers.give_result, given, [result, state, *chats], api_name=name, **line)
+        for trigger, named in ((give.click, {"api_name": "give_result"}), (result.submit, hidden)):
+            trigger(answers.give_result, given, [result, state, *chats], **named, **line)
         reset.click(lambda: (None, *([] for _ in chats)), None, [state, *chats], api_name="reset")
         save.click(answers.save, [state], [save], api_name="save")
     return page
@@ -219,14 +220,15 @@ def chat_messages(conversation: Conversation) -> list[dict[str, Any]]:
 def _reply_messages(reply: Reply) -> Iterator[dict[str, Any]]:
     if reply.reasoning_content:
         yield _card("reasoning", reply.reasoning_content)
-    if reply.content:
+    if reply.content and not reply.parse_errors:
         yield {"role": "assistant", "content": reply.content}
     for call, problems in zip(reply.tool_calls, reply.problems, strict=True):
         verdict = "".join(f"\n\n✗ {problem}" for problem in problems) or "\n\n✓ arguments fit the schema"
         arguments = _fenced(json.dumps(call["arguments"], indent=2, ensure_ascii=False), "json")
         yield _card(f"call: {call['name']}", arguments + verdict)
     for error in reply.parse_errors:
-        yield _card("not a call", error)
+        # As code: a browser would take the call's tags for unknown elements and show nothing of them.
+        yield _card("not a call", f"{error}\n\n{_fenced(reply.text)}")
     if reply.finish_reason == "length":
         yield _card("cut off", "the answer reached its longest length")
     if not (reply.content or reply.tool_calls or reply.parse_errors):
