@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
                 "warmup": args.warmup, "batch_size": args.batch_size, "grad_accum": args.grad_accum,
                 "optim": args.optim or ("adamw_8bit" if device == "cuda" else "adamw_torch"),
                 "max_seq_length": max(len(ids) for step in steps for ids, _ in step),
-                "our_flags": args.our_flags.split(), "threads": os.cpu_count(),
+                "our_flags": args.our_flags.split(), "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())),
             }  # fmt: skip
             results = {}
             for way in ways:
