@@ -344,6 +344,12 @@ def test_terminal_over_a_pipe_takes_results_by_a_command(talk):
     assert talker.DONE in text and not conversation.waiting
 
 
+def test_a_message_that_cannot_be_answered_is_not_kept(talk):
+    text, conversation = typed(talk, ["lamp " * 1100, talker.REQUEST])
+    assert "error: the conversation has" in text and "call  set_lamp" in text
+    assert [turn["role"] for turn in conversation.turns] == ["user", "assistant"]
+
+
 def test_the_terminal_cannot_be_driven_by_a_model():
     from finetune.chat.terminal import printable
 

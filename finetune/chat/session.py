@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable, Iterator
@@ -57,6 +58,16 @@ class Conversation:
         name, call, _ = self.waiting.pop(0)
         self.turns.append({"role": "tool", "tool_call_id": name, "name": call["name"], "content": text})
         return call
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """A with block after whose failure the conversation stands as before: no message without its answer."""
+        before = list(self.turns), list(self.waiting), dict(self.replies)
+        try:
+            yield
+        except (Exception, KeyboardInterrupt):
+            self.turns, self.waiting, self.replies = before
+            raise
 
     def reset(self) -> None:
         """Forget the messages; system text and tools stay."""

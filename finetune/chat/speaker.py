@@ -114,7 +114,7 @@ class _Streamer:
         from tokenizers.decoders import DecodeStream
 
         self._tokenizer = tokenizer._tokenizer  # the fast tokenizer inside, as Transformers' own server takes it
-        self._stream = DecodeStream(skip_special_tokens=False)
+        self._stream = DecodeStream([], skip_special_tokens=False)
         self._on_text, self._prompt = on_text, True
 
     def put(self, value: Any) -> None:

@@ -15,6 +15,7 @@ from finetune.chat.reply import Reply, call_line
 from finetune.chat.session import Conversation, Talk, read_tools
 from finetune.chat.speaker import BASE
 from finetune.errors import UserError
+from formats import FormatError
 
 HELP = """\
 /tools FILE      declare the tools of a JSON file; /tools shows them, /tools none takes them away
@@ -52,19 +53,25 @@ class Terminal:
             except KeyboardInterrupt:
                 continue
             try:
-                if text.startswith("/") and not text.startswith("//"):
-                    if self.command(text) is False:
+                with self.conversation.all_or_nothing():
+                    if self.heard(text) is False:
                         return
-                elif waiting and self.keyboard:
-                    self.given(text)
-                elif text.strip():
-                    self.conversation.say(text.removeprefix("/") if text.startswith("//") else text)
-                    self.answer()
-            except UserError as error:
+            except (UserError, FormatError) as error:
                 self.say(f"error: {error}", style="red")
             except KeyboardInterrupt:
                 self._end_line()
-                self.say("stopped; the answer is not kept")
+                self.say("stopped; message and answer are not kept")
+
+    def heard(self, text: str) -> bool | None:
+        """Do what a line asks for; False ends the conversation."""
+        if text.startswith("/") and not text.startswith("//"):
+            return self.command(text)
+        if self.conversation.waiting and self.keyboard:
+            self.given(text)
+        elif text.strip():
+            self.conversation.say(text.removeprefix("/") if text.startswith("//") else text)
+            self.answer()
+        return None
 
     def given(self, text: str) -> None:
         """What the person typed as the result of the first waiting call; nothing leaves all calls without one."""

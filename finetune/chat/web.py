@@ -123,25 +123,25 @@ class _Answers:
         state = self._set(state, tools, system)
         if not text.strip():
             raise _shown("write a message first")
-        for conversation in state.values():
-            conversation.say(text)
-        yield "", state, *self._views(state)
         for side in self.sides:
-            yield from self._answer(side, state, temperature, longest)
+            with state[side].all_or_nothing():
+                state[side].say(text)
+                yield from self._answer(side, state, temperature, longest)
 
     def give_result(
         self, text: str, side: str, state: dict | None, tools: str, system: str, temperature: float, longest: float
     ) -> Iterator[tuple]:
         """The result of the first call that waits on one side; when none is left, that side answers."""
         state = self._set(state, tools, system)
-        conversation = state[side if side in state else self.sides[-1]]
+        side = side if side in state else self.sides[-1]
         try:
-            conversation.result(text.strip())
+            with state[side].all_or_nothing():
+                state[side].result(text.strip())
+                yield "", state, *self._views(state)
+                if not state[side].waiting:
+                    yield from self._answer(side, state, temperature, longest)
         except UserError as error:
             raise _shown(str(error)) from error
-        yield "", state, *self._views(state)
-        if not conversation.waiting:
-            yield from self._answer(side, state, temperature, longest)
 
     def save(self, state: dict | None) -> str:
         """A file with the tuned side's conversation as a row."""
