@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     elif not settings.dry_run:
         check_writable(settings.experiments_dir)
     check_tracker(settings.report_to)
+    ranks.refuse_sharding()
 
     # 1. Conversations. Read and checked before anything slow is imported, so that a bad row shows within a second.
     train, held_out = load_data(settings)

@@ -40,11 +40,11 @@ def assert_same_curve(log, wanted):
     """Equal up to the order of float32 sums."""
     for mine, one in zip(log[: len(wanted)], wanted, strict=True):
         assert [mine[name] for name in COUNTED] == [one[name] for name in COUNTED]
-        for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
-            assert float(mine[name]) == pytest.approx(float(one[name]), rel=tolerance)
+        assert float(mine["loss"]) == pytest.approx(float(one["loss"]), abs=1e-4)
+        assert float(mine["grad_norm"]) == pytest.approx(float(one["grad_norm"]), rel=1e-3)
         assert bool(mine["eval_loss"]) == bool(one["eval_loss"])
         if one["eval_loss"]:
-            assert float(mine["eval_loss"]) == pytest.approx(float(one["eval_loss"]), rel=1e-5)
+            assert float(mine["eval_loss"]) == pytest.approx(float(one["eval_loss"]), abs=1e-4)
 
 
 def test_torchrun_gives_the_curve_of_one_process_and_one_folder(rows, tiny_model, alone, tmp_path):  # noqa: F811
@@ -101,5 +101,5 @@ def test_sharded_training_is_refused_in_one_line(rows, tiny_model, tmp_path):  #
                  env={"ACCELERATE_USE_FSDP": "true"})  # fmt: skip
     assert result.returncode == 2
     assert "FSDP" in result.stderr
-    assert len(result.stderr.strip().splitlines()[-1:]) == 1
+    assert len(result.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())

@@ -39,15 +39,19 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def start() -> None:
-    """Join the other processes, if any, and take this process's GPU; raises UserError for sharded training."""
-    global _group  # noqa: PLW0603
+def refuse_sharding() -> None:
+    """UserError where a launcher asks for split weights; called before anything slow is imported."""
     for variable, name in SHARDED.items():
         if os.environ.get(variable, "").lower() not in ("", "0", "false"):
             raise UserError(
                 f"{name} splits the base weights, which this trainer's own forward passes cannot gather; launch with "
                 "torchrun --nproc_per_node N, with --load_in_4bit if one card cannot hold the model (docs/sweeps.md)"
             )
+
+
+def start() -> None:
+    """Join the other processes, if there are any, and take this process's GPU."""
+    global _group  # noqa: PLW0603
     if size() == 1 or _group is not None:
         return
     import torch
