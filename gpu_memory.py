@@ -173,7 +173,7 @@ def monitor(args: argparse.Namespace) -> int:
     from finetune.memory.devices import NoDriver, open_driver
     from finetune.memory.watch import CardLog, draw, read_log, watch
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with open_driver() as driver:
             if not driver.cards():
@@ -183,6 +183,8 @@ def monitor(args: argparse.Namespace) -> int:
     except NoDriver as reason:
         print(f"Nothing to watch: {reason}.")
         return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if log is not None and log.records:
         picture = draw(read_log(log.path), args.plot or log.path.with_suffix(".png"))
         print(f"{log.records} records in {log.path}, drawn in {picture}")

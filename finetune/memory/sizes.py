@@ -114,10 +114,10 @@ def sizes_of_config(config: Any) -> Sizes:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)
-    except Exception as error:
+        return sizes_of_model(model)
+    except Exception as error:  # strangers' configs fail in as many ways as there are
         reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
         raise UserError(f"model type {text.model_type!r} cannot be measured: {reason}; give --model-size") from error
-    return sizes_of_model(model)
 
 
 def sizes_of_model(model: Any) -> Sizes:

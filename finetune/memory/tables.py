@@ -62,9 +62,13 @@ def changes_table(sizes: Sizes, plan: Plan) -> Table:
         for change in changes:
             difference = advice.needs(sizes, change.plan) - peak
             table.add_row(change.what, advice.flag_words(change.flags), f"{difference / 1e9:+.2f}",
-                          card_words(advice.smallest_card(sizes, change.plan)), change.cost)  # fmt: skip
+                          _smallest(sizes, change.plan), change.cost)  # fmt: skip
         table.add_section()
     return table
+
+
+def _smallest(sizes: Sizes, plan: Plan) -> str:
+    return card_words(advice.smallest_card(sizes, plan)) if plan.device == "cuda" else "-"
 
 
 def cards_table(suggestions: Iterable[advice.Suggestion]) -> Table:
@@ -160,7 +164,7 @@ def as_json(sizes: Sizes, plan: Plan, suggestions: list[advice.Suggestion], card
         "plan": {**plan.__dict__, "target_modules": list(plan.target_modules)},
         "parts_gb": {name: in_gb(size) for name, size in parts.items()},
         "total_gb": in_gb(total(parts)),
-        "smallest_card_gb": advice.smallest_card(sizes, plan),
+        "smallest_card_gb": advice.smallest_card(sizes, plan) if plan.device == "cuda" else None,
         "changes": [{"change": c.what, "flags": c.flags, "total_gb": in_gb(advice.needs(sizes, c.plan))}
                     for c in changes],
         "cards": [{"card_gb": s.card_gb, "fits": s.plan is not None, "total_gb": in_gb(s.peak), "flags": s.flags}
