@@ -25,8 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import throughput_rows  # noqa: E402
-from benchmarks.throughput_ways import WAYS  # noqa: E402
+from benchmarks.throughput_parts import rows as throughput_rows  # noqa: E402
+from benchmarks.throughput_parts.ways import WAYS  # noqa: E402
 
 # Shapes as published in each model's config.json.
 MODELS = {
@@ -176,7 +176,7 @@ def _run(way: str, task: dict[str, Any], folder: Path) -> dict[str, Any]:
     result = path.with_suffix(".result")
     result.unlink(missing_ok=True)
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.throughput_ways", str(path)],
+        [sys.executable, "-m", "benchmarks.throughput_parts.ways", str(path)],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -16,7 +16,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import throughput_rows
+from benchmarks.throughput_parts import rows as throughput_rows
 
 WAYS = {
     "stock": "Unsloth's trainer, padded batches",
