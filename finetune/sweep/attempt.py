@@ -35,8 +35,8 @@ Call = Callable[..., Any]
 def run_attempt(task: dict[str, Any], call: Call) -> dict[str, Any]:
     """Run the task's process to its end; returns how it ended (see `ending`).
 
-    task: name, words, command, root, folder, cwd, scratch, sweep_id, machine, token, transport, inputs, processes, cpus,
-    gpus, number, interval and patience (seconds).
+    task: name, words, command, root, folder, cwd, scratch, sweep_id, machine, token, transport, inputs, processes,
+    cpus, gpus, number, interval and patience (seconds).
     """
     outcome = {
         "number": task["number"], "node": socket.gethostname(), "device": device_name(task), "started": now(),
