@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from formats.rendering import render_template
+
 
 class FormatError(ValueError):
     """A conversation, tokenizer or format file that cannot be used together; the text says which and what to do."""
@@ -118,6 +120,11 @@ def split_reasoning(text: str, lone_end: bool = False) -> tuple[str | None, str]
     return None, text  # somebody writes about tags
 
 
+def place(index: int, role: str = "") -> str:
+    """How a reason names a message: "message 3 (user)", counted from 1 like rows."""
+    return f"message {index + 1} ({role})" if role else f"message {index + 1}"
+
+
 def call_of(tool_call: Mapping[str, Any]) -> dict[str, Any]:
     """{"name", "arguments"} of one entry of `tool_calls`."""
     function = tool_call.get("function", tool_call)
@@ -148,7 +155,7 @@ def _as_text(content: Any, index: int) -> str:
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
     ):
         return "".join(part["text"] for part in content)
-    raise FormatError(f"message {index}: content must be text, not {type(content).__name__}")
+    raise FormatError(f"{place(index)}: content must be text, not {type(content).__name__}")
 
 
 def _clean_call(call: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -158,9 +165,9 @@ def _clean_call(call: Mapping[str, Any], index: int) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments or "{}")
         except json.JSONDecodeError as error:
-            raise FormatError(f"message {index}: arguments of {function.get('name')!r} are no JSON: {error}") from error
+            raise FormatError(f"{place(index)}: arguments of {function.get('name')!r} are no JSON: {error}") from error
     if not isinstance(arguments, dict) or not isinstance(function.get("name"), str):
-        raise FormatError(f"message {index}: a tool call needs a name and arguments that are a JSON object")
+        raise FormatError(f"{place(index)}: a tool call needs a name and arguments that are a JSON object")
     function = {"name": function["name"], "arguments": arguments}
     rest = {key: value for key, value in call.items() if key not in ("function", "name", "arguments", "type")}
     return {"type": "function", **rest, "function": function}
@@ -174,15 +181,9 @@ def render_messages(
     add_generation_prompt: bool = False,
     **kwargs: Any,
 ) -> str:
-    """Text of clean messages, through the very call a server makes. Raises whatever the template raises."""
-    return tokenizer.apply_chat_template(
-        messages,
-        tools=tools or None,
-        chat_template=fmt.template,
-        add_generation_prompt=add_generation_prompt,
-        tokenize=False,
-        **{**fmt.template_kwargs, **kwargs},
-    )
+    """Text of clean messages, as `apply_chat_template` renders it for a server. Raises whatever the template raises."""
+    variables = {**fmt.template_kwargs, **kwargs}
+    return render_template(tokenizer, fmt.template, messages, tools or None, add_generation_prompt, **variables)
 
 
 def render(conversation: Mapping[str, Any], fmt: Format, tokenizer: Any, add_generation_prompt: bool = False) -> str:

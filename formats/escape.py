@@ -11,7 +11,7 @@ import weakref
 from functools import lru_cache
 from typing import Any
 
-from formats.base import Format, FormatError
+from formats.base import Format, FormatError, place
 from formats.tokens import added_tokens
 
 MARK = "\u200b"
@@ -45,13 +45,13 @@ class Escaper:
         self.lone_end = fmt.reasoning
 
     def conversation(self, messages: list[dict], tools: list[dict]) -> tuple[list[dict], list[dict], list[str]]:
-        """(messages, tools, what was neutralised: "message 3 (user): <|eot_id|>"); the input is not changed."""
+        """(messages, tools, what was neutralised: "message 4 (user): <|eot_id|>"); the input is not changed."""
         found: list[str] = []
         out = [self._message(message, index, found) for index, message in enumerate(messages)]
         for index, tool in enumerate(tools or []):
             if _holds(tool, self.everywhere):
                 tools = list(tools) if tools[index] is tool else tools
-                tools[index] = self._deep(tool, self.everywhere, f"tool {index}", found)
+                tools[index] = self._deep(tool, self.everywhere, f"tool {index + 1}", found)
         return out, tools, found
 
     def undo(self, value: Any) -> Any:
@@ -67,7 +67,7 @@ class Escaper:
     def _message(self, message: dict, index: int, found: list[str]) -> dict:
         role = message["role"]
         pattern = self.assistant if role == "assistant" else self.everywhere
-        where = f"message {index} ({role})"
+        where = place(index, role)
         changed = {}
         for key, value in message.items():
             if key in ("role", "tool_call_id"):

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from formats.base import Format, call_of, render_messages, split_reasoning
+from formats.base import Format, call_of, place, render_messages, split_reasoning
 
 
 def lost_in_answer(
@@ -112,7 +112,7 @@ def lost_in_prompt(messages: list[dict], tools: list[dict], prompt: str, fmt: Fo
         if message["role"] == "assistant" and "</think>" in content:
             content = split_reasoning(content, fmt.reasoning)[1]
         if content and content not in prompt and not _holds(prompt, content):
-            return f"message {index} ({message['role']}): the template drops its text"
+            return f"{place(index, message['role'])}: the template drops its text"
     shape = tuple(
         (message["role"], bool(message["content"].strip()), len(message.get("tool_calls", []))) for message in messages
     )
@@ -127,10 +127,10 @@ def lost_in_prompt(messages: list[dict], tools: list[dict], prompt: str, fmt: Fo
 def _probe(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any) -> str | None:
     probes, words = [], []
     for index, message in enumerate(messages):
-        probe = dict(message)
+        probe, where = dict(message), place(index, message["role"])
         if message["content"].strip():
             probe["content"] = f"wq{index}zk"
-            words.append((probe["content"], f"message {index} ({message['role']}): the template drops its text"))
+            words.append((probe["content"], f"{where}: the template drops its text"))
         if message.get("tool_calls"):
             probe["tool_calls"] = []
             for number, call in enumerate(message["tool_calls"]):
@@ -138,9 +138,7 @@ def _probe(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any)
                 value = f"vq{index}x{number}zk"
                 function = {"name": name, "arguments": {"a": value}}
                 probe["tool_calls"].append({**call, "function": function})
-                words += [
-                    (word, f"message {index} (assistant): the template drops its tool calls") for word in (name, value)
-                ]
+                words += [(word, f"{where}: the template drops its tool calls") for word in (name, value)]
         probes.append(probe)
     if tools:
         schema = {"type": "object", "properties": {"a": {"type": "string", "description": "a"}}, "required": ["a"]}

@@ -17,11 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from formats.base import Format, FormatError, clean_messages, render_messages
+from formats.base import Format, FormatError, clean_messages, place, render_messages
 from formats.escape import escape_conversation
 from formats.losses import lost_in_answer, lost_in_prompt
+from formats.rendering import JsonOnce
 from formats.roles import token_roles
-from formats.tokens import Tokens, check_tokenizer, tokens_of
+from formats.tokens import Tokenized, Tokens, check_tokenizer, tokens_of
 
 IGNORED = -100
 
@@ -85,7 +86,8 @@ def encode(
         return Encoded("refused", "no assistant message to train", escaped=len(found))
     warnings: list[str] = []
     try:
-        sequences = _sequences(messages, tools, turns, tokens, fmt, ends, warnings)
+        with JsonOnce():
+            sequences = _sequences(messages, tools, turns, tokens, fmt, ends, warnings)
         if control_tokens == "escape":
             _check_control_ids(sequences, tokens)
     except _Refusal as refusal:
@@ -144,76 +146,80 @@ def _sequences(
     warnings: list[str],
 ) -> list[Sequence]:
     sequences: list[Sequence] = []
-    starts: list[int] = []  # of each token in the open sequence's text
+    placed = None  # the open sequence's tokens and their places in its text
     last, served = -1, fmt
     texts = [_turn(messages, tools, index, tokens.tokenizer, fmt, warnings) for index in turns]
     tokens.warm([prompt + completion for prompt, completion, _ in texts])
     for index, (prompt, completion, kwargs) in zip(turns, texts, strict=True):
-        prompt_ids, prompt_starts = tokens.ids_and_starts(prompt)
-        answer_ids, answer_starts = tokens.continuation(prompt, completion, prompt_ids)
+        prompt_tokens = tokens.tokenized(prompt)
+        whole = tokens.continued(prompt, completion, prompt_tokens)
+        prompt_ids = prompt_tokens.ids
+        answer_ids = whole.ids[len(prompt_ids) :]
         if not answer_ids or answer_ids[-1] not in ends:
-            raise _Refusal(f"message {index} (assistant): its last token is not the end of the turn")
+            raise _Refusal(f"{place(index, 'assistant')}: its last token is not the end of the turn")
         done = sequences[-1] if sequences else None
         if done is not None and prompt_ids[: len(done.input_ids)] == done.input_ids:
             labels = done.labels + [IGNORED] * (len(prompt_ids) - len(done.labels))
         else:
             if done is not None:
-                done.roles = token_roles(done.text, starts, messages[: last + 1], tools, served, tokens.tokenizer)
+                done.roles = token_roles(done.text, placed, messages[: last + 1], tools, served, tokens.tokenizer)
             done = Sequence("", [], [])
             sequences.append(done)
             labels = [IGNORED] * len(prompt_ids)
         done.text = prompt + completion
-        done.input_ids = prompt_ids + answer_ids
+        done.input_ids = whole.ids
         done.labels = labels + answer_ids
-        starts = prompt_starts + [len(prompt) + start for start in answer_starts]
+        placed = whole
         last, served = index, fmt.with_kwargs(**kwargs) if kwargs else fmt
     done = sequences[-1]
-    starts, last = _append_tail(done, starts, last, messages, tools, tokens, served)
-    done.roles = token_roles(done.text, starts, messages[: last + 1], tools, served, tokens.tokenizer)
+    placed, last = _append_tail(done, placed, last, messages, tools, tokens, served)
+    done.roles = token_roles(done.text, placed, messages[: last + 1], tools, served, tokens.tokenizer)
     return sequences
 
 
 def _append_tail(
     sequence: Sequence,
-    starts: list[int],
+    placed: Tokenized,
     last: int,
     messages: list[dict],
     tools: list[dict],
     tokens: Tokens,
     fmt: Format,
-) -> tuple[list[int], int]:
+) -> tuple[Tokenized, int]:
     """Add, untrained, what the whole conversation's text has behind the last trained turn (a newline, later turns)."""
     try:
-        whole = render_messages(messages, tools, fmt, tokens.tokenizer)
+        text = render_messages(messages, tools, fmt, tokens.tokenizer)
     except Exception:  # what cannot be rendered behind the last trained turn is not needed
-        return starts, last
-    if whole == sequence.text or not whole.startswith(sequence.text):
-        return starts, last
-    ids, whole_starts = tokens.ids_and_starts(whole)
-    if ids[: len(sequence.input_ids)] != sequence.input_ids:
-        return starts, last
-    sequence.text = whole
-    sequence.labels = sequence.labels + [IGNORED] * (len(ids) - len(sequence.labels))
-    sequence.input_ids = list(ids)
-    return whole_starts, len(messages) - 1
+        return placed, last
+    if text == sequence.text or not text.startswith(sequence.text):
+        return placed, last
+    whole = tokens.tokenized(text)
+    if whole.ids[: len(sequence.input_ids)] != sequence.input_ids:
+        return placed, last
+    sequence.text = text
+    sequence.labels = sequence.labels + [IGNORED] * (len(whole.ids) - len(sequence.labels))
+    sequence.input_ids = whole.ids
+    return whole, len(messages) - 1
 
 
 def _prompt(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any, **kwargs: Any) -> str:
     if not messages:
         raise _Refusal(
-            'message 0 (assistant): nothing comes before it, so no server ever generates it; set "train": false on it'
+            f"{place(0, 'assistant')}: nothing comes before it, so no server ever generates it; "
+            'set "train": false on it'
         )
     try:
         return render_messages(messages, tools, fmt, tokenizer, add_generation_prompt=True, **kwargs)
     except Exception as error:  # templates raise anything: TemplateError, TypeError, UndefinedError …
-        raise _Refusal(f"messages before {len(messages)}: format {fmt.name} cannot express them: {error}") from error
+        where = f"{place(len(messages) - 1)} and those before it"
+        raise _Refusal(f"{where}: format {fmt.name} cannot express them: {error}") from error
 
 
 def _turn(
     messages: list[dict], tools: list[dict], index: int, tokenizer: Any, fmt: Format, warnings: list[str]
 ) -> tuple[str, str, dict[str, Any]]:
     """(prompt, completion, variables) of the assistant turn at `index`; raises _Refusal when it cannot be trained."""
-    where = f"message {index} (assistant)"
+    where = place(index, "assistant")
     answer = messages[index]
     problem = ""
     for kwargs in _thinking_modes(answer, fmt):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from formats.base import Format, render_messages
+from formats.tokens import Tokenized
 
 
 class Piece(NamedTuple):
@@ -26,18 +27,14 @@ _BLOCKS = ("<think>\n\n</think>\n\n", "<think>\n")  # belong to the answer, alth
 
 
 def token_roles(
-    text: str, starts: list[int], messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any
+    text: str, tokens: Tokenized, messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any
 ) -> list[str]:
-    """system, user, tool, assistant or header for each token; `starts` are the tokens' positions in `text`."""
-    spans = sorted(_spans(text, messages, tools, fmt, tokenizer))
-    roles = []
-    at = 0
-    for start in starts:
-        while at < len(spans) and spans[at][1] <= start:
-            at += 1
-        inside = at < len(spans) and spans[at][0] <= start
-        roles.append(spans[at][2] if inside else "header")
-    return roles
+    """system, user, tool, assistant or header for each token of `text`."""
+    roles: list[str] = []
+    for start, end, role in sorted(_spans(text, messages, tools, fmt, tokenizer)):
+        roles += ["header"] * (tokens.before(start) - len(roles))
+        roles += [role] * (tokens.before(end) - len(roles))
+    return roles + ["header"] * (len(tokens.ids) - len(roles))
 
 
 def _spans(

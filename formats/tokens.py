@@ -11,14 +11,51 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections import OrderedDict
-from typing import Any
+from bisect import bisect_left, bisect_right
+from collections import Counter, OrderedDict
+from typing import Any, NamedTuple
 
 from formats.base import Format, FormatError
 
 CACHED_PIECES = 20_000
 CACHED_CHARACTERS = 64_000_000
 PROOFS = 32  # the first texts of every tokenizer are also tokenised whole and compared
+
+
+class Piece(NamedTuple):
+    """Ids and first characters of the tokens of one piece of text."""
+
+    ids: list[int]
+    starts: list[int]
+
+
+class Tokenized:
+    """Ids of a text, and where its tokens begin, without a list of all their positions."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self._offsets: list[int] = []  # first character of each piece
+        self._firsts: list[int] = []  # number of its first token
+        self._starts: list[list[int]] = []  # of its tokens, counted from the piece's first character
+
+    def add(self, offset: int, piece: Piece) -> None:
+        """Append a piece that begins at character `offset`."""
+        self._offsets.append(offset)
+        self._firsts.append(len(self.ids))
+        self._starts.append(piece.starts)
+        self.ids += piece.ids
+
+    def start(self, number: int) -> int:
+        """The position of the first character of a token."""
+        at = bisect_right(self._firsts, number) - 1
+        return self._offsets[at] + self._starts[at][number - self._firsts[at]]
+
+    def before(self, character: int) -> int:
+        """How many tokens begin in front of the character at this position."""
+        at = bisect_right(self._offsets, character) - 1
+        if at < 0:
+            return 0
+        return self._firsts[at] + bisect_left(self._starts[at], character - self._offsets[at])
 
 
 class Tokens:
@@ -28,70 +65,77 @@ class Tokens:
         self.tokenizer = tokenizer
         self.added = added_tokens(tokenizer)
         self.anchors = _anchors(tokenizer) if getattr(tokenizer, "is_fast", False) else []
-        self._cut = re.compile("(?=" + "|".join(map(re.escape, self.anchors)) + ")") if self.anchors else None
+        self._cut = re.compile("|".join(map(re.escape, self.anchors))) if self.anchors else None
         control = sorted(self.added, key=len, reverse=True)
         self._names = {number: token for token, number in self.added.items()}
         self.end_ids: dict[tuple, set[int]] = {}  # what `check_tokenizer` found, by format
         self._control = re.compile("|".join(map(re.escape, control))) if control else None
-        self._cache: OrderedDict[str, tuple[list[int], list[int]]] = OrderedDict()
+        self._cache: OrderedDict[str, Piece] = OrderedDict()
         self._characters = 0
         self._proofs = PROOFS
 
     def ids(self, text: str) -> list[int]:
-        return self.ids_and_starts(text)[0]
+        return self.tokenized(text).ids
 
-    def ids_and_starts(self, text: str) -> tuple[list[int], list[int]]:
-        """(ids, position of each token's first character in `text`)."""
-        pieces = [piece for piece in self._cut.split(text) if piece] if self._cut else [text]
+    def tokenized(self, text: str) -> Tokenized:
+        """The tokens of a text, as the tokenizer gives them for the whole of it."""
+        pieces = self._pieces(text)
         missing = list(dict.fromkeys(piece for piece in pieces if piece not in self._cache))
         fresh = dict(zip(missing, self._tokenize(missing), strict=True)) if missing else {}
-        ids: list[int] = []
-        starts: list[int] = []
+        result = Tokenized()
         offset = 0
         for piece in pieces:
             if (known := fresh.get(piece)) is None:
                 known = self._cache[piece]
                 self._cache.move_to_end(piece)
-            ids += known[0]
-            starts += [offset + start for start in known[1]] if offset else known[1]
+            result.add(offset, known)
             offset += len(piece)
         for piece, known in fresh.items():
             self._remember(piece, known)
         if self._proofs and self._cut and len(pieces) > 1:
             self._proofs -= 1
             whole = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if whole != ids:
+            if whole != result.ids:
                 # Not a tokenizer the argument above holds for: from now on whole texts only.
                 self._cut, self.anchors = None, []
                 self._cache.clear()
-                return self.ids_and_starts(text)
-        return ids, starts
+                return self.tokenized(text)
+        return result
+
+    def _pieces(self, text: str) -> list[str]:
+        """`text` cut in front of every anchor."""
+        if self._cut is None:
+            return [text]
+        cuts = [match.start() for match in self._cut.finditer(text)]
+        return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True) if a < b]
 
     def warm(self, texts: list[str]) -> None:
         """Tokenise all new pieces of `texts` in one call; many small calls cost more than the tokenising."""
         if self._cut:
-            pieces = dict.fromkeys(piece for text in texts for piece in self._cut.split(text) if piece)
+            pieces = dict.fromkeys(piece for text in texts for piece in self._pieces(text))
             missing = [piece for piece in pieces if piece not in self._cache]
             if missing:
                 for piece, known in zip(missing, self._tokenize(missing), strict=True):
                     self._remember(piece, known)
 
-    def continuation(self, prompt: str, text: str, prompt_ids: list[int]) -> tuple[list[int], list[int]]:
-        """(ids, starts within `text`) of `text` generated behind `prompt`.
+    def continued(self, prompt: str, text: str, prompt_tokens: Tokenized) -> Tokenized:
+        """The tokens of `prompt` and behind them those of `text` as it is generated.
 
         The tokens of the joined text where the prompt's own tokens are left alone, else the tokens of `text` by
         itself: a model can only add tokens behind the prompt's.
         """
-        ids, starts = self.ids_and_starts(prompt + text)
-        count = len(prompt_ids)
-        if ids[:count] == prompt_ids:
-            return ids[count:], [start - len(prompt) for start in starts[count:]]
-        if self.anchors:
-            # Behind an added token, so that nothing is put in front as at the start of a text.
-            anchor = self.anchors[0]
-            ids, starts = self.ids_and_starts(anchor + text)
-            return ids[1:], [start - len(anchor) for start in starts[1:]]
-        return self.ids_and_starts(text)
+        joined = self.tokenized(prompt + text)
+        count = len(prompt_tokens.ids)
+        if joined.ids[:count] == prompt_tokens.ids:
+            return joined
+        # Behind an added token, so that nothing is put in front as at the start of a text.
+        anchor = self.anchors[0] if self.anchors else ""
+        alone = self.tokenized(anchor + text)
+        skipped = 1 if anchor else 0
+        starts = [alone.start(number) - len(anchor) for number in range(skipped, len(alone.ids))]
+        result = self.tokenized(prompt)
+        result.add(len(prompt), Piece(alone.ids[skipped:], starts))
+        return result
 
     def stray_control_ids(self, text: str, ids: list[int]) -> list[str]:
         """Control tokens that stand in `ids` without being spelled in `text` (a normaliser made them)."""
@@ -100,17 +144,17 @@ class Tokens:
         spelled = {self.added[match] for match in set(self._control.findall(text))}
         return [self._names[number] for number in set(ids) & self._names.keys() - spelled]
 
-    def _tokenize(self, texts: list[str]) -> list[tuple[list[int], list[int]]]:
+    def _tokenize(self, texts: list[str]) -> list[Piece]:
         if not getattr(self.tokenizer, "is_fast", False):
             lists = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-            return [(ids, [0] * len(ids)) for ids in lists]
+            return [Piece(ids, [0] * len(ids)) for ids in lists]
         encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         return [
-            (ids, [start for start, _ in offsets])
+            Piece(ids, [start for start, _ in offsets])
             for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         ]
 
-    def _remember(self, piece: str, known: tuple[list[int], list[int]]) -> None:
+    def _remember(self, piece: str, known: Piece) -> None:
         self._cache[piece] = known
         self._characters += len(piece)
         while len(self._cache) > CACHED_PIECES or self._characters > CACHED_CHARACTERS:
@@ -137,22 +181,38 @@ def added_tokens(tokenizer: Any) -> dict[str, int]:
 
 def _anchors(tokenizer: Any) -> list[str]:
     tokens = list(tokenizer.added_tokens_decoder.values())
-    texts = [str(token) for token in tokens]
+    entangled = _entangled([str(token) for token in tokens])
     found = []
     for token in tokens:
         text = str(token)
         plain = token.special and not (token.lstrip or token.single_word or token.normalized)
-        if plain and text.strip() == text and not any(_overlap(text, other) for other in texts if other != text):
+        if plain and text.strip() == text and text not in entangled:
             found.append(text)
-    # rstrip tokens may start a piece but cannot stand in front of a free text: they go last (see `continuation`).
+    # rstrip tokens may start a piece but cannot stand in front of a free text: they go last (see `continued`).
     right = {str(token) for token in tokens if token.rstrip}
     return sorted(found, key=lambda text: text in right)
 
 
-def _overlap(one: str, two: str) -> bool:
-    if one in two or two in one:
-        return True
-    return any(one.endswith(two[:n]) or two.endswith(one[:n]) for n in range(1, min(len(one), len(two))))
+def _entangled(texts: list[str]) -> set[str]:
+    """Those texts that hold another one, stand in another one, or end as another one begins (or the reverse).
+
+    Vocabularies have up to a thousand added tokens, so no pair is looked at: ends are looked up among beginnings.
+    """
+    known = set(texts)
+    heads = Counter(text[:n] for text in known for n in range(1, len(text)))
+    tails = Counter(text[-n:] for text in known for n in range(1, len(text)))
+    everything = "\0".join(known)
+    return {text for text in known if _touches(text, known, heads, tails) or everything.count(text) > 1}
+
+
+def _touches(text: str, known: set[str], heads: Counter, tails: Counter) -> bool:
+    for n in range(1, len(text)):
+        head, tail = text[:n], text[-n:]
+        own = head == tail  # a text that begins as it ends does not count by itself
+        if heads[tail] > own or tails[head] > own:
+            return True
+    pieces = (text[a:b] for a in range(len(text)) for b in range(a + 1, len(text) + 1))
+    return any(piece in known for piece in pieces if piece != text)
 
 
 def check_tokenizer(tokenizer: Any, fmt: Format) -> list[int]:

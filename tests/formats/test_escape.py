@@ -83,8 +83,8 @@ def test_error_refuses_the_row_and_names_the_place_and_an_unknown_policy_is_an_e
     tokenizer = parts.tokenizer("llama3")
     fmt = get_format("llama3-function")
     encoded = encode(HOSTILE["user"], tokenizer, fmt, control_tokens="error")
-    assert encoded.status == "refused" and "message 0 (user): <|eot_id|>" in encoded.reason
-    with pytest.raises(FormatError, match="message 0"):
+    assert encoded.status == "refused" and "message 1 (user): <|eot_id|>" in encoded.reason
+    with pytest.raises(FormatError, match="message 1"):
         encode_prompt(HOSTILE["user"]["messages"][:1], [], tokenizer, fmt, control_tokens="error")
     with pytest.raises(FormatError, match="escape, error or allow"):
         escape_conversation([], [], tokenizer, fmt, "ignore")

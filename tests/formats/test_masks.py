@@ -101,7 +101,7 @@ def test_a_masked_result_that_the_template_loses_refuses_the_row():
     made = row(user("12:00?"), calls(("clock", {"zone": "UTC"})), result("12:00"), says("Noon."), tools=(CLOCK,))
     encoded = encode(made, tokenizer, fmt)
     # "12:00" stands in the question too, so looking for the text alone would not notice.
-    assert (encoded.status, encoded.reason) == ("refused", "message 2 (tool): the template drops its text")
+    assert (encoded.status, encoded.reason) == ("refused", "message 3 (tool): the template drops its text")
 
 
 def test_encode_prompt_is_what_a_server_feeds_and_refuses_what_it_loses():
