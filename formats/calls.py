@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from math import isfinite
 from typing import Any
 
 from formats.base import Parsed
@@ -12,8 +14,45 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not isfinite(number):
+        raise ValueError(f"the number {digits[:40]} is too large")
+    return number
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return value
+
+
+# What two readers would read in two ways is an error, as it is in training rows.
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
 _SPACE = " \t\r\n"
+DEEPEST = 64  # levels of objects and lists: checks and templates walk them on Python's limited stack
+
+
+def levels(value: Any) -> int:
+    """How deep objects and lists are nested."""
+    number, level = 0, [value]
+    while level:
+        number += 1
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+    return number
+
+
+def _not_too_deep(value: Any, text: str) -> Any:
+    if text.count("{") + text.count("[") > DEEPEST and isinstance(value, (dict, list)) and levels(value) > DEEPEST:
+        raise ValueError(f"the JSON is nested deeper than {DEEPEST} levels")
+    return value
 
 
 def skip_space(text: str, at: int) -> int:
@@ -31,13 +70,32 @@ def read_json(text: str, at: int) -> tuple[Any, int]:
     if text[at] not in "{[":
         raise ValueError(f"{text[at]!r} where JSON should start")
     try:
-        return _DECODER.raw_decode(text, at)
+        value, end = _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
         if error.pos >= len(text) or error.msg.startswith("Unterminated"):
             raise ValueError("the JSON is cut off") from error
         raise ValueError(f"wrong JSON: {error.msg} at character {error.pos}") from error
     except RecursionError as error:
-        raise ValueError("the JSON is nested too deeply") from error
+        raise ValueError(f"the JSON is nested deeper than {DEEPEST} levels") from error
+    return _not_too_deep(value, text[at:end]), end
+
+
+def read_value(text: str) -> Any:
+    """The JSON value that the whole of `text` is. Raises ValueError."""
+    try:
+        return _not_too_deep(_DECODER.decode(text), text)
+    except RecursionError as error:
+        raise ValueError(f"the JSON is nested deeper than {DEEPEST} levels") from error
+
+
+def read_arguments(text: str, at: int, name: str) -> tuple[dict[str, Any], int]:
+    """(arguments, position behind them) of the call of `name` whose JSON object stands at `at`."""
+    if not name.strip():
+        raise ValueError("the function has no name")
+    value, end = read_json(text, at)
+    if not isinstance(value, dict):
+        raise ValueError(f"arguments of {name!r} must be a JSON object")
+    return value, end
 
 
 def call_from_object(value: Any, *keys: str) -> dict[str, Any]:
@@ -101,12 +159,8 @@ def parse_function_tag(text: str, tools: list[dict] | None = None) -> Parsed:
         if close < 0:
             raise ValueError("the function's name is cut off")
         name = source[at:close]
-        if not name.strip():
-            raise ValueError("the function has no name")
-        value, end = read_json(source, close + 1)
-        if not isinstance(value, dict):
-            raise ValueError(f"arguments of {name!r} must be a JSON object")
-        return {"name": name, "arguments": value}, end
+        arguments, end = read_arguments(source, close + 1, name)
+        return {"name": name, "arguments": arguments}, end
 
     return read_tagged(text, "<function=", "</function>", body)
 

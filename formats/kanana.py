@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from formats.base import Format, Parsed, read_template
-from formats.calls import parse_function_tag, read_json, skip_space
+from formats.calls import parse_function_tag, read_arguments, skip_space
 
 TEMPLATE = read_template("kanana")
 END_OF_TURN = ("<|eot_id|>", "<|eom_id|>")
@@ -17,9 +17,7 @@ def parse(text: str, tools: list[dict] | None = None) -> Parsed:
     parsed = parse_function_tag(before, tools)
     for piece in pieces:
         try:
-            value, end = read_json(piece, 0)
-            if not isinstance(value, dict):
-                raise ValueError("arguments of 'python' must be a JSON object")
+            value, end = read_arguments(piece, 0, "python")
         except ValueError as error:
             parsed.errors.append(f"call {len(parsed.tool_calls) + len(parsed.errors) + 1}: {error}")
             parsed.content = f"{parsed.content}<|python_tag|>{piece}".strip()

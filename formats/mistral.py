@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from formats.base import Format, Parsed, read_template
-from formats.calls import read_call_list, read_json, skip_space
+from formats.calls import read_arguments, read_call_list, skip_space
 from formats.probing import USER, own_text
 from formats.tokens import added_tokens
 
@@ -38,11 +38,9 @@ def parse(text: str, tools: list[dict] | None = None) -> Parsed:
         name, args, body = piece.partition("[ARGS]")
         try:
             name = name.partition("[CALL_ID]")[0].strip()
-            if not args or not name:
-                raise ValueError("[ARGS] is missing" if not args else "the function has no name")
-            value, end = read_json(body, 0)
-            if not isinstance(value, dict):
-                raise ValueError(f"arguments of {name!r} must be a JSON object")
+            if not args:
+                raise ValueError("[ARGS] is missing")
+            value, end = read_arguments(body, 0, name)
             if skip_space(body, end) < len(body):
                 raise ValueError("text behind the arguments")
         except ValueError as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
+from math import inf
 from typing import Any
 
 from formats.base import Parsed
@@ -18,7 +20,9 @@ def parse(text: str, tools: list[dict] | None = None) -> Parsed:
     if not _LOOKS_LIKE_CALLS.match(content):
         return Parsed(content=text.strip())
     try:
-        tree = ast.parse(content, mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's opinion of escapes like \\d inside a model's strings
+            tree = ast.parse(content, mode="eval").body
         if not isinstance(tree, ast.List):
             raise ValueError("text behind the list of calls")
         return Parsed(tool_calls=[_call(node) for node in tree.elts])
@@ -32,7 +36,10 @@ def _call(node: ast.expr) -> dict[str, Any]:
         raise ValueError("not a call in the list")
     if node.args or any(keyword.arg is None for keyword in node.keywords):
         raise ValueError("arguments must be named")
-    return {"name": _name(node.func), "arguments": {keyword.arg: _value(keyword.value) for keyword in node.keywords}}
+    arguments = {keyword.arg: _value(keyword.value) for keyword in node.keywords}
+    if len(arguments) < len(node.keywords):
+        raise ValueError("an argument stands twice")
+    return {"name": _name(node.func), "arguments": arguments}
 
 
 def _name(node: ast.expr) -> str:
@@ -45,6 +52,8 @@ def _name(node: ast.expr) -> str:
 
 def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Constant) and isinstance(node.value, (str, int, float, bool, type(None))):
+        if node.value == inf:
+            raise ValueError("a number is too large")
         return node.value
     if isinstance(node, ast.Name) and node.id in _JSON_NAMES:
         return _JSON_NAMES[node.id]
@@ -53,7 +62,10 @@ def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Dict) and all(
         isinstance(key, ast.Constant) and isinstance(key.value, str) for key in node.keys
     ):
-        return {key.value: _value(item) for key, item in zip(node.keys, node.values, strict=True)}
+        value = {key.value: _value(item) for key, item in zip(node.keys, node.values, strict=True)}
+        if len(value) < len(node.keys):
+            raise ValueError("a key stands twice in one object")
+        return value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         number = _value(node.operand)
         if isinstance(number, (int, float)) and not isinstance(number, bool):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from formats.base import Format, Parsed, read_template
-from formats.calls import read_tagged, skip_space
+from formats.calls import read_tagged, read_value, skip_space
 from formats.probing import USER, own_text, thinks
 
 TEMPLATE = read_template("qwen_xml")
@@ -27,27 +27,39 @@ TEMPLATE_KWARGS = {
 def parse(text: str, tools: list[dict] | None = None) -> Parsed:
     """Values get the type their tool's schema declares; without a schema, a text that is exactly how JSON writes a
     number, a boolean, null, an object or a list is that value, and everything else is a string."""
+    types = declared_properties(tools)
+    return read_tagged(text, "<tool_call>", "</tool_call>", lambda source, at: read_call(source, at, types))
+
+
+def declared_properties(tools: list[dict] | None) -> dict[str, dict[str, Any]]:
+    """{tool's name: {parameter: its schema}} of what the tools declare; a schema of another shape declares nothing."""
     types = {}
     for tool in tools or []:
         function = tool.get("function", tool)
-        types[function.get("name")] = (function.get("parameters") or {}).get("properties") or {}
+        parameters = function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, dict) else None
+        types[function.get("name")] = properties if isinstance(properties, dict) else {}
+    return types
 
-    def body(source: str, at: int) -> tuple[dict[str, Any], int]:
-        at = skip_space(source, at)
-        name, at = _tag(source, at, "<function=")
-        arguments: dict[str, Any] = {}
-        at = skip_space(source, at)
-        while not source.startswith("</function>", at):
-            key, at = _tag(source, at, "<parameter=")
-            end = source.find("</parameter>", at)
-            if end < 0:
-                raise ValueError(f"parameter {key!r} is cut off")
-            raw = source[at:end].removeprefix("\n").removesuffix("\n")
-            arguments[key] = _typed(raw, types.get(name, {}).get(key))
-            at = skip_space(source, end + len("</parameter>"))
-        return {"name": name, "arguments": arguments}, at + len("</function>")
 
-    return read_tagged(text, "<tool_call>", "</tool_call>", body)
+def read_call(source: str, at: int, types: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], int]:
+    """({"name", "arguments"}, position behind it) of the `<function=…>` block at `at`. Raises ValueError."""
+    name, at = _tag(source, skip_space(source, at), "<function=")
+    if not name.strip():
+        raise ValueError("the function has no name")
+    arguments: dict[str, Any] = {}
+    at = skip_space(source, at)
+    while not source.startswith("</function>", at):
+        key, at = _tag(source, at, "<parameter=")
+        end = source.find("</parameter>", at)
+        if end < 0:
+            raise ValueError(f"parameter {key!r} is cut off")
+        if key in arguments:
+            raise ValueError(f"the parameter {key!r} stands twice")
+        raw = source[at:end].removeprefix("\n").removesuffix("\n")
+        arguments[key] = _typed(raw, types.get(name, {}).get(key))
+        at = skip_space(source, end + len("</parameter>"))
+    return {"name": name, "arguments": arguments}, at + len("</function>")
 
 
 def _tag(text: str, at: int, opening: str) -> tuple[str, int]:
@@ -57,19 +69,33 @@ def _tag(text: str, at: int, opening: str) -> tuple[str, int]:
     return text[at + len(opening) : close], close + 1
 
 
+_KINDS = {dict: "object", list: "array", bool: "boolean", type(None): "null", str: "string"}
+
+
+def _declared_types(schema: Any) -> set[str]:
+    """The JSON types that a parameter's schema allows, empty when it does not say."""
+    if not isinstance(schema, dict):
+        return set()
+    kind = schema.get("type")
+    found = {name for name in (kind if isinstance(kind, list) else [kind]) if isinstance(name, str)}
+    for key in ("anyOf", "oneOf"):
+        options = schema.get(key)
+        found = found.union(*map(_declared_types, options)) if isinstance(options, list) else found
+    if not found and isinstance(schema.get("enum"), list):
+        found = {_KINDS.get(type(value), "number") for value in schema["enum"]}
+    return found
+
+
 def _typed(raw: str, schema: Any) -> Any:
-    declared = schema.get("type") if isinstance(schema, dict) else None
-    declared = set(declared if isinstance(declared, list) else [declared] if declared else [])
+    declared = _declared_types(schema)
     if declared and declared <= {"string"}:
         return raw
     word = {"True": "true", "False": "false", "None": "null"}.get(raw, raw) if declared else raw
     try:
-        value = json.loads(word)
+        value = read_value(word)
     except ValueError:
         return raw
-    kind = {dict: "object", list: "array", bool: "boolean", type(None): "null", str: "string"}.get(
-        type(value), "number"
-    )
+    kind = _KINDS.get(type(value), "number")
     if kind == "string":
         return raw  # strings are written without quotes, so these quotes are the string's own
     if declared and not (kind in declared or (kind == "number" and "integer" in declared)):

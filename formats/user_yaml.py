@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.base import Format, FormatError, Parsed
-from formats.calls import read_json, read_tagged
+from formats.calls import read_arguments, read_tagged
 
 PLACES = ("system", "first_user", "last_user")
 KEYS = ("start", "separator", "end", "tools")
@@ -82,10 +82,8 @@ class FourStrings:
         if close < 0:
             raise ValueError("the function's name is cut off")
         name = source[at:close].strip()
-        value, end = read_json(source, close + len(self.separator))
-        if not name or not isinstance(value, dict):
-            raise ValueError(f"arguments of {name!r} must be a JSON object" if name else "the function has no name")
-        return {"name": name, "arguments": value}, end
+        arguments, end = read_arguments(source, close + len(self.separator), name)
+        return {"name": name, "arguments": arguments}, end
 
 
 def load(path: str | Path, tokenizer: Any = None) -> Format:

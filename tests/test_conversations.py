@@ -18,6 +18,9 @@ def assistant(raw: dict, **kwargs) -> dict:
     return normalize_row(raw, **kwargs)["messages"][-1]
 
 
+DEEP = json.loads("[" * 900 + "]" * 900)
+
+
 def test_roles():
     roles = ["developer", "user", "assistant", "ipython", "function", "tool", "model", "HUMAN"]
     row = {"messages": [{"role": role, "content": "x"} for role in roles]}
@@ -91,6 +94,8 @@ def test_legacy_function_call():
         (chat({"role": "assistant", "content": "half \ud83d"}), "surrogate"),
         (chat({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}), "no word"),
         (Unreadable("is not JSON: x", "{"), "is not JSON"),
+        (chat({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": DEEP}}]}), "deeper than 64"),
+        (chat({"role": "assistant", "content": "x"}, tools=[{"name": "f", "parameters": {"x": DEEP}}]), "deeper"),
     ],
 )
 def test_rows_that_cannot_be_used_say_why(row, reason):

@@ -112,6 +112,10 @@ CALL_TEXTS = {
     "hermes, Python dict": "<tool_call>{'arguments': {'room': 'a}<\"/b', 'level': 7}, 'name': 'set_lamp'}</tool_call>",
     "when2call": '<TOOLCALL>[{"name": "set_lamp", "arguments": {"room": "a}<\\"/b", "level": 7}}]</TOOLCALL>',
     "mistral": '[TOOL_CALLS] [{"name": "set_lamp", "arguments": {"room": "a}<\\"/b", "level": 7}, "id": "abcdefghi"}]',
+    "mistral v11": '[TOOL_CALLS]set_lamp[CALL_ID]abcdefghi[ARGS]{"room": "a}<\\"/b", "level": 7}',
+    "mistral v13": '[TOOL_CALLS]set_lamp[ARGS]{"room": "a}<\\"/b", "level": 7}',
+    "qwen xml": '<tool_call>\n<function=set_lamp>\n<parameter=room>\na}<"/b\n</parameter>\n'
+    "<parameter=level>\n7\n</parameter>\n</function>\n</tool_call>",
     "glaive": """<functioncall> {"name": "set_lamp", "arguments": '{"room": "a}<\\"/b", "level": 7}'}""",
     "glaive, plain JSON": '<functioncall> {"name": "set_lamp", "arguments": {"room": "a}<\\"/b", "level": 7}}',
 }
@@ -140,6 +144,8 @@ def test_words_before_calls_and_several_calls():
         '<function=set_lamp>{"room": "a"}</function> and then?',
         'Write <tool_call>{"name": "other", "arguments": {}}</tool_call>',  # words about an undeclared tool
         '<tool_call>{"name": "set_lamp", "x": 1}</tool_call>',
+        '[TOOL_CALLS]set_lamp[ARGS]{"room": "a"} and then?',
+        "<tool_call><function=set_lamp><parameter=room>a</function></tool_call>",
         "<function=set_lamp>" + '{"a":' * 5000,
     ],
 )

@@ -1,8 +1,9 @@
 """Calls that a data set wrote into the assistant's text, taken out only when every character of them parses.
 
 Known ways of writing: `<function=NAME>{…}</function>` (Llama 3 custom), `<tool_call>{…}</tool_call>` (Hermes, Qwen),
-`<TOOLCALL>[…]</TOOLCALL>` (When2Call), `[TOOL_CALLS] […]` (Mistral), `<functioncall> {…}` (Glaive). The JSON is read
-by a JSON decoder from its first brace on, never by a pattern, so braces and closing tags inside strings are no matter.
+`<tool_call><function=NAME><parameter=KEY>…` (Qwen3.5 and Coder), `<TOOLCALL>[…]</TOOLCALL>` (When2Call),
+`[TOOL_CALLS] […]` and `[TOOL_CALLS]NAME[ARGS]{…}` (Mistral), `<functioncall> {…}` (Glaive). The JSON is read by a JSON
+decoder from its first brace on, never by a pattern, so braces and closing tags inside strings are no matter.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from typing import Any
 
 from finetune.reading.row_files import json_type, strict_json
+from formats import qwen_xml
 
 _OPENING = re.compile(
     r"<function=(?P<name>[^<>=\s]+)>|(?P<hermes><tool_call>)|(?P<nvidia><TOOLCALL>)"
@@ -20,6 +22,7 @@ _OPENING = re.compile(
 )
 _CLOSING = {"name": "</function>", "hermes": "</tool_call>", "nvidia": "</TOOLCALL>", "mistral": "", "glaive": ""}
 _GLAIVE = re.compile(r"""\s*\{\s*"name":\s*"(?P<name>[^"]+)",\s*"arguments":\s*'(?P<arguments>.*)'\s*\}""", re.DOTALL)
+_MISTRAL = re.compile(r"(?P<name>[^\s\[\]{}]+)(\[CALL_ID\](?P<id>\w+))?\[ARGS\]")
 _SPACE = re.compile(r"\s*")
 
 
@@ -28,11 +31,12 @@ def has_call_tag(text: str) -> bool:
     return _OPENING.search(text) is not None
 
 
-def split_calls(text: str) -> tuple[str, list[dict[str, Any]]] | None:
+def split_calls(text: str, tools: list[dict] | None = None) -> tuple[str, list[dict[str, Any]]] | None:
     """Take `text` apart into the words before and the calls that end it; None unless it parses to the last character.
 
-    Returns (words, [{"name": str, "arguments": dict}, …]). A tag that is only talked about, broken JSON, arguments
-    that are no object, or words after a call all give None: the caller keeps the text as it is.
+    `tools` give the types of values that are written without one (`<parameter=KEY>`). Returns
+    (words, [{"name": str, "arguments": dict}, …]). A tag that is only talked about, broken JSON, arguments that are
+    no object, or words after a call all give None: the caller keeps the text as it is.
     """
     first = _OPENING.search(text)
     if first is None:
@@ -43,7 +47,7 @@ def split_calls(text: str) -> tuple[str, list[dict[str, Any]]] | None:
         opening = _OPENING.match(text, position)
         if opening is None:
             return None
-        found = _calls_at(text, opening)
+        found = _calls_at(text, opening, tools)
         if found is None:
             return None
         calls += found[0]
@@ -51,7 +55,7 @@ def split_calls(text: str) -> tuple[str, list[dict[str, Any]]] | None:
     return text[: first.start()].rstrip(), calls
 
 
-def _calls_at(text: str, opening: re.Match) -> tuple[list[dict], int] | None:
+def _calls_at(text: str, opening: re.Match, tools: list[dict] | None) -> tuple[list[dict], int] | None:
     """The calls between one opening tag and its closing tag, and the position behind that."""
     kind = opening.lastgroup
     start = _SPACE.match(text, opening.end()).end()
@@ -60,7 +64,13 @@ def _calls_at(text: str, opening: re.Match) -> tuple[list[dict], int] | None:
         end = match.end()
     else:
         try:
-            value, end = _decode(text, start, _CLOSING[kind])
+            if kind == "hermes" and text.startswith("<function=", start):
+                value, end = qwen_xml.read_call(text, start, qwen_xml.declared_properties(tools))
+            elif kind == "mistral" and (match := _MISTRAL.match(text, start)):
+                arguments, end = _decode(text, match.end(), "")
+                value = {"name": match["name"], "arguments": arguments}
+            else:
+                value, end = _decode(text, start, _CLOSING[kind])
         except (ValueError, SyntaxError, RecursionError):
             return None
     if kind == "name":

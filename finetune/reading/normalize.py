@@ -14,6 +14,7 @@ from finetune.reading.row_files import Unreadable, json_type, strict_json
 from finetune.reading.shapes import detect_shape
 from finetune.reading.text_shapes import RowError, as_text, hermes_system, tool_responses
 from finetune.reading.tool_schemas import normalize_tools
+from formats.calls import DEEPEST, levels
 
 ROLES = {
     "system": "system",
@@ -55,7 +56,20 @@ def normalize_row(
         raise RowError(raw.reason)
     if not isinstance(raw, dict):
         raise RowError(f"is a JSON {json_type(raw)}, not an object")
-    notes = Counter() if notes is None else notes
+    too_deep = f"is nested deeper than {DEEPEST} levels"
+    try:
+        conversation = _conversation(raw, column_map, tools, Counter() if notes is None else notes)
+        if levels(conversation) > DEEPEST:
+            raise RowError(too_deep)
+        conversation_text(conversation)
+    except RecursionError as error:
+        raise RowError(too_deep) from error
+    return conversation
+
+
+def _conversation(
+    raw: dict[str, Any], column_map: dict[str, str] | None, tools: list[dict[str, Any]] | None, notes: Counter
+) -> dict[str, Any]:
     shape = detect_shape(raw, column_map)
     messages, raw_tools, system = shape.convert(shape.fields)
     try:
@@ -68,15 +82,12 @@ def normalize_row(
     if not declared:
         messages, declared = _tools_in_messages(messages, notes)
     declared = declared or list(tools or [])
-    names = {tool["function"]["name"] for tool in declared}
     result = [
-        new for number, message in enumerate(messages, start=1) for new in _message(message, number, names, notes)
+        new for number, message in enumerate(messages, start=1) for new in _message(message, number, declared, notes)
     ]
     if not result:
         raise RowError("messages is empty")
-    conversation = {"messages": result, "tools": declared}
-    conversation_text(conversation)
-    return conversation
+    return {"messages": result, "tools": declared}
 
 
 def conversation_text(conversation: dict[str, Any]) -> bytes:
@@ -146,7 +157,7 @@ def _content(message: dict[str, Any], number: int, notes: Counter) -> str:
     return as_text(content)
 
 
-def _message(message: Any, number: int, names: set[str], notes: Counter) -> list[dict[str, Any]]:
+def _message(message: Any, number: int, tools: list[dict[str, Any]], notes: Counter) -> list[dict[str, Any]]:
     """One raw message as canonical ones: usually one, several where it holds several tool responses."""
     role = _role(message, number)
     content = _content(message, number, notes)
@@ -156,10 +167,11 @@ def _message(message: Any, number: int, names: set[str], notes: Counter) -> list
         return [{"role": role, "content": content}]
     calls: list[dict[str, Any]] = []
     if role == "call":
-        role, calls, content = "assistant", _calls_text(content, number), ""
+        role, calls, content = "assistant", _calls_text(content, number, tools), ""
     calls += _tool_calls(message, number, notes)
     if not calls and has_call_tag(content):
-        found = split_calls(content)
+        found = split_calls(content, tools)
+        names = {tool["function"]["name"] for tool in tools}
         # A tag in running text is a call only if it calls a declared tool; a message that is nothing else always is.
         if found and (not found[0] or all(call["name"] in names for call in found[1])):
             content, calls = found[0], [{"type": "function", "function": call} for call in found[1]]
@@ -196,9 +208,9 @@ def _results(message: dict[str, Any], content: str, notes: Counter) -> list[dict
     return [result | {"content": text} for text in responses]
 
 
-def _calls_text(content: str, number: int) -> list[dict[str, Any]]:
+def _calls_text(content: str, number: int, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The calls of a ShareGPT `function_call` turn: JSON of one call or of a list of them, or tagged calls."""
-    found = split_calls(content)
+    found = split_calls(content, tools)
     if found and not found[0]:
         return [{"type": "function", "function": call} for call in found[1]]
     try:

@@ -71,6 +71,43 @@ def test_parse(parse, text, content, tool_calls, errors):
     assert parsed.content == (text.strip() if content is None else content)
 
 
+@pytest.mark.parametrize(
+    "name,text",
+    [
+        ("qwen", '<tool_call>{"name": "f", "arguments": {"a": 1, "a": 2}}</tool_call>'),
+        ("qwen", '<tool_call>{"name": "f", "arguments": {"a": 1e999}}</tool_call>'),
+        ("llama3-function", '<function=f>{"a": {"b": 1, "b": 1}}</function>'),
+        ("llama3", '{"name": "f", "name": "g", "parameters": {}}'),
+        (
+            "qwen-xml",
+            "<tool_call><function=f><parameter=a>1</parameter><parameter=a>2</parameter></function></tool_call>",
+        ),
+        ("mistral", '[TOOL_CALLS]f[ARGS]{"a": 1, "a": 2}'),
+        ("gemma", "[f(a=1, a=2)]"),
+        ("llama3-pythonic", "[f(a={'x': 1, 'x': 2})]"),
+        ("llama3-pythonic", "[f(a=1e999)]"),
+    ],
+)
+def test_what_two_readers_could_read_in_two_ways_is_an_error(name, text):
+    parsed = FORMATS[name].parse(text)
+    assert (parsed.tool_calls, parsed.content, len(parsed.errors)) == ([], text, 1)
+
+
+def test_untyped_values_follow_every_way_of_declaring_a_type():
+    properties = {
+        "a": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "b": {"enum": ["1", "2"]},
+        "c": {"type": ["integer", "null"]},
+        "d": {"type": "number"},
+        "e": {"type": [{}]},
+    }
+    values = {"a": "7", "b": "1", "c": "null", "d": "NaN", "e": "07"}
+    tools = [{"name": "f", "parameters": {"properties": properties}}, {"name": "g", "parameters": []}]
+    body = "".join(f"<parameter={key}>\n{text}\n</parameter>" for key, text in values.items())
+    parsed = FORMATS["qwen-xml"].parse(f"<tool_call><function=f>{body}</function></tool_call>", tools)
+    assert parsed.tool_calls[0]["arguments"] == {"a": "7", "b": "1", "c": None, "d": "NaN", "e": "07"}
+
+
 def test_a_format_reads_up_to_the_end_of_turn_and_takes_the_reasoning_out():
     parsed = FORMATS["qwen"].parse(f"<think>\nwhy\n</think>\n\nSo.\n{HERMES}<|im_end|>\n<|im_start|>user")
     assert (parsed.reasoning_content, parsed.content, parsed.tool_calls) == ("why", "So.", [F])
