@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from finetune.errors import UserError, one_line_errors
+from finetune.torchless import leave_torch_out
 
 EXAMPLES = """examples:
   prepare_data.py rows.jsonl more.parquet --output data/processed        normalise, check, split 80/10/10
@@ -275,10 +276,11 @@ def _audit(args) -> int:
     from finetune.preparing.audit import audit, print_audit
 
     tokenizer, fmt = _tokenizer_and_format(args)
-    loaded = load_conversations(args.inputs, limit=args.limit, **_reading(args))
+    loaded = load_conversations(args.inputs, limit=args.limit, strict=False, **_reading(args))
     names = (f"{source}, row {row}" for source, row in loaded.origins)
     rows = zip(names, loaded.conversations, strict=True)
     result = audit(rows, tokenizer, fmt, train_on=args.train_on, control_tokens=args.control_tokens)
+    result.add_rejected(loaded.rejected)
     print_audit(result, Console())
     return 0 if result.passed else 1
 
@@ -305,4 +307,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    leave_torch_out()
     sys.exit(main())

@@ -71,7 +71,9 @@ def main() -> None:
     from finetune.conversations import load_conversations, write_jsonl
     from finetune.encoding.encode import encode_conversations
     from finetune.encoding.token_files import load_format, load_tokenizer
+    from finetune.torchless import leave_torch_out
 
+    leave_torch_out()
     with tempfile.TemporaryDirectory() as folder:
         path = write_jsonl(
             Path(folder) / "rows.jsonl", make_rows(args.rows, max(60, (args.tokens - 620) * 3 // 5), seed=0)

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from finetune.errors import UserError
+from finetune.torchless import let_torch_in
 
 NAME = "smollm2-135m"
 LAYOUT = "v1"  # part of the folder's name: a change to this file that alters the result must change it
@@ -76,6 +77,7 @@ def smollm2_dir() -> Path:
 
 
 def _convert(source: Path, gguf_file: str, target: Path) -> None:
+    let_torch_in()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

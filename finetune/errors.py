@@ -6,8 +6,10 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from formats import FormatError
 
@@ -40,8 +42,12 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
     return wrapped
 
 
-def write_bytes_atomic(path: str | Path, data: bytes) -> Path:
-    """Write `data` beside `path` and rename it into place, so that a reader never sees half a file."""
+@contextmanager
+def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
+    """A file beside `path` that takes its place when all is written, so that a reader never sees half of it.
+
+    Raises UserError when the folder cannot be written to; after any error `path` is as it was.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,16 +56,25 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> Path:
         raise UserError(f"cannot write {path}: {error.strerror}; choose a folder you may write to") from error
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
         # mkstemp makes 0600 files; give the result the permissions an ordinary open() would have given it.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; name a file you may replace") from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return path
+
+
+def write_bytes_atomic(path: str | Path, data: bytes) -> Path:
+    """Write `data` as `open_atomic` does; returns the path."""
+    with open_atomic(path) as file:
+        file.write(data)
+    return Path(path)
 
 
 def write_text_atomic(path: str | Path, text: str) -> Path:

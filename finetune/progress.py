@@ -12,7 +12,7 @@ SECONDS_BETWEEN_LINES = 15
 
 @contextmanager
 def progress_bar(description: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(n)`; bar and lines go to stderr, so that stdout stays for results."""
+    """Yield `advance(n)`; bar and lines go to stderr, so that stdout stays for results. A total of 0 is unknown."""
     if not shown:
         yield lambda n=1: None
     elif sys.stderr.isatty():
@@ -21,7 +21,7 @@ def progress_bar(description: str, total: int, *, shown: bool = True) -> Iterato
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task(description, total=total)
+            task = progress.add_task(description, total=total or None)
             yield lambda n=1: progress.advance(task, n)
     else:
         yield _lines(description, total)
@@ -38,6 +38,7 @@ def _lines(description: str, total: int) -> Callable[[int], None]:
         if now - last >= SECONDS_BETWEEN_LINES and done:
             last = now
             left = (now - started) / done * (total - done)
-            print(f"{description}: {done:,} of {total:,}, {left:.0f} s left", file=sys.stderr, flush=True)
+            known = f" of {total:,}, {left:.0f} s left" if total else ""
+            print(f"{description}: {done:,}{known}", file=sys.stderr, flush=True)
 
     return advance

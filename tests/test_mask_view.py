@@ -54,6 +54,13 @@ def test_audit_passes_on_good_rows_and_counts(tmp_path, tokenizer_dir, tokenizer
     assert "9 trained turns of 9 assistant turns" in " ".join(shown.split())
 
 
+def test_audit_counts_rows_that_cannot_be_read(tmp_path, tokenizer_dir, capsys):
+    source = write_jsonl(tmp_path / "rows.jsonl", [GOOD["pair"], {"id": 1}])
+    assert prepare_data.main(["audit", "--tokenizer", tokenizer_dir, "--format", "chatml", str(source)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "2 rows" in shown and "refused 1: has no messages" in shown
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

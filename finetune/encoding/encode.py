@@ -22,6 +22,7 @@ import numpy as np
 from finetune.encoding.rows import Chunk, Flags, encode_chunk
 from finetune.errors import UserError
 from finetune.progress import progress_bar
+from finetune.torchless import leave_torch_out
 
 REPORTED = 100  # left-out rows named in the report; `EncodedRows.left_out` has all
 CHUNK = 64  # rows per unit of work
@@ -148,9 +149,12 @@ def _encode_all(conversations, tokenizer, fmt, flags, num_proc, progress, origin
 _WORKER: tuple = ()  # tokenizer, format and flags of a worker process
 
 
-def _start_worker(payload: bytes) -> None:
+def _start_worker(payload: bytes, torchless: bool) -> None:
     global _WORKER  # noqa: PLW0603  a worker's tokenizer is handed over once, not with every chunk
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if torchless:
+        leave_torch_out()
     _WORKER = pickle.loads(payload)
 
 
@@ -162,7 +166,8 @@ def _encode_in_pool(work, tokenizer, fmt, flags, processes, take) -> None:
     payload = pickle.dumps((tokenizer, fmt, flags))
     # spawn works alike on Linux and Windows and never copies the threads of a running torch
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=(payload,))
+    torchless = type(tokenizer).__module__.startswith("transformers.")  # a tokenizer's own code may want torch
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=(payload, torchless))
     try:
         starts, rows = zip(*work, strict=True)
         for chunk, done in zip(pool.map(_work, starts, rows), rows, strict=True):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.conversations import json_line
-from finetune.errors import UserError
+from finetune.errors import UserError, open_atomic
 from finetune.progress import progress_bar
 from finetune.reading.normalize import normalize_row
 from finetune.reading.row_files import Unreadable
 from finetune.reading.sources import data_suffix, read_rows
 from finetune.reading.text_shapes import RowError
+from finetune.reading.tool_schemas import normalize_tools
+from finetune.torchless import let_torch_in
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False):
@@ -29,6 +30,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False):
     from finetune.bundled import resolve_model
 
     path = resolve_model(name)
+    if trust_remote_code:
+        let_torch_in()
     import transformers
 
     verbosity = transformers.logging.get_verbosity()
@@ -75,6 +78,7 @@ def encode_file(
     `row` is the row's number from 1 (for JSON Lines its line). flags go to formats.encode (train_on, control_tokens).
     """
     counts: Counter = Counter()
+    _refuse_same_file(source, target)
     with _lines_to(target) as write, progress_bar("rows", _rows_in(source)) as advance:
         for _, number, raw in read_rows(source):
             result = encode_row(raw, tokenizer, fmt, column_map=column_map, tools=tools, **flags)
@@ -90,6 +94,7 @@ def parse_file(source: str | Path, target: str | Path, fmt) -> Counter:
     `reasoning_content` is added where the text holds some. A row without text gets an error in its line.
     """
     counts: Counter = Counter()
+    _refuse_same_file(source, target)
     with _lines_to(target) as write:
         for _, number, raw in read_rows(source):
             result: dict[str, Any] = {"content": "", "tool_calls": [], "errors": []}
@@ -98,15 +103,22 @@ def parse_file(source: str | Path, target: str | Path, fmt) -> Counter:
             elif not isinstance(raw.get("text"), str):
                 result["errors"] = [f"row {number} has no field 'text' with a string"]
             else:
-                tools = raw.get("tools") if isinstance(raw.get("tools"), list) else None
-                parsed = fmt.parse(raw["text"], tools)
-                result |= {"content": parsed.content, "tool_calls": parsed.tool_calls, "errors": parsed.errors}
-                if parsed.reasoning_content is not None:
-                    result["reasoning_content"] = parsed.reasoning_content
+                result |= _parsed(raw["text"], raw.get("tools"), fmt)
             counts["with errors" if result["errors"] else "read"] += 1
             counts["calls"] += len(result["tool_calls"])
             write(result)
     return counts
+
+
+def _parsed(text: str, tools: Any, fmt) -> dict[str, Any]:
+    try:
+        parsed = fmt.parse(text, normalize_tools(tools))
+    except ValueError as error:  # of the row's own tools
+        return {"content": text, "errors": [str(error)]}
+    result = {"content": parsed.content, "tool_calls": parsed.tool_calls, "errors": parsed.errors}
+    if parsed.reasoning_content is not None:
+        result["reasoning_content"] = parsed.reasoning_content
+    return result
 
 
 def encoded_rows(
@@ -136,20 +148,13 @@ def _rows_in(source: str | Path) -> int:
         return sum(1 for line in file if line.strip())
 
 
+def _refuse_same_file(source: str | Path, target: str | Path) -> None:
+    if Path(target).exists() and Path(source).exists() and Path(target).samefile(source):
+        raise UserError(f"{target} is the file that is read; name another one for the output")
+
+
 @contextmanager
 def _lines_to(target: str | Path) -> Iterator:
-    """Yield write(row); the lines go to a file beside `target` that takes its place only when all are written."""
-    target = Path(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}; choose a folder you may write to") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            yield lambda row: file.write(json_line(row))
-        Path(aside).chmod(0o644)
-        Path(aside).replace(target)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+    """Yield write(row); the lines take `target`'s place only when all are written."""
+    with open_atomic(target) as file:
+        yield lambda row: file.write(json_line(row).encode("utf-8"))

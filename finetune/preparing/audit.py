@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune.conversations import Rejected
+
 
 @dataclass
 class Audit:
@@ -33,6 +35,13 @@ class Audit:
     @property
     def passed(self) -> bool:
         return not self.failures
+
+    def add_rejected(self, rejected: Iterable[Rejected]) -> None:
+        """Count rows that could not be read as conversations among the refused ones."""
+        for row in rejected:
+            self.rows += 1
+            self.status["refused"] += 1
+            self.reasons[row.reason] += 1
 
 
 def audit(
