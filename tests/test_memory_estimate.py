@@ -157,7 +157,8 @@ def test_eight_bit_states_as_bitsandbytes_makes_them():
     held = [v for s in optimizer.state.values() for k, v in s.items() if torch.is_tensor(v) and "qmap" not in k]
     assert optimizer_bytes("adamw_8bit", [matrix], rank) == sum(t.numel() * t.element_size() for t in held)
     assert optimizer_bytes("paged_adamw_8bit", [matrix], rank) == 0
-    assert optimizer_bytes("adamw_8bit", [matrix], rank) < 0.5 * optimizer_bytes("adamw_torch", [matrix], rank)
+    large = [Matrix("x", 4096, 4096, 1)]  # both halves are quantised
+    assert optimizer_bytes("adamw_8bit", large, rank) < 0.3 * optimizer_bytes("adamw_torch", large, rank)
 
 
 @pytest.mark.parametrize("optim", [*OPTIMIZERS, "adafactor", "paged_adamw_32bit", "paged_lion_8bit"])

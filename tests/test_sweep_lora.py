@@ -70,10 +70,11 @@ def wait_for(condition, process=None, seconds=900):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_machine_dies_and_another_joins_and_nothing_is_lost(cluster, tmp_path):
     """Six runs whose results travel through Ray; the machine that holds runs is killed, another one comes."""
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    command = write_plan(tmp_path / "plan", steps=30, seconds=0.4)
+    command = write_plan(tmp_path / "plan", steps=200, seconds=0.4)
     doomed = cluster.add_node(num_cpus=2, object_store_memory=STORE, resources={"doomed": 1})
     words = arguments(Path("e"), command, "--address", cluster.address, "--transport", "ray", "--scratch",
                       str(tmp_path / "scratch"), "--retries", "1", "--rank", "1", "2", "3", "4", "5", "6")  # fmt: skip
@@ -179,13 +180,13 @@ def test_asha_stops_the_hopeless_and_writes_down_why(cluster, tmp_path):
     assert {name: starts(tmp_path, name) for name in status} == before
 
 
-def test_sixty_queued_runs(cluster, tmp_path):
-    ranks = [str(rank) for rank in range(1, 21)]
+def test_a_dozen_queued_runs(cluster, tmp_path):
+    ranks = [str(rank) for rank in range(1, 5)]
     command = write_plan(tmp_path / "plan", steps=2)
     words = arguments(tmp_path, command, "--address", cluster.address, "--seeds", "3", "--rank", *ranks)
     assert sweep_lora.main(words) == 0
     sweep = sweep_of(tmp_path)
-    assert len(sweep["runs"]) == 60
+    assert len(sweep["runs"]) == 12
     assert all(starts(tmp_path, run["name"]) == [0] for run in sweep["runs"])
     assert {run["status"] for run in sweep["runs"]} == {"finished"}
     assert len(sweep["best"]["values"]) == 3

@@ -44,11 +44,11 @@ class LiveTable:
             log.info("%s: started on %s, %s", run.name, run.progress["node"], run.progress["device"])
 
     def ended(self, run: SweepRun, again: bool) -> None:
-        attempt = run.attempts[-1]
-        if run.status in DONE or run.status == INTERRUPTED:
+        if run.status in DONE or run.status == INTERRUPTED:  # perhaps before its first attempt began
             if self.total <= MANY:
                 log.info("%s: %s", run.name, run.status)
             return
+        attempt = run.attempts[-1]
         last = (attempt.get("lines") or [""])[-1]
         log.warning("%s: %s%s, %s", run.name, attempt["outcome"], f" ({last})" if last else "",
                     "trying again" if again else "given up")  # fmt: skip
