@@ -19,7 +19,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(PY) -m pip install --disable-pip-version-check --no-input --no-compile $$([ -t 1 ] || echo --quiet)
 PARTS := $(wildcard tests/requirements_parts.txt)
 
-.PHONY: help install install-test demo test lint bench clean
+.PHONY: help install install-test demo test test-slow lint bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -52,6 +52,7 @@ $(VENV)/.installed-test: $(VENV)/.installed requirements_test.txt requirements_l
 	$(PIP) --no-deps --upgrade --target $(VENV)/llama_cpp -r requirements_llama_cpp.txt
 	@touch $@
 
+JOBS ?= 2
 HELD_OUT ?= data/samples/gennx_heldout.jsonl
 
 demo: install  ## fine-tune the bundled 135M model to call tools, draw its curve, score it (minutes, no GPU, no hub)
@@ -66,8 +67,12 @@ demo: install  ## fine-tune the bundled 135M model to call tools, draw its curve
 		"  scores         $$run/evaluation/base_model_metrics.json, finetuned_model_metrics.json" \
 		"  every answer   $$run/evaluation/base_model_results.jsonl, finetuned_model_results.jsonl"
 
-test: install-test  ## the whole test suite, in the same environment plus test tools
-	$(PY) -m pytest $(PYTEST_ARGS)
+# Two files at a time, each on one thread: most tests are Python and imports, not matrix products.
+test: install-test  ## the test suite, in the same environment plus test tools
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+
+test-slow: install-test  ## the tests that kill machines and processes of real clusters (minutes each)
+	$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
 lint: install-test  ## style checks
 	$(PY) -m ruff check .

@@ -1,6 +1,6 @@
 """Are the tool calls the same through llama.cpp? Answers of a GGUF beside those that evaluate_lora.py got from the run.
 
-python benchmarks/gguf_calls.py experiments/RUN experiments/RUN/exports/gguf/*.gguf --dataset data/samples/gennx_heldout.jsonl
+python benchmarks/gguf_calls.py experiments/RUN FILE.gguf --dataset data/samples/gennx_heldout.jsonl
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def main() -> int:
     lines = (args.run / "evaluation" / "finetuned_model_results.jsonl").read_text(encoding="utf-8").splitlines()
     known = {(line["row"], line["turn"]): line for line in map(json.loads, lines)}
     made = make_prompts(load_items(args.dataset), tokenizer, fmt, longest=None)
-    pairs = [(item, ids) for item, ids in zip(made.items, made.input_ids, strict=True) if (item.row, item.turn) in known]
+    pairs = [(item, ids) for item, ids in zip(made.items, made.input_ids, strict=True)]
+    pairs = [(item, ids) for item, ids in pairs if (item.row, item.turn) in known]
     pairs = pairs[: args.limit]
     ends = set(check_tokenizer(tokenizer, fmt))
     print("| file | answers | same calls | same text | right calls here | right calls of the run | s |")

@@ -64,7 +64,8 @@ def test_torchrun_gives_the_curve_of_one_process_and_one_folder(rows, tiny_model
 
 
 @pytest.mark.skipif(os.name == "nt", reason="gloo over torchrun is tried on Linux only")
-@pytest.mark.parametrize("dead", ["0", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", ["0", "1"])
 def test_a_dead_process_ends_the_run_with_a_checkpoint(dead, rows, tiny_model, alone, tmp_path):  # noqa: F811
     """Launched by accelerate, so that its curve is looked at as well; then one of the two processes is killed."""
     words = launched(ACCELERATE, "--model", tiny_model, "--dataset", rows, *FLAGS, "--max_steps", 100_000,
