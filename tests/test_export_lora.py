@@ -211,6 +211,8 @@ def test_llama_cpp_renders_the_same_prompts(name, exports):
     same = 0
     with llama_server(exports[0] / "gguf" / "run-q8_0.gguf", context=64, chat_template=fmt.template) as server:
         for case in LLAMA_CASES:
+            if name == "llama3-pythonic" and any(m.get("tool_calls") for m in ROWS[case]["messages"][:-1]):
+                continue  # its template writes values with %r, which llama.cpp does not know: the export says so
             messages = list(ROWS[case]["messages"])
             while messages[-1]["role"] == "assistant":
                 messages.pop()
@@ -221,7 +223,7 @@ def test_llama_cpp_renders_the_same_prompts(name, exports):
                 ours = None
             assert apply_template(server, messages, ROWS[case]["tools"]) == ours, case
             same += ours is not None
-    assert same >= (5 if name in ("plain", "mistral-v1") else 11)
+    assert same >= (5 if name in ("plain", "mistral-v1", "llama3-pythonic") else 11)
 
 
 def apply_template(server, messages: list[dict], tools: list[dict]) -> str | None:
