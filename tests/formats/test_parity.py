@@ -111,6 +111,7 @@ KANANA = """\
 <|begin_of_text|><|start_header_id|>system<|end_header_id|>
 
 
+
 You have access to the following functions:
 
 Use the function 'clock' to 'Tells the time.'
