@@ -506,6 +506,7 @@ def test_page_through_its_client(talk, monkeypatch):
         assert "arguments fit the schema" in said([card])[0]
         _, base, tuned = client.predict(talker.RESULT, "tuned", *settings, api_name="/give_result")
         assert said(tuned)[-1] == talker.DONE and len(base) == 2
+        client.predict(api_name="/reset")
         _, _, tuned = client.predict(talker.BROKEN_REQUEST, *settings, api_name="/ask")
         assert tuned[-1]["metadata"]["title"] == "not a call" and talker.BROKEN in said(tuned)[-1]
         with pytest.raises(Exception, match="no JSON"):

@@ -98,7 +98,7 @@ class _Processor:
     """The tokenizer of one request: renders and parses by the format, which may need the request's tools."""
 
     # Only its presence matters: `parse_response` and `stream_parser` below do the work.
-    response_template: ClassVar[dict] = {"fields": {"content": {"content": "text"}}}
+    response_template: ClassVar[dict] = {"start_anchor": "\0", "fields": {"content": {"content": "text"}}}
 
     def __init__(self, speaker: Speaker, tools: list[dict[str, Any]], max_new_tokens: int):
         self._speaker, self._tools, self._max_new_tokens = speaker, tools, max_new_tokens
