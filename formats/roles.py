@@ -88,7 +88,12 @@ def _skeleton(
     messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any
 ) -> tuple[list[int], list[Piece]] | None:
     """(messages in the order of the text, template text in front of, between and behind their contents)."""
-    shape = tuple((message["role"], bool(message["content"]), _is_number(message)) for message in messages)
+    # Ids and names of results may stand in the template's own text; most templates do not read them.
+    read = [name for name in ("tool_call_id", "name") if name in fmt.template]
+    shape = tuple(
+        (message["role"], bool(message["content"]), _is_number(message), *(message.get(name) for name in read))
+        for message in messages
+    )
     key = (fmt.template, str(fmt.template_kwargs), shape, json.dumps(tools), type(tokenizer))
     if key not in _SKELETONS:
         if len(_SKELETONS) > 5_000:

@@ -115,3 +115,15 @@ def test_encode_prompt_is_what_a_server_feeds_and_refuses_what_it_loses():
     smollm2 = parts.tokenizer("smollm2")
     with pytest.raises(FormatError, match="tools"):
         encode_prompt([user("hi")], [WEATHER], smollm2, get_format("native", smollm2))
+
+
+@pytest.mark.parametrize("vocabulary", ["mistral-v3", "mistral-v7"])
+def test_roles_do_not_depend_on_the_ids_of_an_earlier_row(vocabulary):
+    tokenizer = parts.tokenizer(vocabulary)
+    fmt = get_format("mistral", tokenizer)
+    for first in (1, 2):
+        called = calls(("clock", {"zone": "UTC"}), first=first)
+        made = row(user("t?"), called, result('{"v": 1}', first), says("One."), tools=(CLOCK,))
+        for sequence in encode(made, tokenizer, fmt).sequences:
+            pairs = zip(sequence.roles, sequence.labels, strict=True)
+            assert {role for role, label in pairs if label != -100} == {"assistant"}
