@@ -53,7 +53,7 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder you may write to") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose a folder you may write to") from error
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -64,7 +64,7 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
         try:
             os.replace(temporary, path)
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; name a file you may replace") from error
+            raise UserError(f"cannot write {path}: {error.strerror or error}; name a file you may replace") from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -116,7 +116,9 @@ def lost_in_prompt(messages: list[dict], tools: list[dict], prompt: str, fmt: Fo
     shape = tuple(
         (message["role"], bool(message["content"].strip()), len(message.get("tool_calls", []))) for message in messages
     )
-    key = (fmt.template, tuple(fmt.template_kwargs.items()), shape, bool(tools), tokenizer.__class__)
+    # `native` renders with the tokenizer's own template, which two tokenizers of one class need not share.
+    own = str(getattr(tokenizer, "chat_template", None))
+    key = (fmt.template, tuple(fmt.template_kwargs.items()), shape, bool(tools), tokenizer.__class__, own)
     if key not in _PROBED:
         if len(_PROBED) > 20_000:
             _PROBED.clear()

@@ -135,7 +135,7 @@ def test_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("finetune.errors.os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         experiment.update(a=2)
     monkeypatch.undo()
     assert json.loads((experiment.folder / CONFIG).read_text()) == {"a": 1}

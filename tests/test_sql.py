@@ -134,7 +134,7 @@ def postgres(tmp_path_factory):
         if not (shutil.which("runuser") and _user_exists("postgres")):
             pytest.skip("running as root without the user postgres")
         as_user = ["runuser", "-u", "postgres", "--"]
-        for path in (folder, *list(folder.parents)[:2]):
+        for path in (folder, *list(folder.parents)[:3]):  # with pytest-xdist there is one more
             path.chmod(0o755)
         shutil.chown(folder, "postgres")
         shutil.chown(folder / "password", "postgres")

@@ -296,7 +296,7 @@ def test_dry_run_prints_the_table_and_makes_nothing(rows, tmp_path):
         "--experiments_dir", tmp_path / "experiments",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    for wanted in ("rows", "dropped", "trained", "longest row", "steps", "memory", '"name": "get_weather"'):
+    for wanted in ("rows", "dropped", "trained", "longest row", "steps", "memory", '"name":"get_weather"'):
         assert wanted in result.stdout
     assert not (tmp_path / "experiments").exists()
 

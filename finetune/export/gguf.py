@@ -149,7 +149,7 @@ def make_gguf(
         if importlib.util.find_spec("xllamacpp"):
             say(f"{path.name}: {compare_first_tokens(path, expected)}")
     if "'%r'" in template:
-        say(f"warning: llama.cpp's Jinja knows no '%r', so it spells calls of EARLIER turns in {made.format.name} wrong; "
+        say(f"warning: llama.cpp's Jinja knows no '%r', so it spells earlier calls of {made.format.name} wrong; "
             "serve conversations of several steps with vLLM, or train with --format llama3")  # fmt: skip
     return MadeFiles(paths, made.tokenizer, made.format)
 
