@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, one_line_errors
+from finetune.flag_types import not_negative, positive
 
 EXAMPLES = """examples:
   python chat_lora.py experiments/RUN --tools my_tools.json
@@ -48,16 +49,20 @@ def build_parser() -> argparse.ArgumentParser:
                       help="run this for every call: name and arguments as JSON on stdin, result from stdout; no shell "
                       "(default: you type the results)")  # fmt: skip
     talk.add_argument(
-        "--tool-timeout", type=_above_zero, default=60.0, metavar="SECONDS", help="for one call (default: 60)"
+        "--tool-timeout", type=positive(float), default=60.0, metavar="SECONDS", help="for one call (default: 60)"
     )
-    talk.add_argument("--max-rounds", type=_count, default=5, metavar="N",
+    talk.add_argument("--max-rounds", type=positive(int), default=5, metavar="N",
                       help="rounds of calls carried out for one message (default: 5)")  # fmt: skip
 
     drawn = parser.add_argument_group("how answers are drawn")
-    drawn.add_argument("--max_new_tokens", type=_count, default=512, metavar="N", help="longest answer (default: 512)")
-    drawn.add_argument("--temperature", type=_temperature, default=0.0, help="0 is greedy (default: 0)")
+    drawn.add_argument(
+        "--max_new_tokens", type=positive(int), default=512, metavar="N", help="longest answer (default: 512)"
+    )
+    drawn.add_argument("--temperature", type=not_negative(float), default=0.0, help="0 is greedy (default: 0)")
     drawn.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
-    drawn.add_argument("--batch_size", type=_count, default=16, help="questions answered side by side (default: 16)")
+    drawn.add_argument(
+        "--batch_size", type=positive(int), default=16, help="questions answered side by side (default: 16)"
+    )
 
     pages = parser.add_argument_group("pages and servers")
     pages.add_argument("--web", action="store_true", help="a page in the browser (needs gradio); SANDWICH_WEB_PASSWORD "
@@ -73,27 +78,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--share", action="store_true", help="--web: also through Gradio's public tunnel; needs the password"
     )
     return parser
-
-
-def _count(word: str) -> int:
-    value = int(word)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{word} is not above 0")
-    return value
-
-
-def _above_zero(word: str) -> float:
-    value = float(word)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{word} is not above 0")
-    return value
-
-
-def _temperature(word: str) -> float:
-    value = float(word)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{word} is not 0 or above")
-    return value
 
 
 @one_line_errors

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, one_line_errors, write_text_atomic
+from finetune.flag_types import not_negative, positive
 
 EXAMPLES = """examples:
   python evaluate_lora.py experiments/RUN --dataset data/samples/gennx_heldout.jsonl
@@ -31,31 +32,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", action="append", default=[], metavar="ROWS", help="held-out rows (repeatable)")
     parser.add_argument("--suite", help="bfcl:CATEGORY,CATEGORY… (package bfcl-eval)")
     parser.add_argument("--only", choices=("base", "tuned", "both"), default="both", help="which model (default: both)")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows (of each suite category)")
+    parser.add_argument(
+        "--limit", type=positive(int), metavar="N", help="only the first N rows (of each suite category)"
+    )
     parser.add_argument("--format", help="chat format; default: the one the run was trained with")
-    parser.add_argument("--batch_size", type=_positive, default=32, help="prompts answered side by side (default: 32)")
-    parser.add_argument("--max_new_tokens", type=_positive, metavar="N",
+    parser.add_argument(
+        "--batch_size", type=positive(int), default=32, help="prompts answered side by side (default: 32)"
+    )
+    parser.add_argument("--max_new_tokens", type=positive(int), metavar="N",
                         help="longest answer (default: 1.5 x the longest gold answer, 64 to 1024)")  # fmt: skip
-    parser.add_argument("--temperature", type=_temperature, default=0.0, help="0 is greedy (default: 0)")
+    parser.add_argument("--temperature", type=not_negative(float), default=0.0, help="0 is greedy (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of the bootstrap (default: 0)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN/evaluation, or evaluation/MODEL")
     parser.add_argument("--no-share_prefix", dest="share_prefix", action="store_false",
                         help="answer with the model's own generate, for comparison")  # fmt: skip
     return parser
-
-
-def _positive(word: str) -> int:
-    value = int(word)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{word} is not above 0")
-    return value
-
-
-def _temperature(word: str) -> float:
-    value = float(word)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{word} is not 0 or above")
-    return value
 
 
 @one_line_errors

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, one_line_errors
+from finetune.flag_types import positive
 from finetune.settings import underscored
 
 EXAMPLES = """examples:
@@ -40,9 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
                                      allow_abbrev=False))  # fmt: skip
     verbs.add_parser("check", help="driver, cards, free memory, and what they are good for")
     watch = verbs.add_parser("monitor", help="watch the cards, with a log and a picture", allow_abbrev=False)
-    watch.add_argument("--interval", type=_above(float), default=5.0, help="seconds between readings (default: 5)")
+    watch.add_argument("--interval", type=positive(float), default=5.0, help="seconds between readings (default: 5)")
     watch.add_argument("--output", type=Path, metavar="FILE", help="log: .json, .jsonl or .csv; an earlier one goes on")
-    watch.add_argument("--samples", type=_above(int), metavar="N", help="stop after N readings; default: at Ctrl-C")
+    watch.add_argument("--samples", type=positive(int), metavar="N", help="stop after N readings; default: at Ctrl-C")
     watch.add_argument("--plot", type=Path, metavar="PNG", help="picture at the end (default: the log's name, .png)")
     picture = verbs.add_parser("plot", help="draw a log of monitor", allow_abbrev=False)
     picture.add_argument("log", type=Path)
@@ -54,37 +55,31 @@ def _estimate_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Dashes and underscores are the same in every flag; names after a comma are other names of a flag."
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="Hub id, folder, or smollm2-135m; only its config.json is read")
-    what.add_argument("--model_size", type=_above(float), metavar="B", help="parameters in billions, e.g. 7.0")
+    what.add_argument("--model_size", type=positive(float), metavar="B", help="parameters in billions, e.g. 7.0")
     add = parser.add_argument
     add("--revision", help="branch, tag or commit of the model on the Hub")
     add("--trust_remote_code", action="store_true", help="run code that comes with the model")
     add("--quantization", choices=tuple(QUANTIZATIONS), default="4bit", help="base weights (default: 4bit)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="compute type")
-    add("--lora_r", "--rank", dest="rank", type=_above(int), default=16, metavar="R", help="LoRA rank (default: 16)")
+    add("--lora_r", "--rank", dest="rank", type=positive(int), default=16, metavar="R", help="LoRA rank (default: 16)")
     add("--target_modules", nargs="+", default=["all-linear"], metavar="NAME", help="default: all-linear")
-    add("--last_layers", type=_above(int), metavar="N", help="adapt only the last N decoder layers")
-    add("--batch_size", type=_above(int), default=1, metavar="N", help="rows in one pass (default: 1)")
-    add("--grad_accum", type=_above(int), metavar="N", help="passes of a step; default: 16 rows in all")
-    add("--seq_length", "--max_seq_length", dest="seq_length", type=_above(int), default=2048, metavar="N",
+    add("--last_layers", type=positive(int), metavar="N", help="adapt only the last N decoder layers")
+    add("--batch_size", type=positive(int), default=1, metavar="N", help="rows in one pass (default: 1)")
+    add("--grad_accum", type=positive(int), metavar="N", help="passes of a step; default: 16 rows in all")
+    add("--seq_length", "--max_seq_length", dest="seq_length", type=positive(int), default=2048, metavar="N",
         help="tokens of the longest row (default: 2048)")  # fmt: skip
-    add("--tokens_per_pass", type=_above(int), metavar="N", help="default: batch_size x seq_length")
+    add("--tokens_per_pass", type=positive(int), metavar="N", help="default: batch_size x seq_length")
     add("--trained_share", type=_share, default=1.0, metavar="P", help="trained share of the tokens (default: 1)")
     add("--optim", default="auto", help="Transformers' optimizer name (default: adamw_8bit, adamw_torch on a CPU)")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="default: on a GPU yes, on a CPU no")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="where it will run (default: cuda)")
-    add("--card", type=_above(float), metavar="GB", help="size of the card as sold; default: this machine's first card")
+    add(
+        "--card",
+        type=positive(float),
+        metavar="GB",
+        help="size of the card as sold; default: this machine's first card",
+    )
     add("--json", action="store_true", help="print the numbers as JSON")
-
-
-def _above(kind: type) -> Any:
-    def convert(word: str) -> Any:
-        value = kind(word)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{word} is not above 0")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
 
 
 def _share(word: str) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, one_line_errors
+from finetune.flag_types import not_negative, positive
 from finetune.settings import FLAGS, underscored
 from finetune.sweep import grid
 
@@ -35,17 +36,19 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     add("--sweep", metavar="FILE", help="YAML with train, grid, runs, random, seeds (docs/sweeps.md)")
-    add("--seeds", type=_count, metavar="N", help="repeat each run with N seeds; the chart shows mean and spread")
+    add(
+        "--seeds", type=positive(int), metavar="N", help="repeat each run with N seeds; the chart shows mean and spread"
+    )
     add("--name", help="name of the sweep's folder; default: from the model, what varies and a hash of all runs")
     add("--experiments_dir", type=Path, default=Path("experiments"), metavar="DIR",
         help="where the sweep's folder is made (default: experiments)")  # fmt: skip
     add("--dry_run", action="store_true", help="print the runs, check their flags, run nothing")
-    add("--retries", type=_not_negative, default=2, metavar="N",
+    add("--retries", type=not_negative(int), default=2, metavar="N",
         help="tries after a failure that gets no further, from the last checkpoint (default: 2)")  # fmt: skip
     add("--address", help="a Ray cluster (auto, or host:port); default: Ray on this machine alone")
-    add("--gpus_per_run", type=_amount, metavar="N",
+    add("--gpus_per_run", type=not_negative(float), metavar="N",
         help="GPUs of a run: 0.5 puts two on a card, 2 starts torchrun (default: 1 where there are any)")  # fmt: skip
-    add("--cpus_per_run", type=_amount, metavar="N",
+    add("--cpus_per_run", type=not_negative(float), metavar="N",
         help="CPU cores of a run (default: 1 beside a GPU, else all cores of a machine)")  # fmt: skip
     add("--transport", choices=("auto", "shared", "ray"), default="auto",
         help="how results come from other machines (default: auto: through a shared folder, else Ray)")  # fmt: skip
@@ -174,27 +177,6 @@ def default_name(points: list[grid.Point], identity: str) -> str:
     varied = list(dict.fromkeys(name for point in points for name in point.varied))
     model = grid.run_label({"model": points[0].settings().model})
     return "_".join(["sweep", model, *varied[:4], identity])
-
-
-def _count(word: str) -> int:
-    value = int(word)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{word} is not above 0")
-    return value
-
-
-def _not_negative(word: str) -> int:
-    value = int(word)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{word} is below 0")
-    return value
-
-
-def _amount(word: str) -> float:
-    value = float(word)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{word} is not 0 or above")
-    return value
 
 
 def _percent(word: str) -> float:

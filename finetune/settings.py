@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.flag_types import not_negative, positive
 
 EPILOG = """examples:
   python train_lora.py --model smollm2-135m --dataset data/samples/gennx_train.jsonl --format chatml
@@ -44,28 +45,6 @@ class Flag:
         return self.type is bool
 
 
-def _positive(kind: type) -> Callable[[str], Any]:
-    def convert(word: str) -> Any:
-        value = kind(word)
-        if not value > 0:
-            raise ValueError
-        return value
-
-    convert.__name__ = f"positive {kind.__name__}"
-    return convert
-
-
-def _not_negative(kind: type) -> Callable[[str], Any]:
-    def convert(word: str) -> Any:
-        value = kind(word)
-        if not value >= 0:
-            raise ValueError
-        return value
-
-    convert.__name__ = f"non-negative {kind.__name__}"
-    return convert
-
-
 def _fraction(word: str) -> float:
     value = float(word)
     if not 0 <= value < 1:
@@ -74,8 +53,8 @@ def _fraction(word: str) -> float:
 
 
 _fraction.__name__ = "number from 0 up to, not including, 1"
-_count, _size = _positive(int), _positive(float)
-_amount, _whole = _not_negative(float), _not_negative(int)
+_count, _size = positive(int), positive(float)
+_amount, _whole = not_negative(float), not_negative(int)
 
 # The described system's own three datasets.
 KOREAN_TOOL_CALLING = tuple(f"NotoriousH2/instructkr-{name}" for name in ("toolflow", "when2call", "apigen"))

@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("ray")
 
 import sweep_lora
+from finetune.sweep.stopping import OUTRAN
 from tests.test_train_lora import rows, tiny_model  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,8 +172,10 @@ def test_asha_stops_the_hopeless_and_writes_down_why(cluster, tmp_path):
     assert set(status.values()) == {"finished", "stopped early"}
     assert all(logged_steps(tmp_path, name)[-1] < 12 for name in stopped)
     decisions = [json.loads(line) for line in (tmp_path / "s" / "decisions.jsonl").read_text().splitlines()]
-    assert {one["run"] for one in decisions if one["decision"] == "stop"} == set(stopped)
-    assert all(one["rung_percent"] in (20, 40, 80) and one["metric"] == "loss" for one in decisions)
+    told, outran = ({one["run"] for one in decisions if one["decision"] == word} for word in ("stop", OUTRAN))
+    assert told - outran == set(stopped)
+    assert all(status[name] == "finished" for name in outran)
+    assert all(one["rung_percent"] in (20, 40, 80, 100) and one["metric"] == "loss" for one in decisions)
     assert sweep["best"]["setting"] == "rank=1"
     # Stopped runs are done: the same command again starts nothing.
     before = {name: starts(tmp_path, name) for name in status}

@@ -22,6 +22,7 @@ from finetune.sweep.courier import TOKEN
 from finetune.sweep.hub import EVERYTHING, Hub
 from finetune.sweep.options import Options
 from finetune.sweep.runs import (
+    FINISHED,
     FAILED,
     INTERRUPTED,
     REFUSED,
@@ -150,6 +151,7 @@ class RayRunner:
         )
         self.pending: dict[Any, SweepRun] = {}
         self.decided: dict[str, int] = {}  # the last step of each run that the scheduler has judged
+        self.told: set[str] = set()  # runs that the scheduler wants stopped
         self.signals = 0
         self.saved = 0.0
 
@@ -201,6 +203,10 @@ class RayRunner:
             run = self.pending.pop(ref)
             outcome = self._outcome(ref, run)
             again = run.ended(outcome, self.options.retries)
+            if run.name in self.told:
+                self.told.discard(run.name)
+                if run.status == FINISHED:
+                    self.asha.too_late(run.name, run.progress)
             if again and self.signals:
                 run.status, again = INTERRUPTED, False
             self.table.ended(run, again)
@@ -246,9 +252,11 @@ class RayRunner:
         run.progress |= row | {"percent": percent(run, row)}
         if self.asha is not None and new and run.status == RUNNING:
             self.decided[run.name] = row["step"]
-            if self.asha.result(run.name, run.progress["percent"], row) and run.progress["percent"] < 100:
-                log.info("%s: stopped early at step %d (%s %.4f)", run.name, row["step"], self.asha.metric,
+            hopeless = self.asha.result(run.name, run.progress["percent"], row)
+            if hopeless and run.progress["percent"] < 100 and run.name not in self.told:
+                log.info("%s: to stop early at step %d (%s %.4f)", run.name, row["step"], self.asha.metric,
                          row[self.asha.metric])  # fmt: skip
+                self.told.add(run.name)
                 self.hub.stop.remote(run.name, STOPPED)
 
     def _replay(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from finetune.sweep.runs import now
 
 DECISIONS = "decisions.jsonl"
+OUTRAN = "finished before it could be stopped"
 NO_NUMBER = 1e9  # what a loss that is NaN or infinite counts as
 
 
@@ -48,14 +49,18 @@ class Asha:
         decision = self.scheduler.on_trial_result(None, self.trials[run], known)
         stop = decision == self.scheduler.STOP
         if crossed and not replay:
-            self._write(run, row, crossed[-1], stop)
+            self._write(run, row, crossed[-1], "stop" if stop else "go on")
         return stop
 
-    def _write(self, run: str, row: dict[str, Any], rung: float, stop: bool) -> None:
+    def too_late(self, run: str, row: dict[str, Any]) -> None:
+        """Write down that a run had finished before the word to stop reached it; `row`: the last of its log."""
+        self._write(run, row, 100.0, OUTRAN)
+
+    def _write(self, run: str, row: dict[str, Any], rung: float, decision: str) -> None:
         loss = row[self.metric]
         entry = {
             "time": now(), "run": run, "step": row["step"], "rung_percent": rung, "metric": self.metric,
-            "value": loss if math.isfinite(loss) else str(loss), "decision": "stop" if stop else "go on",
+            "value": loss if math.isfinite(loss) else str(loss), "decision": decision,
             "state": self.scheduler.debug_string().splitlines()[1:],
         }  # fmt: skip
         with self.path.open("a", encoding="utf-8") as file:

@@ -1,0 +1,33 @@
+"""Types of command-line values that several commands share; argparse names them: `invalid positive int value`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf
+from typing import Any
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """Converter to a finite `kind` above 0; ValueError otherwise."""
+
+    def convert(word: str) -> Any:
+        value = kind(word)
+        if not 0 < value < inf:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"positive {kind.__name__}"
+    return convert
+
+
+def not_negative(kind: type) -> Callable[[str], Any]:
+    """Converter to a finite `kind` of at least 0; ValueError otherwise."""
+
+    def convert(word: str) -> Any:
+        value = kind(word)
+        if not 0 <= value < inf:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"non-negative {kind.__name__}"
+    return convert
