@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, one_line_errors
-from finetune.flag_types import not_negative, positive
+from finetune.flag_types import not_negative, port, positive
 
 EXAMPLES = """examples:
   python chat_lora.py experiments/RUN --tools my_tools.json
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     pages.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
     )
-    pages.add_argument("--port", type=int, help="default: 7860 for --web, 8000 for --serve")
+    pages.add_argument("--port", type=port, help="default: 7860 for --web, 8000 for --serve")
     pages.add_argument(
         "--share", action="store_true", help="--web: also through Gradio's public tunnel; needs the password"
     )
@@ -153,6 +153,9 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("a GGUF file is only served here: give --serve, or chat with the run it was made from")
     if args.serve and args.tool_command:
         raise UserError("with --serve the client carries out the calls; leave --tool-command away")
+    for flag, text in (("--prompt", args.prompt), ("--system", args.system)):
+        if any("\ud800" <= character <= "\udfff" for character in text or ""):  # how Python passes on such bytes
+            raise UserError(f"{flag} is not UTF-8 text; give it in a file: --questions FILE")
     if args.share and not args.web:
         raise UserError("--share is for --web")
     if args.web and (args.share or not _this_machine(args.host)) and not os.environ.get("SANDWICH_WEB_PASSWORD"):

@@ -62,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     items = load_items(args.dataset, limit=args.limit) if args.dataset else []
     if args.suite:
         items += bfcl.load_items(bfcl.parse_suite(args.suite), limit=args.limit)
+    from finetune.model import find_run
+
+    find_run(args.model)  # a folder that is none shows now
     folder = output_folder(args)
     say(f"{len(items)} answers to score from {len({(i.source, i.row) for i in items})} rows")
 
@@ -194,10 +197,10 @@ def _adapter_hash(path: Path) -> str:
 def keep_speed(cost: dict[str, Any], path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Speed of this run; when every answer was already there, the speed noted by the run that made them."""
     if not cost["generated_rows"] and path.is_file():
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):  # a file that others wrote
             earlier = json.loads(path.read_text(encoding="utf-8"))
-            if {k: v for k, v in earlier.get("settings", {}).items() if k != "batch_size"} == settings:
-                cost = earlier.get("generation", cost)
+            if {k: v for k, v in earlier["settings"].items() if k != "batch_size"} == settings:
+                cost = earlier["generation"]
     speed = {"tokens_per_second": cost["tokens_per_second"]} if cost["tokens_per_second"] is not None else {}
     return {**speed, "generation": cost}
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import one_line_errors
+from finetune.errors import UserError, one_line_errors
 
 KINDS = ("merged", "gguf", "ollama", "vllm", "hub")
 EXAMPLES = """examples:
@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
 
     run = find_run(args.model)
     name = args.name or Path(args.model).resolve().name
+    if Path(name).name != name or name in (".", ".."):
+        raise UserError(f"--name {name}: the name becomes a part of file names; leave slashes away")
     if args.to == "hub" and run.experiment is not None:
         name = args.name or run.experiment.folder.name
 

@@ -20,6 +20,14 @@ def positive(kind: type) -> Callable[[str], Any]:
     return convert
 
 
+def port(word: str) -> int:
+    """A TCP port that can be asked for; ValueError otherwise."""
+    value = int(word)
+    if not 0 < value < 65536:
+        raise ValueError
+    return value
+
+
 def not_negative(kind: type) -> Callable[[str], Any]:
     """Converter to a finite `kind` of at least 0; ValueError otherwise."""
 

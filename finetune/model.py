@@ -94,13 +94,15 @@ def hub_errors(name: str):
         from huggingface_hub.errors import (
             GatedRepoError,
             HfHubHTTPError,
+            HFValidationError,
             LocalEntryNotFoundError,
             RepositoryNotFoundError,
         )
+        from safetensors import SafetensorError
 
         try:
             yield
-        except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
+        except (OSError, ValueError, RuntimeError, HfHubHTTPError, SafetensorError) as error:
             chain, cause = [], error
             while cause is not None:
                 chain.append(cause)
@@ -125,7 +127,7 @@ def hub_errors(name: str):
                     f"model {name} is neither a folder nor in the local cache, and the Hub cannot be reached; "
                     "check --model and the network, or use --model smollm2-135m"
                 ) from error
-            if isinstance(error, OSError):
+            if isinstance(error, OSError | HFValidationError | SafetensorError):
                 raise UserError(
                     f"model {name} cannot be loaded: {str(error).splitlines()[0]}; check --model"
                 ) from error
@@ -280,7 +282,10 @@ def unsloth_segments(block_mask: Any, tokens: int, device: Any) -> Any:
 
 @dataclass
 class Run:
-    """What a path names: an experiment folder, an adapter folder, or (both None) a plain model."""
+    """What a path names: an experiment folder, an adapter folder, or (without an adapter) a whole model.
+
+    A whole model has an `experiment` where it is a run's own export (`RUN/exports/merged`).
+    """
 
     path: str | Path
     experiment: Any | None  # finetune.experiment.Experiment
@@ -291,14 +296,10 @@ class Run:
 
         For a plain model or a stranger's adapter the format is chosen by the tokenizer.
         """
-        from formats import choose_format, get_format
-
         if self.adapter is None:
             loaded = load_base(str(self.path), **overrides)
         elif self.experiment is None:
-            import json
-
-            config = json.loads((self.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+            config = _adapter_config(self.adapter)
             loaded = load_base(config["base_model_name_or_path"], **{"revision": config.get("revision"), **overrides})
         else:
             config = self.experiment.config
@@ -311,26 +312,29 @@ class Run:
                 "trust_remote_code": flags["trust_remote_code"],
             }
             loaded = load_base(config["base_model"], **{**settings, **overrides})
-            return loaded, get_format(self.format_name(), loaded.tokenizer)
-        return loaded, choose_format(loaded.tokenizer)[0]
+        return loaded, self.format_for(loaded.tokenizer)
 
     def load_tokenizer(self) -> tuple[PreTrainedTokenizerBase, Any]:
         """(tokenizer, format it was trained with), without the weights."""
-        from formats import choose_format, get_format
-
-        if self.experiment is not None:
+        if self.experiment is not None and self.adapter is not None:
             config, flags = self.experiment.config, self.experiment.config["flags"]
             tokenizer = load_tokenizer(
                 config["base_model"], config.get("base_model_revision"), flags["trust_remote_code"]
             )
-            return tokenizer, get_format(self.format_name(), tokenizer)
-        tokenizer = load_tokenizer(str(self.adapter or self.path))
-        return tokenizer, choose_format(tokenizer)[0]
+        else:
+            tokenizer = load_tokenizer(str(self.adapter or self.path))
+        return tokenizer, self.format_for(tokenizer)
 
-    def format_name(self) -> str:
-        """Name of the run's format; a format of the user's own is known by its file."""
+    def format_for(self, tokenizer: Any) -> Any:
+        """The format the run was trained with (a user's own is known by its file), else one that fits the tokenizer."""
+        from formats import choose_format, get_format
+
+        if self.experiment is None:
+            return choose_format(tokenizer)[0]
         own = str(self.experiment.config["flags"]["format"])
-        return own if own.endswith((".yaml", ".yml")) else self.experiment.config["format"]["name"]
+        return get_format(
+            own if own.endswith((".yaml", ".yml")) else self.experiment.config["format"]["name"], tokenizer
+        )
 
 
 def find_run(path: str | Path) -> Run:
@@ -338,13 +342,15 @@ def find_run(path: str | Path) -> Run:
 
     Raises UserError when it is a folder that is neither a run, an adapter nor a model, or a run without any of these.
     """
-    from finetune.experiment import CONFIG, FINAL, Experiment
+    from finetune.experiment import CONFIG, FINAL
 
+    if Path(path).is_file():
+        raise UserError(f"{path} is a file; name a run folder, an adapter folder or a model")
     if isinstance(path, str) and not Path(path).is_dir():
         return Run(path, None, None)
     path = Path(path)
     if (path / CONFIG).is_file():
-        experiment, adapter = Experiment.open(path), path / FINAL
+        experiment, adapter = _trained(path), path / FINAL
         if not (adapter / "adapter_config.json").is_file():
             checkpoints = experiment.checkpoints()
             if not checkpoints:
@@ -352,10 +358,50 @@ def find_run(path: str | Path) -> Run:
             adapter = checkpoints[-1]
         return Run(path, experiment, adapter)
     if (path / "adapter_config.json").is_file():
-        return Run(path, Experiment.open(path.parent) if (path.parent / CONFIG).is_file() else None, path)
+        return Run(path, _trained(path.parent) if (path.parent / CONFIG).is_file() else None, path)
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is neither a run folder, an adapter nor a model; name one of them")
-    return Run(path, None, None)
+    run = path.resolve().parents[1] if path.resolve().parent.name == "exports" else None
+    return Run(path, _trained(run) if run and (run / CONFIG).is_file() else None, None)
+
+
+def _trained(folder: Path) -> Any:
+    """The run of a folder; UserError when its config is not one that train_lora.py has filled."""
+    from finetune.experiment import CONFIG, Experiment
+
+    experiment = Experiment.open(folder)
+    known = experiment.config if isinstance(experiment.config, dict) else {}
+    if missing := [key for key in ("flags", "base_model", "format") if key not in known]:
+        raise UserError(f"{folder / CONFIG} has no {', '.join(missing)}, so train_lora.py did not write it; train anew")
+    return experiment
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    """A stranger's adapter_config.json; UserError when it does not name its base model."""
+    import json
+
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not config["base_model_name_or_path"]:
+            raise KeyError("base_model_name_or_path")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not name the adapter's base model ({error}); save the adapter anew") from error
+    return config
+
+
+def attach_adapter(model: Any, folder: Path) -> Any:
+    """`model` with the adapter of `folder` on it (a PeftModel); UserError when there is none that fits."""
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    if not any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+        raise UserError(f"{folder} holds no adapter_model.safetensors; name a folder in which an adapter was saved")
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the adapter in {folder} cannot be put on its base model: {reason}") from error
 
 
 def load_for_inference(path: str | Path, *, base: bool = False, merged: bool = False) -> tuple[Any, Any, Any]:
@@ -369,9 +415,7 @@ def load_for_inference(path: str | Path, *, base: bool = False, merged: bool = F
     loaded, fmt = run.load_base()
     model = loaded.model
     if run.adapter is not None and not base:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(run.adapter))
+        model = attach_adapter(model, run.adapter)
         if merged:
             model = model.merge_and_unload()
     return _for_inference(model), loaded.tokenizer, fmt

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -222,8 +223,12 @@ def test_tools_and_questions_are_read_and_refused_with_their_place(tmp_path):
         assert read_tools(file) == talker.TOOLS
     file.write_text(json.dumps({"messages": [], "tools": [LAMP]}) + "\n" + json.dumps({"messages": []}), "utf-8")
     assert read_tools(file) == talker.TOOLS
-    for wrong, said in (("{", "no JSON"), ("[{}]", "no name"), (json.dumps([LAMP, LAMP]), "same name")):
-        file.write_text(wrong, encoding="utf-8")
+    for wrong, said in (
+        ("{", "no JSON"), ("[{}]", "no name"), (json.dumps([LAMP, LAMP]), "same name"), ("5", "not a list"),
+        ("null", "no tool is declared"), ("[]", "no tool is declared"), ("[" * 100_000, "too deep"),
+        (b"\xff[]", "not UTF-8"),
+    ):  # fmt: skip
+        file.write_bytes(wrong if isinstance(wrong, bytes) else wrong.encode())
         with pytest.raises(UserError, match=said):
             read_tools(file)
     with pytest.raises(UserError, match=r"none\.json"):
@@ -247,6 +252,7 @@ def test_tools_and_questions_are_read_and_refused_with_their_place(tmp_path):
         (["--web", "--share"], "SANDWICH_WEB_PASSWORD"),
         (["--tools", "none.json"], "none.json"),
         (["--serve", "--tool-command", "x"], "the client carries out"),
+        (["--prompt", "caf\udce9"], "--prompt is not UTF-8"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, said, capsys, monkeypatch):
@@ -255,6 +261,15 @@ def test_flags_that_do_not_go_together(flags, said, capsys, monkeypatch):
     monkeypatch.delenv("SANDWICH_WEB_PASSWORD", raising=False)
     assert chat_lora.main(["m", *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "http"])
+def test_a_port_that_is_none(port, capsys):
+    import chat_lora
+
+    with pytest.raises(SystemExit) as stop:
+        chat_lora.main(["m", "--serve", "--port", port])
+    assert stop.value.code == 2 and "invalid port value" in capsys.readouterr().err
 
 
 # --- a model that has learned one conversation
@@ -329,6 +344,7 @@ def test_terminal_shows_calls_takes_results_and_compares(talk, tmp_path):
     assert "set_lamp(room, level)  Dim a lamp." in text and "there is no command /nix" in text
     assert [turn["role"] for turn in conversation.turns] == ["user", "assistant", "tool", "assistant"]
     assert json.loads(saved.read_text("utf-8"))["messages"] == conversation.messages
+    assert "No closing quotation" in typed(talk, ['/tools "half.json'])[0]
     text, conversation = typed(talk, [talker.REQUEST, "", "/system Be brief.", "/reset", "/base", "/system"])
     assert conversation.turns == [] and conversation.system == "Be brief."
     assert "nothing has been answered yet" in text and "system: Be brief." in text
@@ -342,6 +358,25 @@ def test_terminal_never_hides_what_is_no_call(talk):
 def test_terminal_over_a_pipe_takes_results_by_a_command(talk):
     text, conversation = typed(talk, [talker.REQUEST, f"/result {talker.RESULT}"], keyboard=False)
     assert talker.DONE in text and not conversation.waiting
+
+
+def test_ctrl_c_stops_an_answer_at_the_keyboard_and_the_program_over_a_pipe(talk, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(talk.speaker), "answer", interrupted)
+    text, conversation = typed(talk, [talker.REQUEST])
+    assert "stopped; message and answer are not kept" in text and conversation.turns == []
+    with pytest.raises(KeyboardInterrupt):
+        typed(talk, [talker.REQUEST], keyboard=False)
+
+
+def test_bytes_over_a_pipe_that_are_no_text(monkeypatch):
+    from finetune.chat.terminal import _pipe_reader
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        _pipe_reader()("> ")
 
 
 def test_a_message_that_cannot_be_answered_is_not_kept(talk):
@@ -389,6 +424,12 @@ def test_the_command_over_a_pipe_with_a_program_for_the_calls(adapter, tmp_path)
     assert done.stdout.split("\n") == [
         'call  set_lamp(room="hall", level=3)', f"  -> {talker.RESULT}", talker.DONE, "",
     ]  # fmt: skip
+
+
+def test_the_adapter_folded_into_the_weights_makes_the_same_call(adapter, tmp_path):
+    (tmp_path / "tools.json").write_text(json.dumps([LAMP]), encoding="utf-8")
+    done = chat(adapter, "--mode", "merged", "--tools", tmp_path / "tools.json", "--prompt", talker.REQUEST)
+    assert (done.returncode, done.stdout) == (0, 'set_lamp(room="hall", level=3)\n'), done.stderr
 
 
 # --- an OpenAI client
@@ -476,6 +517,44 @@ def test_openai_client_is_told_what_is_not_served(client):
         client.chat.completions.create(**{**ask, "model": "gpt"})
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent as a signal")
+def test_openai_client_round_trip_through_llama_cpp(adapter, tmp_path):
+    """Adapter -> GGUF -> `--serve`: llama.cpp renders, answers and reads the call; Ctrl-C ends it with 130."""
+    openai = pytest.importorskip("openai")
+    pytest.importorskip("xllamacpp")
+    from finetune.export.gguf import tools_folder
+
+    if not (tools_folder() / "convert_hf_to_gguf.py").is_file():
+        pytest.skip("llama.cpp's tools are not installed: make install-test")
+    script = [sys.executable, str(ROOT / "export_lora.py"), str(adapter), "--to", "gguf", "--dtype", "float32",
+              "--quantization", "f16", "--output", str(tmp_path / "gguf"), "--name", "talker"]  # fmt: skip
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run(script, env=environment, check=True, timeout=600)
+    port = free_port()
+    script = [sys.executable, str(ROOT / "chat_lora.py"), str(tmp_path / "gguf" / "talker-f16.gguf"), "--serve"]
+    with subprocess.Popen([*script, "--port", str(port)], env=environment, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert "llama.cpp serves talker-f16.gguf" in server.stderr.readline()
+            with pytest.raises(subprocess.CalledProcessError) as taken:
+                subprocess.run([*script, "--port", str(port)], env=environment, check=True, capture_output=True)
+            assert taken.value.returncode == 2 and b"choose another --port" in taken.value.stderr
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            ask = {"model": "talker", "tools": talker.TOOLS, "temperature": 0, "max_tokens": 48}
+            messages = [{"role": "user", "content": talker.REQUEST}]
+            choice = client.chat.completions.create(messages=messages, **ask).choices[0]
+            assert choice.finish_reason == "tool_calls"
+            (call,) = choice.message.tool_calls
+            assert call.function.name == "set_lamp"
+            assert json.loads(call.function.arguments) == talker.CALL["arguments"]
+            messages += [choice.message, {"role": "tool", "tool_call_id": call.id, "content": talker.RESULT}]
+            answer = client.chat.completions.create(messages=messages, **ask).choices[0]
+            assert (answer.message.content, answer.finish_reason) == (talker.DONE, "stop")
+        finally:
+            server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 130
+
+
 # --- the page
 
 
@@ -526,6 +605,26 @@ def test_page_asks_for_the_password(talk, monkeypatch):
             with pytest.raises(Exception, match=r"(?i)auth|login|401|credentials"):
                 Client(url, auth=wrong, verbose=False)
         assert Client(url, auth=("anyone", "bread and butter"), verbose=False)
+
+
+def test_the_public_tunnel_is_off_unless_it_is_asked_for(talk, monkeypatch):
+    """The tunnel itself needs Gradio's servers, so only what is asked of gradio is looked at."""
+    gradio = pytest.importorskip("gradio")
+    import chat_lora
+
+    asked = []
+
+    def launch(_page, **options):
+        asked.append(options["share"])
+        raise OSError
+
+    monkeypatch.setattr(gradio.Blocks, "launch", launch)
+    monkeypatch.setattr("finetune.chat.speaker.load_speaker", lambda *_, **__: talk.speaker)
+    monkeypatch.setattr("finetune.logs.start_logging", lambda _: None)
+    monkeypatch.setenv("SANDWICH_WEB_PASSWORD", "bread and butter")
+    for flags in ([], ["--share"]):
+        assert chat_lora.main(["m", "--web", *flags]) == 2
+    assert asked == [False, True]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=REASON)

@@ -148,7 +148,9 @@ def read_tools(path: str | Path) -> list[dict[str, Any]]:
         raise UserError(f"tools {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"tools {path}: not UTF-8 text") from error
-    return tools_of(text, str(path))
+    if not (tools := tools_of(text, str(path))):
+        raise UserError(f"tools {path}: no tool is declared in it")
+    return tools
 
 
 def tools_of(text: str, where: str = "tools") -> list[dict[str, Any]]:
@@ -157,6 +159,8 @@ def tools_of(text: str, where: str = "tools") -> list[dict[str, Any]]:
 
     try:
         value = json.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{where}: nested too deep to be tools") from error
     except json.JSONDecodeError as error:
         try:
             value = json.loads(text.lstrip().partition("\n")[0])  # a data set: the tools of its first row

@@ -41,7 +41,10 @@ class Terminal:
         self._open_line = False
 
     def run(self) -> None:
-        """Until /quit or the end of the input. Ctrl-C stops the answer that is being written, not the program."""
+        """Until /quit or the end of the input.
+
+        Ctrl-C at the keyboard stops the answer that is being written, not the program; over a pipe it ends both.
+        """
         if self.keyboard:
             self.say(f"{self.talk.speaker.name}, format {self.talk.speaker.fmt.name}; /help lists the commands")
         while True:
@@ -51,6 +54,8 @@ class Terminal:
             except EOFError:
                 return
             except KeyboardInterrupt:
+                if not self.keyboard:
+                    raise
                 continue
             try:
                 with self.conversation.all_or_nothing():
@@ -60,6 +65,8 @@ class Terminal:
                 self.say(f"error: {error}", style="red")
             except KeyboardInterrupt:
                 self._end_line()
+                if not self.keyboard:
+                    raise
                 self.say("stopped; message and answer are not kept")
 
     def heard(self, text: str) -> bool | None:
@@ -190,7 +197,10 @@ def printable(text: str) -> str:
 
 
 def _path(text: str) -> Path:
-    words = shlex.split(text) if text[:1] in "\"'" else [text]
+    try:
+        words = shlex.split(text) if text[:1] in "\"'" else [text]
+    except ValueError as error:
+        raise UserError(f"{text}: {error}; close the quotation mark") from error
     return Path(" ".join(words)).expanduser()
 
 
@@ -217,8 +227,11 @@ def _keyboard_reader() -> Callable[[str], str]:
         event.current_buffer.insert_text("\n")
 
     path = cache_dir() / "chat_history"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; set SANDWICH_CACHE to a folder you may use") from error
     names = ["/" + line.split()[0][1:] for line in HELP.splitlines() if line.startswith("/")]
     session = PromptSession(
         history=FileHistory(str(path)), key_bindings=keys, multiline=True, complete_while_typing=False,
@@ -233,7 +246,10 @@ def _pipe_reader() -> Callable[[str], str]:
     def read(_prompt: str) -> str:
         lines = []
         while True:
-            line = sys.stdin.readline()
+            try:
+                line = sys.stdin.readline()
+            except UnicodeDecodeError as error:
+                raise UserError("what comes over the pipe is not UTF-8 text; convert it first") from error
             if not line:
                 if lines:
                     return "\n".join(lines)

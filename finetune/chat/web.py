@@ -33,7 +33,7 @@ def launch(talk: Talk, system: str, tools: list[dict], host: str, port: int, sha
     password = " (a password is asked)" if os.environ.get(PASSWORD) else ""
     log.info("the page is at %s%s; Ctrl-C ends it", page.share_url or f"http://{host}:{port}", password)
     try:
-        page.block_thread()
+        threading.Event().wait()  # gradio's own wait would end with status 0 and a sentence of its own
     finally:
         page.close(verbose=False)
 

@@ -50,7 +50,10 @@ def read_scores(run_folder: Path) -> dict[str, dict[str, Any]]:
     for side, name in (("base", "base_model"), ("tuned", "finetuned_model")):
         path = run_folder / "evaluation" / f"{name}_metrics.json"
         if path.is_file():
-            scores[side] = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                scores[side] = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{path} is no JSON ({error}); score the run again with evaluate_lora.py") from error
     return scores
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.model import Run
+from finetune.model import Run, attach_adapter
 
 TAIL = 64  # positions compared at the end of each prompt
 LONGEST = 1024  # tokens of a prompt that are read
@@ -160,9 +160,7 @@ def export_merged(run: Run, folder: Path, dtype: str = "auto", say: Any = print)
     base = log_probabilities(model, prompts)
     adapted = base
     if run.adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(run.adapter))
+        model = attach_adapter(model, run.adapter)
         model.eval()
         adapted = log_probabilities(model, prompts)
         try:
