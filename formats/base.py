@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -88,9 +89,20 @@ class Format:
         # A template's first output may be text: the block tags above strip nothing behind them but their own newline.
         return "".join(lines) + self.template
 
+    def pinned_in(self, template: str) -> dict[str, Any] | None:
+        """The variables that `pinned_template` has baked into `template`; None when that is another template."""
+        if not self.template or not template.endswith(self.template):
+            return None
+        pins = _PIN.findall(template.removesuffix(self.template))
+        return {name: None if value == "none" else json.loads(value) for name, value in pins}
+
     def with_kwargs(self, **kwargs: Any) -> Format:
         """The same format with some pinned variables replaced."""
         return replace(self, template_kwargs={**self.template_kwargs, **kwargs})
+
+
+# One variable as `pinned_template` writes it: (name, literal).
+_PIN = re.compile(r"\{%- if (\w+) is not defined %\}\{%- set \1 = (.*?) %\}\{%- endif %\}", re.DOTALL)
 
 
 def _jinja_literal(value: Any) -> str:

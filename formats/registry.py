@@ -55,12 +55,16 @@ def get_format(name: str, tokenizer: Any = None) -> Format:
 
 
 def choose_format(tokenizer: Any) -> tuple[Format, str]:
-    """(format, one sentence why) for `--format auto`: by control tokens first, by the own template second.
+    """(format, one sentence why) for `--format auto`: a template that one of ours is in decides, as a trained model
+    carries it; else control tokens, then the own template.
 
     Raises FormatError when nothing fits.
     """
     have = set(added_tokens(tokenizer))
     own = str(tokenizer.chat_template or "")
+    for name, fmt in FORMATS.items():
+        if (pinned := fmt.pinned_in(own)) is not None:
+            return get_format(name, tokenizer).with_kwargs(**pinned), f"the tokenizer carries our template of {name}"
     name, reason = _guess(have, own)
     if name is None:
         raise FormatError("no format fits this tokenizer and it carries no chat template; choose one with --format")

@@ -7,14 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import export_lora
+from benchmarks.llama_cpp_prompts import apply_template
 from finetune.errors import UserError
 from finetune.export.folders import filled_aside, output_folder
 from finetune.export.gguf import always_pinned, find_tools, read_metadata, tools_folder
@@ -221,23 +220,9 @@ def test_llama_cpp_renders_the_same_prompts(name, exports):
                 ours = render_messages(messages, ROWS[case]["tools"], fmt, tokenizer, True)
             except Exception:  # templates raise anything
                 ours = None
-            assert apply_template(server, messages, ROWS[case]["tools"]) == ours, case
+            assert apply_template(server.listening_address, messages, ROWS[case]["tools"]) == ours, case
             same += ours is not None
     assert same >= (5 if name in ("plain", "mistral-v1", "llama3-pythonic") else 11)
-
-
-def apply_template(server, messages: list[dict], tools: list[dict]) -> str | None:
-    messages = json.loads(json.dumps(messages))
-    for call in (call for message in messages for call in message.get("tool_calls", [])):
-        call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
-    body = {"messages": messages, **({"tools": tools} if tools else {})}
-    request = urllib.request.Request(
-        f"{server.listening_address}/apply-template", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        return json.load(urllib.request.urlopen(request))["prompt"]
-    except urllib.error.HTTPError:
-        return None
 
 
 def test_ollama_folder_is_whole(exports):
@@ -352,16 +337,3 @@ def test_an_old_export_stays_until_the_new_one_stands(tmp_path):
 def test_overwriting_the_run_itself_is_refused(output, run_folder):
     with pytest.raises(UserError, match="would delete"):
         output_folder(run_folder, "merged", run_folder / output, overwrite=True)
-
-
-def test_help_imports_nothing_heavy():
-    code = (
-        "import sys, runpy\nsys.argv = ['export_lora.py', '--help']\n"
-        "try:\n    runpy.run_path('export_lora.py', run_name='__main__')\n"
-        "except SystemExit as stop:\n    assert not stop.code\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'matplotlib', 'numpy', 'rich'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "examples:" in result.stdout

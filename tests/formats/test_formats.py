@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from formats import FORMATS, FormatError, check_tokenizer, choose_format, encode, get_format, render
@@ -28,6 +30,20 @@ FOUR = 'start: "<call>"\nseparator: "|"\nend: "</call>"\ntools: {place}\n'
 def test_auto_says_what_it_picked_and_why(vocabulary, name):
     fmt, reason = choose_format(parts.tokenizer(vocabulary))
     assert fmt.name == name and "the tokenizer" in reason
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.format != "native"], ids=str)
+def test_auto_knows_the_template_that_a_trained_model_carries(pair):
+    """A merged model is a plain one: only its template says how it was trained."""
+    tokenizer, trained = pair.load()
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = trained.pinned_template()
+    fmt, reason = choose_format(tokenizer)
+    assert fmt.name == trained.name or (fmt.name == "mistral" and trained.name.startswith("mistral-"))
+    assert "carries our template" in reason
+    for name in ("end_of_turn", "template_kwargs", "thinking", "reasoning", "tokens"):
+        assert getattr(fmt, name) == getattr(trained, name), name
+    assert render(ROWS["plain"], fmt, tokenizer) == render(ROWS["plain"], trained, tokenizer)
 
 
 def test_a_format_that_does_not_fit_the_tokenizer_is_refused_at_the_start():

