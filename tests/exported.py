@@ -7,13 +7,14 @@ from pathlib import Path
 
 from tests import parts
 from tests.formats.cases import ROWS
+from tests.tiny import tiny_llama
 
 
 def make_run(folder: Path, format_name: str = "chatml", tokenizer_name: str = "smollm2", *, data: bool = True) -> Path:
     """A run folder as train_lora.py leaves it, written by the same code; returns its path."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from finetune.experiment import Experiment
     from finetune.training.saving import save_final_model
@@ -21,13 +22,7 @@ def make_run(folder: Path, format_name: str = "chatml", tokenizer_name: str = "s
 
     tokenizer = parts.tokenizer(tokenizer_name)
     base = folder / "base"
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    model = tiny_llama(tokenizer, max_position_embeddings=2048)
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     rows = folder / "rows.jsonl"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests import parts
 from tests.rows import WRAPPED
+from tests.tiny import tiny_llama
 
 TOOLS = [WRAPPED]
 REQUEST = "Dim the hall to 3"
@@ -32,19 +33,13 @@ def talker(folder: Path) -> Path:
     """Folder of the adapter; the base stands beside it. About 10 s on one core."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from formats import encode_prompt, get_format
 
     tokenizer = parts.tokenizer("smollm2")
     fmt = get_format("chatml", tokenizer)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    model = tiny_llama(tokenizer)
     # Wide enough that an adapter alone can raise words which the base never learned.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.3)
 

@@ -19,6 +19,7 @@ from finetune.evaluation.run import ResultsFile, make_prompts, room_for_answers,
 from finetune.generation import Decoding
 from tests import parts
 from tests.rows import WRAPPED
+from tests.tiny import tiny_llama
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,19 +66,12 @@ def dataset(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
     """An adapter on a random Llama of 0.8 M parameters with SmolLM2's tokenizer; big enough to change every answer."""
-    import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     tokenizer = parts.tokenizer("smollm2")
     folder = tmp_path_factory.mktemp("models")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    model = tiny_llama(tokenizer, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     model = LlamaForCausalLM.from_pretrained(folder / "base")
@@ -191,14 +185,6 @@ def test_one_line_errors(dataset, adapter, tmp_path):
     assert "no category" in refused(adapter, "--suite", "bfcl:nothing")
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert "--output" in refused(adapter, "--dataset", dataset, "--output", tmp_path / "file")
-
-
-def test_help_is_quick_and_loads_nothing_heavy():
-    script = "import sys, evaluate_lora\ntry: evaluate_lora.main(['--help'])\nexcept SystemExit: pass\n"
-    script += "print([m for m in ('torch', 'transformers', 'sklearn', 'matplotlib', 'pandas') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-    assert "examples:" in done.stdout
 
 
 def test_resuming_scores_anew_and_rewrites_in_order(dataset, adapter, tmp_path):

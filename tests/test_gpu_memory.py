@@ -247,18 +247,3 @@ def test_mistakes_end_in_one_line(words, message, nvml, capsys):
     assert gpu_memory.main(["estimate", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-
-
-def test_help_imports_nothing_slow():
-    code = """
-import sys, gpu_memory
-for words in (["--help"], ["estimate", "--help"], ["monitor", "--help"]):
-    try:
-        gpu_memory.build_parser().parse_args(words)
-    except SystemExit:
-        pass
-print(sorted({"torch", "transformers", "rich", "pynvml", "matplotlib", "numpy"} & set(sys.modules)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.rstrip().endswith("[]")
-    assert "examples:" in done.stdout

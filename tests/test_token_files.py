@@ -142,21 +142,3 @@ def test_the_file_that_is_read_is_not_replaced_and_deep_arguments_are_an_error(t
     assert prepare_data.main(["parse", "--format", "chatml", str(source), str(tmp_path / "out.jsonl")]) == 0
     (row,) = read(tmp_path / "out.jsonl")
     assert row["tool_calls"] == [] and "deep" in row["errors"][0] and row["content"] == text
-
-
-@pytest.mark.parametrize("verb", ["", "prepare", "encode", "parse", "show", "audit"])
-def test_help_has_examples_and_imports_nothing_heavy(verb):
-    code = (
-        "import sys; sys.argv = ['prepare_data.py', *sys.argv[1:]]\n"
-        "import prepare_data\n"
-        "try: prepare_data.main()\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'pandas', 'pyarrow', 'matplotlib', 'datasets', 'numpy'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    words = [verb, "--help"] if verb else ["--help"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, check=False, text=True, cwd=ROOT, encoding="utf-8"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "example" in done.stdout and "prepare_data.py" in done.stdout

@@ -7,7 +7,6 @@ import math
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +16,13 @@ import pytest
 
 from finetune.charts import curves, run_labels
 from finetune.errors import UserError
+from tests.browser import CHROMIUM, REASON
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = (
     "step,epoch,loss,eval_loss,learning_rate,grad_norm,tokens_seen,trained_tokens,tokens_per_second,"
     "computed_tokens_per_second,seconds,peak_memory_gb"
 )
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def make_run(
@@ -132,16 +131,6 @@ def test_axes_and_picture_types(ranks, options, ending):
         texts = {html.unescape(text) for text in re.findall(r">([^<>\n]+)</text>", data.decode("utf-8"))}
         assert {"rank=4", "rank=8", "rank=16", "Training loss by rank", "evaluation"} <= texts
         assert {"epoch": "epoch", "tokens": "tokens seen", "time": "time (seconds)"}[options[1]] in texts
-
-
-def test_help_imports_nothing_heavy():
-    code = (
-        "import sys\nfrom visualize_loss import parse_arguments\n"
-        "try: parse_arguments(['--help'])\nexcept SystemExit: pass\n"
-        "print('HEAVY', sorted({'pandas', 'matplotlib', 'numpy', 'torch'} & set(sys.modules)))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "examples:" in result.stdout and "HEAVY []" in result.stdout
 
 
 # ---- logs in every state
@@ -437,7 +426,7 @@ function drive(out) {
 </script></body>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt install chromium)")
+@pytest.mark.skipif(CHROMIUM is None, reason=REASON)
 def test_page_in_a_real_browser(ranks):
     visualize("--html", "page.html", "experiments", cwd=ranks)
     page = (ranks / "page.html").read_text(encoding="utf-8")
