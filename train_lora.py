@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     # 5. The experiment folder, then the steps.
-    from finetune.experiment import Experiment, git_sha, package_versions, run_name
+    from finetune.experiment import CONFIG, Experiment, git_sha, package_versions, run_name
     from finetune.logs import log_to_file
     from finetune.training.order import tool_sets
     from finetune.training.run import interrupted_at, make_trainer, run_training
@@ -181,7 +181,8 @@ def main(argv: list[str] | None = None) -> int:
     experiment.update(steps=trainer.state.global_step, result=result, memory=memory)
     if (step := interrupted_at(trainer)) is not None:
         experiment.update(status="interrupted", ended=datetime.now(UTC).isoformat(timespec="seconds"))
-        log.warning("stopped after step %d; go on with: python train_lora.py --resume %s", step, experiment.folder)
+        go_on = f"--resume {experiment.folder}" if step else f"--config {experiment.folder / CONFIG}"
+        log.warning("stopped after step %d; go on with: python train_lora.py %s", step, go_on)
         return 130
 
     # 6. Save.
@@ -203,11 +204,12 @@ def load_data(settings: Settings):
     from finetune.conversations import load_conversations
     from finetune.preparing.held_out import split_off
 
-    train = load_conversations(settings.dataset, limit=settings.limit, strict=True, seed=settings.seed)
+    kept = cache_dir() / "rows"
+    train = load_conversations(settings.dataset, limit=settings.limit, seed=settings.seed, cache_dir=kept)
     for mapping, count in train.mappings.items():
         log.info("%s (%d rows)", mapping, count)
     if settings.eval_dataset:
-        return train, load_conversations(settings.eval_dataset, strict=True, seed=settings.seed)
+        return train, load_conversations(settings.eval_dataset, seed=settings.seed, cache_dir=kept)
     if settings.eval_fraction:
         return split_off(train, settings.eval_fraction, settings.seed)
     return train, None
@@ -227,6 +229,7 @@ def encode(conversations, tokenizer, fmt, settings: Settings):
         overlong=settings.overlong,
         cache_dir=cache_dir() / "tokens",
         origins=conversations.origins,
+        fingerprint=conversations.fingerprint,
     )
 
 

@@ -53,6 +53,13 @@ class RunLog:
         lines = [",".join(COLUMNS), *(",".join(row) for row in kept)]
         write_text_atomic(self.path, "\n".join(lines) + "\n")
 
+    def take_over(self, path: Path, step: int) -> None:
+        """Write the file of a process that is gone, whole rows up to `step`; the pending row only if it is missing."""
+        pending, self._pending, self.path = self._pending, None, path
+        self.start(resumed_at_step=step)
+        if pending is not None and str(pending["step"]) not in {row[0] for row in read_rows(path)}:
+            self._pending = pending
+
     def add_step(self, *, loss_sum: float, tokens: int, trained_tokens: int, computed_tokens: int) -> None:
         """Count one optimizer step; all its tokens and the summed loss (nats) of its trained tokens."""
         now = time.perf_counter()

@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer  # noqa: E402
 
 from finetune.errors import UserError  # noqa: E402
+from finetune.experiment import CONFIG, LOG, Experiment  # noqa: E402
 from finetune.steps import make_row  # noqa: E402
 from finetune.training import ranks  # noqa: E402
 from finetune.training.callbacks import LogCallback, StopCallback  # noqa: E402
@@ -98,7 +99,7 @@ class SandwichTrainer(SFTTrainer):
     ):
         self.sequences, self.eval_sequences = sequences, eval_sequences
         self.log_callback, self.groups = log_callback, groups
-        self._checked = False
+        self._checked = self.lost_a_process = False
         super().__init__(
             # TRL wants a Dataset; rows stay where they are and are looked up by number.
             train_dataset=Dataset.from_dict({"row": range(len(sequences))}),
@@ -127,6 +128,16 @@ class SandwichTrainer(SFTTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # Trainer's estimate counts padded batches, which do not exist here
 
+    def store_flos(self) -> None:
+        """Nothing to store; Trainer's own asks all ranks for it, also when a checkpoint is saved without them."""
+
+    @property
+    def stop_callback(self) -> StopCallback:
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, StopCallback))
+
+    def _checkpoint_name(self) -> str:
+        return f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
@@ -135,11 +146,10 @@ class SandwichTrainer(SFTTrainer):
         rows = [make_row(*self.sequences[i]) for i in inputs["rows"]]
         if rows and not self._checked:
             self._check_against_model(rows)
-        stop = next(c for c in self.callback_handler.callbacks if isinstance(c, StopCallback))
         mine = sum(len(row.positions) for row in rows)
-        trained_everywhere, stopping = ranks.totals([mine, stop.requested is not None])
+        trained_everywhere, stopping = ranks.totals([mine, self.stop_callback.requested is not None])
         if stopping:  # a signal that has reached one rank stops all of them after this step
-            stop.agree()
+            self.stop_callback.agree()
         result = self.runner.run(rows, 1 / max(trained_everywhere, 1), backward=self.accelerator.backward)
         loss_sum, tokens, computed_tokens = ranks.totals(
             [result.loss_sum, sum(row.length for row in rows), result.computed_tokens]
@@ -155,21 +165,36 @@ class SandwichTrainer(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; where another process of the run dies, the last whole step is saved and the run is stopped."""
+        folder = Path(self.args.output_dir)
+        if self.args.should_save:
+            ranks.lock(folder)
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
             if not ranks.is_lost(error):
                 raise
-            log.error("another process of this run ended in step %d", self.state.global_step + 1)
-            stop = next(c for c in self.callback_handler.callbacks if isinstance(c, StopCallback))
-            stop.requested = stop.requested or "a lost process"
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            if self.state.global_step and ranks.saves_what_is_left(folder):
-                # Gradients are summed before they are used: the weights are those of the last whole step.
-                self.args.distributed_state.process_index = 0
-                with _replaced(self.accelerator, "wait_for_everyone", lambda: None):
-                    self._save_checkpoint(self.model, None)
+            self.lost_a_process = True
+            if self._stands_in(folder):
+                log.error("another process of this run ended in step %d", self.state.global_step + 1)
+                if self.state.global_step:
+                    # Gradients are summed before they are used: the weights are those of the last whole step.
+                    with _replaced(self.accelerator, "wait_for_everyone", lambda: None):
+                        self._save_checkpoint(self.model, None)
             return None
+
+    def _stands_in(self, folder: Path) -> bool:
+        """Whether this rank ends the run that has lost a process: rank 0, or the first to see that rank 0 is gone."""
+        if self.args.should_save:
+            return True
+        if not (folder / CONFIG).exists():  # on another machine
+            return False
+        ranks.lock(folder)  # waits until rank 0, where that is alive, has done it
+        if Experiment.open(folder).config["status"] != "running":
+            return False
+        self.args.distributed_state.process_index = 0
+        self.log_callback.run_log.take_over(folder / LOG, self.state.global_step)
+        self.log_callback.console.quiet = False
+        return True
 
     def _check_against_model(self, rows) -> None:
         """Compare a few rows computed together with the same rows computed alone by the model's own forward."""
@@ -219,7 +244,7 @@ class SandwichTrainer(SFTTrainer):
         """Write the checkpoint aside and rename it, so that whatever is called checkpoint-N is whole."""
         self.log_callback.run_log.flush()
         folder = Path(self.args.output_dir)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        name = self._checkpoint_name()
         if (folder / name).exists():  # the last step's checkpoint is already there when an epoch ends with it
             return
         if self.state.best_global_step:

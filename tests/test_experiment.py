@@ -128,6 +128,26 @@ def test_rows_behind_the_checkpoint_are_cut_off_and_half_lines_too(tmp_path):
     assert [row[0] for row in read_rows(path)] == ["1", "2"]
 
 
+@pytest.mark.parametrize("written", [2, 3])
+def test_a_process_that_takes_over_writes_each_row_once(tmp_path, written):
+    """The first process dies while it writes a row, with or without the last whole step's."""
+    path = tmp_path / "training_log.csv"
+    first, second = RunLog(path), RunLog(None)
+    for log in (first, second):
+        log.start()
+        for number in range(1, 4):
+            step(log, number)
+            log.log_eval(step=number, epoch=number / 10, eval_loss=0.5)
+            if number <= written:
+                log.flush()
+    with path.open("a") as file:
+        file.write("4,0.4,0.")
+    second.take_over(path, 3)
+    second.flush()
+    assert [row[0] for row in read_rows(path)] == ["1", "2", "3"]
+    assert path.read_text().endswith("\n")
+
+
 def test_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     experiment = Experiment.create(tmp_path, "run", {"a": 1}, exact_name=True)
 

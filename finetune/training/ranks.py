@@ -8,12 +8,15 @@ only after its timeout, so no rank enters NCCL's sum with a peer that is gone al
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from finetune.errors import UserError
 
@@ -22,8 +25,7 @@ SHARDED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }  # fmt: skip
 _LOST = re.compile(r"gloo|nccl|(closed|reset) by peer|broken pipe|connection (was )?(closed|refused)", re.IGNORECASE)
-# torchrun kills what is left of a broken run after 30 seconds.
-SECONDS_FOR_THE_RANK_BEFORE = 10
+LOCK = ".lock"
 _group: Any = None
 
 
@@ -83,17 +85,24 @@ def end() -> None:
     _group = None
 
 
-def saves_what_is_left(checkpoint: Path) -> bool:
-    """Whether this rank is to write the checkpoint of a run that has lost a process: the lowest one that is left.
+def lock(folder: Path) -> None:
+    """Hold the run's folder until this process ends, once nobody else does.
 
-    Nobody can be asked any more, so each rank gives those before it a while to finish it. Rank 0 does not wait.
+    Rank 0 holds it from before the first step. So whoever gets it after a process was lost knows that rank 0 is gone or
+    has written what is left, without asking anybody and without a timeout: torchrun kills the survivors of a broken run
+    30 seconds after the death that it saw.
     """
-    deadline = time.monotonic() + SECONDS_FOR_THE_RANK_BEFORE * rank()
-    while time.monotonic() < deadline:
-        if checkpoint.exists():
-            return False
-        time.sleep(0.1)
-    return True
+    if _group is None:
+        return
+    held = FileLock(folder / LOCK)
+    held.acquire()
+    atexit.register(_unlock, held)
+
+
+def _unlock(held: FileLock) -> None:
+    with contextlib.suppress(OSError):  # Windows: another process has it open already
+        Path(held.lock_file).unlink(missing_ok=True)
+    held.release()
 
 
 def is_lost(error: BaseException) -> bool:

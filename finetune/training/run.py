@@ -135,7 +135,7 @@ def run_training(trainer: SandwichTrainer, checkpoint: Path | None) -> dict[str,
     finally:
         trainer.log_callback.stop()
         trainer.log_callback.run_log.flush()
-        stop_callback(trainer).restore()
+        trainer.stop_callback.restore()
     return results(trainer)
 
 
@@ -161,12 +161,9 @@ def results(trainer: SandwichTrainer) -> dict[str, Any]:
     }
 
 
-def stop_callback(trainer: SandwichTrainer) -> StopCallback:
-    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, StopCallback))
-
-
 def interrupted_at(trainer: SandwichTrainer) -> int | None:
-    """The step after which a signal stopped the run; None when it came to its end."""
-    if stop_callback(trainer).requested and trainer.state.global_step < trainer.state.max_steps:
-        return trainer.state.global_step
+    """The step after which a signal or the loss of a process stopped the run; None when it came to its end."""
+    step = trainer.state.global_step
+    if trainer.lost_a_process or (trainer.stop_callback.requested and step < trainer.state.max_steps):
+        return step
     return None
