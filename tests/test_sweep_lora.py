@@ -3,6 +3,7 @@
 The runs themselves are tests/sweep_stub.py, but for one sweep of the real train_lora.py.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -75,7 +76,8 @@ def wait_for(condition, process=None, seconds=900):
 def test_a_machine_dies_and_another_joins_and_nothing_is_lost(cluster, tmp_path):
     """Six runs whose results travel through Ray; the machine that holds runs is killed, another one comes."""
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    command = write_plan(tmp_path / "plan", steps=200, seconds=0.4)
+    steps = 120
+    command = write_plan(tmp_path / "plan", steps=steps, seconds=0.4)
     doomed = cluster.add_node(num_cpus=2, object_store_memory=STORE, resources={"doomed": 1})
     words = arguments(Path("e"), command, "--address", cluster.address, "--transport", "ray", "--scratch",
                       str(tmp_path / "scratch"), "--retries", "1", "--rank", "1", "2", "3", "4", "5", "6")  # fmt: skip
@@ -99,10 +101,10 @@ def test_a_machine_dies_and_another_joins_and_nothing_is_lost(cluster, tmp_path)
     assert all(kinds == ["finished"] for name, kinds in outcomes.items() if name not in lost)
     for name in outcomes:
         run = folder / "s" / name
-        assert logged_steps(folder, name)[-1] == 30
+        assert logged_steps(folder, name) == list(range(1, steps + 1))
         assert (run / "final_model" / "adapter").read_text() == name
-        assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-29", "checkpoint-30"]
-        assert (run / "checkpoint-30" / "weights").stat().st_size == 100_000
+        assert {path.name for path in run.glob("checkpoint-*")} == {f"checkpoint-{steps - 1}", f"checkpoint-{steps}"}
+        assert (run / f"checkpoint-{steps}" / "weights").stat().st_size == 100_000
         assert not list(run.glob(".*"))
     for name in lost:
         assert starts(tmp_path, name)[0] == 0
@@ -183,17 +185,22 @@ def test_asha_stops_the_hopeless_and_writes_down_why(cluster, tmp_path):
     assert {name: starts(tmp_path, name) for name in status} == before
 
 
-def test_a_dozen_queued_runs(cluster, tmp_path):
+def test_a_dozen_queued_runs(cluster, tmp_path, monkeypatch):
+    """Started with a relative path, as people do, on a cluster that sends results back."""
+    monkeypatch.chdir(tmp_path)
     ranks = [str(rank) for rank in range(1, 5)]
     command = write_plan(tmp_path / "plan", steps=2)
-    words = arguments(tmp_path, command, "--address", cluster.address, "--seeds", "3", "--rank", *ranks)
+    words = arguments("e", command, "--address", cluster.address, "--transport", "ray", "--scratch",
+                      str(tmp_path / "scratch"), "--seeds", "3", "--rank", *ranks)  # fmt: skip
     assert sweep_lora.main(words) == 0
-    sweep = sweep_of(tmp_path)
+    folder = tmp_path / "e"
+    sweep = sweep_of(folder)
     assert len(sweep["runs"]) == 12
     assert all(starts(tmp_path, run["name"]) == [0] for run in sweep["runs"])
     assert {run["status"] for run in sweep["runs"]} == {"finished"}
+    assert all((folder / "s" / run["name"] / "final_model" / "adapter").is_file() for run in sweep["runs"])
     assert len(sweep["best"]["values"]) == 3
-    assert (tmp_path / "s" / "comparison.png").stat().st_size > 10_000
+    assert (folder / "s" / "comparison.png").stat().st_size > 10_000
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to a process group")
@@ -204,6 +211,7 @@ def test_ctrl_c_stops_every_process_and_the_same_command_goes_on(tmp_path):
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)  # fmt: skip
     wait_for(lambda: any(len(path.read_text().splitlines()) > 5 for path in tmp_path.glob("s/*/*.csv")), process)
+    assert {name.removeprefix("::ffff:") for name in listening(process.pid)} == {"127.0.0.1"}
     started = {path.stem for path in (tmp_path / "plan").glob("*.tries")}
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=600)
@@ -222,6 +230,17 @@ def test_ctrl_c_stops_every_process_and_the_same_command_goes_on(tmp_path):
         steps = logged_steps(tmp_path, name)
         assert (first, steps) == (0, list(range(1, len(steps) + 1)))
         assert second > 0, "it went on from the checkpoint of its last step"
+
+
+def listening(pid):
+    """Addresses on which this process and all that it has started take TCP connections."""
+    import psutil
+
+    found = set()
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            found |= {one.laddr.ip for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
+    return found
 
 
 def stubs_of(folder):

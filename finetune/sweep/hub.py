@@ -19,7 +19,7 @@ class Hub:
     """All methods take and return bytes, text, numbers, lists and dictionaries only."""
 
     def __init__(self, folder: str, inputs: dict[str, str]):
-        """folder: the sweep's; inputs: name in the runs' flags -> file on this machine."""
+        """folder: the sweep's; inputs: name in the runs' flags -> file on this machine; both with absolute paths."""
         self.folder, self.inputs = Path(folder).resolve(), inputs
         self.news: list[dict[str, Any]] = []
         self.orders: dict[str, str] = {}

@@ -22,8 +22,8 @@ from finetune.sweep.courier import TOKEN
 from finetune.sweep.hub import EVERYTHING, Hub
 from finetune.sweep.options import Options
 from finetune.sweep.runs import (
-    FINISHED,
     FAILED,
+    FINISHED,
     INTERRUPTED,
     REFUSED,
     RUNNING,
@@ -56,6 +56,9 @@ def ray_session(options: Options):
     if own:
         # Ray's ports take work from whoever knows this session's token, and nobody else does.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        # And they listen on 127.0.0.1 alone. Ray resolves that to an address that others reach wherever it allows
+        # clusters; this variable, read when it is imported, forbids them as it does on Windows and macOS.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         import ray
@@ -146,8 +149,14 @@ class RayRunner:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        # Whole paths: on a cluster an actor starts in Ray's copy of the code, not where the sweep was started.
         self.hub = ray.remote(num_cpus=0, scheduling_strategy=here)(Hub).remote(
-            str(sweep.folder), {name: str(Path(name).resolve()) for name in self.inputs}
+            str(sweep.folder.resolve()), {name: str(Path(name).resolve()) for name in self.inputs}
+        )
+        # One for all runs, since Ray ships each remote function to every worker. max_calls 0: Ray would end a worker
+        # after each GPU task to free memory that only our own process ever held.
+        self.attempt = ray.remote(num_cpus=self.cpus, max_retries=0, max_calls=0, scheduling_strategy="SPREAD")(
+            remote_attempt
         )
         self.pending: dict[Any, SweepRun] = {}
         self.decided: dict[str, int] = {}  # the last step of each run that the scheduler has judged
@@ -188,10 +197,7 @@ class RayRunner:
             "processes": int(gpus) if gpus > 1 else 1, "cpus": self.cpus, "gpus": gpus,
             "number": number, "interval": self.options.interval, "patience": self.options.patience,
         }  # fmt: skip
-        # max_calls 0: Ray would end a worker after each GPU task to free memory that only our own process ever held.
-        remote = self.ray.remote(num_cpus=self.cpus, num_gpus=gpus, max_retries=0, max_calls=0,
-                                 scheduling_strategy="SPREAD")(remote_attempt)  # fmt: skip
-        self.pending[remote.remote(task, self.hub)] = run
+        self.pending[self.attempt.options(num_gpus=gpus).remote(task, self.hub)] = run
 
     def _collect(self) -> None:
         """Wait a moment for attempts to end, and take in how."""
