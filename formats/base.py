@@ -94,7 +94,11 @@ class Format:
         if not self.template or not template.endswith(self.template):
             return None
         pins = _PIN.findall(template.removesuffix(self.template))
-        return {name: None if value == "none" else json.loads(value) for name, value in pins}
+        try:
+            found = {name: None if value == "none" else json.loads(value) for name, value in pins}
+        except json.JSONDecodeError:
+            return None
+        return found if replace(self, template_kwargs=found).pinned_template() == template else None
 
     def with_kwargs(self, **kwargs: Any) -> Format:
         """The same format with some pinned variables replaced."""

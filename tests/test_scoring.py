@@ -242,6 +242,13 @@ def test_every_number_at_the_top_is_a_number():
     assert m["hallucination_rate"] == 0 and m["argument_precision"] == 0 and m["json_validity_rate"] == 0
 
 
+def test_arguments_are_not_counted_where_several_values_are_right():
+    one = item(CALL, call("set_lamp", room="hall"), possible_answers=[{"set_lamp": {"room": ["hall", "the hall"]}}])
+    m = compute_metrics([answered(one, call("set_lamp", room="the hall")), answered(one)])
+    assert m["parameter_accuracy"] == 0.5
+    assert {"argument_precision", "argument_recall"} <= set(m["not_measured"]) and "argument_f1" not in m
+
+
 def test_bootstrap_agrees_with_scipy():
     from scipy.stats import bootstrap
 

@@ -40,9 +40,14 @@ def _share(verdict: str, *kinds: str, given: Callable[[Scored], bool] = lambda _
     return ratio
 
 
+def _one_right_answer(item: Item) -> bool:
+    """A call with one right value for each argument; a row of BFCL allows several, so nothing can be counted there."""
+    return item.kind == CALL and item.possible_answers is None
+
+
 def _arguments(denominator: str) -> Ratio:
     def ratio(scored: Scored) -> tuple[float, float] | None:
-        if scored.item.kind != CALL or scored.item.possible_answers is not None:
+        if not _one_right_answer(scored.item):
             return None
         return scored.verdicts["arguments_matched"], scored.verdicts[denominator]
 
@@ -137,7 +142,7 @@ def compute_metrics(scored: Sequence[Scored], *, seed: int = 0) -> dict[str, Any
         if denominator.sum() > 0:
             metrics[name] = round(float(numerator.sum() / denominator.sum()), 6)
             intervals[name] = interval_95(resampled_ratio(numerator, denominator, weights))
-        elif name == "argument_precision" and any(s.item.kind == CALL for s in scored):
+        elif name == "argument_precision" and any(_one_right_answer(s.item) for s in scored):
             metrics[name] = 0.0  # no argument was made at all
         else:
             missing.append(name)

@@ -44,6 +44,8 @@ def test_auto_knows_the_template_that_a_trained_model_carries(pair):
     for name in ("end_of_turn", "template_kwargs", "thinking", "reasoning", "tokens"):
         assert getattr(fmt, name) == getattr(trained, name), name
     assert render(ROWS["plain"], fmt, tokenizer) == render(ROWS["plain"], trained, tokenizer)
+    for other in ("{# more #}", "{%- if x is not defined %}{%- set x = y %}{%- endif %}"):
+        assert trained.pinned_in(other + trained.template) is None
 
 
 def test_a_format_that_does_not_fit_the_tokenizer_is_refused_at_the_start():
