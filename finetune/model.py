@@ -127,7 +127,9 @@ def hub_errors(name: str):
                     f"model {name} is neither a folder nor in the local cache, and the Hub cannot be reached; "
                     "check --model and the network, or use --model smollm2-135m"
                 ) from error
-            if isinstance(error, OSError | HFValidationError | SafetensorError):
+            if any(isinstance(e, HFValidationError) for e in chain):
+                raise UserError(f"model {name} is neither a folder nor a name that the Hub allows") from error
+            if isinstance(error, OSError | SafetensorError) or "backend tokenizer" in text:
                 raise UserError(
                     f"model {name} cannot be loaded: {str(error).splitlines()[0]}; check --model"
                 ) from error
@@ -321,6 +323,9 @@ class Run:
             tokenizer = load_tokenizer(
                 config["base_model"], config.get("base_model_revision"), flags["trust_remote_code"]
             )
+        elif self.adapter is not None and not (self.adapter / "tokenizer_config.json").is_file():
+            config = _adapter_config(self.adapter)
+            tokenizer = load_tokenizer(config["base_model_name_or_path"], config.get("revision"))
         else:
             tokenizer = load_tokenizer(str(self.adapter or self.path))
         return tokenizer, self.format_for(tokenizer)

@@ -645,6 +645,7 @@ def test_page_in_a_real_browser(talk, tmp_path, monkeypatch):
             page.get_by_label("Message", exact=True).fill(talker.REQUEST)
             page.get_by_role("button", name="Send").click()
             page.get_by_text("call: set_lamp").wait_for(timeout=120_000)
+            page.get_by_text("arguments fit the schema").wait_for()  # seen without a click
             page.get_by_text(talker.BASE_SAYS).wait_for(timeout=120_000)
             page.get_by_label("Result of the call that waits").fill(talker.RESULT)
             page.get_by_role("button", name="Give the result").click()

@@ -41,8 +41,16 @@ def test_a_file_and_a_name_that_cannot_be(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"README\.md is a file"):
         find_run("README.md")
-    with pytest.raises(UserError, match="model no/such/folder cannot be loaded"):
+    with pytest.raises(UserError, match="model no/such/folder is neither a folder nor a name that the Hub allows"):
         load_tokenizer("no/such/folder")
+
+
+def test_a_model_without_its_tokenizer(tmp_path):
+    from tests.tiny import tiny_llama
+
+    tiny_llama(parts.tokenizer("smollm2")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="cannot be loaded: Couldn't instantiate the backend tokenizer"):
+        load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("config", ['{"base', "[]", "{}", '{"base_model_name_or_path": null}'])
@@ -68,6 +76,10 @@ def test_adapters_that_cannot_be_put_on_their_base(tmp_path):
     tokenizer = parts.tokenizer("smollm2")
     lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     get_peft_model(tiny_llama(tokenizer), lora).save_pretrained(tmp_path / "whole")
+    config = json.loads((tmp_path / "whole" / "adapter_config.json").read_text("utf-8"))
+    write(tmp_path / "whole" / "adapter_config.json", config | {"base_model_name_or_path": str(tmp_path / "base")})
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert find_run(tmp_path / "whole").load_tokenizer()[1].name == "chatml"  # the adapter has none of its own
     assert attach_adapter(tiny_llama(tokenizer), tmp_path / "whole").peft_config["default"].r == 4
     with pytest.raises(UserError, match=r"cannot be put on its base model: .*size mismatch"):
         attach_adapter(tiny_llama(tokenizer, hidden_size=32), tmp_path / "whole")

@@ -219,7 +219,7 @@ def chat_messages(conversation: Conversation) -> list[dict[str, Any]]:
 
 def _reply_messages(reply: Reply) -> Iterator[dict[str, Any]]:
     if reply.reasoning_content:
-        yield _card("reasoning", reply.reasoning_content)
+        yield _card("reasoning", reply.reasoning_content, closed=True)
     if reply.content and not reply.parse_errors:
         yield {"role": "assistant", "content": reply.content}
     for call, problems in zip(reply.tool_calls, reply.problems, strict=True):
@@ -235,8 +235,9 @@ def _reply_messages(reply: Reply) -> Iterator[dict[str, Any]]:
         yield _card("an empty answer", "the model ended its turn at once")
 
 
-def _card(title: str, body: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": body, "metadata": {"title": title, "status": "done"}}
+def _card(title: str, body: str, closed: bool = False) -> dict[str, Any]:
+    metadata = {"title": title, **({"status": "done"} if closed else {})}  # to gradio "done" means folded up
+    return {"role": "assistant", "content": body, "metadata": metadata}
 
 
 def _fenced(text: str, language: str = "") -> str:
