@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from finetune.errors import UserError, one_line_errors
+from finetune.flag_types import positive
 from finetune.torchless import leave_torch_out
 
 EXAMPLES = """examples:
@@ -115,16 +116,16 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dedupe", action="store_true", help="also reject near-duplicates (exact ones always are)")
     parser.add_argument("--split", default="80/10/10", help="shares of train/validation/test (default: 80/10/10)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
-    parser.add_argument("--limit", type=int, help="only the first N good rows of each source")
+    parser.add_argument("--limit", type=positive(int), help="only the first N good rows of each source")
     _add_format(parser, required=False)
-    parser.add_argument("--max_seq_length", type=int, help="in tokens; needs --tokenizer")
+    parser.add_argument("--max_seq_length", type=positive(int), help="in tokens; needs --tokenizer")
     parser.add_argument(
         "--overlong",
         default="drop",
         choices=("drop", "trim_turns", "error"),
         help="rows that are longer: reject, remove oldest whole turns, or stop",
     )
-    parser.add_argument("--num_proc", type=int, help="processes for tokenising (default: as many as pay)")
+    parser.add_argument("--num_proc", type=positive(int), help="processes for tokenising (default: as many as pay)")
     parser.set_defaults(run=_prepare)
 
 
@@ -149,8 +150,10 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="INPUT")
     _add_format(parser, required=True)
     _add_reading(parser)
-    parser.add_argument("--first", type=int, default=1, metavar="N", help="begin with the N-th row (default: 1)")
-    parser.add_argument("--rows", type=int, default=5, metavar="N", help="how many rows (default: 5)")
+    parser.add_argument(
+        "--first", type=positive(int), default=1, metavar="N", help="begin with the N-th row (default: 1)"
+    )
+    parser.add_argument("--rows", type=positive(int), default=5, metavar="N", help="how many rows (default: 5)")
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page instead")
     parser.set_defaults(run=_show)
 
@@ -159,7 +162,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="INPUT")
     _add_format(parser, required=True)
     _add_reading(parser)
-    parser.add_argument("--limit", type=int, help="only the first N rows of each source")
+    parser.add_argument("--limit", type=positive(int), help="only the first N rows of each source")
     parser.set_defaults(run=_audit)
 
 

@@ -85,11 +85,16 @@ def main() -> None:
         table = []
         for run in ("first time", "from cache"):
             started = time.perf_counter()
-            loaded = load_conversations(path)
+            loaded = load_conversations(path, cache_dir=Path(folder) / "rows")
             read = time.perf_counter() - started
             started = time.perf_counter()
             encoded = encode_conversations(
-                loaded.conversations, tokenizer, fmt, cache_dir=Path(folder) / "cache", num_proc=args.num_proc
+                loaded.conversations,
+                tokenizer,
+                fmt,
+                cache_dir=Path(folder) / "tokens",
+                num_proc=args.num_proc,
+                fingerprint=loaded.fingerprint,
             )
             table.append((run, read, time.perf_counter() - started))
         report = encoded.report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections import Counter
@@ -12,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, write_text_atomic
-from finetune.reading.normalize import conversation_text, normalize_row
+from finetune.reading.normalize import conversations_fingerprint, normalize_row
+from finetune.reading.reading_cache import ReadLater, entry_path, load_entry, save_entry
 from finetune.reading.row_files import Unreadable
 from finetune.reading.shapes import describe
-from finetune.reading.sources import parse_spec, read_rows
+from finetune.reading.sources import Spec, parse_spec, read_rows
 from finetune.reading.text_shapes import RowError
 
 __all__ = [
@@ -60,7 +60,7 @@ class LoadResult:
     fingerprint    SHA-256 over the conversations, order included
     """
 
-    conversations: list[dict[str, Any]] = field(default_factory=list)
+    conversations: Sequence[dict[str, Any]] = field(default_factory=list)
     origins: list[tuple[str, int]] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     counts: dict[str, Any] = field(default_factory=dict)
@@ -78,6 +78,7 @@ def load_conversations(
     tools: list[dict[str, Any]] | None = None,
     seed: int = 0,
     rows: Iterable[tuple[str, int, Any]] | None = None,
+    cache_dir: str | Path | None = None,
 ) -> LoadResult:
     """Read, normalise and mix all sources.
 
@@ -86,12 +87,44 @@ def load_conversations(
     strict  True: the first bad row raises UserError with file, row and remedy; False: it goes to `.rejected`
     seed    picks which rows a fractional weight keeps
     rows    rows read elsewhere (SQL), taken after those of `specs`
+    cache_dir  (only files, only strict) keeps what was found here; with the same files again nothing is read before
+               somebody asks for a conversation
     """
     specs = [specs] if isinstance(specs, (str, Path)) else list(specs)
+    parsed = [parse_spec(spec) for spec in specs]  # a missing file is reported before a minute of reading
+    options = {"limit": limit, "column_map": column_map, "tools": tools, "seed": seed}
+    if cache_dir is None or not strict or rows is not None:
+        return _read_all(parsed, rows, strict, **options)
+    path = entry_path(cache_dir, parsed, options)
+    if path is not None and (entry := load_entry(path)):
+
+        def read_again() -> list[dict[str, Any]]:
+            again = _read_all(parsed, None, True, **options)
+            if again.fingerprint != entry["fingerprint"]:
+                raise UserError(f"{', '.join(map(str, specs))}: changed while it was in use; start again")
+            return again.conversations
+
+        counters = {name: Counter(entry.pop(name)) for name in ("mappings", "notes")}
+        return LoadResult(ReadLater(len(entry["origins"]), read_again), **entry, **counters)
+    result = _read_all(parsed, None, True, **options)
+    if path is not None and entry_path(cache_dir, parsed, options) == path:  # else written to while it was read
+        save_entry(path, result)
+    return result
+
+
+def _read_all(
+    specs: list[Spec],
+    rows: Iterable[tuple[str, int, Any]] | None,
+    strict: bool,
+    *,
+    limit: int | None,
+    column_map: dict[str, str] | None,
+    tools: list[dict[str, Any]] | None,
+    seed: int,
+) -> LoadResult:
     result = LoadResult(counts={"read": 0, "kept": 0, "rejected": 0, "repeated": 0, "left_out": 0, "sources": {}})
     shapes: dict[tuple, str] = {}
-    parsed = [parse_spec(spec) for spec in specs]  # a missing file is reported before a minute of reading
-    streams = [(spec.text, spec.weight, read_rows(spec)) for spec in parsed]
+    streams = [(spec.text, spec.weight, read_rows(spec)) for spec in specs]
     if rows is not None:
         streams.append(("rows", 1.0, rows))
     for name, weight, stream in streams:
@@ -121,10 +154,7 @@ def load_conversations(
         result.counts["sources"][name] = {"read": read, "kept": len(kept), "used": len(mixed)}
         result.conversations += [conversation for conversation, _ in mixed]
         result.origins += [origin for _, origin in mixed]
-    digest = hashlib.sha256()
-    for conversation in result.conversations:
-        digest.update(conversation_text(conversation) + b"\n")
-    result.fingerprint = digest.hexdigest()
+    result.fingerprint = conversations_fingerprint(result.conversations)
     return result
 
 

@@ -84,6 +84,12 @@ def test_broken_schemas_and_double_tools_are_errors_not_crashes():
     assert problems(SAY, tools=[LAMP, LAMP]) == {"tool declared twice": True}
 
 
+def test_a_schema_makes_nobody_fetch_an_address(monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("fetched an address out of a row"))
+    remote = {"type": "object", "properties": {"a": {"$ref": "http://127.0.0.1:9/schema.json"}}}
+    assert problems(call("f", {"a": 1}), tools=[{"name": "f", "parameters": remote}]) == {"broken schema": True}
+
+
 def test_defs_and_formats_of_json_schema_work():
     tool = {
         "name": "f",
@@ -194,6 +200,12 @@ def test_every_tool_is_in_every_split_in_its_share_and_the_seed_decides():
 def test_no_rows_go_to_a_split_of_share_zero():
     rows = [asking(f"q{i}") for i in range(20)]
     assert set(split_conversations(rows, list(range(20)), (0.9, 0.1, 0.0))) == {"train", "validation"}
+
+
+@pytest.mark.parametrize("text", ["nan/1/1", "inf/1/1", "1/nan/1", "-1/1/1", "0/1/1", "1/1", "a/b/c", ""])
+def test_shares_that_are_none(text):
+    with pytest.raises(UserError, match="three shares"):
+        parse_ratios(text)
 
 
 def test_ratios():

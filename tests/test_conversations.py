@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import random
+from collections import Counter
 
 import pytest
 
 from finetune.conversations import RowError, load_conversations, normalize_row, write_jsonl
 from finetune.errors import UserError
+from finetune.preparing.checks import check_conversation, exact_key
 from finetune.reading.row_files import Unreadable
 from finetune.reading.shapes import parse_map
 from tests.rows import LAMP, WRAPPED, calls, chat
@@ -264,3 +269,183 @@ def test_map_wins_over_the_guess_and_is_described(tmp_path):
     assert parse_map(["prompt=frage"]) == {"frage": "prompt"}
     with pytest.raises(UserError, match="COLUMN=FIELD"):
         parse_map(["a=b"])
+
+
+def said(text: str) -> dict:
+    return chat({"role": "assistant", "content": text})
+
+
+def test_the_second_time_nothing_is_read_before_a_conversation_is_asked_for(tmp_path, monkeypatch):
+    path, kept = tmp_path / "rows.jsonl", tmp_path / "kept"
+    write_jsonl(path, [said("one"), said("two"), said("three")])
+    plain = load_conversations(path)
+    first = load_conversations(path, cache_dir=kept)
+    assert first == plain
+    with monkeypatch.context() as patched:
+        patched.setattr("finetune.conversations.read_rows", None)
+        second = load_conversations(path, cache_dir=kept)
+        assert len(second.conversations) == 3
+    for name in ("origins", "counts", "mappings", "notes", "fingerprint", "rejected"):
+        assert getattr(second, name) == getattr(plain, name), name
+    assert list(second.conversations) == plain.conversations and second.conversations[1:] == plain.conversations[1:]
+
+
+@pytest.mark.parametrize("change", ["content", "same size and time", "limit", "map", "weight", "damage"])
+def test_reading_anew_whenever_anything_changed(tmp_path, change):
+    path, kept = tmp_path / "rows.jsonl", tmp_path / "kept"
+    write_jsonl(path, [said("one"), said("two"), said("three")])
+    load_conversations(path, cache_dir=kept)
+    spec, options, stat = path, {}, path.stat()
+    if change == "content":
+        write_jsonl(path, [said("one")])
+    elif change == "same size and time":
+        write_jsonl(path, [said("one"), said("two"), said("tREEh")])
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert path.stat().st_size == stat.st_size
+    elif change == "limit":
+        options = {"limit": 1}
+    elif change == "map":
+        options = {"column_map": {"messages": "messages"}}
+    elif change == "weight":
+        spec = f"{path}*2"
+    else:
+        (entry,) = kept.iterdir()
+        entry.write_text(entry.read_text(encoding="utf-8").replace("rows.jsonl", "tows.jsonl"), encoding="utf-8")
+    again, plain = load_conversations(spec, cache_dir=kept, **options), load_conversations(spec, **options)
+    assert again == plain
+
+
+def test_rows_that_change_while_they_are_in_use_are_noticed(tmp_path):
+    path, kept = tmp_path / "rows.jsonl", tmp_path / "kept"
+    write_jsonl(path, [said("one")])
+    load_conversations(path, cache_dir=kept)
+    loaded = load_conversations(path, cache_dir=kept)
+    write_jsonl(path, [said("two")])
+    with pytest.raises(UserError, match="changed while it was in use"):
+        list(loaded.conversations)
+
+
+def test_a_bad_row_is_named_every_time(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"messages": []}\n', encoding="utf-8")
+    for _ in range(2):
+        with pytest.raises(UserError, match="row 1: messages is empty"):
+            load_conversations(path, cache_dir=tmp_path / "kept")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "i", "output": "o", "history": 7}, "history is no list"),
+        ({"instruction": "i", "output": "o", "history": "text"}, "history is no list"),
+        ({"question": "q", "answers": {"a": "b"}, "correct_answer": ["a"]}, "no text under the correct_answer"),
+        ({"question": [[{"role": "user", "content": "q"}]], "function": [LAMP], "ground_truth": [{"f": 5}]}, "without"),
+        (chat({"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}), r"message 2 \(user\) has tool_calls"),
+        (
+            chat({"role": "tool", "content": "x", "function_call": {"name": "f"}}),
+            r"message 2 \(tool\) has function_call",
+        ),
+        (chat({"role": "assistant", "content": "x", "reasoning_content": ["a"]}), "reasoning_content is a JSON array"),
+        ({"prompt": "q", "completion": 1e400}, "no word for"),
+    ],
+)
+def test_what_would_crash_or_be_lost_is_refused_with_a_reason(row, reason):
+    with pytest.raises(RowError, match=reason):
+        normalize_row(row)
+
+
+def test_what_is_not_read_of_a_message_is_counted():
+    notes = Counter()
+    normalize_row(chat({"role": "assistant", "content": "x", "audio": {"id": 1}, "refusal": None}), notes=notes)
+    assert notes == {"not read, key 'audio' of assistant messages": 1}
+
+
+def test_words_between_tool_responses_are_kept():
+    text = "<tool_response>1</tool_response> but <tool_response>2</tool_response>"
+    assert normalize_row(chat({"role": "tool", "content": text}))["messages"][1]["content"] == text
+
+
+MUTATED = [
+    chat({"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "name": "set_lamp", "arguments": "{}"}]},
+         {"role": "tool", "content": "r", "tool_call_id": "c1"}, {"role": "assistant", "content": "a"}, tools=[LAMP]),
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "f"}'},
+                       {"from": "observation", "value": "r"}, {"from": "gpt", "value": "a"}], "tools": "[]"},
+    {"query": "q", "answers": '[{"name": "f", "arguments": {"a": 1}}]', "tools": '[{"name": "f", "parameters": {}}]'},
+    {"question": "q", "answers": {"direct": "d", "tool_call": '{"name": "f"}'}, "correct_answer": "tool_call"},
+    {"question": [[{"role": "user", "content": "q"}]], "function": [LAMP], "ground_truth": [{"f": {"a": ["x", ""]}}]},
+    {"query": "q", "tool_used": "f", "parameters": '{"a": 1}', "reasoning": "why"},
+    {"instruction": "i", "input": "c", "output": "o", "history": [["a", "b"]], "system": "s"},
+    {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+    {"text": "User: hi\nAssistant: yo"},
+    {"system": 'SYSTEM: You are a helpful assistant with access to the following functions. Use them\n{"name": "f"}',
+     "chat": 'USER: q\nASSISTANT: <functioncall> {"name": "f", "arguments": {}}\nFUNCTION RESPONSE: 1\nASSISTANT: a'},
+]  # fmt: skip
+JUNK = [
+    *(
+        None,
+        True,
+        0,
+        7,
+        1.5,
+        float("inf"),
+        10**400,
+        b"bytes",
+        [],
+        {},
+        [None],
+        [1],
+        ["x"],
+        [[]],
+        [{}],
+        {"a": 1},
+        {"": 1},
+    ),
+    *("", " ", "x", "{}", "[]", "{", "null", "[1]", "\ud800", "\x00", "<tool_call>", "<function=f>{}</function>"),
+    *(
+        "[TOOL_CALLS] [1]",
+        "<tool_call>{'name': {[1]: 2}}</tool_call>",
+        {"name": "f"},
+        {"role": "user"},
+        {"function": {}},
+    ),
+    *([{"type": "text"}], {"type": ["string", None]}, {"type": 1}, {"$ref": "#"}, {"properties": 1}, {"required": "a"}),
+]
+
+
+def places(value, path=()):
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def test_any_row_is_a_conversation_or_is_refused():
+    """Rows of every shape with junk in up to three places: one reason or one sound conversation, never a crash."""
+    rng = random.Random(0)
+    outcomes = Counter()
+    for _ in range(4000):
+        row = copy.deepcopy(rng.choice(MUTATED))
+        for _ in range(rng.randint(1, 3)):
+            if not row:
+                break
+            *path, last = rng.choice(list(places(row)))
+            target = row
+            for key in path:
+                target = target[key]
+            if rng.random() < 0.2:
+                del target[last]
+            else:
+                target[last] = copy.deepcopy(rng.choice(JUNK))
+        try:
+            conversation = normalize_row(row)
+        except RowError as error:
+            assert str(error) and "\n" not in str(error)
+            outcomes["refused"] += 1
+            continue
+        outcomes["kept"] += 1
+        assert {m["role"] for m in conversation["messages"]} <= {"system", "user", "assistant", "tool"}
+        assert all(isinstance(m["content"], str) for m in conversation["messages"])
+        assert normalize_row(json.loads(json.dumps(conversation))) == conversation
+        check_conversation(conversation)
+        exact_key(conversation)
+    assert outcomes["refused"] > 500 and outcomes["kept"] > 500

@@ -15,6 +15,7 @@ from finetune.encoding import rows as row_encoding
 from finetune.encoding.encode import encode_conversations
 from finetune.encoding.rows import turn_starts, without_oldest_turns
 from finetune.errors import UserError
+from finetune.reading.normalize import conversations_fingerprint
 from formats import encode, get_format
 from tests import parts
 from tests.rows import LAMP
@@ -177,10 +178,23 @@ def test_the_second_time_comes_from_the_cache(tokenizer, tmp_path, monkeypatch):
     assert {**first.report, "from_cache": 0} == {**second.report, "from_cache": 0}
 
 
+def test_a_cached_result_needs_no_conversations_and_names_rows_by_their_own_file(tokenizer, tmp_path):
+    rows = [*ROWS, conversation("no answer")]
+    flags = {"cache_dir": tmp_path, "progress": False, "fingerprint": conversations_fingerprint(rows)}
+    named = {"origins": [("one.jsonl", number) for number in range(1, len(rows) + 1)]}
+    first = encode_conversations(rows, tokenizer, FMT, **flags, **named)
+    assert first.report["left_out"][0]["row"] == f"one.jsonl, row {len(rows)}"
+    elsewhere = {"origins": [("two.jsonl", number + 10) for number in range(1, len(rows) + 1)]}
+    second = encode_conversations(None, tokenizer, FMT, **flags, **elsewhere)
+    assert same(first, second) and second.report["from_cache"]
+    assert second.report["left_out"][0]["row"] == f"two.jsonl, row {len(rows) + 10}"
+    assert second.report["longest_row"].startswith("two.jsonl, row 1")
+
+
 def test_anything_that_could_change_a_token_makes_another_file(tokenizer, tmp_path):
     def path(rows=ROWS, fmt=FMT, tok=tokenizer, **changes):
         flags = {"max_seq_length": 100, "train_on": "all", "control_tokens": "escape", "overlong": "drop"} | changes
-        return encoding_cache.cache_path(tmp_path, rows, tok, fmt, encoding.Flags(**flags))
+        return encoding_cache.cache_path(tmp_path, conversations_fingerprint(rows), tok, fmt, encoding.Flags(**flags))
 
     other_tokenizer = copy.deepcopy(tokenizer)
     other_tokenizer.add_tokens(["<extra>"])

@@ -145,6 +145,12 @@ def test_json_columns_written_by_the_datasets_library_are_exact(tmp_path):
         ("r.csv", b"a,a\n1,2\n", "name each column once"),
         ("r.csv", b"", "name each column once"),
         ("r.csv", b"a,b\n\xff,2\n", "not UTF-8"),
+        ("r.csv", b'prompt,completion\na,"b\nc,d\n', "line 3 is no CSV"),  # the open quote would swallow a row
+        ("r.csv", b'prompt,completion\n"a"b,c\n', "line 2 is no CSV"),
+        ("r.csv", b"a,b\r1,2\r", "is no CSV"),
+        ("r.csv", "prompt\tcompletion\n".encode("utf-16"), "not UTF-8"),
+        ("r.json", b"", "is not JSON"),
+        ("r.json", "[]".encode("utf-16"), "not UTF-8"),
         ("r.txt", b"x", "unknown kind of file"),
     ],
 )
@@ -152,6 +158,36 @@ def test_damaged_files_end_in_one_line(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
         load_conversations(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (pa.table([["q"], ["a"], ["b"]], names=["prompt", "completion", "completion"]), "names a column twice"),
+        (pa.table({"prompt": pa.array([2**62], pa.timestamp("us"))}), "values that cannot be read"),
+    ],
+)
+def test_parquet_files_that_cannot_be_read_exactly_end_in_one_line(tmp_path, table, message):
+    pq.write_table(table, tmp_path / "r.parquet")
+    with pytest.raises(UserError, match=message):
+        load_conversations(tmp_path / "r.parquet", strict=False)
+
+
+def test_lines_and_cells_of_every_system_are_read(tmp_path):
+    """Byte order marks, Windows line ends, a last line without an end, empty lines, quotes inside cells."""
+    rows = [("a", "one"), ('say "b"', "two\nlines")]
+    expected = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in rows]
+    lines = [json.dumps({"prompt": q, "completion": a}) for q, a in rows]
+    files = {
+        "bom.jsonl": b"\xef\xbb\xbf" + "\n".join(lines).encode(),
+        "crlf.jsonl": ("\r\n\r\n".join(lines) + "\r\n").encode(),
+        "bom.json": b"\xef\xbb\xbf[" + ",".join(lines).encode() + b"]",
+        "bom.csv": b'\xef\xbb\xbfprompt,completion\r\na,one\r\n\r\n"say ""b""","two\nlines"',
+        "tabs.tsv": b'prompt\tcompletion\na\tone\n"say ""b"""\t"two\nlines"\n',
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        assert [row["messages"] for row in load_conversations(tmp_path / name).conversations] == expected, name
 
 
 @pytest.mark.parametrize("spec", ["nowhere.jsonl", "./nowhere", "C:\\data\\rows.jsonl", "nowhere", "a/b.parquet@train"])

@@ -76,6 +76,19 @@ def test_wrong_urls_are_one_line_without_the_password(url):
     assert "hush" not in str(caught.value)
 
 
+def test_a_query_cannot_change_an_sqlite_file(sqlite_url):
+    for query in ("DROP TABLE query_logs", "DELETE FROM query_logs", "DELETE FROM query_logs RETURNING *"):
+        with pytest.raises(UserError, match="readonly"):
+            list(read_sql(sqlite_url, query=query))
+    check(read_sql(sqlite_url))
+
+
+def test_a_column_that_comes_twice_is_named(sqlite_url):
+    query = "SELECT a.query, b.query FROM query_logs a JOIN query_logs b ON a.id = b.id"
+    with pytest.raises(UserError, match="the column query twice"):
+        list(read_sql(sqlite_url, query=query))
+
+
 def test_credentials_come_from_the_environment_and_the_url_wins():
     known = {
         "POSTGRES_HOST": "db",

@@ -17,16 +17,16 @@ import numpy as np
 from finetune.encoding.encode import EncodedRows
 from finetune.encoding.rows import Flags
 from finetune.errors import write_bytes_atomic
-from finetune.reading.normalize import conversation_text
 
 ARRAYS = ("input_ids", "trained", "offsets", "rows")
 
 
-def cache_path(cache_dir: str | Path, conversations, tokenizer, fmt, flags: Flags) -> Path:
-    """The file for exactly this input: anything that could change an id or a label is part of its name."""
-    digest = hashlib.sha256()
-    for conversation in conversations:
-        digest.update(conversation_text(conversation) + b"\n")
+def cache_path(cache_dir: str | Path, fingerprint: str, tokenizer, fmt, flags: Flags) -> Path:
+    """The file for exactly this input: anything that could change an id or a label is part of its name.
+
+    fingerprint  of the conversations, order included
+    """
+    digest = hashlib.sha256(fingerprint.encode())
     digest.update(tokenizer_fingerprint(tokenizer).encode())
     described = [fmt.name, fmt.template, fmt.end_of_turn, fmt.control_tokens, fmt.template_kwargs]
     digest.update(json.dumps([described, dataclasses.asdict(flags)], default=str, sort_keys=True).encode())
@@ -72,6 +72,7 @@ def load(path: Path) -> EncodedRows | None:
             texts: dict[str, Any] = json.loads(stored["texts"].tobytes())
             report, left_out = texts["report"], [(row, reason) for row, reason in texts["left_out"]]
             turns_removed = {int(row): number for row, number in texts["turns_removed"].items()}
+            longest_row = texts["longest_row"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
@@ -79,12 +80,12 @@ def load(path: Path) -> EncodedRows | None:
     sizes = {len(arrays["input_ids"]), len(arrays["trained"]), int(arrays["offsets"][-1])}
     if len(sizes) != 1 or len(arrays["rows"]) != len(arrays["offsets"]) - 1:
         return None
-    return EncodedRows(**arrays, report=report, left_out=left_out, turns_removed=turns_removed)
+    return EncodedRows(**arrays, report=report, left_out=left_out, turns_removed=turns_removed, longest_row=longest_row)
 
 
 def save(path: Path, encoded: EncodedRows) -> None:
     """Store a result; written aside and renamed, so that two runs at once do no harm. Raises UserError."""
-    texts = {name: getattr(encoded, name) for name in ("report", "left_out", "turns_removed")}
+    texts = {name: getattr(encoded, name) for name in ("report", "left_out", "turns_removed", "longest_row")}
     packed = np.frombuffer(json.dumps(texts).encode("utf-8"), dtype=np.uint8)
     buffer = io.BytesIO()
     np.savez(buffer, **{name: getattr(encoded, name) for name in ARRAYS}, texts=packed)

@@ -22,6 +22,7 @@ import numpy as np
 from finetune.encoding.rows import Chunk, Flags, encode_chunk
 from finetune.errors import UserError
 from finetune.progress import progress_bar
+from finetune.reading.normalize import conversations_fingerprint
 from finetune.torchless import leave_torch_out
 
 REPORTED = 100  # left-out rows named in the report; `EncodedRows.left_out` has all
@@ -61,6 +62,7 @@ class EncodedRows:
     report     what was read, kept, split, left out and why, tokens by role (JSON-able; see docs/data.md)
     left_out   (index of the conversation, why) of every conversation or sequence that is not trained
     turns_removed  how many of its oldest turns a conversation lost, by its index (only with trim_turns)
+    longest_row    index of the conversation with the longest sequence, -1 when there is none
     """
 
     input_ids: np.ndarray
@@ -70,6 +72,7 @@ class EncodedRows:
     report: dict[str, Any]
     left_out: list[tuple[int, str]] = field(default_factory=list)
     turns_removed: dict[int, int] = field(default_factory=dict)
+    longest_row: int = -1
 
     @property
     def sequences(self) -> Sequences:
@@ -89,6 +92,7 @@ def encode_conversations(
     cache_dir: str | Path | None = None,
     progress: bool = True,
     origins: Sequence[tuple[str, int]] | None = None,
+    fingerprint: str | None = None,
 ) -> EncodedRows:
     """Render, tokenise and mask every conversation.
 
@@ -98,6 +102,7 @@ def encode_conversations(
     num_proc        processes; None: as many as cores if one process alone would take long
     cache_dir       folder for results, keyed by data, format, tokenizer, flags and code; None: no cache
     origins         (source, row) of each conversation, to name rows in the report and in errors
+    fingerprint     of the conversations (`LoadResult.fingerprint`), so that a cached result needs none of them
     Raises UserError, and formats.FormatError when format and tokenizer do not go together.
     """
     if overlong not in ("drop", "trim_turns", "error"):
@@ -107,18 +112,19 @@ def encode_conversations(
     if cache_dir is not None:
         from finetune.encoding import cache as encoding_cache
 
-        path = encoding_cache.cache_path(cache_dir, conversations, tokenizer, fmt, flags)
+        fingerprint = fingerprint or conversations_fingerprint(conversations)
+        path = encoding_cache.cache_path(cache_dir, fingerprint, tokenizer, fmt, flags)
         if (cached := encoding_cache.load(path)) is not None:
             cached.report["from_cache"] = True
-            return cached
+            return _named(cached, origins)
     started = time.monotonic()
     chunks = _encode_all(conversations, tokenizer, fmt, flags, num_proc, progress, origins)
-    encoded = _joined(chunks, len(conversations), flags, origins)
+    encoded = _joined(chunks, len(conversations), flags)
     encoded.report["seconds"] = round(time.monotonic() - started, 3)
     if path is not None:
         encoding_cache.save(path, encoded)
     encoded.report["from_cache"] = False
-    return encoded
+    return _named(encoded, origins)
 
 
 def _encode_all(conversations, tokenizer, fmt, flags, num_proc, progress, origins) -> list[Chunk]:
@@ -188,7 +194,15 @@ def _name(row: int, origins) -> str:
     return f"{origins[row][0]}, row {origins[row][1]}" if origins else f"row {row + 1}"
 
 
-def _joined(chunks: list[Chunk], read: int, flags: Flags, origins) -> EncodedRows:
+def _named(encoded: EncodedRows, origins) -> EncodedRows:
+    """Names of rows in the report. They are not stored: the same conversations may stand in another file."""
+    left_out = [{"row": _name(row, origins), "reason": why} for row, why in encoded.left_out[:REPORTED]]
+    longest_row = _name(encoded.longest_row, origins) if encoded.longest_row >= 0 else None
+    encoded.report |= {"left_out": left_out, "longest_row": longest_row}
+    return encoded
+
+
+def _joined(chunks: list[Chunk], read: int, flags: Flags) -> EncodedRows:
     ids = [array for chunk in chunks for array in chunk.ids]
     trained = [array for chunk in chunks for array in chunk.trained]
     offsets = np.zeros(len(ids) + 1, dtype=np.int64)
@@ -212,14 +226,12 @@ def _joined(chunks: list[Chunk], read: int, flags: Flags, origins) -> EncodedRow
         "turns_removed": sum(turns_removed.values()),
         "sequences_too_long": counts["sequences_too_long"],
         "reasons": dict(total("reasons").most_common()),
-        "left_out": [{"row": _name(row, origins), "reason": why} for row, why in left_out[:REPORTED]],
         "sequences": len(ids),
         "tokens": int(offsets[-1]),
         "trained_tokens": sum(trained_by_role.values()),
         "tokens_by_role": dict(by_role),
         "trained_tokens_by_role": dict(trained_by_role),
         "longest": longest,
-        "longest_row": _name(longest_row, origins) if longest_row >= 0 else None,
         "length_percentiles": {
             str(p): int(np.percentile(lengths, p, method="higher")) for p in (50, 90, 95, 99) if len(lengths)
         },
@@ -237,4 +249,5 @@ def _joined(chunks: list[Chunk], read: int, flags: Flags, origins) -> EncodedRow
         report,
         left_out,
         turns_removed,
+        longest_row,
     )

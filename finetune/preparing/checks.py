@@ -119,13 +119,15 @@ def _check_call(function: dict[str, Any], number: int, schemas: dict[str, Any], 
 def _validator(schema_text: str):
     """(validator, None) or (None, why); cached because a data set repeats its tools in every row."""
     import jsonschema
+    import referencing
 
     schema = json.loads(schema_text)
     try:
         jsonschema.Draft202012Validator.check_schema(schema)
     except jsonschema.SchemaError as error:
         return None, error.message[:200]
-    return jsonschema.Draft202012Validator(schema), None
+    # An empty registry: a row's "$ref" must not make this machine fetch addresses.
+    return jsonschema.Draft202012Validator(schema, registry=referencing.Registry()), None
 
 
 def exact_key(conversation: dict[str, Any]) -> bytes:

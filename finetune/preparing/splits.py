@@ -7,6 +7,7 @@ import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 from finetune.preparing.checks import called_tool
@@ -102,7 +103,7 @@ def parse_ratios(text: str) -> tuple[float, ...]:
         numbers = [float(word) for word in text.split("/")]
     except ValueError:
         numbers = []
-    if len(numbers) != len(SPLITS) or min(numbers) < 0 or numbers[0] <= 0:
+    if len(numbers) != len(SPLITS) or not all(0 <= number < inf for number in numbers) or numbers[0] <= 0:
         raise UserError(f"--split {text}: write three shares for train, validation and test, as in 80/10/10")
     return tuple(number / sum(numbers) for number in numbers)
 

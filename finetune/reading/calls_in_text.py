@@ -71,7 +71,7 @@ def _calls_at(text: str, opening: re.Match, tools: list[dict] | None) -> tuple[l
                 value = {"name": match["name"], "arguments": arguments}
             else:
                 value, end = _decode(text, start, _CLOSING[kind])
-        except (ValueError, SyntaxError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, RecursionError):
             return None
     if kind == "name":
         value = {"name": opening["name"], "arguments": value}

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from finetune.reading.calls_in_text import has_call_tag, read_arguments, split_calls
@@ -35,6 +37,14 @@ ROLES = {
     "environment": "tool",
     "function_call": "call",
     "tool_call": "call",
+}
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_TEXT = frozenset(("role", "from", "content", "value", "train", "weight"))
+_READ = {  # keys of a message that are read, by role
+    "system": _TEXT | {"tools"},
+    "user": _TEXT,
+    "tool": _TEXT | {"name", "tool_call_id"},
+    "assistant": _TEXT | {"tool_calls", "function_call", *_REASONING},
 }
 
 
@@ -100,6 +110,14 @@ def conversation_text(conversation: dict[str, Any]) -> bytes:
         raise RowError(f"holds a value that JSON has no word for ({error})") from error
 
 
+def conversations_fingerprint(conversations: Iterable[dict[str, Any]]) -> str:
+    """SHA-256 over the conversations, order included."""
+    digest = hashlib.sha256()
+    for conversation in conversations:
+        digest.update(conversation_text(conversation) + b"\n")
+    return digest.hexdigest()
+
+
 def _messages_list(messages: Any) -> list[Any]:
     if isinstance(messages, str):
         try:
@@ -161,6 +179,12 @@ def _message(message: Any, number: int, tools: list[dict[str, Any]], notes: Coun
     """One raw message as canonical ones: usually one, several where it holds several tool responses."""
     role = _role(message, number)
     content = _content(message, number, notes)
+    read = _READ.get(role, _READ["assistant"])
+    for key, value in message.items():
+        if key not in read and value not in (None, "", [], {}):
+            if key in ("tool_calls", "function_call"):
+                raise RowError(f"message {number} ({role}) has {key}; only the assistant calls tools")
+            notes[f"not read, key {key[:40]!r} of {role} messages"] += 1
     if role == "tool":
         return _results(message, content, notes)
     if role in ("system", "user"):
@@ -181,9 +205,12 @@ def _message(message: Any, number: int, tools: list[dict[str, Any]], notes: Coun
     if content != content.strip():
         notes["assistant text stripped"] += 1
     result: dict[str, Any] = {"role": role, "content": content.strip()}
-    for name in ("reasoning_content", "reasoning", "thinking"):
-        if isinstance(message.get(name), str) and message[name].strip():
-            result["reasoning_content"] = message[name].strip()
+    for name in _REASONING:
+        value = message.get(name)
+        if value and not isinstance(value, str):
+            raise RowError(f"message {number}: {name} is a JSON {json_type(value)}, not text")
+        if value and value.strip():
+            result["reasoning_content"] = value.strip()
             break
     if calls:
         result["tool_calls"] = calls

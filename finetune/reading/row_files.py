@@ -7,6 +7,7 @@ import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,23 @@ def _no_constant(name: str):
     raise ValueError(f"{name} is no JSON number")
 
 
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not isfinite(number):
+        raise ValueError(f"the number {digits[:40]} is too large")
+    return number
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
+
+
 def strict_json(text: str) -> Any:
-    """json.loads that refuses what JSON forbids and Python lets pass: doubled keys, NaN, Infinity.
+    """json.loads that refuses what JSON forbids and Python lets pass: doubled keys, NaN, Infinity, 1e999.
 
     Raises ValueError (RecursionError for absurd nesting is turned into one).
     """
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        return STRICT.decode(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -124,7 +135,7 @@ def csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, dict | Unread
     csv.field_size_limit(2**31 - 1)
     with open_plain(path) as file:
         lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(file))
-        reader = csv.reader(lines, delimiter=delimiter)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)  # else an open quote swallows the rows behind it
         try:
             header = next(reader, None)
             if not header or len(set(header)) != len(header):
@@ -149,6 +160,9 @@ def parquet_records(path: Path) -> Iterator[tuple[int, dict]]:
     try:
         source = pyarrow.BufferReader(open_plain(path).read()) if path.name.lower().endswith(".gz") else path
         with parquet.ParquetFile(source) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise UserError(f"{path}: names a column twice ({', '.join(names)}); rename one of them")
             number = 0
             for batch in file.iter_batches(batch_size=512):
                 for row in arrow_rows(batch):
@@ -156,6 +170,9 @@ def parquet_records(path: Path) -> Iterator[tuple[int, dict]]:
                     yield number, row
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path}: is no Parquet file ({str(error).splitlines()[0]}); fetch it again") from error
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: holds values that cannot be read ({reason}); convert it to JSON Lines") from error
 
 
 def arrow_rows(batch) -> Iterator[dict]:

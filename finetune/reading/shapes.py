@@ -113,9 +113,10 @@ def _pair(fields):
         last = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
         return first + last, fields.get("tools"), text_field(fields, "system")
     messages = []
-    for turn in fields.get("history") or []:
-        if not (isinstance(turn, (list, tuple)) and len(turn) == 2):
-            raise RowError("history is no list of [question, answer] pairs")
+    history = fields.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise RowError("history is no list of [question, answer] pairs")
+    for turn in history:
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     text, context = text_field(fields, "prompt"), text_field(fields, "context")
     if context.strip():
@@ -141,7 +142,7 @@ def _when2call(fields):
     answers, key = fields["answers"], fields["correct_answer"]
     if isinstance(answers, str):
         answers = _decoded(answers, "answers")
-    if not isinstance(answers, dict) or not isinstance(answers.get(key), str):
+    if not isinstance(answers, dict) or not isinstance(key, str) or not isinstance(answers.get(key), str):
         raise RowError(f"answers have no text under the correct_answer {key!r}")
     answer: dict[str, Any] = {"role": "assistant", "content": answers[key]}
     if key == "tool_call" and not answers[key].lstrip().startswith("<"):
@@ -160,6 +161,8 @@ def _bfcl(fields):
         raise RowError("a BFCL row of several turns needs its simulator; only single-turn rows can be trained")
     if not isinstance(truth, list) or not truth or not all(isinstance(call, dict) for call in truth):
         raise RowError("a BFCL row without ground_truth has no answer to train")
+    if not all(isinstance(arguments, dict) for call in truth for arguments in call.values()):
+        raise RowError('ground_truth holds a call without arguments; write {"function": {"argument": [values]}}')
     calls = [
         {"name": name, "arguments": {key: value for key, allowed in arguments.items() for value in _allowed(allowed)}}
         for call in truth

@@ -75,7 +75,7 @@ def read_rows(spec: str | Path | Spec) -> Iterator[tuple[str, int, dict[str, Any
     if spec.hub:
         yield from _hub_rows(spec)
         return
-    path = split_file(spec.path, spec.split) if spec.path.is_dir() else spec.path
+    path = _file_of(spec)
     suffix = data_suffix(path)
     try:
         if suffix in (".jsonl", ".ndjson"):
@@ -99,6 +99,19 @@ def read_rows(spec: str | Path | Spec) -> Iterator[tuple[str, int, dict[str, Any
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its name and rights") from error
 
 
+def _file_of(spec: Spec) -> Path:
+    return split_file(spec.path, spec.split) if spec.path.is_dir() else spec.path
+
+
+def files_of(spec: Spec) -> list[Path] | None:
+    """Every file that `read_rows` opens for a source; None for a Hub dataset."""
+    if spec.hub:
+        return None
+    path = _file_of(spec)
+    answers = _answers_beside(path)
+    return [path] if answers is None else [path, answers]
+
+
 def data_suffix(path: Path) -> str | None:
     """The suffix that names the kind of file, with `.gz` looked through; None when it is not a known one."""
     name = path.name.lower().removesuffix(".gz")
@@ -115,10 +128,15 @@ def split_file(folder: Path, split: str | None) -> Path:
     raise UserError(f"{folder}: holds {what} for the split {wanted!r}; name the file itself, or folder@split")
 
 
+def _answers_beside(path: Path) -> Path | None:
+    beside = path.parent / "possible_answer" / path.name
+    return beside if path.name.startswith("BFCL_") and beside.is_file() else None
+
+
 def _bfcl_answers(path: Path) -> dict[str, Any]:
     """id -> ground truth from `possible_answer/` beside a BFCL question file, which is how BFCL ships them."""
-    beside = path.parent / "possible_answer" / path.name
-    if not path.name.startswith("BFCL_") or not beside.is_file():
+    beside = _answers_beside(path)
+    if beside is None:
         return {}
     rows = (row for _, row in json_lines(beside) if isinstance(row, dict))
     return {row["id"]: row["ground_truth"] for row in rows if "id" in row and "ground_truth" in row}

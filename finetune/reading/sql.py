@@ -88,7 +88,14 @@ def read_sql(
             # The user's own query has no parameters: its colons are left alone, its per cent signs are meant.
             if engine.dialect.paramstyle in ("format", "pyformat"):
                 query = query.replace("%", "%%")
-            for number, row in enumerate(connection.exec_driver_sql(query).mappings(), start=1):
+            if engine.dialect.name == "sqlite":
+                connection.exec_driver_sql("PRAGMA query_only = ON")
+            found = connection.exec_driver_sql(query)
+            names = list(found.keys())
+            if len(set(names)) < len(names):
+                twice = next(column for column in names if names.count(column) > 1)
+                raise UserError(f"{name}: the query gives the column {twice} twice; name one of them with AS")
+            for number, row in enumerate(found.mappings(), start=1):
                 yield name, number, {column: value for column, value in row.items() if value is not None}
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]

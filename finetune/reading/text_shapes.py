@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from finetune.reading.row_files import json_type
+from finetune.reading.row_files import STRICT, json_type
 
 
 class RowError(ValueError):
@@ -18,7 +18,7 @@ def as_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     try:
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise RowError(f"holds a value that JSON has no word for ({error})") from error
 
@@ -110,19 +110,21 @@ def tool_responses(content: str) -> list[str] | None:
     stripped = content.strip()
     if not (stripped.startswith("<tool_response>") and stripped.endswith("</tool_response>")):
         return None
-    blocks = re.findall(r"<tool_response>(.*?)</tool_response>\s*", stripped, re.DOTALL)
-    return [block.strip() for block in blocks]
+    block = re.compile(r"<tool_response>(.*?)</tool_response>\s*", re.DOTALL)
+    if block.sub("", stripped):
+        return None  # words between the blocks would be lost
+    return [text.strip() for text in block.findall(stripped)]
 
 
 def _json_stream(text: str, where: str) -> list[Any]:
     """JSON values one after another with white space or commas between; a single list is taken as its items."""
-    values, position, decoder = [], 0, json.JSONDecoder()
+    values, position = [], 0
     while position < len(text):
         if text[position] in " \t\r\n,":
             position += 1
             continue
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, position = STRICT.raw_decode(text, position)
         except ValueError as error:
             raise RowError(f"{where} holds functions that are no JSON ({error})") from error
         values += value if isinstance(value, list) else [value]
