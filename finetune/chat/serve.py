@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from finetune.chat.address import check_address
 from finetune.chat.reply import LiveText, unescaped
 from finetune.chat.speaker import BASE, TUNED, Speaker
 from finetune.errors import UserError
@@ -28,16 +29,9 @@ log = logging.getLogger("sandwich")
 def serve(speaker: Speaker, decoding: Decoding, host: str, port: int) -> None:
     """Serve until Ctrl-C. UserError when the packages are missing or the port is taken."""
     app = build_app(speaker, decoding)
-    import socket
-
     import uvicorn
 
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(f"{host}:{port} cannot be listened on ({error.strerror}); choose another --port") from error
+    check_address(host, port)
     models = " and ".join(speaker.sides)
     log.info("serving %s at http://%s:%s/v1 (models: %s); no password is asked; Ctrl-C ends it",
              speaker.name, host, port, models)  # fmt: skip

@@ -6,6 +6,7 @@ import logging
 import threading
 from pathlib import Path
 
+from finetune.chat.address import check_address
 from finetune.errors import UserError
 
 log = logging.getLogger("sandwich")
@@ -21,6 +22,7 @@ def serve_gguf(path: Path, host: str, port: int) -> int:
         raise UserError("serving a GGUF needs xllamacpp; run: pip install -r requirements_optional.txt") from error
     from finetune.export.llama_check import llama_server
 
+    check_address(host, port)
     with llama_server(path, context=0, host=host, port=port) as server:
         log.info("llama.cpp serves %s at %s/v1; Ctrl-C ends it", path.name, server.listening_address)
         threading.Event().wait()

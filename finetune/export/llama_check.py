@@ -52,6 +52,7 @@ def llama_server(
 
     context  tokens it has room for, 0: as many as the model
     port     0: a free one
+    UserError when llama.cpp does not take the file.
     """
     import xllamacpp
 
@@ -62,7 +63,10 @@ def llama_server(
     params.hostnames, params.port = [host], port
     if chat_template is not None:
         params.chat_template = chat_template
-    server = xllamacpp.Server(params)
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise UserError(f"llama.cpp cannot serve {path}: is it there, whole, and a model that it knows?") from error
     try:
         yield server
     finally:
