@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import shlex
 import sys
@@ -152,7 +153,8 @@ def run_all(sweep: Any, options: Any, asha_flags: argparse.Namespace | None, con
     from finetune.sweep.ray_runner import RayRunner, ray_session
     from finetune.sweep.table import LiveTable
 
-    with ray_session(options) as ray:
+    # stdout is for the sweep's folder alone; Ray prints there that a machine is gone.
+    with contextlib.redirect_stdout(sys.stderr), ray_session(options) as ray:
         asha = None
         if asha_flags is not None:
             from finetune.sweep.stopping import Asha

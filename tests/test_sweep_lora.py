@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,8 @@ def test_asha_stops_the_hopeless_and_writes_down_why(cluster, tmp_path):
     assert len(stopped) >= 2
     assert set(status.values()) == {"finished", "stopped early"}
     assert all(logged_steps(tmp_path, name)[-1] < 12 for name in stopped)
+    times = sorted((one["started"], one["ended"]) for run in sweep["runs"] for one in run["attempts"])
+    assert all(ended <= started for (_, ended), (started, _) in pairwise(times)), "each run needs all four cores"
     decisions = [json.loads(line) for line in (tmp_path / "s" / "decisions.jsonl").read_text().splitlines()]
     told, outran = ({one["run"] for one in decisions if one["decision"] == word} for word in ("stop", OUTRAN))
     assert told - outran == set(stopped)

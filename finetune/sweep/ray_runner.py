@@ -12,6 +12,7 @@ import os
 import secrets
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -116,17 +117,20 @@ def remote_attempt(task: dict[str, Any], hub: Any) -> dict[str, Any]:
     """The Ray task: an attempt whose calls go to the hub's actor."""
     import ray
 
-    def call(method: str, *arguments: Any) -> Any:
-        return ray.get(getattr(hub, method).remote(*arguments))
-
     # A name of the machine: several Ray nodes on one of them must not work in one folder.
     task = task | {"machine": ray.get_runtime_context().get_node_id()[:12]}
-    try:
-        return run_attempt(task, call)
-    except UserError as error:
-        return _lost(task, REFUSED, str(error))
-    except OSError as error:
-        return _lost(task, FAILED, f"{type(error).__name__}: {error}")
+    # Not on the task's own thread: while that waits for an answer, Ray gives the task's CPUs to another run.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+
+        def call(method: str, *arguments: Any) -> Any:
+            return thread.submit(lambda: ray.get(getattr(hub, method).remote(*arguments))).result()
+
+        try:
+            return run_attempt(task, call)
+        except UserError as error:
+            return _lost(task, REFUSED, str(error))
+        except OSError as error:
+            return _lost(task, FAILED, f"{type(error).__name__}: {error}")
 
 
 def _lost(task: dict[str, Any], outcome: str, line: str) -> dict[str, Any]:
