@@ -187,10 +187,28 @@ FOLDERS: dict[str, Callable[[], Path]] = {
 
 @cache
 def tokenizer(name: str):
-    """A real tokenizer by its name in `FOLDERS`; the same object each time, so do not change it."""
+    """A real tokenizer by its name in `FOLDERS`; the same object each time (`changed_tokenizers` watches it)."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(FOLDERS[name]())
+    made = AutoTokenizer.from_pretrained(FOLDERS[name]())
+    _SHARED[name] = (made, _state(made))
+    return made
+
+
+_SHARED: dict[str, tuple] = {}
+
+
+def _state(tokenizer) -> tuple:
+    return tokenizer.chat_template, tokenizer.special_tokens_map, len(tokenizer)
+
+
+def changed_tokenizers() -> list[str]:
+    """Names of shared tokenizers that are not as they were loaded; they are loaded anew when asked for again."""
+    changed = [name for name, (made, state) in _SHARED.items() if _state(made) != state]
+    if changed:
+        tokenizer.cache_clear()
+        _SHARED.clear()
+    return changed
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -17,8 +18,9 @@ def save_final_model(experiment: Experiment, model: Any, tokenizer: Any, fmt: An
     aside = experiment.folder / f".{FINAL}.part"
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(str(aside), safe_serialization=True)
-    tokenizer.chat_template = fmt.pinned_template()
-    tokenizer.save_pretrained(str(aside))
+    saved = copy.copy(tokenizer)  # the caller's tokenizer keeps its own template
+    saved.chat_template = fmt.pinned_template()
+    saved.save_pretrained(str(aside))
     generation_config(model, end_of_turn_ids).save_pretrained(str(aside))
     (aside / "README.md").write_text(model_card(experiment), encoding="utf-8")
     if target.exists():  # a resumed run that had finished before
