@@ -6,15 +6,17 @@ tokenizer and any template. Splitting special tokens in the tokenizer would not 
 
 from __future__ import annotations
 
+import json
 import re
-import weakref
 from functools import lru_cache
 from typing import Any
 
 from formats.base import Format, FormatError, place
-from formats.tokens import added_tokens
+from formats.rendering import KnownTools
+from formats.tokens import Tokens, added_tokens, tokens_of
 
 MARK = "\u200b"
+SEEN_TOOLS = 1_000  # lists of tools whose neutralised copy is kept
 
 # Vocabulary entries of some tokenizers (Gemma) that are ordinary mark-up, not control: a user's HTML stays as it is.
 _HTML = frozenset(
@@ -41,18 +43,42 @@ class Escaper:
         self.assistant = _pattern(tuple(sorted(control | set(fmt.call_markers))))
         marked = tuple(sorted(text[0] + MARK + text[1:] for text in control | set(fmt.call_markers)))
         self.marked = _pattern(marked)
+        self._seen: dict[str, tuple[KnownTools, list[str]]] = {}
         self.keep_reasoning = fmt.reasoning or "</think>" in control
         self.lone_end = fmt.reasoning
 
     def conversation(self, messages: list[dict], tools: list[dict]) -> tuple[list[dict], list[dict], list[str]]:
-        """(messages, tools, what was neutralised: "message 4 (user): <|eot_id|>"); the input is not changed."""
+        """(messages, tools, what was neutralised: "message 4 (user): <|eot_id|>"); the input is not changed.
+
+        The tools may be shared with other conversations: never change them in place.
+        """
         found: list[str] = []
         out = [self._message(message, index, found) for index, message in enumerate(messages)]
-        for index, tool in enumerate(tools or []):
-            if _holds(tool, self.everywhere):
-                tools = list(tools) if tools[index] is tool else tools
-                tools[index] = self._deep(tool, self.everywhere, f"tool {index + 1}", found)
-        return out, tools, found
+        tools, in_tools = self._known_tools(tools)
+        return out, tools, found + in_tools
+
+    def _known_tools(self, tools: list[dict]) -> tuple[list[dict], list[str]]:
+        """(tools, what was neutralised in them); tools repeat row after row, so their JSON leads to those seen before.
+
+        The result is a copy of its own: a caller who changes tools in place gets the changed ones next time.
+        """
+        if not tools:
+            return tools, []
+        try:
+            text = json.dumps(tools, ensure_ascii=False)
+        except (TypeError, ValueError):  # objects of Python that some template may know how to print
+            return self._escaped_tools(tools)
+        if text not in self._seen:
+            if len(self._seen) >= SEEN_TOOLS:
+                self._seen.clear()
+            escaped, found = self._escaped_tools(json.loads(text))
+            self._seen[text] = KnownTools(escaped, text), found
+        return self._seen[text]
+
+    def _escaped_tools(self, tools: list[dict]) -> tuple[list[dict], list[str]]:
+        found: list[str] = []
+        tools = [self._deep(tool, self.everywhere, f"tool {n}", found) for n, tool in enumerate(tools, start=1)]
+        return tools, found
 
     def undo(self, value: Any) -> Any:
         """`value` with the marks inside control strings removed; other zero-width spaces stay."""
@@ -133,26 +159,32 @@ def _holds(value: Any, pattern: re.Pattern) -> bool:
     return False
 
 
-_KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple, Escaper]] = weakref.WeakKeyDictionary()
-
-
-def escaper_of(tokenizer: Any, fmt: Format) -> Escaper:
-    key = (fmt.control_tokens, fmt.call_markers, fmt.reasoning, len(tokenizer))
-    known = _KNOWN.setdefault(tokenizer, {})
+def escaper_of(tokens: Tokens, fmt: Format) -> Escaper:
+    key = (fmt.control_tokens, fmt.call_markers, fmt.reasoning)
+    known = tokens.escapers
     if key not in known:
-        known[key] = Escaper(tokenizer, fmt)
+        known[key] = Escaper(tokens.tokenizer, fmt)
     return known[key]
 
 
 def escape_conversation(
-    messages: list[dict], tools: list[dict], tokenizer: Any, fmt: Format, control_tokens: str = "escape"
+    messages: list[dict],
+    tools: list[dict],
+    tokenizer: Any,
+    fmt: Format,
+    control_tokens: str = "escape",
+    *,
+    tokens: Tokens | None = None,
 ) -> tuple[list[dict], list[dict], list[str]]:
-    """(messages, tools, findings) under the policy `escape`, `error` (raises FormatError at the first) or `allow`."""
+    """(messages, tools, findings) under the policy `escape`, `error` (raises FormatError at the first) or `allow`.
+
+    tokens: `tokens_of(tokenizer)` where the caller has it at hand; finding it takes longer than most messages do.
+    """
     if control_tokens == "allow":
         return messages, tools, []
     if control_tokens not in ("escape", "error"):
         raise FormatError(f"control_tokens must be escape, error or allow, not {control_tokens!r}")
-    messages, tools, found = escaper_of(tokenizer, fmt).conversation(messages, tools)
+    messages, tools, found = escaper_of(tokens or tokens_of(tokenizer), fmt).conversation(messages, tools)
     if found and control_tokens == "error":
         raise FormatError(f"control token in {found[0]}; use --control_tokens escape to train it as text")
     return messages, tools, found
@@ -163,4 +195,4 @@ def unescape(value: Any, tokenizer: Any, fmt: Format) -> Any:
 
     Use it on what is shown or executed; a text that is put back into a conversation is escaped again there.
     """
-    return escaper_of(tokenizer, fmt).undo(value)
+    return escaper_of(tokens_of(tokenizer), fmt).undo(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 from typing import Any
 
 from formats.base import Format, call_of, place, render_messages, split_reasoning
@@ -85,12 +86,16 @@ def _leaves(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-_NOISE = re.compile(r"[\s\\\"']+|&#\d+;")
+_ENTITY = re.compile(r"&#\d+;")
 
 
+@lru_cache(maxsize=64)
 def _bare(text: str) -> str:
     """Text without white space, quotes and backslashes: equal for a string and its JSON spelling."""
-    return _NOISE.sub("", text.replace("\\n", "").replace("\\t", "").replace("\\r", ""))
+    text = text.replace("\\n", "").replace("\\t", "").replace("\\r", "")
+    if "&#" in text:
+        text = _ENTITY.sub("", text)
+    return "".join(text.split()).replace('"', "").replace("'", "").replace("\\", "")
 
 
 def _holds(text: str, content: str) -> bool:
@@ -116,9 +121,7 @@ def lost_in_prompt(messages: list[dict], tools: list[dict], prompt: str, fmt: Fo
     shape = tuple(
         (message["role"], bool(message["content"].strip()), len(message.get("tool_calls", []))) for message in messages
     )
-    # `native` renders with the tokenizer's own template, which two tokenizers of one class need not share.
-    own = str(getattr(tokenizer, "chat_template", None))
-    key = (fmt.template, tuple(fmt.template_kwargs.items()), shape, bool(tools), tokenizer.__class__, own)
+    key = (fmt.template, tuple(fmt.template_kwargs.items()), shape, bool(tools), tokenizer.__class__)
     if key not in _PROBED:
         if len(_PROBED) > 20_000:
             _PROBED.clear()

@@ -74,11 +74,11 @@ def encode(
     if train_on not in ("all", "last"):
         raise FormatError(f"train_on must be all or last, not {train_on!r}")
     tokens = tokens_of(tokenizer)
-    ends = _end_ids(tokenizer, fmt)
+    ends = _end_ids(tokens, fmt)
     try:
         messages = clean_messages(conversation["messages"], fmt)
         tools = list(conversation.get("tools") or [])
-        messages, tools, found = escape_conversation(messages, tools, tokenizer, fmt, control_tokens)
+        messages, tools, found = escape_conversation(messages, tools, tokenizer, fmt, control_tokens, tokens=tokens)
     except FormatError as error:
         return Encoded("refused", str(error))
     turns = _trained_turns(conversation["messages"], train_on)
@@ -86,10 +86,8 @@ def encode(
         return Encoded("refused", "no assistant message to train", escaped=len(found))
     warnings: list[str] = []
     try:
-        with JsonOnce():
-            sequences = _sequences(messages, tools, turns, tokens, fmt, ends, warnings)
-        if control_tokens == "escape":
-            _check_control_ids(sequences, tokens)
+        with JsonOnce(tools):
+            sequences = _sequences(messages, tools, turns, tokens, fmt, ends, warnings, control_tokens == "escape")
     except _Refusal as refusal:
         return Encoded("refused", str(refusal), escaped=len(found))
     status = "ok" if len(sequences) == 1 else "split"
@@ -121,12 +119,11 @@ def encode_prompt(
     return list(tokens_of(tokenizer).ids(text))
 
 
-def _end_ids(tokenizer: Any, fmt: Format) -> set[int]:
-    key = (fmt.name, fmt.end_of_turn, fmt.control_tokens, len(tokenizer))
-    known = tokens_of(tokenizer).end_ids
-    if key not in known:
-        known[key] = set(check_tokenizer(tokenizer, fmt))
-    return known[key]
+def _end_ids(tokens: Tokens, fmt: Format) -> set[int]:
+    key = (fmt.name, fmt.end_of_turn, fmt.tokens)
+    if key not in tokens.end_ids:
+        tokens.end_ids[key] = set(check_tokenizer(tokens.tokenizer, fmt))
+    return tokens.end_ids[key]
 
 
 def _trained_turns(messages: list[dict[str, Any]], train_on: str) -> list[int]:
@@ -144,19 +141,22 @@ def _sequences(
     fmt: Format,
     ends: set[int],
     warnings: list[str],
+    spelled: bool,
 ) -> list[Sequence]:
+    """With `spelled` a control token that no text spells refuses the row: no content may have become one."""
     sequences: list[Sequence] = []
     placed = None  # the open sequence's tokens and their places in its text
     last, served = -1, fmt
-    texts = [_turn(messages, tools, index, tokens.tokenizer, fmt, warnings) for index in turns]
-    tokens.warm([prompt + completion for prompt, completion, _ in texts])
-    for index, (prompt, completion, kwargs) in zip(turns, texts, strict=True):
-        prompt_tokens = tokens.tokenized(prompt)
+    for index in turns:
+        prompt, upto, completion, kwargs = _turn(messages, tools, index, tokens.tokenizer, fmt, warnings)
+        prompt_tokens = tokens.tokenized(prompt, placed)
         whole = tokens.continued(prompt, completion, prompt_tokens)
         prompt_ids = prompt_tokens.ids
         answer_ids = whole.ids[len(prompt_ids) :]
         if not answer_ids or answer_ids[-1] not in ends:
             raise _Refusal(f"{place(index, 'assistant')}: its last token is not the end of the turn")
+        if spelled and whole.stray:
+            raise _Refusal(f"a content turns into the control token {whole.stray[0]} although it does not spell it")
         done = sequences[-1] if sequences else None
         if done is not None and prompt_ids[: len(done.input_ids)] == done.input_ids:
             labels = done.labels + [IGNORED] * (len(prompt_ids) - len(done.labels))
@@ -172,34 +172,37 @@ def _sequences(
         placed = whole
         last, served = index, fmt.with_kwargs(**kwargs) if kwargs else fmt
     done = sequences[-1]
-    placed, last = _append_tail(done, placed, last, messages, tools, tokens, served)
+    text = upto if last == len(messages) - 1 else _all(messages, tools, tokens.tokenizer, served)
+    placed, last = _append_tail(done, placed, last, text, tokens, len(messages))
+    if spelled and placed.stray:
+        raise _Refusal(f"a content turns into the control token {placed.stray[0]} although it does not spell it")
     done.roles = token_roles(done.text, placed, messages[: last + 1], tools, served, tokens.tokenizer)
     return sequences
 
 
 def _append_tail(
-    sequence: Sequence,
-    placed: Tokenized,
-    last: int,
-    messages: list[dict],
-    tools: list[dict],
-    tokens: Tokens,
-    fmt: Format,
+    sequence: Sequence, placed: Tokenized, last: int, text: str | None, tokens: Tokens, count: int
 ) -> tuple[Tokenized, int]:
-    """Add, untrained, what the whole conversation's text has behind the last trained turn (a newline, later turns)."""
-    try:
-        text = render_messages(messages, tools, fmt, tokens.tokenizer)
-    except Exception:  # what cannot be rendered behind the last trained turn is not needed
+    """Add, untrained, what the whole conversation's text has behind the last trained turn (a newline, later turns).
+
+    Returns the tokens and the number of the last of its `count` messages that the sequence now holds.
+    """
+    if text is None or text == sequence.text or not text.startswith(sequence.text):
         return placed, last
-    if text == sequence.text or not text.startswith(sequence.text):
-        return placed, last
-    whole = tokens.tokenized(text)
+    whole = tokens.tokenized(text, placed)
     if whole.ids[: len(sequence.input_ids)] != sequence.input_ids:
         return placed, last
     sequence.text = text
     sequence.labels = sequence.labels + [IGNORED] * (len(whole.ids) - len(sequence.labels))
     sequence.input_ids = whole.ids
-    return whole, len(messages) - 1
+    return whole, count - 1
+
+
+def _all(messages: list[dict], tools: list[dict], tokenizer: Any, fmt: Format) -> str | None:
+    try:
+        return render_messages(messages, tools, fmt, tokenizer)
+    except Exception:  # what cannot be rendered behind the last trained turn is not needed
+        return None
 
 
 def _prompt(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any, **kwargs: Any) -> str:
@@ -217,8 +220,11 @@ def _prompt(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any
 
 def _turn(
     messages: list[dict], tools: list[dict], index: int, tokenizer: Any, fmt: Format, warnings: list[str]
-) -> tuple[str, str, dict[str, Any]]:
-    """(prompt, completion, variables) of the assistant turn at `index`; raises _Refusal when it cannot be trained."""
+) -> tuple[str, str, str, dict[str, Any]]:
+    """(prompt, upto, completion, variables) of the assistant turn at `index`.
+
+    Raises _Refusal when it cannot be trained.
+    """
     where = place(index, "assistant")
     answer = messages[index]
     problem = ""
@@ -245,7 +251,7 @@ def _turn(
             raise _Refusal(lost)
         if note:
             warnings.append(f"{where}: {note}")
-        return prompt, completion, kwargs
+        return prompt, upto, completion, kwargs
     raise _Refusal(problem)
 
 
@@ -255,10 +261,3 @@ def _thinking_modes(answer: dict, fmt: Format) -> list[dict[str, Any]]:
         return [{}]
     reasons = bool(answer.get("reasoning_content")) or "</think>" in answer["content"]
     return [{fmt.thinking: True}] if reasons else [{}, {fmt.thinking: True}]
-
-
-def _check_control_ids(sequences: list[Sequence], tokens: Tokens) -> None:
-    """No content may have become a control token: each one in the ids is spelled in the text by the template."""
-    for sequence in sequences:
-        if stray := tokens.stray_control_ids(sequence.text, sequence.input_ids):
-            raise _Refusal(f"a content turns into the control token {stray[0]} although it does not spell it")

@@ -36,6 +36,8 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
     added = added_tokens(tokenizer)
     control = tuple(text for text in ("[INST]", "[/INST]", "<tool_response>", "</tool_response>") if text in template)
     parser, markers, parse, untyped = _call_style(tokenizer, kwargs, ends)
+    if _wants_ids_of_nine(tokenizer, kwargs):
+        fmt = replace(fmt, prepare=mistral.prepare)
     return replace(
         fmt,
         template=template,
@@ -95,6 +97,19 @@ def _call_style(tokenizer: Any, kwargs: dict[str, Any], ends: tuple[str, ...]) -
         if fmt.read_calls(written).tool_calls == [{"name": "fq0zk", "arguments": arguments}]:
             return fmt.vllm_parser, fmt.call_markers, fmt.read_calls, fmt.untyped
     return None, (), None, False
+
+
+def _wants_ids_of_nine(tokenizer: Any, kwargs: dict[str, Any]) -> bool:
+    """Mistral's own templates raise for a call whose id has not nine characters, and for one without an id."""
+    calls = [
+        {"type": "function", "id": name, "function": {"name": "fq0zk", "arguments": {}}}
+        for name in ("callid000", "call_1", "call_0123456789")
+    ]
+    texts = [
+        own_text(tokenizer, [USER, {"role": "assistant", "content": "", "tool_calls": [call]}], **kwargs)
+        for call in calls
+    ]
+    return texts[0] is not None and texts[1:] == [None, None]
 
 
 FORMAT = Format("native", "", (), adapt=adapt)

@@ -1,9 +1,10 @@
 """Rendering through `apply_chat_template`'s own rules, without writing the same JSON over and over.
 
-A conversation is rendered twice for every answer, and each time a template writes all tools as JSON again: most of the
-time a rendering takes. Here the template is compiled with the very settings of Transformers, and while a
-`JsonOnce` is in force every object is written once. The first renderings of every template are compared with
-`apply_chat_template`; a template or tokenizer for which one differs is rendered by that call alone from then on.
+A conversation is rendered twice for every answer, and each time a template writes all tools as JSON again. Here the
+template is compiled with the very settings of Transformers, while a `JsonOnce` is in force every object is written
+once, and `KnownTools` keep their JSON from one conversation to the next. The first renderings of every template are
+compared with `apply_chat_template`; a template or tokenizer for which one differs is rendered by that call alone from
+then on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import weakref
 from contextvars import ContextVar
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 PROOFS = 16  # renderings of every template that are compared
@@ -19,14 +21,37 @@ PROOFS = 16  # renderings of every template that are compared
 _WRITTEN: ContextVar[dict[tuple, tuple[str, Any]] | None] = ContextVar("written", default=None)
 
 
+class KnownTools(list):
+    """Tools shared by all conversations that carry the same ones; never changed.
+
+    text      their JSON, which tells them from others
+    written   what templates wrote of them, filled by the first conversation
+    """
+
+    def __init__(self, tools: list[dict], text: str) -> None:
+        super().__init__(tools)
+        self.text = text
+        self.written: dict[tuple, tuple[str, Any]] = {}
+
+
 class JsonOnce:
     """While this context is open nobody changes messages and tools, so the JSON of an object stays what it is."""
 
+    def __init__(self, tools: list[dict]) -> None:
+        self._tools = tools if isinstance(tools, KnownTools) else None
+
     def __enter__(self) -> None:
-        self._token = _WRITTEN.set({})
+        self._written = dict(self._tools.written) if self._tools is not None else {}
+        self._token = _WRITTEN.set(self._written)
 
     def __exit__(self, *_: Any) -> None:
         _WRITTEN.reset(self._token)
+        if self._tools is not None and not self._tools.written:
+            own = {id(self._tools)}
+            for tool in self._tools:
+                own |= {id(tool), *map(id, tool.values())}
+            kept = {key: entry for key, entry in self._written.items() if id(entry[1]) in own}
+            self._tools.written.update(kept)
 
 
 def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
@@ -34,7 +59,7 @@ def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_k
     written = _WRITTEN.get()
     if written is None or not isinstance(value, (dict, list)):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    key = (id(value), repr((ensure_ascii, indent, separators, sort_keys)))
+    key = (id(value), ensure_ascii, indent, separators and tuple(separators), sort_keys)
     if key not in written:
         text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
         written[key] = (text, value)  # the object is kept, so that no other one gets its id
@@ -57,12 +82,41 @@ class _Compiled:
         self.template = _compile(template) if usual else None
 
 
+@cache
+def _environment_class() -> type:
+    from jinja2.runtime import LoopContext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    of_dicts = frozenset(dir(dict))
+    plain = frozenset((str, int, float, bool, dict, list, tuple))
+
+    class Environment(ImmutableSandboxedEnvironment):
+        """The sandbox, with a short way for what chat templates do thousands of times: `message.role`, `loop.first`.
+
+        Everything else goes the sandbox's own way; the short way gives what that one would.
+        """
+
+        def getattr(self, obj: Any, attribute: str) -> Any:
+            kind = type(obj)
+            if kind is dict:
+                # No attribute of a dict has this name, so the sandbox would look for a key.
+                if attribute in obj and attribute not in of_dicts:
+                    return obj[attribute]
+            elif (kind is Namespace or kind is LoopContext) and not attribute.startswith("_"):
+                value = getattr(obj, attribute, None)
+                if type(value) in plain:  # no method that the sandbox would have to wrap
+                    return value
+            return super().getattr(obj, attribute)
+
+    return Environment
+
+
 def _compile(template: str) -> Any:
     from jinja2.exceptions import TemplateError
     from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = _environment_class()(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

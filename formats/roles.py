@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from formats.base import Format, render_messages
+from formats.rendering import KnownTools
 from formats.tokens import Tokenized
 
 
@@ -94,7 +95,8 @@ def _skeleton(
         (message["role"], bool(message["content"]), _is_number(message), *(message.get(name) for name in read))
         for message in messages
     )
-    key = (fmt.template, str(fmt.template_kwargs), shape, json.dumps(tools), type(tokenizer))
+    schemas = tools.text if isinstance(tools, KnownTools) else json.dumps(tools)
+    key = (fmt.template, str(fmt.template_kwargs), shape, schemas, type(tokenizer))
     if key not in _SKELETONS:
         if len(_SKELETONS) > 5_000:
             _SKELETONS.clear()

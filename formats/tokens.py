@@ -23,39 +23,65 @@ PROOFS = 32  # the first texts of every tokenizer are also tokenised whole and c
 
 
 class Piece(NamedTuple):
-    """Ids and first characters of the tokens of one piece of text."""
+    """Ids and first characters of the tokens of one piece of text.
+
+    `stray` are control tokens among them that the text does not spell (a normaliser made them).
+    """
 
     ids: list[int]
     starts: list[int]
+    stray: list[str]
 
 
 class Tokenized:
     """Ids of a text, and where its tokens begin, without a list of all their positions."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: str) -> None:
+        self.text = text
         self.ids: list[int] = []
+        self.stray: list[str] = []
         self._offsets: list[int] = []  # first character of each piece
         self._firsts: list[int] = []  # number of its first token
-        self._starts: list[list[int]] = []  # of its tokens, counted from the piece's first character
+        self._pieces: list[Piece] = []
+
+    def __len__(self) -> int:
+        return len(self._pieces)
 
     def add(self, offset: int, piece: Piece) -> None:
         """Append a piece that begins at character `offset`."""
         self._offsets.append(offset)
         self._firsts.append(len(self.ids))
-        self._starts.append(piece.starts)
+        self._pieces.append(piece)
         self.ids += piece.ids
+        self.stray += piece.stray
+
+    def take(self, other: Tokenized, characters: int) -> int:
+        """Take over the pieces of `other` that end before its first `characters` do; returns where the next begins.
+
+        `characters` are those that the two texts begin with alike, less the length of the longest anchor, so that
+        both texts are cut alike.
+        """
+        count = max(0, bisect_right(other._offsets, characters) - 1)
+        if not count:
+            return 0
+        self.ids = other.ids[: other._firsts[count]]
+        self._offsets, self._firsts = other._offsets[:count], other._firsts[:count]
+        self._pieces = other._pieces[:count]
+        if other.stray:
+            self.stray = [name for piece in self._pieces for name in piece.stray]
+        return other._offsets[count]
 
     def start(self, number: int) -> int:
         """The position of the first character of a token."""
         at = bisect_right(self._firsts, number) - 1
-        return self._offsets[at] + self._starts[at][number - self._firsts[at]]
+        return self._offsets[at] + self._pieces[at].starts[number - self._firsts[at]]
 
     def before(self, character: int) -> int:
         """How many tokens begin in front of the character at this position."""
         at = bisect_right(self._offsets, character) - 1
         if at < 0:
             return 0
-        return self._firsts[at] + bisect_left(self._starts[at], character - self._offsets[at])
+        return self._firsts[at] + bisect_left(self._pieces[at].starts, character - self._offsets[at])
 
 
 class Tokens:
@@ -66,9 +92,11 @@ class Tokens:
         self.added = added_tokens(tokenizer)
         self.anchors = _anchors(tokenizer) if getattr(tokenizer, "is_fast", False) else []
         self._cut = re.compile("|".join(map(re.escape, self.anchors))) if self.anchors else None
+        self._longest = max(map(len, self.anchors), default=0)
         control = sorted(self.added, key=len, reverse=True)
         self._names = {number: token for token, number in self.added.items()}
         self.end_ids: dict[tuple, set[int]] = {}  # what `check_tokenizer` found, by format
+        self.escapers: dict[tuple, Any] = {}  # of formats.escape, by format
         self._control = re.compile("|".join(map(re.escape, control))) if control else None
         self._cache: OrderedDict[str, Piece] = OrderedDict()
         self._characters = 0
@@ -77,22 +105,27 @@ class Tokens:
     def ids(self, text: str) -> list[int]:
         return self.tokenized(text).ids
 
-    def tokenized(self, text: str) -> Tokenized:
-        """The tokens of a text, as the tokenizer gives them for the whole of it."""
-        pieces = self._pieces(text)
+    def tokenized(self, text: str, known: Tokenized | None = None) -> Tokenized:
+        """The tokens of a text, as the tokenizer gives them for the whole of it.
+
+        What `text` has in common with the beginning of `known` is taken from there.
+        """
+        result = Tokenized(text)
+        offset = 0
+        if known is not None and self._cut is not None:
+            offset = result.take(known, _common_prefix(known.text, text) - self._longest)
+        pieces = self._pieces(text, offset)
         missing = list(dict.fromkeys(piece for piece in pieces if piece not in self._cache))
         fresh = dict(zip(missing, self._tokenize(missing), strict=True)) if missing else {}
-        result = Tokenized()
-        offset = 0
         for piece in pieces:
-            if (known := fresh.get(piece)) is None:
-                known = self._cache[piece]
+            if (made := fresh.get(piece)) is None:
+                made = self._cache[piece]
                 self._cache.move_to_end(piece)
-            result.add(offset, known)
+            result.add(offset, made)
             offset += len(piece)
-        for piece, known in fresh.items():
-            self._remember(piece, known)
-        if self._proofs and self._cut and len(pieces) > 1:
+        for piece, made in fresh.items():
+            self._remember(piece, made)
+        if self._proofs and self._cut and len(result) > 1:
             self._proofs -= 1
             whole = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if whole != result.ids:
@@ -102,21 +135,12 @@ class Tokens:
                 return self.tokenized(text)
         return result
 
-    def _pieces(self, text: str) -> list[str]:
-        """`text` cut in front of every anchor."""
+    def _pieces(self, text: str, start: int = 0) -> list[str]:
+        """`text` from `start` on, cut in front of every anchor."""
         if self._cut is None:
             return [text]
-        cuts = [match.start() for match in self._cut.finditer(text)]
-        return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True) if a < b]
-
-    def warm(self, texts: list[str]) -> None:
-        """Tokenise all new pieces of `texts` in one call; many small calls cost more than the tokenising."""
-        if self._cut:
-            pieces = dict.fromkeys(piece for text in texts for piece in self._pieces(text))
-            missing = [piece for piece in pieces if piece not in self._cache]
-            if missing:
-                for piece, known in zip(missing, self._tokenize(missing), strict=True):
-                    self._remember(piece, known)
+        cuts = [match.start() for match in self._cut.finditer(text, start)]
+        return [text[a:b] for a, b in zip([start, *cuts], [*cuts, len(text)], strict=True) if a < b]
 
     def continued(self, prompt: str, text: str, prompt_tokens: Tokenized) -> Tokenized:
         """The tokens of `prompt` and behind them those of `text` as it is generated.
@@ -124,7 +148,7 @@ class Tokens:
         The tokens of the joined text where the prompt's own tokens are left alone, else the tokens of `text` by
         itself: a model can only add tokens behind the prompt's.
         """
-        joined = self.tokenized(prompt + text)
+        joined = self.tokenized(prompt + text, prompt_tokens)
         count = len(prompt_tokens.ids)
         if joined.ids[:count] == prompt_tokens.ids:
             return joined
@@ -134,25 +158,33 @@ class Tokens:
         skipped = 1 if anchor else 0
         starts = [alone.start(number) - len(anchor) for number in range(skipped, len(alone.ids))]
         result = self.tokenized(prompt)
-        result.add(len(prompt), Piece(alone.ids[skipped:], starts))
+        result.text = ""  # not cut as a text is: no other one may take over these pieces
+        result.add(len(prompt), Piece(alone.ids[skipped:], starts, alone.stray))
         return result
-
-    def stray_control_ids(self, text: str, ids: list[int]) -> list[str]:
-        """Control tokens that stand in `ids` without being spelled in `text` (a normaliser made them)."""
-        if self._control is None:
-            return []
-        spelled = {self.added[match] for match in set(self._control.findall(text))}
-        return [self._names[number] for number in set(ids) & self._names.keys() - spelled]
 
     def _tokenize(self, texts: list[str]) -> list[Piece]:
         if not getattr(self.tokenizer, "is_fast", False):
             lists = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-            return [Piece(ids, [0] * len(ids)) for ids in lists]
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+            return [Piece(ids, [0] * len(ids), self._stray(text, ids)) for text, ids in zip(texts, lists, strict=True)]
+        backend = self.tokenizer.backend_tokenizer
+        plain = backend.padding is None and backend.truncation is None and not backend.encode_special_tokens
+        if self._cut and plain:  # what the call below comes to, without its 50 microseconds
+            found = [(made.ids, made.offsets) for made in backend.encode_batch(texts, add_special_tokens=False)]
+        else:
+            encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+            found = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
         return [
-            Piece(ids, [start for start, _ in offsets])
-            for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            Piece(ids, [start for start, _ in offsets], self._stray(text, ids))
+            for text, (ids, offsets) in zip(texts, found, strict=True)
         ]
+
+    def _stray(self, text: str, ids: list[int]) -> list[str]:
+        """Control tokens that stand more often in `ids` than `text` spells them."""
+        made = set(ids) & self._names.keys()
+        if not made:
+            return []
+        spelled = self._control.findall(text)
+        return [self._names[number] for number in made if ids.count(number) > spelled.count(self._names[number])]
 
     def _remember(self, piece: str, known: Piece) -> None:
         self._cache[piece] = known
@@ -160,6 +192,18 @@ class Tokens:
         while len(self._cache) > CACHED_PIECES or self._characters > CACHED_CHARACTERS:
             old, _ = self._cache.popitem(last=False)
             self._characters -= len(old)
+
+
+def _common_prefix(one: str, two: str) -> int:
+    """How many characters two texts begin with alike."""
+    low, high = 0, min(len(one), len(two))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == two[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 _KNOWN: weakref.WeakKeyDictionary[Any, tuple[int, Tokens]] = weakref.WeakKeyDictionary()

@@ -30,9 +30,12 @@ def exact_calls(calls: list[dict]) -> str:
 def served_prompts(
     row: dict, tokenizer: Any, fmt: Format, control_tokens: str = "escape"
 ) -> dict[int, list[list[int]]]:
-    """Ids a server gets before each assistant turn, through Transformers alone; with thinking off and on."""
+    """Ids a server gets before each assistant turn, through Transformers alone; with thinking off and on.
+
+    It is fed what training was: escaped contents, and ids that the template takes.
+    """
     messages, tools, _ = escape_conversation(
-        clean_messages(row["messages"]), row["tools"], tokenizer, fmt, control_tokens
+        clean_messages(row["messages"], fmt), row["tools"], tokenizer, fmt, control_tokens
     )
     modes = [{}] if fmt.thinking is None else [{}, {fmt.thinking: True}]
     prompts = {}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from formats import FormatError, encode, encode_prompt, get_format
+from formats.base import clean_messages
 from tests import parts
 from tests.formats.cases import CLOCK, ROWS, WEATHER, calls, result, row, says, user
-from tests.formats.checks import spans
+from tests.formats.checks import assert_exact, spans
 
 
 def test_exact_ids_and_labels_of_the_described_call_format():
@@ -127,3 +128,22 @@ def test_roles_do_not_depend_on_the_ids_of_an_earlier_row(vocabulary):
         for sequence in encode(made, tokenizer, fmt).sequences:
             pairs = zip(sequence.roles, sequence.labels, strict=True)
             assert {role for role, label in pairs if label != -100} == {"assistant"}
+
+
+@pytest.mark.parametrize("vocabulary", ["mistral-v3", "mistral-v7", "mistral-tekken"])
+def test_native_mistral_gets_ids_of_nine_characters_and_serves_the_same(vocabulary):
+    tokenizer = parts.tokenizer(vocabulary)
+    fmt = get_format("native", tokenizer)
+    made = row(user("t?"), calls(("clock", {"zone": "UTC"})), result('{"v": 1}'), says("One."), tools=(CLOCK,))
+    made["messages"][1]["tool_calls"][0]["id"] = made["messages"][2]["tool_call_id"] = "call_0123456789abcdef"
+    encoded = encode(made, tokenizer, fmt)
+    assert encoded.status != "refused", encoded.reason
+    assert_exact(made, encoded, tokenizer, fmt)
+    with pytest.raises(Exception, match="9"):  # what the template says of the ids as they came
+        tokenizer.apply_chat_template(made["messages"], tools=made["tools"])
+    ids = {call["id"] for m in clean_messages(made["messages"], fmt) for call in m.get("tool_calls", [])}
+    assert len(ids) == 1 and all(name in encoded.sequences[-1].text for name in ids)
+
+
+def test_native_templates_that_take_any_id_keep_it():
+    assert get_format("native", parts.tokenizer("qwen2.5")).prepare is None
