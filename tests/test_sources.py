@@ -150,6 +150,7 @@ def test_json_columns_written_by_the_datasets_library_are_exact(tmp_path):
         ("r.csv", b"a,b\r1,2\r", "is no CSV"),
         ("r.csv", "prompt\tcompletion\n".encode("utf-16"), "not UTF-8"),
         ("r.json", b"", "is not JSON"),
+        ("r.json", b'{"train": [{"prompt": "q"}], "test": [{"prompt": "q"}]}', "several lists of objects"),
         ("r.json", "[]".encode("utf-16"), "not UTF-8"),
         ("r.txt", b"x", "unknown kind of file"),
     ],

@@ -118,8 +118,16 @@ def json_document(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
             return
         raise UserError(f"{path}: is not JSON: {_reason(error)}; mend it, or convert it to JSON Lines") from error
     if isinstance(rows, dict):
-        inner = [value for key, value in rows.items() if key in ("data", "rows", "train", "examples")]
-        rows = inner[0] if len(inner) == 1 and isinstance(inner[0], list) else [rows]
+        named = [key for key in rows if key in ("data", "rows", "train", "examples") and isinstance(rows[key], list)]
+        others = [
+            key for key, value in rows.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
+        if named and set(others) - set(named[:1]):
+            raise UserError(
+                f"{path}: holds several lists of objects ({', '.join(dict.fromkeys(named + others))}); "
+                "write the rows of each into a file of its own"
+            )
+        rows = rows[named[0]] if named else [rows]
     if not isinstance(rows, list):
         raise UserError(f"{path}: holds a JSON {json_type(rows)}; give an array of rows or JSON Lines")
     for number, row in enumerate(rows, start=1):
