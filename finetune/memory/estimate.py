@@ -27,12 +27,12 @@ LOSS_COPIES = 2
 # Fixed costs in bytes. PROCESS: Python, torch, Unsloth and TRL before the first weight, resident on a CPU (measured,
 # benchmarks/memory.py). CONTEXT: the CUDA context with cuBLAS's workspace (not measured by us: nvidia-smi shows 0.4 to
 # 0.6 GB on cards from Ampere on). UNSLOTH_OFFLOAD_FROM: smaller tensors stay on the card (unsloth_zoo 2026.10.9).
-PROCESS = 0.9e9
+PROCESS = 0.7e9
 CONTEXT = 0.55e9
 UNSLOTH_OFFLOAD_FROM = 2 * 1024 * 1024
 # Share of activations, loss and workspace that the allocator holds on top of what is in use: fragments of blocks of
 # changing sizes. CPU: fitted to the recorded measurements. CUDA: an assumption until one is measured.
-SLACK = {"cpu": 0.4, "cuda": 0.08}
+SLACK = {"cpu": 0.45, "cuda": 0.08}
 
 # Bytes of optimizer state per trained number, for tensors that are large enough to be kept in 8 bits.
 _EIGHT_BIT = 2 + 2 * 4 / OPTIM_BLOCK
