@@ -216,8 +216,8 @@ def runs_attention(model):
 # --- against measurements ---------------------------------------------------------------------------------------------
 
 RECORDS = [r for path in sorted(RESULTS.glob("*memory_*.json")) for r in json.loads(path.read_text(encoding="utf-8"))]
-# On a CPU the slack and the process were fitted to these records (docs/memory.md), so there they guard against drift; a GPU
-# has not been measured, its 10% is the target.
+# On a CPU the slack and the process were fitted to these records (docs/memory.md), so there they guard against drift; a
+# GPU has not been measured, its 10% is the target.
 TOLERANCE = {"cpu": 0.10, "cuda": 0.10}
 
 
