@@ -69,7 +69,7 @@ demo: install  ## fine-tune the bundled 135M model to call tools, draw its curve
 
 # Two files at a time, each on one thread: most tests are Python and imports, not matrix products.
 test: install-test  ## the test suite, in the same environment plus test tools
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS)
 
 test-slow: install-test  ## the tests that kill machines and processes of real clusters (minutes each)
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)

@@ -168,7 +168,9 @@ def monitor(args: argparse.Namespace) -> int:
     from finetune.memory.devices import NoDriver, open_driver
     from finetune.memory.watch import CardLog, draw, read_log, watch
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGINT too: a shell that starts a program in the background has it ignored.
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in stops]
     try:
         with open_driver() as driver:
             if not driver.cards():
@@ -179,7 +181,8 @@ def monitor(args: argparse.Namespace) -> int:
         print(f"Nothing to watch: {reason}.")
         return 0
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(stops, before, strict=True):
+            signal.signal(number, handler)
     if log is not None and log.records:
         picture = draw(read_log(log.path), args.plot or log.path.with_suffix(".png"))
         print(f"{log.records} records in {log.path}, drawn in {picture}")

@@ -6,6 +6,14 @@ import pytest
 
 from tests import parts
 
+# Files whose tests take longest. Two workers take a file each; begun last, one of these would leave a worker idle.
+LONG = ("test_sweep_lora.py", "test_train_lora.py", "test_export_lora.py", "test_evaluate_lora.py", "test_chat_lora.py",
+        "test_data_parallel.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture(autouse=True)
 def shared_tokenizers_stay_as_they_are():

@@ -259,6 +259,7 @@ def stubs_of(folder):
     return found
 
 
+@pytest.mark.slow
 def test_a_sweep_of_the_real_script(rows, tiny_model, tmp_path):  # noqa: F811
     words = ["--rank", "4", "8", "--experiments_dir", str(tmp_path), "--name", "s", "--", "--model", str(tiny_model),
              "--dataset", str(rows), "--format", "chatml", "--max_steps", "2", "--eval_fraction", "0.2"]  # fmt: skip

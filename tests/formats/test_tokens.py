@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formats import rendering
-from formats.rendering import JsonOnce, render_template
+from formats.rendering import JsonOnce, KnownTools, render_template
 from formats.tokens import Piece, Tokenized, Tokens, _entangled
 from tests import parts
 from tests.formats.cases import CLOCK, MAIL, WEATHER, user
@@ -31,10 +31,10 @@ def test_tokens_that_can_overlap_another_one_are_found(texts):
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), max_size=5), st.integers(0, 30))
 def test_places_of_tokens_are_those_of_one_long_list(steps, character):
-    made, flat, offset = Tokenized(), [], 0
+    made, flat, offset = Tokenized(""), [], 0
     for gaps in steps:
         starts = [sum(gaps[:n]) for n in range(len(gaps))]
-        made.add(offset, Piece([7] * len(starts), starts))
+        made.add(offset, Piece([7] * len(starts), starts, []))
         flat += [offset + start for start in starts]
         offset += sum(gaps) + 1
     assert made.before(character) == sum(start < character for start in flat)
@@ -59,8 +59,13 @@ def test_json_is_written_once_and_as_before_and_afresh_outside():
 
     wanted = "".join(json.dumps(t, ensure_ascii=False) + json.dumps(t, ensure_ascii=False, indent=2) for t in tools)
     assert {rendered() for _ in range(rendering.PROOFS + 2)} == {wanted + "x"}
-    with JsonOnce():
+    with JsonOnce(tools):
         assert rendered() == rendered() == wanted + "x"
+    tools = KnownTools(tools, json.dumps(tools))
+    for _ in range(2):  # the second conversation with the same tools takes what the first one wrote
+        with JsonOnce(tools):
+            assert rendered() == wanted + "x"
+        assert {text for text, _ in tools.written.values()} >= {json.dumps(MAIL, ensure_ascii=False)}
     tools = [{**CLOCK, "type": "changed"}]
     assert '"changed"' in rendered()
 
