@@ -46,12 +46,19 @@ def first_tokens(made: Any, run: Any, count: int = 3) -> list[FirstToken]:
 
 @contextlib.contextmanager
 def llama_server(
-    path: Path, *, context: int = 2048, chat_template: str | None = None, host: str = "127.0.0.1", port: int = 0
+    path: Path,
+    *,
+    context: int = 2048,
+    chat_template: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    exact: bool = False,
 ) -> Iterator[Any]:
     """A llama.cpp server in this process for one GGUF file; `listening_address` is its URL.
 
     context  tokens it has room for, 0: as many as the model
     port     0: a free one
+    exact    plain attention and a float32 cache, so that rounding is the file's own
     UserError when llama.cpp does not take the file.
     """
     import xllamacpp
@@ -63,6 +70,9 @@ def llama_server(
     params.hostnames, params.port = [host], port
     if chat_template is not None:
         params.chat_template = chat_template
+    if exact:
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:
@@ -78,7 +88,7 @@ def compare_first_tokens(path: Path, expected: list[FirstToken]) -> str:
     if not expected:
         return "not compared with Transformers: no prompt of the data is short enough"
     differences, same = [], 0
-    with llama_server(path, context=max(len(one.prompt) for one in expected) + 64) as server:
+    with llama_server(path, context=max(len(one.prompt) for one in expected) + 64, exact=True) as server:
         for one in expected:
             answer = server.handle_completions(
                 {"prompt": one.prompt, "n_predict": 1, "max_tokens": 1, "n_probs": 50, "logprobs": 50, "temperature": 0}
