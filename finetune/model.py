@@ -400,8 +400,9 @@ def attach_adapter(model: Any, folder: Path) -> Any:
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    if not any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
-        raise UserError(f"{folder} holds no adapter_model.safetensors; name a folder in which an adapter was saved")
+    # Only safetensors: PEFT would take adapter_model.bin too, which is a pickle.
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder} holds no adapter_model.safetensors; name a folder in which an adapter was saved so")
     try:
         return PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:

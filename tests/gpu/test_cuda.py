@@ -121,8 +121,6 @@ def test_the_script_learns_alike_with_and_without_sharing(tmp_path, bits):
     assert shared[-1] < 0.7 * shared[0]
     config = json.loads((tmp_path / "shared" / "experiment_config.json").read_text())
     assert config["device"] != "cpu"
-    memory = config["memory"]
-    assert memory["predicted_gb"] == pytest.approx(memory["measured_gb"], rel=0.25)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
