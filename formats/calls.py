@@ -11,7 +11,7 @@ from formats.base import Parsed
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _finite(digits: str) -> float:
@@ -29,8 +29,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-# What two readers would read in two ways is an error, as it is in training rows.
-_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
+# For calls and for training rows: what two readers would read in two ways, or JSON has no word for, is an error.
+STRICT = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
 _SPACE = " \t\r\n"
 DEEPEST = 64  # levels of objects and lists: checks and templates walk them on Python's limited stack
 
@@ -70,7 +70,7 @@ def read_json(text: str, at: int) -> tuple[Any, int]:
     if text[at] not in "{[":
         raise ValueError(f"{text[at]!r} where JSON should start")
     try:
-        value, end = _DECODER.raw_decode(text, at)
+        value, end = STRICT.raw_decode(text, at)
     except json.JSONDecodeError as error:
         if error.pos >= len(text) or error.msg.startswith("Unterminated"):
             raise ValueError("the JSON is cut off") from error
@@ -83,7 +83,7 @@ def read_json(text: str, at: int) -> tuple[Any, int]:
 def read_value(text: str) -> Any:
     """The JSON value that the whole of `text` is. Raises ValueError."""
     try:
-        return _not_too_deep(_DECODER.decode(text), text)
+        return _not_too_deep(STRICT.decode(text), text)
     except RecursionError as error:
         raise ValueError(f"the JSON is nested deeper than {DEEPEST} levels") from error
 

@@ -44,7 +44,8 @@ class Tokenized:
         self._firsts: list[int] = []  # number of its first token
         self._pieces: list[Piece] = []
 
-    def __len__(self) -> int:
+    @property
+    def piece_count(self) -> int:
         return len(self._pieces)
 
     def add(self, offset: int, piece: Piece) -> None:
@@ -125,7 +126,7 @@ class Tokens:
             offset += len(piece)
         for piece, made in fresh.items():
             self._remember(piece, made)
-        if self._proofs and self._cut and len(result) > 1:
+        if self._proofs and self._cut and result.piece_count > 1:
             self._proofs -= 1
             whole = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if whole != result.ids:

@@ -6,7 +6,8 @@ import json
 import re
 from typing import Any
 
-from finetune.reading.row_files import STRICT, json_type
+from finetune.reading.row_files import json_type
+from formats.calls import STRICT
 
 
 class RowError(ValueError):
