@@ -26,8 +26,7 @@ from formats import FORMATS
 from tests import parts, talker
 from tests.browser import CHROMIUM, REASON
 from tests.rows import LAMP
-
-ROOT = Path(__file__).parents[1]
+from tests.scripts import ROOT, run_script
 
 TEXTS = (
     "",
@@ -392,11 +391,7 @@ def test_the_terminal_cannot_be_driven_by_a_model():
 
 
 def chat(*arguments: str | Path, given: str = "", cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "chat_lora.py"), *map(str, arguments)], cwd=cwd, input=given, capture_output=True,
-        text=True, encoding="utf-8", check=False, timeout=300,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8", "COLUMNS": "160"},
-    )  # fmt: skip
+    return run_script("chat_lora.py", *arguments, given=given, cwd=cwd, timeout=300)
 
 
 def test_the_command_answers_a_file_of_questions_by_both(adapter, tmp_path):

@@ -1,17 +1,14 @@
 """Every recipe in configs/ is accepted by a dry run of the real script, with the bundled model and a few rows."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import formats
 from finetune import settings
+from tests.scripts import ROOT, run_script
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 DESCRIBED = {"korean_tool_calling", "gennx_qlora", "fitness_qa", "mistral_tool_aware", "qwen2_cpu"}
 TOOL = {
@@ -87,10 +84,7 @@ def test_recipe_passes_a_dry_run_with_the_bundled_model(recipe, rows, tmp_path):
                  "--experiments_dir", tmp_path / "experiments"]  # fmt: skip
     if settings.parse(["--config", str(recipe)]).eval_dataset:
         arguments += ["--eval_dataset", rows]
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train_lora.py"), *map(str, arguments)], capture_output=True, text=True,
-        encoding="utf-8", cwd=tmp_path, check=False, env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    )  # fmt: skip
+    result = run_script("train_lora.py", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "experiments").exists()  # a dry run leaves nothing behind

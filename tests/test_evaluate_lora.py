@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +17,8 @@ from finetune.evaluation.run import ResultsFile, make_prompts, room_for_answers,
 from finetune.generation import Decoding
 from tests import parts
 from tests.rows import WRAPPED
+from tests.scripts import ROOT, run_script
 from tests.tiny import tiny_llama
-
-ROOT = Path(__file__).parents[1]
 
 
 def dim(room: str, **level) -> dict:
@@ -81,11 +78,7 @@ def adapter(tmp_path_factory) -> Path:
 
 
 def run(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "evaluate_lora.py"), *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, encoding="utf-8", check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"},
-    )  # fmt: skip
+    return run_script("evaluate_lora.py", *arguments, cwd=cwd)
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,18 +21,7 @@ from formats.base import clean_messages, render_messages
 from tests import ollama, parts
 from tests.exported import make_run
 from tests.formats.cases import ROWS
-
-ROOT = Path(__file__).parents[1]
-# Everything that loads a model runs in one process: importing Unsloth costs more than the work.
-DRIVER = """
-import json, sys
-import export_lora
-codes = {}
-for line in json.load(sys.stdin):
-    print("###", line[0], file=sys.stderr, flush=True)
-    codes[line[0]] = export_lora.main(line[1:])
-print(json.dumps(codes))
-"""
+from tests.scripts import run_script
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +39,18 @@ def exports(run_folder) -> tuple[Path, dict[str, str]]:
         shutil.copytree(run_folder, copy)
     change_config(four_bit, load_in_4bit=True)
     spoil_weights(spoiled / "final_model" / "adapter_model.safetensors")
-    lines = [
-        ["merged", str(run_folder), "--to", "merged"],
-        ["gguf", str(run_folder), "--to", "gguf", "--quantization", "f16,q8_0,q4_k_m"],
-        ["again", str(run_folder), "--to", "merged"],
-        ["ollama", str(run_folder), "--to", "ollama", "--quantization", "f16"],
-        ["four_bit", str(four_bit), "--to", "merged", "--dtype", "float32"],
-        ["spoiled", str(spoiled), "--to", "merged"],
-    ]
-    result = subprocess.run(
-        [sys.executable, "-c", DRIVER], input=json.dumps(lines), cwd=ROOT, capture_output=True, text=True,
-        encoding="utf-8", env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    codes = json.loads(result.stdout.splitlines()[-1])
-    assert codes == {"merged": 0, "gguf": 0, "again": 2, "ollama": 0, "four_bit": 0, "spoiled": 2}, result.stderr
-    said = dict(part.split("\n", 1) for part in result.stderr.split("### ")[1:])
+    lines = {
+        "merged": [run_folder, "--to", "merged"],
+        "gguf": [run_folder, "--to", "gguf", "--quantization", "f16,q8_0,q4_k_m"],
+        "again": [run_folder, "--to", "merged"],
+        "ollama": [run_folder, "--to", "ollama", "--quantization", "f16"],
+        "four_bit": [four_bit, "--to", "merged", "--dtype", "float32"],
+        "spoiled": [spoiled, "--to", "merged"],
+    }
+    results = {name: run_script("export_lora.py", *words) for name, words in lines.items()}
+    said = {name: result.stderr for name, result in results.items()}
+    codes = {name: result.returncode for name, result in results.items()}
+    assert codes == {"merged": 0, "gguf": 0, "again": 2, "ollama": 0, "four_bit": 0, "spoiled": 2}, said
     return run_folder / "exports", said
 
 

@@ -9,15 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from finetune.bundled import smollm2_dir
 from finetune.run_log import COLUMNS
+from tests.scripts import ROOT, run_script
 from tests.tiny import tiny_llama
 
-ROOT = Path(__file__).resolve().parent.parent
 TOOLS = [
     {
         "type": "function",
@@ -72,11 +71,8 @@ def command(*arguments):
     return [sys.executable, str(ROOT / "train_lora.py"), *map(str, arguments)]
 
 
-def run(*arguments, env=None, cwd=ROOT):
-    return subprocess.run(
-        command(*arguments), cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=600,
-        env={**os.environ, **(env or {})}, check=False,
-    )  # fmt: skip
+def run(*arguments, **options):
+    return run_script("train_lora.py", *arguments, **options)
 
 
 def log_rows(folder):
@@ -95,6 +91,7 @@ def finished_run(rows, tmp_path_factory):
     result = run(
         "--model", "smollm2-135m", "--dataset", rows, "--format", "chatml", "--batch_size", 2, "--grad_accum", 2,
         "--epochs", 2, "--eval_fraction", 0.17, "--save_steps", 4, "--lr", "1e-3", "--experiments_dir", experiments,
+        fresh=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     (folder,) = [p for p in experiments.iterdir() if not p.name.startswith(".")]
@@ -362,7 +359,7 @@ def test_impossible_settings_are_one_line_and_leave_no_folder(arguments, wanted,
 
         if importlib.util.find_spec("trackio"):
             pytest.skip("trackio is installed here")
-    result = run(*arguments, "--dataset", rows, "--experiments_dir", tmp_path / "e", env={"HF_HUB_OFFLINE": "1"})
+    result = run(*arguments, "--dataset", rows, "--experiments_dir", tmp_path / "e")
     refused(result, wanted)
     assert not list((tmp_path / "e").glob("*"))
 

