@@ -1,7 +1,8 @@
 """The ways of training that throughput.py compares; each runs in a process of its own and writes what it measured.
 
 All take the same rows in the same steps: `stock`, `packed` and `plain` in micro-batches of `batch_size` rows, `ours`
-as it likes. Same LoRA, same type, same optimizer, gradient checkpointing in all of them or in none.
+as it likes. Same LoRA, same type, same optimizer. Gradient checkpointing is on where Unsloth and TRL turn it on by
+default (`stock`, `packed`), off in `stock_fast`, and by `--checkpointing` in the others; each result says what it was.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 from benchmarks.throughput_parts import rows as throughput_rows
 
 WAYS = {
-    "stock": "Unsloth's trainer, padded batches",
-    "packed": "Unsloth's trainer, packed batches",
+    "stock": "Unsloth's trainer as it comes (checkpointing), padded batches",
+    "stock_fast": "Unsloth's trainer without checkpointing, padded batches",
+    "packed": "Unsloth's trainer as it comes (checkpointing), packed batches",
     "plain": "Transformers + PEFT, padded batches",
     "unshared": "ours, --no-share_prefix",
     "ours": "ours",
@@ -35,7 +37,7 @@ def run_way(way: str, task: Namespace) -> dict[str, Any]:
     # cost of a step. On a GPU kernels are compiled and tuned by shape, so there whole steps warm up too.
     warm = [[(ids[:64], ids[:64]) for ids, _ in steps[0]], *steps[: task.warmup]]
     meter = make_meter(len(warm))
-    train = {"plain": plain, "stock": stock, "packed": packed}.get(way, ours)
+    train = {"plain": plain, "stock": stock, "stock_fast": stock, "packed": packed}.get(way, ours)
     with tempfile.TemporaryDirectory() as folder:
         notes = train(way, [*warm, *steps], task, meter, folder)
     import torch
@@ -57,6 +59,7 @@ def run_way(way: str, task: Namespace) -> dict[str, Any]:
         "losses": meter.losses[len(warm) :],
         "tokens_per_step": tokens,
         "trained_tokens_per_step": sum(sum(label != -100 for label in labels[1:]) for _, labels in rows) / len(steps),
+        "gradient_checkpointing": meter.checkpointing,
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
         **notes,
     }
@@ -69,6 +72,7 @@ def make_meter(skipped: int):
     class Meter(TrainerCallback):
         def __init__(self):
             self.steps: list[dict[str, float]] = []
+            self.checkpointing = False
             self.losses: list[float] = []
 
         @staticmethod
@@ -82,6 +86,8 @@ def make_meter(skipped: int):
         def on_step_begin(self, args, state, control, **kwargs):
             import torch
 
+            model = kwargs["model"]
+            self.checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
             if len(self.steps) == skipped and torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             self.began = self.now()
@@ -165,7 +171,7 @@ def plain(way, steps, task, meter, folder) -> dict[str, Any]:
     return {}
 
 
-def unsloth_model(task: Namespace):
+def unsloth_model(task: Namespace, checkpointing: bool):
     from finetune.model import import_unsloth
 
     unsloth = import_unsloth()
@@ -177,13 +183,14 @@ def unsloth_model(task: Namespace):
     )  # fmt: skip
     model = unsloth.FastLanguageModel.get_peft_model(
         model, r=16, lora_alpha=32, lora_dropout=0, bias="none", random_state=0, target_modules=TARGETS,
-        use_gradient_checkpointing="unsloth" if task.checkpointing else False,
+        use_gradient_checkpointing="unsloth" if checkpointing else False,
     )  # fmt: skip
     return model, tokenizer
 
 
 def stock(way, steps, task, meter, folder) -> dict[str, Any]:
-    model, tokenizer = unsloth_model(task)
+    checkpointing = way != "stock_fast"
+    model, tokenizer = unsloth_model(task, checkpointing)
     from datasets import Dataset
     from transformers import DataCollatorForSeq2Seq
     from trl import SFTConfig, SFTTrainer
@@ -193,7 +200,7 @@ def stock(way, steps, task, meter, folder) -> dict[str, Any]:
         processing_class=tokenizer,
         args=SFTConfig(**arguments(
             task, folder, len(steps), per_device_train_batch_size=task.batch_size, max_length=task.max_seq_length,
-            gradient_accumulation_steps=task.grad_accum, padding_free=False,
+            gradient_accumulation_steps=task.grad_accum, padding_free=False, gradient_checkpointing=checkpointing,
             dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
         )),
         train_dataset=Dataset.from_dict(columns([row for step in steps for row in step])),
@@ -215,7 +222,7 @@ def packed(way, steps, task, meter, folder) -> dict[str, Any]:
 
     for name in ("unsloth", "unsloth.trainer", "trl", "trl.trainer.sft_trainer"):
         logging.getLogger(name).addHandler(Listen())
-    model, tokenizer = unsloth_model(task)
+    model, tokenizer = unsloth_model(task, checkpointing=True)
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -232,7 +239,7 @@ def packed(way, steps, task, meter, folder) -> dict[str, Any]:
         processing_class=tokenizer,
         args=SFTConfig(**arguments(
             task, folder, len(steps), per_device_train_batch_size=1, gradient_accumulation_steps=task.grad_accum,
-            packing=True, max_length=max(map(len, packs["input_ids"])),
+            packing=True, gradient_checkpointing=True, max_length=max(map(len, packs["input_ids"])),
             dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
         )),
         train_dataset=Dataset.from_dict(packs),
