@@ -1,5 +1,5 @@
-"""One optimizer step, six ways, side by side: Unsloth's trainer as it comes, without gradient checkpointing, and packed;
-plain PEFT; ours with and without shared prefixes. Same rows, same trained tokens, same rows per step; each way in a
+"""One optimizer step, six ways, side by side: Unsloth's trainer (as it comes, without gradient checkpointing, packed),
+plain PEFT, ours with and without shared prefixes. Same rows, same trained tokens, same rows per step; each way in a
 process of its own.
 
     python benchmarks/throughput.py --workload fixed_tools --steps 2 --json throughput.json

@@ -18,6 +18,9 @@ import numpy as np
 IGNORE = -100
 # A branch below this many tokens costs more in extra attention calls than the recomputed tokens do.
 MIN_SHARED = 32
+# A pass this full keeps two CPU cores busy as well as a larger one does, so rows that share no more than LITTLE with it
+# begin the next one: computing those few tokens again costs less than holding more activations in memory.
+ENOUGH_ON_CPU, LITTLE = 2048, 64
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,13 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(differs[0]) if len(differs) else length
 
 
-def plan_passes(rows: Sequence[Row], tokens_per_pass: int, share_prefix: bool = True) -> list[Pass]:
+def plan_passes(
+    rows: Sequence[Row], tokens_per_pass: int, share_prefix: bool = True, *, enough: int | None = None
+) -> list[Pass]:
     """Cut the rows of one step into passes of at most `tokens_per_pass` computed tokens.
 
     A row longer than the budget gets a pass of its own. With share_prefix=False every row is a tree of its own:
-    packed without padding, nothing shared.
+    packed without padding, nothing shared. A pass of `enough` tokens takes only rows that share much with it.
     """
     # Sorting by the ids' bytes brings equal prefixes together; any total order with that property would do.
     order = sorted(range(len(rows)), key=lambda i: rows[i].input_ids.tobytes())
@@ -157,7 +162,9 @@ def plan_passes(rows: Sequence[Row], tokens_per_pass: int, share_prefix: bool = 
     for number in order:
         row = rows[number]
         common = common_prefix(last.input_ids, row.input_ids) if share_prefix and last is not None else 0
-        if packer.size and packer.size + len(row.input_ids) - packer.branch_depth(common) > tokens_per_pass:
+        shared = packer.branch_depth(common)
+        full = packer.size + len(row.input_ids) - shared > tokens_per_pass
+        if packer.size and (full or (enough is not None and packer.size >= enough and shared <= LITTLE)):
             passes.append(packer.finish())
             packer, common = _Packer(), 0
         packer.add(number, row, common)

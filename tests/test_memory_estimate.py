@@ -344,7 +344,8 @@ def test_the_plan_of_a_run_counts_shared_prefixes_once():
     shared = runs.with_rows(plan, flags, rows, 10_000)
     assert 400 + 8 * 49 <= shared.tokens <= 400 + 8 * 50 and shared.trained == 80
     flags.share_prefix = False
-    assert runs.with_rows(plan, flags, rows, 10_000).tokens > 3500
+    assert runs.with_rows(plan.but(device="cuda"), flags, rows, 10_000).tokens > 3500
+    assert 2048 <= runs.with_rows(plan, flags, rows, 10_000).tokens < 2048 + 450  # on a CPU a full pass takes no more
     assert runs.with_rows(plan, flags, rows, 600).tokens <= 600  # one row in a pass
 
 

@@ -84,6 +84,16 @@ def test_budget_cuts_a_step_and_shares_again_in_each_pass():
     assert all(len(one.input_ids) == 110 for one in passes)
 
 
+def test_a_full_pass_takes_no_row_that_shares_little_with_it():
+    frame, prefix = list(range(40)), list(range(100, 200))
+    apart = [row([*frame, *[200 + i] * 40], trained={79}) for i in range(6)]
+    alike = [row([*prefix, i, i, i], trained={102}) for i in range(60)]
+    passes = plan_passes([*apart, *alike], 10_000, enough=100)
+    assert sorted(len(one.rows) for one in passes) == [2, 2, 2, 60]
+    assert len(plan_passes([*apart, *alike], 10_000)) == 1
+    assert sorted(n for one in passes for n in one.rows) == list(range(66))
+
+
 def test_a_row_longer_than_the_budget_gets_its_own_pass():
     rows = [row(list(range(500)), trained={499}), row([7, 8, 9], trained={2})]
     passes = plan_passes(rows, tokens_per_pass=100)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from finetune.attention import CpuTree, UnsupportedModel
-from finetune.steps import MIN_SHARED, PaddedPass, Pass, Row, make_row, plan_padded, plan_passes
+from finetune.steps import ENOUGH_ON_CPU, MIN_SHARED, PaddedPass, Pass, Row, make_row, plan_padded, plan_passes
 from finetune.training.loss import CHUNK, head_loss, logit_transform
 
 MIN_TOKENS_PER_PASS = 256
@@ -50,7 +50,8 @@ class PassRunner:
     def plan(self, rows: Sequence[Row]) -> list[Pass] | list[PaddedPass]:
         if self.mode == "padded":
             return plan_padded(rows, self.tokens_per_pass, self.pad_token_id)
-        return plan_passes(rows, self.tokens_per_pass, share_prefix=self.mode == "tree")
+        enough = ENOUGH_ON_CPU if self.device.type == "cpu" else None
+        return plan_passes(rows, self.tokens_per_pass, share_prefix=self.mode == "tree", enough=enough)
 
     def hidden_states(self, one: Pass | PaddedPass) -> torch.Tensor:
         """Hidden states behind the last norm at the pass's trained positions, [N, E]."""
