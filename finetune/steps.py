@@ -20,7 +20,7 @@ IGNORE = -100
 MIN_SHARED = 32
 # A pass this full keeps two CPU cores busy as well as a larger one does, so rows that share no more than LITTLE with it
 # begin the next one: computing those few tokens again costs less than holding more activations in memory.
-ENOUGH_ON_CPU, LITTLE = 2048, 64
+ENOUGH_ON_CPU, LITTLE = 1024, 64
 
 
 @dataclass(frozen=True)
