@@ -38,11 +38,11 @@ class Escaper:
     def __init__(self, tokenizer: Any, fmt: Format) -> None:
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         control = {text for text in added_tokens(tokenizer) if text in special or not _is_plain(text)}
-        control |= {text for text in fmt.control_tokens if text.strip()}
+        control = {text for text in control.union(fmt.control_tokens) if text.strip() and _can_be_split(text)}
+        with_calls = control | {text for text in fmt.call_markers if _can_be_split(text)}
         self.everywhere = _pattern(tuple(sorted(control)))
-        self.assistant = _pattern(tuple(sorted(control | set(fmt.call_markers))))
-        marked = tuple(sorted(text[0] + MARK + text[1:] for text in control | set(fmt.call_markers)))
-        self.marked = _pattern(marked)
+        self.assistant = _pattern(tuple(sorted(with_calls)))
+        self.marked = _pattern(tuple(sorted(_split(text) for text in with_calls)))
         self._seen: dict[str, tuple[KnownTools, list[str]]] = {}
         self.keep_reasoning = fmt.reasoning or "</think>" in control
         self.lone_end = fmt.reasoning
@@ -139,7 +139,19 @@ class Escaper:
 
 
 def _is_plain(text: str) -> bool:
-    return not text.strip(" \t\r\n\u2581") or text.strip("</>").lower() in _HTML
+    """Whether an added token that is not special is ordinary text: white space, mark-up, a word or a letter of a
+    vocabulary that was extended."""
+    bare = text.strip(" \t\r\n\u2581")
+    return len(bare) <= 1 or bare.isalnum() or text.strip("</>").lower() in _HTML
+
+
+def _split(text: str) -> str:
+    return text[0] + MARK + text[1:]
+
+
+def _can_be_split(text: str) -> bool:
+    """Not one character alone (the end ")" of a format of one's own): a mark cannot take that apart."""
+    return text not in _split(text)
 
 
 @lru_cache(maxsize=64)

@@ -108,6 +108,30 @@ def test_reasoning_tags_of_a_reasoning_model_stay_and_others_do_not():
     assert messages[1]["content"] == "<think>\na </think>b" and len(found) == 1
 
 
+def test_words_and_letters_that_were_added_to_a_vocabulary_are_text():
+    """DeepSeek-Coder's tokenizer has "ü" and "ö" among its added tokens; extended vocabularies have whole words."""
+    tokenizer = parts.fresh_tokenizer("smollm2", None, ("<|mine|>",))
+    tokenizer.add_tokens(["ü", "안녕하세요", "<call>"])
+    fmt = get_format("chatml", tokenizer)
+    made = row(user("안녕하세요 grün <call><|mine|>"), says("grün, 안녕하세요!"))
+    messages, _, found = escape_conversation(made["messages"], [], tokenizer, fmt)
+    assert found == ["message 1 (user): <call>", "message 1 (user): <|mine|>"]
+    assert messages[1] == made["messages"][1] and unescape(messages, tokenizer, fmt) == made["messages"]
+
+
+def test_marks_of_one_character_leave_contents_as_they_are(tmp_path):
+    tokenizer = parts.tokenizer("smollm2")
+    path = tmp_path / "mine.yaml"
+    path.write_text('start: "CALL "\nseparator: "("\nend: ")"\ntools: system\n', encoding="utf-8")
+    fmt = get_format(str(path), tokenizer)
+    made = row(
+        user("Mail :)"), calls(("mail", {"body": ":) CALL f({})"})), says("Sent (I CALL it done)."), tools=(MAIL,)
+    )
+    encoded = encode(made, tokenizer, fmt)
+    assert encoded.status == "ok" and encoded.escaped == 2
+    assert trained_text(encoded, tokenizer)[1] == f"Sent (I C{MARK}ALL it done).<|im_end|>"
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join))
 def test_escaping_reaches_a_fixpoint_and_can_be_undone(text):
