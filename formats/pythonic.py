@@ -9,8 +9,10 @@ from math import inf
 from typing import Any
 
 from formats.base import Parsed
+from formats.calls import DEEPEST, levels
 
 _LOOKS_LIKE_CALLS = re.compile(r"\[\s*[^\W\d][\w.]*\s*\(")
+_TOO_LARGE = 10**4300  # more digits than Python writes; reachable as 0xfff…
 _JSON_NAMES = {"true": True, "false": False, "null": None}
 
 
@@ -39,6 +41,8 @@ def _call(node: ast.expr) -> dict[str, Any]:
     arguments = {keyword.arg: _value(keyword.value) for keyword in node.keywords}
     if len(arguments) < len(node.keywords):
         raise ValueError("an argument stands twice")
+    if levels(arguments) > DEEPEST:
+        raise ValueError(f"the arguments are nested deeper than {DEEPEST} levels")
     return {"name": _name(node.func), "arguments": arguments}
 
 
@@ -50,11 +54,22 @@ def _name(node: ast.expr) -> str:
     raise ValueError("a call needs a name")
 
 
+def read_literal(text: str) -> Any:
+    """The value that the whole of `text` is in Python's spelling, of JSON's types only. Raises ValueError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"no Python value: {error}") from error
+
+
 def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Constant) and isinstance(node.value, (str, int, float, bool, type(None))):
-        if node.value == inf:
+        number = node.value
+        if number == inf or (isinstance(number, int) and abs(number) >= _TOO_LARGE):
             raise ValueError("a number is too large")
-        return node.value
+        return number
     if isinstance(node, ast.Name) and node.id in _JSON_NAMES:
         return _JSON_NAMES[node.id]
     if isinstance(node, (ast.List, ast.Tuple)):

@@ -128,6 +128,12 @@ def test_calls_written_in_the_text_become_tool_calls(text):
     assert calls(message) == [("set_lamp", {"room": 'a}<"/b', "level": 7})]
 
 
+def test_a_python_tuple_in_the_text_is_a_list():
+    text = "<tool_call>{'name': 'set_lamp', 'arguments': {'room': ('<|im_end|>', None, -1.0)}}</tool_call>"
+    message = assistant(chat({"role": "assistant", "content": text}, tools=[LAMP]))
+    assert calls(message) == [("set_lamp", {"room": ["<|im_end|>", None, -1.0]})]
+
+
 def test_words_before_calls_and_several_calls():
     text = 'One moment.\n<function=set_lamp>{"room": "a"}</function>\n<function=set_lamp>{"room": "b"}</function>\n'
     message = assistant(chat({"role": "assistant", "content": text}, tools=[LAMP]))
@@ -147,6 +153,9 @@ def test_words_before_calls_and_several_calls():
         '[TOOL_CALLS]set_lamp[ARGS]{"room": "a"} and then?',
         "<tool_call><function=set_lamp><parameter=room>a</function></tool_call>",
         "<function=set_lamp>" + '{"a":' * 5000,
+        "<tool_call>{'name': 'set_lamp', 'arguments': {'room': 'a', 'room': 'b'}}</tool_call>",
+        "<tool_call>{'name': 'set_lamp', 'arguments': {'room': {1: 2}}}</tool_call>",
+        "<tool_call>{'name': 'set_lamp', 'arguments': {'room': b'a'}}</tool_call>",
     ],
 )
 def test_what_does_not_parse_to_the_last_character_stays_text(text):

@@ -8,13 +8,13 @@ decoder from its first brace on, never by a pattern, so braces and closing tags 
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from typing import Any
 
 from finetune.reading.row_files import json_type, strict_json
 from formats import qwen_xml
+from formats.pythonic import read_literal
 
 _OPENING = re.compile(
     r"<function=(?P<name>[^<>=\s]+)>|(?P<hermes><tool_call>)|(?P<nvidia><TOOLCALL>)"
@@ -96,7 +96,7 @@ def _decode(text: str, start: int, closing: str) -> tuple[Any, int]:
         end = text.find(closing, start) if closing else -1
         if end < 0 or not text.startswith("{'", start):
             raise
-        return ast.literal_eval(text[start:end].strip()), end
+        return read_literal(text[start:end]), end
 
 
 def _named_call(item: Any) -> dict[str, Any]:

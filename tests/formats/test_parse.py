@@ -86,6 +86,8 @@ def test_parse(parse, text, content, tool_calls, errors):
         ("gemma", "[f(a=1, a=2)]"),
         ("llama3-pythonic", "[f(a={'x': 1, 'x': 2})]"),
         ("llama3-pythonic", "[f(a=1e999)]"),
+        ("llama3-pythonic", f"[f(a=-0x{'f' * 4000})]"),
+        ("gemma", f"[f(a={'[' * 64}{']' * 64})]"),
     ],
 )
 def test_what_two_readers_could_read_in_two_ways_is_an_error(name, text):
