@@ -100,7 +100,7 @@ def read_arguments(text: str, at: int, name: str) -> tuple[dict[str, Any], int]:
 
 def call_from_object(value: Any, *keys: str) -> dict[str, Any]:
     """{"name", "arguments"} of a decoded call object whose arguments stand under one of `keys`."""
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"].strip():
         raise ValueError('a call must be an object with a "name"')
     for key in keys:
         if isinstance(value.get(key), dict):
@@ -109,7 +109,7 @@ def call_from_object(value: Any, *keys: str) -> dict[str, Any]:
 
 
 def read_tagged(text: str, opening: str, closing: str, read_body) -> Parsed:
-    """Calls between `opening` and `closing` anywhere in `text`.
+    """Calls between `opening` and `closing` (which may be empty) anywhere in `text`.
 
     `read_body(text, at)` reads one call behind an opening tag and returns (call, position behind it), or raises
     ValueError; the closing tag must follow. Searching goes on behind a broken call's closing tag, or its opening
@@ -126,7 +126,7 @@ def read_tagged(text: str, opening: str, closing: str, read_body) -> Parsed:
                 raise ValueError(f"{closing} is missing" if end >= len(text) else f"text before {closing}")
         except ValueError as error:
             parsed.errors.append(f"call {len(parsed.tool_calls) + len(parsed.errors) + 1}: {error}")
-            close = text.find(closing, start) if start <= last_close else -1
+            close = text.find(closing, start) if closing and start <= last_close else -1
             reopen = text.find(opening, start + len(opening))
             end = len(text) if close < 0 else close + len(closing)
             if 0 <= reopen < end:
@@ -166,18 +166,14 @@ def parse_function_tag(text: str, tools: list[dict] | None = None) -> Parsed:
 
 
 def read_call_list(text: str, opening: str, closing: str) -> Parsed:
-    """One JSON list of `{"name", "arguments"}` behind `opening`, text around it; `closing` may be empty."""
-    before, found, rest = text.partition(opening)
-    if not found:
-        return Parsed(content=text.strip())
-    try:
-        value, end = read_json(rest, 0)
-        if not isinstance(value, list):
+    """JSON lists of `{"name", "arguments"}` between `opening` and `closing`, usually one, text around them."""
+
+    def body(source: str, at: int) -> tuple[list[dict[str, Any]], int]:
+        value, end = read_json(source, at)
+        if not isinstance(value, list) or not value:
             raise ValueError("the calls must be a JSON list")
-        tool_calls = [call_from_object(item, "arguments", "parameters") for item in value]
-        end = skip_space(rest, end)
-        if not rest.startswith(closing, end):
-            raise ValueError(f"{closing} is missing")
-    except ValueError as error:
-        return Parsed(content=text.strip(), errors=[f"call 1: {error}"])
-    return Parsed(content=(before + rest[end + len(closing) :]).strip(), tool_calls=tool_calls)
+        return [call_from_object(item, "arguments", "parameters") for item in value], end
+
+    parsed = read_tagged(text, opening, closing, body)
+    parsed.tool_calls = [call for calls in parsed.tool_calls for call in calls]
+    return parsed

@@ -30,7 +30,7 @@ def parse(text: str, tools: list[dict] | None = None) -> Parsed:
         return Parsed(content=text.strip())
     if rest.lstrip().startswith("[") and not rest.lstrip().startswith(("[ARGS]", "[CALL_ID]")):
         parsed = read_call_list(text, _MARK, "")
-        if parsed.tool_calls and parsed.content != before.strip():
+        if not parsed.errors and parsed.content != before.strip():
             return Parsed(content=text.strip(), errors=["call 1: text behind the calls"])
         return parsed
     parsed = Parsed(content=before.strip())

@@ -88,11 +88,26 @@ def test_parse(parse, text, content, tool_calls, errors):
         ("llama3-pythonic", "[f(a=1e999)]"),
         ("llama3-pythonic", f"[f(a=-0x{'f' * 4000})]"),
         ("gemma", f"[f(a={'[' * 64}{']' * 64})]"),
+        ("qwen", '<tool_call>{"name": "", "arguments": {}}</tool_call>'),
+        ("phi4-mini", "<|tool_call|>[]<|/tool_call|>"),
+        ("mistral", "[TOOL_CALLS] []"),
+        ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}}] and then?'),
     ],
 )
 def test_what_two_readers_could_read_in_two_ways_is_an_error(name, text):
     parsed = FORMATS[name].parse(text)
     assert (parsed.tool_calls, parsed.content, len(parsed.errors)) == ([], text, 1)
+
+
+@pytest.mark.parametrize(
+    "name,opening,closing", [("phi4-mini", "<|tool_call|>", "<|/tool_call|>"), ("mistral", "[TOOL_CALLS] ", "")]
+)
+def test_no_list_of_calls_behind_the_first_is_lost(name, opening, closing):
+    one = f'{opening}[{{"name": "f", "arguments": {{}}}}]{closing}'
+    parsed = FORMATS[name].parse(f"So. {one}{one}")
+    assert (parsed.content, parsed.tool_calls, parsed.errors) == ("So.", [{"name": "f", "arguments": {}}] * 2, [])
+    parsed = FORMATS[name].parse(f"{one}{opening}[{{")
+    assert (parsed.content, len(parsed.tool_calls), len(parsed.errors)) == (f"{opening}[{{", 1, 1)
 
 
 def test_untyped_values_follow_every_way_of_declaring_a_type():
