@@ -105,6 +105,19 @@ def test_a_masked_result_that_the_template_loses_refuses_the_row():
     assert (encoded.status, encoded.reason) == ("refused", "message 3 (tool): the template drops its text")
 
 
+@pytest.mark.parametrize(
+    "name,vocabulary", [("llama3", "llama3"), ("llama3-pythonic", "llama3"), ("mistral", "mistral-v3")]
+)
+def test_control_characters_of_a_result_that_stands_as_json_are_not_lost(name, vocabulary):
+    tokenizer = parts.tokenizer(vocabulary)
+    fmt = get_format(name, tokenizer)
+    shell = result("\x1b[31mfailed\x1b[0m\x07")
+    made = row(user("t?"), calls(("clock", {"zone": "UTC"})), shell, says("It failed."), tools=(CLOCK,))
+    encoded = encode(made, tokenizer, fmt)
+    assert encoded.status != "refused", encoded.reason
+    assert_exact(made, encoded, tokenizer, fmt)
+
+
 def test_encode_prompt_is_what_a_server_feeds_and_refuses_what_it_loses():
     tokenizer = parts.tokenizer("qwen2.5")
     fmt = get_format("qwen", tokenizer)
