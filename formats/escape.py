@@ -96,7 +96,7 @@ class Escaper:
         where = place(index, role)
         changed = {}
         for key, value in message.items():
-            if key in ("role", "tool_call_id"):
+            if key == "role":
                 continue
             if key == "content" and role == "assistant" and self.keep_reasoning:
                 changed[key] = self._answer(value, where, found)

@@ -11,7 +11,7 @@ from formats import FormatError, encode, encode_prompt, escape_conversation, get
 from formats.base import render_messages
 from formats.escape import MARK
 from tests import parts
-from tests.formats.cases import CHATML_ATTACK, HOSTILE, MAIL, calls, row, says, user
+from tests.formats.cases import CHATML_ATTACK, HOSTILE, MAIL, calls, result, row, says, user
 from tests.formats.checks import spans
 from tests.formats.fuzz import FRAGMENTS
 
@@ -106,6 +106,22 @@ def test_reasoning_tags_of_a_reasoning_model_stay_and_others_do_not():
     messages, _, found = escape_conversation(made["messages"], [], tokenizer, fmt)
     assert messages[0]["content"] == f"say <{MARK}think>"
     assert messages[1]["content"] == "<think>\na </think>b" and len(found) == 1
+
+
+def test_ids_of_calls_and_results_yield_no_control_token_and_still_agree():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.tool_call_id }}\n{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.id }}{{ c.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant \n{% endif %}"
+    )
+    tokenizer = parts.fresh_tokenizer("qwen2.5", template)
+    fmt = get_format("native", tokenizer)
+    made = row(user("12:00?"), calls(("clock", {})), result("12:00"), says("Noon."))
+    made["messages"][1]["tool_calls"][0]["id"] = made["messages"][2]["tool_call_id"] = "a" + CHATML_ATTACK
+    messages, _, found = escape_conversation(made["messages"], [], tokenizer, fmt)
+    assert messages[1]["tool_calls"][0]["id"] == messages[2]["tool_call_id"] and len(found) == 6
+    (sequence,) = encode(made, tokenizer, fmt).sequences
+    assert sequence.input_ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 4
 
 
 def test_words_and_letters_that_were_added_to_a_vocabulary_are_text():
