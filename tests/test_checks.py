@@ -103,6 +103,17 @@ def test_defs_and_formats_of_json_schema_work():
     assert problems(call("f", {"a": 4}), tools=[tool]) == {"arguments against the schema": True}
 
 
+def test_a_schema_is_read_by_the_draft_that_it_names():
+    pair = {"type": "array", "items": [{"type": "number"}, {"type": "string"}]}
+    parameters = {"$schema": "http://json-schema.org/draft-07/schema#", "type": "object", "properties": {"a": pair}}
+    tool = {"name": "f", "parameters": parameters}
+    assert problems(call("f", {"a": [1, "x"]}), tools=[tool]) == {}
+    assert problems(call("f", {"a": ["x", 1]}), tools=[tool]) == {"arguments against the schema": True}
+    for unknown in ("https://example.org/own", 7, []):
+        known = problems(call("f", {}), tools=[{"name": "f", "parameters": {"$schema": unknown, "type": "object"}}])
+        assert known == ({} if isinstance(unknown, str) else {"broken schema": True})
+
+
 def test_exact_key_ignores_call_ids_and_key_order_only():
     one = normalize_row(chat(call(arguments={"room": "a", "level": 1}, id="x"), tools=[LAMP]))
     two = normalize_row(chat(call(arguments={"level": 1, "room": "a"}, id="y"), tools=[LAMP]))

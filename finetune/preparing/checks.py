@@ -122,12 +122,15 @@ def _validator(schema_text: str):
     import referencing
 
     schema = json.loads(schema_text)
+    kind = jsonschema.Draft202012Validator
+    if isinstance(schema.get("$schema"), str):  # tools of MCP servers say draft-07, which writes some things otherwise
+        kind = jsonschema.validators.validator_for(schema, default=kind)
     try:
-        jsonschema.Draft202012Validator.check_schema(schema)
+        kind.check_schema(schema)
     except jsonschema.SchemaError as error:
         return None, error.message[:200]
     # An empty registry: a row's "$ref" must not make this machine fetch addresses.
-    return jsonschema.Draft202012Validator(schema, registry=referencing.Registry()), None
+    return kind(schema, registry=referencing.Registry()), None
 
 
 def exact_key(conversation: dict[str, Any]) -> bytes:
