@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -21,7 +22,8 @@ class UserError(Exception):
 def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
     """Decorate a script's `main`: UserError and FormatError become `error: …` on stderr and exit status 2.
 
-    Ctrl-C becomes exit status 130 and a closed pipe (`| head`) a quiet exit, both without a traceback.
+    So does what the system says of a file (a name that is too long, a folder one may not look into). Ctrl-C becomes
+    exit status 130 and a closed pipe (`| head`) a quiet exit, both without a traceback.
     """
 
     @functools.wraps(main)
@@ -29,8 +31,7 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except (UserError, FormatError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+            return _failed(str(error))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
@@ -38,15 +39,27 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
             # Python flushes stdout once more at exit; point it at nothing so that flush cannot fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        except OSError as error:
+            if error.filename is None:
+                raise
+            return _failed(f"{error.filename}: {error.strerror or error}; check its name and rights")
 
     return wrapped
+
+
+def _failed(reason: str) -> int:
+    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+    return 2
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
     """A file beside `path` that takes its place when all is written, so that a reader never sees half of it.
 
-    Raises UserError when the folder cannot be written to; after any error `path` is as it was.
+    Raises UserError when the folder cannot be written to or is full; after any error `path` is as it was.
     """
     path = Path(path)
     try:
@@ -65,8 +78,10 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
             os.replace(temporary, path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}; name a file you may replace") from error
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise UserError(f"cannot write {path}: {error.strerror}; make room or name another folder") from error
         raise
 
 
