@@ -201,13 +201,16 @@ def _tokenizer_and_format(args) -> tuple:
 
 
 def _prepare(args) -> int:
-    from finetune.preparing.preparation import Options, prepare, write_prepared
+    from finetune.encoding.token_files import refuse_same_file
+    from finetune.preparing.preparation import WRITTEN, Options, prepare, write_prepared
     from finetune.preparing.preparation_report import print_prepared
 
     if not args.inputs and args.sql is None:
         raise UserError("nothing to read; name a file, a folder, a Hub id, or --sql")
     if args.max_seq_length and not args.tokenizer:
         raise UserError("--max_seq_length counts tokens; say whose with --tokenizer")
+    for name in WRITTEN:
+        refuse_same_file(args.inputs, Path(args.output, name))
     names = Options.__dataclass_fields__
     options = Options(**{name: value for name, value in vars(args).items() if name in names} | _reading(args))
     tokenizer, fmt = _tokenizer_and_format(args) if args.tokenizer else (None, None)
@@ -258,9 +261,11 @@ def _parse(args) -> int:
 
 
 def _show(args) -> int:
-    from finetune.encoding.token_files import encoded_rows
+    from finetune.encoding.token_files import encoded_rows, refuse_same_file
     from finetune.preparing.mask_view import show_html, show_terminal
 
+    if args.html:
+        refuse_same_file(args.inputs, args.html)
     tokenizer, fmt = _tokenizer_and_format(args)
     flags = {"train_on": args.train_on, "control_tokens": args.control_tokens}
     entries = encoded_rows(args.inputs, tokenizer, fmt, first=args.first, number=args.rows, **_reading(args), **flags)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 import prepare_data
 from finetune.conversations import normalize_row, write_jsonl
+from finetune.errors import UserError, open_atomic
 from formats import encode, get_format
 from tests import parts
 from tests.rows import ANSWER, GOOD, LAMP, chat, lamp_call, read
@@ -144,6 +147,23 @@ def test_output_is_never_replaced_unasked(mixed, tmp_path, capsys):
     assert (tmp_path / "out" / "train.jsonl").read_bytes() != before
 
 
+def test_no_file_that_is_read_is_replaced_or_removed(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "rejected.jsonl", [GOOD["pair"]])
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "x"}])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for command in (
+        [source, "--output", tmp_path, "--overwrite"],
+        ["parse", "--format", "qwen", tmp_path, tmp_path / "train.jsonl"],
+        ["show", "--tokenizer", "x", source, "--html", source],
+    ):
+        assert "is the file that is read" in fail(capsys, *command)
+    (tmp_path / "train.jsonl").unlink()
+    other = write_jsonl(tmp_path / "other" / "rows.jsonl", [GOOD["pair"]])
+    assert "rejected.jsonl is already there" in fail(capsys, other, "--output", tmp_path)
+    assert source.read_bytes() == before[source]
+    assert "every row is read exactly once" in fail(capsys, "parse", "--format", "qwen", f"{other}*2", tmp_path / "o")
+
+
 def test_lengths_are_tokens_and_long_rows_are_rejected_or_trimmed(tmp_path, tokenizer, tokenizer_dir, fmt):
     long = chat(ANSWER, {"role": "user", "content": "more " * 60}, ANSWER, tools=[LAMP])
     last = {"messages": long["messages"][2:], "tools": long["tools"]}
@@ -210,6 +230,9 @@ def test_no_password_is_written_into_the_card():
         (["encode", "--tokenizer", "nowhere", "--format", "chatml", "good.jsonl", "o.jsonl"], "tokenizer nowhere"),
         (["parse", "--format", "no-such-format", "good.jsonl", "o.jsonl"], "no-such-format"),
         (["parse", "--format", "native", "good.jsonl", "o.jsonl"], "needs --tokenizer"),
+        (["a" * 300 + ".jsonl", "--output", "out"], "too long"),
+        (["good.jsonl", "--output", "a" * 300], "too long"),
+        (["parse", "--format", "qwen", "good.jsonl", "a" * 300], "too long"),
     ],
 )
 def test_what_a_user_can_cause_is_one_line_and_leaves_no_folder(tmp_path, monkeypatch, capsys, argv, message):
@@ -220,3 +243,10 @@ def test_what_a_user_can_cause_is_one_line_and_leaves_no_folder(tmp_path, monkey
     Path("empty.jsonl").write_text("", encoding="utf-8")
     assert message in fail(capsys, *argv)
     assert not Path("out").exists() and not Path("o.jsonl").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*out: No space"), open_atomic(tmp_path / "out") as file:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []

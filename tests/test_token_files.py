@@ -109,7 +109,7 @@ def test_encode_flags(tmp_path, tokenizer_dir, tokenizer):
     assert second["status"] == "refused" and "<|im_" in second["reason"]
 
 
-def test_parse_writes_one_line_per_row(tmp_path):
+def test_parse_writes_one_line_per_row(tmp_path, capsys):
     texts = [
         {"text": 'Sure.\n<tool_call>\n{"name": "f", "arguments": {"a": {"b": [1, 2.50]}}}\n</tool_call><|im_end|>'},
         {"text": '<tool_call>\n{"name": "f", "arguments": {"a": '},
@@ -119,6 +119,7 @@ def test_parse_writes_one_line_per_row(tmp_path):
     source, target = write_jsonl(tmp_path / "t.jsonl", texts), tmp_path / "out.jsonl"
     source.write_text(source.read_text(encoding="utf-8") + "nonsense\n", encoding="utf-8")
     assert prepare_data.main(["parse", "--format", "chatml", str(source), str(target)]) == 0
+    assert capsys.readouterr().out.startswith("5 texts read, 3 with errors, 1 calls")
     rows = read(target)
     assert all(list(row) == ["content", "tool_calls", "errors"] for row in rows)
     assert rows[0] == {

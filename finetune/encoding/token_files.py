@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from finetune.errors import UserError, open_atomic
 from finetune.progress import progress_bar
 from finetune.reading.normalize import normalize_row
 from finetune.reading.row_files import Unreadable
-from finetune.reading.sources import data_suffix, read_rows
+from finetune.reading.sources import Spec, data_suffix, files_of, parse_spec, read_rows
 from finetune.reading.text_shapes import RowError
 from finetune.reading.tool_schemas import normalize_tools
 from finetune.torchless import let_torch_in
@@ -78,9 +78,10 @@ def encode_file(
     `row` is the row's number from 1 (for JSON Lines its line). flags go to formats.encode (train_on, control_tokens).
     """
     counts: Counter = Counter()
-    _refuse_same_file(source, target)
-    with _lines_to(target) as write, progress_bar("rows", _rows_in(source)) as advance:
-        for _, number, raw in read_rows(source):
+    spec = _unweighted(source)
+    refuse_same_file([spec], target)
+    with _lines_to(target) as write, progress_bar("rows", _rows_in(spec)) as advance:
+        for _, number, raw in read_rows(spec):
             result = encode_row(raw, tokenizer, fmt, column_map=column_map, tools=tools, **flags)
             counts[result["status"]] += 1
             write({"row": number, **result})
@@ -94,9 +95,10 @@ def parse_file(source: str | Path, target: str | Path, fmt) -> Counter:
     `reasoning_content` is added where the text holds some. A row without text gets an error in its line.
     """
     counts: Counter = Counter()
-    _refuse_same_file(source, target)
+    spec = _unweighted(source)
+    refuse_same_file([spec], target)
     with _lines_to(target) as write:
-        for _, number, raw in read_rows(source):
+        for _, number, raw in read_rows(spec):
             result: dict[str, Any] = {"content": "", "tool_calls": [], "errors": []}
             if isinstance(raw, Unreadable):
                 result |= {"content": raw.text, "errors": [f"row {number} {raw.reason}"]}
@@ -104,7 +106,8 @@ def parse_file(source: str | Path, target: str | Path, fmt) -> Counter:
                 result["errors"] = [f"row {number} has no field 'text' with a string"]
             else:
                 result |= _parsed(raw["text"], raw.get("tools"), fmt)
-            counts["with errors" if result["errors"] else "read"] += 1
+            counts["read"] += 1
+            counts["with errors"] += bool(result["errors"])
             counts["calls"] += len(result["tool_calls"])
             write(result)
     return counts
@@ -127,7 +130,7 @@ def encoded_rows(
     """{"title", "reason", "sequences": [(input_ids, labels, roles)]} of `number` rows, counted over all sources."""
     from formats import encode
 
-    rows = (row for spec in specs for row in read_rows(spec))
+    rows = (row for spec in specs for row in read_rows(_unweighted(spec)))
     for source, row, raw in islice(rows, first - 1, first - 1 + number):
         entry: dict[str, Any] = {"title": f"{source}, row {row}", "reason": None, "sequences": []}
         try:
@@ -139,18 +142,29 @@ def encoded_rows(
         yield entry | {"reason": reason, "sequences": [(s.input_ids, s.labels, s.roles) for s in encoded.sequences]}
 
 
-def _rows_in(source: str | Path) -> int:
+def _rows_in(spec: Spec) -> int:
     """How many rows a progress bar should expect: the lines of a JSON Lines file, else unknown (0)."""
-    path = Path(source)
-    if data_suffix(path) not in (".jsonl", ".ndjson") or path.suffix == ".gz" or not path.is_file():
+    path = spec.path
+    if path is None or data_suffix(path) not in (".jsonl", ".ndjson") or path.suffix == ".gz" or not path.is_file():
         return 0
     with path.open("rb") as file:
         return sum(1 for line in file if line.strip())
 
 
-def _refuse_same_file(source: str | Path, target: str | Path) -> None:
-    if Path(target).exists() and Path(source).exists() and Path(target).samefile(source):
-        raise UserError(f"{target} is the file that is read; name another one for the output")
+def _unweighted(source: str | Path) -> Spec:
+    spec = parse_spec(source)
+    if spec.weight != 1:
+        raise UserError(f"{spec.text}: weights belong to training; here every row is read exactly once")
+    return spec
+
+
+def refuse_same_file(sources: Iterable[str | Path | Spec], target: str | Path) -> None:
+    """Raise UserError when writing `target` would replace a file that is read."""
+    target = Path(target)
+    for source in sources:
+        spec = source if isinstance(source, Spec) else parse_spec(source)
+        if target.exists() and any(path.exists() and target.samefile(path) for path in files_of(spec) or ()):
+            raise UserError(f"{target} is the file that is read; name another one for the output")
 
 
 @contextmanager

@@ -18,6 +18,9 @@ from finetune.preparing.checks import check_conversation, exact_key
 from finetune.preparing.splits import SPLITS, near_duplicate_groups, parse_ratios, split_conversations
 from finetune.reading.sources import parse_spec
 
+# What `write_prepared` puts into its folder.
+WRITTEN = (*(f"{name}.jsonl" for name in SPLITS), "rejected.jsonl", "dataset_card.md", "lengths.png", "tools.png")
+
 
 @dataclass
 class Options:
@@ -198,7 +201,7 @@ def write_prepared(
     from finetune.preparing.dataset_card import card, draw_lengths, draw_tools
 
     folder = Path(folder)
-    existing = [folder / f"{name}.jsonl" for name in SPLITS if (folder / f"{name}.jsonl").exists()]
+    existing = [folder / name for name in WRITTEN if (folder / name).exists()]
     if existing and not overwrite:
         raise UserError(f"{existing[0]} is already there; choose another --output, or say --overwrite")
     for name, conversations in result.splits.items():
