@@ -30,9 +30,9 @@ def calls(message: dict) -> list[tuple[str, dict]]:
 ANSWER = {"role": "assistant", "content": "Done."}
 
 
-def lamp_call(arguments) -> dict:
+def lamp_call(arguments, name: str = "set_lamp") -> dict:
     """An assistant message that calls the lamp's tool."""
-    return {"role": "assistant", "content": None, "tool_calls": [{"name": "set_lamp", "arguments": arguments}]}
+    return {"role": "assistant", "content": None, "tool_calls": [{"name": name, "arguments": arguments}]}
 
 
 GOOD = {

@@ -208,6 +208,17 @@ def test_tools_from_a_file_and_rows_from_a_database(tmp_path, capsys):
     assert read(tmp_path / "out" / "rejected.jsonl")[0]["row"] == 2
 
 
+def test_any_name_of_a_tool_and_of_a_folder_can_be_drawn_and_printed(tmp_path, capsys):
+    names = ["a$^$b", "[/b]", "a\x00\nb", "long" * 2000, "예약"]
+    rows = [
+        {"messages": [{"role": "user", "content": name}, lamp_call({}, name)], "tools": [{"name": name}]}
+        for name in names
+    ]
+    out = tmp_path / "out[/b]"
+    assert prepare_data.main([str(write_jsonl(tmp_path / "rows.jsonl", rows)), "--output", str(out)]) == 0
+    assert (out / "tools.png").stat().st_size > 1000 and "out[/b]" in capsys.readouterr().out
+
+
 def test_no_password_is_written_into_the_card():
     args = prepare_data.build_parser().parse_args(["prepare", "--sql", "postgresql://me:hush@h/d", "--output", "x"])
     args.argv = ["prepare", "--sql", "postgresql://me:hush@h/d", "--output", "x"]

@@ -141,11 +141,16 @@ def draw_tools(result: Prepared, path: Path) -> None:
         values = [counts[name] for _, counts in balance]
         axes.barh(range(len(balance)), values, left=left, color=COLOURS[name], label=name)
         left = [a + b for a, b in zip(left, values, strict=True)]
-    axes.set_yticks(range(len(balance)), labels)
+    axes.set_yticks(range(len(balance)), [_label(name) for name in labels], parse_math=False)  # a name may hold "$"
     axes.invert_yaxis()
     axes.set_xlabel("rows")
     axes.legend(frameon=False)
     _save(figure, path)
+
+
+def _label(name: str) -> str:
+    name = "".join(letter if letter.isprintable() else " " for letter in name)
+    return name if len(name) <= 60 else f"{name[:59]}…"
 
 
 def _figure(width: float, height: float):

@@ -56,4 +56,4 @@ def print_prepared(result: Prepared, folder: Path) -> None:
         f"{shared_requests(result):,}"
     )
     where = f", {folder / 'rejected.jsonl'}" if result.rejected else ""
-    console.print(f"written: {folder} (train, validation, test .jsonl, dataset_card.md){where}")
+    console.print(escape(f"written: {folder} (train, validation, test .jsonl, dataset_card.md){where}"))
