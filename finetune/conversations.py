@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -168,14 +169,26 @@ def _weighted(items: list, weight: float, rng: random.Random) -> list:
 def json_line(row: dict[str, Any]) -> str:
     """One line of JSON Lines, readable in any language; half a surrogate pair, which UTF-8 cannot hold, as an escape.
 
-    Values that JSON has no word for (dates of a Parquet file or a database) are written as text.
+    Values that JSON has no word for (dates and NaN of a Parquet file or a database) are written as text.
     """
-    line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
+    try:
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    except ValueError:
+        row = _without_nan(row)
+        line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
     try:
         line.encode("utf-8")
     except UnicodeEncodeError:
         return json.dumps(row, default=str) + "\n"
     return line
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:

@@ -279,3 +279,8 @@ def test_limit_counts_per_source_and_fingerprint_follows_content(tmp_path):
 def test_json_line_writes_what_utf8_cannot_hold_as_an_escape():
     assert json_line({"a": "가"}) == '{"a": "가"}\n'
     assert json_line({"a": "가\ud800"}) == '{"a": "\\uac00\\ud800"}\n'
+
+
+def test_json_line_writes_numbers_that_json_does_not_know_as_text():
+    nan, inf = float("nan"), float("inf")
+    assert json_line({"a": [nan, {"b": -inf}], "c": 1.5}) == '{"a": ["nan", {"b": "-inf"}], "c": 1.5}\n'
