@@ -97,6 +97,13 @@ def test_foreign_type_names_are_translated_at_every_depth():
     }
 
 
+@pytest.mark.parametrize("name", ["type", "description"])
+def test_a_schema_without_a_type_is_no_flat_list_whatever_its_parameters_are_called(name):
+    schema = {"properties": {name: {"type": "string"}, "n": {"type": "integer"}}}
+    (tool,) = normalize_tools([{"name": "f", "parameters": schema}])
+    assert tool["function"]["parameters"] == schema
+
+
 @pytest.mark.parametrize("tools", ["{", [{"description": "nameless"}], [3], 7, [{"name": "a", "parameters": [1]}]])
 def test_unreadable_tools_are_refused(tools):
     with pytest.raises(RowError, match="tool"):

@@ -96,7 +96,7 @@ def _tool(item: Any, number: int, notes: Counter | None) -> dict[str, Any]:
 
 def _json_schema(parameters: dict[str, Any], notes: Counter | None) -> dict[str, Any]:
     """Parameters as a JSON Schema: as they are, with Python's type names translated, or made from a flat list."""
-    flat = parameters and all(isinstance(v, dict) and ("type" in v or "description" in v) for v in parameters.values())
+    flat = parameters and all(map(_describes_one, parameters.values()))
     if flat and not isinstance(parameters.get("type"), str):
         if notes is not None:
             notes["tool with a flat parameter list rewritten as JSON Schema"] += 1
@@ -115,6 +115,13 @@ def _json_schema(parameters: dict[str, Any], notes: Counter | None) -> dict[str,
             notes["tool with foreign type names translated to JSON Schema"] += 1
         return _translated(parameters)
     return parameters
+
+
+def _describes_one(value: Any) -> bool:
+    """Whether `value` describes one parameter; `properties` may hold parameters called "type" or "description"."""
+    return isinstance(value, dict) and (
+        isinstance(value.get("type"), (str, list)) or isinstance(value.get("description"), str)
+    )
 
 
 def _foreign_type(schema: Any) -> bool:
