@@ -199,6 +199,23 @@ def test_arguments_in_every_spelling(arguments, expected):
     )
 
 
+def test_arguments_under_a_key_that_is_not_read_are_no_empty_object():
+    def called(call: dict, notes: Counter) -> dict:
+        return normalize_row(chat({"role": "assistant", "tool_calls": [call]}), notes=notes)["messages"][-1]
+
+    notes: Counter = Counter()
+    for call in (
+        {"name": "f", "args": {"a": 1}, "id": "x"},
+        {"type": "tool_use", "function": {"name": "f", "input": "1"}},
+    ):
+        with pytest.raises(RowError, match=r"call of f has no arguments, but (args|input)"):
+            called(call, notes)
+    assert calls(called({"name": "f", "arguments": None, "parameters": {"a": 1}}, notes)) == [("f", {"a": 1})]
+    assert not [note for note in notes if "calls" in note]
+    assert calls(called({"name": "f", "arguments": {}, "result": 3, "index": 0}, notes)) == [("f", {})]
+    assert notes["not read, key 'result' of calls"] == 1
+
+
 @pytest.mark.parametrize("arguments", [[1], "[1]", "seven", "7", 7, True, '{"a": NaN}', '{"a": 1, "a": 2}', '{"a"'])
 def test_arguments_that_are_no_object_are_refused(arguments):
     with pytest.raises(RowError, match=r"message 2: call of f: arguments"):

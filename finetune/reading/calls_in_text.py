@@ -105,7 +105,12 @@ def _named_call(item: Any) -> dict[str, Any]:
     unknown = set(item) - {"name", "arguments", "parameters", "id", "type"}
     if unknown:
         raise ValueError(f"unknown keys {sorted(unknown)}")
-    return {"name": item["name"], "arguments": read_arguments(item.get("arguments", item.get("parameters")))}
+    return {"name": item["name"], "arguments": read_arguments(given_arguments(item))}
+
+
+def given_arguments(call: dict[str, Any]) -> Any:
+    """What a raw call holds under the first of the keys for arguments that holds anything; None for nothing."""
+    return next((call[key] for key in ("arguments", "parameters") if call.get(key) is not None), None)
 
 
 def read_arguments(value: Any) -> dict[str, Any]:

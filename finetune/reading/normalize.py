@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from finetune.reading.calls_in_text import has_call_tag, read_arguments, split_calls
+from finetune.reading.calls_in_text import given_arguments, has_call_tag, read_arguments, split_calls
 from finetune.reading.row_files import Unreadable, json_type, strict_json
 from finetune.reading.shapes import detect_shape
 from finetune.reading.text_shapes import RowError, as_text, hermes_system, tool_responses
@@ -40,6 +40,8 @@ ROLES = {
 }
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXT = frozenset(("role", "from", "content", "value", "train", "weight"))
+_CALL = frozenset(("name", "arguments", "parameters", "id", "type", "index", "function"))  # keys of a call
+_NOTHING = (None, "", [], {})
 _READ = {  # keys of a message that are read, by role
     "system": _TEXT | {"tools"},
     "user": _TEXT,
@@ -181,7 +183,7 @@ def _message(message: Any, number: int, tools: list[dict[str, Any]], notes: Coun
     content = _content(message, number, notes)
     read = _READ.get(role, _READ["assistant"])
     for key, value in message.items():
-        if key not in read and value not in (None, "", [], {}):
+        if key not in read and value not in _NOTHING:
             if key in ("tool_calls", "function_call"):
                 raise RowError(f"message {number} ({role}) has {key}; only the assistant calls tools")
             notes[f"not read, key {key[:40]!r} of {role} messages"] += 1
@@ -191,7 +193,7 @@ def _message(message: Any, number: int, tools: list[dict[str, Any]], notes: Coun
         return [{"role": role, "content": content}]
     calls: list[dict[str, Any]] = []
     if role == "call":
-        role, calls, content = "assistant", _calls_text(content, number, tools), ""
+        role, calls, content = "assistant", _calls_text(content, number, tools, notes), ""
     calls += _tool_calls(message, number, notes)
     if not calls and has_call_tag(content):
         found = split_calls(content, tools)
@@ -235,7 +237,7 @@ def _results(message: dict[str, Any], content: str, notes: Counter) -> list[dict
     return [result | {"content": text} for text in responses]
 
 
-def _calls_text(content: str, number: int, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _calls_text(content: str, number: int, tools: list[dict[str, Any]], notes: Counter) -> list[dict[str, Any]]:
     """The calls of a ShareGPT `function_call` turn: JSON of one call or of a list of them, or tagged calls."""
     found = split_calls(content, tools)
     if found and not found[0]:
@@ -244,7 +246,7 @@ def _calls_text(content: str, number: int, tools: list[dict[str, Any]]) -> list[
         value = strict_json(content)
     except ValueError as error:
         raise RowError(f"message {number}: the function call is no JSON ({error})") from error
-    return [_call(item, number) for item in (value if isinstance(value, list) else [value])]
+    return [_call(item, number, notes) for item in (value if isinstance(value, list) else [value])]
 
 
 def _tool_calls(message: dict[str, Any], number: int, notes: Counter) -> list[dict[str, Any]]:
@@ -261,10 +263,10 @@ def _tool_calls(message: dict[str, Any], number: int, notes: Counter) -> list[di
         return []
     if not isinstance(calls, list):
         raise RowError(f"message {number}: tool_calls are a JSON {json_type(calls)}, not a list")
-    return [_call(call, number) for call in calls]
+    return [_call(call, number, notes) for call in calls]
 
 
-def _call(item: Any, number: int) -> dict[str, Any]:
+def _call(item: Any, number: int, notes: Counter) -> dict[str, Any]:
     if not isinstance(item, dict):
         raise RowError(f"message {number}: a tool call is a JSON {json_type(item)}, not an object")
     function = item["function"] if isinstance(item.get("function"), dict) else item
@@ -272,7 +274,12 @@ def _call(item: Any, number: int) -> dict[str, Any]:
     if not isinstance(name, str) or not name:
         raise RowError(f"message {number}: a tool call has no name")
     try:
-        arguments = read_arguments(function.get("arguments", function.get("parameters")))
+        arguments = read_arguments(given)
+    given = given_arguments(function)
+    unread = [key for key, value in {**item, **function}.items() if key not in _CALL and value not in _NOTHING]
+    if unread and given is None:  # LangChain's "args", Anthropic's "input": an empty object would be a guess
+        raise RowError(f"message {number}: call of {name} has no arguments, but {', '.join(unread)}")
+    notes.update(f"not read, key {key[:40]!r} of calls" for key in unread)
     except ValueError as error:
         raise RowError(f"message {number}: call of {name}: {error}") from error
     call: dict[str, Any] = {"type": "function"}
