@@ -197,9 +197,9 @@ def test_bfcl_with_its_answers_beside_it(tmp_path):
         "description": "d",
         "parameters": {"type": "dict", "properties": {"a": {"type": "float"}}},
     }
-    question = {"id": "x_0", "question": [[{"role": "user", "content": "area?"}]], "function": [function]}
+    question = {"id": ["x", 0], "question": [[{"role": "user", "content": "area?"}]], "function": [function]}
     truth = {
-        "id": "x_0",
+        "id": ["x", 0],
         "ground_truth": [{"m.area": {"a": [2.5, 2], "unit": ["", "cm"], "o": [{"k": [1, 2], "l": [""]}]}}],
     }
     (tmp_path / "possible_answer").mkdir()

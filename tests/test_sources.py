@@ -64,6 +64,12 @@ def test_every_kind_of_file_gives_the_same_conversation(tmp_path, name):
     assert result.conversations == [normalize_row(ROW)] * (1 if name == "one.json" else 2)
 
 
+def test_a_single_row_may_have_a_list_under_any_name(tmp_path):
+    for value in ([], ["few"]):
+        path = write(tmp_path / "one.json", json.dumps({"prompt": "q", "completion": "c", "examples": value}))
+        assert len(load_conversations(path).conversations) == 1
+
+
 def test_rows_that_are_no_json_keep_their_place(tmp_path):
     path = tmp_path / "r.jsonl"
     good = json.dumps(ROW).encode()

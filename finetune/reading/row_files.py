@@ -95,10 +95,10 @@ def json_document(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
             return
         raise UserError(f"{path}: is not JSON: {_reason(error)}; mend it, or convert it to JSON Lines") from error
     if isinstance(rows, dict):
-        named = [key for key in rows if key in ("data", "rows", "train", "examples") and isinstance(rows[key], list)]
         others = [
             key for key, value in rows.items() if isinstance(value, list) and value and isinstance(value[0], dict)
         ]
+        named = [key for key in others if key in ("data", "rows", "train", "examples")]
         if named and set(others) - set(named[:1]):
             raise UserError(
                 f"{path}: holds several lists of objects ({', '.join(dict.fromkeys(named + others))}); "

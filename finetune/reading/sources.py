@@ -90,8 +90,8 @@ def read_rows(spec: str | Path | Spec) -> Iterator[tuple[str, int, dict[str, Any
             raise UserError(f"{path}: unknown kind of file; rename it to one of {', '.join(SUFFIXES)} (also .gz)")
         answers = _bfcl_answers(path)
         for number, row in rows:
-            if answers and isinstance(row, dict) and "ground_truth" not in row and row.get("id") in answers:
-                row = row | {"ground_truth": answers[row["id"]]}
+            if answers and isinstance(row, dict) and "ground_truth" not in row and str(row.get("id")) in answers:
+                row = row | {"ground_truth": answers[str(row["id"])]}
             yield str(path), number, row
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: the gzip file is damaged ({error}); fetch it again") from error
@@ -139,7 +139,7 @@ def _bfcl_answers(path: Path) -> dict[str, Any]:
     if beside is None:
         return {}
     rows = (row for _, row in json_lines(beside) if isinstance(row, dict))
-    return {row["id"]: row["ground_truth"] for row in rows if "id" in row and "ground_truth" in row}
+    return {str(row["id"]): row["ground_truth"] for row in rows if "id" in row and "ground_truth" in row}
 
 
 def _hub_rows(spec: Spec) -> Iterator[tuple[str, int, dict]]:
