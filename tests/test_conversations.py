@@ -14,7 +14,7 @@ from finetune.conversations import RowError, load_conversations, normalize_row, 
 from finetune.errors import UserError
 from finetune.preparing.checks import check_conversation, exact_key
 from finetune.reading.row_files import Unreadable
-from finetune.reading.shapes import parse_map
+from finetune.reading.shapes import describe, parse_map
 from tests.rows import LAMP, WRAPPED, calls, chat
 
 
@@ -68,6 +68,25 @@ def test_reasoning_and_train_flags():
     assert message == {"role": "assistant", "content": "a", "reasoning_content": "r", "train": False}
     assert "train" not in assistant(chat({"role": "assistant", "content": "a", "weight": 1}))
     assert assistant(chat({"role": "assistant", "content": "a", "weight": 0}))["train"] is False
+    assert assistant(chat({"role": "assistant", "content": "a", "train": None, "weight": 0}))["train"] is False
+
+
+def test_a_content_of_no_parts_is_empty_and_an_empty_list_that_a_tool_returns_is_not():
+    call = {"role": "assistant", "content": [], "tool_calls": [{"name": "f"}]}
+    messages = normalize_row(chat(call, {"role": "tool", "content": []}))["messages"]
+    assert [m["content"] for m in messages[1:]] == ["", "[]"]
+
+
+def test_what_is_left_out_for_something_else_is_counted():
+    own = {"role": "system", "content": "Be brief."}
+    for system, number in (("Be brief.", 0), ("Be kind.", 1)):
+        notes = Counter()
+        row = {"system": system, "messages": [own, *said("x")["messages"]]}
+        assert normalize_row(row, notes=notes)["messages"][0] == own
+        assert notes["system column not read: the messages begin with a system message of their own"] == number
+    row = {"a": "1", "b": "2", "completion": "c"}
+    assert normalize_row(row, column_map={"a": "prompt", "b": "prompt"})["messages"][0]["content"] == "1"
+    assert describe(row, {"a": "prompt", "b": "prompt"}).endswith("not read: b")
 
 
 @pytest.mark.parametrize("empty", [[], None, ""])

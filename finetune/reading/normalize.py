@@ -91,6 +91,8 @@ def _conversation(
     messages = _messages_list(messages)
     if system and not (messages and isinstance(messages[0], dict) and _role(messages[0], 1) == "system"):
         messages = [{"role": "system", "content": system}, *messages]
+    elif system and system != messages[0].get("content", messages[0].get("value")):
+        notes["system column not read: the messages begin with a system message of their own"] += 1
     if not declared:
         messages, declared = _tools_in_messages(messages, notes)
     declared = declared or list(tools or [])
@@ -161,9 +163,9 @@ def _tools_in_messages(messages: list[Any], notes: Counter) -> tuple[list[Any], 
     return messages, []
 
 
-def _content(message: dict[str, Any], number: int, notes: Counter) -> str:
+def _content(message: dict[str, Any], number: int, role: str, notes: Counter) -> str:
     content = message["content"] if "content" in message else message.get("value")
-    if content is None:
+    if content is None or (content == [] and role != "tool"):  # a tool may well return an empty list
         notes["content null or absent -> empty"] += 1
         return ""
     if isinstance(content, list) and content and all(isinstance(p, dict) and "type" in p for p in content):
@@ -180,7 +182,7 @@ def _content(message: dict[str, Any], number: int, notes: Counter) -> str:
 def _message(message: Any, number: int, tools: list[dict[str, Any]], notes: Counter) -> list[dict[str, Any]]:
     """One raw message as canonical ones: usually one, several where it holds several tool responses."""
     role = _role(message, number)
-    content = _content(message, number, notes)
+    content = _content(message, number, role, notes)
     read = _READ.get(role, _READ["assistant"])
     for key, value in message.items():
         if key not in read and value not in _NOTHING:
@@ -216,7 +218,7 @@ def _message(message: Any, number: int, tools: list[dict[str, Any]], notes: Coun
             break
     if calls:
         result["tool_calls"] = calls
-    trained = message.get("train", message.get("weight"))
+    trained = message.get("weight") if message.get("train") is None else message["train"]
     if trained is not None and not isinstance(trained, (bool, int)):
         raise RowError(f"message {number}: train is {trained!r}; write true or false")
     if trained is not None and not trained:
@@ -273,13 +275,13 @@ def _call(item: Any, number: int, notes: Counter) -> dict[str, Any]:
     name = function.get("name")
     if not isinstance(name, str) or not name:
         raise RowError(f"message {number}: a tool call has no name")
-    try:
-        arguments = read_arguments(given)
     given = given_arguments(function)
     unread = [key for key, value in {**item, **function}.items() if key not in _CALL and value not in _NOTHING]
     if unread and given is None:  # LangChain's "args", Anthropic's "input": an empty object would be a guess
         raise RowError(f"message {number}: call of {name} has no arguments, but {', '.join(unread)}")
     notes.update(f"not read, key {key[:40]!r} of calls" for key in unread)
+    try:
+        arguments = read_arguments(given)
     except ValueError as error:
         raise RowError(f"message {number}: call of {name}: {error}") from error
     call: dict[str, Any] = {"type": "function"}

@@ -62,7 +62,7 @@ def detect_shape(raw: dict[str, Any], column_map: dict[str, str] | None = None) 
     """Read columns as fields and pick the shape. Raises RowError when no shape fits."""
     columns: dict[str, str] = {}
     for column, name in (column_map or {}).items():
-        if raw.get(column) is not None:
+        if raw.get(column) is not None and name not in columns.values():  # of two columns the first is read
             columns[column] = name
     taken = set(columns.values())
     for name, aliases in FIELDS.items():
