@@ -54,28 +54,31 @@ def parse(text: str, tools: list[dict] | None = None) -> Parsed:
 def prepare(messages: list[dict]) -> list[dict]:
     """Ids of nine letters or digits, which this template demands; others are replaced, the same each time.
 
-    Results take the id of the call they answer, by its old id where they name one, else in order.
+    Results take the id of the call they answer, by its old id or name where they give one, else in order; every call
+    is answered once, even where two have the same id.
     """
     new_ids: dict[str, str] = {}
-    waiting: list[str] = []
+    waiting: list[tuple[str, str, str]] = []  # (old id, name, new id) of calls without a result
     out = []
     for index, message in enumerate(messages):
         if calls := message.get("tool_calls"):
             waiting, made = [], []
             for number, call in enumerate(calls):
-                old = str(call.get("id", ""))
-                new = old if _NINE.fullmatch(old) else _nine(f"{index} {number} {call['function']['name']}")
+                old, name = str(call.get("id", "")), call["function"]["name"]
+                new = old if _NINE.fullmatch(old) else _nine(f"{index} {number} {name}")
                 new_ids[old] = new
-                waiting.append(new)
+                waiting.append((old, name, new))
                 made.append({**call, "id": new})
             message = {**message, "tool_calls": made}
         elif message["role"] == "tool":
             old = str(message.get("tool_call_id", ""))
-            new = new_ids.get(old) if old else None
-            if new is None:
-                new = waiting[0] if waiting else _nine(f"{index}")
-            if new in waiting:
-                waiting.remove(new)
+            answered = next((call for call in waiting if old and call[0] == old), None)
+            if answered is None and (not old or old not in new_ids):
+                named = (call for call in waiting if call[1] == message.get("name"))
+                answered = next(named, waiting[0] if waiting else None)
+            if answered is not None:
+                waiting.remove(answered)
+            new = answered[2] if answered is not None else new_ids.get(old, _nine(f"{index}"))
             message = {**message, "tool_call_id": new}
         out.append(message)
     return out

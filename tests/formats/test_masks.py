@@ -158,5 +158,25 @@ def test_native_mistral_gets_ids_of_nine_characters_and_serves_the_same(vocabula
     assert len(ids) == 1 and all(name in encoded.sequences[-1].text for name in ids)
 
 
+@pytest.mark.parametrize(
+    "keys", [{}, {"tool_call_id": "call_a"}, {"tool_call_id": "callidaaa"}, {"tool_call_id": "unknown"}]
+)
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_result_gets_the_id_of_the_call_it_answers_and_each_call_one_result(keys, order):
+    """Two calls with one id or none; results that give names (as `function` messages do) in either order."""
+    called = calls(("clock", {}), ("weather_at", {}))
+    for call in called["tool_calls"]:
+        call.pop("id")
+        call |= {"id": keys["tool_call_id"]} if keys and keys["tool_call_id"] != "unknown" else {}
+    names = [("clock", "weather_at")[number] for number in order]
+    results = [{"role": "tool", "content": name, "name": name, **keys} for name in names]
+    _, answer, *results = get_format("mistral-v3").prepare([user("both"), called, *results])
+    ids = {call["function"]["name"]: call["id"] for call in answer["tool_calls"]}
+    if keys.get("tool_call_id") == "call_a":  # the same id twice: in order
+        assert [m["tool_call_id"] for m in results] == list(ids.values()) and len(set(ids.values())) == 2
+    else:
+        assert [m["tool_call_id"] for m in results] == [ids[m["name"]] for m in results]
+
+
 def test_native_templates_that_take_any_id_keep_it():
     assert get_format("native", parts.tokenizer("qwen2.5")).prepare is None
