@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from formats.base import Format, Parsed, read_template
 from formats.calls import call_from_object, read_json, skip_space
 
@@ -33,8 +35,9 @@ def parse(text: str, tools: list[dict] | None = None) -> Parsed:
 
 
 def _starts_like_a_call(text: str) -> bool:
-    """A JSON object whose first key is "name": other objects are answers in JSON."""
-    return text.startswith("{") and text[1:].lstrip().startswith('"name"')
+    """A JSON object whose first key is "name", perhaps behind "type": "function" as these models like to write it.
+    Other objects are answers in JSON."""
+    return re.match(r'\{\s*("type"\s*:\s*"function"\s*,\s*)?"name"', text) is not None
 
 
 FORMAT = Format(
