@@ -109,7 +109,7 @@ def load(path: str | Path, tokenizer: Any = None) -> Format:
 def build(name: str, given: dict[str, str], tokenizer: Any, where: str) -> Format:
     """The format of four strings under a tokenizer's own turn layout; without a tokenizer it can only parse."""
     for key in ("start", "separator", "end"):
-        if not given[key].strip():
+        if not (given[key] if key == "separator" else given[key].strip()):  # a name may end at a space or a line end
             raise FormatError(f"format file {where}: {key} must not be empty")
     if given["tools"] not in PLACES:
         raise FormatError(f"format file {where}: tools must be one of {', '.join(PLACES)}, not {given['tools']!r}")

@@ -84,6 +84,16 @@ def test_a_user_format_of_four_strings(tmp_path, place, vocabulary):
     assert get_format(str(path)).parse('a<call>f|{"x": 1}</call>').tool_calls == [{"name": "f", "arguments": {"x": 1}}]
 
 
+def test_a_line_end_may_separate_name_and_arguments(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text('start: "```tool\\n"\nseparator: "\\n"\nend: "\\n```"\ntools: system\n', encoding="utf-8")
+    tokenizer = parts.tokenizer("smollm2")
+    fmt = get_format(str(path), tokenizer)
+    encoded = encode(ROWS["text_and_call"], tokenizer, fmt)
+    assert_exact(ROWS["text_and_call"], encoded, tokenizer, fmt)
+    assert encoded.status == "ok" and '```tool\nclock\n{"zone": "Asia/Seoul"}\n```' in encoded.sequences[0].text
+
+
 @pytest.mark.parametrize(
     "text,message",
     [
