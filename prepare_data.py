@@ -170,10 +170,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tools", metavar="FILE", required=True, help="JSON file with tool schemas")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for the two files")
     parser.add_argument("--phrasings", metavar="FILE", help="phrasing file for these tools (default: general wording)")
-    parser.add_argument("--per-tool", "--per_tool", type=int, default=32, metavar="N",
+    parser.add_argument("--per-tool", "--per_tool", type=positive(int), default=32, metavar="N",
                         help="training requests per tool (default: 32)")  # fmt: skip
-    parser.add_argument("--rows", type=int, metavar="N", help="training rows in all, instead of --per-tool")
-    parser.add_argument("--heldout-rows", "--heldout_rows", type=int, metavar="N",
+    parser.add_argument("--rows", type=positive(int), metavar="N", help="training rows in all, instead of --per-tool")
+    parser.add_argument("--heldout-rows", "--heldout_rows", type=positive(int), metavar="N",
                         help="held-out rows (default: a third of the training rows)")  # fmt: skip
     parser.add_argument("--language", choices=("en", "ko"), default="en", help="of the general wording (default: en)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default: 0)")

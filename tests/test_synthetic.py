@@ -17,7 +17,7 @@ from finetune.conversations import load_conversations, normalize_row
 from finetune.errors import UserError
 from finetune.preparing.checks import check_conversation
 from finetune.reading.tool_schemas import load_tools_file
-from finetune.synthetic.generate import Writer, generate, shares
+from finetune.synthetic.generate import Writer, generate, generate_files, shares
 from finetune.synthetic.phrasebook import load_phrasebook
 from finetune.synthetic.phrasing import SPLITS, Value, expand, fill_arguments, read_json
 from finetune.synthetic.schema_phrasing import FOLDER, LANGUAGES, task_of
@@ -519,6 +519,28 @@ def test_faults_of_a_phrasing_file_are_named(tmp_path, change, message):
     path.write_text(json.dumps(broken(change)), encoding="utf-8")
     with pytest.raises(UserError, match=message):
         load_phrasebook(path, load_tools_file(SCHEMAS), random.Random(0))
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        (
+            [{"properties": {"r": {"$ref": "#"}}, "required": ["r"]}],
+            "tool f0: its schema demands objects .* without end",
+        ),
+        ([{"properties": {"a": {"type": "string", "pattern": "("}}}], "tool f0: its parameters are no JSON Schema"),
+        ([{"type": "array", "items": {}}], "tool f0: no arguments found .*it describes no object"),
+        ([{}, {}, None], "declares the tool f1 2 times"),
+    ],
+)
+def test_faults_of_tool_schemas_are_named_and_nothing_is_written(tmp_path, tools, message):
+    named = [{"name": f"f{n}", "parameters": schema} for n, schema in enumerate(tools)]
+    named = [tool if tool["parameters"] is not None else named[1] for tool in named]
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps(named), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        generate_files(path, tmp_path / "out", per_tool=2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_call_that_breaks_its_schema_is_not_written(tmp_path):

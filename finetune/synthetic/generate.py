@@ -221,6 +221,9 @@ def generate_files(
     tools = load_tools_file(tools_file)
     if not tools:
         raise UserError(f"{tools_file}: holds no tool schema; give a JSON array of tool schemas")
+    names = Counter(tool["function"]["name"] for tool in tools)
+    if twice := [name for name, number in names.items() if number > 1]:
+        raise UserError(f"{tools_file}: declares the tool {twice[0]} {names[twice[0]]} times; leave one of them")
     numbers = {"per_tool": per_tool, "rows": rows, "heldout_rows": heldout_rows}
     made = generate(tools, phrasings, **numbers, language=language, seed=seed)
     written = []

@@ -40,15 +40,24 @@ class SchemaValues:
         self.root, self.words, self.rng = schema, words, rng
         self._validator = validator_for(schema)(schema)
 
-    def draw(self, what: str) -> Any:
-        """A value that the whole schema accepts; raises UserError naming `what` when none is found."""
+    def draw(self, what: str) -> dict[str, Any]:
+        """An object that the whole schema accepts; raises UserError naming `what` when none is found."""
+        from jsonschema import SchemaError
+
         reason = "no value"
+        try:
+            self._validator.check_schema(self.root)
+        except SchemaError as error:
+            raise UserError(f"{what}: its parameters are no JSON Schema ({error.message[:200]})") from error
         for _ in range(TRIES):
-            value = self._value(self.root, "", 0)
-            error = next(self._validator.iter_errors(value), None)
-            if error is None:
+            try:
+                value = self._value(self.root, "", 0)
+                error = next(self._validator.iter_errors(value), None)
+            except RecursionError as endless:
+                raise UserError(f"{what}: its schema demands objects inside objects without end") from endless
+            if error is None and isinstance(value, dict):
                 return value
-            reason = error.message
+            reason = error.message if error is not None else "it describes no object"
         raise UserError(f"{what}: no arguments found that fit its schema ({reason[:200]}); add `examples` to it")
 
     def resolved(self, schema: Any) -> dict[str, Any]:
