@@ -121,7 +121,8 @@ def read_tagged(text: str, opening: str, closing: str, read_body) -> Parsed:
         kept.append(text[at:start])
         try:
             call, end = read_body(text, start + len(opening))
-            end = skip_space(text, end)
+            if not text.startswith(closing, end):  # which may itself begin with white space
+                end = skip_space(text, end)
             if not text.startswith(closing, end):
                 raise ValueError(f"{closing} is missing" if end >= len(text) else f"text before {closing}")
         except ValueError as error:
