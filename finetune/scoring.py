@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 from finetune.evaluation.items import CALL, QUESTION, Item, step_of
 from finetune.evaluation.text_scores import exact_match, quality_ok, rouge_l, token_f1
+from finetune.json_schema import validator_of
 
 NO_CALL = "(no call)"
 UNDECLARED = "(undeclared tool)"
@@ -87,7 +87,7 @@ class ToolSchemas:
 
     def is_valid(self, call: dict[str, Any]) -> bool | None:
         """Whether the arguments satisfy the tool's JSON Schema; None when the schema itself is none."""
-        validator = _validator(json.dumps(self.parameters[call["name"]]))
+        validator, _ = validator_of(json.dumps(self.parameters[call["name"]]))
         try:
             return None if validator is None else validator.is_valid(call["arguments"])
         except Exception:  # an unresolvable $ref or a wrong regular expression inside the schema
@@ -99,7 +99,7 @@ class ToolSchemas:
         if name not in self.parameters:
             return [f"no tool is called {name!r}; declared: {', '.join(self.parameters) or 'none'}"]
         found = [f"the schema knows no argument {path}" for path in self.unknown_arguments(call)]
-        validator = _validator(json.dumps(self.parameters[name]))
+        validator, _ = validator_of(json.dumps(self.parameters[name]))
         if validator is None:
             return [*found, f"the parameters of {name} are no JSON Schema, so its arguments cannot be checked"]
         try:
@@ -109,20 +109,6 @@ class ToolSchemas:
         except Exception as error:  # as above
             found.append(f"the schema of {name} cannot be followed: {' '.join(str(error).split())}")
         return found
-
-
-@lru_cache(maxsize=4096)
-def _validator(schema_text: str):
-    """The compiled validator of a schema; None when it is no JSON Schema."""
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import SchemaError
-
-    schema = json.loads(schema_text)
-    try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError:
-        return None
-    return Draft202012Validator(schema)
 
 
 def _unknown(schema: Any, value: Any, path: str) -> Iterator[str]:

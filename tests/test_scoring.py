@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from finetune.evaluation.items import ANSWER, CALL, IRRELEVANT, MISSING_PARAMETER, QUESTION, Item, items_of
 from finetune.evaluation.metrics import RATIOS, Scored, compare, compute_metrics
 from finetune.evaluation.text_scores import exact_match, quality_ok, rouge_l, token_f1
-from finetune.scoring import NO_CALL, UNDECLARED, confusion_pairs, json_equal, leaves, pair_calls, score
+from finetune.scoring import NO_CALL, UNDECLARED, ToolSchemas, confusion_pairs, json_equal, leaves, pair_calls, score
 
 LAMP = {
     "type": "function",
@@ -170,6 +170,20 @@ def conversation() -> dict:
             {"role": "assistant", "content": "a slip", "train": False},
         ],
     }
+
+
+def test_a_schema_is_read_in_the_draft_that_it_names_and_fetches_nothing(monkeypatch):
+    def tool(**parameters):
+        return {"type": "function", "function": {"name": "f", "parameters": {"type": "object", **parameters}}}
+
+    pair = {"p": {"type": "array", "items": [{"type": "integer"}, {"type": "string"}]}}
+    draft7 = ToolSchemas([tool(**{"$schema": "http://json-schema.org/draft-07/schema#"}, properties=pair)])
+    assert draft7.is_valid({"name": "f", "arguments": {"p": [1, "a"]}}) is True
+    assert draft7.is_valid({"name": "f", "arguments": {"p": ["a", 1]}}) is False
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("fetched"))
+    foreign = ToolSchemas([tool(properties={"p": {"$ref": "http://127.0.0.1:9/schema.json"}})])
+    assert foreign.is_valid({"name": "f", "arguments": {"p": 1}}) is None
+    assert "cannot be followed" in foreign.problems({"name": "f", "arguments": {"p": 1}})[0]
 
 
 def test_every_assistant_turn_is_an_item_of_its_kind():

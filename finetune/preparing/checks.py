@@ -9,9 +9,10 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
+
+from finetune.json_schema import validator_of
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _check_call(function: dict[str, Any], number: int, schemas: dict[str, Any], 
         return
     if not schemas[name]:
         return
-    validator, broken = _validator(json.dumps(schemas[name]))
+    validator, broken = validator_of(json.dumps(schemas[name]))
     if broken:
         add("broken schema", f"the parameters of tool {name} are no JSON Schema: {broken}")
         return
@@ -113,24 +114,6 @@ def _check_call(function: dict[str, Any], number: int, schemas: dict[str, Any], 
     if error is not None:
         where = "/".join(map(str, error.absolute_path)) or "arguments"
         add("arguments against the schema", f"message {number}: call of {name}, {where}: {error.message[:300]}")
-
-
-@lru_cache(maxsize=4096)
-def _validator(schema_text: str):
-    """(validator, None) or (None, why); cached because a data set repeats its tools in every row."""
-    import jsonschema
-    import referencing
-
-    schema = json.loads(schema_text)
-    kind = jsonschema.Draft202012Validator
-    if isinstance(schema.get("$schema"), str):  # tools of MCP servers say draft-07, which writes some things otherwise
-        kind = jsonschema.validators.validator_for(schema, default=kind)
-    try:
-        kind.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        return None, error.message[:200]
-    # An empty registry: a row's "$ref" must not make this machine fetch addresses.
-    return kind(schema, registry=referencing.Registry()), None
 
 
 def exact_key(conversation: dict[str, Any]) -> bytes:

@@ -16,6 +16,7 @@ from typing import Any
 
 from finetune.conversations import write_jsonl
 from finetune.errors import UserError
+from finetune.json_schema import validator_of
 from finetune.reading.tool_schemas import load_tools_file
 from finetune.synthetic.phrasebook import Phrasebook, Request, load_phrasebook
 from finetune.synthetic.phrasing import SPLITS, Deck, Value, expand
@@ -190,12 +191,13 @@ def make_rows(
 
 def check_calls(rows: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> None:
     """Raises UserError at the first call whose arguments its tool's JSON Schema does not accept."""
-    from jsonschema.validators import validator_for
-
     validators = {}
     for tool in tools:
         schema = tool["function"].get("parameters", {"type": "object"})
-        validators[tool["function"]["name"]] = validator_for(schema)(schema)
+        name = tool["function"]["name"]
+        validators[name], broken = validator_of(json.dumps(schema))
+        if broken:
+            raise UserError(f"tool {name}: its parameters are no JSON Schema ({broken})")
     for row in rows:
         for message in row["messages"]:
             for call in message.get("tool_calls", ()):

@@ -7,6 +7,7 @@ that no construction follows (`not`, `if`, `contains` ...) are met by drawing ag
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.json_schema import validator_of
 
 MAX_DEPTH = 6  # of recursive schemas: below it only what is required is filled in
 TRIES = 300  # draws before a schema is given up
@@ -35,20 +37,14 @@ class SchemaValues:
     """Draws values for one schema; `words` is the `values` part of a file in finetune/phrasings."""
 
     def __init__(self, schema: dict[str, Any], words: dict[str, list[str]], rng: random.Random):
-        from jsonschema.validators import validator_for
-
         self.root, self.words, self.rng = schema, words, rng
-        self._validator = validator_for(schema)(schema)
+        self._validator, self._broken = validator_of(json.dumps(schema))
 
     def draw(self, what: str) -> dict[str, Any]:
         """An object that the whole schema accepts; raises UserError naming `what` when none is found."""
-        from jsonschema import SchemaError
-
+        if self._broken:
+            raise UserError(f"{what}: its parameters are no JSON Schema ({self._broken})")
         reason = "no value"
-        try:
-            self._validator.check_schema(self.root)
-        except SchemaError as error:
-            raise UserError(f"{what}: its parameters are no JSON Schema ({error.message[:200]})") from error
         for _ in range(TRIES):
             try:
                 value = self._value(self.root, "", 0)
