@@ -21,6 +21,7 @@ MIN_SHARED = 32
 # A pass this full keeps two CPU cores busy as well as a larger one does, so rows that share no more than LITTLE with it
 # begin the next one: computing those few tokens again costs less than holding more activations in memory.
 ENOUGH_ON_CPU, LITTLE = 1024, 64
+BALANCED = 6  # halvings of the range in which the smallest budget with the same number of passes is looked for
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,23 @@ def plan_passes(
     """
     # Sorting by the ids' bytes brings equal prefixes together; any total order with that property would do.
     order = sorted(range(len(rows)), key=lambda i: rows[i].input_ids.tobytes())
+    passes = _cut(rows, order, tokens_per_pass, share_prefix, enough)
+    # As many passes of like size take less memory than full ones and a rest.
+    computed = sum(one.input_ids.size for one in passes)
+    low, high = computed // max(len(passes), 1), tokens_per_pass
+    for _ in range(BALANCED if len(passes) > 1 else 0):
+        budget = (low + high) // 2
+        tried = _cut(rows, order, budget, share_prefix, enough)
+        if len(tried) == len(passes) and sum(one.input_ids.size for one in tried) <= computed:
+            passes, high = tried, budget
+        else:
+            low = budget
+    return passes
+
+
+def _cut(
+    rows: Sequence[Row], order: Sequence[int], tokens_per_pass: int, share_prefix: bool, enough: int | None
+) -> list[Pass]:
     passes: list[Pass] = []
     packer, last = _Packer(), None
     for number in order:

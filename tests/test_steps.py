@@ -94,6 +94,16 @@ def test_a_full_pass_takes_no_row_that_shares_little_with_it():
     assert sorted(n for one in passes for n in one.rows) == list(range(66))
 
 
+def test_passes_of_a_step_are_of_like_size():
+    prefix = list(range(1000, 1100))
+    rows = [row([*prefix, *[i] * 50], trained={149}) for i in range(12)]
+    full, rest = 100 + 8 * 49, 100 + 4 * 49  # what a budget of 500 would take first, and what it would leave
+    passes = plan_passes(rows, 500)
+    assert [len(one.rows) for one in passes] == [6, 6]
+    assert sum(one.input_ids.size for one in passes) == full + rest
+    assert plan_passes(rows, 500)[0].input_ids.tolist() == passes[0].input_ids.tolist()
+
+
 def test_a_row_longer_than_the_budget_gets_its_own_pass():
     rows = [row(list(range(500)), trained={499}), row([7, 8, 9], trained={2})]
     passes = plan_passes(rows, tokens_per_pass=100)
