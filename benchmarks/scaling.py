@@ -114,7 +114,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     prefixes = sorted({point["prefix"] for point in record["points"]})
     for colour, prefix in zip(("tab:blue", "tab:orange", "tab:green", "tab:red"), prefixes, strict=False):
         points = [point for point in record["points"] if point["prefix"] == prefix]
@@ -127,7 +127,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
              title=f"Forward and backward of a row, {record['own']} tokens of its own")  # fmt: skip
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncols=len(prefixes))
+    figure.legend(loc="outside lower center", fontsize=8, ncols=len(prefixes))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
