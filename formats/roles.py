@@ -92,7 +92,13 @@ def _skeleton(
     # Ids and names of results may stand in the template's own text; most templates do not read them.
     read = [name for name in ("tool_call_id", "name") if name in fmt.template]
     shape = tuple(
-        (message["role"], bool(message["content"]), _is_number(message), *(message.get(name) for name in read))
+        (
+            message["role"],
+            bool(message["content"]),
+            _says_nothing(message),
+            _is_number(message),
+            *(message.get(name) for name in read),
+        )
         for message in messages
     )
     schemas = tools.text if isinstance(tools, KnownTools) else json.dumps(tools)
@@ -110,7 +116,8 @@ def _make_skeleton(
     marks = {
         index: str(7_310_000 + index) if _is_number(message) else f"wq{index}zk"
         for index, message in enumerate(messages)
-        if message["content"] or message["role"] == "assistant"
+        if message["content"]
+        or (message["role"] == "assistant" and not _is_left_out(messages[: index + 1], tools, fmt, tokenizer))
     }
     text = _marked(messages, marks, tools, fmt, tokenizer, with_calls=False)
     opening = ""
@@ -162,6 +169,20 @@ def _opening(fmt: Format, tokenizer: Any) -> str:
     except Exception:  # templates raise anything
         return ""
     return opened[len(without) :] if opened.startswith(without) else ""
+
+
+def _says_nothing(message: dict) -> bool:
+    return not any(message.get(key) for key in ("content", "tool_calls", "reasoning_content"))
+
+
+def _is_left_out(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any) -> bool:
+    """Whether the template writes nothing at all for the last message, an answer that says nothing."""
+    if not _says_nothing(messages[-1]):
+        return False
+    try:
+        return render_messages(messages, tools, fmt, tokenizer) == render_messages(messages[:-1], tools, fmt, tokenizer)
+    except Exception:  # templates raise anything
+        return False
 
 
 def _is_number(message: dict) -> bool:

@@ -9,6 +9,7 @@ from formats.base import clean_messages
 from tests import parts
 from tests.formats.cases import CLOCK, ROWS, WEATHER, calls, result, row, says, user
 from tests.formats.checks import assert_exact, spans
+from tests.formats.pairs import PAIRS
 
 
 def test_exact_ids_and_labels_of_the_described_call_format():
@@ -180,3 +181,17 @@ def test_a_result_gets_the_id_of_the_call_it_answers_and_each_call_one_result(ke
 
 def test_native_templates_that_take_any_id_keep_it():
     assert get_format("native", parts.tokenizer("qwen2.5")).prepare is None
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_an_answer_that_says_nothing_shifts_no_roles(pair):
+    """Some templates leave such a turn out, others write its frame."""
+    tokenizer, fmt = pair.load()
+    silent = {"role": "assistant", "content": "", "train": False}
+    asked = (calls(("clock", {"zone": "UTC"})), result('{"v": 1}'), says("One."))
+    made = row(user("Hello"), says("Hi."), user("Go on"), silent, user("And?"), *asked, tools=(CLOCK,))
+    encoded = encode(made, tokenizer, fmt)
+    if encoded.status == "refused":
+        assert encoded.reason
+        return
+    assert_exact(made, encoded, tokenizer, fmt)
