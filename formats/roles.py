@@ -24,6 +24,7 @@ class Piece(NamedTuple):
 
 
 _SKELETONS: dict[tuple, tuple[list[int], list[Piece]] | None] = {}
+END = (-1, -1, "")
 _BLOCKS = ("<think>\n\n</think>\n\n", "<think>\n")  # belong to the answer, although a prompt may contain them
 
 
@@ -40,8 +41,21 @@ def token_roles(
 
 def _spans(
     text: str, messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any
-) -> Iterator[tuple[int, int, str]]:
+) -> list[tuple[int, int, str]]:
     """(start, end, role) of the parts of `text` that are no template text, not overlapping."""
+    spans = list(_found(text, messages, tools, fmt, tokenizer))
+    if spans[-1:] != [END]:
+        # A template that takes a content of white space for none writes another frame around it.
+        blank = [m if m["role"] == "assistant" or m["content"].strip() else {**m, "content": ""} for m in messages]
+        others = list(_found(text, blank, tools, fmt, tokenizer)) if blank != messages else []
+        spans = others if others[-1:] == [END] else spans
+    return [span for span in spans if span != END]
+
+
+def _found(
+    text: str, messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any
+) -> Iterator[tuple[int, int, str]]:
+    """The spans of `_spans` as far as the template's text is found again, and END when all messages are."""
     skeleton = _skeleton(messages, tools, fmt, tokenizer)
     if skeleton is None or not text.startswith(skeleton[1][0].text):
         return
@@ -64,11 +78,14 @@ def _spans(
         found = text.find(behind, at)
         if message["role"] != "assistant":
             yield at, len(text) if found < 0 else found, message["role"]
+        if found < 0 and index == order[-1]:
+            break  # a trained text ends with its last answer, the template's own goes on
         if found < 0:
             return
         if schemas:
             yield found + schemas[0], found + schemas[1], "system"
         at = found + len(behind)
+    yield END
 
 
 def _find_tools(glue: str, tools: list[dict]) -> tuple[int, int] | None:

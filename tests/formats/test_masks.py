@@ -7,7 +7,7 @@ import pytest
 from formats import FormatError, encode, encode_prompt, get_format
 from formats.base import clean_messages
 from tests import parts
-from tests.formats.cases import CLOCK, ROWS, WEATHER, calls, result, row, says, user
+from tests.formats.cases import CLOCK, ROWS, WEATHER, calls, result, row, says, system, user
 from tests.formats.checks import assert_exact, spans
 from tests.formats.pairs import PAIRS
 
@@ -190,6 +190,19 @@ def test_an_answer_that_says_nothing_shifts_no_roles(pair):
     silent = {"role": "assistant", "content": "", "train": False}
     asked = (calls(("clock", {"zone": "UTC"})), result('{"v": 1}'), says("One."))
     made = row(user("Hello"), says("Hi."), user("Go on"), silent, user("And?"), *asked, tools=(CLOCK,))
+    encoded = encode(made, tokenizer, fmt)
+    if encoded.status == "refused":
+        assert encoded.reason
+        return
+    assert_exact(made, encoded, tokenizer, fmt)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_a_content_of_white_space_hides_no_roles(pair):
+    """Some templates take it for none and write no system turn, others keep it or cut it."""
+    tokenizer, fmt = pair.load()
+    asked = (calls(("clock", {"zone": "UTC"})), result('{"v": 1}'), says("One."))
+    made = row(system("  "), user("t?"), *asked, user(" \n"), says("Well."), tools=(CLOCK,))
     encoded = encode(made, tokenizer, fmt)
     if encoded.status == "refused":
         assert encoded.reason
