@@ -201,9 +201,9 @@ def _tokenizer_and_format(args) -> tuple:
 
 
 def _prepare(args) -> int:
-    from finetune.encoding.token_files import refuse_same_file
     from finetune.preparing.preparation import WRITTEN, Options, prepare, write_prepared
     from finetune.preparing.preparation_report import print_prepared
+    from finetune.reading.sources import refuse_same_file
 
     if not args.inputs and args.sql is None:
         raise UserError("nothing to read; name a file, a folder, a Hub id, or --sql")
@@ -261,8 +261,9 @@ def _parse(args) -> int:
 
 
 def _show(args) -> int:
-    from finetune.encoding.token_files import encoded_rows, refuse_same_file
+    from finetune.encoding.token_files import encoded_rows
     from finetune.preparing.mask_view import show_html, show_terminal
+    from finetune.reading.sources import refuse_same_file
 
     if args.html:
         refuse_same_file(args.inputs, args.html)

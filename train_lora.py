@@ -175,8 +175,6 @@ def main(argv: list[str] | None = None) -> int:
         experiment.update(status=status, ended=datetime.now(UTC).isoformat(timespec="seconds"))
         if not isinstance(error, UserError | KeyboardInterrupt):
             log.exception("the run failed")
-        if isinstance(error, OSError):  # not for `one_line_errors`: a sweep tries a failing disk again, a refusal not
-            return 1
         raise
     experiment.writes = trainer.args.should_save  # another rank's task where rank 0 was lost
     memory = {**experiment.config["memory"], "measured_gb": result["peak_memory_gb"]}

@@ -40,7 +40,7 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except OSError as error:
-            if error.filename is None:
+            if error.filename is None or error.errno not in _NAMED_WRONGLY:
                 raise
             return _failed(f"{error.filename}: {error.strerror or error}; check its name and rights")
 
@@ -52,6 +52,11 @@ def _failed(reason: str) -> int:
     return 2
 
 
+# What comes of the name that a user gave; a disk or a network that fails is no refusal, and a sweep tries it again.
+_NAMED_WRONGLY = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.EINVAL,
+)  # fmt: skip
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

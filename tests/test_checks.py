@@ -143,6 +143,7 @@ def test_near_duplicates_share_a_group_and_others_do_not():
     ]
     groups = near_duplicate_groups([asking(text) for text in texts])
     assert groups == [0, 0, 2, 0, 0, 5]
+    assert near_duplicate_groups([asking(""), asking(" "), asking("")]) == [0, 1, 2]
 
 
 def test_groups_are_those_of_comparing_every_pair():

@@ -468,3 +468,13 @@ def test_any_row_is_a_conversation_or_is_refused():
         check_conversation(conversation)
         exact_key(conversation)
     assert outcomes["refused"] > 500 and outcomes["kept"] > 500
+
+
+def test_a_second_spelling_of_calls_or_reasoning_is_noted_when_it_is_not_read():
+    notes, call = Counter(), {"name": "set_lamp", "arguments": {"room": "hall"}}
+    both = {"role": "assistant", "content": "", "tool_calls": [call], "function_call": call | {"name": "other"}}
+    made = normalize_row(chat(both | {"reasoning_content": "One.", "thinking": "Two."}, tools=[LAMP]), notes=notes)
+    assert [c["function"]["name"] for c in made["messages"][-1]["tool_calls"]] == ["set_lamp"]
+    assert made["messages"][-1]["reasoning_content"] == "One."
+    assert notes["function_call not read: tool_calls stand beside it"] == 1
+    assert notes["thinking not read: another reasoning stands beside it"] == 1

@@ -131,6 +131,8 @@ def test_near_duplicates_stay_together_or_go_with_dedupe(tmp_path):
     assert prepare_data.main([str(source), "--output", str(tmp_path / "b"), "--dedupe"]) == 0
     rejected = read(tmp_path / "b" / "rejected.jsonl")
     assert len(rejected) == 19 and all("nearly the same as" in row["reason"] for row in rejected)
+    assert prepare_data.main([str(source), "--output", str(tmp_path / "c"), "--dedupe", "--strict"]) == 2
+    assert not (tmp_path / "c").exists()
 
 
 def test_strict_stops_at_the_first_and_leaves_nothing(mixed, tmp_path, capsys):

@@ -13,6 +13,7 @@ import pytest
 
 from finetune.conversations import json_line, load_conversations, normalize_row, read_rows, write_jsonl
 from finetune.errors import UserError
+from finetune.reading.row_files import Unreadable
 from finetune.reading.sources import parse_spec
 from tests.rows import LAMP, chat
 
@@ -290,3 +291,15 @@ def test_json_line_writes_what_utf8_cannot_hold_as_an_escape():
 def test_json_line_writes_numbers_that_json_does_not_know_as_text():
     nan, inf = float("nan"), float("inf")
     assert json_line({"a": [nan, {"b": -inf}], "c": 1.5}) == '{"a": ["nan", {"b": "-inf"}], "c": 1.5}\n'
+
+
+def test_a_broken_cell_of_parquet_costs_its_row_and_no_other(tmp_path):
+    good, bad = [("a", 1), ("b", 2)], [("a", 1), ("a", 2)]
+    cells = pa.array([good, bad, good], type=pa.map_(pa.string(), pa.int64()))
+    texts = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"x": 1}', '{"x": 1}', "{x}"]))
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"cells": cells, "text": texts}), path)
+    rows = [row for _, _, row in read_rows(path)]
+    assert rows[0]["cells"] == {"a": 1, "b": 2}
+    assert [isinstance(row, Unreadable) for row in rows[1:]] == [True, True]
+    assert "twice" in rows[1].reason and "cannot be read" in rows[2].reason

@@ -101,7 +101,6 @@ def test_passes_of_a_step_are_of_like_size():
     passes = plan_passes(rows, 500)
     assert [len(one.rows) for one in passes] == [6, 6]
     assert sum(one.input_ids.size for one in passes) == full + rest
-    assert plan_passes(rows, 500)[0].input_ids.tolist() == passes[0].input_ids.tolist()
 
 
 def test_a_row_longer_than_the_budget_gets_its_own_pass():

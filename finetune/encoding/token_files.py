@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from finetune.errors import UserError, open_atomic
 from finetune.progress import progress_bar
 from finetune.reading.normalize import normalize_row
 from finetune.reading.row_files import Unreadable
-from finetune.reading.sources import Spec, data_suffix, files_of, parse_spec, read_rows
+from finetune.reading.sources import Spec, data_suffix, parse_spec, read_rows, refuse_same_file
 from finetune.reading.text_shapes import RowError
 from finetune.reading.tool_schemas import normalize_tools
 from finetune.torchless import let_torch_in
@@ -156,15 +156,6 @@ def _unweighted(source: str | Path) -> Spec:
     if spec.weight != 1:
         raise UserError(f"{spec.text}: weights belong to training; here every row is read exactly once")
     return spec
-
-
-def refuse_same_file(sources: Iterable[str | Path | Spec], target: str | Path) -> None:
-    """Raise UserError when writing `target` would replace a file that is read."""
-    target = Path(target)
-    for source in sources:
-        spec = source if isinstance(source, Spec) else parse_spec(source)
-        if target.exists() and any(path.exists() and target.samefile(path) for path in files_of(spec) or ()):
-            raise UserError(f"{target} is the file that is read; name another one for the output")
 
 
 @contextmanager

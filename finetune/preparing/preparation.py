@@ -155,9 +155,7 @@ def _without_near_copies(rows, groups, result: Prepared, options: Options) -> tu
             kept.append(row)
         else:
             source, number = rows[group].origin
-            result.rejected.append(
-                Rejected(*row.origin, f"nearly the same as {source}, row {number}", row.conversation)
-            )
+            _reject(row, f"nearly the same as {source}, row {number}", result, options)
     return kept, list(range(len(kept)))
 
 

@@ -57,8 +57,8 @@ def near_duplicate_groups(conversations: Sequence[dict[str, Any]], threshold: fl
         parent[max(a, b)] = min(a, b)
 
     for index, conversation in enumerate(conversations):
-        first = texts.setdefault(request_text(conversation), index)
-        join(first, index)
+        if text := request_text(conversation):  # rows in which nobody asks anything are not alike for that
+            join(texts.setdefault(text, index), index)
     sets = {index: shingles(text) for text, index in texts.items()}
     for bucket in _buckets(sets):
         # Compared with one member of each group met so far in this bucket: thousands of copies stay linear.

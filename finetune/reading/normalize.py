@@ -213,9 +213,8 @@ def _message(message: Any, number: int, tools: list[dict[str, Any]], notes: Coun
         value = message.get(name)
         if value and not isinstance(value, str):
             raise RowError(f"message {number}: {name} is a JSON {json_type(value)}, not text")
-        if value and value.strip():
-            result["reasoning_content"] = value.strip()
-            break
+        if value and value.strip() and result.setdefault("reasoning_content", value.strip()) != value.strip():
+            notes[f"{name} not read: another reasoning stands beside it"] += 1
     if calls:
         result["tool_calls"] = calls
     trained = message.get("weight") if message.get("train") is None else message["train"]
@@ -258,9 +257,9 @@ def _tool_calls(message: dict[str, Any], number: int, notes: Counter) -> list[di
             calls = strict_json(calls) if calls.strip() else None
         except ValueError as error:
             raise RowError(f"message {number}: tool_calls are no JSON ({error})") from error
-    if not calls and isinstance(message.get("function_call"), dict):
-        notes["function_call -> tool_calls"] += 1
-        calls = [message["function_call"]]
+    if isinstance(message.get("function_call"), dict):
+        notes["function_call not read: tool_calls stand beside it" if calls else "function_call -> tool_calls"] += 1
+        calls = calls or [message["function_call"]]
     if not calls:
         return []
     if not isinstance(calls, list):

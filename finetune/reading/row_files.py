@@ -160,15 +160,18 @@ def parquet_records(path: Path) -> Iterator[tuple[int, dict]]:
         raise UserError(f"{path}: holds values that cannot be read ({reason}); convert it to JSON Lines") from error
 
 
-def arrow_rows(batch) -> Iterator[dict]:
-    """Rows of a pyarrow RecordBatch or Table as dicts, without what Arrow invented.
+def arrow_rows(batch) -> Iterator[dict | Unreadable]:
+    """Rows of a pyarrow RecordBatch or Table as dicts, without what Arrow invented; Unreadable where a cell is broken.
 
     Arrow gives every struct of a column the union of all keys and fills the rest with nulls, so a null field of a
     struct is padding (or cannot be told from it) and is left out. Nulls inside lists, maps and JSON text are data.
     """
     types = {field.name: field.type for field in batch.schema}
     for row in batch.to_pylist():
-        yield {name: _unpad(value, types[name]) for name, value in row.items() if value is not None}
+        try:
+            yield {name: _unpad(value, types[name]) for name, value in row.items() if value is not None}
+        except ValueError as error:
+            yield Unreadable(f"holds a cell that cannot be read: {error}", json.dumps(row, default=str))
 
 
 def _unpad(value: Any, kind) -> Any:
@@ -182,6 +185,9 @@ def _unpad(value: Any, kind) -> Any:
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return [_unpad(inner, kind.value_type) for inner in value]
     if types.is_map(kind):
+        names = [str(name) for name, _ in value]
+        if len(set(names)) < len(names):
+            raise ValueError(f"a map names a key twice ({', '.join(names)[:200]})")
         return {str(name): _unpad(inner, kind.item_type) for name, inner in value}
     if getattr(kind, "extension_name", None) == "arrow.json":
         return strict_json(value)

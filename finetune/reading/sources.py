@@ -13,7 +13,7 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,15 @@ def _answers_beside(path: Path) -> Path | None:
     return beside if path.name.startswith("BFCL_") and beside.is_file() else None
 
 
+def refuse_same_file(sources: Iterable[str | Path | Spec], target: str | Path) -> None:
+    """Raise UserError when writing `target` would replace a file that is read."""
+    target = Path(target)
+    for source in sources:
+        spec = source if isinstance(source, Spec) else parse_spec(source)
+        if target.exists() and any(path.exists() and target.samefile(path) for path in files_of(spec) or ()):
+            raise UserError(f"{target} is the file that is read; name another one for the output")
+
+
 def _bfcl_answers(path: Path) -> dict[str, Any]:
     """id -> ground truth from `possible_answer/` beside a BFCL question file, which is how BFCL ships them."""
     beside = _answers_beside(path)
@@ -142,7 +151,7 @@ def _bfcl_answers(path: Path) -> dict[str, Any]:
     return {str(row["id"]): row["ground_truth"] for row in rows if "id" in row and "ground_truth" in row}
 
 
-def _hub_rows(spec: Spec) -> Iterator[tuple[str, int, dict]]:
+def _hub_rows(spec: Spec) -> Iterator[tuple[str, int, dict | Unreadable]]:
     import datasets
 
     split = spec.split or "train"
