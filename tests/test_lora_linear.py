@@ -5,14 +5,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from finetune.training import lora_linear
 from finetune.training.lora_linear import fuse_lora_linears
 
 
-def tiny(dropout=0.0, **lora):
+def tiny(dropout=0.0, hidden_act="silu", **lora):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, attention_bias=True,
+        num_key_value_heads=2, attention_bias=True, hidden_act=hidden_act,
     )  # fmt: skip
     lora_config = LoraConfig(r=8, lora_alpha=24, lora_dropout=dropout, target_modules="all-linear", **lora)
     model = get_peft_model(LlamaForCausalLM(config), lora_config)
@@ -56,3 +57,36 @@ def test_disabling_the_adapter_still_gives_the_base_model():
 @pytest.mark.parametrize("lora", [{"dropout": 0.1}, {"use_dora": True}])
 def test_layers_with_dropout_or_dora_are_left_to_peft(lora):
     assert fuse_lora_linears(tiny(**lora)) == 0
+
+
+def saved_bytes(model):
+    """Bytes of all tensors that autograd keeps of one forward pass of 80 tokens, parameters left out."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(input_ids=torch.arange(80)[None])
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def test_a_gated_mlp_keeps_two_of_its_four_wide_tensors(monkeypatch):
+    whole = tiny()
+    monkeypatch.setattr(lora_linear, "_is_gated", lambda module: False)
+    fuse_lora_linears(whole)
+    monkeypatch.undo()
+    gated = tiny()
+    fuse_lora_linears(gated)
+    assert saved_bytes(whole) - saved_bytes(gated) == 2 * 80 * 96 * 4 * 2  # of 2 layers, 96 wide, in float32
+
+
+def test_another_activation_is_left_alone():
+    model = tiny(hidden_act="gelu")
+    loss, _ = loss_and_gradients(model)
+    fuse_lora_linears(model)
+    assert all(m.forward.__func__ is type(m).forward for n, m in model.named_modules() if n.endswith(".mlp"))
+    assert loss_and_gradients(model)[0] == pytest.approx(loss, rel=1e-6)

@@ -109,19 +109,27 @@ def default_tokens_per_pass(sizes: Sizes, plan: Plan, *, loaded: bool) -> int:
     return max(LEAST_TOKENS, largest(fits, min(MOST_TOKENS, LONGEST)))
 
 
-def tokens_of_a_pass(settings: Any, sizes: Sizes, plan: Plan, sequences: Sequence, *, loaded: bool) -> int:
-    """--tokens_per_pass, or its default: what the free memory allows, and on a CPU no more than is of use.
+def useful_tokens(settings: Any, plan: Plan, sequences: Sequence) -> int | None:
+    """Tokens beyond which a larger pass brings nothing; None on a GPU.
 
-    There a large pass is no faster than two small ones, so a pass never holds more tokens than `batch_size` of the
+    On a CPU a large pass is no faster than two small ones, so a pass never holds more tokens than `batch_size` of the
     longest rows, side by side in an ordinary trainer's micro-batch, would; four rows at least, since a prefix that is
     shared by rows of two passes is computed twice.
+    """
+    if plan.device != "cpu":
+        return None
+    return max(LEAST_TOKENS, max(4, settings.batch_size) * max(len(ids) for ids, _ in sequences))
+
+
+def tokens_of_a_pass(settings: Any, sizes: Sizes, plan: Plan, sequences: Sequence, *, loaded: bool) -> int:
+    """--tokens_per_pass, or what the free memory allows by the estimate, and on a CPU no more than is of use.
+
+    A run tries before it believes this (finetune/training/probe.py).
     """
     if settings.tokens_per_pass:
         return settings.tokens_per_pass
     allowed = default_tokens_per_pass(sizes, plan, loaded=loaded)
-    if plan.device != "cpu":
-        return allowed
-    return min(allowed, max(LEAST_TOKENS, max(4, settings.batch_size) * max(len(ids) for ids, _ in sequences)))
+    return min(allowed, useful_tokens(settings, plan, sequences) or allowed)
 
 
 def prediction(sizes: Sizes, plan: Plan) -> dict[str, Any]:

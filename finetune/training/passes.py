@@ -75,7 +75,7 @@ class PassRunner:
         """
         while True:
             try:
-                return self._run(rows, scale, backward)
+                return self.run_once(rows, scale, backward)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or self.tokens_per_pass <= MIN_TOKENS_PER_PASS:
                     raise
@@ -86,7 +86,10 @@ class PassRunner:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _run(self, rows, scale, backward) -> StepResult:
+    def run_once(
+        self, rows: Sequence[Row], scale: float, backward: Callable[[torch.Tensor], None] | None = None
+    ) -> StepResult:
+        """As `run`, but an out-of-memory error is the caller's."""
         loss_sum, computed = 0.0, 0
         plan = self.plan(rows)
         for one in plan:

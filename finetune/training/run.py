@@ -20,6 +20,7 @@ from finetune.run_log import RunLog, read_rows
 from finetune.settings import Settings
 from finetune.trainer import COUNTERS, SandwichTrainer  # imports unsloth first
 from finetune.training.callbacks import LastStepCallback, LogCallback, StopCallback
+from finetune.training.probe import tokens_of_a_pass
 
 log = logging.getLogger("sandwich")
 
@@ -46,14 +47,13 @@ def make_trainer(
         gradient_checkpointing=experiment.config["gradient_checkpointing"],
         device=loaded.device,
     )
-    tokens_per_pass = memory.tokens_of_a_pass(settings, sizes, plan, rows.sequences, loaded=True)
     trainer = SandwichTrainer(
         model=model,
         args=args,
         processing_class=tokenizer,
         sequences=rows.sequences,
         eval_sequences=eval_rows.sequences if eval_rows is not None else None,
-        tokens_per_pass=tokens_per_pass,
+        tokens_per_pass=settings.tokens_per_pass or memory.LEAST_TOKENS,
         share_prefix=settings.share_prefix,
         groups=groups,
         log_callback=LogCallback(run_log, console, quiet=args.process_index != 0),
@@ -63,6 +63,8 @@ def make_trainer(
     trainer.add_callback(StopCallback())
     if settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience, settings.early_stopping_threshold))
+    tokens_per_pass = tokens_of_a_pass(trainer.runner, settings, sizes, plan, rows.sequences)
+    trainer.runner.tokens_per_pass = tokens_per_pass
     # Written before the first step, so that a run that dies of too little memory says what was expected of it.
     plan = memory.with_rows(plan, settings, rows.sequences, tokens_per_pass, trainer.runner.plan, groups)
     experiment.update(memory=memory.prediction(sizes, plan))
