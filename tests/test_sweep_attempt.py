@@ -141,6 +141,15 @@ def test_a_finished_config_never_arrives_before_the_adapter(site):
     assert arrived.index("rank4/.incoming/final_model/adapter") < arrived.index("finished")
 
 
+def test_a_program_that_ends_well_and_has_done_nothing(site, monkeypatch):
+    """A wrapper that swallows an exit status must not make a finished run of a failed one, which is never repeated."""
+    monkeypatch.setattr("finetune.sweep.attempt.first_words", lambda task, place: ["sh", "-c", "echo nothing done"])
+    outcome = site.attempt("one")
+    assert (outcome["outcome"], outcome["exit_code"]) == ("failed", 0)
+    assert outcome["lines"][0] == "nothing done"
+    assert "exit status 0" in outcome["lines"][-1]
+
+
 def test_a_program_that_is_not_there(site, monkeypatch):
     monkeypatch.setattr("finetune.sweep.attempt.first_words", lambda task, place: ["/no/such/program"])
     outcome = site.attempt("one")
