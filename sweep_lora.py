@@ -7,6 +7,7 @@ import contextlib
 import logging
 import shlex
 import sys
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for flag in FLAGS:
         if flag.name == "scheduler":
-            group.add_argument("--scheduler", nargs="+", default=argparse.SUPPRESS, metavar="VALUE",
+            group.add_argument("--scheduler", nargs="+", action="extend", default=argparse.SUPPRESS, metavar="VALUE",
                                help="asha: stop hopeless runs early (Ray Tune); or schedules to try")  # fmt: skip
         elif not flag.action and flag.name not in grid.RESERVED:
-            group.add_argument(f"--{flag.name}", nargs="*" if flag.is_switch else "+", default=argparse.SUPPRESS,
-                               metavar="VALUE", help=argparse.SUPPRESS)  # fmt: skip
+            group.add_argument(f"--{flag.name}", nargs="*" if flag.is_switch else "+", action="extend",
+                               default=argparse.SUPPRESS, metavar="VALUE", help=argparse.SUPPRESS)  # fmt: skip
     parser.add_argument("words", nargs="*", metavar="-- FLAGS", help="flags that every run is given")
     return parser
 
@@ -97,10 +98,18 @@ def main(argv: list[str] | None = None) -> int:
     given = [flag.name for flag in FLAGS if not flag.action and flag.name not in grid.RESERVED]
     values = {name: grid.grid_values(name, getattr(args, name)) for name in given if hasattr(args, name)}
     file = grid.read_file(args.sweep) if args.sweep else {}
+    recipe, given = grid.fixed_flags(after)
+    values = file.get("grid", {}) | values
+    random = file.get("random") or {"flags": {}}
+    for name in given:
+        if name in values or name in random["flags"]:
+            raise UserError(f"--{name} after the --: the sweep varies it; keep one of the two")
     points = grid.make_points(
-        file.get("train", {}) | grid.fixed_flags(after), file.get("grid", {}) | values, runs=file.get("runs", []),
-        draws=grid.draw(file.get("random")), seeds=args.seeds or file.get("seeds"),
+        file.get("train", {}) | recipe | given, values, runs=file.get("runs", []), draws=grid.draw(file.get("random")),
+        seeds=args.seeds or file.get("seeds"),
     )  # fmt: skip
+    if args.name is not None and (args.name in ("", ".", "..") or Path(args.name).name != args.name):
+        raise UserError(f"--name {args.name!r}: give the name of a folder, not a path; --experiments_dir says where")
     identity = grid.fingerprint(points, {"command": args.command, "asha": asha})
     folder = args.experiments_dir / (args.name or default_name(points, identity))
     if args.dry_run:
@@ -190,8 +199,8 @@ def _percent(word: str) -> float:
 
 def _reduction(word: str) -> float:
     value = float(word)
-    if not value > 1:
-        raise argparse.ArgumentTypeError(f"{word} is not above 1")
+    if not 1 < value < inf:
+        raise argparse.ArgumentTypeError(f"{word} is not a number above 1")
     return value
 
 
