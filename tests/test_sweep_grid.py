@@ -199,8 +199,11 @@ def test_no_run_takes_the_name_of_the_sweep_s_own_files():
 
 def test_one_flag_varies_in_one_place(tmp_path, capsys):
     ranges = {"count": 3, "flags": {"rank": {"min": 1, "max": 9}}}
-    for sections in ({"runs": [{"rank": 8}, {"lr": 1e-4}], "grid": {"rank": [4]}}, {"random": ranges, "grid": {"rank": [4]}},
-                     {"random": ranges, "runs": [{"rank": 2}]}):  # fmt: skip
+    for sections in (
+        {"runs": [{"rank": 8}, {"lr": 1e-4}], "grid": {"rank": [4]}},
+        {"random": ranges, "grid": {"rank": [4]}},
+        {"random": ranges, "runs": [{"rank": 2}]},
+    ):
         code, _, said = dry(capsys, "--sweep", str(write(tmp_path / "s.yaml", **sections)))
         assert code == 2
         assert "rank varies in two places" in said.err
@@ -211,7 +214,8 @@ def test_one_flag_varies_in_one_place(tmp_path, capsys):
 
 def test_draws_reach_both_ends_alike_and_no_further():
     spec = {"count": 3000, "seed": 0, "flags": {
-        "rank": {"min": 1, "max": 3}, "dropout": {"min": 0.99961, "max": 0.99964}, "lr": {"min": 1.0049e-4, "max": 1.005e-4},
+        "rank": {"min": 1, "max": 3}, "dropout": {"min": 0.99961, "max": 0.99964},
+        "lr": {"min": 1.0049e-4, "max": 1.005e-4},
     }}  # fmt: skip
     drawn = grid.draw(spec)
     counts = [sum(one["rank"] == rank for one in drawn) for rank in (1, 2, 3)]

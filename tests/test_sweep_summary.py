@@ -68,7 +68,7 @@ def test_no_best_among_failures_and_no_numbers():
 
 
 def test_what_diverged_by_its_end_is_not_the_best(tmp_path):
-    """Read from logs, in which a loss that is no number stands as a word; a run that never evaluated has empty cells."""
+    """Read from logs, in which a loss that is no number stands as a word and one that was not measured as nothing."""
     logs = {
         "steady": ["1,2.0,1.5", "2,1.9,1.4"],
         "diverged": ["1,1.0,0.5", "2,nan,nan"],
