@@ -224,6 +224,19 @@ def test_the_described_command_in_both_spellings(capsys, nvml):
     assert answer["plan"]["rank"] == 8 and answer["plan"]["tokens"] == 2048 and "card" not in answer
 
 
+def test_what_is_not_said_is_what_train_lora_would_do(capsys, nvml):
+    """4 bit on a GPU, also where it computes in float32, and none on a CPU; 7B is 7."""
+    nvml(init_error=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+    plans = []
+    for words in (["7B"], ["7", "--dtype", "float32"], ["7", "--device", "cpu"],
+                  ["7.0b", "--device", "cpu", "--quantization", "4bit", "--dtype", "float32"]):  # fmt: skip
+        assert gpu_memory.main(["estimate", "--json", "--model_size", *words]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        plans.append(answer["plan"]["load_in_4bit"])
+        assert answer["parameters"] == pytest.approx(7e9, rel=0.01)
+    assert plans == [True, True, False, True]
+
+
 def test_estimate_prints_parts_advice_and_cards(capsys, nvml):
     nvml(FakeCard())
     assert gpu_memory.main(["estimate", "--model_size", "7", "--rank", "64", "--seq_length", "65536"]) == 0
