@@ -202,6 +202,31 @@ def test_a_log_torn_in_its_last_record_is_read_and_continued(tmp_path, suffix, c
         assert json.loads(log.path.read_text(encoding="utf-8")) == records
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("memory_used_gb", "much"), ("time", "yesterday"), ("index", "0.5x"), ("utilization_percent", "?")],
+)
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_a_log_with_a_value_of_the_wrong_kind_is_refused_in_one_line(tmp_path, capsys, suffix, column, value):
+    log = watch.CardLog(tmp_path / f"log{suffix}")
+    for second in range(2):
+        log.add([devices.Card(0, "one", memory_used_gb=1.5)], f"2026-11-21T12:00:0{second}+00:00")
+    one = watch.read_log(log.path)
+    log.path.write_text(watch._as_text([one[0], one[1] | {column: value}], suffix), encoding="utf-8")
+    assert gpu_memory.main(["plot", str(log.path)]) == 2
+    error = capsys.readouterr().err
+    assert "record 2" in error and value in error and error.count("\n") == 1
+
+
+def test_a_log_that_is_taken_away_ends_the_monitor_in_one_line(nvml, tmp_path, capsys, monkeypatch):
+    nvml(FakeCard())
+    log = tmp_path / "log.json"
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: log.unlink())
+    assert gpu_memory.main(["monitor", "--samples", "3", "--output", str(log)]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot write {log}" in error and error.count("\n") == 1
+
+
 def test_nothing_to_draw(tmp_path):
     with pytest.raises(UserError, match="nothing to draw"):
         watch.draw([], tmp_path / "x.png")
