@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
 
     from finetune.logs import log_to_file, start_logging
-    from finetune.sweep.runs import FAILED, INTERRUPTED, WAITING, now, open_sweep
+    from finetune.sweep.runs import FAILED, INTERRUPTED, RUNNING, WAITING, now, open_sweep
 
     console = Console(stderr=True)
     start_logging(console)
@@ -140,6 +140,11 @@ def main(argv: list[str] | None = None) -> int:
         best = write_results(sweep)
         status = INTERRUPTED if sweep.count(INTERRUPTED, WAITING) else FAILED if sweep.count(FAILED) else "finished"
         sweep.save(status=status, ended=now(), best=vars(best) if best else None)
+    except BaseException:  # Ray that cannot be started, a second Ctrl-C: nobody runs this any more
+        for run in sweep.runs:
+            run.status = INTERRUPTED if run.status == RUNNING else run.status
+        sweep.save(status=INTERRUPTED, ended=now())
+        raise
     finally:
         sweep.close()
     for run in sweep.runs:

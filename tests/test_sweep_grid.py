@@ -254,6 +254,20 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     opened(tmp_path / "t", points(4, 8)).close()
 
 
+@pytest.mark.parametrize(("error", "code"), [(UserError("no Ray"), 2), (KeyboardInterrupt(), 130)])
+def test_a_sweep_that_is_broken_off_does_not_say_that_it_is_running(tmp_path, monkeypatch, capsys, error, code):
+    def broken_off(sweep, *rest):
+        sweep.runs[0].status = "running"
+        raise error
+
+    monkeypatch.setattr(sweep_lora, "run_all", broken_off)
+    assert sweep_lora.main(["--experiments_dir", str(tmp_path), "--name", "s", "--rank", "4", "8"]) == code
+    kept = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    assert kept["status"] == "interrupted"
+    assert [run["status"] for run in kept["runs"]] == ["interrupted", "waiting"]
+    opened(tmp_path / "s", points(4, 8), identity=kept["id"]).close()
+
+
 def test_changed_data_stop_a_sweep_that_goes_on(tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("{}\n")
