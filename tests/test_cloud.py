@@ -74,7 +74,8 @@ def test_a_stop_of_the_five_lines_reaches_each_of_them_once(tmp_path, number):
         "heard = []\n"
         "for n in (signal.SIGINT, signal.SIGTERM): signal.signal(n, lambda n, frame: heard.append(n))\n"
         "note('started')\n"
-        "while not heard: time.sleep(0.02)\n"
+        "deadline = time.monotonic() + 60\n"
+        "while not heard and time.monotonic() < deadline: time.sleep(0.02)\n"
         "time.sleep(0.2)\n"
         "note(f'stopped {len(heard)}')\n"
     )
