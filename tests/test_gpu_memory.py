@@ -277,6 +277,7 @@ def test_estimate_prints_parts_advice_and_cards(capsys, nvml):
         (["--model_size", "7", "--target_modules", "qq"], "this model has"),
         (["--model_size", "7", "--optim", "wonder"], "its memory is not known"),
         (["--model_size", "9999"], "in billions"),
+        (["--model_size", "0.001"], "in billions"),
         (["--model", "./nowhere/at/all"], "./nowhere/at/all"),
     ],
 )
