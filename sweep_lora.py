@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--retries", type=not_negative(int), default=2, metavar="N",
         help="tries after a failure that gets no further, from the last checkpoint (default: 2)")  # fmt: skip
     add("--address", help="a Ray cluster (auto, or host:port); default: Ray on this machine alone")
-    add("--gpus_per_run", type=not_negative(float), metavar="N",
+    add("--gpus_per_run", type=_gpus, metavar="N",
         help="GPUs of a run: 0.5 puts two on a card, 2 starts torchrun (default: 1 where there are any)")  # fmt: skip
     add("--cpus_per_run", type=not_negative(float), metavar="N",
         help="CPU cores of a run (default: 1 beside a GPU, else all cores of a machine)")  # fmt: skip
@@ -193,6 +193,13 @@ def default_name(points: list[grid.Point], identity: str) -> str:
     varied = list(dict.fromkeys(name for point in points for name in point.varied))
     model = grid.run_label({"model": points[0].settings().model})
     return "_".join(["sweep", model, *varied[:4], identity])
+
+
+def _gpus(word: str) -> float:
+    value = not_negative(float)(word)
+    if value > 1 and not value.is_integer():
+        raise argparse.ArgumentTypeError(f"{word}: above 1 it must be a whole number")
+    return value
 
 
 def _percent(word: str) -> float:

@@ -60,6 +60,16 @@ def test_seeds_count_up(capsys):
     assert len(runs) == 6
 
 
+@pytest.mark.parametrize(
+    "words", [["--gpus_per_run", "1.5"], ["--gpus_per_run", "-1"], ["--asha_reduction", "inf"], ["--asha_grace", "0"]]
+)
+def test_flags_of_the_sweep_are_checked_before_ray_is_started(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        sweep_lora.main(["--rank", "4", *words])
+    assert end.value.code == 2
+    assert f"argument {words[0]}" in capsys.readouterr().err
+
+
 def test_schedules_and_asha_share_a_flag(capsys):
     _, runs, _ = dry(capsys, "--scheduler", "asha", "cosine", "linear")
     assert {s.scheduler for s in runs.values()} == {"cosine", "linear"}

@@ -101,8 +101,6 @@ def resources_per_run(ray: Any, options: Options) -> tuple[float, float]:
     if cpus is None:
         able = [node.get("CPU", 0) for node in nodes if node.get("CPU", 0) >= 1]
         cpus = 1.0 if gpus or not able else float(min(able))
-    if gpus > 1 and gpus != int(gpus):
-        raise UserError(f"--gpus_per_run {gpus:g}: above 1 it must be a whole number")
     if not any(node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= cpus for node in nodes):
         most = max(nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)), default={})
         text = (f"no machine has {gpus:g} GPUs and {cpus:g} CPUs for a run; the largest has {most.get('GPU', 0):g} "
