@@ -162,6 +162,7 @@ def test_what_is_refused(words, wanted, capsys):
         ({"random": {"count": 2, "flags": {"lr": {"min": 2, "max": 1}}}}, "min"),
         ({"random": {"count": 2, "flags": {"weight_decay": {"min": 0, "max": 1, "scale": "log"}}}}, "log"),
         ({"random": {"count": 2, "flags": {"optim": {"min": "a", "max": "b"}}}}, "list of values"),
+        ({"random": {"count": 2, "flags": {"lr": {"min": None, "max": 1}}}}, "numbers"),
         ({"random": {"count": 2}}, "flags"),
         ({"random": {"count": 2, "flags": {}}}, "no flag"),
         ({"random": {"count": True, "flags": {"rank": [1]}}}, "count"),

@@ -262,8 +262,8 @@ def _random(where: str, spec: Any) -> dict[str, Any] | None:
         if not {"min", "max"} <= set(ranges) <= {"min", "max", "scale"} or scale not in ("linear", "log"):
             raise UserError(f"{where}, flags, {name}: give a list of values, or min, max and scale (linear or log)")
         for end in ("min", "max"):
-            ranges[end] = settings.checked(f"{where}, flags", name, ranges[end])
-            if isinstance(ranges[end], bool | str | list) or ranges[end] is None:
+            given, ranges[end] = ranges[end], settings.checked(f"{where}, flags", name, ranges[end])
+            if given is None or isinstance(ranges[end], bool | str | list):
                 raise UserError(f"{where}, flags, {name}: a range needs a flag with numbers; give a list of values")
         if ranges["min"] > ranges["max"] or (scale == "log" and not ranges["min"] > 0):
             raise UserError(f"{where}, flags, {name}: min must not be above max, and above 0 on a log scale")
