@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
+from finetune.sweep import ray_runner
 from finetune.sweep.attempt import run_attempt
 from finetune.sweep.courier import TOKEN
 from finetune.sweep.hub import Hub
@@ -162,3 +164,12 @@ def test_a_folder_that_is_not_shared_is_noticed(site):
     with pytest.raises(UserError, match="--transport ray"):
         site.attempt("one", "shared")
     assert site.attempt("one", "auto")["transport"] == "Ray"
+
+
+def test_a_ctrl_c_while_ray_starts_counts_when_it_has_started():
+    done = []
+    with pytest.raises(KeyboardInterrupt), ray_runner._ctrl_c_held_back():
+        signal.raise_signal(signal.SIGINT)
+        done.append("started")
+    assert done == ["started"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
