@@ -55,11 +55,11 @@ def _estimate_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Dashes and underscores are the same in every flag; names after a comma are other names of a flag."
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="Hub id, folder, or smollm2-135m; only its config.json is read")
-    what.add_argument("--model_size", type=positive(float), metavar="B", help="parameters in billions, e.g. 7.0")
+    what.add_argument("--model_size", type=_billions, metavar="B", help="parameters in billions, e.g. 7.0 or 7B")
     add = parser.add_argument
     add("--revision", help="branch, tag or commit of the model on the Hub")
     add("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    add("--quantization", choices=tuple(QUANTIZATIONS), default="4bit", help="base weights (default: 4bit)")
+    add("--quantization", choices=tuple(QUANTIZATIONS), help="base weights (default: 4bit, on a CPU none)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="compute type")
     add("--lora_r", "--rank", dest="rank", type=positive(int), default=16, metavar="R", help="LoRA rank (default: 16)")
     add("--target_modules", nargs="+", default=["all-linear"], metavar="NAME", help="default: all-linear")
@@ -80,6 +80,13 @@ def _estimate_flags(parser: argparse.ArgumentParser) -> None:
         help="size of the card as sold; default: this machine's first card",
     )
     add("--json", action="store_true", help="print the numbers as JSON")
+
+
+def _billions(word: str) -> float:
+    return positive(float)(word[:-1] if word[-1:] in ("b", "B") else word)
+
+
+_billions.__name__ = "number of billions"
 
 
 def _share(word: str) -> float:
@@ -117,7 +124,7 @@ def estimate(args: argparse.Namespace) -> int:
         target_modules=tuple(args.target_modules),
         last_layers=args.last_layers,
         dtype=args.dtype,
-        load_in_4bit=QUANTIZATIONS[args.quantization] and args.dtype != "float32",
+        load_in_4bit=not on_cpu if args.quantization is None else QUANTIZATIONS[args.quantization],
         gradient_checkpointing=not on_cpu if args.gradient_checkpointing is None else args.gradient_checkpointing,
         optim=("adamw_torch" if on_cpu else "adamw_8bit") if args.optim == "auto" else args.optim,
         device=args.device,

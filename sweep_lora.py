@@ -7,6 +7,7 @@ import contextlib
 import logging
 import shlex
 import sys
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--retries", type=not_negative(int), default=2, metavar="N",
         help="tries after a failure that gets no further, from the last checkpoint (default: 2)")  # fmt: skip
     add("--address", help="a Ray cluster (auto, or host:port); default: Ray on this machine alone")
-    add("--gpus_per_run", type=not_negative(float), metavar="N",
+    add("--gpus_per_run", type=_gpus, metavar="N",
         help="GPUs of a run: 0.5 puts two on a card, 2 starts torchrun (default: 1 where there are any)")  # fmt: skip
     add("--cpus_per_run", type=not_negative(float), metavar="N",
         help="CPU cores of a run (default: 1 beside a GPU, else all cores of a machine)")  # fmt: skip
@@ -68,11 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for flag in FLAGS:
         if flag.name == "scheduler":
-            group.add_argument("--scheduler", nargs="+", default=argparse.SUPPRESS, metavar="VALUE",
+            group.add_argument("--scheduler", nargs="+", action="extend", default=argparse.SUPPRESS, metavar="VALUE",
                                help="asha: stop hopeless runs early (Ray Tune); or schedules to try")  # fmt: skip
         elif not flag.action and flag.name not in grid.RESERVED:
-            group.add_argument(f"--{flag.name}", nargs="*" if flag.is_switch else "+", default=argparse.SUPPRESS,
-                               metavar="VALUE", help=argparse.SUPPRESS)  # fmt: skip
+            group.add_argument(f"--{flag.name}", nargs="*" if flag.is_switch else "+", action="extend",
+                               default=argparse.SUPPRESS, metavar="VALUE", help=argparse.SUPPRESS)  # fmt: skip
     parser.add_argument("words", nargs="*", metavar="-- FLAGS", help="flags that every run is given")
     return parser
 
@@ -97,10 +98,18 @@ def main(argv: list[str] | None = None) -> int:
     given = [flag.name for flag in FLAGS if not flag.action and flag.name not in grid.RESERVED]
     values = {name: grid.grid_values(name, getattr(args, name)) for name in given if hasattr(args, name)}
     file = grid.read_file(args.sweep) if args.sweep else {}
+    recipe, given = grid.fixed_flags(after)
+    values = file.get("grid", {}) | values
+    random = file.get("random") or {"flags": {}}
+    for name in given:
+        if name in values or name in random["flags"]:
+            raise UserError(f"--{name} after the --: the sweep varies it; keep one of the two")
     points = grid.make_points(
-        file.get("train", {}) | grid.fixed_flags(after), file.get("grid", {}) | values, runs=file.get("runs", []),
-        draws=grid.draw(file.get("random")), seeds=args.seeds or file.get("seeds"),
+        file.get("train", {}) | recipe | given, values, runs=file.get("runs", []), draws=grid.draw(file.get("random")),
+        seeds=args.seeds or file.get("seeds"),
     )  # fmt: skip
+    if args.name is not None and (args.name in ("", ".", "..") or Path(args.name).name != args.name):
+        raise UserError(f"--name {args.name!r}: give the name of a folder, not a path; --experiments_dir says where")
     identity = grid.fingerprint(points, {"command": args.command, "asha": asha})
     folder = args.experiments_dir / (args.name or default_name(points, identity))
     if args.dry_run:
@@ -112,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
 
     from finetune.logs import log_to_file, start_logging
-    from finetune.sweep.runs import FAILED, INTERRUPTED, WAITING, now, open_sweep
+    from finetune.sweep.runs import FAILED, INTERRUPTED, RUNNING, WAITING, now, open_sweep
 
     console = Console(stderr=True)
     start_logging(console)
@@ -131,6 +140,11 @@ def main(argv: list[str] | None = None) -> int:
         best = write_results(sweep)
         status = INTERRUPTED if sweep.count(INTERRUPTED, WAITING) else FAILED if sweep.count(FAILED) else "finished"
         sweep.save(status=status, ended=now(), best=vars(best) if best else None)
+    except BaseException:  # Ray that cannot be started, a second Ctrl-C: nobody runs this any more
+        for run in sweep.runs:
+            run.status = INTERRUPTED if run.status == RUNNING else run.status
+        sweep.save(status=INTERRUPTED, ended=now())
+        raise
     finally:
         sweep.close()
     for run in sweep.runs:
@@ -181,6 +195,13 @@ def default_name(points: list[grid.Point], identity: str) -> str:
     return "_".join(["sweep", model, *varied[:4], identity])
 
 
+def _gpus(word: str) -> float:
+    value = not_negative(float)(word)
+    if value > 1 and not value.is_integer():
+        raise argparse.ArgumentTypeError(f"{word}: above 1 it must be a whole number")
+    return value
+
+
 def _percent(word: str) -> float:
     value = float(word)
     if not 0 < value < 100:
@@ -190,8 +211,8 @@ def _percent(word: str) -> float:
 
 def _reduction(word: str) -> float:
     value = float(word)
-    if not value > 1:
-        raise argparse.ArgumentTypeError(f"{word} is not above 1")
+    if not 1 < value < inf:
+        raise argparse.ArgumentTypeError(f"{word} is not a number above 1")
     return value
 
 

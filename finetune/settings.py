@@ -280,6 +280,10 @@ def checked(where: str, name: str, value: Any) -> Any:
             raise UserError(f"{where}: {name} must be true or false, not {value!r}")
         return value
     items = value if isinstance(value, list) and flag.many else [value]
+    if not items:
+        if flag.default is None:
+            return None
+        raise UserError(f"{where}: {name} needs at least one value")
     converted = []
     for item in items:
         if isinstance(item, (dict, list, bool)):

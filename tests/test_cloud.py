@@ -1,7 +1,10 @@
 """The cloud recipes: SkyPilot's own reading of the YAML, and the shell recipe with stand-ins for its programs."""
 
 import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,3 +61,35 @@ def test_five_lines_start_five_ranks_on_five_cards(tmp_path, failing):
     assert all("--dataset a b.jsonl" in line for line in calls[:5])
     assert "visualize_loss.py" in calls[5]
     assert len(calls) == 6
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a bash script")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_of_the_five_lines_reaches_each_of_them_once(tmp_path, number):
+    """A second signal would end a run without its checkpoint, and a run that hears none goes on alone on its card."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        f"#!{sys.executable} -S\nimport signal, sys, time\n"
+        f"note = lambda text: open({str(tmp_path / 'calls')!r}, 'a').write(text + '\\n')\n"
+        "heard = []\n"
+        "for n in (signal.SIGINT, signal.SIGTERM): signal.signal(n, lambda n, frame: heard.append(n))\n"
+        "note('started')\n"
+        "deadline = time.monotonic() + 60\n"
+        "while not heard and time.monotonic() < deadline: time.sleep(0.02)\n"
+        "time.sleep(0.2)\n"
+        "note(f'stopped {len(heard)}')\n"
+    )
+    stand_in.chmod(0o755)
+    env = {**os.environ, "PY": str(stand_in), "RUNS": str(tmp_path / "runs")}
+    words = ["bash", str(ROOT / "cloud" / "five_gpus.sh")]
+    process = subprocess.Popen(words, env=env, cwd=ROOT, start_new_session=True)
+    calls, deadline = tmp_path / "calls", time.monotonic() + 60
+    while not calls.exists() or calls.read_text().count("started") < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    assert process.wait(timeout=60) == 130
+    assert calls.read_text().count("stopped 1\n") == 5

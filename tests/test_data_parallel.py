@@ -54,6 +54,7 @@ def test_torchrun_gives_the_curve_of_one_process_and_one_folder(rows, tiny_model
     assert result.returncode == 0, result.stderr
     (folder,) = tmp_path.iterdir()
     assert result.stdout.strip() == str(folder)
+    assert "2 processes" in result.stderr
     log = log_rows(folder)
     assert len(log) == STEPS
     assert any(float(row["eval_loss"]) for row in log if row["eval_loss"])

@@ -202,6 +202,31 @@ def test_a_log_torn_in_its_last_record_is_read_and_continued(tmp_path, suffix, c
         assert json.loads(log.path.read_text(encoding="utf-8")) == records
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("memory_used_gb", "much"), ("time", "yesterday"), ("index", "0.5x"), ("utilization_percent", "?")],
+)
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_a_log_with_a_value_of_the_wrong_kind_is_refused_in_one_line(tmp_path, capsys, suffix, column, value):
+    log = watch.CardLog(tmp_path / f"log{suffix}")
+    for second in range(2):
+        log.add([devices.Card(0, "one", memory_used_gb=1.5)], f"2026-11-21T12:00:0{second}+00:00")
+    one = watch.read_log(log.path)
+    log.path.write_text(watch._as_text([one[0], one[1] | {column: value}], suffix), encoding="utf-8")
+    assert gpu_memory.main(["plot", str(log.path)]) == 2
+    error = capsys.readouterr().err
+    assert "record 2" in error and value in error and error.count("\n") == 1
+
+
+def test_a_log_that_is_taken_away_ends_the_monitor_in_one_line(nvml, tmp_path, capsys, monkeypatch):
+    nvml(FakeCard())
+    log = tmp_path / "log.json"
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: log.unlink())
+    assert gpu_memory.main(["monitor", "--samples", "3", "--output", str(log)]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot write {log}" in error and error.count("\n") == 1
+
+
 def test_nothing_to_draw(tmp_path):
     with pytest.raises(UserError, match="nothing to draw"):
         watch.draw([], tmp_path / "x.png")
@@ -224,6 +249,19 @@ def test_the_described_command_in_both_spellings(capsys, nvml):
     assert answer["plan"]["rank"] == 8 and answer["plan"]["tokens"] == 2048 and "card" not in answer
 
 
+def test_what_is_not_said_is_what_train_lora_would_do(capsys, nvml):
+    """4 bit on a GPU, also where it computes in float32, and none on a CPU; 7B is 7."""
+    nvml(init_error=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+    plans = []
+    for words in (["7B"], ["7", "--dtype", "float32"], ["7", "--device", "cpu"],
+                  ["7.0b", "--device", "cpu", "--quantization", "4bit", "--dtype", "float32"]):  # fmt: skip
+        assert gpu_memory.main(["estimate", "--json", "--model_size", *words]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        plans.append(answer["plan"]["load_in_4bit"])
+        assert answer["parameters"] == pytest.approx(7e9, rel=0.01)
+    assert plans == [True, True, False, True]
+
+
 def test_estimate_prints_parts_advice_and_cards(capsys, nvml):
     nvml(FakeCard())
     assert gpu_memory.main(["estimate", "--model_size", "7", "--rank", "64", "--seq_length", "65536"]) == 0
@@ -239,6 +277,7 @@ def test_estimate_prints_parts_advice_and_cards(capsys, nvml):
         (["--model_size", "7", "--target_modules", "qq"], "this model has"),
         (["--model_size", "7", "--optim", "wonder"], "its memory is not known"),
         (["--model_size", "9999"], "in billions"),
+        (["--model_size", "0.001"], "in billions"),
         (["--model", "./nowhere/at/all"], "./nowhere/at/all"),
     ],
 )

@@ -316,6 +316,35 @@ def test_the_largest_length_and_batch_fit_and_one_more_does_not(card):
     assert advice.needs(LLAMA3_8B, plan.but(tokens=(rows + 1) * 2048)) > capacity
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_largest_length_and_batch_train_the_share_that_the_plan_does(rows):
+    """Else a plan that fits would be told that the largest batch is smaller than its own."""
+    plan = Plan(tokens=2048 * rows, longest=2048, trained=204 * rows)
+    capacity = advice.needs(LLAMA3_8B, plan)
+    assert advice.largest_length(LLAMA3_8B, plan, capacity, rows) in (2048, 2049)  # of one token more none is trained
+    assert advice.largest_batch(LLAMA3_8B, plan, capacity) == rows
+
+
+@pytest.mark.parametrize("billions", [0.002, 0.1, 8])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_saving_saves_and_every_luxury_costs(billions, device):
+    sizes = sizes_of_billions(billions)
+    for last_layers in (None, 1):
+        for in_4bit in (False, True):
+            plan = Plan(tokens=4096, longest=1024, trained=100, device=device, last_layers=last_layers,
+                        load_in_4bit=in_4bit, gradient_checkpointing=in_4bit)  # fmt: skip
+            peak = advice.needs(sizes, plan)
+            assert all(advice.needs(sizes, change.plan) < peak for change in advice.savings(sizes, plan))
+            assert all(advice.needs(sizes, change.plan) > peak for change in advice.luxuries(sizes, plan))
+
+
+@pytest.mark.parametrize("step_rows", [1, 3, 6, 17])
+def test_a_suggestion_keeps_the_rows_of_a_step(step_rows):
+    for card in advice.CARDS_GB:
+        one = advice.suggest(LLAMA3_8B, card, step_rows=step_rows)
+        assert one.plan is None or one.flags["batch_size"] * one.flags["grad_accum"] == step_rows
+
+
 def test_what_is_too_large_is_made_to_fit_with_the_harmless_changes_first():
     plan = Plan(tokens=16 * 8192, longest=8192, rank=64, load_in_4bit=False, gradient_checkpointing=False)
     fitting = advice.make_fit(LLAMA3_8B, plan, advice.usable(24))

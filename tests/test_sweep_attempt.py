@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
+from finetune.sweep import ray_runner
 from finetune.sweep.attempt import run_attempt
 from finetune.sweep.courier import TOKEN
 from finetune.sweep.hub import Hub
@@ -141,6 +143,15 @@ def test_a_finished_config_never_arrives_before_the_adapter(site):
     assert arrived.index("rank4/.incoming/final_model/adapter") < arrived.index("finished")
 
 
+def test_a_program_that_ends_well_and_has_done_nothing(site, monkeypatch):
+    """A wrapper that swallows an exit status must not make a finished run of a failed one, which is never repeated."""
+    monkeypatch.setattr("finetune.sweep.attempt.first_words", lambda task, place: ["sh", "-c", "echo nothing done"])
+    outcome = site.attempt("one")
+    assert (outcome["outcome"], outcome["exit_code"]) == ("failed", 0)
+    assert outcome["lines"][0] == "nothing done"
+    assert "exit status 0" in outcome["lines"][-1]
+
+
 def test_a_program_that_is_not_there(site, monkeypatch):
     monkeypatch.setattr("finetune.sweep.attempt.first_words", lambda task, place: ["/no/such/program"])
     outcome = site.attempt("one")
@@ -153,3 +164,12 @@ def test_a_folder_that_is_not_shared_is_noticed(site):
     with pytest.raises(UserError, match="--transport ray"):
         site.attempt("one", "shared")
     assert site.attempt("one", "auto")["transport"] == "Ray"
+
+
+def test_a_ctrl_c_while_ray_starts_counts_when_it_has_started():
+    done = []
+    with pytest.raises(KeyboardInterrupt), ray_runner._ctrl_c_held_back():
+        signal.raise_signal(signal.SIGINT)
+        done.append("started")
+    assert done == ["started"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -60,9 +60,26 @@ def test_seeds_count_up(capsys):
     assert len(runs) == 6
 
 
+@pytest.mark.parametrize(
+    "words", [["--gpus_per_run", "1.5"], ["--gpus_per_run", "-1"], ["--asha_reduction", "inf"], ["--asha_grace", "0"]]
+)
+def test_flags_of_the_sweep_are_checked_before_ray_is_started(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        sweep_lora.main(["--rank", "4", *words])
+    assert end.value.code == 2
+    assert f"argument {words[0]}" in capsys.readouterr().err
+
+
 def test_schedules_and_asha_share_a_flag(capsys):
     _, runs, _ = dry(capsys, "--scheduler", "asha", "cosine", "linear")
     assert {s.scheduler for s in runs.values()} == {"cosine", "linear"}
+
+
+def test_a_flag_that_is_given_twice_has_the_values_of_both(capsys):
+    _, runs, _ = dry(capsys, "--rank", "4", "--rank", "8", "16", "--scheduler", "cosine", "--scheduler", "linear")
+    assert {(s.rank, s.scheduler) for s in runs.values()} == {
+        (rank, schedule) for rank in (4, 8, 16) for schedule in ("cosine", "linear")
+    }  # fmt: skip
 
 
 def write(path, **sections):
@@ -113,6 +130,13 @@ def test_random_draws_stay_in_their_ranges_and_repeat(tmp_path, capsys):
         (["--rank", "4", "--", "--config", "no-such.yaml"], "no-such.yaml"),
         (["--load_best", "on", "off"], "load_best"),  # a run that contradicts itself, before any is started
         (["--seed", "1", "2", "--seeds", "2"], "--seeds"),
+        (["--target_modules", "q_proj,,v_proj"], "--target_modules"),
+        (["--target_modules", ""], "--target_modules"),
+        (["--rank", "4", "8", "--", "--rank", "16"], "--rank after the --"),
+        (["--rank", "4", "8", "--", "--push_to_hub", "me/adapter"], "--push_to_hub"),
+        (["--rank", "4", "8", "--name", "../elsewhere"], "--name"),
+        (["--rank", "4", "8", "--name", ".."], "--name"),
+        (["--rank", "4", "8", "--name", ""], "--name"),
         (["--rank", *map(str, range(1, 201)), "--seed", *map(str, range(100))], "20,000"),
     ],
 )
@@ -138,6 +162,13 @@ def test_what_is_refused(words, wanted, capsys):
         ({"random": {"count": 2, "flags": {"lr": {"min": 2, "max": 1}}}}, "min"),
         ({"random": {"count": 2, "flags": {"weight_decay": {"min": 0, "max": 1, "scale": "log"}}}}, "log"),
         ({"random": {"count": 2, "flags": {"optim": {"min": "a", "max": "b"}}}}, "list of values"),
+        ({"random": {"count": 2, "flags": {"lr": {"min": None, "max": 1}}}}, "numbers"),
+        ({"random": {"count": 2}}, "flags"),
+        ({"random": {"count": 2, "flags": {}}}, "no flag"),
+        ({"random": {"count": True, "flags": {"rank": [1]}}}, "count"),
+        ({"random": {"count": 10**12, "flags": {"rank": [1]}}}, "count"),
+        ({"random": {"count": 2, "seed": "x", "flags": {"rank": [1]}}}, "seed"),
+        ({"grid": {"target_modules": [[]]}}, "target_modules"),
     ],
 )
 def test_what_is_refused_in_a_file(sections, wanted, tmp_path, capsys):
@@ -153,6 +184,54 @@ def test_the_same_runs_have_the_same_folder_however_they_are_written(tmp_path, c
     one = capsys.readouterr().out.splitlines()
     sweep_lora.main(["--rank", "4", "8", "--lr", "2e-4", "1e-4", "--dry_run"])
     assert sorted(capsys.readouterr().out.splitlines()) == sorted(one)
+
+
+def test_a_run_keeps_its_folder_whatever_the_order_of_values_with_one_name():
+    """Else the same sweep, written down the other way round, takes the one's finished run for the other's."""
+    for name, values in (("dataset", [["a/rows.jsonl"], ["b/rows.jsonl"]]), ("lr", [1.2342e-4, 1.2341e-4])):
+        one, other = (
+            {point.name: point.flags for point in grid.make_points({}, {name: some})} for some in (values, values[::-1])
+        )
+        assert one == other
+        assert len(one) == 2
+    listed = [{"rank": 16, "lr": 1e-4}, {"lr": 1e-4}, {"lr": 2e-4}]
+    one, other = (
+        {point.name: point.flags for point in grid.make_points({"rank": 16}, {}, runs=some)}
+        for some in (listed, listed[::-1])
+    )
+    assert one == other
+    assert set(one) == {"lr1e-04", "lr2e-04"}
+
+
+def test_no_run_takes_the_name_of_the_sweep_s_own_files():
+    names = [point.name for point in grid.make_points({}, {"model": ["me/logs", "me/sweep.json", "me/other"]})]
+    assert names == ["logs_2", "sweep.json_2", "other"]
+
+
+def test_one_flag_varies_in_one_place(tmp_path, capsys):
+    ranges = {"count": 3, "flags": {"rank": {"min": 1, "max": 9}}}
+    for sections in (
+        {"runs": [{"rank": 8}, {"lr": 1e-4}], "grid": {"rank": [4]}},
+        {"random": ranges, "grid": {"rank": [4]}},
+        {"random": ranges, "runs": [{"rank": 2}]},
+    ):
+        code, _, said = dry(capsys, "--sweep", str(write(tmp_path / "s.yaml", **sections)))
+        assert code == 2
+        assert "rank varies in two places" in said.err
+    code, _, said = dry(capsys, "--sweep", str(write(tmp_path / "s.yaml", random=ranges)), "--", "--rank", "4")
+    assert code == 2
+    assert "--rank after the --" in said.err
+
+
+def test_draws_reach_both_ends_alike_and_no_further():
+    spec = {"count": 3000, "seed": 0, "flags": {
+        "rank": {"min": 1, "max": 3}, "dropout": {"min": 0.99961, "max": 0.99964},
+        "lr": {"min": 1.0049e-4, "max": 1.005e-4},
+    }}  # fmt: skip
+    drawn = grid.draw(spec)
+    counts = [sum(one["rank"] == rank for one in drawn) for rank in (1, 2, 3)]
+    assert all(900 < count < 1100 for count in counts)
+    assert all(0.99961 <= one["dropout"] <= 0.99964 and 1.0049e-4 <= one["lr"] <= 1.005e-4 for one in drawn)
 
 
 def points(*ranks, **fixed):
@@ -171,6 +250,33 @@ def test_two_sweeps_at_once_do_not_share_a_folder(tmp_path):
     opened(tmp_path / "s", points(4, 8)).close()
     with pytest.raises(UserError, match="another sweep"):
         opened(tmp_path / "s", points(4, 16), identity="b")
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+    """A finished rank4 of another origin would count as this sweep's."""
+    run = tmp_path / "s" / "rank4"
+    run.mkdir(parents=True)
+    (run / "experiment_config.json").write_text(json.dumps({"status": "finished", "flags": {"rank": 4}}))
+    with pytest.raises(UserError, match="holds other files"):
+        opened(tmp_path / "s", points(4, 8))
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["rank4"]
+    (tmp_path / "t" / "logs").mkdir(parents=True)  # what a sweep leaves that was killed before it wrote anything
+    (tmp_path / "t" / ".lock").touch()
+    opened(tmp_path / "t", points(4, 8)).close()
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("no Ray"), 2), (KeyboardInterrupt(), 130)])
+def test_a_sweep_that_is_broken_off_does_not_say_that_it_is_running(tmp_path, monkeypatch, capsys, error, code):
+    def broken_off(sweep, *rest):
+        sweep.runs[0].status = "running"
+        raise error
+
+    monkeypatch.setattr(sweep_lora, "run_all", broken_off)
+    assert sweep_lora.main(["--experiments_dir", str(tmp_path), "--name", "s", "--rank", "4", "8"]) == code
+    kept = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    assert kept["status"] == "interrupted"
+    assert [run["status"] for run in kept["runs"]] == ["interrupted", "waiting"]
+    opened(tmp_path / "s", points(4, 8), identity=kept["id"]).close()
 
 
 def test_changed_data_stop_a_sweep_that_goes_on(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from finetune.charts.curves import COLUMNS, Run
+from finetune.charts.curves import COLUMNS, Run, read_run, summarize
 from finetune.charts.repeats import mean_and_spread, merge_repeats
 from finetune.charts.run_labels import compare
 from finetune.sweep.summary import find_best
@@ -65,3 +65,27 @@ def test_without_evaluation_the_last_tenth_of_the_losses_decides():
 def test_no_best_among_failures_and_no_numbers():
     runs = [made([1.0], rank=4, status="failed"), made([float("nan")], rank=8), made([float("inf")], rank=16)]
     assert find_best(compare(runs)) is None
+
+
+def test_what_diverged_by_its_end_is_not_the_best(tmp_path):
+    """Read from logs, in which a loss that is no number stands as a word and one that was not measured as nothing."""
+    logs = {
+        "steady": ["1,2.0,1.5", "2,1.9,1.4"],
+        "diverged": ["1,1.0,0.5", "2,nan,nan"],
+        "loss_alone": ["1,1.0,0.5", "2,nan,0.6"],
+        "evaluation_alone": ["1,1.0,0.5", "2,1.0,nan"],
+        "recovered": ["1,nan,nan", "2,1.8,1.3"],
+    }
+    runs = []
+    for rank, (name, lines) in enumerate(logs.items(), start=1):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "training_log.csv").write_text("\n".join(["step,loss,eval_loss", *lines, ""]))
+        runs.append(read_run(tmp_path / name / "training_log.csv"))
+        runs[-1].config |= {"status": "finished", "flags": {"rank": rank}}
+    best = find_best(compare(runs))
+    assert (best.setting, best.metric, best.values) == ("rank=5", "eval_loss", [1.3])
+    assert find_best(compare(runs[1:4])) is None
+    table = {run.folder.name: summarize(run) for run in runs}
+    assert table["diverged"]["final_loss"] == float("inf")
+    assert (table["diverged"]["min_loss"], table["diverged"]["best_eval_loss"]) == (1.0, 0.5)
+    assert "eval_loss is no number in 1 rows" in table["evaluation_alone"]["notes"]

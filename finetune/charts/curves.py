@@ -38,7 +38,10 @@ _FOLDER_NAME = re.compile(
 
 @dataclass
 class Run:
-    """One training run as it lies on disk; `rows` holds `COLUMNS` as float64, NaN where a cell is empty."""
+    """One training run as it lies on disk; `rows` holds `COLUMNS` as float64, NaN where a cell is empty.
+
+    A loss that was logged and is no number is infinite there, so that nobody takes it for one that was not logged.
+    """
 
     folder: Path
     rows: pd.DataFrame
@@ -185,13 +188,14 @@ def read_log(path: Path, notes: list[str]) -> pd.DataFrame:
     for name in COLUMNS:
         column = raw[name] if name in raw else pd.Series(np.nan, index=raw.index)
         rows[name] = pd.to_numeric(column, errors="coerce").astype("float64")
-        if name == "loss":
+        if name in ("loss", "eval_loss"):
             text = column.astype(str).str.lower() if column.dtype.kind not in "fiu" else None
             diverged = np.isinf(rows[name]) if text is None else np.isinf(rows[name]) | text.str.contains("nan|inf")
             diverged &= column.notna()
             if diverged.any():
+                rows.loc[diverged, name] = np.inf
                 first = rows["step"][diverged].iloc[0]
-                notes.append(f"loss is no number in {int(diverged.sum())} rows, first at step {first:.0f}")
+                notes.append(f"{name} is no number in {int(diverged.sum())} rows, first at step {first:.0f}")
     spoilt += int(rows["step"].isna().sum())
     rows = rows[rows["step"].notna()]
     if spoilt > 0:

@@ -50,13 +50,13 @@ def largest_length(sizes: Sizes, plan: Plan, capacity: float, rows: int = 1) -> 
     """Most tokens a row may have when `rows` of them make a pass; 0 when not even one fits. At most what the model's
     positions allow."""
     most = min(sizes.max_positions or LONGEST, LONGEST)
-    return largest(lambda n: needs(sizes, plan.but(tokens=n * rows, longest=n, trained=None)) <= capacity, most)
+    return largest(lambda n: needs(sizes, plan.with_tokens(n * rows, longest=n)) <= capacity, most)
 
 
 def largest_batch(sizes: Sizes, plan: Plan, capacity: float) -> int:
     """Most rows of the plan's longest length in one pass; 0 when not even one fits."""
     longest = plan.longest or plan.tokens
-    return largest(lambda n: needs(sizes, plan.but(tokens=n * longest, trained=None)) <= capacity, 4096)
+    return largest(lambda n: needs(sizes, plan.with_tokens(n * longest)) <= capacity, 4096)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def savings(sizes: Sizes, plan: Plan) -> list[Change]:
     changes = []
     if plan.tokens > longest:
         half = max(plan.tokens // 2, longest)
-        changes.append(Change("smaller passes", {"tokens_per_pass": half}, plan.but(tokens=half, trained=None),
+        changes.append(Change("smaller passes", {"tokens_per_pass": half}, plan.with_tokens(half),
                               "same numbers, a little slower"))  # fmt: skip
     if not plan.gradient_checkpointing:
         changes.append(Change("recompute activations", {"gradient_checkpointing": True},
@@ -92,13 +92,14 @@ def savings(sizes: Sizes, plan: Plan) -> list[Change]:
     if longest > 256:
         half = longest // 2
         changes.append(Change("rows half as long", {"max_seq_length": half, "overlong": "trim_turns"},
-                              plan.but(tokens=max(half, plan.tokens // 2), longest=half, trained=None),
+                              plan.with_tokens(max(half, plan.tokens // 2), longest=half),
                               "long rows lose their oldest turns"))  # fmt: skip
     layers = plan.last_layers or sizes.layers
     if layers > 4:
         changes.append(Change("adapt half of the layers", {"last_layers": layers // 2},
                               plan.but(last_layers=layers // 2), "a smaller adapter"))  # fmt: skip
-    return changes
+    peak = needs(sizes, plan)
+    return [change for change in changes if needs(sizes, change.plan) < peak]  # of a tiny model some save nothing
 
 
 def luxuries(sizes: Sizes, plan: Plan) -> list[Change]:
@@ -111,14 +112,15 @@ def luxuries(sizes: Sizes, plan: Plan) -> list[Change]:
                               "exact weights, faster steps"))  # fmt: skip
     if not sizes.max_positions or 2 * longest <= sizes.max_positions:
         changes.append(Change("rows twice as long", {"max_seq_length": 2 * longest},
-                              plan.but(tokens=2 * plan.tokens, longest=2 * longest, trained=None),
+                              plan.with_tokens(2 * plan.tokens, longest=2 * longest),
                               "longer rows are kept whole"))  # fmt: skip
     changes.append(Change("twice the rows in a pass", {"tokens_per_pass": 2 * rows * longest},
-                          plan.but(tokens=2 * rows * longest, trained=None), "same numbers, faster"))  # fmt: skip
+                          plan.with_tokens(2 * rows * longest), "same numbers, faster"))  # fmt: skip
     if plan.gradient_checkpointing:
         changes.append(Change("keep activations", {"gradient_checkpointing": False},
                               plan.but(gradient_checkpointing=False), "same numbers, faster"))  # fmt: skip
-    return changes
+    peak = needs(sizes, plan)
+    return [change for change in changes if needs(sizes, change.plan) > peak]
 
 
 @dataclass
@@ -171,7 +173,7 @@ def suggest(sizes: Sizes, card_gb: float, *, step_rows: int = 16, like: Plan | N
     capacity = usable(card_gb)
     for in_4bit, steps in ((False, STEPS_UP[STEP_FOR_16_BIT:]), (True, STEPS_UP)):
         for rank, length, rows in reversed(steps):
-            if (sizes.max_positions and length > sizes.max_positions and length > STEPS_UP[0][1]) or rows > step_rows:
+            if (sizes.max_positions and length > sizes.max_positions and length > STEPS_UP[0][1]) or step_rows % rows:
                 continue
             plan = base.but(
                 device="cuda", rank=rank, tokens=rows * length, longest=length, trained=None, load_in_4bit=in_4bit,

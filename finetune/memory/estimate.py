@@ -66,6 +66,11 @@ class Plan:
         """The same plan with some of its settings changed."""
         return dataclasses.replace(self, **changes)
 
+    def with_tokens(self, tokens: int, **changes) -> Plan:
+        """The plan with a pass of so many tokens, the same share of them trained."""
+        trained = None if self.trained is None else max(1, round(self.trained * tokens / self.tokens))
+        return self.but(tokens=tokens, trained=trained, **changes)
+
 
 def nf4_bytes(matrix: Matrix) -> tuple[float, float]:
     """(packed weights, quantisation constants) in bytes of all copies of a matrix under NF4 with double quantisation.

@@ -202,7 +202,7 @@ def _mlp_width(config: Any, routed: int) -> int:
 
 def sizes_of_billions(billions: float) -> Sizes:
     """A Llama-like model of that many parameters (10^9): the published shape nearest to it, stretched to the number."""
-    if not 0 < billions <= 2000:
+    if not 0.002 <= billions <= 2000:
         raise UserError(f"--model-size {billions:g}: give the parameters in billions, such as 7.0")
     parameters = billions * 1e9
     shapes = [dense_sizes(*shape) for shape in KNOWN_SHAPES]

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ COLUMNS = (
     "time", "index", "name", "status", "memory_used_gb", "memory_free_gb", "memory_total_gb", "utilization_percent",
     "temperature_c", "power_w",
 )  # fmt: skip
+NUMBERS = frozenset(COLUMNS) - {"time", "name", "status"}
 SUFFIXES = (".json", ".jsonl", ".csv")
 
 
@@ -59,11 +60,16 @@ class CardLog:
                 lines = (",\n" if self.records else "\n") + lines + "\n]\n"
             else:
                 lines += "\n"
-        with self.path.open("r+b", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            if self.kind == ".json":
-                file.seek(end - (3 if self.records else 2))  # onto "\n]\n", or onto "]\n" behind the opening bracket
-            file.write(lines.encode("utf-8"))
+        try:
+            with self.path.open("r+b", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                if self.kind == ".json":
+                    file.seek(
+                        end - (3 if self.records else 2)
+                    )  # onto "\n]\n", or onto "]\n" behind the opening bracket
+                file.write(lines.encode("utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}; the log ends here") from error
         self.records += len(records)
 
     def _start(self) -> bytes:
@@ -107,7 +113,11 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
         rows = list(csv.reader(io.StringIO(complete)))
         if rows and tuple(rows[0]) != COLUMNS:
             raise UserError(f"{path} is not a log of gpu_memory.py: its first line names other columns")
-        return [_typed(dict(zip(COLUMNS, row, strict=True))) for row in rows[1:] if len(row) == len(COLUMNS)]
+        return [
+            _checked(path, number, dict(zip(COLUMNS, row, strict=True)), _typed)
+            for number, row in enumerate(rows[1:], start=1)
+            if len(row) == len(COLUMNS)
+        ]
     if path.suffix.lower() == ".json":
         if text.strip() and not text.startswith("["):
             raise UserError(f"{path} is not a log of gpu_memory.py; choose another --output")
@@ -125,16 +135,28 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
             value = None
         if not isinstance(value, dict) or not set(COLUMNS) <= value.keys():
             raise UserError(f"{path} is not a log of gpu_memory.py; choose another --output")
-        records.append(value)
+        records.append(_checked(path, number + 1, value, dict))
     return records
+
+
+def _checked(path: Path, number: int, row: dict[str, Any], read: Callable[[dict[str, Any]], dict]) -> dict[str, Any]:
+    """What `read` makes of a record; UserError where a value of it is of the wrong kind (somebody edited the log)."""
+    try:
+        one = read(row)
+        datetime.fromisoformat(one["time"])
+        for column, value in one.items():
+            if column in NUMBERS and value is not None and not isinstance(value, int | float):
+                raise ValueError(f"{column} is {value!r}")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}, record {number}: {error}; mend that line or remove it") from error
+    return one
 
 
 def _typed(row: dict[str, str]) -> dict[str, Any]:
     """A CSV row with numbers for numbers and None for what was not known."""
-    words = {"time", "name", "status"}
     whole = {"index", "utilization_percent", "temperature_c"}
     return {
-        column: text if column in words else None if text == "" else int(text) if column in whole else float(text)
+        column: text if column not in NUMBERS else None if text == "" else int(text) if column in whole else float(text)
         for column, text in row.items()
     }
 

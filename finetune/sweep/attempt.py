@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.experiment import CHECKPOINT, LOG
+from finetune.experiment import CHECKPOINT, CONFIG, LOG
 from finetune.run_log import COLUMNS, read_rows
 from finetune.sweep.courier import Courier, Workspace, place_of
 from finetune.sweep.runs import FAILED, FINISHED, INTERRUPTED, REFUSED, STOPPED, folder_status, now, set_aside
@@ -64,7 +64,11 @@ def run_attempt(task: dict[str, Any], call: Call) -> dict[str, Any]:
             end_process(process)
     courier.send_changed(ended=True)
     lines = last_lines(log, begins)
-    return outcome | ending(process.returncode, lines, stopped) | {"step": last_step(folder), "ended": now()}
+    end = ending(process.returncode, lines, stopped)
+    if end["outcome"] == FINISHED and (status := folder_status(folder)) != FINISHED:
+        reason = f"ended with exit status 0, but {folder / CONFIG} says {status or 'nothing'} instead of {FINISHED}"
+        end = {"outcome": FAILED, "exit_code": 0, "lines": [*lines, reason]}
+    return outcome | end | {"step": last_step(folder), "ended": now()}
 
 
 def first_words(task: dict[str, Any], place: Workspace) -> list[str]:

@@ -27,6 +27,8 @@ RESERVED = {"experiments_dir": "--experiments_dir before the --", "name": "--nam
 MOST_RUNS = 10_000
 SWITCH_WORDS = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
 SECTIONS = ("train", "grid", "runs", "random", "seeds")
+# What a sweep's folder holds beside its runs.
+OWN_FILES = ("logs", "sweep.json", "sweep.log", "summary.csv", "comparison.png", "decisions.jsonl")
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return words[:at], words[at + 1 :]
 
 
-def fixed_flags(words: Sequence[str]) -> dict[str, Any]:
-    """The flags that all runs share, from the words after `--`; a recipe (--config) is dissolved into its flags."""
+def fixed_flags(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The flags that all runs share, from the words after `--`: (those of the recipe, --config; those given)."""
     given = vars(settings.build_parser().parse_args([settings.underscored(word) for word in words]))
     config = given.pop("config", None)
     for name in given:
@@ -74,7 +76,7 @@ def fixed_flags(words: Sequence[str]) -> dict[str, Any]:
     recipe = settings.read_config(config) if config else {}
     # An experiment_config.json names the folder of the run that it came from, and every default beside what was given.
     recipe = {name: value for name, value in recipe.items() if name not in RESERVED and not BY_NAME[name].action}
-    return _without_defaults(recipe) | given
+    return _without_defaults(recipe), given
 
 
 def grid_values(name: str, words: Sequence[str]) -> list[Any]:
@@ -90,6 +92,8 @@ def grid_values(name: str, words: Sequence[str]) -> list[Any]:
             value = SWITCH_WORDS.get(word.lower(), word)
         elif flag.many:
             value = word.split(",")
+            if "" in value:
+                raise UserError(f"--{name} {word}: nothing stands beside a comma; write one list as a,b")
         else:
             value = word
         values.append(settings.checked(f"--{name}", name, value))
@@ -144,10 +148,14 @@ def make_points(
     names = [flag.name for flag in FLAGS if flag.name in grid]
     if seeds and ("seed" in grid or any("seed" in one for one in [*runs, *draws])):
         raise UserError("--seeds and several values of --seed exclude each other; keep one of them")
+    places = [set(grid), *({name for one in some for name in one} for some in (runs, draws))]
+    for name in sorted(set().union(*places)):
+        if sum(name in place for place in places) > 1:
+            raise UserError(f"--{name} varies in two places of the sweep (grid, runs, random); keep one of them")
     size = math.prod(map(len, grid.values())) * max(len(runs), 1) * max(len(draws), 1) * (seeds or 1)
     if size > MOST_RUNS:
         raise UserError(f"this sweep has {size:,} runs, more than {MOST_RUNS:,}; give fewer values, or draw at random")
-    varied_by_run: dict[str, dict[str, Any]] = {}
+    varying: set[str] = set()
     flags_by_run: dict[str, dict[str, Any]] = {}
     for run, draw, values in itertools.product(
         runs or [{}], draws or [{}], itertools.product(*(grid[n] for n in names))
@@ -157,25 +165,28 @@ def make_points(
             if seeds:
                 first = fixed.get("seed", BY_NAME["seed"].default)
                 varied = varied | {"seed": first + repeat}
+            varying |= set(varied)
             flags = fixed | varied
-            key = json.dumps(flags, sort_keys=True)
-            varied_by_run[key], flags_by_run[key] = varied, flags
-    same = {
-        name
-        for name in {name for varied in varied_by_run.values() for name in varied}
-        if len({json.dumps(varied.get(name)) for varied in varied_by_run.values()}) == 1
-    }
-    points, taken = [], set()
-    for key, flags in flags_by_run.items():
-        varied = varied_by_run[key]
-        varied = {flag.name: varied[flag.name] for flag in FLAGS if flag.name in varied and flag.name not in same}
-        name = _free_name(run_label(varied), taken)
-        point = Point(name, flags, varied)
+            flags_by_run[json.dumps(flags, sort_keys=True)] = flags
+    differing = [
+        flag.name for flag in FLAGS
+        if flag.name in varying and len({json.dumps(flags.get(flag.name)) for flags in flags_by_run.values()}) > 1
+    ]  # fmt: skip
+    taken, named = set(OWN_FILES), {}
+    for key in sorted(flags_by_run):  # so that of two runs with one label the same one has the number next time
+        flags = flags_by_run[key]
+        varied = {name: flags[name] for name in differing if name in flags}
+        named[key] = Point(_free_name(run_label(varied), taken), flags, varied)
+    points = [named[key] for key in flags_by_run]
+    for point in points:
         try:
             point.settings()
         except UserError as error:
-            raise UserError(f"run {name}: {error}") from error
-        points.append(point)
+            raise UserError(f"run {point.name}: {error}") from error
+    places = [point.flags["push_to_hub"] for point in points if point.flags.get("push_to_hub")]
+    if len(set(places)) < len(places):
+        raise UserError("--push_to_hub: the runs would upload over each other; upload the best one when the sweep is "
+                        "done (export_lora.py RUN --to hub)")  # fmt: skip
     return points
 
 
@@ -217,22 +228,30 @@ def _draw_one(generator: random.Random, flag: Flag, ranges: dict[str, Any] | lis
     if isinstance(ranges, list):
         return generator.choice(ranges)
     low, high = ranges["min"], ranges["max"]
+    margin = 0.5 if _is_whole(flag) else 0.0  # so that the two ends come up as often as the numbers between them
     if ranges.get("scale") == "log":
-        value = math.exp(generator.uniform(math.log(low), math.log(high)))
+        value = math.exp(generator.uniform(math.log(low - margin), math.log(high + margin)))
     else:
-        value = generator.uniform(low, high)
-    if _is_whole(flag):
-        return min(max(round(value), math.ceil(low)), math.floor(high))
-    return float(f"{value:.3g}")  # a learning rate of 17 digits makes no better run and a worse name
+        value = generator.uniform(low - margin, high + margin)
+    # A learning rate of 17 digits makes no better run and a worse name.
+    value = round(value) if margin else float(f"{value:.3g}")
+    return min(max(value, low), high)
 
 
 def _random(where: str, spec: Any) -> dict[str, Any] | None:
     if spec is None:
         return None
     spec = _mapping(where, spec)
-    if not set(spec) <= {"count", "seed", "flags"} or not isinstance(spec.get("count"), int) or spec["count"] < 1:
+    if not {"count", "flags"} <= set(spec) <= {"count", "seed", "flags"}:
         raise UserError(f"{where}: must hold count (runs to draw), flags, and may hold seed")
-    flags = _mapping(f"{where}, flags", spec.get("flags") or {})
+    count, seed = spec["count"], spec.get("seed", 0)
+    if type(count) is not int or not 1 <= count <= MOST_RUNS:
+        raise UserError(f"{where}: count must be a whole number from 1 to {MOST_RUNS:,}, not {count!r}")
+    if type(seed) is not int:
+        raise UserError(f"{where}: seed must be a whole number, not {seed!r}")
+    flags = _mapping(f"{where}, flags", spec["flags"])
+    if not flags:
+        raise UserError(f"{where}, flags: names no flag to draw")
     read: dict[str, Any] = {}
     for name, ranges in flags.items():
         if isinstance(ranges, list):
@@ -243,13 +262,13 @@ def _random(where: str, spec: Any) -> dict[str, Any] | None:
         if not {"min", "max"} <= set(ranges) <= {"min", "max", "scale"} or scale not in ("linear", "log"):
             raise UserError(f"{where}, flags, {name}: give a list of values, or min, max and scale (linear or log)")
         for end in ("min", "max"):
-            ranges[end] = settings.checked(f"{where}, flags", name, ranges[end])
-            if isinstance(ranges[end], bool | str | list) or ranges[end] is None:
+            given, ranges[end] = ranges[end], settings.checked(f"{where}, flags", name, ranges[end])
+            if given is None or isinstance(ranges[end], bool | str | list):
                 raise UserError(f"{where}, flags, {name}: a range needs a flag with numbers; give a list of values")
         if ranges["min"] > ranges["max"] or (scale == "log" and not ranges["min"] > 0):
             raise UserError(f"{where}, flags, {name}: min must not be above max, and above 0 on a log scale")
         read[name] = ranges
-    return {"count": spec["count"], "seed": int(spec.get("seed", 0)), "flags": read}
+    return {"count": count, "seed": seed, "flags": read}
 
 
 def _mapping(where: str, value: Any) -> dict[str, Any]:
@@ -265,7 +284,7 @@ def _flags(where: str, flags: Any, allow_config: bool = False) -> dict[str, Any]
     flags = dict(_mapping(where, flags))
     recipe = {}
     if allow_config and "config" in flags:
-        recipe = fixed_flags(["--config", str(flags.pop("config"))])
+        recipe, _ = fixed_flags(["--config", str(flags.pop("config"))])
     return recipe | {name: settings.checked(where, name, value) for name, value in flags.items()}
 
 

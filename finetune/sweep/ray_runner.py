@@ -67,26 +67,41 @@ def ray_session(options: Options):
         raise UserError("a sweep needs Ray; run: pip install -r requirements_optional.txt, or: pip install ray==2.60.0"
                         ) from None  # fmt: skip
     common = {"logging_level": "ERROR", "log_to_driver": False}
+    if own:
+        common |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES,
+                   "_node_ip_address": "127.0.0.1"}  # fmt: skip
+    else:
+        if options.address.startswith("ray://"):
+            raise UserError("--address ray://…: start the sweep on a machine of the cluster, with --address auto")
+        others = [f"/{path.name}" for path in ROOT.iterdir() if path.name not in CODE]
+        code = {"working_dir": str(ROOT), "excludes": [*others, "__pycache__"]}
+        common |= {"address": options.address, "runtime_env": code}
     try:
-        if own:
-            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
-                     _node_ip_address="127.0.0.1", **common)  # fmt: skip
-        else:
-            if options.address.startswith("ray://"):
-                raise UserError("--address ray://…: start the sweep on a machine of the cluster, with --address auto")
-            others = [f"/{path.name}" for path in ROOT.iterdir() if path.name not in CODE]
-            code = {"working_dir": str(ROOT), "excludes": [*others, "__pycache__"]}
-            ray.init(address=options.address, runtime_env=code, **common)
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
-        where = f"the cluster at {options.address}" if options.address else "Ray on this machine"
-        raise UserError(f"cannot start {where}: {str(error).splitlines()[0]}") from error
-    try:
+        try:
+            with _ctrl_c_held_back():
+                ray.init(**common)
+        except (ConnectionError, RuntimeError, TimeoutError) as error:
+            where = f"the cluster at {options.address}" if options.address else "Ray on this machine"
+            raise UserError(f"cannot start {where}: {str(error).splitlines()[0]}") from error
         yield ray
     finally:
         ray.shutdown()
         if own:
             os.environ.clear()
             os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _ctrl_c_held_back():
+    """A Ctrl-C counts when Ray has started: in the middle of that it ends in a segmentation fault of Ray's."""
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def resources_per_run(ray: Any, options: Options) -> tuple[float, float]:
@@ -101,8 +116,6 @@ def resources_per_run(ray: Any, options: Options) -> tuple[float, float]:
     if cpus is None:
         able = [node.get("CPU", 0) for node in nodes if node.get("CPU", 0) >= 1]
         cpus = 1.0 if gpus or not able else float(min(able))
-    if gpus > 1 and gpus != int(gpus):
-        raise UserError(f"--gpus_per_run {gpus:g}: above 1 it must be a whole number")
     if not any(node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= cpus for node in nodes):
         most = max(nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)), default={})
         text = (f"no machine has {gpus:g} GPUs and {cpus:g} CPUs for a run; the largest has {most.get('GPU', 0):g} "

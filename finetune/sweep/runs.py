@@ -101,10 +101,13 @@ class Sweep:
 def open_sweep(folder: Path, points: list[Point], *, identity: str, argv: list[str], settings: dict[str, Any]) -> Sweep:
     """The sweep in `folder`: a new one, or the same one again with what it has finished so far.
 
-    Raises UserError when another process is running it, when the folder holds another sweep, or when a data file has
-    changed since the first run was made.
+    Raises UserError when another process is running it, when the folder holds another sweep or something else, or when
+    a data file has changed since the first run was made.
     """
     check_writable(folder)
+    others = any(entry.name != LOGS and not entry.name.startswith(".") for entry in folder.iterdir())
+    if others and not (folder / SWEEP).exists():
+        raise UserError(f"{folder} holds other files and no sweep; choose another --name")
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)

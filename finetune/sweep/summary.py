@@ -70,9 +70,10 @@ def as_curve(sweep: Sweep, run: SweepRun) -> Run:
 def find_best(comparison: Comparison) -> Best | None:
     """Lowest mean over the repeats of a setting: of eval_loss where every finished run has one, else of training loss.
 
-    A setting counts when all its repeats have finished with a loss that is a number.
+    A setting counts when all its repeats have finished with losses that are numbers: what has diverged by its end is
+    not the best for what it was before.
     """
-    finished = [run for run in comparison.runs if run.status == FINISHED and run.rows["loss"].notna().any()]
+    finished = [run for run in comparison.runs if run.status == FINISHED and _ends_in_numbers(run)]
     evaluated = bool(finished) and all(run.rows["eval_loss"].notna().any() for run in finished)
     groups: dict[str, list[Run]] = {}
     for run, look in zip(comparison.runs, comparison.looks, strict=True):
@@ -81,11 +82,15 @@ def find_best(comparison: Comparison) -> Best | None:
     for name, runs in groups.items():
         if all(run in finished for run in runs):
             values = [_loss(run, evaluated) for run in runs]
-            if all(map(math.isfinite, values)):
-                first = runs[values.index(min(values))]
-                metric = "eval_loss" if evaluated else "training loss"
-                candidates.append(Best(name, str(first.folder), metric, values))
+            first = runs[values.index(min(values))]
+            candidates.append(Best(name, str(first.folder), "eval_loss" if evaluated else "training loss", values))
     return min(candidates, key=lambda one: mean(one.values), default=None)
+
+
+def _ends_in_numbers(run: Run) -> bool:
+    """Whether the run has logged losses, and those that decide about it are numbers."""
+    losses, evaluations = run.rows["loss"].dropna(), run.rows["eval_loss"].dropna()
+    return bool(len(losses)) and math.isfinite(_loss(run, False)) and math.isfinite(evaluations.iloc[-1:].sum())
 
 
 def _loss(run: Run, evaluated: bool) -> float:

@@ -11,6 +11,7 @@ from finetune.errors import UserError
 from finetune.memory import runs, tables
 from finetune.memory.sizes import sizes_of_config
 from finetune.settings import Settings
+from finetune.training import ranks
 
 
 def print_run_table(
@@ -56,7 +57,8 @@ def print_run_table(
         config = experiment.config
         add("LoRA", f"r {settings.rank}, alpha {settings.alpha}; {parameters(config)}")
         kind = "4-bit NF4" if config["load_in_4bit"] else config["dtype"]
-        add("device", f"{config['device']}, base weights {kind}")
+        several = f", {ranks.size()} processes" if ranks.size() > 1 else ""
+        add("device", f"{config['device']}, base weights {kind}{several}")
         add("passes", f"{trainer.runner.why}; at most {trainer.runner.tokens_per_pass:,} tokens each")
         add("memory", memory_line(config["memory"]))
         Console(stderr=True).print(table)
