@@ -118,18 +118,27 @@ def optimizer_bytes(optim: str, adapted: list[Matrix], rank: int) -> float:
     return total
 
 
+def _rebuilds(sizes: Sizes, plan: Plan) -> bool:
+    """Whether an MLP's product is made again in the backward pass: by Unsloth's kernels on a GPU; on a CPU by
+    finetune/training/lora_linear.py, where a fused LoRA layer in float32 takes the product of a silu-gated MLP."""
+    if plan.device != "cpu":
+        return True
+    fused = plan.dtype == "float32" and not plan.load_in_4bit
+    return fused and sizes.silu_gated and any(m.name == "down_proj" for m in sizes.adapted(plan.target_modules))
+
+
 def layer_bytes(sizes: Sizes, plan: Plan) -> float:
     """Bytes one token leaves in one decoder layer for its backward pass.
 
     In the compute type: the state before and behind each norm, query, key, value and attention output, and inside the
-    MLP gate and up; on a CPU also the activated gate and the product, which Unsloth's kernels rebuild. In float32: the
-    log-sum-exp of every head and the scale of every norm. The tests count the tensors that autograd really saves.
+    MLP gate and up; where these are not made again (`_rebuilds`) also the activated gate and the product. In float32:
+    the log-sum-exp of every head and the scale of every norm. The tests count the tensors that autograd really saves.
     """
     width, h, q, kv = BYTES[plan.dtype], sizes.hidden, sizes.query, sizes.key_value
     on_cpu = plan.device == "cpu"
     lora = sum(m.copies * m.experts for m in sizes.adapted(plan.target_modules)) / sizes.layers * plan.rank
     attention = 2 * q + 2 * kv + ((q + kv) if sizes.qk_norm else 0)
-    mlp = (4 if on_cpu else 2) * sizes.intermediate
+    mlp = (2 if _rebuilds(sizes, plan) else 4) * sizes.intermediate
     if sizes.routed:  # each visited expert gets a copy of the state and hands one back; A's output is made per visit
         mlp += 2 * sizes.routed * h
         lora = 7 * plan.rank * sizes.routed
@@ -165,7 +174,8 @@ def estimate(sizes: Sizes, plan: Plan) -> dict[str, float]:
 
     per_layer = tokens * layer_bytes(sizes, plan)
     state = tokens * sizes.hidden * width
-    backward = tokens * width * max(2 * sizes.intermediate, 2 * sizes.query + 2 * sizes.key_value) + 2 * state
+    in_mlp = 3 if plan.device == "cpu" and _rebuilds(sizes, plan) else 2
+    backward = tokens * width * max(in_mlp * sizes.intermediate, 2 * sizes.query + 2 * sizes.key_value) + 2 * state
     trained_depth = depth * share
     if plan.gradient_checkpointing:
         offloaded = plan.device == "cuda" and state > UNSLOTH_OFFLOAD_FROM
