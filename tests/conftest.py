@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from tests import parts
@@ -9,6 +11,11 @@ from tests import parts
 # Files whose tests take longest. Two workers take a file each; begun last, one of these would leave a worker idle.
 LONG = ("test_sweep_lora.py", "test_train_lora.py", "test_export_lora.py", "test_evaluate_lora.py", "test_chat_lora.py",
         "test_data_parallel.py")  # fmt: skip
+
+
+def pytest_configure():
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and so would every script they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
