@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from finetune.errors import UserError, one_line_errors
 from finetune.flag_types import positive
@@ -137,7 +136,7 @@ def estimate(args: argparse.Namespace) -> int:
         return 0
     name, capacity = card or ("", None)
     model = args.model or f"a model of {args.model_size:g} B"
-    tables.print_estimate(_console(), shape, plan, model, capacity, name, step_rows=step_rows)
+    tables.print_estimate(tables.wide_console(), shape, plan, model, capacity, name, step_rows=step_rows)
     return 0
 
 
@@ -163,8 +162,9 @@ def card_to_fit(args: argparse.Namespace) -> tuple[str, float] | None:
 def check(args: argparse.Namespace) -> int:
     """Driver, cards and a verdict; a machine without a card gets an answer too."""
     from finetune.memory.checkup import print_checkup
+    from finetune.memory.tables import wide_console
 
-    print_checkup(_console())
+    print_checkup(wide_console())
     return 0
 
 
@@ -173,6 +173,7 @@ def monitor(args: argparse.Namespace) -> int:
     import signal
 
     from finetune.memory.devices import NoDriver, open_driver
+    from finetune.memory.tables import wide_console
     from finetune.memory.watch import CardLog, draw, read_log, watch
 
     # SIGINT too: a shell that starts a program in the background has it ignored.
@@ -183,7 +184,7 @@ def monitor(args: argparse.Namespace) -> int:
             if not driver.cards():
                 raise NoDriver("the NVIDIA driver sees no card")
             log = CardLog(args.output) if args.output else None
-            watch(driver, log, _console(), interval=args.interval, samples=args.samples)
+            watch(driver, log, wide_console(), interval=args.interval, samples=args.samples)
     except NoDriver as reason:
         print(f"Nothing to watch: {reason}.")
         return 0
@@ -202,13 +203,6 @@ def plot(args: argparse.Namespace) -> int:
 
     print(draw(read_log(args.log), args.output or args.log.with_suffix(".png")))
     return 0
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    # A log or a pipe has no width of its own; the tables need more than the 80 columns that rich takes it for.
-    return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 if __name__ == "__main__":

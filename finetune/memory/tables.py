@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,6 +30,11 @@ NAMES = {
     "context": "CUDA context",
     "slack": "the allocator's slack",
 }
+
+
+def wide_console() -> Console:
+    """stdout. A log or a pipe has no width of its own; the tables need more than the 80 columns rich takes it for."""
+    return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def gb(size: float) -> str:

@@ -66,7 +66,7 @@ def print_run_table(
     dtype, in_4bit, checkpointing, device = planned_device(settings)
     add("device", f"{device}, base weights {'4-bit NF4' if in_4bit else dtype}")
     add("LoRA", f"r {settings.rank}, alpha {settings.alpha}")
-    console = Console()
+    console = tables.wide_console()
     console.print(table)
     plan = runs.plan_of_run(settings, dtype=dtype, load_in_4bit=in_4bit and not settings.dequantize_once,
                             gradient_checkpointing=checkpointing,
