@@ -291,7 +291,7 @@ def test_dry_run_prints_the_table_and_makes_nothing(rows, tmp_path):
     for wanted in ("rows", "dropped", "trained", "longest row", "steps", "memory", '"name":"get_weather"'):
         assert wanted in result.stdout
     # Suggested flags can be copied out of a pipe, too: a table of 80 columns would break them.
-    assert re.search(r"--rank \d+ --batch_size \d+ --grad_accum \d+", result.stdout)
+    assert re.search(r"--rank \d+ --max_seq_length \d+ --batch_size \d+ --grad_accum \d+", result.stdout)
     assert not (tmp_path / "experiments").exists()
 
 
