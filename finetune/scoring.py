@@ -139,7 +139,7 @@ def _unknown(schema: Any, value: Any, path: str) -> Iterator[str]:
 def score(item: Item, text: str, parsed_calls: list[dict], parse_errors: list[str]) -> dict[str, Any]:
     """Verdicts on one answer; docs/evaluation.md defines each. Only what applies to the item's kind is in it."""
     verdicts: dict[str, Any] = {"called": bool(parsed_calls or parse_errors)}
-    if item.tools:
+    if item.kind != QUESTION:
         verdicts.update(_call_verdicts(item, parsed_calls, parse_errors))
     if item.kind != CALL and item.expected_text is not None:
         verdicts["exact_match"] = exact_match(item.expected_text, text)
@@ -155,11 +155,13 @@ def _call_verdicts(item: Item, made: list[dict], errors: list[str]) -> dict[str,
     declared = [call for call in made if call["name"] in schemas.parameters]
     unknown = [f"{call['name']}: {path}" for call in declared for path in schemas.unknown_arguments(call)]
     undeclared = [call["name"] for call in made if call["name"] not in schemas.parameters]
-    verdicts: dict[str, Any] = {
-        "hallucinated": bool(undeclared or unknown),
-        "hallucinated_tools": undeclared,
-        "hallucinated_arguments": unknown,
-    }
+    verdicts: dict[str, Any] = {}
+    if item.tools:  # without a declaration nothing can be held against it
+        verdicts = {
+            "hallucinated": bool(undeclared or unknown),
+            "hallucinated_tools": undeclared,
+            "hallucinated_arguments": unknown,
+        }
     if item.kind != CALL:
         return verdicts | {"no_call_correct": not (made or errors)}
 
@@ -173,12 +175,13 @@ def _call_verdicts(item: Item, made: list[dict], errors: list[str]) -> dict[str,
         from finetune.evaluation.bfcl import matches_possible_answers
 
         same_arguments = matches_possible_answers(made, item.possible_answers, item.tools)
-    valid = [schemas.is_valid(call) for call in declared]
+    if item.tools:
+        fits = all(schemas.is_valid(call) is not False for call in declared)
+        verdicts["schema_valid"] = bool(made) and not errors and not undeclared and fits
     return verdicts | {
         "json_valid": bool(made) and not errors,
         "name_correct": same_names,
         "arguments_correct": same_names and same_arguments,
-        "schema_valid": bool(made) and not errors and not undeclared and all(v is not False for v in valid),
         "parallel": len(expected) > 1,
         "step": step_of(item),
         "arguments_expected": sum(count_leaves(call["arguments"]) for call in expected),
@@ -190,7 +193,8 @@ def _call_verdicts(item: Item, made: list[dict], errors: list[str]) -> dict[str,
 
 def confusion_pairs(item: Item, made: list[dict]) -> list[tuple[str, str]]:
     """(expected, made) tool names of one request; NO_CALL where a side has none, UNDECLARED for invented tools."""
-    names = {tool["function"]["name"] for tool in item.tools}
+    known = [tool["function"] for tool in item.tools] or item.expected_calls
+    names = {one["name"] for one in known}
 
     def made_name(call: dict[str, Any]) -> str:
         return call["name"] if call["name"] in names else UNDECLARED

@@ -143,6 +143,18 @@ def test_a_broken_attempt_counts_as_a_call_where_none_is_right():
     assert not score(item(ANSWER, text="Done."), "", [call("set_lamp", room="hall")], [])["no_call_correct"]
 
 
+def test_calls_without_declared_tools_are_scored_by_name_and_arguments():
+    """Rows of chat logs often hold calls and no tools; BFCL has rows without a function where none is to be called."""
+    right = call("set_lamp", room="hall")
+    m = compute_metrics([answered(item(CALL, right, tools=[]), right), answered(item(CALL, right, tools=[], row=2))])
+    assert m["tool_name_accuracy"] == m["parameter_accuracy"] == m["argument_recall"] == 0.5
+    assert {"schema_valid_rate", "hallucination_rate"} <= set(m["not_measured"])
+    assert m["per_tool"]["set_lamp"]["recall"] == 0.5
+    none = item(IRRELEVANT, tools=[])
+    m = compute_metrics([answered(none), answered(none, right)])
+    assert m["irrelevance_accuracy"] == m["tool_selection_accuracy"] == 0.5
+
+
 def test_a_schema_that_is_none_is_not_held_against_the_model():
     broken = {"type": "function", "function": {"name": "odd", "parameters": {"type": "no such type"}}}
     assert score(item(CALL, call("odd", a=1), tools=[broken]), "", [call("odd", a=1)], [])["schema_valid"]
