@@ -12,6 +12,7 @@ from finetune.json_schema import validator_of
 
 NO_CALL = "(no call)"
 UNDECLARED = "(undeclared tool)"
+BROKEN = "(broken call)"
 
 
 def json_equal(left: Any, right: Any) -> bool:
@@ -191,17 +192,22 @@ def _call_verdicts(item: Item, made: list[dict], errors: list[str]) -> dict[str,
     }  # fmt: skip
 
 
-def confusion_pairs(item: Item, made: list[dict]) -> list[tuple[str, str]]:
-    """(expected, made) tool names of one request; NO_CALL where a side has none, UNDECLARED for invented tools."""
+def confusion_pairs(item: Item, made: list[dict], broken: int = 0) -> list[tuple[str, str]]:
+    """(expected, made) tool names of one request; NO_CALL where a side has none, UNDECLARED for invented tools.
+
+    broken: how many calls could not be read; they come last, as calls of BROKEN.
+    """
     known = [tool["function"] for tool in item.tools] or item.expected_calls
     names = {one["name"] for one in known}
 
     def made_name(call: dict[str, Any]) -> str:
         return call["name"] if call["name"] in names else UNDECLARED
 
+    made_names = [*map(made_name, made), *[BROKEN] * broken]
+    made = [*made, *[{"name": BROKEN, "arguments": {}}] * broken]
     if not item.expected_calls and not made:
         return [(NO_CALL, NO_CALL)]
     return [
-        (NO_CALL if i is None else item.expected_calls[i]["name"], NO_CALL if j is None else made_name(made[j]))
+        (NO_CALL if i is None else item.expected_calls[i]["name"], NO_CALL if j is None else made_names[j])
         for i, j in pair_calls(item.expected_calls, made)
     ]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from finetune.evaluation.items import ANSWER, CALL, IRRELEVANT, MISSING_PARAMETER, QUESTION, Item, items_of
 from finetune.evaluation.metrics import RATIOS, Scored, compare, compute_metrics
 from finetune.evaluation.text_scores import exact_match, quality_ok, rouge_l, token_f1
-from finetune.scoring import NO_CALL, UNDECLARED, ToolSchemas, confusion_pairs, json_equal, leaves, pair_calls, score
+from finetune.scoring import BROKEN, NO_CALL, UNDECLARED, ToolSchemas, confusion_pairs, json_equal, leaves, pair_calls, score
 
 LAMP = {
     "type": "function",
@@ -54,7 +54,7 @@ def item(kind: str = CALL, *expected: dict, row: int = 1, text: str | None = Non
 
 
 def answered(one: Item, *made: dict, text: str = "", errors: tuple[str, ...] = (), latency: float = 1.0) -> Scored:
-    return Scored(one, text, list(made), score(one, text, list(made), list(errors)), latency, 10)
+    return Scored(one, text, list(made), score(one, text, list(made), list(errors)), latency, 10, errors)
 
 
 @pytest.mark.parametrize(
@@ -314,6 +314,25 @@ def test_confusion_pairs():
     assert sorted(confusion_pairs(one, [call("door"), call("lamp")])) == [("door", "door"), ("set_lamp", UNDECLARED)]
     assert sorted(confusion_pairs(one, [call("door")])) == [("door", "door"), ("set_lamp", NO_CALL)]
     assert confusion_pairs(item(IRRELEVANT), []) == [(NO_CALL, NO_CALL)]
+    assert sorted(confusion_pairs(one, [call("door")], 1)) == [("door", "door"), ("set_lamp", BROKEN)]
+    assert confusion_pairs(item(IRRELEVANT), [], 1) == [(NO_CALL, BROKEN)]
+
+
+def test_the_table_takes_no_broken_call_for_silence():
+    """A class's recall in the per-tool table is the rate of the same name: both count a broken call as a call."""
+    broken = ("call 1: the JSON is cut off",)
+    right = call("set_lamp", room="hall")
+    m = compute_metrics(
+        [
+            answered(item(IRRELEVANT, row=1)),
+            answered(item(IRRELEVANT, row=2), errors=broken),
+            answered(item(CALL, right, row=3), errors=broken),
+        ]
+    )
+    assert m["per_tool"][NO_CALL]["recall"] == m["irrelevance_accuracy"] == 0.5
+    assert m["per_tool"][NO_CALL]["precision"] == 1.0
+    assert m["confusion_matrix"]["labels"] == ["set_lamp", NO_CALL, UNDECLARED, BROKEN]
+    assert m["confusion_matrix"]["matrix"][:2] == [[0, 0, 0, 1], [0, 1, 0, 1]]
 
 
 def test_text_scores():

@@ -193,8 +193,11 @@ def run_model(
         line = results.lines[key]
         line |= _judged(item, line["text"], tokenizer, fmt, unescape)
         scored.append(
-            Scored(item, line["content"], line["parsed_calls"], line["verdicts"], line["latency_s"], line["new_tokens"])
-        )
+            Scored(
+                item, line["content"], line["parsed_calls"], line["verdicts"], line["latency_s"], line["new_tokens"],
+                line["parse_errors"],
+            )
+        )  # fmt: skip
     results.finish()
     return scored, cost
 
