@@ -120,21 +120,27 @@ def _unknown(schema: Any, value: Any, path: str) -> Iterator[str]:
             yield from _unknown(schema.get("items"), element, f"{path}[{at}]")
     if not isinstance(value, dict):
         return
-    properties = schema.get("properties")
-    if not isinstance(properties, dict) or any(word in schema for word in ("anyOf", "oneOf", "allOf", "$ref")):
-        # A schema without properties of its own (or with ones kept elsewhere) leaves the names open.
-        extra = schema.get("additionalProperties")
-        for key, inner in value.items() if isinstance(extra, dict) else ():
-            yield from _unknown(extra, inner, f"{path}.{key}".lstrip("."))
-        return
+    properties, extra = schema.get("properties"), schema.get("additionalProperties")
+    declared = properties if isinstance(properties, dict) else {}
+    # A schema without properties of its own leaves the names open, unless it says that there are none.
+    closed = extra is False or (extra is None and isinstance(properties, dict))
     for key, inner in value.items():
         at = f"{path}.{key}".lstrip(".")
-        if key in properties:
-            yield from _unknown(properties[key], inner, at)
-        elif "patternProperties" not in schema and not schema.get("additionalProperties"):
+        if key in declared:
+            yield from _unknown(declared[key], inner, at)
+        elif closed and not _names_elsewhere(schema):
             yield at
-        elif isinstance(schema.get("additionalProperties"), dict):
-            yield from _unknown(schema["additionalProperties"], inner, at)
+        else:
+            yield from _unknown(extra, inner, at)
+
+
+def _names_elsewhere(schema: dict[str, Any]) -> bool:
+    """Whether properties may be named in other places of a schema; a branch that only says what is required has none."""
+    lists = [schema[word] for word in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(word), list)]
+    branches = [one for branch in lists for one in branch]
+    return any(word in schema for word in ("$ref", "patternProperties")) or any(
+        not isinstance(one, dict) or one.keys() - {"required", "title", "description"} for one in branches
+    )
 
 
 def score(item: Item, text: str, parsed_calls: list[dict], parse_errors: list[str]) -> dict[str, Any]:

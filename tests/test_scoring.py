@@ -155,6 +155,32 @@ def test_calls_without_declared_tools_are_scored_by_name_and_arguments():
     assert m["irrelevance_accuracy"] == m["tool_selection_accuracy"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("schema", "unknown"),
+    [
+        ({"properties": {"a": {}}}, ["b"]),
+        ({"properties": {"a": {}}, "additionalProperties": False}, ["b"]),
+        ({"properties": {"a": {}}, "additionalProperties": True}, []),
+        ({"properties": {"a": {}}, "additionalProperties": {}}, []),  # to JSON Schema the same as true
+        ({"properties": {"a": {}}, "additionalProperties": {"properties": {}}}, ["b.c"]),
+        ({"properties": {}}, ["a", "b"]),
+        ({}, []),
+        ({"additionalProperties": False}, ["a", "b"]),
+        ({"properties": {"a": {}}, "anyOf": [{"required": ["a"]}, {"required": ["x"]}]}, ["b"]),
+        ({"properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}}]}, []),
+        ({"properties": {"a": {}}, "$ref": "#/$defs/more"}, []),
+        ({"patternProperties": {"^b": {}}, "additionalProperties": False, "properties": {"a": {}}}, []),
+        ({"properties": [], "anyOf": 5}, []),
+        ({"properties": {"a": {}}, "anyOf": 5}, ["b"]),
+    ],
+)
+def test_arguments_that_a_schema_does_not_know(schema, unknown):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", **schema}}}
+    made = call("f", a=1, b={"c": 2})
+    assert ToolSchemas([tool]).unknown_arguments(made) == unknown
+    assert score(item(CALL, made, tools=[tool]), "", [made], [])["hallucinated"] is bool(unknown)
+
+
 def test_a_schema_that_is_none_is_not_held_against_the_model():
     broken = {"type": "function", "function": {"name": "odd", "parameters": {"type": "no such type"}}}
     assert score(item(CALL, call("odd", a=1), tools=[broken]), "", [call("odd", a=1)], [])["schema_valid"]
