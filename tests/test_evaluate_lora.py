@@ -258,6 +258,39 @@ def test_results_files_are_never_overwritten(dataset, tmp_path):
     other.close()
 
 
+def test_lines_of_a_results_file(dataset, tmp_path):
+    """U+2028 is no end of a line of JSON; half a line is what a killed run leaves, anything else is not ours to drop."""
+    items = load_items([dataset])[:2]
+    keys = [item.fingerprint() for item in items]
+    path = tmp_path / "results.jsonl"
+    first = ResultsFile(path, "s", items)
+    for key in keys:
+        first.append({"item": key, "settings": "s", "text": "one\u2028two\x85three"})
+    first.close()
+    again = ResultsFile(path, "s", items)
+    again.close()
+    assert len(again.lines) == 2 and again.set_aside is None
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"item": "half')
+    cut = ResultsFile(path, "s", items)
+    cut.close()
+    assert len(cut.lines) == 2 and cut.set_aside is None
+    path.write_text("my own notes\n" + path.read_text("utf-8"), encoding="utf-8")
+    mixed = ResultsFile(path, "s", items)
+    mixed.close()
+    assert len(mixed.lines) == 2 and mixed.set_aside.read_text("utf-8").startswith("my own notes\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
+def test_a_full_disk_is_one_line(dataset, tmp_path):
+    items = load_items([dataset])[:1]
+    results = ResultsFile(tmp_path / "results.jsonl", "s", items)
+    results.file = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115
+    with pytest.raises(UserError, match="No space left on device; make room"):
+        results.append({"item": items[0].fingerprint(), "settings": "s"})
+    results.close()
+
+
 def test_model_card_gets_the_scores_once(tmp_path):
     card = tmp_path / "README.md"
     assert not update_model_card(card, "# Base against tuned\n\nnothing")

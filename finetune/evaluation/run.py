@@ -86,7 +86,7 @@ class ResultsFile:
             if line is not None and line.get("settings") == settings and line.get("item") in wanted:
                 self.lines[line["item"]] = line
             else:
-                foreign = foreign or line is not None
+                foreign = True
         if foreign:
             self.set_aside = _free_name(path)
             path.replace(self.set_aside)
@@ -94,6 +94,7 @@ class ResultsFile:
         self.file = path.open("a", encoding="utf-8", newline="\n")
 
     def _read(self) -> list[dict[str, Any] | None]:
+        """All lines that were ended; None for one that is no answer. The half line of a killed run is left away."""
         try:
             text = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
@@ -101,19 +102,24 @@ class ResultsFile:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}); check its rights") from error
         lines = []
-        for line in text.splitlines():
+        for line in text.split("\n")[:-1]:  # not splitlines: texts may hold U+2028 and other ends of lines
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 value = None
             lines.append(value if isinstance(value, dict) else None)
         return lines
 
     def append(self, line: dict[str, Any]) -> None:
-        """Record one answer now: a killed run keeps it."""
+        """Record one answer now: a killed run keeps it. UserError when the disk is full."""
         self.lines[line["item"]] = line
-        self.file.write(json_line(line))
-        self.file.flush()
+        try:
+            self.file.write(json_line(line))
+            self.file.flush()
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; make room and give the same command again"
+            ) from error
 
     def finish(self) -> None:
         """Write the lines once more in the order of the items (answers arrive in the order they end)."""
@@ -122,7 +128,8 @@ class ResultsFile:
 
     def close(self) -> None:
         """End appending."""
-        self.file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take has been reported
+            self.file.close()
 
 
 def _free_name(path: Path) -> Path:
