@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -64,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         items += bfcl.load_items(bfcl.parse_suite(args.suite), limit=args.limit)
     from finetune.model import find_run
 
-    find_run(args.model)  # a folder that is none shows now
+    run = find_run(args.model)  # a folder that is none shows now
     folder = output_folder(args)
     say(f"{len(items)} answers to score from {len({(i.source, i.row) for i in items})} rows")
 
@@ -85,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     sides = ["base", "tuned"] if has_adapter and args.only == "both" else ["tuned" if has_adapter else "base"]
 
     # 3. The same prompts and decoding for both.
+    from finetune.evaluation.answer_settings import answer_settings
     from finetune.evaluation.metrics import compare, compute_metrics
     from finetune.evaluation.run import make_prompts, room_for_answers, run_model
     from finetune.generation import Decoding
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     # 4. Answer and score.
     scored, metrics = {}, {}
     for side in sides:
-        settings = answer_settings(args, side, model, fmt)
+        settings = answer_settings(run, side, model, fmt, decoding)
         with model.disable_adapter() if side == "base" and has_adapter else contextlib.nullcontext():
             name = {"base": "base_model", "tuned": "finetuned_model"}[side]
             scored[side], cost = run_model(
@@ -154,44 +154,6 @@ def output_folder(args: argparse.Namespace) -> Path:
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}; name another folder with --output") from error
     return folder
-
-
-def answer_settings(args: argparse.Namespace, side: str, model: Any, fmt: Any) -> dict[str, Any]:
-    """Everything that decides an answer besides the row: answers of other settings are never mixed with these."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {
-        "base_model": _base_name(Path(args.model)) or getattr(inner.config, "_name_or_path", ""),
-        "base_model_revision": getattr(inner.config, "_commit_hash", None),
-        "adapter_sha256": _adapter_hash(Path(args.model)) if side == "tuned" else None,
-        "dtype": str(inner.dtype).removeprefix("torch."),
-        "format": fmt.name,
-        "template_sha256": hashlib.sha256(fmt.template.encode()).hexdigest(),
-        "template_kwargs": dict(fmt.template_kwargs),
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "seed": args.seed if args.temperature else None,
-    }
-
-
-def _base_name(path: Path) -> str | None:
-    """The base model by the name the user gave it when the run was trained."""
-    for folder in (path, path.parent):
-        if (config := folder / "experiment_config.json").is_file():
-            return json.loads(config.read_text(encoding="utf-8")).get("base_model")
-    return None
-
-
-def _adapter_hash(path: Path) -> str:
-    """SHA-256 of the adapter's weights that `load_for_inference` takes from an experiment or adapter folder."""
-    from finetune.experiment import CONFIG, FINAL, Experiment
-
-    folders = [path]
-    if (path / CONFIG).is_file():
-        folders = [path / FINAL, *reversed(Experiment.open(path).checkpoints())]  # as load_for_inference looks
-    for folder in folders:
-        if (weights := folder / "adapter_model.safetensors").is_file():
-            return hashlib.sha256(weights.read_bytes()).hexdigest()
-    raise UserError(f"{path}: no adapter_model.safetensors; only safetensors are read")
 
 
 def keep_speed(cost: dict[str, Any], path: Path, settings: dict[str, Any]) -> dict[str, Any]:

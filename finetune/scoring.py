@@ -135,7 +135,7 @@ def _unknown(schema: Any, value: Any, path: str) -> Iterator[str]:
 
 
 def _names_elsewhere(schema: dict[str, Any]) -> bool:
-    """Whether properties may be named in other places of a schema; a branch that only says what is required has none."""
+    """Whether other places of a schema may name properties; a branch that only says what is required does not."""
     lists = [schema[word] for word in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(word), list)]
     branches = [one for branch in lists for one in branch]
     return any(word in schema for word in ("$ref", "patternProperties")) or any(

@@ -258,8 +258,39 @@ def test_results_files_are_never_overwritten(dataset, tmp_path):
     other.close()
 
 
+def test_whatever_decides_an_answer_is_in_its_settings(adapter, tmp_path):
+    """A merged model made anew in its old folder, another scale in the adapter's config: their answers are others."""
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    from finetune.evaluation.answer_settings import answer_settings
+    from finetune.model import find_run
+    from formats import get_format
+
+    for name in ("base", "adapter"):
+        shutil.copytree(adapter.parent / name, tmp_path / name)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**read_json(config), "base_model_name_or_path": str(tmp_path / "base")}), "utf-8")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    fmt, decoding = get_format("chatml", parts.tokenizer("smollm2")), Decoding((2,), max_new_tokens=5)
+
+    def settings(folder: str, side: str) -> dict:
+        return answer_settings(find_run(tmp_path / folder), side, model, fmt, decoding)
+
+    base, tuned = settings("adapter", "base"), settings("adapter", "tuned")
+    assert {key for key in base if base[key] != tuned[key]} == {"adapter_sha256"}
+    assert settings("base", "base") == base  # the same answers, whichever folder names the model
+    config.write_text(json.dumps({**read_json(config), "lora_alpha": 8}), encoding="utf-8")
+    assert settings("adapter", "tuned")["adapter_sha256"] != tuned["adapter_sha256"]
+    assert settings("adapter", "base") == base
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    assert settings("base", "base")["base_sha256"] != base["base_sha256"]
+
+
 def test_lines_of_a_results_file(dataset, tmp_path):
-    """U+2028 is no end of a line of JSON; half a line is what a killed run leaves, anything else is not ours to drop."""
+    """U+2028 is no end of a line of JSON; a killed run leaves half a line, anything else is not ours to drop."""
     items = load_items([dataset])[:2]
     keys = [item.fingerprint() for item in items]
     path = tmp_path / "results.jsonl"
