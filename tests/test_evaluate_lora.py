@@ -7,6 +7,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from finetune.errors import UserError
@@ -342,6 +343,35 @@ def test_table_of_one_model():
     table = comparison_markdown(metrics, {}, ["heading"])
     assert "| tool_name_accuracy | 1.000 | 1.000 to 1.000 |" in table
     assert "| set_lamp | 1 | 1.000 |" in table
+
+
+def test_pictures_of_very_many_tools_and_of_odd_names(tmp_path, monkeypatch):
+    """A suite has more tools than a picture has room for, and a dollar is no formula."""
+    from PIL import Image
+
+    from finetune.evaluation import report
+    from tests.test_scoring import answered, call, item
+
+    monkeypatch.setattr(report, "MOST", 4)  # a picture of 60 tools takes seconds
+
+    def lamps(count: int) -> dict:
+        calls = [call(f"$lamp_{i}$") for i in range(count)]
+        tools = [{"type": "function", "function": {"name": one["name"]}} for one in calls]
+        often = [answered(item("call", one, tools=tools, row=i), one) for i, one in enumerate(calls[:3])]
+        return compute_metrics([*often, *[answered(item("call", one, tools=tools, row=9), calls[0]) for one in calls]])
+
+    few, many = lamps(3), lamps(14)
+    labels, counts = report._shown(many["confusion_matrix"])
+    assert labels == ["$lamp_0$", "$lamp_1$", "$lamp_10$", "$lamp_2$", report.OTHERS]
+    assert counts.sum() == np.sum(many["confusion_matrix"]["matrix"]) == 17
+    assert counts[0].tolist() == [2, 0, 0, 0, 0] and counts[-1].tolist() == [10, 0, 0, 0, 0]
+    assert report._shown(few["confusion_matrix"])[0] == ["$lamp_0$", "$lamp_1$", "$lamp_2$"]
+    written = report.write_pictures({"base": few, "tuned": many}, tmp_path)
+    assert [path.name for path in written] == ["confusion_matrix.png", "per_tool_f1.png"]
+    for path in written:
+        with Image.open(path) as picture:
+            assert max(picture.size) < 2_000
+    assert report.write_pictures({"tuned": {}}, tmp_path) == [] and not list(tmp_path.iterdir())
 
 
 def test_arguments_are_checked():
