@@ -67,6 +67,14 @@ def main(argv: list[str] | None = None) -> int:
     folder = output_folder(args)
     say(f"{len(items)} answers to score from {len({(i.source, i.row) for i in items})} rows")
 
+    from finetune.evaluation.folder import alone_in
+
+    with alone_in(folder):
+        return evaluate(args, run, items, folder)
+
+
+def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -> int:
+    """Answer the items with the models of `run`, score them, and write everything into `folder`."""
     # 2. Who answers: one model, with its adapter on (tuned) or off (base).
     from finetune.logs import start_logging
 
@@ -85,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # 3. The same prompts and decoding for both.
     from finetune.evaluation.answer_settings import answer_settings
+    from finetune.evaluation.folder import NAMES, data_of, set_strangers_aside
     from finetune.evaluation.metrics import compare, compute_metrics
     from finetune.evaluation.run import make_prompts, room_for_answers, run_model
     from finetune.generation import Decoding
@@ -106,18 +115,20 @@ def main(argv: list[str] | None = None) -> int:
     for side in sides:
         settings = answer_settings(run, side, model, fmt, decoding)
         with model.disable_adapter() if side == "base" and has_adapter else contextlib.nullcontext():
-            name = {"base": "base_model", "tuned": "finetuned_model"}[side]
             scored[side], cost = run_model(
-                model, tokenizer, fmt, prompts, decoding, folder / f"{name}_results.jsonl", settings,
+                model, tokenizer, fmt, prompts, decoding, folder / f"{NAMES[side]}_results.jsonl", settings,
                 name=side, say=say, share_prefix=args.share_prefix,
             )  # fmt: skip
         metrics[side] = {
             **compute_metrics(scored[side], seed=args.seed),
             "not_scored": len(prompts.refused),
+            "data": data_of(prompts.items),
             "settings": {**settings, "batch_size": args.batch_size},
-            **keep_speed(cost, folder / f"{name}_metrics.json", settings),
+            **keep_speed(cost, folder / f"{NAMES[side]}_metrics.json", settings),
         }
-        write_json(folder / f"{name}_metrics.json", metrics[side])
+        write_json(folder / f"{NAMES[side]}_metrics.json", metrics[side])
+
+    set_strangers_aside(folder, metrics, say)
 
     # 5. Side by side.
     from finetune.evaluation.report import update_model_card, write_report

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from finetune.errors import UserError
+from finetune.evaluation.folder import alone_in, set_strangers_aside
 from finetune.evaluation.items import load_items
 from finetune.evaluation.metrics import compute_metrics
 from finetune.evaluation.report import comparison_markdown, update_model_card
@@ -157,6 +158,11 @@ def test_both_models_through_the_script(dataset, adapter):
     (kept,) = folder.glob("finetuned_model_results.before_*.jsonl")
     assert read_lines(kept) == resumed
     assert [line["row"] for line in read_lines(results)] == [1, 2, 2, 2]
+    # Nor are the base's scores of all rows left beside the tuned model's of two.
+    assert "base_model_metrics.json held scores of other rows or settings" in other.stderr
+    (kept,) = folder.glob("base_model_metrics.before_*.json")
+    assert read_json(kept) == metrics["base"]
+    assert not (folder / "comparison.json").exists() and not (folder / ".lock").exists()
 
 
 def test_one_line_errors(dataset, adapter, tmp_path):
@@ -257,6 +263,34 @@ def test_results_files_are_never_overwritten(dataset, tmp_path):
     other = ResultsFile(path, settings_hash({"temperature": 1}), items)
     assert other.lines == {} and other.set_aside not in (None, fewer.set_aside) and read_lines(path) == []
     other.close()
+
+
+def test_two_evaluations_of_one_folder(tmp_path):
+    with alone_in(tmp_path):
+        with pytest.raises(UserError, match="another evaluation is writing"), alone_in(tmp_path):
+            pass
+        assert (tmp_path / ".lock").exists()  # the refused one took nothing away
+    with alone_in(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_of_the_other_side_stay_only_where_they_can_be_compared(tmp_path):
+    def scores(side: str, items: str = "a", **settings) -> dict:
+        settings = {"temperature": 0, "adapter_sha256": side, "batch_size": len(side), **settings}
+        return {"data": {"items_sha256": items}, "settings": settings}
+
+    path = tmp_path / "base_model_metrics.json"
+    for left, kept in (
+        (scores("base"), True), (scores("base", items="b"), False), (scores("base", temperature=1), False),
+        ({}, False), ([], False),
+    ):  # fmt: skip
+        path.write_text(json.dumps(left), encoding="utf-8")
+        (tmp_path / "comparison.json").touch()
+        set_strangers_aside(tmp_path, {"tuned": scores("tuned")}, lambda _: None)
+        assert path.exists() is kept and not (tmp_path / "comparison.json").exists()
+    assert len(list(tmp_path.glob("*.before_*.json"))) == 4
+    set_strangers_aside(tmp_path, {"tuned": scores("tuned")}, lambda _: None)  # nothing there
 
 
 def test_whatever_decides_an_answer_is_in_its_settings(adapter, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import open_atomic, write_text_atomic
+from finetune.evaluation.folder import NAMES
 from finetune.evaluation.metrics import LOWER_IS_BETTER, RATIOS
 from finetune.scoring import BROKEN, NO_CALL, UNDECLARED
 
@@ -17,7 +18,6 @@ PLAIN = (
     "quality_precision", "quality_recall", "quality_f1",
     "latency_p50_s", "latency_p95_s", "tokens_per_second",
 )  # fmt: skip
-NAMES = {"base": "base_model", "tuned": "finetuned_model"}
 MOST = 60  # tools in a picture: nobody can read more, and a picture has at most 65,535 pixels a side
 OTHERS = "(other tools)"
 BLUE, ORANGE = "#0072B2", "#E69F00"  # Okabe-Ito: told apart by everybody

@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune.conversations import json_line
 from finetune.errors import UserError, write_text_atomic
+from finetune.evaluation.folder import free_name
 from finetune.evaluation.items import Item
 from finetune.evaluation.metrics import Scored
 from finetune.progress import progress_bar
@@ -88,7 +89,7 @@ class ResultsFile:
             else:
                 foreign = True
         if foreign:
-            self.set_aside = _free_name(path)
+            self.set_aside = free_name(path)
             path.replace(self.set_aside)
         self.finish()  # also drops half a line that a killed run left
         self.file = path.open("a", encoding="utf-8", newline="\n")
@@ -130,15 +131,6 @@ class ResultsFile:
         """End appending."""
         with contextlib.suppress(OSError):  # what a full disk did not take has been reported
             self.file.close()
-
-
-def _free_name(path: Path) -> Path:
-    stamp = time.strftime("%Y%m%d_%H%M%S")
-    for number in range(1, 10_000):
-        name = path.with_name(f"{path.stem}.before_{stamp}{f'_{number}' if number > 1 else ''}{path.suffix}")
-        if not name.exists():
-            return name
-    raise UserError(f"{path.parent}: too many earlier results of this second; clear the folder")
 
 
 def run_model(
