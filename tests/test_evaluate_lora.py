@@ -98,6 +98,8 @@ def test_items_of_a_file(dataset):
     assert items[0].label is True and items[0].expected_text is None
     assert len({i.fingerprint() for i in items}) == len(items)
     assert [i.row for i in load_items([dataset], limit=1)] == [1]
+    with pytest.raises(UserError, match="a weight mixes training data"):
+        load_items([f"{dataset}*0.5"])
 
 
 def test_both_models_through_the_script(dataset, adapter):
