@@ -367,7 +367,12 @@ def test_model_card_gets_the_scores_once(tmp_path):
     )
     for number in ("one", "two"):
         assert update_model_card(card, f"# Base against tuned\n\n{number}\n\n## F1 of each tool\n")
-    assert card.read_text("utf-8") == "# run\n\ntext\n\n## Evaluation\n\ntwo\n\n### F1 of each tool\n"
+    whole = "# run\n\ntext\n\n## Evaluation\n\ntwo\n\n### F1 of each tool\n"
+    assert card.read_text("utf-8") == whole
+    with card.open("ab") as file:
+        file.write(b"\n## Licence\n\nCaf\xe9 only.\n\n## Thanks\n")  # written by hand, in another encoding
+    assert update_model_card(card, "# Base against tuned\n\nthree\n")
+    assert card.read_bytes() == b"# run\n\ntext\n\n## Evaluation\n\nthree\n\n## Licence\n\nCaf\xe9 only.\n\n## Thanks\n"
 
 
 def test_table_of_one_model():

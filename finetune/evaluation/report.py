@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import open_atomic, write_text_atomic
+from finetune.errors import open_atomic, write_bytes_atomic, write_text_atomic
 from finetune.evaluation.folder import NAMES
 from finetune.evaluation.metrics import LOWER_IS_BETTER, RATIOS
 from finetune.scoring import BROKEN, NO_CALL, UNDECLARED
@@ -195,12 +196,14 @@ def write_report(
 def update_model_card(card: Path, comparison: str) -> bool:
     """Put the comparison under "## Evaluation" at the end of a model card, in place of an earlier one.
 
-    False when there is no card to write into.
+    Sections that somebody wrote behind an earlier one stay. False when there is no card to write into.
     """
     if not card.is_file():
         return False
-    text = card.read_text(encoding="utf-8").partition("\n## Evaluation\n")[0]
-    kept = [line for line in text.splitlines() if not line.startswith("Evaluation results, once")]
+    text, _, rest = card.read_text(encoding="utf-8", errors="surrogateescape").partition("\n## Evaluation\n")
+    behind = re.search(r"^##? .*", rest, re.MULTILINE | re.DOTALL)
+    kept = [line for line in text.split("\n") if not line.startswith("Evaluation results, once")]
     body = comparison.partition("\n")[2].replace("\n## ", "\n### ")
-    write_text_atomic(card, "\n".join(kept).rstrip() + "\n\n## Evaluation\n" + body)
+    new = "\n".join(kept).rstrip() + "\n\n## Evaluation\n" + body + (f"\n{behind[0]}" if behind else "")
+    write_bytes_atomic(card, new.encode("utf-8", errors="surrogateescape"))
     return True
