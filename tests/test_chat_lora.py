@@ -155,7 +155,7 @@ def test_words_of_the_tool_command():
 class Scripted:
     """A speaker that gives prepared answers, where only the order of things is the point."""
 
-    name, sides = "scripted", ("tuned",)
+    name, sides, fmt = "scripted", ("tuned",), FORMATS["chatml"]
 
     def __init__(self, *replies: Reply):
         self.replies, self.seen = list(replies), []
@@ -225,7 +225,9 @@ def test_tools_and_questions_are_read_and_refused_with_their_place(tmp_path):
     for wrong, said in (
         ("{", "no JSON"), ("[{}]", "no name"), (json.dumps([LAMP, LAMP]), "same name"), ("5", "not a list"),
         ("null", "no tool is declared"), ("[]", "no tool is declared"), ("[" * 100_000, "too deep"),
-        (b"\xff[]", "not UTF-8"),
+        (b"\xff[]", "not UTF-8"), ("[" + "1" * 5000 + "]", "no JSON"), ('[{"name": "\\ud800"}]', "surrogate"),
+        ('[{"name": "f", "parameters": ' + '{"a": ' * 70 + "{}" + "}" * 71 + "]", "nested deeper"),
+        ('[{"name": "f", "name": "g"}]', "stands twice"),
     ):  # fmt: skip
         file.write_bytes(wrong if isinstance(wrong, bytes) else wrong.encode())
         with pytest.raises(UserError, match=said):
@@ -388,6 +390,19 @@ def test_the_terminal_cannot_be_driven_by_a_model():
     from finetune.chat.terminal import printable
 
     assert printable("a\x1b[2Jb\x9bc\r\n\td") == "a\ufffd[2Jb\ufffdc\ufffd\n\td"
+    call = {"name": "set\x1b[2J", "arguments": {"room": "a\x9b2J"}}  # nor by its calls, nor by a program's result
+    speaker = Scripted(Reply("…", tool_calls=[call], problems=[[]]), Reply("", parse_errors=["no \x1b[31m"]))
+    text, _ = typed(Talk(speaker, None, lambda call: "done\x1b]0;title\x07"), ["go"], tools=[])
+    assert "set\ufffd[2J" in text and "-> done\ufffd]0;title" in text and not {"\x1b", "\x9b", "\x07"} & set(text)
+
+
+def test_tools_whose_parameters_are_no_schema_are_shown_and_said_to_be_none(tmp_path):
+    file = tmp_path / "tools.json"
+    broken = [{"name": "f", "parameters": {"properties": [{"name": "a"}]}}, {"name": "g", "parameters": {"type": 5}}]
+    file.write_text(json.dumps([*broken, LAMP]), encoding="utf-8")
+    text, conversation = typed(Talk(Scripted(), None), [f"/tools {file}"], tools=[])
+    assert text.count("are no JSON Schema") == 2 and "3 tools declared" in text and "set_lamp(room, level)" in text
+    assert len(conversation.tools) == 3
 
 
 def chat(*arguments: str | Path, given: str = "", cwd: Path = ROOT) -> subprocess.CompletedProcess:
