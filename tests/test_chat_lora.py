@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.chat.questions import read_questions
+from finetune.chat.questions import answer_all, read_questions, start
 from finetune.chat.reply import LiveText, Reply, read_reply
 from finetune.chat.session import Conversation, Talk, read_tools
 from finetune.chat.tool_command import ToolCommand, parse_tool_command
@@ -240,6 +240,51 @@ def test_tools_and_questions_are_read_and_refused_with_their_place(tmp_path):
     lines.write_text('"one"\n{"question": "two"}\n{"messages": [{"role": "user", "content": "x"}]}\n{"a": 1}', "utf-8")
     with pytest.raises(UserError, match="line 4"):
         read_questions(lines)
+
+
+@pytest.mark.parametrize(
+    ("line", "system", "asked", "tools"),
+    [
+        ('"one"', "S", "one", 0),
+        ('{"question": "two", "id": 7}', "S", "two", 0),
+        ('{"input": "three", "label": "ok"}', "S", "three", 0),
+        ('{"prompt": "four", "system": "own", "tools": [{"name": "f"}]}', "own", "four", 1),
+        ('{"instruction": "five", "input": "on this", "output": "gold"}', "S", "five\n\non this", 0),
+        ('{"conversations": [{"from": "human", "value": "six"}, {"from": "gpt", "value": "gold"}]}', "S", "six", 0),
+        ('{"query": "seven", "answers": "[{\\"name\\": \\"f\\", \\"arguments\\": {}}]"}', "S", "seven", 0),
+    ],
+)
+def test_a_line_of_questions_loses_neither_tools_nor_a_part_of_its_text(line, system, asked, tools, tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(line, encoding="utf-8")
+    conversation = start(*read_questions(path), "S", [])
+    assert conversation.messages == [{"role": "system", "content": system}, {"role": "user", "content": asked}]
+    assert len(conversation.tools) == tools
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("[" * 20_000, "no JSON"),
+        ('{"question": ' + "1" * 5000 + "}", "no JSON"),
+        ('{"a": 1}', "neither text"),
+        ('"a\\ud800"', "surrogate"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "no user message"),
+        ('{"messages": [{"role": "user", "content": "x"}], "tools": 5}', "not a list"),
+    ],
+)
+def test_a_question_that_cannot_be_read_is_named_by_its_line(line, said, tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('"fine"\n\n' + line, encoding="utf-8")
+    with pytest.raises(UserError, match=f"q.jsonl, line 3: .*{said}"):
+        read_questions(path)
+
+
+def test_a_question_without_room_is_named_before_any_is_answered(talk, tmp_path):
+    output = tmp_path / "out.txt"
+    with pytest.raises(UserError, match=r"question 2: the conversation has 1,1\d\d tokens"):
+        answer_all(talk, [talker.REQUEST, "lamp " * 1100], "", talker.TOOLS, ["tuned"], output)
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(
