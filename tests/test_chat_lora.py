@@ -127,6 +127,8 @@ def test_program_gets_the_call_on_stdin_and_no_shell(tmp_path):
         ("sys.exit('the lamp is broken')", "status 1: the lamp is broken"),
         ("pass", "wrote nothing"),
         ("print('x' * 200_000)", "200,000 characters"),
+        ("while True: print('x' * 10_000)", "more than 1,000,000 bytes"),
+        ("sys.stderr.write('é' * 3_000_000 + chr(10) + 'the lamp is broken'); sys.exit(3)", "status 3: the lamp is"),
     ],
 )
 def test_failure_of_a_program_is_a_result_that_says_so(tmp_path, body, said):
@@ -139,6 +141,21 @@ def test_program_that_cannot_start_or_hangs_with_a_child(tmp_path):
     child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).wait()"
     result = ToolCommand(program(tmp_path, child), timeout=2.0)({"name": "a", "arguments": {}})
     assert "longer than 2 s" in json.loads(result)["error"]
+
+
+def test_program_that_leaves_a_child_behind_or_never_reads(tmp_path):
+    """The child outlives its parent and holds the pipes: it is ended with the time, whoever its parent is by then."""
+    child = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
+    body = f"subprocess.Popen([sys.executable, '-c', {child!r}], cwd={str(tmp_path)!r})\nprint('started')"
+    result = ToolCommand(program(tmp_path, body), timeout=2.0)({"name": "a", "arguments": {}})
+    assert "longer than 2 s" in json.loads(result)["error"]
+    if hasattr(os, "killpg"):
+        with pytest.raises(ProcessLookupError):
+            for _ in range(50):
+                os.kill(int((tmp_path / "pid").read_text("utf-8")), 0)
+                time.sleep(0.1)
+    unread = ToolCommand(program(tmp_path, "sys.stdout.buffer.write(b'caf\\xe9')"))
+    assert unread({"name": "a", "arguments": {"text": "x" * 1_000_000}}) == "caf\ufffd"
 
 
 def test_words_of_the_tool_command():
