@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -137,12 +136,13 @@ def to_vllm(args: argparse.Namespace, run: Any, folder: Path, name: str, tools: 
 def to_hub(args: argparse.Namespace, run: Any, folder: Path, name: str, tools: Any) -> Any:
     """The folder as it would be uploaded; uploaded only with --repo_id and a token in HF_TOKEN."""
     from finetune.export.hub import build_folder, check_secrets, listing
+    from finetune.hub_token import hub_token
 
     build_folder(run, folder)
     check_secrets(folder)
     for path, size in listing(folder):
         print(f"{size:>12,}  {path}")
-    if not args.repo_id or not os.environ.get("HF_TOKEN"):
+    if not args.repo_id or not hub_token():
         missing = "--repo_id OWNER/NAME" if not args.repo_id else "a token with write access in HF_TOKEN"
         say(f"nothing was uploaded: that needs {missing}")
         return None

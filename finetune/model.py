@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.bundled import cache_dir, resolve_model
 from finetune.errors import UserError
+from finetune.hub_token import hub_token
 from finetune.training import ranks
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def load_base(
             load_in_4bit=load_in_4bit,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            token=os.environ.get("HF_TOKEN"),
+            token=hub_token(),
             **place,
         )
     for line in news.getvalue().splitlines():

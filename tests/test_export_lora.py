@@ -268,11 +268,26 @@ def test_a_token_in_a_file_stops_the_upload(run_folder, tmp_path, capsys, monkey
     copy = tmp_path / "run"
     shutil.copytree(run_folder, copy, ignore=shutil.ignore_patterns("exports"))
     (copy / "final_model" / "notes.txt").write_text("key hf_abcdefghij", encoding="utf-8")
-    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij")
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij\n")  # as a secret's file ends
     assert export_lora.main([str(copy), "--to", "hub"]) == 2
     error = capsys.readouterr().err
     assert "notes.txt holds the value of HF_TOKEN" in error and "hf_abcdefghij" not in error
     assert not (copy / "exports" / "hub").exists()
+
+
+@pytest.mark.parametrize("token", ["hf_abc\r\ndefghij", "hf_abc defghij", "hf_abcdéfghij"])
+def test_a_token_that_is_none_is_never_printed(token, run_folder, tmp_path, capsys, monkeypatch):
+    """The HTTP library would say: illegal header value b'Bearer hf_…'."""
+    from finetune.training.saving import push_to_hub
+
+    monkeypatch.setenv("HF_TOKEN", token)
+    arguments = ["--to", "hub", "--output", str(tmp_path / "hub"), "--repo_id", "me/house"]
+    assert export_lora.main([str(run_folder), *arguments]) == 2
+    said = capsys.readouterr()
+    assert "HF_TOKEN holds white space" in said.err and "hf_" not in said.err + said.out
+    with pytest.raises(UserError, match="HF_TOKEN holds white space") as raised:
+        push_to_hub(tmp_path, "me/house")
+    assert "hf_" not in str(raised.value)
 
 
 def test_tools_are_found_where_they_are_named(tmp_path, monkeypatch):

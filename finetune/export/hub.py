@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
 from finetune.experiment import LOG, Experiment
+from finetune.hub_token import hub_token
 from finetune.model import Run
 
 PRIVATE = ("exports", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin")
@@ -161,7 +161,7 @@ def listing(folder: Path) -> list[tuple[str, int]]:
 
 def check_secrets(folder: Path) -> None:
     """UserError when the token of this session stands in any file that would be uploaded."""
-    token = os.environ.get("HF_TOKEN", "").encode()
+    token = hub_token() or ""
     for path, _ in listing(folder) if len(token) > 7 else ():
-        if token in (folder / path).read_bytes():
+        if token.encode() in (folder / path).read_bytes():
             raise UserError(f"{path} holds the value of HF_TOKEN; take it out before this is uploaded")
