@@ -132,16 +132,17 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
 
     # 5. Side by side.
     from finetune.evaluation.report import update_model_card, write_report
+    from finetune.export.hub import public_name
 
     compared = compare(scored["base"], scored["tuned"], seed=args.seed) if len(scored) == 2 else {}
     if compared:
         write_json(folder / "comparison.json", compared)
     rows = len({(item.source, item.row) for item in prompts.items})
-    sources = ", ".join([*args.dataset, *([args.suite] if args.suite else [])])
+    sources = ", ".join([*map(public_name, args.dataset), *([args.suite] if args.suite else [])])
     heading = [
         f"{len(prompts.items)} answers of {rows} rows ({sources}), "
         f"format {fmt.name}, {'greedy' if not args.temperature else f'temperature {args.temperature:g}'}, "
-        f"at most {args.max_new_tokens} new tokens. Model: {args.model}."
+        f"at most {args.max_new_tokens} new tokens. Model: {public_name(args.model)}."
     ]
     written = write_report(metrics, compared, heading, folder)
     if scored.keys() == {"base", "tuned"} and args.output is None and args.dataset and not args.limit:

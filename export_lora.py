@@ -138,7 +138,7 @@ def to_hub(args: argparse.Namespace, run: Any, folder: Path, name: str, tools: A
     from finetune.export.hub import build_folder, check_secrets, listing
     from finetune.hub_token import hub_token
 
-    build_folder(run, folder)
+    build_folder(run, folder, say)
     check_secrets(folder)
     for path, size in listing(folder):
         print(f"{size:>12,}  {path}")

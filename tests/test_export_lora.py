@@ -14,6 +14,7 @@ import pytest
 import export_lora
 from benchmarks.llama_cpp_prompts import apply_template
 from finetune.errors import UserError
+from finetune.evaluation.answer_settings import adapter_hash
 from finetune.export.folders import filled_aside, output_folder
 from finetune.export.gguf import always_pinned, find_tools, read_metadata, tools_folder
 from formats import FORMATS
@@ -262,6 +263,29 @@ def test_hub_dry_run_lists_a_card_and_uploads_nothing(run_folder, tmp_path, caps
     assert front["model-index"][0]["results"][0]["metrics"] == [{"type": "tool_name_accuracy", "value": 0.9}]
     assert "| tool_name_accuracy | 0.100 | 0.900 | 0.800 to 0.900 |" in card and "![Training loss" in card
     assert str(run_folder.parents[1]) not in card + (target / "adapter_config.json").read_text("utf-8")
+
+
+def test_the_card_has_no_scores_of_another_adapter_and_the_folder_no_held_out_rows(run_folder, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run_folder, copy, ignore=shutil.ignore_patterns("exports", "evaluation"))
+    for place, known, value in ((copy, "of the adapter before", 0.1), (copy / "final_model", None, 0.9)):
+        (place / "evaluation").mkdir()
+        settings = {"adapter_sha256": known or adapter_hash(copy / "final_model")}
+        scores = {"tool_name_accuracy": value, "items": 7, "intervals_95": {}, "settings": settings}
+        (place / "evaluation" / "finetuned_model_metrics.json").write_text(json.dumps(scores), encoding="utf-8")
+        (place / "evaluation" / "comparison.md").write_text(f"scores {value}\n", encoding="utf-8")
+    assert export_lora.main([str(copy), "--to", "hub"]) == 0
+    said = capsys.readouterr()
+    assert "left out: the scores in" in said.err and "finetuned_model_metrics.json" not in said.out
+    hub = copy / "exports" / "hub"
+    assert "| tool_name_accuracy | 0.900 |" in (hub / "README.md").read_text("utf-8")
+    assert (hub / "evaluation.md").read_text("utf-8") == "scores 0.9\n" and not (hub / "evaluation").exists()
+    shutil.rmtree(copy / "final_model" / "evaluation")
+    assert export_lora.main([str(copy), "--to", "hub", "--overwrite"]) == 0
+    assert "tool_name_accuracy" not in (hub / "README.md").read_text("utf-8") and not (hub / "evaluation.md").exists()
+    (copy / "evaluation" / "base_model_metrics.json").write_text("[]", encoding="utf-8")
+    assert export_lora.main([str(copy), "--to", "hub", "--overwrite"]) == 2
+    assert "base_model_metrics.json is no JSON (no object)" in capsys.readouterr().err
 
 
 def test_a_token_in_a_file_stops_the_upload(run_folder, tmp_path, capsys, monkeypatch):

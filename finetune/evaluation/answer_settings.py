@@ -20,7 +20,7 @@ def answer_settings(run: Run, side: str, model: Any, fmt: Any, decoding: Any) ->
         "base_model_revision": getattr(inner.config, "_commit_hash", None),
         "base_sha256": _folder_hash(Path(run.base_name)),
         "load_in_4bit": bool(getattr(inner, "is_loaded_in_4bit", False)),
-        "adapter_sha256": _adapter_hash(run.adapter) if tuned else None,
+        "adapter_sha256": adapter_hash(run.adapter) if tuned else None,
         "dtype": str(inner.dtype).removeprefix("torch."),
         "format": fmt.name,
         "template_sha256": hashlib.sha256(fmt.template.encode()).hexdigest(),
@@ -42,7 +42,7 @@ def _folder_hash(folder: Path) -> str | None:
     return _hash(*(folder / name for name in ["config.json", *names]))
 
 
-def _adapter_hash(folder: Path) -> str:
+def adapter_hash(folder: Path) -> str:
     """SHA-256 of the adapter's weights and of its config, which scales them; where the base lies changes nothing."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config.pop("base_model_name_or_path", None)
