@@ -356,7 +356,52 @@ def test_an_old_export_stays_until_the_new_one_stands(tmp_path):
     assert [path.name for path in target.parent.rglob("*")] == ["merged", "new"]
 
 
-@pytest.mark.parametrize("output", [".", ".."])
+def test_an_old_export_comes_back_when_the_last_step_is_interrupted(tmp_path, monkeypatch):
+    target = tmp_path / "merged"
+    target.mkdir()
+    (target / "old").touch()
+    rename = Path.rename
+
+    def interrupted(path: Path, to: Path) -> Path:
+        if path.suffix == ".part":
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), filled_aside(target):
+        pass
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["merged", "merged/old"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a limit on the size of files stands for a full disk")
+def test_weights_that_the_disk_does_not_take_are_one_line(tmp_path):
+    import resource
+
+    import torch
+    from safetensors.torch import save_file
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match="the disk is full"), filled_aside(tmp_path / "merged") as folder:
+            save_file({"weights": torch.zeros(100_000)}, folder / "model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_overwriting_replaces_exports_alone(tmp_path):
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    assert output_folder("model", "gguf", photographs, overwrite=True) == photographs  # an empty folder
+    (photographs / "one.jpg").touch()
+    with pytest.raises(UserError, match="does not look like one of gguf"):
+        output_folder("model", "gguf", photographs, overwrite=True)
+    (photographs / "model-q8_0.gguf").touch()
+    assert output_folder("model", "gguf", photographs, overwrite=True) == photographs
+
+
+@pytest.mark.parametrize("output", [".", "..", "final_model"])
 def test_overwriting_the_run_itself_is_refused(output, run_folder):
     with pytest.raises(UserError, match="would delete"):
         output_folder(run_folder, "merged", run_folder / output, overwrite=True)
