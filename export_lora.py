@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -111,13 +112,18 @@ def to_gguf(args: argparse.Namespace, run: Any, folder: Path, name: str, tools: 
 def to_ollama(args: argparse.Namespace, run: Any, folder: Path, name: str, tools: Any) -> Any:
     """One GGUF and the Modelfile for it."""
     from finetune.export.gguf import make_gguf
-    from finetune.export.ollama import check_format, export_ollama
+    from finetune.export.merged import served_format
+    from finetune.export.ollama import check_format, export_ollama, go_template, known_format
 
     check_format(run)
+    tokenizer, fmt = run.load_tokenizer()
+    go_template(known_format(served_format(run, fmt), tokenizer))  # refused now, not behind minutes of merging
     made = make_gguf(run, folder, name, args.quantization[-1:], args.dtype, tools, say)
     flags = run.experiment.config["flags"] if run.experiment is not None else {}
     export_ollama(folder, made.paths[-1], made.format, made.tokenizer, flags.get("max_seq_length"))
-    return lambda target: say(f"next: ollama create {name.lower()} -f {target / 'Modelfile'}")
+    return lambda target: say(
+        f"next: ollama create {shlex.quote(name.lower())} -f {shlex.quote(str(target / 'Modelfile'))}"
+    )
 
 
 def to_vllm(args: argparse.Namespace, run: Any, folder: Path, name: str, tools: Any) -> Any:
