@@ -121,9 +121,8 @@ def to_ollama(args: argparse.Namespace, run: Any, folder: Path, name: str, tools
     made = make_gguf(run, folder, name, args.quantization[-1:], args.dtype, tools, say)
     flags = run.experiment.config["flags"] if run.experiment is not None else {}
     export_ollama(folder, made.paths[-1], made.format, made.tokenizer, flags.get("max_seq_length"))
-    return lambda target: say(
-        f"next: ollama create {shlex.quote(name.lower())} -f {shlex.quote(str(target / 'Modelfile'))}"
-    )
+    command = ["ollama", "create", name.lower(), "-f"]
+    return lambda target: say(f"next: {shlex.join([*command, str(target / 'Modelfile')])}")
 
 
 def to_vllm(args: argparse.Namespace, run: Any, folder: Path, name: str, tools: Any) -> Any:

@@ -342,6 +342,18 @@ def test_without_tools_one_line_says_what_to_install(run_folder, tmp_path, capsy
     assert len(error.splitlines()) == 1 and not (tmp_path / "g").exists()
 
 
+def test_a_template_that_ollama_has_not_is_refused_before_the_merge(run_folder, tmp_path, capsys, monkeypatch):
+    if not (tools_folder() / "convert_hf_to_gguf.py").is_file():
+        pytest.skip("llama.cpp's tools are not installed: make install-test")
+    copy = tmp_path / "run"
+    shutil.copytree(run_folder, copy, ignore=shutil.ignore_patterns("exports"))
+    with (copy / "final_model" / "chat_template.jinja").open("a", encoding="utf-8") as template:
+        template.write("of an older version")
+    monkeypatch.setattr("finetune.export.gguf.make_gguf", lambda *_: pytest.fail("merged first"))
+    assert export_lora.main([str(copy), "--to", "ollama"]) == 2
+    assert "trained with another chatml template" in capsys.readouterr().err
+
+
 def test_an_old_export_stays_until_the_new_one_stands(tmp_path):
     target = tmp_path / "exports" / "merged"
     target.mkdir(parents=True)
