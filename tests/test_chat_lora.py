@@ -531,6 +531,29 @@ def client(talk):
     thread.join(20)
 
 
+def test_requests_that_cannot_be_served_are_refused_and_never_end_in_a_status_of_500(talk):
+    pytest.importorskip("fastapi", reason="pip install -r requirements_optional.txt")
+    from starlette.testclient import TestClient
+
+    from finetune.chat.serve import build_app
+
+    client = TestClient(build_app(talk.speaker, talk.decoding), raise_server_exceptions=False)
+    asked = {"messages": talker.conversation()[:1]}
+    for wrong in (
+        {"max_tokens": "abc"}, {"max_tokens": -5}, {"max_tokens": 1.5}, {"max_tokens": True}, {"temperature": -1},
+        {"temperature": "hot"}, {"top_p": 5}, {"seed": "x"}, {"frequency_penalty": "x"}, {"stop": ["x"]},
+        {"response_format": "json"}, {"messages": "x"}, {"messages": [5]}, {"messages": []}, {"tools": [5]},
+        {"messages": [{"role": "user", "content": "\ud800"}]}, {"tools": "x"},
+    ):  # fmt: skip
+        for stream in (False, True):
+            content = json.dumps({**asked, **wrong, "stream": stream})
+            headers = {"content-type": "application/json"}
+            answer = client.post("/v1/chat/completions", content=content, headers=headers)
+            assert answer.status_code in (400, 422), (wrong, answer.text)
+    fine = client.post("/v1/chat/completions", json={**asked, "max_tokens": 3, "temperature": 0, "seed": 1, "top_p": 1})
+    assert fine.status_code == 200 and fine.json()["choices"][0]["finish_reason"] == "length"
+
+
 def test_openai_client_round_trip(client):
     assert [model.id for model in client.models.list()] == ["tuned", "base"]
     messages = [{"role": "user", "content": talker.REQUEST}]
