@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     tools = read_tools(args.tools) if args.tools else []
     questions = [args.prompt] if args.prompt is not None else []
     if args.questions:
-        questions = read_questions(args.questions)
+        questions = read_questions(args.questions, tools)
     from finetune.logs import start_logging
 
     start_logging(_console(stderr=True))

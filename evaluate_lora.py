@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -64,10 +63,18 @@ def main(argv: list[str] | None = None) -> int:
         items += bfcl.load_items(bfcl.parse_suite(args.suite), limit=args.limit)
     from finetune.model import find_run
 
-    find_run(args.model)  # a folder that is none shows now
+    run = find_run(args.model)  # a folder that is none shows now
     folder = output_folder(args)
     say(f"{len(items)} answers to score from {len({(i.source, i.row) for i in items})} rows")
 
+    from finetune.evaluation.folder import alone_in
+
+    with alone_in(folder):
+        return evaluate(args, run, items, folder)
+
+
+def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -> int:
+    """Answer the items with the models of `run`, score them, and write everything into `folder`."""
     # 2. Who answers: one model, with its adapter on (tuned) or off (base).
     from finetune.logs import start_logging
 
@@ -85,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     sides = ["base", "tuned"] if has_adapter and args.only == "both" else ["tuned" if has_adapter else "base"]
 
     # 3. The same prompts and decoding for both.
+    from finetune.evaluation.answer_settings import answer_settings
+    from finetune.evaluation.folder import NAMES, data_of, set_strangers_aside
     from finetune.evaluation.metrics import compare, compute_metrics
     from finetune.evaluation.run import make_prompts, room_for_answers, run_model
     from finetune.generation import Decoding
@@ -104,33 +113,36 @@ def main(argv: list[str] | None = None) -> int:
     # 4. Answer and score.
     scored, metrics = {}, {}
     for side in sides:
-        settings = answer_settings(args, side, model, fmt)
+        settings = answer_settings(run, side, model, fmt, decoding)
         with model.disable_adapter() if side == "base" and has_adapter else contextlib.nullcontext():
-            name = {"base": "base_model", "tuned": "finetuned_model"}[side]
             scored[side], cost = run_model(
-                model, tokenizer, fmt, prompts, decoding, folder / f"{name}_results.jsonl", settings,
+                model, tokenizer, fmt, prompts, decoding, folder / f"{NAMES[side]}_results.jsonl", settings,
                 name=side, say=say, share_prefix=args.share_prefix,
             )  # fmt: skip
         metrics[side] = {
             **compute_metrics(scored[side], seed=args.seed),
             "not_scored": len(prompts.refused),
+            "data": data_of(prompts.items),
             "settings": {**settings, "batch_size": args.batch_size},
-            **keep_speed(cost, folder / f"{name}_metrics.json", settings),
+            **keep_speed(cost, folder / f"{NAMES[side]}_metrics.json", settings),
         }
-        write_json(folder / f"{name}_metrics.json", metrics[side])
+        write_json(folder / f"{NAMES[side]}_metrics.json", metrics[side])
+
+    set_strangers_aside(folder, metrics, say)
 
     # 5. Side by side.
     from finetune.evaluation.report import update_model_card, write_report
+    from finetune.export.hub import public_name
 
     compared = compare(scored["base"], scored["tuned"], seed=args.seed) if len(scored) == 2 else {}
     if compared:
         write_json(folder / "comparison.json", compared)
     rows = len({(item.source, item.row) for item in prompts.items})
-    sources = ", ".join([*args.dataset, *([args.suite] if args.suite else [])])
+    sources = ", ".join([*map(public_name, args.dataset), *([args.suite] if args.suite else [])])
     heading = [
         f"{len(prompts.items)} answers of {rows} rows ({sources}), "
         f"format {fmt.name}, {'greedy' if not args.temperature else f'temperature {args.temperature:g}'}, "
-        f"at most {args.max_new_tokens} new tokens. Model: {args.model}."
+        f"at most {args.max_new_tokens} new tokens. Model: {public_name(args.model)}."
     ]
     written = write_report(metrics, compared, heading, folder)
     if scored.keys() == {"base", "tuned"} and args.output is None and args.dataset and not args.limit:
@@ -154,44 +166,6 @@ def output_folder(args: argparse.Namespace) -> Path:
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}; name another folder with --output") from error
     return folder
-
-
-def answer_settings(args: argparse.Namespace, side: str, model: Any, fmt: Any) -> dict[str, Any]:
-    """Everything that decides an answer besides the row: answers of other settings are never mixed with these."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {
-        "base_model": _base_name(Path(args.model)) or getattr(inner.config, "_name_or_path", ""),
-        "base_model_revision": getattr(inner.config, "_commit_hash", None),
-        "adapter_sha256": _adapter_hash(Path(args.model)) if side == "tuned" else None,
-        "dtype": str(inner.dtype).removeprefix("torch."),
-        "format": fmt.name,
-        "template_sha256": hashlib.sha256(fmt.template.encode()).hexdigest(),
-        "template_kwargs": dict(fmt.template_kwargs),
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "seed": args.seed if args.temperature else None,
-    }
-
-
-def _base_name(path: Path) -> str | None:
-    """The base model by the name the user gave it when the run was trained."""
-    for folder in (path, path.parent):
-        if (config := folder / "experiment_config.json").is_file():
-            return json.loads(config.read_text(encoding="utf-8")).get("base_model")
-    return None
-
-
-def _adapter_hash(path: Path) -> str:
-    """SHA-256 of the adapter's weights that `load_for_inference` takes from an experiment or adapter folder."""
-    from finetune.experiment import CONFIG, FINAL, Experiment
-
-    folders = [path]
-    if (path / CONFIG).is_file():
-        folders = [path / FINAL, *reversed(Experiment.open(path).checkpoints())]  # as load_for_inference looks
-    for folder in folders:
-        if (weights := folder / "adapter_model.safetensors").is_file():
-            return hashlib.sha256(weights.read_bytes()).hexdigest()
-    raise UserError(f"{path}: no adapter_model.safetensors; only safetensors are read")
 
 
 def keep_speed(cost: dict[str, Any], path: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -112,13 +112,17 @@ def to_gguf(args: argparse.Namespace, run: Any, folder: Path, name: str, tools: 
 def to_ollama(args: argparse.Namespace, run: Any, folder: Path, name: str, tools: Any) -> Any:
     """One GGUF and the Modelfile for it."""
     from finetune.export.gguf import make_gguf
-    from finetune.export.ollama import check_format, export_ollama
+    from finetune.export.merged import served_format
+    from finetune.export.ollama import check_format, export_ollama, go_template, known_format
 
     check_format(run)
+    tokenizer, fmt = run.load_tokenizer()
+    go_template(known_format(served_format(run, fmt), tokenizer))  # refused now, not behind minutes of merging
     made = make_gguf(run, folder, name, args.quantization[-1:], args.dtype, tools, say)
     flags = run.experiment.config["flags"] if run.experiment is not None else {}
     export_ollama(folder, made.paths[-1], made.format, made.tokenizer, flags.get("max_seq_length"))
-    return lambda target: say(f"next: ollama create {name.lower()} -f {target / 'Modelfile'}")
+    command = ["ollama", "create", name.lower(), "-f"]
+    return lambda target: say(f"next: {shlex.join([*command, str(target / 'Modelfile')])}")
 
 
 def to_vllm(args: argparse.Namespace, run: Any, folder: Path, name: str, tools: Any) -> Any:
@@ -137,12 +141,13 @@ def to_vllm(args: argparse.Namespace, run: Any, folder: Path, name: str, tools: 
 def to_hub(args: argparse.Namespace, run: Any, folder: Path, name: str, tools: Any) -> Any:
     """The folder as it would be uploaded; uploaded only with --repo_id and a token in HF_TOKEN."""
     from finetune.export.hub import build_folder, check_secrets, listing
+    from finetune.hub_token import hub_token
 
-    build_folder(run, folder)
+    build_folder(run, folder, say)
     check_secrets(folder)
     for path, size in listing(folder):
         print(f"{size:>12,}  {path}")
-    if not args.repo_id or not os.environ.get("HF_TOKEN"):
+    if not args.repo_id or not hub_token():
         missing = "--repo_id OWNER/NAME" if not args.repo_id else "a token with write access in HF_TOKEN"
         say(f"nothing was uploaded: that needs {missing}")
         return None

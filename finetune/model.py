@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.bundled import cache_dir, resolve_model
 from finetune.errors import UserError
+from finetune.hub_token import hub_token
 from finetune.training import ranks
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def load_base(
             load_in_4bit=load_in_4bit,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            token=os.environ.get("HF_TOKEN"),
+            token=hub_token(),
             **place,
         )
     for line in news.getvalue().splitlines():
@@ -293,16 +294,25 @@ class Run:
     experiment: Any | None  # finetune.experiment.Experiment
     adapter: Path | None
 
+    @property
+    def base_name(self) -> str:
+        """The base model by the name it was trained under; of a whole model its own. Raises UserError."""
+        if self.adapter is None:
+            return str(self.path)
+        if self.experiment is not None:
+            return str(self.experiment.config["base_model"])
+        return str(_adapter_config(self.adapter)["base_model_name_or_path"])
+
     def load_base(self, **overrides: Any) -> tuple[Loaded, Any]:
         """(base model as it was loaded for training, format it was trained with); `overrides` go to `load_base`.
 
         For a plain model or a stranger's adapter the format is chosen by the tokenizer.
         """
         if self.adapter is None:
-            loaded = load_base(str(self.path), **overrides)
+            loaded = load_base(self.base_name, **overrides)
         elif self.experiment is None:
-            config = _adapter_config(self.adapter)
-            loaded = load_base(config["base_model_name_or_path"], **{"revision": config.get("revision"), **overrides})
+            revision = _adapter_config(self.adapter).get("revision")
+            loaded = load_base(self.base_name, **{"revision": revision, **overrides})
         else:
             config = self.experiment.config
             flags = config["flags"]
@@ -313,7 +323,7 @@ class Run:
                 "max_seq_length": flags["max_seq_length"],
                 "trust_remote_code": flags["trust_remote_code"],
             }
-            loaded = load_base(config["base_model"], **{**settings, **overrides})
+            loaded = load_base(self.base_name, **{**settings, **overrides})
         return loaded, self.format_for(loaded.tokenizer)
 
     def load_tokenizer(self) -> tuple[PreTrainedTokenizerBase, Any]:

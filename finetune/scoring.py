@@ -12,6 +12,7 @@ from finetune.json_schema import validator_of
 
 NO_CALL = "(no call)"
 UNDECLARED = "(undeclared tool)"
+BROKEN = "(broken call)"
 
 
 def json_equal(left: Any, right: Any) -> bool:
@@ -119,27 +120,33 @@ def _unknown(schema: Any, value: Any, path: str) -> Iterator[str]:
             yield from _unknown(schema.get("items"), element, f"{path}[{at}]")
     if not isinstance(value, dict):
         return
-    properties = schema.get("properties")
-    if not isinstance(properties, dict) or any(word in schema for word in ("anyOf", "oneOf", "allOf", "$ref")):
-        # A schema without properties of its own (or with ones kept elsewhere) leaves the names open.
-        extra = schema.get("additionalProperties")
-        for key, inner in value.items() if isinstance(extra, dict) else ():
-            yield from _unknown(extra, inner, f"{path}.{key}".lstrip("."))
-        return
+    properties, extra = schema.get("properties"), schema.get("additionalProperties")
+    declared = properties if isinstance(properties, dict) else {}
+    # A schema without properties of its own leaves the names open, unless it says that there are none.
+    closed = extra is False or (extra is None and isinstance(properties, dict))
     for key, inner in value.items():
         at = f"{path}.{key}".lstrip(".")
-        if key in properties:
-            yield from _unknown(properties[key], inner, at)
-        elif "patternProperties" not in schema and not schema.get("additionalProperties"):
+        if key in declared:
+            yield from _unknown(declared[key], inner, at)
+        elif closed and not _names_elsewhere(schema):
             yield at
-        elif isinstance(schema.get("additionalProperties"), dict):
-            yield from _unknown(schema["additionalProperties"], inner, at)
+        else:
+            yield from _unknown(extra, inner, at)
+
+
+def _names_elsewhere(schema: dict[str, Any]) -> bool:
+    """Whether other places of a schema may name properties; a branch that only says what is required does not."""
+    lists = [schema[word] for word in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(word), list)]
+    branches = [one for branch in lists for one in branch]
+    return any(word in schema for word in ("$ref", "patternProperties")) or any(
+        not isinstance(one, dict) or one.keys() - {"required", "title", "description"} for one in branches
+    )
 
 
 def score(item: Item, text: str, parsed_calls: list[dict], parse_errors: list[str]) -> dict[str, Any]:
     """Verdicts on one answer; docs/evaluation.md defines each. Only what applies to the item's kind is in it."""
     verdicts: dict[str, Any] = {"called": bool(parsed_calls or parse_errors)}
-    if item.tools:
+    if item.kind != QUESTION:
         verdicts.update(_call_verdicts(item, parsed_calls, parse_errors))
     if item.kind != CALL and item.expected_text is not None:
         verdicts["exact_match"] = exact_match(item.expected_text, text)
@@ -155,11 +162,13 @@ def _call_verdicts(item: Item, made: list[dict], errors: list[str]) -> dict[str,
     declared = [call for call in made if call["name"] in schemas.parameters]
     unknown = [f"{call['name']}: {path}" for call in declared for path in schemas.unknown_arguments(call)]
     undeclared = [call["name"] for call in made if call["name"] not in schemas.parameters]
-    verdicts: dict[str, Any] = {
-        "hallucinated": bool(undeclared or unknown),
-        "hallucinated_tools": undeclared,
-        "hallucinated_arguments": unknown,
-    }
+    verdicts: dict[str, Any] = {}
+    if item.tools:  # without a declaration nothing can be held against it
+        verdicts = {
+            "hallucinated": bool(undeclared or unknown),
+            "hallucinated_tools": undeclared,
+            "hallucinated_arguments": unknown,
+        }
     if item.kind != CALL:
         return verdicts | {"no_call_correct": not (made or errors)}
 
@@ -173,12 +182,13 @@ def _call_verdicts(item: Item, made: list[dict], errors: list[str]) -> dict[str,
         from finetune.evaluation.bfcl import matches_possible_answers
 
         same_arguments = matches_possible_answers(made, item.possible_answers, item.tools)
-    valid = [schemas.is_valid(call) for call in declared]
+    if item.tools:
+        fits = all(schemas.is_valid(call) is not False for call in declared)
+        verdicts["schema_valid"] = bool(made) and not errors and not undeclared and fits
     return verdicts | {
         "json_valid": bool(made) and not errors,
         "name_correct": same_names,
         "arguments_correct": same_names and same_arguments,
-        "schema_valid": bool(made) and not errors and not undeclared and all(v is not False for v in valid),
         "parallel": len(expected) > 1,
         "step": step_of(item),
         "arguments_expected": sum(count_leaves(call["arguments"]) for call in expected),
@@ -188,16 +198,22 @@ def _call_verdicts(item: Item, made: list[dict], errors: list[str]) -> dict[str,
     }  # fmt: skip
 
 
-def confusion_pairs(item: Item, made: list[dict]) -> list[tuple[str, str]]:
-    """(expected, made) tool names of one request; NO_CALL where a side has none, UNDECLARED for invented tools."""
-    names = {tool["function"]["name"] for tool in item.tools}
+def confusion_pairs(item: Item, made: list[dict], broken: int = 0) -> list[tuple[str, str]]:
+    """(expected, made) tool names of one request; NO_CALL where a side has none, UNDECLARED for invented tools.
+
+    broken: how many calls could not be read; they come last, as calls of BROKEN.
+    """
+    known = [tool["function"] for tool in item.tools] or item.expected_calls
+    names = {one["name"] for one in known}
 
     def made_name(call: dict[str, Any]) -> str:
         return call["name"] if call["name"] in names else UNDECLARED
 
+    made_names = [*map(made_name, made), *[BROKEN] * broken]
+    made = [*made, *[{"name": BROKEN, "arguments": {}}] * broken]
     if not item.expected_calls and not made:
         return [(NO_CALL, NO_CALL)]
     return [
-        (NO_CALL if i is None else item.expected_calls[i]["name"], NO_CALL if j is None else made_name(made[j]))
+        (NO_CALL if i is None else item.expected_calls[i]["name"], NO_CALL if j is None else made_names[j])
         for i, j in pair_calls(item.expected_calls, made)
     ]

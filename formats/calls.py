@@ -49,10 +49,20 @@ def levels(value: Any) -> int:
     return number
 
 
-def _not_too_deep(value: Any, text: str) -> Any:
+def _usable(value: Any, text: str) -> Any:
     if text.count("{") + text.count("[") > DEEPEST and isinstance(value, (dict, list)) and levels(value) > DEEPEST:
         raise ValueError(f"the JSON is nested deeper than {DEEPEST} levels")
+    if "\\u" in text:
+        refuse_halves(value)
     return value
+
+
+def refuse_halves(value: Any) -> None:
+    """ValueError when a string in `value` holds half a surrogate pair (\\ud83d alone): no file or page can show it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("half of a surrogate pair, which is no character") from error
 
 
 def skip_space(text: str, at: int) -> int:
@@ -77,13 +87,13 @@ def read_json(text: str, at: int) -> tuple[Any, int]:
         raise ValueError(f"wrong JSON: {error.msg} at character {error.pos}") from error
     except RecursionError as error:
         raise ValueError(f"the JSON is nested deeper than {DEEPEST} levels") from error
-    return _not_too_deep(value, text[at:end]), end
+    return _usable(value, text[at:end]), end
 
 
 def read_value(text: str) -> Any:
     """The JSON value that the whole of `text` is. Raises ValueError."""
     try:
-        return _not_too_deep(STRICT.decode(text), text)
+        return _usable(STRICT.decode(text), text)
     except RecursionError as error:
         raise ValueError(f"the JSON is nested deeper than {DEEPEST} levels") from error
 

@@ -9,7 +9,7 @@ from math import inf
 from typing import Any
 
 from formats.base import Parsed
-from formats.calls import DEEPEST, levels
+from formats.calls import DEEPEST, levels, refuse_halves
 
 _LOOKS_LIKE_CALLS = re.compile(r"\[\s*[^\W\d][\w.]*\s*\(")
 _TOO_LARGE = 10**4300  # more digits than Python writes; reachable as 0xfff…
@@ -43,6 +43,7 @@ def _call(node: ast.expr) -> dict[str, Any]:
         raise ValueError("an argument stands twice")
     if levels(arguments) > DEEPEST:
         raise ValueError(f"the arguments are nested deeper than {DEEPEST} levels")
+    refuse_halves(arguments)
     return {"name": _name(node.func), "arguments": arguments}
 
 

@@ -123,5 +123,7 @@ def test_verdicts_of_the_suite():
     (none,) = load_items(["irrelevance"], limit=1)
     assert verdict(none, [], [], score(none, "No.", [], [])) == {"bfcl_valid": True, "bfcl_agrees": True}
     assert verdict(none, right, [], score(none, "", right, [])) == {"bfcl_valid": False, "bfcl_agrees": True}
+    bare = next(item for item in load_items(["live_irrelevance"]) if not item.tools)
+    assert verdict(bare, [], [], score(bare, "No.", [], [])) == {"bfcl_valid": True, "bfcl_agrees": True}
     broken = ["call 1: the JSON is cut off"]
     assert verdict(none, [], broken, score(none, "", [], broken)) == {"bfcl_valid": True, "bfcl_agrees": False}

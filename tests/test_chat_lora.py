@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.chat.questions import read_questions
+from finetune.chat.questions import answer_all, read_questions, start
 from finetune.chat.reply import LiveText, Reply, read_reply
 from finetune.chat.session import Conversation, Talk, read_tools
 from finetune.chat.tool_command import ToolCommand, parse_tool_command
@@ -127,6 +127,8 @@ def test_program_gets_the_call_on_stdin_and_no_shell(tmp_path):
         ("sys.exit('the lamp is broken')", "status 1: the lamp is broken"),
         ("pass", "wrote nothing"),
         ("print('x' * 200_000)", "200,000 characters"),
+        ("while True: print('x' * 10_000)", "more than 1,000,000 bytes"),
+        ("sys.stderr.write('é' * 3_000_000 + chr(10) + 'the lamp is broken'); sys.exit(3)", "status 3: the lamp is"),
     ],
 )
 def test_failure_of_a_program_is_a_result_that_says_so(tmp_path, body, said):
@@ -139,6 +141,21 @@ def test_program_that_cannot_start_or_hangs_with_a_child(tmp_path):
     child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).wait()"
     result = ToolCommand(program(tmp_path, child), timeout=2.0)({"name": "a", "arguments": {}})
     assert "longer than 2 s" in json.loads(result)["error"]
+
+
+def test_program_that_leaves_a_child_behind_or_never_reads(tmp_path):
+    """The child outlives its parent and holds the pipes: it is ended with the time, whoever its parent is by then."""
+    child = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
+    body = f"subprocess.Popen([sys.executable, '-c', {child!r}], cwd={str(tmp_path)!r})\nprint('started')"
+    result = ToolCommand(program(tmp_path, body), timeout=2.0)({"name": "a", "arguments": {}})
+    assert "longer than 2 s" in json.loads(result)["error"]
+    if hasattr(os, "killpg"):
+        with pytest.raises(ProcessLookupError):
+            for _ in range(50):
+                os.kill(int((tmp_path / "pid").read_text("utf-8")), 0)
+                time.sleep(0.1)
+    unread = ToolCommand(program(tmp_path, "sys.stdout.buffer.write(b'caf\\xe9')"))
+    assert unread({"name": "a", "arguments": {"text": "x" * 1_000_000}}) == "caf\ufffd"
 
 
 def test_words_of_the_tool_command():
@@ -155,7 +172,7 @@ def test_words_of_the_tool_command():
 class Scripted:
     """A speaker that gives prepared answers, where only the order of things is the point."""
 
-    name, sides = "scripted", ("tuned",)
+    name, sides, fmt = "scripted", ("tuned",), FORMATS["chatml"]
 
     def __init__(self, *replies: Reply):
         self.replies, self.seen = list(replies), []
@@ -225,7 +242,9 @@ def test_tools_and_questions_are_read_and_refused_with_their_place(tmp_path):
     for wrong, said in (
         ("{", "no JSON"), ("[{}]", "no name"), (json.dumps([LAMP, LAMP]), "same name"), ("5", "not a list"),
         ("null", "no tool is declared"), ("[]", "no tool is declared"), ("[" * 100_000, "too deep"),
-        (b"\xff[]", "not UTF-8"),
+        (b"\xff[]", "not UTF-8"), ("[" + "1" * 5000 + "]", "no JSON"), ('[{"name": "\\ud800"}]', "surrogate"),
+        ('[{"name": "f", "parameters": ' + '{"a": ' * 70 + "{}" + "}" * 71 + "]", "nested deeper"),
+        ('[{"name": "f", "name": "g"}]', "stands twice"),
     ):  # fmt: skip
         file.write_bytes(wrong if isinstance(wrong, bytes) else wrong.encode())
         with pytest.raises(UserError, match=said):
@@ -238,6 +257,51 @@ def test_tools_and_questions_are_read_and_refused_with_their_place(tmp_path):
     lines.write_text('"one"\n{"question": "two"}\n{"messages": [{"role": "user", "content": "x"}]}\n{"a": 1}', "utf-8")
     with pytest.raises(UserError, match="line 4"):
         read_questions(lines)
+
+
+@pytest.mark.parametrize(
+    ("line", "system", "asked", "tools"),
+    [
+        ('"one"', "S", "one", 0),
+        ('{"question": "two", "id": 7}', "S", "two", 0),
+        ('{"input": "three", "label": "ok"}', "S", "three", 0),
+        ('{"prompt": "four", "system": "own", "tools": [{"name": "f"}]}', "own", "four", 1),
+        ('{"instruction": "five", "input": "on this", "output": "gold"}', "S", "five\n\non this", 0),
+        ('{"conversations": [{"from": "human", "value": "six"}, {"from": "gpt", "value": "gold"}]}', "S", "six", 0),
+        ('{"query": "seven", "answers": "[{\\"name\\": \\"f\\", \\"arguments\\": {}}]"}', "S", "seven", 0),
+    ],
+)
+def test_a_line_of_questions_loses_neither_tools_nor_a_part_of_its_text(line, system, asked, tools, tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(line, encoding="utf-8")
+    conversation = start(*read_questions(path), "S", [])
+    assert conversation.messages == [{"role": "system", "content": system}, {"role": "user", "content": asked}]
+    assert len(conversation.tools) == tools
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("[" * 20_000, "no JSON"),
+        ('{"question": ' + "1" * 5000 + "}", "no JSON"),
+        ('{"a": 1}', "neither text"),
+        ('"a\\ud800"', "surrogate"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "no user message"),
+        ('{"messages": [{"role": "user", "content": "x"}], "tools": 5}', "not a list"),
+    ],
+)
+def test_a_question_that_cannot_be_read_is_named_by_its_line(line, said, tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('"fine"\n\n' + line, encoding="utf-8")
+    with pytest.raises(UserError, match=f"q.jsonl, line 3: .*{said}"):
+        read_questions(path)
+
+
+def test_a_question_without_room_is_named_before_any_is_answered(talk, tmp_path):
+    output = tmp_path / "out.txt"
+    with pytest.raises(UserError, match=r"question 2: the conversation has 1,\d+ tokens"):
+        answer_all(talk, [talker.REQUEST, "lamp " * 1100], "", talker.TOOLS, ["tuned"], output)
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(
@@ -388,6 +452,19 @@ def test_the_terminal_cannot_be_driven_by_a_model():
     from finetune.chat.terminal import printable
 
     assert printable("a\x1b[2Jb\x9bc\r\n\td") == "a\ufffd[2Jb\ufffdc\ufffd\n\td"
+    call = {"name": "set\x1b[2J", "arguments": {"room": "a\x9b2J"}}  # nor by its calls, nor by a program's result
+    speaker = Scripted(Reply("…", tool_calls=[call], problems=[[]]), Reply("", parse_errors=["no \x1b[31m"]))
+    text, _ = typed(Talk(speaker, None, lambda call: "done\x1b]0;title\x07"), ["go"], tools=[])
+    assert "set\ufffd[2J" in text and "-> done\ufffd]0;title" in text and not {"\x1b", "\x9b", "\x07"} & set(text)
+
+
+def test_tools_whose_parameters_are_no_schema_are_shown_and_said_to_be_none(tmp_path):
+    file = tmp_path / "tools.json"
+    broken = [{"name": "f", "parameters": {"properties": [{"name": "a"}]}}, {"name": "g", "parameters": {"type": 5}}]
+    file.write_text(json.dumps([*broken, LAMP]), encoding="utf-8")
+    text, conversation = typed(Talk(Scripted(), None), [f"/tools {file}"], tools=[])
+    assert text.count("are no JSON Schema") == 2 and "3 tools declared" in text and "set_lamp(room, level)" in text
+    assert len(conversation.tools) == 3
 
 
 def chat(*arguments: str | Path, given: str = "", cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -452,6 +529,29 @@ def client(talk):
     yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     server.should_exit = True
     thread.join(20)
+
+
+def test_requests_that_cannot_be_served_are_refused_and_never_end_in_a_status_of_500(talk):
+    pytest.importorskip("fastapi", reason="pip install -r requirements_optional.txt")
+    from starlette.testclient import TestClient
+
+    from finetune.chat.serve import build_app
+
+    client = TestClient(build_app(talk.speaker, talk.decoding), raise_server_exceptions=False)
+    asked = {"messages": talker.conversation()[:1]}
+    for wrong in (
+        {"max_tokens": "abc"}, {"max_tokens": -5}, {"max_tokens": 1.5}, {"max_tokens": True}, {"temperature": -1},
+        {"temperature": "hot"}, {"top_p": 5}, {"seed": "x"}, {"frequency_penalty": "x"}, {"stop": ["x"]},
+        {"response_format": "json"}, {"messages": "x"}, {"messages": [5]}, {"messages": []}, {"tools": [5]},
+        {"messages": [{"role": "user", "content": "\ud800"}]}, {"tools": "x"},
+    ):  # fmt: skip
+        for stream in (False, True):
+            content = json.dumps({**asked, **wrong, "stream": stream})
+            headers = {"content-type": "application/json"}
+            answer = client.post("/v1/chat/completions", content=content, headers=headers)
+            assert answer.status_code in (400, 422), (wrong, answer.text)
+    fine = client.post("/v1/chat/completions", json={**asked, "max_tokens": 3, "temperature": 0, "seed": 1, "top_p": 1})
+    assert fine.status_code == 200 and fine.json()["choices"][0]["finish_reason"] == "length"
 
 
 def test_openai_client_round_trip(client):

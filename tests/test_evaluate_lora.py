@@ -7,9 +7,11 @@ import json
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from finetune.errors import UserError
+from finetune.evaluation.folder import alone_in, set_strangers_aside
 from finetune.evaluation.items import load_items
 from finetune.evaluation.metrics import compute_metrics
 from finetune.evaluation.report import comparison_markdown, update_model_card
@@ -96,6 +98,8 @@ def test_items_of_a_file(dataset):
     assert items[0].label is True and items[0].expected_text is None
     assert len({i.fingerprint() for i in items}) == len(items)
     assert [i.row for i in load_items([dataset], limit=1)] == [1]
+    with pytest.raises(UserError, match="a weight mixes training data"):
+        load_items([f"{dataset}*0.5"])
 
 
 def test_both_models_through_the_script(dataset, adapter):
@@ -156,6 +160,11 @@ def test_both_models_through_the_script(dataset, adapter):
     (kept,) = folder.glob("finetuned_model_results.before_*.jsonl")
     assert read_lines(kept) == resumed
     assert [line["row"] for line in read_lines(results)] == [1, 2, 2, 2]
+    # Nor are the base's scores of all rows left beside the tuned model's of two.
+    assert "base_model_metrics.json held scores of other rows or settings" in other.stderr
+    (kept,) = folder.glob("base_model_metrics.before_*.json")
+    assert read_json(kept) == metrics["base"]
+    assert not (folder / "comparison.json").exists() and not (folder / ".lock").exists()
 
 
 def test_one_line_errors(dataset, adapter, tmp_path):
@@ -258,6 +267,98 @@ def test_results_files_are_never_overwritten(dataset, tmp_path):
     other.close()
 
 
+def test_two_evaluations_of_one_folder(tmp_path):
+    with alone_in(tmp_path):
+        with pytest.raises(UserError, match="another evaluation is writing"), alone_in(tmp_path):
+            pass
+        assert (tmp_path / ".lock").exists()  # the refused one took nothing away
+    with alone_in(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_of_the_other_side_stay_only_where_they_can_be_compared(tmp_path):
+    def scores(side: str, items: str = "a", **settings) -> dict:
+        settings = {"temperature": 0, "adapter_sha256": side, "batch_size": len(side), **settings}
+        return {"data": {"items_sha256": items}, "settings": settings}
+
+    path = tmp_path / "base_model_metrics.json"
+    for left, kept in (
+        (scores("base"), True), (scores("base", items="b"), False), (scores("base", temperature=1), False),
+        ({}, False), ([], False),
+    ):  # fmt: skip
+        path.write_text(json.dumps(left), encoding="utf-8")
+        (tmp_path / "comparison.json").touch()
+        set_strangers_aside(tmp_path, {"tuned": scores("tuned")}, lambda _: None)
+        assert path.exists() is kept and not (tmp_path / "comparison.json").exists()
+    assert len(list(tmp_path.glob("*.before_*.json"))) == 4
+    set_strangers_aside(tmp_path, {"tuned": scores("tuned")}, lambda _: None)  # nothing there
+
+
+def test_whatever_decides_an_answer_is_in_its_settings(adapter, tmp_path):
+    """A merged model made anew in its old folder, another scale in the adapter's config: their answers are others."""
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    from finetune.evaluation.answer_settings import answer_settings
+    from finetune.model import find_run
+    from formats import get_format
+
+    for name in ("base", "adapter"):
+        shutil.copytree(adapter.parent / name, tmp_path / name)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**read_json(config), "base_model_name_or_path": str(tmp_path / "base")}), "utf-8")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    fmt, decoding = get_format("chatml", parts.tokenizer("smollm2")), Decoding((2,), max_new_tokens=5)
+
+    def settings(folder: str, side: str) -> dict:
+        return answer_settings(find_run(tmp_path / folder), side, model, fmt, decoding)
+
+    base, tuned = settings("adapter", "base"), settings("adapter", "tuned")
+    assert {key for key in base if base[key] != tuned[key]} == {"adapter_sha256"}
+    assert settings("base", "base") == base  # the same answers, whichever folder names the model
+    config.write_text(json.dumps({**read_json(config), "lora_alpha": 8}), encoding="utf-8")
+    assert settings("adapter", "tuned")["adapter_sha256"] != tuned["adapter_sha256"]
+    assert settings("adapter", "base") == base
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    assert settings("base", "base")["base_sha256"] != base["base_sha256"]
+
+
+def test_lines_of_a_results_file(dataset, tmp_path):
+    """U+2028 is no end of a line of JSON; a killed run leaves half a line, anything else is not ours to drop."""
+    items = load_items([dataset])[:2]
+    keys = [item.fingerprint() for item in items]
+    path = tmp_path / "results.jsonl"
+    first = ResultsFile(path, "s", items)
+    for key in keys:
+        first.append({"item": key, "settings": "s", "text": "one\u2028two\x85three"})
+    first.close()
+    again = ResultsFile(path, "s", items)
+    again.close()
+    assert len(again.lines) == 2 and again.set_aside is None
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"item": "half')
+    cut = ResultsFile(path, "s", items)
+    cut.close()
+    assert len(cut.lines) == 2 and cut.set_aside is None
+    path.write_text("my own notes\n" + path.read_text("utf-8"), encoding="utf-8")
+    mixed = ResultsFile(path, "s", items)
+    mixed.close()
+    assert len(mixed.lines) == 2 and mixed.set_aside.read_text("utf-8").startswith("my own notes\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
+def test_a_full_disk_is_one_line(dataset, tmp_path):
+    items = load_items([dataset])[:1]
+    results = ResultsFile(tmp_path / "results.jsonl", "s", items)
+    results.file = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115
+    with pytest.raises(UserError, match="No space left on device; make room"):
+        results.append({"item": items[0].fingerprint(), "settings": "s"})
+    results.close()
+
+
 def test_model_card_gets_the_scores_once(tmp_path):
     card = tmp_path / "README.md"
     assert not update_model_card(card, "# Base against tuned\n\nnothing")
@@ -266,7 +367,12 @@ def test_model_card_gets_the_scores_once(tmp_path):
     )
     for number in ("one", "two"):
         assert update_model_card(card, f"# Base against tuned\n\n{number}\n\n## F1 of each tool\n")
-    assert card.read_text("utf-8") == "# run\n\ntext\n\n## Evaluation\n\ntwo\n\n### F1 of each tool\n"
+    whole = "# run\n\ntext\n\n## Evaluation\n\ntwo\n\n### F1 of each tool\n"
+    assert card.read_text("utf-8") == whole
+    with card.open("ab") as file:
+        file.write(b"\n## Licence\n\nCaf\xe9 only.\n\n## Thanks\n")  # written by hand, in another encoding
+    assert update_model_card(card, "# Base against tuned\n\nthree\n")
+    assert card.read_bytes() == b"# run\n\ntext\n\n## Evaluation\n\nthree\n\n## Licence\n\nCaf\xe9 only.\n\n## Thanks\n"
 
 
 def test_table_of_one_model():
@@ -278,6 +384,35 @@ def test_table_of_one_model():
     table = comparison_markdown(metrics, {}, ["heading"])
     assert "| tool_name_accuracy | 1.000 | 1.000 to 1.000 |" in table
     assert "| set_lamp | 1 | 1.000 |" in table
+
+
+def test_pictures_of_very_many_tools_and_of_odd_names(tmp_path, monkeypatch):
+    """A suite has more tools than a picture has room for, and a dollar is no formula."""
+    from PIL import Image
+
+    from finetune.evaluation import report
+    from tests.test_scoring import answered, call, item
+
+    monkeypatch.setattr(report, "MOST", 4)  # a picture of 60 tools takes seconds
+
+    def lamps(count: int) -> dict:
+        calls = [call(f"$lamp_{i}$") for i in range(count)]
+        tools = [{"type": "function", "function": {"name": one["name"]}} for one in calls]
+        often = [answered(item("call", one, tools=tools, row=i), one) for i, one in enumerate(calls[:3])]
+        return compute_metrics([*often, *[answered(item("call", one, tools=tools, row=9), calls[0]) for one in calls]])
+
+    few, many = lamps(3), lamps(14)
+    labels, counts = report._shown(many["confusion_matrix"])
+    assert labels == ["$lamp_0$", "$lamp_1$", "$lamp_10$", "$lamp_2$", report.OTHERS]
+    assert counts.sum() == np.sum(many["confusion_matrix"]["matrix"]) == 17
+    assert counts[0].tolist() == [2, 0, 0, 0, 0] and counts[-1].tolist() == [10, 0, 0, 0, 0]
+    assert report._shown(few["confusion_matrix"])[0] == ["$lamp_0$", "$lamp_1$", "$lamp_2$"]
+    written = report.write_pictures({"base": few, "tuned": many}, tmp_path)
+    assert [path.name for path in written] == ["confusion_matrix.png", "per_tool_f1.png"]
+    for path in written:
+        with Image.open(path) as picture:
+            assert max(picture.size) < 2_000
+    assert report.write_pictures({"tuned": {}}, tmp_path) == [] and not list(tmp_path.iterdir())
 
 
 def test_arguments_are_checked():

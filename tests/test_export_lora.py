@@ -14,6 +14,7 @@ import pytest
 import export_lora
 from benchmarks.llama_cpp_prompts import apply_template
 from finetune.errors import UserError
+from finetune.evaluation.answer_settings import adapter_hash
 from finetune.export.folders import filled_aside, output_folder
 from finetune.export.gguf import always_pinned, find_tools, read_metadata, tools_folder
 from formats import FORMATS
@@ -264,15 +265,53 @@ def test_hub_dry_run_lists_a_card_and_uploads_nothing(run_folder, tmp_path, caps
     assert str(run_folder.parents[1]) not in card + (target / "adapter_config.json").read_text("utf-8")
 
 
+def test_the_card_has_no_scores_of_another_adapter_and_the_folder_no_held_out_rows(run_folder, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run_folder, copy, ignore=shutil.ignore_patterns("exports", "evaluation"))
+    for place, known, value in ((copy, "of the adapter before", 0.1), (copy / "final_model", None, 0.9)):
+        (place / "evaluation").mkdir()
+        settings = {"adapter_sha256": known or adapter_hash(copy / "final_model")}
+        scores = {"tool_name_accuracy": value, "items": 7, "intervals_95": {}, "settings": settings}
+        (place / "evaluation" / "finetuned_model_metrics.json").write_text(json.dumps(scores), encoding="utf-8")
+        (place / "evaluation" / "comparison.md").write_text(f"scores {value}\n", encoding="utf-8")
+    assert export_lora.main([str(copy), "--to", "hub"]) == 0
+    said = capsys.readouterr()
+    assert "left out: the scores in" in said.err and "finetuned_model_metrics.json" not in said.out
+    hub = copy / "exports" / "hub"
+    assert "| tool_name_accuracy | 0.900 |" in (hub / "README.md").read_text("utf-8")
+    assert (hub / "evaluation.md").read_text("utf-8") == "scores 0.9\n" and not (hub / "evaluation").exists()
+    shutil.rmtree(copy / "final_model" / "evaluation")
+    assert export_lora.main([str(copy), "--to", "hub", "--overwrite"]) == 0
+    assert "tool_name_accuracy" not in (hub / "README.md").read_text("utf-8") and not (hub / "evaluation.md").exists()
+    (copy / "evaluation" / "base_model_metrics.json").write_text("[]", encoding="utf-8")
+    assert export_lora.main([str(copy), "--to", "hub", "--overwrite"]) == 2
+    assert "base_model_metrics.json is no JSON (no object)" in capsys.readouterr().err
+
+
 def test_a_token_in_a_file_stops_the_upload(run_folder, tmp_path, capsys, monkeypatch):
     copy = tmp_path / "run"
     shutil.copytree(run_folder, copy, ignore=shutil.ignore_patterns("exports"))
     (copy / "final_model" / "notes.txt").write_text("key hf_abcdefghij", encoding="utf-8")
-    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij")
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij\n")  # as a secret's file ends
     assert export_lora.main([str(copy), "--to", "hub"]) == 2
     error = capsys.readouterr().err
     assert "notes.txt holds the value of HF_TOKEN" in error and "hf_abcdefghij" not in error
     assert not (copy / "exports" / "hub").exists()
+
+
+@pytest.mark.parametrize("token", ["hf_abc\r\ndefghij", "hf_abc defghij", "hf_abcdéfghij"])
+def test_a_token_that_is_none_is_never_printed(token, run_folder, tmp_path, capsys, monkeypatch):
+    """The HTTP library would say: illegal header value b'Bearer hf_…'."""
+    from finetune.training.saving import push_to_hub
+
+    monkeypatch.setenv("HF_TOKEN", token)
+    arguments = ["--to", "hub", "--output", str(tmp_path / "hub"), "--repo_id", "me/house"]
+    assert export_lora.main([str(run_folder), *arguments]) == 2
+    said = capsys.readouterr()
+    assert "HF_TOKEN holds white space" in said.err and "hf_" not in said.err + said.out
+    with pytest.raises(UserError, match="HF_TOKEN holds white space") as raised:
+        push_to_hub(tmp_path, "me/house")
+    assert "hf_" not in str(raised.value)
 
 
 def test_tools_are_found_where_they_are_named(tmp_path, monkeypatch):
@@ -303,6 +342,18 @@ def test_without_tools_one_line_says_what_to_install(run_folder, tmp_path, capsy
     assert len(error.splitlines()) == 1 and not (tmp_path / "g").exists()
 
 
+def test_a_template_that_ollama_has_not_is_refused_before_the_merge(run_folder, tmp_path, capsys, monkeypatch):
+    if not (tools_folder() / "convert_hf_to_gguf.py").is_file():
+        pytest.skip("llama.cpp's tools are not installed: make install-test")
+    copy = tmp_path / "run"
+    shutil.copytree(run_folder, copy, ignore=shutil.ignore_patterns("exports"))
+    with (copy / "final_model" / "chat_template.jinja").open("a", encoding="utf-8") as template:
+        template.write("of an older version")
+    monkeypatch.setattr("finetune.export.gguf.make_gguf", lambda *_: pytest.fail("merged first"))
+    assert export_lora.main([str(copy), "--to", "ollama"]) == 2
+    assert "trained with another chatml template" in capsys.readouterr().err
+
+
 def test_an_old_export_stays_until_the_new_one_stands(tmp_path):
     target = tmp_path / "exports" / "merged"
     target.mkdir(parents=True)
@@ -317,7 +368,52 @@ def test_an_old_export_stays_until_the_new_one_stands(tmp_path):
     assert [path.name for path in target.parent.rglob("*")] == ["merged", "new"]
 
 
-@pytest.mark.parametrize("output", [".", ".."])
+def test_an_old_export_comes_back_when_the_last_step_is_interrupted(tmp_path, monkeypatch):
+    target = tmp_path / "merged"
+    target.mkdir()
+    (target / "old").touch()
+    rename = Path.rename
+
+    def interrupted(path: Path, to: Path) -> Path:
+        if path.suffix == ".part":
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), filled_aside(target):
+        pass
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["merged", "merged/old"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a limit on the size of files stands for a full disk")
+def test_weights_that_the_disk_does_not_take_are_one_line(tmp_path):
+    import resource
+
+    import torch
+    from safetensors.torch import save_file
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match="the disk is full"), filled_aside(tmp_path / "merged") as folder:
+            save_file({"weights": torch.zeros(100_000)}, folder / "model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_overwriting_replaces_exports_alone(tmp_path):
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    assert output_folder("model", "gguf", photographs, overwrite=True) == photographs  # an empty folder
+    (photographs / "one.jpg").touch()
+    with pytest.raises(UserError, match="does not look like one of gguf"):
+        output_folder("model", "gguf", photographs, overwrite=True)
+    (photographs / "model-q8_0.gguf").touch()
+    assert output_folder("model", "gguf", photographs, overwrite=True) == photographs
+
+
+@pytest.mark.parametrize("output", [".", "..", "final_model"])
 def test_overwriting_the_run_itself_is_refused(output, run_folder):
     with pytest.raises(UserError, match="would delete"):
         output_folder(run_folder, "merged", run_folder / output, overwrite=True)

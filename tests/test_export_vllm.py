@@ -208,5 +208,12 @@ def test_command_for_every_format(name):
     assert ("--tool-parser-plugin" in command) == (name in TEXTS)
 
 
+def test_a_name_that_vllm_would_split():
+    """vLLM takes NAME=PATH apart at every "=", and what holds a comma for JSON."""
+    odd = serve_command(FORMATS["chatml"], name="lr=2e-4, it's", model="org/base", adapter="./adapter", rank=12)
+    assert json.loads(odd[odd.index("--lora-modules") + 1]) == {"name": "lr=2e-4, it's", "path": "./adapter"}
+    assert shlex.split(shlex.join(odd)) == odd
+
+
 def test_native_formats_get_the_parser_their_calls_need():
     assert parser_of(get_format("native", parts.tokenizer("qwen2.5"))) == "hermes"

@@ -11,8 +11,18 @@ from hypothesis import strategies as st
 
 from finetune.evaluation.items import ANSWER, CALL, IRRELEVANT, MISSING_PARAMETER, QUESTION, Item, items_of
 from finetune.evaluation.metrics import RATIOS, Scored, compare, compute_metrics
-from finetune.evaluation.text_scores import exact_match, quality_ok, rouge_l, token_f1
-from finetune.scoring import NO_CALL, UNDECLARED, ToolSchemas, confusion_pairs, json_equal, leaves, pair_calls, score
+from finetune.evaluation.text_scores import exact_match, quality_ok, rouge_l, token_f1, tokenize
+from finetune.scoring import (
+    BROKEN,
+    NO_CALL,
+    UNDECLARED,
+    ToolSchemas,
+    confusion_pairs,
+    json_equal,
+    leaves,
+    pair_calls,
+    score,
+)
 
 LAMP = {
     "type": "function",
@@ -54,7 +64,7 @@ def item(kind: str = CALL, *expected: dict, row: int = 1, text: str | None = Non
 
 
 def answered(one: Item, *made: dict, text: str = "", errors: tuple[str, ...] = (), latency: float = 1.0) -> Scored:
-    return Scored(one, text, list(made), score(one, text, list(made), list(errors)), latency, 10)
+    return Scored(one, text, list(made), score(one, text, list(made), list(errors)), latency, 10, errors)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +151,44 @@ def test_a_broken_attempt_counts_as_a_call_where_none_is_right():
     assert score(item(IRRELEVANT, text="No tool for that."), "…", [], [])["no_call_correct"]
     assert not score(item(IRRELEVANT, text="No tool for that."), "…", [], ["call 1: cut off"])["no_call_correct"]
     assert not score(item(ANSWER, text="Done."), "", [call("set_lamp", room="hall")], [])["no_call_correct"]
+
+
+def test_calls_without_declared_tools_are_scored_by_name_and_arguments():
+    """Rows of chat logs often hold calls and no tools; BFCL has rows without a function where none is to be called."""
+    right = call("set_lamp", room="hall")
+    m = compute_metrics([answered(item(CALL, right, tools=[]), right), answered(item(CALL, right, tools=[], row=2))])
+    assert m["tool_name_accuracy"] == m["parameter_accuracy"] == m["argument_recall"] == 0.5
+    assert {"schema_valid_rate", "hallucination_rate"} <= set(m["not_measured"])
+    assert m["per_tool"]["set_lamp"]["recall"] == 0.5
+    none = item(IRRELEVANT, tools=[])
+    m = compute_metrics([answered(none), answered(none, right)])
+    assert m["irrelevance_accuracy"] == m["tool_selection_accuracy"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("schema", "unknown"),
+    [
+        ({"properties": {"a": {}}}, ["b"]),
+        ({"properties": {"a": {}}, "additionalProperties": False}, ["b"]),
+        ({"properties": {"a": {}}, "additionalProperties": True}, []),
+        ({"properties": {"a": {}}, "additionalProperties": {}}, []),  # to JSON Schema the same as true
+        ({"properties": {"a": {}}, "additionalProperties": {"properties": {}}}, ["b.c"]),
+        ({"properties": {}}, ["a", "b"]),
+        ({}, []),
+        ({"additionalProperties": False}, ["a", "b"]),
+        ({"properties": {"a": {}}, "anyOf": [{"required": ["a"]}, {"required": ["x"]}]}, ["b"]),
+        ({"properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}}]}, []),
+        ({"properties": {"a": {}}, "$ref": "#/$defs/more"}, []),
+        ({"patternProperties": {"^b": {}}, "additionalProperties": False, "properties": {"a": {}}}, []),
+        ({"properties": [], "anyOf": 5}, []),
+        ({"properties": {"a": {}}, "anyOf": 5}, ["b"]),
+    ],
+)
+def test_arguments_that_a_schema_does_not_know(schema, unknown):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", **schema}}}
+    made = call("f", a=1, b={"c": 2})
+    assert ToolSchemas([tool]).unknown_arguments(made) == unknown
+    assert score(item(CALL, made, tools=[tool]), "", [made], [])["hallucinated"] is bool(unknown)
 
 
 def test_a_schema_that_is_none_is_not_held_against_the_model():
@@ -302,10 +350,32 @@ def test_confusion_pairs():
     assert sorted(confusion_pairs(one, [call("door"), call("lamp")])) == [("door", "door"), ("set_lamp", UNDECLARED)]
     assert sorted(confusion_pairs(one, [call("door")])) == [("door", "door"), ("set_lamp", NO_CALL)]
     assert confusion_pairs(item(IRRELEVANT), []) == [(NO_CALL, NO_CALL)]
+    assert sorted(confusion_pairs(one, [call("door")], 1)) == [("door", "door"), ("set_lamp", BROKEN)]
+    assert confusion_pairs(item(IRRELEVANT), [], 1) == [(NO_CALL, BROKEN)]
+
+
+def test_the_table_takes_no_broken_call_for_silence():
+    """A class's recall in the per-tool table is the rate of the same name: both count a broken call as a call."""
+    broken = ("call 1: the JSON is cut off",)
+    right = call("set_lamp", room="hall")
+    m = compute_metrics(
+        [
+            answered(item(IRRELEVANT, row=1)),
+            answered(item(IRRELEVANT, row=2), errors=broken),
+            answered(item(CALL, right, row=3), errors=broken),
+        ]
+    )
+    assert m["per_tool"][NO_CALL]["recall"] == m["irrelevance_accuracy"] == 0.5
+    assert m["per_tool"][NO_CALL]["precision"] == 1.0
+    assert m["confusion_matrix"]["labels"] == ["set_lamp", NO_CALL, UNDECLARED, BROKEN]
+    assert m["confusion_matrix"]["matrix"][:2] == [[0, 0, 0, 1], [0, 1, 0, 1]]
 
 
 def test_text_scores():
     assert exact_match("Paris, France!", "paris france") and not exact_match("Paris", "Lyon")
+    assert not exact_match("👍", "👎") and exact_match("Gut 👍!", "gut 👍") and exact_match("❤", "❤\ufe0f")
+    assert not exact_match("कि", "की") and tokenize("नमस्ते, दुनिया।") == ["नमस्ते", "दुनिया"]
+    assert not exact_match("5 €", "5 £") and exact_match("Ⅳ a_b", "iv A_B") and exact_match("e\u0301", "é")
     assert token_f1("the cat sat", "the cat ran off") == pytest.approx(2 * 2 / 7)
     assert token_f1("", "") == 1 and token_f1("a", "") == 0
     # Longest common subsequence "서울 날씨 맑음" of 3 of 3 and 3 of 4 words.

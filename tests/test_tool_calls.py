@@ -33,6 +33,8 @@ def assistant(raw: dict, **kwargs) -> dict:
         json.dumps([json.dumps(LAMP)]),
         [{"function": LAMP}],
         [{"type": "function", **LAMP}],
+        [{"input_schema" if key == "parameters" else key: value for key, value in {"type": "custom", **LAMP}.items()}],
+        [{"inputSchema" if key == "parameters" else key: value for key, value in LAMP.items()}],
     ],
     ids=[
         "dicts",
@@ -45,6 +47,8 @@ def assistant(raw: dict, **kwargs) -> dict:
         "string in string",
         "wrapper without type",
         "flat with type",
+        "Anthropic",
+        "MCP",
     ],
 )
 def test_every_spelling_of_tools_becomes_the_same(tools):

@@ -10,15 +10,19 @@ from typing import Any, TextIO
 
 from finetune.chat.reply import Reply, call_line, read_reply
 from finetune.chat.session import Conversation, Talk
-from finetune.conversations import json_line
+from finetune.chat.terminal import printable
+from finetune.conversations import RowError, json_line, normalize_row
 from finetune.errors import UserError
 from finetune.progress import progress_bar
+from finetune.reading.row_files import strict_json
+from finetune.reading.shapes import FIELDS
+from formats import FormatError
 
 
-def read_questions(path: str | Path) -> list[Any]:
-    """One question a line; lines of a .jsonl file are text, {"question": …} or {"messages": […], "tools": […]}.
+def read_questions(path: str | Path, tools: list[dict] | None = None) -> list[Any]:
+    """One question a line; lines of a .jsonl file are text, {"question": …} or a row of any shape that is trained on.
 
-    Raises UserError that names the line.
+    Each comes as text or as a canonical row that ends where an answer is due. Raises UserError that names the line.
     """
     path = Path(path)
     try:
@@ -30,47 +34,45 @@ def read_questions(path: str | Path) -> list[Any]:
         raise UserError(f"--questions {path}: the file holds no question")
     if path.suffix not in (".jsonl", ".ndjson"):
         return [line for _, line in lines]
-    return [_question(line, f"--questions {path}, line {number}") for number, line in lines]
+    return [_question(line, tools or [], f"--questions {path}, line {number}") for number, line in lines]
 
 
-def _question(line: str, where: str) -> Any:
+def _question(line: str, tools: list[dict], where: str) -> Any:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: no JSON ({error.msg})") from error
+        value = strict_json(line)
+    except ValueError as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise UserError(f"{where}: no JSON ({reason})") from error
     if isinstance(value, str):
-        return value
-    if isinstance(value, dict):
-        for key in ("question", "prompt", "input", "query"):
-            if isinstance(value.get(key), str):
-                return value[key]
-        if isinstance(value.get("messages"), list) and value["messages"]:
-            return value
-    raise UserError(f'{where}: neither text, {{"question": …}} nor {{"messages": […]}}')
+        value = {"prompt": value}
+    known = {field for field, names in FIELDS.items() if isinstance(value, dict) and set(names) & value.keys()}
+    if known & {"context"} and not known & {"prompt", "messages", "chat", "text"}:
+        value, known = {"prompt": value.get("input", value.get("context"))}, {"prompt"}
+    if not known & {"prompt", "messages", "chat", "text"}:
+        raise UserError(f'{where}: neither text, {{"question": …}} nor {{"messages": […]}}')
+    # A question has no answer yet; one that a row brings is not shown to the model.
+    missing = {} if known & {"messages", "chat", "text", "completion", "answers", "tool"} else {"completion": ""}
+    try:
+        row = normalize_row({**value, **missing}, tools=tools)
+    except RowError as error:
+        raise UserError(f"{where}: {error}") from error
+    messages = row["messages"]
+    while messages and messages[-1]["role"] not in ("user", "tool"):
+        messages.pop()
+    if not messages:
+        raise UserError(f"{where}: no user message in it")
+    return row
 
 
 def start(question: Any, system: str, tools: list[dict]) -> Conversation:
-    """The conversation that a question opens; a row brings its own messages, and tools where it declares them.
-
-    A row that ends with an assistant's turn is asked up to its last user message.
-    """
+    """The conversation that a question opens; a row brings its own messages, and tools where it declares them."""
     if isinstance(question, str):
         conversation = Conversation(system, tools)
         conversation.say(question)
         return conversation
-    from finetune.conversations import RowError, normalize_row
-
-    try:
-        row = normalize_row(question, tools=tools)
-    except RowError as error:
-        raise UserError(f"a question cannot be read: {error}") from error
-    messages = list(row["messages"])
-    while messages and messages[-1]["role"] not in ("user", "tool"):
-        messages.pop()
-    if not messages:
-        raise UserError("a question's row has no user message")
+    messages = list(question["messages"])
     own = messages.pop(0)["content"] if messages[0]["role"] == "system" else system
-    return Conversation(own, row.get("tools") or tools, messages)
+    return Conversation(own, question.get("tools") or tools, messages)
 
 
 def answer_all(
@@ -81,6 +83,11 @@ def answer_all(
     Without a tool command the prompts of several questions are computed side by side (finetune.generation).
     """
     conversations = [start(question, system, tools) for question in questions]
+    for number, one in enumerate(conversations, 1):  # all before the first is answered, which may take hours
+        try:
+            talk.speaker.prompt_ids(one.messages, one.tools, talk.decoding.max_new_tokens)
+        except (UserError, FormatError) as error:
+            raise UserError(f"question {number}: {error}" if len(questions) > 1 else str(error)) from error
     many = len(questions) > 1
     with _opened(output) as file, progress_bar("answers", len(questions) * len(sides), shown=many) as advance:
         size = talk.decoding.batch_size
@@ -141,7 +148,7 @@ def _write(
         file.write(json_line(line))
     else:
         label = f"{side}: " if side else ""
-        file.write(label + " ".join(" ".join(map(one_line, made)).split()) + "\n")
+        file.write(printable(label + " ".join(" ".join(map(one_line, made)).split())) + "\n")
     file.flush()
 
 

@@ -21,6 +21,7 @@ from finetune.chat.reply import LiveText, unescaped
 from finetune.chat.speaker import BASE, TUNED, Speaker
 from finetune.errors import UserError
 from finetune.generation import Decoding
+from formats.calls import refuse_halves
 
 PATHS = ("/v1/chat/completions", "/v1/models", "/health")
 log = logging.getLogger("sandwich")
@@ -152,6 +153,23 @@ class _StreamParser:
         return {}, events
 
 
+# What a request may say, from and to; whole numbers where the bounds are.
+NUMBERS: dict[str, tuple[float, float]] = {
+    "max_tokens": (1, 10**9), "max_completion_tokens": (1, 10**9), "seed": (-(2**63), 2**63 - 1),
+    "temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "frequency_penalty": (-2.0, 2.0), "presence_penalty": (-2.0, 2.0),
+}  # fmt: skip
+
+
+def wrong_number(body: dict[str, Any]) -> str | None:
+    """What is wrong with the first number of a request that is none or out of bounds; None when nothing is."""
+    for name, (low, high) in NUMBERS.items():
+        value = body.get(name)
+        kinds = (int,) if isinstance(low, int) else (int, float)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high):
+            return f"{name}: {value!r} is no {'whole ' if kinds == (int,) else ''}number from {low:g} to {high:g}"
+    return None
+
+
 def _content(text: str) -> list[dict[str, Any]]:
     return [{"type": "region_chunk", "field": "content", "text": text}] if text else []
 
@@ -188,11 +206,19 @@ def _handler(speaker: Speaker, decoding: Decoding) -> Any:
             if choice not in (None, "auto", "none"):
                 raise HTTPException(400, "tool_choice: a call cannot be forced here; leave it out, or say auto or none")
             # Transformers' server would pass over these in silence.
-            wanted = (body.get("response_format") or {}).get("type", "text")
-            if wanted != "text" or body.get("n") not in (None, 1) or body.get("logprobs"):
-                raise HTTPException(400, "response_format, n and logprobs are not served here")
+            wanted = body.get("response_format") or {"type": "text"}
+            if wanted != {"type": "text"} or body.get("n") not in (None, 1) or body.get("logprobs") or body.get("stop"):
+                raise HTTPException(400, "response_format, n, logprobs and stop are not served here")
             if not body.get("messages"):
                 raise HTTPException(400, "messages: there is none")
+            if not isinstance(body["messages"], list) or not all(isinstance(one, dict) for one in body["messages"]):
+                raise HTTPException(400, "messages: a list of objects is needed")
+            if reason := wrong_number(body):
+                raise HTTPException(400, reason)
+            try:
+                refuse_halves(body)
+            except ValueError as error:
+                raise HTTPException(400, f"the request holds {error}") from error
             if body.get("max_tokens") is None and body.get("max_completion_tokens") is not None:
                 body["max_tokens"] = body["max_completion_tokens"]
 

@@ -15,6 +15,7 @@ from finetune.chat.speaker import TUNED, Speaker
 from finetune.chat.tool_command import ToolCommand, failure
 from finetune.conversations import json_line
 from finetune.errors import UserError
+from formats.calls import DEEPEST, levels, refuse_halves
 
 if TYPE_CHECKING:
     from finetune.generation import Decoding
@@ -155,23 +156,26 @@ def read_tools(path: str | Path) -> list[dict[str, Any]]:
 
 def tools_of(text: str, where: str = "tools") -> list[dict[str, Any]]:
     """The same from text that is already there; UserError names the tool that cannot be read."""
+    from finetune.reading.row_files import strict_json
     from finetune.reading.tool_schemas import normalize_tools
 
     try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise UserError(f"{where}: nested too deep to be tools") from error
-    except json.JSONDecodeError as error:
+        value = strict_json(text)
+    except ValueError as error:
         try:
-            value = json.loads(text.lstrip().partition("\n")[0])  # a data set: the tools of its first row
-        except json.JSONDecodeError:
-            raise UserError(f"{where}: no JSON ({error.msg} in line {error.lineno}); give a list of tools") from error
+            value = strict_json(text.lstrip().partition("\n")[0])  # a data set: the tools of its first row
+        except ValueError:
+            place = f"{error.msg} in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise UserError(f"{where}: no JSON ({place}); give a list of tools") from error
     if isinstance(value, dict) and "tools" in value:
         value = value["tools"]
     try:
         tools = normalize_tools(value)
+        refuse_halves(tools)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
+    if levels(tools) > DEEPEST:
+        raise UserError(f"{where}: nested deeper than {DEEPEST} levels")
     if len({tool["function"]["name"] for tool in tools}) < len(tools):
         raise UserError(f"{where}: two tools have the same name")
     return tools

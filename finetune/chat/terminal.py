@@ -15,6 +15,7 @@ from finetune.chat.reply import Reply, call_line
 from finetune.chat.session import Conversation, Talk, read_tools
 from finetune.chat.speaker import BASE
 from finetune.errors import UserError
+from finetune.json_schema import validator_of
 from formats import FormatError
 
 HELP = """\
@@ -142,8 +143,12 @@ class Terminal:
             self.conversation.tools = read_tools(_path(rest))
         for tool in self.conversation.tools:
             function = tool["function"]
-            given = ", ".join((function.get("parameters") or {}).get("properties") or {})
-            self.say(f"{function['name']}({given})  {function.get('description', '')}")
+            parameters = function.get("parameters") or {}
+            given = parameters.get("properties") or {}
+            self.say(f"{function['name']}({', '.join(given)})  {function.get('description', '')}"
+                     if isinstance(given, dict) else function["name"])  # fmt: skip
+            if reason := validator_of(json.dumps(parameters))[1]:
+                self.say(f"      its parameters are no JSON Schema ({reason}); its arguments cannot be checked", "red")
         self.say(f"{len(self.conversation.tools)} tools declared")
 
     def _system(self, rest: str) -> None:
@@ -175,8 +180,8 @@ class Terminal:
         self.say(json.dumps(self.last.text, ensure_ascii=False))
 
     def say(self, text: str, style: str | None = None) -> None:
-        """One line from us; what the model or the user wrote is never taken for markup."""
-        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        """One line from us; what the model, a file or a program wrote is never taken for markup or for control."""
+        self.console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _begin(self) -> None:
         self._open_line = False

@@ -74,7 +74,7 @@ def load_items(categories: list[str], *, limit: int | None = None) -> list[Item]
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def first_answer(possible: dict[str, dict[str, list]]) -> dict[str, Any]:

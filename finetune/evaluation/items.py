@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune.conversations import load_conversations
 from finetune.errors import UserError
-from finetune.reading.sources import read_rows
+from finetune.reading.sources import parse_spec, read_rows
 from formats.base import call_of
 
 CALL = "call"  # the right answer calls tools
@@ -60,6 +60,10 @@ def load_items(specs: Sequence[str | Path], *, limit: int | None = None) -> list
     """
     categories: dict[tuple[str, int], str] = {}
     labelled: list[Item] = []
+
+    for spec in map(parse_spec, specs):
+        if spec.weight != 1:
+            raise UserError(f"{spec.text}: a weight mixes training data; leave it away, or give --limit N")
 
     def conversations() -> Iterable[tuple[str, int, Any]]:
         rows = itertools.chain.from_iterable(read_rows(spec) for spec in specs)

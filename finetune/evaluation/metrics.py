@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from finetune.evaluation.items import ANSWER, CALL, IRRELEVANT, MISSING_PARAMETER, QUESTION, Item
-from finetune.scoring import NO_CALL, UNDECLARED, confusion_pairs
+from finetune.scoring import BROKEN, NO_CALL, UNDECLARED, confusion_pairs
 
 RESAMPLES = 2000
 
@@ -24,6 +24,7 @@ class Scored:
     verdicts: dict[str, Any]
     latency_s: float
     new_tokens: int
+    parse_errors: Sequence[str] = ()
 
 
 Ratio = Callable[[Scored], tuple[float, float] | None]
@@ -182,11 +183,11 @@ def _tool_tables(scored: Sequence[Scored]) -> dict[str, Any]:
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     requests = [s for s in scored if s.item.kind in (CALL, IRRELEVANT, MISSING_PARAMETER)]
-    pairs = [pair for s in requests for pair in confusion_pairs(s.item, s.parsed_calls)]
+    pairs = [pair for s in requests for pair in confusion_pairs(s.item, s.parsed_calls, len(s.parse_errors))]
     if not pairs:
         return {}
     expected, made = zip(*pairs, strict=True)
-    tools = sorted({name for pair in pairs for name in pair} - {NO_CALL, UNDECLARED})
+    tools = sorted({name for pair in pairs for name in pair} - {NO_CALL, UNDECLARED, BROKEN})
     # Averages run over what the data asks for; a tool that is only called by mistake costs its victim's recall.
     asked = [name for name in [*tools, NO_CALL] if name in set(expected)]
     precision, recall, f1, support = precision_recall_fscore_support(expected, made, labels=asked, zero_division=0)
@@ -195,7 +196,7 @@ def _tool_tables(scored: Sequence[Scored]) -> dict[str, Any]:
         values = precision_recall_fscore_support(expected, made, labels=asked, average=average, zero_division=0)[:3]
         for name, value in zip(("precision", "recall", "f1"), values, strict=True):
             averages[f"{average}_{name}"] = round(float(value), 6)
-    labels = [*tools, NO_CALL, UNDECLARED]
+    labels = [*tools, NO_CALL, UNDECLARED, BROKEN]
     return {
         "averages": averages,
         "per_tool": {

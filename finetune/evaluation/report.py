@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import write_text_atomic
+from finetune.errors import open_atomic, write_bytes_atomic, write_text_atomic
+from finetune.evaluation.folder import NAMES
 from finetune.evaluation.metrics import LOWER_IS_BETTER, RATIOS
+from finetune.scoring import BROKEN, NO_CALL, UNDECLARED
 
 # Beside the ratios, in this order.
 PLAIN = (
@@ -16,7 +19,8 @@ PLAIN = (
     "quality_precision", "quality_recall", "quality_f1",
     "latency_p50_s", "latency_p95_s", "tokens_per_second",
 )  # fmt: skip
-NAMES = {"base": "base_model", "tuned": "finetuned_model"}
+MOST = 60  # tools in a picture: nobody can read more, and a picture has at most 65,535 pixels a side
+OTHERS = "(other tools)"
 BLUE, ORANGE = "#0072B2", "#E69F00"  # Okabe-Ito: told apart by everybody
 
 
@@ -82,36 +86,29 @@ def _tool_table(metrics: dict[str, dict[str, Any]]) -> str:
 
 
 def write_pictures(metrics: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
-    """confusion_matrix.png (of the tuned model where there is one) and per_tool_f1.png; [] when no tool is involved."""
-    last = list(metrics)[-1]
-    matrix = metrics[last].get("confusion_matrix")
-    if not matrix:
+    """confusion_matrix.png and per_tool_f1.png; without any tool [], and those of an earlier run are removed."""
+    confusion, f1 = folder / "confusion_matrix.png", folder / "per_tool_f1.png"
+    if not any(m.get("confusion_matrix") for m in metrics.values()):
+        for path in (confusion, f1):
+            path.unlink(missing_ok=True)
         return []
     import matplotlib
 
     matplotlib.use("Agg")
-    paths = [_confusion_picture(metrics, folder / "confusion_matrix.png")]
-    if metrics[last].get("per_tool"):
-        paths.append(_f1_picture(metrics, folder / "per_tool_f1.png"))
-    return paths
+    return [_confusion_picture(metrics, confusion), _f1_picture(metrics, f1)]
 
 
 def _confusion_picture(metrics: dict[str, dict[str, Any]], path: Path) -> Path:
     import numpy as np
     from matplotlib import pyplot as plt
 
-    sides = [side for side in metrics if metrics[side].get("confusion_matrix")]
-    size = max(len(metrics[side]["confusion_matrix"]["labels"]) for side in sides)
+    tables = {side: _shown(m["confusion_matrix"]) for side, m in metrics.items() if m.get("confusion_matrix")}
+    size = max(len(labels) for labels, _ in tables.values())
     width = max(4.0, 0.42 * size + 2.6)
     height = max(3.6, 0.42 * size + 2.0)
-    size_inches = (width * len(sides), height)
-    figure, axes = plt.subplots(1, len(sides), figsize=size_inches, squeeze=False, layout="constrained")
-    for axis, side in zip(axes[0], sides, strict=True):
-        labels, counts = (metrics[side]["confusion_matrix"][key] for key in ("labels", "matrix"))
-        counts = np.array(counts)
-        # A line or column without any count says nothing and takes room.
-        kept = [i for i in range(len(labels)) if counts[i].any() or counts[:, i].any()]
-        counts, labels = counts[np.ix_(kept, kept)], [labels[i] for i in kept]
+    size_inches = (width * len(tables), height)
+    figure, axes = plt.subplots(1, len(tables), figsize=size_inches, squeeze=False, layout="constrained")
+    for axis, (side, (labels, counts)) in zip(axes[0], tables.items(), strict=True):
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         if len(labels) <= 40:
@@ -119,12 +116,35 @@ def _confusion_picture(metrics: dict[str, dict[str, Any]], path: Path) -> Path:
                 if count:
                     color = "white" if shares[i, j] > 0.5 else "black"
                     axis.text(j, i, str(count), ha="center", va="center", fontsize=7, color=color)
-        axis.set_xticks(range(len(labels)), [_short(label) for label in labels], rotation=90, fontsize=7)
-        axis.set_yticks(range(len(labels)), [_short(label) for label in labels], fontsize=7)
+        axis.set_xticks(
+            range(len(labels)), [_short(label) for label in labels], rotation=90, fontsize=7, parse_math=False
+        )
+        axis.set_yticks(range(len(labels)), [_short(label) for label in labels], fontsize=7, parse_math=False)
         axis.set_xlabel("tool called")
         axis.set_ylabel("tool expected")
         axis.set_title(NAMES.get(side, side).replace("_", " "))
     return _save(figure, path)
+
+
+def _shown(table: dict[str, Any]) -> tuple[list[str], Any]:
+    """(labels, counts) of a confusion matrix: what was never counted is left out, the rarest of many tools are one."""
+    import numpy as np
+
+    labels, counts = table["labels"], np.array(table["matrix"])
+    totals = dict(zip(labels, (counts.sum(0) + counts.sum(1)).tolist(), strict=True))
+    classes = [label for label in (NO_CALL, UNDECLARED, BROKEN) if totals.get(label)]
+    tools = [label for label in labels if totals[label] and label not in classes]
+    if len(tools) > MOST:
+        often = set(sorted(tools, key=lambda tool: -totals[tool])[:MOST])
+        tools = [tool for tool in tools if tool in often]
+        classes.insert(0, OTHERS)
+    shown = [*tools, *classes]
+    place = {label: at for at, label in enumerate(shown)}
+    merged = np.zeros((len(shown), len(shown)), counts.dtype)
+    kept = [at for at, label in enumerate(labels) if totals[label]]
+    to = [place.get(labels[at], place.get(OTHERS)) for at in kept]
+    np.add.at(merged, np.ix_(to, to), counts[np.ix_(kept, kept)])
+    return shown, merged
 
 
 def _f1_picture(metrics: dict[str, dict[str, Any]], path: Path) -> Path:
@@ -133,6 +153,7 @@ def _f1_picture(metrics: dict[str, dict[str, Any]], path: Path) -> Path:
 
     tools = list(dict.fromkeys(tool for m in metrics.values() for tool in m.get("per_tool", {})))
     last = metrics[list(metrics)[-1]].get("per_tool", {})
+    tools = sorted(tools, key=lambda tool: -last.get(tool, {}).get("support", 0))[:MOST]
     tools.sort(key=lambda tool: last.get(tool, {}).get("f1", 0))
     height = 0.8 / len(metrics)
     figure, axis = plt.subplots(figsize=(7, max(2.5, 0.34 * len(tools) + 1.2)), layout="constrained")
@@ -141,7 +162,7 @@ def _f1_picture(metrics: dict[str, dict[str, Any]], path: Path) -> Path:
         values = [m.get("per_tool", {}).get(tool, {}).get("f1", 0.0) for tool in tools]
         axis.barh(np.arange(len(tools)) + (at - (len(metrics) - 1) / 2) * height, values, height, label=side,
                   color=colors[side])  # fmt: skip
-    axis.set_yticks(range(len(tools)), [_short(tool) for tool in tools], fontsize=8)
+    axis.set_yticks(range(len(tools)), [_short(tool) for tool in tools], fontsize=8, parse_math=False)
     axis.set_xlim(0, 1)
     axis.set_xlabel("F1")
     axis.grid(axis="x", alpha=0.3)
@@ -156,10 +177,11 @@ def _short(label: str) -> str:
 def _save(figure: Any, path: Path) -> Path:
     from matplotlib import pyplot as plt
 
-    aside = path.with_name(f".{path.name}.part")
-    figure.savefig(aside, format="png", dpi=130, bbox_inches="tight")
-    plt.close(figure)
-    aside.replace(path)
+    try:
+        with open_atomic(path) as file:
+            figure.savefig(file, format="png", dpi=130, bbox_inches="tight")
+    finally:
+        plt.close(figure)
     return path
 
 
@@ -174,12 +196,14 @@ def write_report(
 def update_model_card(card: Path, comparison: str) -> bool:
     """Put the comparison under "## Evaluation" at the end of a model card, in place of an earlier one.
 
-    False when there is no card to write into.
+    Sections that somebody wrote behind an earlier one stay. False when there is no card to write into.
     """
     if not card.is_file():
         return False
-    text = card.read_text(encoding="utf-8").partition("\n## Evaluation\n")[0]
-    kept = [line for line in text.splitlines() if not line.startswith("Evaluation results, once")]
+    text, _, rest = card.read_text(encoding="utf-8", errors="surrogateescape").partition("\n## Evaluation\n")
+    behind = re.search(r"^##? .*", rest, re.MULTILINE | re.DOTALL)
+    kept = [line for line in text.split("\n") if not line.startswith("Evaluation results, once")]
     body = comparison.partition("\n")[2].replace("\n## ", "\n### ")
-    write_text_atomic(card, "\n".join(kept).rstrip() + "\n\n## Evaluation\n" + body)
+    new = "\n".join(kept).rstrip() + "\n\n## Evaluation\n" + body + (f"\n{behind[0]}" if behind else "")
+    write_bytes_atomic(card, new.encode("utf-8", errors="surrogateescape"))
     return True

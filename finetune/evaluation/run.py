@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune.conversations import json_line
 from finetune.errors import UserError, write_text_atomic
+from finetune.evaluation.folder import free_name
 from finetune.evaluation.items import Item
 from finetune.evaluation.metrics import Scored
 from finetune.progress import progress_bar
@@ -86,14 +87,15 @@ class ResultsFile:
             if line is not None and line.get("settings") == settings and line.get("item") in wanted:
                 self.lines[line["item"]] = line
             else:
-                foreign = foreign or line is not None
+                foreign = True
         if foreign:
-            self.set_aside = _free_name(path)
+            self.set_aside = free_name(path)
             path.replace(self.set_aside)
         self.finish()  # also drops half a line that a killed run left
         self.file = path.open("a", encoding="utf-8", newline="\n")
 
     def _read(self) -> list[dict[str, Any] | None]:
+        """All lines that were ended; None for one that is no answer. The half line of a killed run is left away."""
         try:
             text = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
@@ -101,19 +103,24 @@ class ResultsFile:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}); check its rights") from error
         lines = []
-        for line in text.splitlines():
+        for line in text.split("\n")[:-1]:  # not splitlines: texts may hold U+2028 and other ends of lines
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 value = None
             lines.append(value if isinstance(value, dict) else None)
         return lines
 
     def append(self, line: dict[str, Any]) -> None:
-        """Record one answer now: a killed run keeps it."""
+        """Record one answer now: a killed run keeps it. UserError when the disk is full."""
         self.lines[line["item"]] = line
-        self.file.write(json_line(line))
-        self.file.flush()
+        try:
+            self.file.write(json_line(line))
+            self.file.flush()
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; make room and give the same command again"
+            ) from error
 
     def finish(self) -> None:
         """Write the lines once more in the order of the items (answers arrive in the order they end)."""
@@ -122,16 +129,8 @@ class ResultsFile:
 
     def close(self) -> None:
         """End appending."""
-        self.file.close()
-
-
-def _free_name(path: Path) -> Path:
-    stamp = time.strftime("%Y%m%d_%H%M%S")
-    for number in range(1, 10_000):
-        name = path.with_name(f"{path.stem}.before_{stamp}{f'_{number}' if number > 1 else ''}{path.suffix}")
-        if not name.exists():
-            return name
-    raise UserError(f"{path.parent}: too many earlier results of this second; clear the folder")
+        with contextlib.suppress(OSError):  # what a full disk did not take has been reported
+            self.file.close()
 
 
 def run_model(
@@ -193,8 +192,11 @@ def run_model(
         line = results.lines[key]
         line |= _judged(item, line["text"], tokenizer, fmt, unescape)
         scored.append(
-            Scored(item, line["content"], line["parsed_calls"], line["verdicts"], line["latency_s"], line["new_tokens"])
-        )
+            Scored(
+                item, line["content"], line["parsed_calls"], line["verdicts"], line["latency_s"], line["new_tokens"],
+                line["parse_errors"],
+            )
+        )  # fmt: skip
     results.finish()
     return scored, cost
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections import Counter
+from functools import cache
 
 
 def tokenize(text: str) -> list[str]:
-    """Words in lower case, Unicode-normalised (NFKC), without punctuation; any script."""
-    return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+    """Words in lower case, Unicode-normalised (NFKC), without punctuation; any script.
+
+    Vowel signs belong to the word they stand in (to `\\w` they do not: two Hindi words would be one). A symbol outside
+    ASCII (an emoji, a currency sign) is a word by itself, those of ASCII are dropped like punctuation.
+    """
+    return "".join(map(_part, unicodedata.normalize("NFKC", text).casefold())).split()
+
+
+@cache
+def _part(character: str) -> str:
+    kind = unicodedata.category(character)
+    if kind[0] in "LNM" or character == "_":
+        # Variation selectors only choose between two looks of the same sign.
+        return "" if "\ufe00" <= character <= "\ufe0f" else character
+    return f" {character} " if kind[0] == "S" and not character.isascii() else " "
 
 
 def exact_match(expected: str, made: str) -> bool:

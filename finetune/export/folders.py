@@ -13,6 +13,13 @@ from pathlib import Path
 from finetune.errors import UserError
 from finetune.experiment import CONFIG, FINAL
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A file that every export of a kind has, so that --overwrite takes nobody's photographs for one.
+MARKS = {
+    "merged": "generation_config.json", "gguf": "*.gguf", "ollama": "Modelfile", "vllm": "serve.sh",
+    "hub": "adapter_config.json",
+}  # fmt: skip
+
 
 def output_folder(source: str | Path, kind: str, output: Path | None, overwrite: bool) -> Path:
     """`output`, else `<run>/exports/<kind>` (of a checkpoint `<run>/exports/<kind>-<checkpoint>`).
@@ -33,8 +40,15 @@ def output_folder(source: str | Path, kind: str, output: Path | None, overwrite:
             raise UserError(f"{output} is a file; name a folder with --output")
         if not overwrite:
             raise UserError(f"{output} exists already; give --overwrite to replace it, or another folder by --output")
-        if output.resolve() in (Path.cwd(), *Path.cwd().parents, path.resolve(), *path.resolve().parents):
+        taken = output.resolve()
+        run = (path / CONFIG).is_file() and taken.parent == path.resolve()  # final_model, a checkpoint, the evaluation
+        if run or taken in (Path.cwd(), *Path.cwd().parents, path.resolve(), *path.resolve().parents):
             raise UserError(f"--overwrite would delete {output} and the run in it; name another folder with --output")
+        if any(output.iterdir()) and not any(output.glob(MARKS[kind])):
+            raise UserError(
+                f"--overwrite replaces an earlier export, and {output} does not look like one of {kind}: it has no "
+                f"{MARKS[kind]}; name another folder with --output"
+            )
     return output
 
 
@@ -59,10 +73,17 @@ def filled_aside(target: Path) -> Iterator[Path]:
         old = aside.with_suffix(".old")
         if target.exists():
             target.rename(old)
-        aside.rename(target)
+        try:
+            aside.rename(target)
+        except BaseException:  # Ctrl-C too
+            if old.exists():
+                old.rename(target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        # safetensors, which writes the weights, has an error of its own and says the system's number in its text.
+        full = isinstance(error, OSError) and error.errno in FULL
+        if not full and not any(f"(os error {number})" in str(error) for number in FULL):
             raise
         raise UserError(f"{target}: the disk is full; free some space or name another --output") from error
     finally:

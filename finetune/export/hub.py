@@ -4,31 +4,50 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.evaluation.answer_settings import adapter_hash
 from finetune.experiment import LOG, Experiment
+from finetune.hub_token import hub_token
 from finetune.model import Run
 
-PRIVATE = ("exports", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin")
+# What never leaves with an adapter: an evaluation of its folder holds the held-out rows with all answers.
+PRIVATE = (
+    ".*", "evaluation", "exports", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json",
+    "training_args.bin",
+)  # fmt: skip
 SHOWN = 12  # metrics in the card's table
 
 
-def build_folder(run: Run, folder: Path) -> None:
+def build_folder(run: Run, folder: Path, say: Any = print) -> None:
     """Fill `folder` with adapter, tokenizer, template, card, curve and scores; nothing of paths or the machine."""
     if run.adapter is None or run.experiment is None:
         raise UserError(f"{run.path} is no run folder: the model card is made from a run's config; name a run folder")
     shutil.copytree(run.adapter, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*PRIVATE, "README.md"))
     _name_base(folder / "adapter_config.json", run.experiment.config)
-    scores = read_scores(run.experiment.folder)
+    scores, comparison = scores_of(run, say)
     curve = draw_curve(run.experiment.folder / LOG, folder / "loss.png")
     (folder / "README.md").write_text(model_card(run.experiment, scores, curve), encoding="utf-8")
-    comparison = run.experiment.folder / "evaluation" / "comparison.md"
     if comparison.is_file():
         shutil.copy(comparison, folder / "evaluation.md")
+
+
+def scores_of(run: Run, say: Any) -> tuple[dict[str, dict[str, Any]], Path]:
+    """(scores of this very adapter, the comparison beside them), from the run's evaluation or from the adapter's own.
+
+    Of an adapter that was trained on, or of another checkpoint, they would be somebody else's: they are left out.
+    """
+    for folder in (run.experiment.folder, run.adapter):
+        scores = read_scores(folder)
+        known = scores.get("tuned", {}).get("settings", {}).get("adapter_sha256")
+        if known is not None and known != adapter_hash(run.adapter):
+            say(f"left out: the scores in {folder / 'evaluation'} are not of {run.adapter}; evaluate it again")
+        elif scores:
+            return scores, folder / "evaluation" / "comparison.md"
+    return {}, run.adapter / "no comparison"
 
 
 def _name_base(path: Path, config: dict[str, Any]) -> None:
@@ -41,7 +60,8 @@ def _name_base(path: Path, config: dict[str, Any]) -> None:
 
 def public_name(model: str) -> str:
     """A Hub id as it is; of a path on this machine only its last part."""
-    return Path(model).name if Path(model).exists() or Path(model).is_absolute() else model
+    path = Path(model)
+    return path.resolve().name if path.exists() or path.is_absolute() else model
 
 
 def read_scores(run_folder: Path) -> dict[str, dict[str, Any]]:
@@ -52,6 +72,8 @@ def read_scores(run_folder: Path) -> dict[str, dict[str, Any]]:
         if path.is_file():
             try:
                 scores[side] = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(scores[side], dict):
+                    raise ValueError("no object")
             except ValueError as error:
                 raise UserError(f"{path} is no JSON ({error}); score the run again with evaluate_lora.py") from error
     return scores
@@ -161,7 +183,7 @@ def listing(folder: Path) -> list[tuple[str, int]]:
 
 def check_secrets(folder: Path) -> None:
     """UserError when the token of this session stands in any file that would be uploaded."""
-    token = os.environ.get("HF_TOKEN", "").encode()
+    token = hub_token() or ""
     for path, _ in listing(folder) if len(token) > 7 else ():
-        if token in (folder / path).read_bytes():
+        if token.encode() in (folder / path).read_bytes():
             raise UserError(f"{path} holds the value of HF_TOKEN; take it out before this is uploaded")

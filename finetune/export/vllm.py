@@ -56,7 +56,10 @@ def serve_command(
         if parser == PLUGIN_NAME:
             command += ["--tool-parser-plugin", "./sandwich_tool_parser.py"]
     if adapter:
-        command += ["--enable-lora", "--lora-modules", f"{name}={adapter}", "--max-lora-rank", str(max_lora_rank(rank))]
+        module = f"{name}={adapter}"
+        if set(name) & set("=,"):  # vLLM's other spelling
+            module = json.dumps({"name": name, "path": adapter})
+        command += ["--enable-lora", "--lora-modules", module, "--max-lora-rank", str(max_lora_rank(rank))]
         if load_in_4bit:
             command += ["--quantization", "bitsandbytes"]
     else:

@@ -76,9 +76,14 @@ def _tool(item: Any, number: int, notes: Counter | None) -> dict[str, Any]:
         function, wrapper = dict(item["function"]), item
     else:
         function, wrapper = dict(item), {"type": "function"}
-        function.pop("type", None) if function.get("type") == "function" else None
+        function.pop("type", None) if function.get("type") in ("function", "custom") else None
     if not isinstance(function.get("name"), str) or not function["name"]:
         raise ValueError(f"tool {number} has no name")
+    for key in ("input_schema", "inputSchema"):  # Anthropic's API, servers of MCP
+        if isinstance(function.get(key), dict) and "parameters" not in function:
+            function = {"parameters" if name == key else name: value for name, value in function.items()}
+            if notes is not None:
+                notes[f"{key} of a tool -> parameters"] += 1
     if "parameters" in function:
         parameters = _decoded(function["parameters"], f"parameters of tool {function['name']}")
         if parameters is None or parameters == "":

@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.experiment import FINAL, Experiment
+from finetune.hub_token import hub_token
 
 
 def save_final_model(experiment: Experiment, model: Any, tokenizer: Any, fmt: Any, end_of_turn_ids: list[int]) -> Path:
@@ -79,7 +80,7 @@ def push_to_hub(folder: Path, repository: str, private: bool = True) -> str:
     from huggingface_hub import HfApi
 
     try:
-        api = HfApi(token=os.environ.get("HF_TOKEN"))
+        api = HfApi(token=hub_token())
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(folder_path=str(folder), repo_id=repository))
     except Exception as error:

@@ -98,6 +98,9 @@ def test_parse(parse, text, content, tool_calls, errors):
         ("llama3-pythonic", f"[f(a=-0x{'f' * 4000})]"),
         ("gemma", f"[f(a={'[' * 64}{']' * 64})]"),
         ("qwen", '<tool_call>{"name": "", "arguments": {}}</tool_call>'),
+        ("qwen", r'<tool_call>{"name": "f", "arguments": {"a": "\ud83d"}}</tool_call>'),
+        ("llama3", r'{"name": "f", "parameters": {"\ude00": "\ud83d\ude00"}}'),
+        ("gemma", r"[f(a='\ud83d')]"),
         ("phi4-mini", "<|tool_call|>[]<|/tool_call|>"),
         ("mistral", "[TOOL_CALLS] []"),
         ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}}] and then?'),
@@ -106,6 +109,11 @@ def test_parse(parse, text, content, tool_calls, errors):
 def test_what_two_readers_could_read_in_two_ways_is_an_error(name, text):
     parsed = FORMATS[name].parse(text)
     assert (parsed.tool_calls, parsed.content, len(parsed.errors)) == ([], text, 1)
+
+
+def test_two_halves_of_a_surrogate_pair_are_a_character():
+    parsed = FORMATS["qwen"].parse(r'<tool_call>{"name": "f", "arguments": {"a": "\ud83d\ude00"}}</tool_call>')
+    assert (parsed.errors, parsed.tool_calls[0]["arguments"]) == ([], {"a": "😀"})
 
 
 @pytest.mark.parametrize(
