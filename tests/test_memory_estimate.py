@@ -216,8 +216,8 @@ def runs_attention(model):
 # --- against measurements ---------------------------------------------------------------------------------------------
 
 RECORDS = [r for path in sorted(RESULTS.glob("*memory_*.json")) for r in json.loads(path.read_text(encoding="utf-8"))]
-# On a CPU the slack and the process were fitted to the first six of these records (docs/memory.md), so those guard
-# against drift and the others test the fit; a GPU has not been measured, its 10% is the target.
+# On a CPU three constants were fitted to some of these records (docs/memory.md), so those guard against drift and the
+# others test the fit; a GPU has not been measured, its 10% is the target.
 TOLERANCE = {"cpu": 0.10, "cuda": 0.10}
 
 
@@ -225,8 +225,7 @@ def test_there_are_records():
     assert len([r for r in RECORDS if "failed" not in r]) >= 4
 
 
-# Checkpointing on a CPU takes 3.1 GB where 1.8 are foreseen: glibc keeps the holes that freed tensors leave (with
-# MALLOC_MMAP_THRESHOLD_=1048576, which is slower, the same steps stay at 1.7 GB). Not modelled yet.
+# Checkpointing on a CPU takes 2.8 GB where 1.8 are foreseen: glibc keeps the holes that freed tensors leave.
 TOO_LOW = pytest.mark.xfail(reason="holes in the allocator's heap are not modelled", strict=True)
 MARKED = [
     pytest.param(r, id=r["case"], marks=TOO_LOW if r["case"] == "135m_2048_checkpoint" else ())

@@ -30,9 +30,12 @@ LOSS_COPIES = 2
 PROCESS = 0.7e9
 CONTEXT = 0.55e9
 UNSLOTH_OFFLOAD_FROM = 2 * 1024 * 1024
-# Share of activations, loss and workspace that the allocator holds on top of what is in use: fragments of blocks of
-# changing sizes. CPU: fitted to the recorded measurements. CUDA: an assumption until one is measured.
-SLACK = {"cpu": 0.45, "cuda": 0.08}
+# Share that the allocator holds on top of what is in use: fragments of blocks of changing sizes. CUDA: of everything
+# that comes and goes, an assumption until one is measured. CPU: of the activations, fitted to the recorded measurements
+# (docs/memory.md); with LoRA layers that are not fused, whose results are added up in more tensors, to a single one.
+# Logits lie in blocks of their own there, which the system gets back whole.
+SLACK = {"cpu": 0.72, "cuda": 0.08}
+SLACK_NOT_FUSED = 1.3
 
 # Bytes of optimizer state per trained number, for tensors that are large enough to be kept in 8 bits.
 _EIGHT_BIT = 2 + 2 * 4 / OPTIM_BLOCK
@@ -118,13 +121,17 @@ def optimizer_bytes(optim: str, adapted: list[Matrix], rank: int) -> float:
     return total
 
 
+def _fused(plan: Plan) -> bool:
+    """Whether LoRA layers on a CPU are those of finetune/training/lora_linear.py."""
+    return plan.dtype == "float32" and not plan.load_in_4bit
+
+
 def _rebuilds(sizes: Sizes, plan: Plan) -> bool:
     """Whether an MLP's product is made again in the backward pass: by Unsloth's kernels on a GPU; on a CPU by
     finetune/training/lora_linear.py, where a fused LoRA layer in float32 takes the product of a silu-gated MLP."""
     if plan.device != "cpu":
         return True
-    fused = plan.dtype == "float32" and not plan.load_in_4bit
-    return fused and sizes.silu_gated and any(m.name == "down_proj" for m in sizes.adapted(plan.target_modules))
+    return _fused(plan) and sizes.silu_gated and any(m.name == "down_proj" for m in sizes.adapted(plan.target_modules))
 
 
 def layer_bytes(sizes: Sizes, plan: Plan) -> float:
@@ -206,7 +213,10 @@ def estimate(sizes: Sizes, plan: Plan) -> dict[str, float]:
         "first_check": max(0.0, check - step),
         "context": PROCESS if plan.device == "cpu" else CONTEXT,
     }
-    parts["slack"] = SLACK[plan.device] * max(step, check)
+    if plan.device == "cpu":
+        parts["slack"] = (SLACK["cpu"] if _fused(plan) else SLACK_NOT_FUSED) * (activations + backward)
+    else:
+        parts["slack"] = SLACK["cuda"] * max(step, check)
     return parts
 
 
