@@ -19,9 +19,9 @@ IGNORE = -100
 # A branch below this many tokens costs more in extra attention calls than the recomputed tokens do.
 MIN_SHARED = 32
 # On a CPU rows that share no more than LITTLE tokens with a pass this full begin the next one: computing those again
-# costs less than holding more activations in memory. Measured on SmolLM2-135M with eight rows of 77 tokens
-# (docs/speed.md): passes of 150 tokens are 40 % slower, of 300 as fast as one of 610. LITTLE is chosen.
-ENOUGH_ON_CPU, LITTLE = 256, 64
+# costs less than holding more activations in memory. Measured on SmolLM2-135M (docs/speed.md): passes of 150 tokens are
+# 40 % slower than large ones, of 290 tokens 2 to 15 %. LITTLE is chosen.
+ENOUGH_ON_CPU, LITTLE = 384, 64
 BALANCED = 6  # halvings of the range in which the smallest budget with the same number of passes is looked for
 
 
@@ -162,7 +162,7 @@ def plan_passes(
     passes = _cut(rows, order, tokens_per_pass, share_prefix, enough)
     # As many passes of like size take less memory than full ones and a rest.
     computed = sum(one.input_ids.size for one in passes)
-    low, high = computed // max(len(passes), 1), tokens_per_pass
+    low, high = computed // max(len(passes), 1), max((one.input_ids.size for one in passes), default=0)
     for _ in range(BALANCED if len(passes) > 1 else 0):
         budget = (low + high) // 2
         tried = _cut(rows, order, budget, share_prefix, enough)

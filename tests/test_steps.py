@@ -101,6 +101,8 @@ def test_passes_of_a_step_are_of_like_size():
     passes = plan_passes(rows, 500)
     assert [len(one.rows) for one in passes] == [6, 6]
     assert sum(one.input_ids.size for one in passes) == full + rest
+    apart = [row([i] * 70, trained={69}) for i in range(8)]  # 69 tokens each: seven would be enough, one would be left
+    assert [len(one.rows) for one in plan_passes(apart, 1 << 20, enough=450)] == [4, 4]
 
 
 def test_a_row_longer_than_the_budget_gets_its_own_pass():
