@@ -18,8 +18,8 @@ import numpy as np
 IGNORE = -100
 # A branch below this many tokens costs more in extra attention calls than the recomputed tokens do.
 MIN_SHARED = 32
-# On a CPU rows that share no more than LITTLE tokens with a pass this full begin the next one: computing those few again
-# costs less than holding more activations in memory. Both numbers are chosen, not tuned.
+# On a CPU rows that share no more than LITTLE tokens with a pass this full begin the next one: computing those few
+# again costs less than holding more activations in memory. Both numbers are chosen, not tuned.
 ENOUGH_ON_CPU, LITTLE = 1024, 64
 BALANCED = 6  # halvings of the range in which the smallest budget with the same number of passes is looked for
 
