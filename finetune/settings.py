@@ -150,7 +150,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("config", None, "YAML or JSON of these flags, or a run's experiment_config.json", "actions", action=True,
          metavar="FILE"),
     Flag("resume", None, "continue a run from its newest checkpoint; without a folder: the newest unfinished run",
-         "actions", optional_value=True, action=True, metavar="FOLDER"),
+         "actions", str, optional_value=True, action=True, metavar="FOLDER"),
     Flag("dry_run", False, "everything up to the first step: rows, masks, lengths, memory; trains nothing", "actions",
          bool, action=True),
     Flag("show_mask", 0, "print N rows with the trained tokens in colour", "actions", _whole, action=True, metavar="N"),

@@ -96,7 +96,7 @@ def test_missing_config_is_named():
 @pytest.mark.parametrize(
     "line", ["--rank 0", "--lr -1", "--epochs 0", "--eval_fraction 1", "--batch_size x", "--frobnicate", "--lr nan",
              "--seed 4294967296", "--name a/b", "--name ..", "--name .hidden", "--name a\\b", f"--name {'x' * 201}",
-             "--model= ", "--config=", "--resume=", "--dataset="],
+             "--model= ", "--config=", "--dataset="],
 )  # fmt: skip
 def test_impossible_values_end_with_exit_code_2(line, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -131,6 +131,10 @@ def test_a_resumed_run_keeps_its_flags():
     assert again.tokens_per_pass == 512
     with pytest.raises(UserError, match="--rank 8 differs"):
         resumed(parse(["--resume", "run", "--rank", "8"]), stored, "run")
+
+
+def test_resume_without_a_folder_means_the_newest_run():
+    assert parse(["--resume"]).resume == "" and parse(["--resume", "run"]).resume == "run" and parse([]).resume is None
 
 
 def test_every_declared_flag_is_read_somewhere():
