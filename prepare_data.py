@@ -229,9 +229,9 @@ def _command_line(args) -> str:
     """The command as typed, for the dataset card; a password in a database URL is left out."""
     words = ["prepare_data.py", *args.argv]
     if args.sql:
-        from finetune.reading.sql import database_url
+        from finetune.reading.sql import database_url, shown_url
 
-        shown = database_url(args.sql, {}).render_as_string(hide_password=True)
+        shown = shown_url(database_url(args.sql, {}))
         words = [word.replace(args.sql, shown) for word in words]
     return shlex.join(words)
 

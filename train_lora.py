@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
+import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from finetune.experiment import check_writable, find_resumable
+    from finetune.experiment import check_free, check_writable, find_resumable
     from finetune.logs import start_logging
     from finetune.training import ranks
 
@@ -38,9 +40,13 @@ def main(argv: list[str] | None = None) -> int:
     if settings.resume is not None:
         resumed, checkpoint = find_resumable(settings.resume, settings.experiments_dir)
         settings = flags_of_a_run.resumed(settings, resumed.config["flags"], str(resumed.folder))
+        settings.revision = resumed.config.get("base_model_revision") or settings.revision
+        if not settings.dry_run:
+            ranks.hold(resumed.folder)
         log.info("resuming %s at %s", resumed.folder, checkpoint.name)
     elif not settings.dry_run:
         check_writable(settings.experiments_dir)
+        check_free(settings.experiments_dir, settings.name)
     check_tracker(settings.report_to)
     ranks.refuse_sharding()
 
@@ -53,9 +59,10 @@ def main(argv: list[str] | None = None) -> int:
 
         import_unsloth()
         ranks.start()
-    from finetune.model import load_tokenizer
+    from finetune.model import check_optimizer, load_tokenizer
     from formats import check_tokenizer, choose_format, get_format
 
+    check_optimizer(settings.optim)
     tokenizer = load_tokenizer(settings.model, settings.revision, settings.trust_remote_code)
     if settings.format == "auto":
         fmt, why = choose_format(tokenizer)
@@ -66,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = encode(train, tokenizer, fmt, settings)
     eval_rows = encode(held_out, tokenizer, fmt, settings) if held_out is not None else None
     refuse_to_train_nothing(rows.report)
+    if eval_rows is not None and not eval_rows.report["trained_tokens"]:
+        raise UserError(f"no rows left to evaluate on: {lost_rows(eval_rows.report)}")
     if settings.show_mask:
         show_masks(rows, tokenizer, settings.show_mask)
 
@@ -107,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
         seed=settings.seed,
     )
 
-    # 5. The experiment folder, then the steps.
+    # 5. The experiment folder, then the steps. From here on there is something to tidy when we are told to end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     from finetune.experiment import CONFIG, Experiment, git_sha, package_versions, run_name
     from finetune.logs import log_to_file
     from finetune.training.order import tool_sets
@@ -143,11 +153,12 @@ def main(argv: list[str] | None = None) -> int:
     is_main = ranks.rank() == 0
     if resumed is not None:
         experiment = resumed
-        for what, old, new in (
-            ("data", resumed.config["data"]["fingerprint"], config["data"]["fingerprint"]),
-            ("chat template", resumed.config["format"]["template_sha256"], config["format"]["template_sha256"]),
+        for what, part, key in (
+            ("data", "data", "fingerprint"),
+            ("evaluation data", "eval_data", "fingerprint"),
+            ("chat template", "format", "template_sha256"),
         ):
-            if old != new:
+            if (resumed.config.get(part) or {}).get(key) != (config[part] or {}).get(key):
                 raise UserError(f"--resume {resumed.folder}: the {what} changed since; start a new run instead")
         experiment.writes = is_main
         experiment.update(status="running", resumed=[*resumed.config.get("resumed", []), config["started"]])
@@ -161,37 +172,35 @@ def main(argv: list[str] | None = None) -> int:
         folder = ranks.from_first(lambda: str(experiment.folder))
         if not is_main:
             experiment = Experiment(Path(folder), config, writes=False)
-    if is_main:
-        log_to_file(experiment.folder / "training.log")
 
-    try:
+    with experiment.end_recorded():
+        if is_main:
+            if resumed is None:
+                ranks.hold(experiment.folder)
+            log_to_file(experiment.folder / "training.log")
         groups = tool_sets(train.conversations, rows.rows) if settings.order == "group_tools" else None
         trainer = make_trainer(settings, experiment, model, tokenizer, rows, eval_rows, loaded, console, groups)
         if is_main:
             print_run_table(settings, rows, eval_rows, fmt, experiment=experiment, trainer=trainer)
         result = run_training(trainer, checkpoint)
-    except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        experiment.update(status=status, ended=datetime.now(UTC).isoformat(timespec="seconds"))
-        if not isinstance(error, UserError | KeyboardInterrupt):
-            log.exception("the run failed")
-        raise
-    experiment.writes = trainer.args.should_save  # another rank's task where rank 0 was lost
-    memory = {**experiment.config["memory"], "measured_gb": result["peak_memory_gb"]}
-    experiment.update(steps=trainer.state.global_step, result=result, memory=memory)
-    if (step := interrupted_at(trainer)) is not None:
-        experiment.update(status="interrupted", ended=datetime.now(UTC).isoformat(timespec="seconds"))
-        go_on = f"--resume {experiment.folder}" if step else f"--config {experiment.folder / CONFIG}"
-        log.warning("stopped after step %d; go on with: python train_lora.py %s", step, go_on)
-        return 130
+        experiment.writes = trainer.args.should_save  # another rank's task where rank 0 was lost
+        memory = {**experiment.config["memory"], "measured_gb": result["peak_memory_gb"]}
+        experiment.update(steps=trainer.state.global_step, result=result, memory=memory)
+        if (step := interrupted_at(trainer)) is not None:
+            experiment.ended("interrupted")
+            go_on = f"--resume {experiment.folder}" if step else f"--config {experiment.folder / CONFIG}"
+            log.warning("stopped after step %d; go on with: python train_lora.py %s", step, go_on)
+            return 130
 
-    # 6. Save.
-    from finetune.training.saving import push_to_hub, save_final_model
+        # 6. Save.
+        from finetune.training.saving import push_to_hub, save_final_model
 
+        if is_main:
+            final = save_final_model(experiment, model, tokenizer, fmt, end_of_turn_ids)
+            experiment.ended("finished")
+    trainer.stop_callback.restore()
     if is_main:
-        final = save_final_model(experiment, model, tokenizer, fmt, end_of_turn_ids)
-        experiment.update(status="finished", ended=datetime.now(UTC).isoformat(timespec="seconds"))
-        log.info("finished: loss %.4f in %d steps", result["final_loss"], trainer.state.global_step)
+        log.info("finished: loss %.4f in %d steps", result["final_loss"] or math.nan, trainer.state.global_step)
         print(experiment.folder)
         if settings.push_to_hub:
             log.info("uploaded: %s", push_to_hub(final, settings.push_to_hub))
@@ -235,17 +244,18 @@ def encode(conversations, tokenizer, fmt, settings: Settings):
 
 def refuse_to_train_nothing(report: dict) -> None:
     """UserError when no token would be trained, or when most rows were lost on the way."""
-    reasons = "; ".join(f"{count} x {reason}" for reason, count in list(report["reasons"].items())[:3])
-    if not report["sequences"] or not report["trained_tokens"]:
+    if not report["trained_tokens"]:
+        raise UserError(f"no rows left to train on: {lost_rows(report)}")
+    if report["rows"] - report["kept"] > MOST_ROWS_LOST * report["rows"]:
         raise UserError(
-            f"no rows left to train on: {report['rows']} read, none kept ({reasons or 'the data is empty'})"
-        )
-    lost = 1 - report["kept"] / report["rows"]
-    if lost > MOST_ROWS_LOST:
-        raise UserError(
-            f"{report['rows'] - report['kept']} of {report['rows']} rows would be lost ({reasons}); "
+            f"most rows would be lost: {lost_rows(report)}; "
             "raise --max_seq_length, choose another --format or --overlong trim_turns, or mend the data"
         )
+
+
+def lost_rows(report: dict) -> str:
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in list(report["reasons"].items())[:3])
+    return f"{report['rows']} read, {report['kept']} kept ({reasons or 'the data is empty'})"
 
 
 def show_masks(rows, tokenizer, count: int) -> None:
@@ -262,7 +272,10 @@ def show_masks(rows, tokenizer, count: int) -> None:
 def check_tracker(name: str) -> None:
     import importlib.util
 
-    if name != "none" and importlib.util.find_spec(name) is None:
+    if name == "none":
+        return
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:  # no origin: a folder called wandb/, as that tracker makes them, no package
         raise UserError(f"--report_to {name}: {name} is not installed; run: pip install {name}")
 
 

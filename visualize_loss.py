@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from finetune.charts import curves
+from finetune.charts.plots import check_picture_type
 from finetune.errors import UserError, one_line_errors
 
 DEFAULT_PICTURE = "loss_comparison.png"
@@ -48,10 +49,26 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def check_outputs(outputs: list[Path], logs: list[Path]) -> None:
+    """UserError where an output would replace another one or a run's own records, as `-s */training_log.csv` asks."""
+    records = {path.resolve() for log in logs for path in (log, log.with_name(curves.CONFIG_NAME))}
+    taken: set[Path] = set()
+    for path in outputs:
+        if path.resolve() in records or path.name in (curves.LOG_NAME, curves.CONFIG_NAME):
+            raise UserError(f"{path} is a run's own record; name another file for the output")
+        if path.resolve() in taken:
+            raise UserError(f"{path} is named for two outputs; give each a file of its own")
+        taken.add(path.resolve())
+
+
 @one_line_errors
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     logs = curves.find_logs(options.paths)
+    outputs = [path for path in (options.output, options.summary, options.html) if path]
+    check_outputs(outputs, logs)
+    if options.output:
+        check_picture_type(options.output)
 
     from finetune.charts.run_labels import compare
     from finetune.charts.tables import print_table, write_summary
@@ -60,7 +77,6 @@ def main(arguments: list[str] | None = None) -> int:
     table = [curves.summarize(run) for run in comparison.runs]
     print_table(table)
 
-    outputs = [path for path in (options.output, options.summary, options.html) if path]
     replaced = {path for path in outputs if path.exists()}
     if options.summary:
         write_summary(options.summary, comparison, table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ class UserError(Exception):
 def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
     """Decorate a script's `main`: UserError and FormatError become `error: …` on stderr and exit status 2.
 
-    So does what the system says of a file (a name that is too long, a folder one may not look into). Ctrl-C becomes
+    So does what the system says of a file (a name that is too long, a folder one may not look into). A full disk is one
+    line too, with exit status 1: it is no refusal, and a sweep tries the run again. Ctrl-C becomes
     exit status 130 and a closed pipe (`| head`) a quiet exit, both without a traceback.
     """
 
@@ -40,6 +42,8 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except OSError as error:
+            if error.errno in _NO_ROOM:
+                return _failed(f"{error.filename or 'a file'}: {error.strerror}; make room and start again", code=1)
             if error.filename is None or error.errno not in _NAMED_WRONGLY:
                 raise
             return _failed(f"{error.filename}: {error.strerror or error}; check its name and rights")
@@ -47,9 +51,17 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
     return wrapped
 
 
-def _failed(reason: str) -> int:
+def _failed(reason: str, code: int = 2) -> int:
+    reason = re.sub(r"(?<=://)[^/\s@]*@", "***@", reason)  # a password in a URL
     print(f"error: {' '.join(reason.split())}", file=sys.stderr)
-    return 2
+    return code
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether a disk or a quota was full; the libraries that write weights have errors of their own for that."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return True
+    return bool(re.search(r"os error (27|28|122)\b|No space left|file write failed|File too large", str(error)))
 
 
 # What comes of the name that a user gave; a disk or a network that fails is no refusal, and a sweep tries it again.

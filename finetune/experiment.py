@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import logging
 import os
 import re
 import shutil
 import subprocess
 import tempfile
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError, write_text_atomic
+from finetune.errors import UserError, no_room, write_text_atomic
+
+log = logging.getLogger("sandwich")
 
 CONFIG = "experiment_config.json"
 LOG = "training_log.csv"
 FINAL = "final_model"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+COUNTERS = "log_counters.json"  # in every checkpoint: what training_log.csv goes on counting from
 
 
 def run_name(model: str, rank: int, alpha: float, lr: float, epochs: float, when: datetime) -> str:
     """`<model>_r16_a32_lr2em04_ep3_<YYYYmmdd_HHMMSS>`, as the described system writes it."""
-    short = re.sub(r"[^A-Za-z0-9.]+", "_", Path(model).name).strip("_")
+    # Of a name without a Latin letter or digit nothing is left, and a long one has to leave room for the rest.
+    short = re.sub(r"[^A-Za-z0-9.]+", "_", Path(model).name).strip("_.")[:100] or "model"
     mantissa, exponent = f"{lr:e}".split("e")
     mantissa = mantissa.rstrip("0").rstrip(".")
     sign = "m" if exponent.startswith("-") else "p"
@@ -42,6 +51,12 @@ def check_writable(experiments_dir: str | Path) -> Path:
             f"cannot write into {folder}: {error.strerror or error}; choose another folder with --experiments_dir"
         ) from error
     return folder
+
+
+def check_free(experiments_dir: str | Path, name: str | None) -> None:
+    """UserError when the user's own name for a run is taken; asked before anything slow, and again by `create`."""
+    if name and (target := Path(experiments_dir) / name).exists():
+        raise UserError(f"run {target} exists already; choose another --name, or continue it with --resume {target}")
 
 
 @dataclass
@@ -74,9 +89,7 @@ class Experiment:
                     experiment.folder = target
                     return experiment
                 if exact_name:
-                    raise UserError(
-                        f"run {target} exists already; choose another --name, or continue it with --resume {target}"
-                    )
+                    check_free(parent, name)
             raise UserError(f"no free name for a run called {name} in {parent}")
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -91,6 +104,8 @@ class Experiment:
             raise UserError(f"{folder} is not a run folder: it has no {CONFIG}") from None
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error}") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{path} holds no mapping, so train_lora.py did not write it; name another folder")
         return cls(folder, config)
 
     def save(self) -> None:
@@ -101,6 +116,25 @@ class Experiment:
     def update(self, **entries: Any) -> None:
         self.config.update(entries)
         self.save()
+
+    def ended(self, status: str) -> None:
+        self.update(status=status, ended=datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @contextlib.contextmanager
+    def end_recorded(self) -> Iterator[None]:
+        """Where the block ends by an error, the config says so, training.log how, and the screen how to go on."""
+        try:
+            yield
+        except BaseException as error:
+            with contextlib.suppress(UserError):  # a full disk: the first error is the one to tell
+                self.ended("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            if isinstance(error, Exception) and not isinstance(error, UserError):
+                log.exception("the run failed")
+            if not isinstance(error, UserError) and self.checkpoints():
+                log.warning("go on with: python train_lora.py --resume %s", self.folder)
+            if no_room(error):
+                raise OSError(errno.ENOSPC, "no room left to write", str(self.folder)) from error
+            raise
 
     def checkpoints(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
@@ -126,30 +160,71 @@ def _umask() -> int:
 
 
 def find_resumable(target: str, experiments_dir: str | Path) -> tuple[Experiment, Path]:
-    """(run, newest checkpoint) for --resume: a run folder, one of its checkpoints, or "" for the newest stopped run."""
-    if target:
-        path = Path(target)
-        if not path.is_dir():
-            raise UserError(f"--resume {target}: there is no such folder")
-        if CHECKPOINT.fullmatch(path.name):
-            return Experiment.open(path.parent), path
-        experiment = Experiment.open(path)
-        checkpoints = experiment.checkpoints()
-        if not checkpoints:
-            raise UserError(
-                f"--resume {target}: the run has no checkpoint yet; start it again with --config {path / CONFIG}"
-            )
-        return experiment, checkpoints[-1]
-    candidates = []
-    for config in Path(experiments_dir).glob(f"*/{CONFIG}"):
-        experiment = Experiment.open(config.parent)
-        checkpoints = experiment.checkpoints()
-        if checkpoints and experiment.config.get("status") != "finished":
-            candidates.append((checkpoints[-1].stat().st_mtime, experiment, checkpoints[-1]))
-    if not candidates:
-        raise UserError(f"--resume: no unfinished run with a checkpoint in {experiments_dir}; name a run folder")
-    _, experiment, checkpoint = max(candidates, key=lambda c: c[0])
-    return experiment, checkpoint
+    """(run, newest whole checkpoint) for --resume: a run folder, one of its checkpoints, or "" for the newest stopped
+    run. Raises UserError when there is none.
+    """
+    if not target:
+        candidates = []
+        for config in Path(experiments_dir).glob(f"*/{CONFIG}"):
+            try:
+                experiment = _trained(config.parent)
+            except UserError:  # of another program, or of a machine that went down; it must not stand in the way
+                continue
+            checkpoints = experiment.checkpoints()
+            if checkpoints and experiment.config.get("status") != "finished":
+                candidates.append((checkpoints[-1].stat().st_mtime, str(config.parent)))
+        if not candidates:
+            raise UserError(f"--resume: no unfinished run with a checkpoint in {experiments_dir}; name a run folder")
+        return find_resumable(max(candidates)[1], experiments_dir)
+    path = Path(target)
+    if not path.is_dir():
+        raise UserError(f"--resume {target}: there is no such folder")
+    if not CHECKPOINT.fullmatch(path.name):
+        experiment = _trained(path)
+        for checkpoint in reversed(experiment.checkpoints()):
+            if (damage := what_is_missing(checkpoint)) is None:
+                return experiment, checkpoint
+            log.warning("%s is passed over: %s", checkpoint, damage)
+        raise UserError(
+            f"--resume {target}: the run has no checkpoint that is whole; start it again with --config {path / CONFIG}"
+        )
+    if damage := what_is_missing(path):
+        raise UserError(f"--resume {target}: {damage}; name another checkpoint, or the run's folder for its newest one")
+    return _trained(path.parent), path
+
+
+def _trained(folder: Path) -> Experiment:
+    experiment = Experiment.open(folder)
+    if missing := [key for key in ("flags", "data", "format") if not isinstance(experiment.config.get(key), dict)]:
+        raise UserError(f"{folder / CONFIG} has no {', '.join(missing)}, so train_lora.py did not write it; train anew")
+    return experiment
+
+
+def what_is_missing(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks to go on from (a file that is absent or was cut short), or None when it is whole.
+
+    A machine that goes down, or a copy that was broken off, leaves such. Nothing is loaded: only ends are looked at.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    states = {path.name for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")}
+    states |= {"optimizer.pt", "scheduler.pt"}
+    if not any(name.startswith("rng_state") for name in states):  # one for each process of the run
+        states.add("rng_state.pth")
+    for name in ("adapter_config.json", "trainer_state.json", COUNTERS, "adapter_model.safetensors", *sorted(states)):
+        path = checkpoint / name
+        try:
+            if name.endswith(".json"):
+                json.loads(path.read_text(encoding="utf-8"))
+            elif name.endswith(".safetensors"):
+                safe_open(path, "numpy")
+            elif path.stat() and not zipfile.is_zipfile(path):  # torch writes zip files, whose directory is at the end
+                raise ValueError
+        except FileNotFoundError:
+            return f"it has no {name}"
+        except (OSError, ValueError, SafetensorError):
+            return f"its {name} is not whole"
+    return None
 
 
 def package_versions() -> dict[str, str]:

@@ -39,3 +39,23 @@ def not_negative(kind: type) -> Callable[[str], Any]:
 
     convert.__name__ = f"non-negative {kind.__name__}"
     return convert
+
+
+def text(word: str) -> str:
+    """Any text but none at all, which is what a shell makes of an unset variable; ValueError otherwise."""
+    if not word.strip():
+        raise ValueError
+    return word
+
+
+text.__name__ = "non-empty text"
+
+
+def folder_name(word: str) -> str:
+    """The name of a folder to make inside another one; ValueError where it would lead elsewhere or be hidden."""
+    if not text(word).isprintable() or set(word) & {"/", "\\"} or word.startswith(".") or len(word.encode()) > 200:
+        raise ValueError
+    return word
+
+
+folder_name.__name__ = "folder name (no slash, no dot in front, at most 200 bytes)"

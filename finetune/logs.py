@@ -31,6 +31,7 @@ def start_logging(console: Console) -> None:
     """Show messages on the console and keep them until a run folder exists to hold them."""
     log.setLevel(logging.INFO)
     log.propagate = False
+    logging.raiseExceptions = False  # training.log on a full disk: the error of the run itself is the one to show
     log.handlers.clear()
     log.addHandler(ConsoleHandler(console))
     log.addHandler(logging.handlers.MemoryHandler(100_000, flushLevel=logging.CRITICAL + 1))

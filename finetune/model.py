@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import io
 import logging
 import os
+import re
 import sys
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +98,6 @@ def hub_errors(name: str):
     def guard():
         from huggingface_hub.errors import (
             GatedRepoError,
-            HfHubHTTPError,
             HFValidationError,
             LocalEntryNotFoundError,
             RepositoryNotFoundError,
@@ -103,7 +106,9 @@ def hub_errors(name: str):
 
         try:
             yield
-        except (OSError, ValueError, RuntimeError, HfHubHTTPError, SafetensorError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # of any kind: they come from whatever a stranger's config.json holds
             chain, cause = [], error
             while cause is not None:
                 chain.append(cause)
@@ -130,13 +135,35 @@ def hub_errors(name: str):
                 ) from error
             if any(isinstance(e, HFValidationError) for e in chain):
                 raise UserError(f"model {name} is neither a folder nor a name that the Hub allows") from error
-            if isinstance(error, OSError | SafetensorError) or "backend tokenizer" in text:
+            if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text, re.IGNORECASE):
+                raise
+            if "file named model.safetensors" in text:
                 raise UserError(
-                    f"model {name} cannot be loaded: {str(error).splitlines()[0]}; check --model"
+                    f"model {name} has no weights as safetensors; pickled ones can run code and are not loaded: "
+                    "convert them, or choose another --model"
                 ) from error
-            raise
+            if "ignore_mismatched_sizes" in text:
+                raise UserError(
+                    f"model {name} cannot be loaded: its weights have other shapes than its config.json says; "
+                    "fetch the model again"
+                ) from error
+            reason = textwrap.shorten(str(error), 250, placeholder=" …")
+            if not isinstance(error, OSError | ValueError | RuntimeError | SafetensorError):
+                reason = f"{type(error).__name__}: {reason}"  # the text alone is a key's name or less
+            raise UserError(f"model {name} cannot be loaded: {reason}; check --model") from error
 
     return guard()
+
+
+def check_optimizer(name: str) -> None:
+    """UserError when Transformers knows no optimizer of that name."""
+    from transformers.training_args import OptimizerNames
+
+    known = [optimizer.value for optimizer in OptimizerNames]
+    if name != "auto" and name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+        raise UserError(f"--optim {name}: Transformers has no such optimizer; {hint}")
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -158,6 +185,32 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
 
     with hub_errors(name):
         return AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=trust_remote_code)
+
+
+class _LoadReport(logging.Handler):
+    """Weights that Transformers made up because a model's files lack them; it tells so in its log only."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.missing: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())
+        self.missing += re.findall(r"^(\S.*?) *\| MISSING", text, re.MULTILINE)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        source = logging.getLogger("transformers.modeling_utils")
+        before = source.level, source.propagate
+        source.addHandler(self)
+        source.setLevel(logging.WARNING)
+        source.propagate = False
+        try:
+            yield
+        finally:
+            source.removeHandler(self)
+            source.propagate = before[1]
+            source.setLevel(before[0])
 
 
 def load_base(
@@ -183,8 +236,8 @@ def load_base(
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
     # Unsloth gives process N of a data-parallel run the device N, and there is no cpu:1.
     place = {"device_map": {"": "cpu"}} if ranks.size() > 1 and not torch.cuda.is_available() else {}
-    news = io.StringIO()
-    with hub_errors(name), contextlib.redirect_stdout(news):
+    news, report = io.StringIO(), _LoadReport()
+    with hub_errors(name), contextlib.redirect_stdout(news), report.kept():
         model, _ = unsloth.FastLanguageModel.from_pretrained(
             model_name=resolve_model(name),
             max_seq_length=max_seq_length,
@@ -193,10 +246,16 @@ def load_base(
             revision=revision,
             trust_remote_code=trust_remote_code,
             token=hub_token(),
+            use_safetensors=True,  # the other kind is a pickle, which runs what is in it
             **place,
         )
     for line in news.getvalue().splitlines():
         log.info("%s", line)
+    if report.missing:
+        log.warning(
+            "model %s: its files lack %s, which are random numbers now; a model that is whole has them all",
+            name, ", ".join(report.missing[:3]) + " …" * (len(report.missing) > 3),
+        )  # fmt: skip
     return Loaded(
         model=model,
         tokenizer=tokenizer,
@@ -385,8 +444,7 @@ def _trained(folder: Path) -> Any:
     from finetune.experiment import CONFIG, Experiment
 
     experiment = Experiment.open(folder)
-    known = experiment.config if isinstance(experiment.config, dict) else {}
-    if missing := [key for key in ("flags", "base_model", "format") if key not in known]:
+    if missing := [key for key in ("flags", "base_model", "format") if key not in experiment.config]:
         raise UserError(f"{folder / CONFIG} has no {', '.join(missing)}, so train_lora.py did not write it; train anew")
     return experiment
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.flag_types import not_negative, positive
+from finetune.flag_types import folder_name, not_negative, positive, text
 
 EPILOG = """examples:
   python train_lora.py --model smollm2-135m --dataset data/samples/gennx_train.jsonl --format chatml
@@ -33,7 +33,7 @@ class Flag:
     default: Any
     help: str
     group: str
-    type: Callable[[str], Any] = str
+    type: Callable[[str], Any] = text
     choices: tuple[str, ...] | None = None
     many: bool = False
     optional_value: bool = False
@@ -53,6 +53,16 @@ def _fraction(word: str) -> float:
 
 
 _fraction.__name__ = "number from 0 up to, not including, 1"
+
+
+def _seed(word: str) -> int:
+    value = int(word)
+    if not 0 <= value < 2**32:  # what NumPy's generator takes
+        raise ValueError
+    return value
+
+
+_seed.__name__ = "whole number from 0 to 4294967295"
 _count, _size = positive(int), positive(float)
 _amount, _whole = not_negative(float), not_negative(int)
 
@@ -105,7 +115,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("weight_decay", 0.01, "AdamW weight decay", "training", _amount),
     Flag("max_grad_norm", 1.0, "clip the gradient to this norm; 0 turns clipping off", "training", _amount),
     Flag("optim", "auto", "Transformers' optimizer name; auto: adamw_8bit on a GPU, adamw_torch on a CPU", "training"),
-    Flag("seed", 3407, "seed of the adapter's start, the row order and dropout", "training", _whole),
+    Flag("seed", 3407, "seed of the adapter's start, the row order and dropout", "training", _seed),
     # speed and memory
     Flag("order", "shuffle", "rows of an epoch: one shuffle, or rows with the same tools in one step (faster where "
          "tool sets differ; another order, so another curve)", "speed and memory", choices=("shuffle", "group_tools")),
@@ -131,7 +141,8 @@ FLAGS: tuple[Flag, ...] = (
          choices=("none", "tensorboard", "wandb", "mlflow", "trackio")),
     # output
     Flag("experiments_dir", "experiments", "where run folders are made", "output", metavar="DIR"),
-    Flag("name", None, "name of the run folder; default: from model, rank, alpha, lr, epochs and time", "output"),
+    Flag("name", None, "name of the run folder; default: from model, rank, alpha, lr, epochs and time", "output",
+         folder_name),
     Flag("push_to_hub", None, "upload the finished adapter to this Hub repository (private; token from HF_TOKEN)",
          "output",
          metavar="REPO"),
@@ -139,7 +150,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("config", None, "YAML or JSON of these flags, or a run's experiment_config.json", "actions", action=True,
          metavar="FILE"),
     Flag("resume", None, "continue a run from its newest checkpoint; without a folder: the newest unfinished run",
-         "actions", optional_value=True, action=True, metavar="FOLDER"),
+         "actions", str, optional_value=True, action=True, metavar="FOLDER"),
     Flag("dry_run", False, "everything up to the first step: rows, masks, lengths, memory; trains nothing", "actions",
          bool, action=True),
     Flag("show_mask", 0, "print N rows with the trained tokens in colour", "actions", _whole, action=True, metavar="N"),
@@ -163,6 +174,7 @@ class Settings(argparse.Namespace):
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train_lora.py",
+        usage="%(prog)s [--config FILE] [--dataset DATA ...] [flags]     (all of them: %(prog)s --help)",
         description="Fine-tune a language model with LoRA on the assistant's tokens of tool-calling conversations.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -245,25 +257,43 @@ def read_config(path: str | Path) -> dict[str, Any]:
     Raises UserError naming the file and the key for an unknown flag or a value of the wrong kind.
     """
     path = Path(path)
+    is_json = path.suffix.lower() == ".json"
     try:
-        text = path.read_text(encoding="utf-8")
+        words = path.read_text(encoding="utf-8-sig")
+        data = json.loads(words, object_pairs_hook=_each_once) if is_json else _yaml(words)
     except OSError as error:
         raise UserError(f"cannot read config {path}: {error.strerror}") from error
-    try:
-        if path.suffix.lower() == ".json":
-            data = json.loads(text)
-        else:
-            import yaml
-
-            data = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except Exception as error:
-        kind = "JSON" if path.suffix == ".json" else "YAML"
-        raise UserError(f"config {path} is not valid {kind}: {error}") from error
+        raise UserError(f"config {path} is not valid {'JSON' if is_json else 'YAML'}: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"config {path} must hold a mapping of flags, such as 'rank: 16'")
     if isinstance(data.get("flags"), dict):
-        data = data["flags"]
+        # A run's own name is taken, by that run; the same run again gets a folder of its own.
+        data = {name: value for name, value in data["flags"].items() if name != "name"}
     return {name: checked(f"config {path}", name, value) for name, value in data.items()}
+
+
+def _yaml(words: str) -> Any:
+    """What a YAML text holds, by the safe loader; ValueError for a key that a mapping holds twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            _each_once([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(words, Loader)
+
+
+def _each_once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands in it twice; keep one of them")
+    return mapping
 
 
 def checked(where: str, name: str, value: Any) -> Any:
@@ -281,12 +311,10 @@ def checked(where: str, name: str, value: Any) -> Any:
         return value
     items = value if isinstance(value, list) and flag.many else [value]
     if not items:
-        if flag.default is None:
-            return None
-        raise UserError(f"{where}: {name} needs at least one value")
+        raise UserError(f"{where}: {name} is an empty list; leave it out to have its default")
     converted = []
     for item in items:
-        if isinstance(item, (dict, list, bool)):
+        if item is None or isinstance(item, (dict, list, bool)):
             raise UserError(f"{where}: {name} cannot be {item!r}")
         try:
             # YAML reads 2e-4 as text and 3 as an integer; going through the flag's own converter treats them alike.

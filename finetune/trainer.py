@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer  # noqa: E402
 
 from finetune.errors import UserError  # noqa: E402
-from finetune.experiment import CONFIG, LOG, Experiment  # noqa: E402
+from finetune.experiment import CONFIG, COUNTERS, LOG, Experiment  # noqa: E402
 from finetune.steps import make_row  # noqa: E402
 from finetune.training import ranks  # noqa: E402
 from finetune.training.callbacks import LogCallback, StopCallback  # noqa: E402
@@ -36,8 +36,9 @@ log = logging.getLogger("sandwich")
 # float32: sums in another order differ by about 1e-6; the 16-bit types round every activation.
 FIRST_STEP_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
 CHECKED_ROWS = 2
+# float16's scaler leaves out steps without a finite gradient, so a few do no harm; this many do not end by themselves.
+NO_NUMBER_IN_FLOAT16 = 10
 EVALUATED_TOGETHER = 64  # rows of the evaluation set that may share prefixes; passes are cut by their tokens anyway
-COUNTERS = "log_counters.json"  # in every checkpoint: what training_log.csv goes on counting from
 
 
 class StepSampler:
@@ -100,6 +101,7 @@ class SandwichTrainer(SFTTrainer):
         self.sequences, self.eval_sequences = sequences, eval_sequences
         self.log_callback, self.groups = log_callback, groups
         self._checked = self.lost_a_process = False
+        self._without_number = 0  # steps in a row whose loss was nan or inf
         super().__init__(
             # TRL wants a Dataset; rows stay where they are and are looked up by number.
             train_dataset=Dataset.from_dict({"row": range(len(sequences))}),
@@ -124,6 +126,13 @@ class SandwichTrainer(SFTTrainer):
             self.groups,
         )
         return StepLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except (ImportError, ValueError, RuntimeError) as error:
+            name, reason = getattr(self.args.optim, "value", self.args.optim), str(error).splitlines()[0]
+            raise UserError(f"--optim {name} cannot be used here ({reason}); choose another one") from error
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # Trainer's estimate counts padded batches, which do not exist here
@@ -161,7 +170,25 @@ class SandwichTrainer(SFTTrainer):
             trained_tokens=int(trained_everywhere),
             computed_tokens=int(computed_tokens),
         )
+        self._without_number = 0 if math.isfinite(loss_sum) else self._without_number + 1
+        best = self.state.best_metric
+        # With --load_best a checkpoint that was evaluated is what the run ends with, whatever comes after it.
+        way_back = self.args.load_best_model_at_end and best is not None and math.isfinite(best)
+        if self._without_number > (NO_NUMBER_IN_FLOAT16 if self.args.fp16 else 0) and not way_back:
+            self._give_up(loss_sum)
         return torch.tensor(loss_sum / max(trained_everywhere, 1), device=self.args.device)
+
+    def _give_up(self, loss: float) -> None:
+        """End a run whose next step would make every weight nan: log the step's row, then raise UserError."""
+        step = self.state.global_step + 1
+        rate = self._get_learning_rate()
+        self.log_callback.run_log.log_row(
+            step=step, epoch=self.state.epoch or 0, learning_rate=rate, grad_norm=math.nan
+        )
+        raise UserError(
+            f"step {step}: the loss is {loss}, and training cannot go on from there; try a lower --lr (it was {rate:g} "
+            "in this step), --max_grad_norm, or another --dtype"
+        )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; where another process of the run dies, the last whole step is saved and the run is stopped."""
@@ -204,6 +231,11 @@ class SandwichTrainer(SFTTrainer):
         alone = self.runner.reference_loss(few)
         ours = self.runner.run(few, 1.0).loss_sum
         self.model.train()
+        if not math.isfinite(alone):
+            raise UserError(
+                f"the model's own loss is {alone} before it has learned anything; its weights are broken, or too large "
+                "for this --dtype (try --dtype float32)"
+            )
         difference = abs(ours - alone) / sum(len(row.positions) for row in few)
         dtype = str(self.runner.head.weight.dtype).removeprefix("torch.")
         tolerance = FIRST_STEP_TOLERANCE.get(dtype, FIRST_STEP_TOLERANCE["bfloat16"])
@@ -254,18 +286,22 @@ class SandwichTrainer(SFTTrainer):
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)  # what a killed process left behind
         self.accelerator.wait_for_everyone()
-        with _replaced(self, "_get_output_dir", lambda trial: str(aside)):
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
+        try:
+            with _replaced(self, "_get_output_dir", lambda trial: str(aside)):
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.best_model_checkpoint = best
+                self.state.save_to_json(str(aside / name / "trainer_state.json"))
+                counters = json.dumps(self.log_callback.run_log.state())
+                (aside / name / COUNTERS).write_text(counters, encoding="utf-8")
+                # A pickle that nothing here reads: the flags are in experiment_config.json.
+                (aside / name / "training_args.bin").unlink(missing_ok=True)
+                os.replace(aside / name, folder / name)
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
         if self.args.should_save:
-            self.state.best_model_checkpoint = best
-            self.state.save_to_json(str(aside / name / "trainer_state.json"))
-            counters = json.dumps(self.log_callback.run_log.state())
-            (aside / name / COUNTERS).write_text(counters, encoding="utf-8")
-            # A pickle that nothing here reads: the flags are in experiment_config.json.
-            (aside / name / "training_args.bin").unlink(missing_ok=True)
-            os.replace(aside / name, folder / name)
-            shutil.rmtree(aside, ignore_errors=True)
             rotate_checkpoints(
                 output_dir=str(folder),
                 save_total_limit=self.args.save_total_limit,

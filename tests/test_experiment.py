@@ -1,15 +1,21 @@
 """Experiment folders: their names, their atomic birth, their log."""
 
+import errno
 import json
 import os
 import threading
+import zipfile
 from datetime import datetime
 
+import numpy as np
 import pytest
+from filelock import FileLock, Timeout
+from safetensors.numpy import save_file
 
-from finetune.errors import UserError
-from finetune.experiment import CONFIG, Experiment, check_writable, find_resumable, run_name
+from finetune.errors import UserError, one_line_errors
+from finetune.experiment import CONFIG, COUNTERS, Experiment, check_writable, find_resumable, run_name
 from finetune.run_log import COLUMNS, RunLog, read_rows
+from finetune.training import ranks
 
 WHEN = datetime(2025, 12, 18, 14, 30, 22)
 
@@ -21,6 +27,9 @@ WHEN = datetime(2025, 12, 18, 14, 30, 22)
          "kanana_1.5_2.1b_instruct_2505_r16_a32_lr2em04_ep3_20251218_143022"),
         ("Qwen/Qwen2.5-3B-Instruct", 8, 16, 1.5e-5, 0.5, "Qwen2.5_3B_Instruct_r8_a16_lr1.5em05_ep0.5_20251218_143022"),
         ("/models/my model/", 4, 8, 1, 1, "my_model_r4_a8_lr1ep00_ep1_20251218_143022"),
+        ("/models/한국어", 4, 8, 1, 1, "model_r4_a8_lr1ep00_ep1_20251218_143022"),
+        ("..", 4, 8, 1, 1, "model_r4_a8_lr1ep00_ep1_20251218_143022"),
+        ("org/" + 300 * "x", 4, 8, 1, 1, 100 * "x" + "_r4_a8_lr1ep00_ep1_20251218_143022"),
     ],
 )  # fmt: skip
 def test_run_names(model, rank, alpha, lr, epochs, wanted):
@@ -65,10 +74,22 @@ def test_a_file_in_the_way_is_one_line(tmp_path):
 
 
 def make_run(folder, status, checkpoints):
-    experiment = Experiment.create(folder, f"run_{status}", {"status": status}, exact_name=True)
+    config = {"status": status, "flags": {}, "data": {}, "format": {}}
+    experiment = Experiment.create(folder, f"run_{status}", config, exact_name=True)
     for step in checkpoints:
-        (experiment.folder / f"checkpoint-{step}").mkdir()
+        make_checkpoint(experiment.folder / f"checkpoint-{step}")
     return experiment
+
+
+def make_checkpoint(folder):
+    """The files that a resume reads, each of its own kind and next to empty."""
+    folder.mkdir()
+    for name in ("adapter_config.json", "trainer_state.json", COUNTERS):
+        (folder / name).write_text('{"a": 1}')
+    save_file({"a": np.zeros(8, np.float32)}, folder / "adapter_model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        with zipfile.ZipFile(folder / name, "w") as file:
+            file.writestr("a", "some state")
 
 
 def test_resume_finds_the_newest_checkpoint(tmp_path):
@@ -81,11 +102,40 @@ def test_resume_finds_the_newest_checkpoint(tmp_path):
         assert checkpoint.name == "checkpoint-10"
     assert find_resumable(str(finished.folder / "checkpoint-9"), tmp_path)[1].name == "checkpoint-9"
     empty = make_run(tmp_path, "failed", [])
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="no checkpoint that is whole"):
         find_resumable(str(empty.folder), tmp_path)
     with pytest.raises(UserError, match="not a run folder"):
         (tmp_path / "other" / "checkpoint-1").mkdir(parents=True)
         find_resumable(str(tmp_path / "other"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+             "adapter_config.json", COUNTERS],
+)  # fmt: skip
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, name, cut):
+    run = make_run(tmp_path, "interrupted", [2, 4])
+    newest = run.folder / "checkpoint-4"
+    data = (newest / name).read_bytes()
+    (newest / name).unlink()
+    if cut:
+        (newest / name).write_bytes(data[:-3])
+    assert find_resumable(str(run.folder), tmp_path)[1].name == "checkpoint-2"
+    assert find_resumable("", tmp_path)[1].name == "checkpoint-2"
+    with pytest.raises(UserError, match=rf"checkpoint-4: it.*{name}.*name another checkpoint"):
+        find_resumable(str(newest), tmp_path)
+
+
+def test_folders_of_other_programs_do_not_stand_in_the_way_of_a_resume(tmp_path):
+    run = make_run(tmp_path, "interrupted", [2])
+    for number, text in enumerate(("{", "[]", '"x"', '{"status": "running"}')):
+        folder = tmp_path / f"other_{number}"
+        folder.mkdir()
+        (folder / CONFIG).write_text(text)
+        with pytest.raises(UserError, match=CONFIG):
+            find_resumable(str(folder), tmp_path)
+    assert find_resumable("", tmp_path)[0].folder == run.folder
 
 
 def step(log, number, loss_sum=2.0, trained=4):
@@ -160,3 +210,47 @@ def test_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert json.loads((experiment.folder / CONFIG).read_text()) == {"a": 1}
     assert [p.name for p in experiment.folder.iterdir()] == [CONFIG]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "raised"),
+    [
+        (KeyboardInterrupt(), "interrupted", KeyboardInterrupt),
+        (UserError("the loss is nan"), "failed", UserError),
+        (ZeroDivisionError("a bug"), "failed", ZeroDivisionError),
+        # What a full disk looks like from Python, safetensors and torch.
+        (OSError(errno.ENOSPC, "No space left on device"), "failed", OSError),
+        (RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), "failed", OSError),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "failed", OSError),
+    ],
+)
+def test_however_a_run_ends_its_config_says_so(tmp_path, error, status, raised):
+    run = make_run(tmp_path, "running", [2])
+    with pytest.raises(raised) as caught, run.end_recorded():
+        raise error
+    assert (Experiment.open(run.folder).config["status"], "ended" in run.config) == (status, True)
+    if raised is OSError:
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(run.folder))
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "SECONDS_TO_END", 0)
+    other = FileLock(tmp_path / ranks.LOCK)
+    other.acquire()
+    with pytest.raises(UserError, match="another process is training this run"):
+        ranks.hold(tmp_path)
+    other.release()
+    ranks.hold(tmp_path)
+    with pytest.raises(Timeout):
+        other.acquire(timeout=0)
+
+
+def test_messages_hold_no_password_and_a_full_disk_is_no_refusal(capsys):
+    assert one_line_errors(fail)(UserError("model https://u:hush@host/x and ssh://hush@h: no")) == 2
+    assert one_line_errors(fail)(OSError(errno.ENOSPC, "No space left on device", "run/x")) == 1
+    said = capsys.readouterr().err
+    assert "hush" not in said and "https://***@host/x" in said and "error: run/x: No space left" in said
+
+
+def fail(error):
+    raise error

@@ -54,13 +54,19 @@ def test_an_experiment_config_is_a_config(tmp_path):
     path = tmp_path / "experiment_config.json"
     path.write_text(json.dumps({"flags": stored, "status": "finished"}))
     assert parse(["--config", str(path)]).run_flags() == stored
+    path.write_text(json.dumps({"flags": stored | {"name": "mine"}}))
+    assert parse(["--config", str(path)]).name is None, "the run of that name is there already"
+    assert parse(["--config", str(path), "--name", "again"]).name == "again"
 
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [("rnak: 8\n", "did you mean rank"), ("rank: many\n", "rank must be"), ("rank: 0\n", "rank must be"),
      ("scheduler: cosinus\n", "one of cosine"), ("share_prefix: maybe\n", "true or false"), ("- 1\n", "mapping"),
-     ("rank: {a: 1}\n", "rank cannot be"), ("rank: [1\n", "not valid YAML"), ("resume: x\n", "unknown flag")],
+     ("rank: {a: 1}\n", "rank cannot be"), ("rank: [1\n", "not valid YAML"), ("resume: x\n", "unknown flag"),
+     ("rank: 8\nlr: 1\nrank: 16\n", "'rank' stands in it twice"), ("dataset: []\n", "dataset is an empty list"),
+     ("dataset: [a.jsonl, null]\n", "dataset cannot be None"), ("model: ''\n", "model must be a non-empty text"),
+     ("name: ../up\n", "name must be a folder name"), ("seed: 4294967296\n", "seed must be")],
 )  # fmt: skip
 def test_bad_configs_name_file_and_key(tmp_path, text, wanted):
     path = tmp_path / "bad.yaml"
@@ -70,19 +76,40 @@ def test_bad_configs_name_file_and_key(tmp_path, text, wanted):
     assert "bad.yaml" in str(error.value)
 
 
+def test_configs_as_editors_save_them(tmp_path):
+    for name, text in (("bom.json", '{"rank": 4}'), ("bom.yaml", "rank: 4\r\n"), ("merged.yaml", "&a\nrank: 4\n")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert read_config(tmp_path / name) == {"rank": 4}
+    (tmp_path / "recipe.yaml").write_bytes(b"rank: 4  # \xff\n")
+    with pytest.raises(UserError, match=r"recipe\.yaml is not UTF-8 text \(byte 11\)"):
+        read_config(tmp_path / "recipe.yaml")
+    (tmp_path / "twice.json").write_text('{"rank": 8, "rank": 16}')
+    with pytest.raises(UserError, match="'rank' stands in it twice"):
+        read_config(tmp_path / "twice.json")
+
+
 def test_missing_config_is_named():
     with pytest.raises(UserError, match=r"nowhere\.yaml"):
         read_config("nowhere.yaml")
 
 
 @pytest.mark.parametrize(
-    "line", ["--rank 0", "--lr -1", "--epochs 0", "--eval_fraction 1", "--batch_size x", "--frobnicate"]
-)
+    "line", ["--rank 0", "--lr -1", "--epochs 0", "--eval_fraction 1", "--batch_size x", "--frobnicate", "--lr nan",
+             "--seed 4294967296", "--name a/b", "--name ..", "--name .hidden", "--name a\\b", f"--name {'x' * 201}",
+             "--model= ", "--config=", "--dataset="],
+)  # fmt: skip
 def test_impossible_values_end_with_exit_code_2(line, capsys):
     with pytest.raises(SystemExit) as stopped:
-        parse(line.split())
+        parse(line.split(" ", 1))
     assert stopped.value.code == 2
-    assert line.split()[0].strip("-") in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.split("[ =]", line)[0].strip("-") in said
+    assert len(said.splitlines()) == 2, "what is wrong must not be lost below a list of fifty flags"
+
+
+@pytest.mark.parametrize("name", ["a b", "모델 ☃", "lr=1e-4,rank=8", "x" * 200])
+def test_names_of_runs(name):
+    assert parse(["--name", name]).name == name
 
 
 @pytest.mark.parametrize(
@@ -104,6 +131,10 @@ def test_a_resumed_run_keeps_its_flags():
     assert again.tokens_per_pass == 512
     with pytest.raises(UserError, match="--rank 8 differs"):
         resumed(parse(["--resume", "run", "--rank", "8"]), stored, "run")
+
+
+def test_resume_without_a_folder_means_the_newest_run():
+    assert parse(["--resume"]).resume == "" and parse(["--resume", "run"]).resume == "run" and parse([]).resume is None
 
 
 def test_every_declared_flag_is_read_somewhere():

@@ -27,6 +27,15 @@ def write(path, text: str):
 
 
 @pytest.mark.parametrize(
+    "url", ["postgresql://u:hush@host/db", "https://u:hush@host/rows.jsonl", "s3://k:hush@bucket/r*2", "hf://x:hush@y"]
+)
+def test_a_url_is_refused_without_its_password(url):
+    with pytest.raises(UserError, match="a URL is no source of rows") as caught:
+        parse_spec(url)
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "r.jsonl",

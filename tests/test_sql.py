@@ -9,13 +9,15 @@ import socket
 import sqlite3
 import subprocess
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+import prepare_data
 from finetune.conversations import load_conversations
 from finetune.errors import UserError
-from finetune.reading.sql import database_url, read_sql
+from finetune.reading.sql import database_url, read_sql, shown_url
 
 CREATE = """CREATE TABLE query_logs (id integer, query text, tool_used text, parameters {json}, response text)"""
 LOGS = [
@@ -74,6 +76,16 @@ def test_wrong_urls_are_one_line_without_the_password(url):
     with pytest.raises(UserError, match="--sql") as caught:
         list(read_sql(url))
     assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize("query", ["user=u&password=hush", "sslpassword=hush", "Passwd=hush&sslmode=disable"])
+def test_a_password_behind_the_question_mark_is_hidden_too(query):
+    url = f"postgresql://localhost:1/db?{query}"
+    assert "hush" not in shown_url(database_url(url, {}))
+    with pytest.raises(UserError, match="localhost:1/db") as caught:
+        list(read_sql(url, query="SELECT 1"))
+    assert "hush" not in str(caught.value)
+    assert "hush" not in prepare_data._command_line(Namespace(argv=["--sql", url, "--output", "out"], sql=url))
 
 
 def test_a_query_cannot_change_an_sqlite_file(sqlite_url):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -217,9 +218,15 @@ def test_a_killed_run_resumes_to_the_same_bytes(rows, tiny_model, tmp_path):
     with (killed / "run" / "training_log.csv").open("a") as file:
         file.write("5,1.6")
     (killed / "run" / ".saving" / "checkpoint-99").mkdir(parents=True, exist_ok=True)
+    # And a machine that went down before the newest checkpoint was on the disk.
+    cut = killed / "run" / "checkpoint-6"
+    shutil.rmtree(cut, ignore_errors=True)
+    shutil.copytree(killed / "run" / "checkpoint-4", cut)
+    (cut / "optimizer.pt").write_bytes((cut / "optimizer.pt").read_bytes()[:-100])
 
     result = run("--resume", killed / "run")
     assert result.returncode == 0, result.stderr
+    assert "checkpoint-6 is passed over: its optimizer.pt is not whole" in result.stderr
     assert config_of(killed / "run")["status"] == "finished"
     adapters = [(d / "run" / "final_model" / "adapter_model.safetensors").read_bytes() for d in (whole, killed)]
     assert adapters[0] == adapters[1]
@@ -295,6 +302,43 @@ def test_dry_run_prints_the_table_and_makes_nothing(rows, tmp_path):
     assert not (tmp_path / "experiments").exists()
 
 
+def test_a_loss_that_is_no_number_ends_the_run_and_is_logged(rows, tiny_model, tmp_path):
+    """Its step is not taken: behind it every weight would be nan, and so would be every later checkpoint."""
+    result = run(
+        "--model", tiny_model, "--dataset", rows, "--format", "chatml", "--lr", "1e30", "--save_steps", 1,
+        "--max_steps", 30, "--scheduler", "constant", "--experiments_dir", tmp_path, "--name", "run",
+    )  # fmt: skip
+    refused(result, "the loss is nan", "--lr")
+    assert config_of(tmp_path / "run")["status"] == "failed"
+    logged = log_rows(tmp_path / "run")
+    assert logged[-1]["loss"] == "nan" and len(logged) < 30
+    assert not (tmp_path / "run" / f"checkpoint-{logged[-1]['step']}").exists()
+    assert not (tmp_path / "run" / "final_model").exists()
+
+
+def test_pickled_weights_are_not_loaded(rows, tiny_model, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    result = run("--model", model, "--dataset", rows, "--format", "chatml", "--experiments_dir", tmp_path / "e")
+    refused(result, "no weights as safetensors")
+    assert not list((tmp_path / "e").glob("*"))
+
+
+def test_weights_that_a_model_lacks_are_told(rows, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    result = run(
+        "--model", model, "--dataset", rows, "--format", "chatml", "--max_steps", 1, "--experiments_dir", tmp_path / "e"
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"its files lack model\.layers\.2\..*random numbers", result.stderr)
+
+
 def row_without_messages():
     return {"tools": "[]", "note": "nothing to say"}
 
@@ -352,6 +396,11 @@ def test_no_rows_left_is_one_line(tmp_path):
         (("--model", "smollm2-135m", "--format", "chatml", "--target_modules", "qqq_proj"), "qqq_proj"),
         (("--model", "smollm2-135m", "--max_seq_length", "50", "--format", "chatml"), "max_seq_length"),
         (("--model", "smollm2-135m", "--report_to", "trackio"), "trackio"),
+        (("--model", "smollm2-135m", "--format", "chatml", "--optim", "adamw_tor"), "did you mean adamw_torch?"),
+        (
+            ("--model", "smollm2-135m", "--format", "chatml", "--eval_dataset", "empty.jsonl"),
+            "no rows left to evaluate on",
+        ),
     ],
 )
 def test_impossible_settings_are_one_line_and_leave_no_folder(arguments, wanted, rows, tmp_path):
@@ -361,7 +410,8 @@ def test_impossible_settings_are_one_line_and_leave_no_folder(arguments, wanted,
 
         if importlib.util.find_spec("trackio"):
             pytest.skip("trackio is installed here")
-    result = run(*arguments, "--dataset", rows, "--experiments_dir", tmp_path / "e")
+    (tmp_path / "empty.jsonl").touch()
+    result = run(*arguments, "--dataset", rows, "--experiments_dir", tmp_path / "e", cwd=tmp_path)
     refused(result, wanted)
     assert not list((tmp_path / "e").glob("*"))
 
@@ -372,8 +422,6 @@ def test_an_unwritable_experiments_folder_is_one_line(rows, tmp_path):
 
 
 def test_a_tokenizer_without_a_template_is_one_line(rows, tiny_model, tmp_path):
-    import shutil
-
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     (model / "chat_template.jinja").unlink(missing_ok=True)

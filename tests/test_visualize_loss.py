@@ -224,6 +224,52 @@ def test_bad_input_is_one_line(ranks, arguments, words):
     assert result.stderr.startswith("error: ") and words in result.stderr and result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-s", "experiments/a/training_log.csv", "experiments/b/training_log.csv"],  # -s */training_log.csv
+        ["-s", "experiments/a/training_log.csv"],
+        ["--html", "experiments/b/experiment_config.json"],
+        ["-s", "log.csv", "log.csv"],
+        ["-o", "new.png", "--html", "./new.png"],
+        ["-o", "new.bmp", "-s", "new.csv"],
+    ],
+)
+def test_no_output_takes_the_place_of_a_record_or_of_another_output(tmp_path, arguments):
+    for name in ("a", "b"):
+        make_run(tmp_path / "experiments", name)
+    (tmp_path / "log.csv").write_bytes((tmp_path / "experiments/a/training_log.csv").read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    result = visualize(*arguments, cwd=tmp_path, code=2)
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_losses_without_end_odd_configs_and_dollars_are_drawn_and_named(tmp_path):
+    """Losses of inf and 1e307, values of the wrong kind in a config, and names that matplotlib takes for formulas."""
+    runs = tmp_path / "experiments"
+    for name, losses in (("endless", ["2.5", "2", "inf", "-inf", "nan"]), ("vast", ["2.5"] + ["1e307"] * 9)):
+        folder = make_run(runs, name, steps=1, dataset=["$x_{$ ^^"])
+        lines = [f"{n},0.1,{loss},,1,1,100,10,1,1,{n},1" for n, loss in enumerate(losses, start=1)]
+        (folder / "training_log.csv").write_text("\n".join([HEADER, *lines]) + "\n", encoding="utf-8")
+    with (make_run(runs, "steps", dataset=["c\nd\u202e"]) / "training_log.csv").open("a") as file:
+        file.write("inf,0.1,2,,1,1,100,10,1,1,9,1\n")
+    odd = {"flags": {"rank": "x", "lr": None, "model": 5, "dataset": {"a": 1}}, "status": ["x"],
+           "trainable_parameters": "many"}  # fmt: skip
+    (make_run(runs, "odd") / "experiment_config.json").write_text(json.dumps(odd))
+    outputs = ["-o", "out.png", "-s", "out.csv", "--html", "out.html", "--log-y"]
+    result = visualize(*outputs, "experiments", cwd=tmp_path)
+    assert result.stderr == "" and picture_size(tmp_path / "out.png")[0] == 1800
+    rows = {Path(row["folder"]).name: row for row in read_summary(tmp_path / "out.csv")}
+    assert (rows["endless"]["final_loss"], rows["endless"]["min_loss"]) == ("inf", "2.0")
+    assert "loss is no number in 3 rows, first at step 3" in rows["endless"]["notes"]
+    assert (rows["vast"]["final_loss"], rows["vast"]["min_loss"]) == ("inf", "2.5")
+    assert "9 rows, first at step 2" in rows["vast"]["notes"]
+    assert "1 unreadable line left out" in rows["steps"]["notes"]
+    assert "c d" in rows["steps"]["run"] and "\u202e" not in rows["steps"]["run"]
+    assert rows["odd"]["status"] == "unknown" and rows["odd"]["trainable_parameters"] == ""
+
+
 def test_a_folder_still_being_made_is_passed_over(tmp_path):
     make_run(tmp_path, "run")
     make_run(tmp_path, ".new_run_x")

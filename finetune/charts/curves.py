@@ -31,6 +31,7 @@ X_COLUMNS = {"step": "step", "epoch": "epoch", "tokens": "tokens_seen", "time": 
 # Scores of evaluate_lora.py that the summary shows when a run has been evaluated.
 SCORES = ("tool_name_accuracy", "parameter_accuracy")
 SILENT_AFTER_SECONDS = 600  # a run that says it is running and has not logged for this long is worth a word
+LARGEST = 1e100  # a loss beyond is no number any more, and neither are sums and squares of such
 _FOLDER_NAME = re.compile(
     r"(?P<model>.+)_r(?P<rank>\d+)_a(?P<alpha>[\d.]+)_lr(?P<lr>[^_]+)_ep(?P<epochs>[^_]+)_\d{8}_\d{6}(_\d+)?"
 )
@@ -57,7 +58,8 @@ class Run:
 
     @property
     def status(self) -> str:
-        return str(self.config.get("status") or "unknown")
+        status = self.config.get("status")
+        return status if isinstance(status, str) and status else "unknown"
 
     def points(self, x: str, y: str) -> tuple[Any, Any]:
         """Two float arrays of one length: column `y` over the x axis named `x` (a key of `X_COLUMNS`), no NaN."""
@@ -190,12 +192,15 @@ def read_log(path: Path, notes: list[str]) -> pd.DataFrame:
         rows[name] = pd.to_numeric(column, errors="coerce").astype("float64")
         if name in ("loss", "eval_loss"):
             text = column.astype(str).str.lower() if column.dtype.kind not in "fiu" else None
-            diverged = np.isinf(rows[name]) if text is None else np.isinf(rows[name]) | text.str.contains("nan|inf")
+            endless = rows[name].abs() >= LARGEST
+            diverged = endless if text is None else endless | text.str.contains("nan|inf")
             diverged &= column.notna()
             if diverged.any():
                 rows.loc[diverged, name] = np.inf
                 first = rows["step"][diverged].iloc[0]
                 notes.append(f"{name} is no number in {int(diverged.sum())} rows, first at step {first:.0f}")
+        else:
+            rows[name] = rows[name].where(rows[name].abs() < LARGEST)
     spoilt += int(rows["step"].isna().sum())
     rows = rows[rows["step"].notna()]
     if spoilt > 0:
@@ -267,11 +272,11 @@ def summarize(run: Run) -> dict[str, Any]:
         "seconds": seconds,
         "tokens_per_second": tokens / seconds if tokens and seconds else None,
         "peak_memory_gb": None if rows.empty or rows["peak_memory_gb"].isna().all() else rows["peak_memory_gb"].max(),
-        "trainable_parameters": run.config.get("trainable_parameters"),
+        "trainable_parameters": _number(run.config.get("trainable_parameters")),
     }
     for which in ("base", "finetuned"):
         metrics = read_json(run.folder / "evaluation" / f"{which}_model_metrics.json", [])
-        row |= {f"{which}_{name}": metrics[name] for name in SCORES if isinstance(metrics.get(name), int | float)}
+        row |= {f"{which}_{name}": metrics[name] for name in SCORES if _number(metrics.get(name)) is not None}
     return row | {"folder": str(run.folder), "notes": "; ".join(run.notes)}
 
 
@@ -283,6 +288,12 @@ def _last(column: pd.Series) -> float | None:
 def _lowest(rows: pd.DataFrame, column: str) -> tuple[float | None, float | None]:
     values = rows[column].dropna()
     return (None, None) if values.empty else (float(values.min()), float(rows["step"][values.idxmin()]))
+
+
+def _number(value: Any) -> float | None:
+    """A finite number of a JSON file as it is, None for anything else."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    return value if known else None
 
 
 def _whole(value: float | None) -> int | None:

@@ -41,8 +41,7 @@ def draw_curves(
     With `repeats`, runs that differ by their seed alone become one curve, their mean, in a band of one standard
     deviation to each side.
     """
-    if output.suffix.lower() not in PICTURE_TYPES:
-        raise UserError(f"{output}: cannot draw this type of picture; end the name in {', '.join(PICTURE_TYPES)}")
+    check_picture_type(output)
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -51,9 +50,11 @@ def draw_curves(
         "font.family": _fonts(comparison), "font.size": 10.5, "text.color": INK, "axes.labelcolor": INK,
         "axes.edgecolor": "#BBBBBB", "xtick.color": SOFT, "ytick.color": SOFT, "svg.fonttype": "none",
         "agg.path.chunksize": 10000, "axes.unicode_minus": True,
+        "text.parse_math": False,  # a "$" in the name of a run or a data set is a dollar
     }  # fmt: skip
     with rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box is drawn; the run is still told
+        warnings.filterwarnings("ignore", message="Data has no positive values")  # a loss of 0 on a logarithmic axis
         figure = Figure(figsize=(12, 6.75), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
@@ -69,6 +70,11 @@ def draw_curves(
         buffer = io.BytesIO()
         figure.savefig(buffer, format=output.suffix[1:].lower(), dpi=150, facecolor="white")
     write_bytes_atomic(output, buffer.getvalue())
+
+
+def check_picture_type(output: Path) -> None:
+    if output.suffix.lower() not in PICTURE_TYPES:
+        raise UserError(f"{output}: cannot draw this type of picture; end the name in {', '.join(PICTURE_TYPES)}")
 
 
 def _draw_lines(axes: Axes, comparison: Comparison, x: str, width: int | None) -> tuple[float, float]:

@@ -108,7 +108,8 @@ def value_text(value: Any) -> str:
         return f"{value:.4g}" if value == 0 or abs(value) >= 0.01 else f"{value:.3e}".replace(".000e", "e")
     if isinstance(value, list):
         return "+".join(value_text(item) for item in value)
-    text = str(value)
+    # One line of visible characters: a label stands in a table and in a legend.
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
     return PurePath(text.replace("\\", "/")).name or text
 
 

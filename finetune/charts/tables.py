@@ -24,7 +24,8 @@ def print_table(table: list[dict[str, Any]]) -> None:
     def cell(form):
         return lambda value: "" if value is None or value != value else form(value)
 
-    loss, count = cell("{:.4f}".format), cell("{:,}".format)
+    loss = cell(lambda value: f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3g}")
+    count = cell("{:,}".format)
     columns = {
         "status": ("status", cell(str)), "steps": ("steps", count), "final_loss": ("final", loss),
         "min_loss": ("min", loss), "best_eval_loss": ("best eval", loss), "best_eval_step": ("at step", count),

@@ -51,6 +51,12 @@ def parse_spec(text: str | Path) -> Spec:
             raise UserError(f"{text}: the weight {number!r} is no number above 0; write for example rows.jsonl*0.5")
     if Path(body).exists():
         return Spec(text, weight, path=Path(body))
+    if scheme := re.match(r"\w[\w+.-]*(?=://)", body):
+        # What stands behind the scheme may hold a password: it is not repeated.
+        raise UserError(
+            f"{scheme[0]}://…: a URL is no source of rows; download the file, write a Hub dataset as org/name, "
+            "and read a database with prepare_data.py --sql"
+        )
     folder, _, split = body.rpartition("@")
     if folder and Path(folder).is_dir():
         return Spec(text, weight, path=Path(folder), split=split)

@@ -14,6 +14,7 @@ from typing import Any
 from finetune.errors import UserError
 
 DEFAULT_TABLE = "query_logs"
+_SECRET = re.compile("pass|pwd|secret|token|key", re.IGNORECASE)  # ?password=… in a URL, ?sslpassword=…
 _TABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)?")
 
 
@@ -53,6 +54,15 @@ def database_url(text: str | None, environment: dict[str, str] | None = None):
     return url
 
 
+def shown_url(url) -> str:
+    """The URL as messages and files may hold it: without a password, wherever in it one stands."""
+    return url.difference_update_query(_secrets(url)).render_as_string(hide_password=True)
+
+
+def _secrets(url) -> list[str]:
+    return [key for key in url.query if _SECRET.search(key)]
+
+
 def _environment() -> dict[str, str]:
     from dotenv import dotenv_values
 
@@ -76,7 +86,7 @@ def read_sql(
         if not _TABLE.fullmatch(table):
             raise UserError(f"--table {table!r}: no plain table name; use --query with a SELECT of your own")
         query = f"SELECT * FROM {table}"
-    name = f"{url.render_as_string(hide_password=True)}#{table or 'query'}"
+    name = f"{shown_url(url)}#{table or 'query'}"
     try:
         engine = sqlalchemy.create_engine(url)
     except (NoSuchModuleError, ImportError) as error:
@@ -99,8 +109,9 @@ def read_sql(
                 yield name, number, {column: value for column, value in row.items() if value is not None}
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        if url.password:
-            reason = reason.replace(str(url.password), "***")
+        for secret in (url.password, *(url.query[key] for key in _secrets(url))):
+            if secret:
+                reason = reason.replace(str(secret), "***")
         raise UserError(
             f"{name}: {reason}; check --sql, --query or --table, and POSTGRES_* in the environment"
         ) from error

@@ -93,12 +93,14 @@ class LastStepCallback(TrainerCallback):
 class StopCallback(TrainerCallback):
     """The first Ctrl-C (or the SIGTERM of a preempted machine) ends the run after the step at hand, with a checkpoint.
 
-    Stopping between steps is what makes the resume exact. A second Ctrl-C stops at once. In a data-parallel run all
+    Stopping between steps is what makes the resume exact. A second Ctrl-C stops at once. What comes after the last
+    step is short and is finished: without it the run would have been for nothing. In a data-parallel run all
     ranks have to stop after the same step, so a request counts when the trainer says that all have heard of it.
     """
 
     def __init__(self):
         self.requested: str | None = None
+        self.trained = False
         self.agreed = ranks.size() == 1
         self._before: dict[int, Any] = {}
 
@@ -114,7 +116,8 @@ class StopCallback(TrainerCallback):
                 return
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
-        log.warning("%s: finishing this step, then saving a checkpoint (again to stop at once)", self.requested)
+        rest = "saving the adapter" if self.trained else "finishing this step, then saving a checkpoint"
+        log.warning("%s: %s (again to stop at once)", self.requested, rest)
 
     def agree(self) -> None:
         """All ranks know that one of them was asked to stop."""
@@ -126,6 +129,9 @@ class StopCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
         return control
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trained = True
 
     def restore(self) -> None:
         """Give the signals back to their former handlers."""

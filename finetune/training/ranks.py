@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from finetune.errors import UserError
 
@@ -26,6 +26,7 @@ SHARDED = {
 }  # fmt: skip
 _LOST = re.compile(r"gloo|nccl|(closed|reset) by peer|broken pipe|connection (was )?(closed|refused)", re.IGNORECASE)
 LOCK = ".lock"
+SECONDS_TO_END = 10
 _group: Any = None
 
 
@@ -96,6 +97,23 @@ def lock(folder: Path) -> None:
         return
     held = FileLock(folder / LOCK)
     held.acquire()
+    atexit.register(_unlock, held)
+
+
+def hold(folder: Path) -> None:
+    """Keep the folder of a run of one process to this process until it ends; UserError when another is at work in it.
+
+    One that was told to stop gets a moment to end.
+    """
+    if size() > 1:
+        return
+    held = FileLock(folder / LOCK)
+    try:
+        held.acquire(timeout=SECONDS_TO_END)
+    except Timeout as error:
+        raise UserError(f"{folder}: another process is training this run; wait for it, or stop it first") from error
+    except (OSError, NotImplementedError):  # a file system without locks
+        return
     atexit.register(_unlock, held)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,13 @@ from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
-from finetune.experiment import LOG, Experiment
+from finetune.experiment import COUNTERS, LOG, Experiment
 from finetune.memory import runs as memory
 from finetune.memory.sizes import sizes_of_model
 from finetune.model import Loaded
 from finetune.run_log import RunLog, read_rows
 from finetune.settings import Settings
-from finetune.trainer import COUNTERS, SandwichTrainer  # imports unsloth first
+from finetune.trainer import SandwichTrainer  # imports unsloth first
 from finetune.training.callbacks import LastStepCallback, LogCallback, StopCallback
 from finetune.training.probe import tokens_of_a_pass
 
@@ -37,7 +41,11 @@ def make_trainer(
     groups: Any = None,
 ) -> SandwichTrainer:
     """The trainer for these settings, writing into the experiment's folder; `groups` as in steps_of_epoch."""
-    args = training_arguments(settings, experiment, rows, eval_rows is not None, loaded)
+    news = io.StringIO()  # stdout is for the run's folder; Unsloth says there what it changes
+    with contextlib.redirect_stdout(news):
+        args = training_arguments(settings, experiment, rows, eval_rows is not None, loaded)
+    for line in news.getvalue().splitlines():
+        log.info("%s", line)
     run_log = RunLog(experiment.folder / LOG if args.process_index == 0 else None)
     sizes = sizes_of_model(model)
     plan = memory.plan_of_run(
@@ -128,17 +136,29 @@ def training_arguments(
 
 
 def run_training(trainer: SandwichTrainer, checkpoint: Path | None) -> dict[str, Any]:
-    """Train, from the checkpoint if there is one; returns the numbers that go into experiment_config.json."""
+    """Train, from the checkpoint if there is one; returns the numbers that go into experiment_config.json.
+
+    Signals stay with the trainer's stop_callback, so that one does not cut short what is still to be saved.
+    """
     if checkpoint is not None:
         counters = json.loads((checkpoint / COUNTERS).read_text(encoding="utf-8"))
         trainer.log_callback.run_log.restore(counters)
+        if trainer.args.should_save:
+            remove_later(checkpoint)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         trainer.log_callback.stop()
         trainer.log_callback.run_log.flush()
-        trainer.stop_callback.restore()
     return results(trainer)
+
+
+def remove_later(checkpoint: Path) -> None:
+    """Remove the run's later checkpoints, as their rows are cut from the log: from here on they are made again."""
+    later = Experiment.open(checkpoint.parent).checkpoints()
+    for path in later[later.index(checkpoint) + 1 :]:
+        log.info("%s is removed: the run goes on from %s", path.name, checkpoint.name)
+        shutil.rmtree(path)
 
 
 def results(trainer: SandwichTrainer) -> dict[str, Any]:
@@ -147,8 +167,10 @@ def results(trainer: SandwichTrainer) -> dict[str, Any]:
 
     run_log = trainer.log_callback.run_log
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in read_rows(run_log.path)] if run_log.path else []
-    losses = [float(row["loss"]) for row in rows if row["loss"]]
-    eval_losses = [float(row["eval_loss"]) for row in rows if row["eval_loss"]]
+    losses, eval_losses = (
+        [float(row[name]) for row in rows if row[name] and math.isfinite(float(row[name]))]
+        for name in ("loss", "eval_loss")
+    )
     counters = run_log.counters
     return {
         "final_loss": losses[-1] if losses else None,

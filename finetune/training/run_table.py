@@ -44,7 +44,8 @@ def print_run_table(
     add("trained / all by role", "  ".join(f"{role} {trained.get(role, 0):,}/{n:,}" for role, n in by_role.items()))
     add("longest row", f"{report['longest']:,} tokens (at most {settings.max_seq_length:,})")
     if eval_rows is not None:
-        add("evaluation rows", f"{eval_rows.report['kept']:,} ({eval_rows.report['trained_tokens']:,} trained tokens)")
+        of = eval_rows.report
+        add("evaluation rows", f"{of['rows']:,} read, {of['kept']:,} kept ({of['trained_tokens']:,} trained tokens)")
     step_rows = settings.batch_size * settings.grad_accum
     steps_per_epoch = -(-report["sequences"] // step_rows)
     steps = settings.max_steps or max(1, int(steps_per_epoch * settings.epochs))

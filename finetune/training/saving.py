@@ -17,16 +17,19 @@ def save_final_model(experiment: Experiment, model: Any, tokenizer: Any, fmt: An
     """Write `final_model/` aside and rename it into place; returns its path."""
     target = experiment.folder / FINAL
     aside = experiment.folder / f".{FINAL}.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(str(aside), safe_serialization=True)
-    saved = copy.copy(tokenizer)  # the caller's tokenizer keeps its own template
-    saved.chat_template = fmt.pinned_template()
-    saved.save_pretrained(str(aside))
-    generation_config(model, end_of_turn_ids).save_pretrained(str(aside))
-    (aside / "README.md").write_text(model_card(experiment), encoding="utf-8")
-    if target.exists():  # a resumed run that had finished before
-        shutil.rmtree(target)
-    os.replace(aside, target)
+    shutil.rmtree(aside, ignore_errors=True)  # what a killed process left behind
+    try:
+        model.save_pretrained(str(aside), safe_serialization=True)
+        saved = copy.copy(tokenizer)  # the caller's tokenizer keeps its own template
+        saved.chat_template = fmt.pinned_template()
+        saved.save_pretrained(str(aside))
+        generation_config(model, end_of_turn_ids).save_pretrained(str(aside))
+        (aside / "README.md").write_text(model_card(experiment), encoding="utf-8")
+        if target.exists():  # a resumed run that had finished before
+            shutil.rmtree(target)
+        os.replace(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return target
 
 
