@@ -94,5 +94,7 @@ def _list(values: Any) -> list[float]:
 
 
 def _number(value: Any) -> Any:
-    """JSON has no nan."""
+    """JSON has no nan and no inf; "Infinity" is what JavaScript makes one of again."""
+    if isinstance(value, float) and abs(value) == float("inf"):
+        return "Infinity" if value > 0 else "-Infinity"
     return None if isinstance(value, float) and value != value else value
