@@ -130,7 +130,7 @@ class SandwichTrainer(SFTTrainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().create_optimizer(*args, **kwargs)
-        except (ImportError, ValueError, RuntimeError) as error:
+        except (ImportError, ValueError) as error:
             name, reason = getattr(self.args.optim, "value", self.args.optim), str(error).splitlines()[0]
             raise UserError(f"--optim {name} cannot be used here ({reason}); choose another one") from error
 

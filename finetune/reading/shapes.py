@@ -78,7 +78,7 @@ def detect_shape(raw: dict[str, Any], column_map: dict[str, str] | None = None) 
     names = ", ".join(raw) or "none"
     raise RowError(
         f"has no messages (its columns: {names}); give messages, a prompt and a completion, or a text "
-        "with 'User:' and 'Assistant:', or name the columns with --map COLUMN=FIELD"
+        "with 'User:' and 'Assistant:', or name the columns with prepare_data.py --map COLUMN=FIELD"
     )
 
 
