@@ -86,3 +86,17 @@ def test_a_pass_that_does_not_fit_leaves_the_formula(runner, monkeypatch):
     monkeypatch.setattr(runner, "run_once", broken)
     with pytest.raises(RuntimeError, match="something else"):
         probe.probe(runner, (512, 1024))
+
+
+def test_on_a_cpu_a_pass_is_tried_only_where_memory_is_near_what_the_run_needs(runner, monkeypatch):
+    rows = [([*range(2000), *[number] * 50], [-100] * 2000 + [number] * 50) for number in range(32)]
+    tried = []
+    monkeypatch.setattr(probe, "probe", lambda *args: tried.append(args))
+    flags = settings.parse(["--model", "m", "--dataset", "d", "--batch_size", "16", "--grad_accum", "1"])
+    plan = Plan(tokens=1, rank=8, load_in_4bit=False, dtype="float32", gradient_checkpointing=False,
+                optim="adamw_torch", device="cpu")  # fmt: skip
+    # The longest row 16 times would be 32,800 tokens; with the beginning shared the run needs 2,800.
+    for allowed, tries in ((5_700, 0), (5_300, 1)):
+        monkeypatch.setattr(runs, "default_tokens_per_pass", lambda *args, allowed=allowed, **more: allowed)
+        assert probe.tokens_of_a_pass(runner, flags, sizes_of_model(runner.model), plan, rows) == allowed
+        assert len(tried) == tries

@@ -25,25 +25,30 @@ log = logging.getLogger("sandwich")
 CPU_TRIES = (512, 1024)
 
 
-def tokens_of_a_pass(runner: PassRunner, settings: Any, sizes: Sizes, plan: Plan, sequences: Any) -> int:
+def tokens_of_a_pass(
+    runner: PassRunner, settings: Any, sizes: Sizes, plan: Plan, sequences: Any, groups: Any = None
+) -> int:
     """--tokens_per_pass, or its default: by what two passes of this model on this device took of the free memory.
 
-    The formula's answer (`runs.tokens_of_a_pass`) stands where nothing can be tried, and on a CPU where memory for
-    twice what is of use is free by it: there a try would cost seconds and change nothing.
+    The formula's answer (`runs.tokens_of_a_pass`) stands where nothing can be tried, and on a CPU where by it memory
+    for twice the run's largest pass is free: there a try would cost seconds and change nothing. groups: as in
+    `steps_of_epoch`.
     """
     guess = runs.tokens_of_a_pass(settings, sizes, plan, sequences, loaded=True)
     if settings.tokens_per_pass:
         return guess
-    useful = runs.useful_tokens(settings, plan, sequences)
-    if useful is not None and runs.default_tokens_per_pass(sizes, plan, loaded=True) >= 2 * useful:
-        return guess
+    if plan.device == "cpu":
+        largest = runs.with_rows(plan, settings, sequences, guess, groups=groups).tokens
+        if runs.default_tokens_per_pass(sizes, plan, loaded=True) >= 2 * largest:
+            return guess
     found = probe(runner, CPU_TRIES if plan.device == "cpu" else (max(512, guess // 4), max(1024, guess // 2)))
     if found is None:
         return guess
     optimizer = optimizer_bytes(plan.optim if knows(plan.optim) else "adamw_torch", sizes.adapted(plan.target_modules),
                                 plan.rank)  # fmt: skip
     tokens = found.tokens(runs.BUDGET[plan.device] * runs.free_memory() - optimizer)
-    tokens = min(max(tokens, runs.LEAST_TOKENS), runs.MOST_TOKENS, useful or runs.MOST_TOKENS)
+    useful = runs.useful_tokens(settings, plan, sequences) or runs.MOST_TOKENS
+    tokens = min(max(tokens, runs.LEAST_TOKENS), runs.MOST_TOKENS, useful)
     log.info("a pass takes %.2f GB and %.0f kB a token (tried); passes of at most %s tokens",
              found.fixed / 1e9, found.per_token / 1e3, f"{tokens:,}")  # fmt: skip
     return tokens

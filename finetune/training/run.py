@@ -71,7 +71,7 @@ def make_trainer(
     trainer.add_callback(StopCallback())
     if settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience, settings.early_stopping_threshold))
-    tokens_per_pass = tokens_of_a_pass(trainer.runner, settings, sizes, plan, rows.sequences)
+    tokens_per_pass = tokens_of_a_pass(trainer.runner, settings, sizes, plan, rows.sequences, groups)
     trainer.runner.tokens_per_pass = tokens_per_pass
     # Written before the first step, so that a run that dies of too little memory says what was expected of it.
     plan = memory.with_rows(plan, settings, rows.sequences, tokens_per_pass, trainer.runner.plan, groups)
