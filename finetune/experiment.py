@@ -104,9 +104,7 @@ class Experiment:
             raise UserError(f"{folder} is not a run folder: it has no {CONFIG}") from None
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error}") from error
-        if not isinstance(config, dict):
-            raise UserError(f"{path} holds no mapping, so train_lora.py did not write it; name another folder")
-        return cls(folder, config)
+        return cls(folder, config if isinstance(config, dict) else {})
 
     def save(self) -> None:
         if not self.writes:
