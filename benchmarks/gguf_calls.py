@@ -36,8 +36,8 @@ def main() -> int:
     run = find_run(args.run)
     tokenizer, fmt = run.load_tokenizer()
     fmt = replace(fmt, template=trained_template(run, fmt), template_kwargs={})
-    lines = (args.run / "evaluation" / "finetuned_model_results.jsonl").read_text(encoding="utf-8").splitlines()
-    known = {(line["row"], line["turn"]): line for line in map(json.loads, lines)}
+    lines = (args.run / "evaluation" / "finetuned_model_results.jsonl").read_text(encoding="utf-8").split("\n")
+    known = {(line["row"], line["turn"]): line for line in map(json.loads, filter(None, lines))}
     made = make_prompts(load_items(args.dataset), tokenizer, fmt, longest=None)
     pairs = [(item, ids) for item, ids in zip(made.items, made.input_ids, strict=True)]
     pairs = [(item, ids) for item, ids in pairs if (item.row, item.turn) in known]
