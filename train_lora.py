@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
 
         import_unsloth()
         ranks.start()
-    from finetune.model import check_optimizer, load_tokenizer
+    from finetune.model import load_tokenizer
+    from finetune.training.optimizers import check_optimizer
     from formats import check_tokenizer, choose_format, get_format
 
     check_optimizer(settings.optim)

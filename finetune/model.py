@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib.util
 import io
 import logging
 import os
-import re
 import sys
-import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.bundled import cache_dir, resolve_model
 from finetune.errors import UserError
 from finetune.hub_token import hub_token
+from finetune.model_faults import LoadReport, hub_errors
 from finetune.training import ranks
 
 if TYPE_CHECKING:
@@ -91,81 +88,6 @@ class Loaded:
     device: str
 
 
-def hub_errors(name: str):
-    """Context manager: failures of the Hub and of missing files become one line with a remedy."""
-
-    @contextlib.contextmanager
-    def guard():
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-        )
-        from safetensors import SafetensorError
-
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:  # of any kind: they come from whatever a stranger's config.json holds
-            chain, cause = [], error
-            while cause is not None:
-                chain.append(cause)
-                cause = cause.__cause__ or cause.__context__
-            text = " ".join(str(e) for e in chain)
-            if any(isinstance(e, GatedRepoError) for e in chain) or "gated repo" in text.lower():
-                raise UserError(
-                    f"model {name} is gated: accept its licence on https://huggingface.co/{name} "
-                    "and set HF_TOKEN to a token with read access"
-                ) from error
-            if "trust_remote_code" in text:
-                raise UserError(
-                    f"model {name} brings its own code; read it, then pass --trust_remote_code to run it"
-                ) from error
-            if any(isinstance(e, RepositoryNotFoundError) for e in chain):
-                raise UserError(f"model {name} is not on the Hub (or private: set HF_TOKEN); check --model") from error
-            if (
-                any(isinstance(e, LocalEntryNotFoundError | ConnectionError) for e in chain)
-                or "offline" in text.lower()
-            ):
-                raise UserError(
-                    f"model {name} is neither a folder nor in the local cache, and the Hub cannot be reached; "
-                    "check --model and the network, or use --model smollm2-135m"
-                ) from error
-            if any(isinstance(e, HFValidationError) for e in chain):
-                raise UserError(f"model {name} is neither a folder nor a name that the Hub allows") from error
-            if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text, re.IGNORECASE):
-                raise
-            if "file named model.safetensors" in text:
-                raise UserError(
-                    f"model {name} has no weights as safetensors; pickled ones can run code and are not loaded: "
-                    "convert them, or choose another --model"
-                ) from error
-            if "ignore_mismatched_sizes" in text:
-                raise UserError(
-                    f"model {name} cannot be loaded: its weights have other shapes than its config.json says; "
-                    "fetch the model again"
-                ) from error
-            reason = textwrap.shorten(str(error), 250, placeholder=" …")
-            if not isinstance(error, OSError | ValueError | RuntimeError | SafetensorError):
-                reason = f"{type(error).__name__}: {reason}"  # the text alone is a key's name or less
-            raise UserError(f"model {name} cannot be loaded: {reason}; check --model") from error
-
-    return guard()
-
-
-def check_optimizer(name: str) -> None:
-    """UserError when Transformers knows no optimizer of that name."""
-    from transformers.training_args import OptimizerNames
-
-    known = [optimizer.value for optimizer in OptimizerNames]
-    if name != "auto" and name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-        raise UserError(f"--optim {name}: Transformers has no such optimizer; {hint}")
-
-
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, with a padding token that is not an end of turn where one can be had."""
     from transformers import AutoTokenizer
@@ -185,32 +107,6 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
 
     with hub_errors(name):
         return AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=trust_remote_code)
-
-
-class _LoadReport(logging.Handler):
-    """Weights that Transformers made up because a model's files lack them; it tells so in its log only."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.missing: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())
-        self.missing += re.findall(r"^(\S.*?) *\| MISSING", text, re.MULTILINE)
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        source = logging.getLogger("transformers.modeling_utils")
-        before = source.level, source.propagate
-        source.addHandler(self)
-        source.setLevel(logging.WARNING)
-        source.propagate = False
-        try:
-            yield
-        finally:
-            source.removeHandler(self)
-            source.propagate = before[1]
-            source.setLevel(before[0])
 
 
 def load_base(
@@ -236,7 +132,7 @@ def load_base(
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
     # Unsloth gives process N of a data-parallel run the device N, and there is no cpu:1.
     place = {"device_map": {"": "cpu"}} if ranks.size() > 1 and not torch.cuda.is_available() else {}
-    news, report = io.StringIO(), _LoadReport()
+    news, report = io.StringIO(), LoadReport()
     with hub_errors(name), contextlib.redirect_stdout(news), report.kept():
         model, _ = unsloth.FastLanguageModel.from_pretrained(
             model_name=resolve_model(name),

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
-from finetune.model import attach_adapter, find_run, hub_errors, load_tokenizer
+from finetune.model import attach_adapter, find_run, load_tokenizer
+from finetune.model_faults import hub_errors
 from tests import parts
 
 CONFIG = {"flags": {"format": "chatml"}, "base_model": "base", "format": {"name": "chatml"}}

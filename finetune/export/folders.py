@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune.errors import UserError
+from finetune.errors import UserError, no_room
 from finetune.experiment import CONFIG, FINAL
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # A file that every export of a kind has, so that --overwrite takes nobody's photographs for one.
 MARKS = {
     "merged": "generation_config.json", "gguf": "*.gguf", "ollama": "Modelfile", "vllm": "serve.sh",
@@ -81,9 +79,7 @@ def filled_aside(target: Path) -> Iterator[Path]:
             raise
         shutil.rmtree(old, ignore_errors=True)
     except Exception as error:
-        # safetensors, which writes the weights, has an error of its own and says the system's number in its text.
-        full = isinstance(error, OSError) and error.errno in FULL
-        if not full and not any(f"(os error {number})" in str(error) for number in FULL):
+        if not no_room(error):
             raise
         raise UserError(f"{target}: the disk is full; free some space or name another --output") from error
     finally:
