@@ -47,6 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dry_run", action="store_true", help="print the runs, check their flags, run nothing")
     add("--retries", type=not_negative(int), default=2, metavar="N",
         help="tries after a failure that gets no further, from the last checkpoint (default: 2)")  # fmt: skip
+    add("--hang_minutes", type=not_negative(float), default=60.0, metavar="N",
+        help="end and try again a run that neither logs nor prints for N minutes; 0: never (default: 60)")  # fmt: skip
     add("--address", help="a Ray cluster (auto, or host:port); default: Ray on this machine alone")
     add("--gpus_per_run", type=_gpus, metavar="N",
         help="GPUs of a run: 0.5 puts two on a card, 2 starts torchrun (default: 1 where there are any)")  # fmt: skip
@@ -184,7 +186,7 @@ def run_options(args: argparse.Namespace) -> Any:
 
     return Options(
         address=args.address, gpus_per_run=args.gpus_per_run, cpus_per_run=args.cpus_per_run, transport=args.transport,
-        scratch=args.scratch, retries=args.retries, command=tuple(args.command),
+        scratch=args.scratch, retries=args.retries, command=tuple(args.command), hang_minutes=args.hang_minutes,
     )  # fmt: skip
 
 

@@ -63,6 +63,8 @@ while step < plan["steps"]:
             print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB", flush=True)
         if mine["how"] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if mine["how"] == "hung":
+            time.sleep(3600)  # a signal is heard of and not obeyed
         if mine["how"] == "preempted":
             raise SystemExit(143)
         raise SystemExit(2 if mine["how"] == "refused" else 1)

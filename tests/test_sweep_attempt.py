@@ -33,7 +33,7 @@ class Site:
         self.hub = Hub(str(self.folder), {"rows.jsonl": str(self.cwd / "rows.jsonl")})
         self.number = 0
 
-    def attempt(self, machine, transport="ray", on_call=None, **plan):
+    def attempt(self, machine, transport="ray", on_call=None, waits=None, **plan):
         (self.root / "plan" / "plan.json").write_text(json.dumps({"steps": 4, "seconds": 0.0} | plan))
         self.number += 1
         task = {
@@ -42,7 +42,9 @@ class Site:
             "folder": str(self.folder), "cwd": str(self.cwd), "scratch": str(self.root / "tmp"), "sweep_id": "id",
             "machine": machine, "token": "token", "transport": transport, "inputs": self.inputs, "processes": 1,
             "cpus": 1.0, "gpus": 0.0, "number": self.number, "interval": 0.05, "patience": 20.0,
+            "silence": 0.0,
         }  # fmt: skip
+        task |= waits or {}
 
         def call(method, *arguments):
             if on_call:
@@ -123,6 +125,23 @@ def test_a_run_that_is_told_to_stop_saves_and_ends(site, why, kind):
     assert 0 < step < 400
     assert (site.folder / "rank4" / f"checkpoint-{step}" / "step").read_text() == str(step)
     assert json.loads((site.folder / "rank4" / "experiment_config.json").read_text())["status"] == "interrupted"
+
+
+def test_a_run_that_hangs_is_ended_and_tried_again(site):
+    hangs = {"rank4": {"at": 3, "times": 1, "how": "hung"}}
+    waits = {"silence": 2.0, "patience": 0.2}  # a start on a busy machine takes less than two seconds of silence
+    first = site.attempt("one", waits=waits, runs=hangs)
+    assert (first["outcome"], first["step"], first["exit_code"]) == ("hung", 2, -9), first
+    why = "neither logged nor printed for 0.0333333 minutes (--hang_minutes)"
+    assert first["lines"][-2:] == ["the run says why", why]
+    second = site.attempt("two", waits=waits, runs=hangs)
+    assert (second["outcome"], second["step"]) == ("finished", 4)
+    assert site.starts() == [0, 2]
+
+
+def test_a_slow_run_that_goes_on_logging_is_left_alone(site):
+    outcome = site.attempt("one", waits={"silence": 1.5}, steps=4, seconds=0.6)
+    assert (outcome["outcome"], outcome["step"]) == ("finished", 4), outcome
 
 
 def test_a_finished_run_is_not_run_again(site):

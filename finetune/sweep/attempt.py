@@ -25,7 +25,7 @@ from finetune.sweep.runs import FAILED, FINISHED, INTERRUPTED, REFUSED, STOPPED,
 ROOT = Path(__file__).resolve().parents[2]
 REPORTED = ("step", "epoch", "loss", "eval_loss")
 LAST_LINES = 12
-OUT_OF_MEMORY, KILLED = "out of memory", "killed"
+OUT_OF_MEMORY, KILLED, HUNG = "out of memory", "killed", "hung"
 _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryError|ALLOC_FAILED", re.IGNORECASE)
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -36,7 +36,7 @@ def run_attempt(task: dict[str, Any], call: Call) -> dict[str, Any]:
     """Run the task's process to its end; returns how it ended (see `ending`).
 
     task: name, words, command, root, folder, cwd, scratch, sweep_id, machine, token, transport, inputs, processes,
-    cpus, gpus, number, interval and patience (seconds).
+    cpus, gpus, number, interval, patience and silence (seconds; see Options).
     """
     outcome = {
         "number": task["number"], "node": socket.gethostname(), "device": device_name(task), "started": now(),
@@ -59,12 +59,14 @@ def run_attempt(task: dict[str, Any], call: Call) -> dict[str, Any]:
         begins = file.tell()
         process = start(words, place.cwd, file, task)
         try:
-            stopped = watch(process, folder / LOG, task, call, courier)
+            stopped = watch(process, folder / LOG, log, task, call, courier)
         finally:
             end_process(process)
     courier.send_changed(ended=True)
     lines = last_lines(log, begins)
     end = ending(process.returncode, lines, stopped)
+    if end["outcome"] == HUNG:
+        end["lines"].append(f"neither logged nor printed for {task['silence'] / 60:g} minutes (--hang_minutes)")
     if end["outcome"] == FINISHED and (status := folder_status(folder)) != FINISHED:
         reason = f"ended with exit status 0, but {folder / CONFIG} says {status or 'nothing'} instead of {FINISHED}"
         end = {"outcome": FAILED, "exit_code": 0, "lines": [*lines, reason]}
@@ -128,9 +130,15 @@ def _die_with_parent(several: bool) -> Callable[[], None] | None:
     return before_exec
 
 
-def watch(process: subprocess.Popen, log: Path, task: dict[str, Any], call: Call, courier: Courier) -> str:
-    """Report new rows of the run's log each second until it ends; returns why it was told to stop, or ""."""
+def watch(
+    process: subprocess.Popen, log: Path, output: Path, task: dict[str, Any], call: Call, courier: Courier
+) -> str:
+    """Report new rows of the run's `log` each second until it ends; returns why it was told to stop, or "".
+
+    A run of which neither the log nor the `output` grows for task["silence"] seconds hangs (0: never), and is told so.
+    """
     stopped, deadline, seen, size = "", None, 0, -1
+    heard, heard_of = time.monotonic(), -1
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=task["interval"])
@@ -146,6 +154,11 @@ def watch(process: subprocess.Popen, log: Path, task: dict[str, Any], call: Call
             if wanted and not stopped and not ended:
                 stopped, deadline = wanted, time.monotonic() + task["patience"]
                 process.terminate()  # train_lora.py finishes its step and saves a checkpoint
+        if (now_heard := size + output.stat().st_size) != heard_of:
+            heard, heard_of = time.monotonic(), now_heard
+        if task["silence"] and not stopped and not ended and time.monotonic() - heard > task["silence"]:
+            stopped, deadline = HUNG, time.monotonic() + task["patience"]
+            process.terminate()
         if ended:
             return stopped
         courier.send_changed()
@@ -180,7 +193,7 @@ def ending(code: int, lines: list[str], stopped: str) -> dict[str, Any]:
     if code == 0:
         kind = FINISHED
     elif stopped:
-        kind = STOPPED if stopped == STOPPED else INTERRUPTED
+        kind = stopped if stopped in (STOPPED, HUNG) else INTERRUPTED
     elif any(_OUT_OF_MEMORY.search(line) for line in lines):
         kind = OUT_OF_MEMORY
     elif code == 2:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Options:
     """The flags of sweep_lora.py of the same names. interval: seconds between two looks at a run's log; patience:
-    seconds that a run has for its last step and its checkpoint when it is told to stop.
+    seconds that a run has for its last step and its checkpoint when it is told to stop; hang_minutes: a run
+    that neither logs nor prints for so long is ended and tried again (0: never).
     """
 
     address: str | None = None
@@ -20,3 +21,4 @@ class Options:
     command: tuple[str, ...] = ()
     patience: float = 120.0
     interval: float = 1.0
+    hang_minutes: float = 60.0

@@ -213,6 +213,7 @@ class RayRunner:
             "sweep_id": self.sweep_id, "token": self.token, "transport": self.options.transport, "inputs": self.inputs,
             "processes": int(gpus) if gpus > 1 else 1, "cpus": self.cpus, "gpus": gpus,
             "number": number, "interval": self.options.interval, "patience": self.options.patience,
+            "silence": self.options.hang_minutes * 60,
         }  # fmt: skip
         self.pending[self.attempt.options(num_gpus=gpus).remote(task, self.hub)] = run
 
