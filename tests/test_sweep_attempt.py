@@ -11,7 +11,7 @@ import pytest
 
 from finetune.errors import UserError
 from finetune.sweep import ray_runner
-from finetune.sweep.attempt import run_attempt
+from finetune.sweep.attempt import ending, last_words, run_attempt
 from finetune.sweep.courier import TOKEN
 from finetune.sweep.hub import Hub
 
@@ -137,6 +137,27 @@ def test_a_run_that_hangs_is_ended_and_tried_again(site):
     second = site.attempt("two", waits=waits, runs=hangs)
     assert (second["outcome"], second["step"]) == ("finished", 4)
     assert site.starts() == [0, 2]
+
+
+@pytest.mark.parametrize(("code", "kind"), [(2, "refused"), (-9, "killed"), (1, "failed")])
+def test_the_first_failed_process_of_torchrun_says_why(tmp_path, code, kind):
+    """torchrun's own words, as torch 2.13.0 prints them."""
+    log = tmp_path / "log"
+    log.write_text(
+        "=== attempt 1\nerror: x.jsonl: there is no such file\nE1122 01:51:42.575000 11703 torch/distributed/elastic/"
+        f"multiprocessing/api.py:1002] failed (exitcode: {code}) local_rank: 0 (pid: 11707) of binary: /bin/python\n"
+        "Traceback (most recent call last):\n" + "  File x\n" * 20 + "Root Cause (first observed failure):\n"
+    )
+    found, lines = last_words(1, log, 0)
+    assert (found, lines) == (code, ["=== attempt 1", "error: x.jsonl: there is no such file"])
+    assert ending(found, lines, "")["outcome"] == kind
+    assert last_words(0, log, 0)[0] == 0
+
+
+def test_flags_that_the_script_refuses_under_torchrun_are_not_tried_again(site):
+    outcome = site.attempt("one", "auto", waits={"command": [], "processes": 2})
+    assert (outcome["outcome"], outcome["exit_code"]) == ("refused", 2), outcome
+    assert outcome["lines"][-1].startswith("error: rows.jsonl, row 1:"), outcome
 
 
 def test_a_slow_run_that_goes_on_logging_is_left_alone(site):

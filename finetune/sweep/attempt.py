@@ -27,6 +27,9 @@ REPORTED = ("step", "epoch", "loss", "eval_loss")
 LAST_LINES = 12
 OUT_OF_MEMORY, KILLED, HUNG = "out of memory", "killed", "hung"
 _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryError|ALLOC_FAILED", re.IGNORECASE)
+# torchrun ends with status 1 whatever its processes ended with, and says it behind their own last words.
+_ELASTIC = "torch/distributed/elastic/"
+_TORCHRUN = re.compile(_ELASTIC + r".*failed \(exitcode: (-?\d+)\)")
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 Call = Callable[..., Any]
@@ -63,8 +66,8 @@ def run_attempt(task: dict[str, Any], call: Call) -> dict[str, Any]:
         finally:
             end_process(process)
     courier.send_changed(ended=True)
-    lines = last_lines(log, begins)
-    end = ending(process.returncode, lines, stopped)
+    code, lines = last_words(process.returncode, log, begins)
+    end = ending(code, lines, stopped)
     if end["outcome"] == HUNG:
         end["lines"].append(f"neither logged nor printed for {task['silence'] / 60:g} minutes (--hang_minutes)")
     if end["outcome"] == FINISHED and (status := folder_status(folder)) != FINISHED:
@@ -207,12 +210,18 @@ def ending(code: int, lines: list[str], stopped: str) -> dict[str, Any]:
     return {"outcome": kind, "exit_code": code, "lines": [] if kind in (FINISHED, STOPPED) else lines}
 
 
-def last_lines(log: Path, begins: int) -> list[str]:
-    """The last lines that this attempt has written, without colours."""
+def last_words(code: int, log: Path, begins: int) -> tuple[int, list[str]]:
+    """Exit code and last lines of this attempt, without colours; of torchrun's first failed process where it ran."""
     with log.open("rb") as file:
         file.seek(max(begins, log.stat().st_size - 16_384))
         text = _COLOUR.sub("", file.read().decode("utf-8", "replace"))
-    return [line.rstrip()[:500] for line in text.splitlines() if line.strip()][-LAST_LINES:]
+    lines = [line.rstrip()[:500] for line in text.splitlines() if line.strip()]
+    if code == 1:
+        for number, line in enumerate(lines):
+            if match := _TORCHRUN.search(line):
+                code, lines = int(match[1]), [said for said in lines[:number] if _ELASTIC not in said]
+                break
+    return code, lines[-LAST_LINES:]
 
 
 def last_step(folder: Path) -> int | None:
