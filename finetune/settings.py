@@ -85,7 +85,7 @@ FLAGS: tuple[Flag, ...] = (
          "a trailing *0.5 takes half of its rows", "data", many=True, metavar="DATA"),
     Flag("eval_dataset", None, "rows for eval_loss, same forms as --dataset", "data", many=True, metavar="DATA"),
     Flag("eval_fraction", 0.0, "share of the training rows to hold out for eval_loss", "data", _fraction),
-    Flag("limit", None, "use only the first N rows of each dataset", "data", _count),
+    Flag("limit", None, "use only the first N rows of each --dataset; an --eval_dataset is used whole", "data", _count),
     Flag("format", "auto", "chat format (see docs/formats.md), path to a format's YAML, native, or auto", "data"),
     Flag("train_on", "all", "train every assistant turn or only the last", "data", choices=("all", "last")),
     Flag("control_tokens", "escape", "control tokens inside contents: neutralise, refuse or leave them", "data",

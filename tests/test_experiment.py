@@ -233,16 +233,24 @@ def test_however_a_run_ends_its_config_says_so(tmp_path, error, status, raised):
         assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(run.folder))
 
 
-def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch, processes):
     monkeypatch.setattr(ranks, "SECONDS_TO_END", 0)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
     other = FileLock(tmp_path / ranks.LOCK)
     other.acquire()
     with pytest.raises(UserError, match="another process is training this run"):
         ranks.hold(tmp_path)
     other.release()
     ranks.hold(tmp_path)
-    with pytest.raises(Timeout):
+    if processes == 1:
+        with pytest.raises(Timeout):
+            other.acquire(timeout=0)
+    else:  # it is taken when the processes have found each other
         other.acquire(timeout=0)
+        monkeypatch.setenv("RANK", "1")
+        ranks.hold(tmp_path)  # the first one's business
+        other.release()
 
 
 def test_messages_hold_no_password_and_a_full_disk_is_no_refusal(capsys):

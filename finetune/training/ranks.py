@@ -103,9 +103,10 @@ def lock(folder: Path) -> None:
 def hold(folder: Path) -> None:
     """Keep the folder of a run of one process to this process until it ends; UserError when another is at work in it.
 
-    One that was told to stop gets a moment to end.
+    One that was told to stop gets a moment to end. Of several processes the first one only looks: it takes the folder
+    in `lock`, when it knows the others.
     """
-    if size() > 1:
+    if rank() > 0:
         return
     held = FileLock(folder / LOCK)
     try:
@@ -114,7 +115,10 @@ def hold(folder: Path) -> None:
         raise UserError(f"{folder}: another process is training this run; wait for it, or stop it first") from error
     except (OSError, NotImplementedError):  # a file system without locks
         return
-    atexit.register(_unlock, held)
+    if size() > 1:
+        held.release()
+    else:
+        atexit.register(_unlock, held)
 
 
 def _unlock(held: FileLock) -> None:
