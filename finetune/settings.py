@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,14 @@ def _seed(word: str) -> int:
     return value
 
 
+def _ratio(word: str) -> float:
+    value = float(word)
+    if not 1 <= value < math.inf:
+        raise ValueError
+    return value
+
+
+_ratio.__name__ = "number from 1 up"
 _seed.__name__ = "whole number from 0 to 4294967295"
 _count, _size = positive(int), positive(float)
 _amount, _whole = not_negative(float), not_negative(int)
@@ -100,6 +109,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("target_modules", ["all-linear"], "module names, or all-linear", "lora", many=True, metavar="NAME"),
     Flag("last_layers", None, "adapt only the last N decoder layers: the backward pass ends there", "lora", _count),
     Flag("use_rslora", False, "scale by alpha / sqrt(r)", "lora", bool),
+    Flag("loraplus_lr_ratio", None, "LoRA+: B learns at this many times --lr, A at --lr itself; take a lower --lr",
+         "lora", _ratio),
     # training
     Flag("lr", 2e-4, "peak learning rate", "training", _size),
     Flag("epochs", 3.0, "passes over the data", "training", _size),

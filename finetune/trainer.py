@@ -19,6 +19,7 @@ import_unsloth()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from peft.optimizers import create_loraplus_optimizer  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints  # noqa: E402
 from trl import SFTTrainer  # noqa: E402
@@ -96,9 +97,11 @@ class SandwichTrainer(SFTTrainer):
         share_prefix: bool,
         log_callback: LogCallback,
         groups: np.ndarray | None = None,
+        loraplus_lr_ratio: float | None = None,
         **kwargs: Any,
     ):
         self.sequences, self.eval_sequences = sequences, eval_sequences
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         self.log_callback, self.groups = log_callback, groups
         self._checked = self.lost_a_process = False
         self._without_number = 0  # steps in a row whose loss was nan or inf
@@ -129,10 +132,23 @@ class SandwichTrainer(SFTTrainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         try:
+            if self.loraplus_lr_ratio is not None and self.optimizer is None:
+                self.optimizer = self._loraplus_optimizer()
             return super().create_optimizer(*args, **kwargs)
         except (ImportError, ValueError) as error:
             name, reason = getattr(self.args.optim, "value", self.args.optim), str(error).splitlines()[0]
             raise UserError(f"--optim {name} cannot be used here ({reason}); choose another one") from error
+
+    def _loraplus_optimizer(self) -> torch.optim.Optimizer:
+        """LoRA+ (Hayou et al., arXiv:2402.12354): the log has A's rate, B learns at `loraplus_lr_ratio` times it."""
+        kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        return create_loraplus_optimizer(
+            self.model,
+            kind,
+            loraplus_lr_ratio=self.loraplus_lr_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **kwargs,
+        )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # Trainer's estimate counts padded batches, which do not exist here

@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+from safetensors.torch import load_file
 
 from finetune.bundled import smollm2_dir
 from finetune.run_log import COLUMNS
@@ -318,7 +319,6 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_logged(rows, tiny_model, t
 
 def test_pickled_weights_are_not_loaded(rows, tiny_model, tmp_path):
     import torch
-    from safetensors.torch import load_file
 
     model = shutil.copytree(tiny_model, tmp_path / "model")
     torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
@@ -431,3 +431,23 @@ def test_a_tokenizer_without_a_template_is_one_line(rows, tiny_model, tmp_path):
     refused(
         run("--model", model, "--dataset", rows, "--format", "native", "--experiments_dir", tmp_path / "e"), "template"
     )
+
+
+def test_lora_plus_lets_b_learn_faster_than_a(tiny_model, rows, tmp_path):
+    """Adam's first step is the learning rate in each number that has a gradient. While B is 0, A has none; its first
+    gradient comes in Adam's second step, which makes of it (1 - b1) / (1 - b1^2) / sqrt((1 - b2) / (1 - b2^2))."""
+    result = run(
+        "--model", tiny_model, "--dataset", rows, "--format", "chatml", "--max_steps", 2, "--save_steps", 1,
+        "--lr", "1e-3", "--loraplus_lr_ratio", 4, "--scheduler", "constant", "--weight_decay", 0, "--max_grad_norm", 0,
+        "--experiments_dir", tmp_path, "--name", "plus",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    after = [load_file(tmp_path / "plus" / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (1, 2)]
+    largest = {"lora_A": 0.0, "lora_B": 0.0}
+    for name, tensor in after[0].items():
+        kind = "lora_A" if "lora_A" in name else "lora_B"
+        moved = after[1][name] - tensor if kind == "lora_A" else tensor
+        largest[kind] = max(largest[kind], moved.abs().max().item())
+    second = 0.1 / (1 - 0.9**2) / (0.001 / (1 - 0.999**2)) ** 0.5
+    assert largest == {"lora_A": pytest.approx(1e-3 * second, rel=0.02), "lora_B": pytest.approx(4e-3, rel=0.02)}
+    assert float(log_rows(tmp_path / "plus")[0]["learning_rate"]) == pytest.approx(1e-3)

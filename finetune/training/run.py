@@ -64,6 +64,7 @@ def make_trainer(
         tokens_per_pass=settings.tokens_per_pass or memory.LEAST_TOKENS,
         share_prefix=settings.share_prefix,
         groups=groups,
+        loraplus_lr_ratio=settings.loraplus_lr_ratio,
         log_callback=LogCallback(run_log, console, quiet=args.process_index != 0),
     )
     trainer.remove_callback(PrinterCallback)
