@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--format", help="chat format; default: the one the run was trained with")
     parser.add_argument(
-        "--batch_size", type=positive(int), default=32, help="prompts answered side by side (default: 32)"
+        "--batch_size", type=positive(int), default=64, help="prompts answered side by side (default: 64)"
     )
     parser.add_argument("--max_new_tokens", type=positive(int), metavar="N",
                         help="longest answer (default: 1.5 x the longest gold answer, 64 to 1024)")  # fmt: skip

@@ -66,12 +66,16 @@ CPU_CASES = {
     "135m_2048": Case(SMALL, 2048),
     "135m_2048_trained": Case(SMALL, 2048, trained=1400),
     "135m_2048_checkpoint": Case(SMALL, 2048, flags=(CKPT,)),
+    "135m_512_checkpoint": Case(SMALL, 512, flags=(CKPT,)),
+    "135m_1024_checkpoint": Case(SMALL, 1024, flags=(CKPT,)),
+    "135m_4096_checkpoint": Case(SMALL, 4096, flags=(CKPT,)),
     "135m_1024_r64": Case(SMALL, 1024, flags=("--rank", "64")),
     "135m_1024_last8": Case(SMALL, 1024, flags=("--last_layers", "8")),
     "135m_512_4bit": Case(SMALL, 512, flags=("--load_in_4bit",)),
     "135m_512_bf16": Case(SMALL, 512, flags=("--dtype", "bfloat16")),
     "wide_qwen2_1024": Case(shape("qwen2", 1024, 4096, 8, 16, 4), 1024),
     "deep_qwen3_1024": Case(shape("qwen3", 384, 1024, 40, 6, 2, head_dim=64), 1024),
+    "deep_qwen3_1024_checkpoint": Case(shape("qwen3", 384, 1024, 40, 6, 2, head_dim=64), 1024, flags=(CKPT,)),
     "large_vocabulary_1024": Case(shape("llama", 512, 1536, 8, 8, 8, vocab=151_936), 1024, trained=600),
 }
 # Sizes as published; random weights take the memory that trained ones take.

@@ -33,7 +33,7 @@ class Decoding:
 
     stop_ids: tuple[int, ...]
     max_new_tokens: int = 256
-    batch_size: int = 32
+    batch_size: int = 64
     temperature: float = 0.0
     seed: int = 0
 

@@ -214,7 +214,8 @@ def estimate(sizes: Sizes, plan: Plan) -> dict[str, float]:
         "context": PROCESS if plan.device == "cpu" else CONTEXT,
     }
     if plan.device == "cpu":
-        parts["slack"] = (SLACK["cpu"] if _fused(plan) else SLACK_NOT_FUSED) * (activations + backward)
+        # Recomputed layer by layer, the activations leave the same holes as if all of them had been kept.
+        parts["slack"] = (SLACK["cpu"] if _fused(plan) else SLACK_NOT_FUSED) * (trained_depth * per_layer + backward)
     else:
         parts["slack"] = SLACK["cuda"] * max(step, check)
     return parts
