@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     folder = output_folder(args)
     say(f"{len(items)} answers to score from {len({(i.source, i.row) for i in items})} rows")
 
-    from finetune.evaluation.folder import alone_in
+    from finetune.evaluation.folder import alone_in, made
 
-    with alone_in(folder):
+    with made(folder), alone_in(folder):
         return evaluate(args, run, items, folder)
 
 
@@ -102,6 +102,8 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
         args.max_new_tokens = room_for_answers(items, tokenizer)
         say(f"--max_new_tokens {args.max_new_tokens}, from the longest gold answer")
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if room and args.max_new_tokens >= room:
+        raise UserError(f"--max_new_tokens {args.max_new_tokens}: {args.model} holds {room} tokens, prompt and answer")
     prompts = make_prompts(items, tokenizer, fmt, longest=room - args.max_new_tokens if room else None)
     for item, reason in prompts.refused[:5]:
         say(f"not scored: {item.source} row {item.row}, turn {item.turn}: {reason}")
@@ -154,18 +156,10 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
 
 
 def output_folder(args: argparse.Namespace) -> Path:
-    """Where the scores go; made now, so that an unwritable place is known before the work."""
+    """Where the scores go."""
     path = Path(args.model)
     trained = any((path / name).is_file() for name in ("experiment_config.json", "adapter_config.json"))
-    folder = args.output or (path / "evaluation" if trained else Path("evaluation") / path.name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; name another folder with --output") from error
-    return folder
+    return args.output or (path / "evaluation" if trained else Path("evaluation") / path.name)
 
 
 def keep_speed(cost: dict[str, Any], path: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 from pathlib import Path
@@ -187,6 +186,10 @@ def test_one_line_errors(dataset, adapter, tmp_path):
     assert "no category" in refused(adapter, "--suite", "bfcl:nothing")
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert "--output" in refused(adapter, "--dataset", dataset, "--output", tmp_path / "file")
+    scores = tmp_path / "scores"
+    assert "holds" in refused(adapter, "--dataset", dataset, "--output", scores, "--max_new_tokens", "9999999")
+    refused(tmp_path / "no_model", "--dataset", dataset, "--output", scores)
+    assert not scores.exists()
 
 
 def test_resuming_scores_anew_and_rewrites_in_order(dataset, adapter, tmp_path):
@@ -416,10 +419,24 @@ def test_pictures_of_very_many_tools_and_of_odd_names(tmp_path, monkeypatch):
 
 
 def test_arguments_are_checked():
-    from evaluate_lora import build_parser, output_folder
+    from evaluate_lora import build_parser
+    from finetune.evaluation.folder import made
 
     for wrong in (["m", "--limit", "0"], ["m", "--temperature", "-1"], ["m", "--batch_size", "x"]):
         with pytest.raises(SystemExit):
             build_parser().parse_args(wrong)
-    with pytest.raises(UserError, match="cannot write"):
-        output_folder(argparse.Namespace(model="m", output=Path(__file__) / "below"))
+    with pytest.raises(UserError, match="cannot write"), made(Path(__file__) / "below"):
+        pass
+
+
+def test_a_folder_is_left_only_with_something_in_it(tmp_path):
+    from finetune.evaluation.folder import made
+
+    (tmp_path / "mine").mkdir()
+    for folder in ("mine", "new/below"):
+        with made(tmp_path / folder):
+            assert (tmp_path / folder).is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    with made(tmp_path / "new" / "below"):
+        (tmp_path / "new" / "below" / "scores").write_text("1")
+    assert (tmp_path / "new" / "below" / "scores").is_file()

@@ -19,6 +19,30 @@ NAMES = {"base": "base_model", "tuned": "finetuned_model"}  # how the files of a
 
 
 @contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """The folder, made where there is none and taken away again when nothing was written into it.
+
+    Raises UserError when it cannot be written into, so that this is known before the work.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"cannot write into {folder}: {error.strerror}; name another folder with --output"
+            ) from error
+        yield
+    finally:
+        for path in new:
+            with contextlib.suppress(OSError):  # something is in it
+                path.rmdir()
+
+
+@contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold the folder; UserError when another process is evaluating into it."""
     lock = FileLock(folder / ".lock")

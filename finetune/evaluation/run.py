@@ -44,7 +44,8 @@ def make_prompts(items: Sequence[Item], tokenizer: Any, fmt: Any, *, longest: in
             prompts.refused.append((item, str(error)))
             continue
         if longest is not None and len(ids) > longest:
-            prompts.refused.append((item, f"{len(ids):,} prompt tokens; the model has room for {longest:,}"))
+            reason = f"{len(ids):,} prompt tokens; beside an answer the model has room for {longest:,}"
+            prompts.refused.append((item, reason))
             continue
         prompts.items.append(item)
         prompts.input_ids.append(ids)
