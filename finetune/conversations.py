@@ -86,7 +86,7 @@ def load_conversations(
     specs   files, folders or Hub ids, each optionally with a weight (`rows.jsonl*0.5`); see finetune.reading.sources
     limit   only the first so many conversations of each source
     strict  True: the first bad row raises UserError with file, row and remedy; False: it goes to `.rejected`
-    seed    picks which rows a fractional weight keeps
+    seed    picks, with a source's place among `specs` and not its path, which rows a fractional weight keeps
     rows    rows read elsewhere (SQL), taken after those of `specs`
     cache_dir  (only files, only strict) keeps what was found here; with the same files again nothing is read before
                somebody asks for a conversation
@@ -128,7 +128,7 @@ def _read_all(
     streams = [(spec.text, spec.weight, read_rows(spec)) for spec in specs]
     if rows is not None:
         streams.append(("rows", 1.0, rows))
-    for name, weight, stream in streams:
+    for place, (name, weight, stream) in enumerate(streams):
         kept: list[tuple[dict, tuple[str, int]]] = []
         read = 0
         for source, number, raw in stream:
@@ -149,7 +149,7 @@ def _read_all(
                 result.counts["rejected"] += 1
         result.counts["read"] += read
         result.counts["kept"] += len(kept)
-        mixed = _weighted(kept, weight, random.Random(f"{seed}:{name}"))
+        mixed = _weighted(kept, weight, random.Random(f"{seed}:{place}"))
         result.counts["repeated"] += max(0, len(mixed) - len(kept))
         result.counts["left_out"] += max(0, len(kept) - len(mixed))
         result.counts["sources"][name] = {"read": read, "kept": len(kept), "used": len(mixed)}

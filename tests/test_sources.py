@@ -279,9 +279,17 @@ def test_weights_repeat_and_sample(tmp_path):
         5,
         5,
     )
-    assert prompts(load_conversations(f"{a}*0.5", seed=4)) != got[:5]
     with pytest.raises(UserError, match="no number above 0"):
         load_conversations(f"{a}*0")
+
+
+def test_another_seed_draws_another_sample_and_another_folder_the_same(tmp_path):
+    sources = [numbered(tmp_path / name, "a", 100) for name in ("here", "there")]
+    drawn = [prompts(load_conversations(f"{sources[0]}*0.5", seed=seed)) for seed in (3, 4)]
+    assert drawn[0] != drawn[1]
+    assert prompts(load_conversations(f"{sources[1]}*0.5", seed=3)) == drawn[0]
+    both = prompts(load_conversations([f"{source}*0.5" for source in sources], seed=3))
+    assert both[:50] == drawn[0] and both[50:] != drawn[0]
 
 
 def test_limit_counts_per_source_and_fingerprint_follows_content(tmp_path):
