@@ -6,7 +6,8 @@ log-sum-exp, a flash backward of each block alone gives exactly its share of the
 the probabilities as exp(q k^T - lse). (Dao et al., FlashAttention-2, arXiv:2307.08691, section 3.1; the merging of
 blocks is that of ring attention, arXiv:2310.01889.)
 
-Registered with Transformers' attention interface; the CPU kernels are PyTorch's own.
+Registered with Transformers' attention interface; the CPU kernels are PyTorch's own, but for the backward of bfloat16
+(finetune/attention_gemm.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from finetune import attention_gemm
 from finetune.steps import Pass, Segment
 
 NAME = "sandwich_tree"
@@ -82,6 +84,11 @@ def _repeat(x: torch.Tensor, groups: int) -> torch.Tensor:
     return x[:, :, None].expand(1, heads, groups, tokens, width).reshape(1, heads * groups, tokens, width)
 
 
+def _flash_grads(grad, query, key, value, output, lse, causal: bool, scale: float):
+    """As attention_gemm.block_grads, by PyTorch's kernel, with keys and values repeated for their heads."""
+    return _flash_backward(grad, query, key, value, output, lse, 0.0, causal, scale=scale)
+
+
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, layout: Layout, scale: float):
@@ -117,33 +124,33 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx, grad_output):
         query, key, value, output, lse = ctx.saved_tensors
         layout, scale, groups = ctx.layout, ctx.scale, ctx.groups
-        k, v = _repeat(key, groups), _repeat(value, groups)
+        if query.dtype == torch.bfloat16:
+            k, v, block_grads = key, value, attention_gemm.block_grads
+        else:
+            k, v, block_grads = _repeat(key, groups), _repeat(value, groups), _flash_grads
         # Sums of many blocks: collected in float32 whatever the kernel's type.
-        dq, dk, dv = (torch.empty(query.shape, dtype=torch.float32, device=query.device) for _ in range(3))
-
-        def block_grads(q, kb, vb, out, log, grad, causal):
-            return _flash_backward(grad, q, kb, vb, out, log, 0.0, causal, scale=scale)
+        dq, dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (query, k, v))
 
         for start, end in layout.long:
             block = slice(start, end)
-            tensors = (x[:, :, block] for x in (query, k, v, output, lse, grad_output))
-            dq[:, :, block], dk[:, :, block], dv[:, :, block] = block_grads(*tensors, True)
+            tensors = (x[:, :, block] for x in (grad_output, query, k, v, output, lse))
+            dq[:, :, block], dk[:, :, block], dv[:, :, block] = block_grads(*tensors, True, scale)
         for index in layout.short:
-            tensors = [_gather(x, index) for x in (query, k, v, output, lse[..., None], grad_output)]
-            tensors[4] = tensors[4][..., 0].contiguous()
-            for target, rows in zip((dq, dk, dv), block_grads(*tensors, True), strict=True):
+            tensors = [_gather(x, index) for x in (grad_output, query, k, v, output, lse[..., None])]
+            tensors[5] = tensors[5][..., 0].contiguous()
+            for target, rows in zip((dq, dk, dv), block_grads(*tensors, True, scale), strict=True):
                 _scatter(target, index, rows)
         for start, end, subtree_end in layout.above:
             below, above = slice(end, subtree_end), slice(start, end)
             grads = block_grads(
-                query[:, :, below], k[:, :, above], v[:, :, above],
-                output[:, :, below], lse[:, :, below], grad_output[:, :, below], False,
+                grad_output[:, :, below], query[:, :, below], k[:, :, above], v[:, :, above],
+                output[:, :, below], lse[:, :, below], False, scale,
             )  # fmt: skip
             dq[:, :, below] += grads[0]
             dk[:, :, above] += grads[1]
             dv[:, :, above] += grads[2]
 
-        if groups > 1:
+        if dk.shape != key.shape:
             dk, dv = (x.view(1, key.shape[1], groups, *x.shape[2:]).sum(2) for x in (dk, dv))
         return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None
 

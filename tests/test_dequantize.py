@@ -28,7 +28,13 @@ def folders(tmp_path_factory):
 def four_bit(base, dtype):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                 bnb_4bit_compute_dtype=dtype)  # fmt: skip
-    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map="cpu", quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map="cpu", quantization_config=config)
+    for module in model.modules():
+        # On a CPU with bfloat16 products bitsandbytes packs weights for inference, and nothing can be trained through
+        # them then. Unsloth, which loads them in a run, turns that off in the same way.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])

@@ -1,5 +1,7 @@
 """The fused LoRA layer computes what PEFT computes."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -40,6 +42,35 @@ def test_loss_and_gradients_are_those_of_peft(rslora):
     assert fused_loss == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
         assert (fused_gradients[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+
+
+def test_float32_adapters_over_bfloat16_are_fused_under_autocast_and_no_coarser_than_peft():
+    exact = tiny()
+    # The numbers that the 16-bit models hold, so that only the arithmetic differs.
+    for name, parameter in exact.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16().float()
+    _, wanted = loss_and_gradients(exact)
+    half = copy.deepcopy(exact)
+    for name, parameter in half.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, peft = loss_and_gradients(half)
+    plain, _ = loss_and_gradients(half)
+
+    assert fuse_lora_linears(half) == 14
+    assert loss_and_gradients(half)[0] == plain  # outside autocast the layers are PEFT's
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, fused = loss_and_gradients(half)
+
+    def distance(a, b):
+        return sum((a[name] - b[name]).norm() ** 2 for name in wanted) ** 0.5
+
+    size = sum(wanted[name].norm() ** 2 for name in wanted) ** 0.5
+    assert all(gradient.dtype == torch.float32 for gradient in fused.values())
+    assert 0 < distance(fused, peft)  # they are really fused
+    assert distance(fused, wanted) < 1.1 * distance(peft, wanted) < 0.05 * size
 
 
 def test_disabling_the_adapter_still_gives_the_base_model():

@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from finetune import attention, attention_gemm
 from finetune.attention import Layout, tree_attention
 from finetune.steps import make_row, plan_passes
 from finetune.training.loss import head_loss
@@ -142,6 +143,31 @@ def test_the_other_modes_are_exact_too(mode):
     alone = gradients(model, row_by_row(runner, rows, scale))
     together = gradients(model, lambda: runner.run(rows, scale, lambda loss: loss.backward()))
     assert difference(together, alone) < 1e-5
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 64), (4, 4, 80), (3, 1, 128)])
+@pytest.mark.parametrize(("queries", "keys", "causal"), [(700, 700, True), (1, 1, True), (600, 300, False)])
+def test_bfloat16_products_give_the_gradient_of_the_flash_kernel(heads, kv_heads, width, queries, keys, causal):
+    """Both against float64. Scores reach 20, where bfloat16 knows steps of 0.125."""
+    torch.manual_seed(0)
+    make = lambda h, t, spread=1.0: (spread * torch.randn(2, h, t, width)).bfloat16()  # noqa: E731
+    query, key = make(heads, queries, 2.0), make(kv_heads, keys, 2.0)
+    value, upstream = make(kv_heads, keys), make(heads, queries)
+    groups, scale = heads // kv_heads, width**-0.5
+    repeated = [x.repeat_interleave(groups, 1) for x in (key, value)]
+    output, lse = attention._flash(query, *repeated, 0.0, causal, scale=scale)
+    flash = attention._flash_grads(upstream, query, *repeated, output, lse, causal, scale)
+    flash = [flash[0], *(x.double().unflatten(1, (kv_heads, groups)).sum(2) for x in flash[1:])]
+    products = attention_gemm.block_grads(upstream, query, key, value, output, lse, causal, scale)
+
+    exact = [x.double().requires_grad_() for x in (query, key, value)]
+    k, v = (x.repeat_interleave(groups, 1) for x in exact[1:])
+    result = torch.nn.functional.scaled_dot_product_attention(exact[0], k, v, is_causal=causal, scale=scale)
+    wanted = torch.autograd.grad(result, exact, upstream.double())
+    for ours, theirs, right in zip(products, flash, wanted, strict=True):
+        distances = [(x - right).norm().item() for x in (ours, theirs)]
+        assert distances[0] <= 2 * distances[1] + 1e-3
+        assert distances[0] < 1e-2 * right.norm() + 1e-3
 
 
 def test_bfloat16_stays_within_its_own_noise():

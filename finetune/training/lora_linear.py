@@ -5,6 +5,9 @@ large as the layer's output; on a CPU that traffic costs as much as the small pr
 product is accumulated into the first one's result (GEMM with beta = 1), forward and backward. The numbers are the same
 up to the order of one addition. Formula: Hu et al., LoRA, arXiv:2106.09685, section 4.1.
 
+Adapters in float32 over a bfloat16 base are computed in bfloat16 under autocast, as PEFT's are then; PEFT takes the
+layer's input to float32 and back for that, and rounds once more before it adds.
+
 In a gated MLP, `down(silu(gate) * up)`, PyTorch keeps gate, silu(gate), up and their product for the backward pass, the
 widest tensors of a layer. Two of the four are enough: the others are made again from them, which costs one more silu.
 (Unsloth's GPU kernels do the same.)
@@ -32,11 +35,12 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx, grad_out):
         flat, low, weight, lora_a, lora_b = ctx.saved_tensors
         grad = grad_out.reshape(-1, grad_out.shape[-1])
-        grad_low = (grad @ lora_b).mul_(ctx.scaling)
+        grad_low, grad_b = _adapter_grads(grad, low, lora_b, ctx.scaling)
+        grad_a = (grad_low.T @ flat).to(lora_a.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_low, lora_a).view(ctx.shape)
-        return grad_x, None, None, grad_low.T @ flat, (grad.T @ low).mul_(ctx.scaling), None
+            grad_x = (grad @ weight).addmm_(grad_low, lora_a.to(weight.dtype)).view(ctx.shape)
+        return grad_x, None, None, grad_a, grad_b, None
 
 
 class _GatedLoraLinear(torch.autograd.Function):
@@ -54,20 +58,25 @@ class _GatedLoraLinear(torch.autograd.Function):
     def backward(ctx, grad_out):
         gate, up, low, weight, lora_a, lora_b = ctx.saved_tensors
         grad = grad_out.reshape(-1, grad_out.shape[-1])
-        grad_low = (grad @ lora_b).mul_(ctx.scaling)
-        grad_b = (grad.T @ low).mul_(ctx.scaling)
+        grad_low, grad_b = _adapter_grads(grad, low, lora_b, ctx.scaling)
         active = F.silu(gate)
-        grad_a = grad_low.T @ (active * up).reshape(-1, gate.shape[-1])
-        grad_product = (grad @ weight).addmm_(grad_low, lora_a).view(gate.shape)
+        grad_a = (grad_low.T @ (active * up).reshape(-1, gate.shape[-1])).to(lora_a.dtype)
+        grad_product = (grad @ weight).addmm_(grad_low, lora_a.to(weight.dtype)).view(gate.shape)
         grad_up = active.mul_(grad_product)
         grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate)
         return grad_gate, grad_up, None, None, grad_a, grad_b, None
 
 
 def _product(flat, weight, bias, lora_a, lora_b, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(flat @ (W + scaling B A)^T + bias [N, out], flat @ A^T [N, r]) of flat [N, in]."""
-    low = flat @ lora_a.T
-    return F.linear(flat, weight, bias).addmm_(low, lora_b.T, alpha=scaling), low
+    """(flat @ (W + scaling B A)^T + bias [N, out], flat @ A^T [N, r]) of flat [N, in], all in flat's type."""
+    low = flat @ lora_a.to(flat.dtype).T
+    return F.linear(flat, weight, bias).addmm_(low, lora_b.to(flat.dtype).T, alpha=scaling), low
+
+
+def _adapter_grads(grad, low, lora_b, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gradient at flat @ A^T [N, r], gradient of B) from grad [N, out] and low = flat @ A^T [N, r]."""
+    grad_low = (grad @ lora_b.to(grad.dtype)).mul_(scaling)
+    return grad_low, (grad.T @ low).mul_(scaling).to(lora_b.dtype)
 
 
 def fuse_lora_linears(model: torch.nn.Module) -> int:
@@ -75,7 +84,8 @@ def fuse_lora_linears(model: torch.nn.Module) -> int:
 
     Gated MLPs with such a layer behind them keep less for their backward pass from then on.
 
-    Left alone: quantised layers, DoRA and other variants, dropout, adapters in another type than their base.
+    Left alone: quantised layers, DoRA and other variants, dropout, adapters in another type than their base but for
+    float32, whose layers are fused under autocast to the base's type.
     """
     from peft.tuners.lora import Linear
 
@@ -97,8 +107,8 @@ def _is_plain(module: Any) -> bool:
     if len(module.lora_A) != 1 or getattr(module, "lora_variant", None) or any(module.lora_bias.values()):
         return False
     name = next(iter(module.lora_A))
-    same_type = module.lora_A[name].weight.dtype == base.weight.dtype
-    return same_type and isinstance(module.lora_dropout[name], torch.nn.Identity)
+    known_type = module.lora_A[name].weight.dtype in (base.weight.dtype, torch.float32)
+    return known_type and isinstance(module.lora_dropout[name], torch.nn.Identity)
 
 
 def _adapter(module: Any, dtype: torch.dtype) -> str | None:
@@ -106,9 +116,12 @@ def _adapter(module: Any, dtype: torch.dtype) -> str | None:
     names = module.active_adapters
     if module.disable_adapters or module.merged or len(names) != 1 or names[0] not in module.lora_A:
         return None
-    if dtype != module.lora_A[names[0]].weight.dtype or torch.is_autocast_enabled("cpu"):
-        return None
-    return names[0]
+    base = module.base_layer.weight.dtype
+    if torch.is_autocast_enabled("cpu"):
+        same = torch.get_autocast_dtype("cpu") == base
+    else:
+        same = dtype == module.lora_A[names[0]].weight.dtype == base
+    return names[0] if same else None
 
 
 def _numbers(module: Any, name: str) -> tuple:
@@ -120,7 +133,7 @@ def _forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     name = None if args or kwargs else _adapter(self, x.dtype)
     if name is None:
         return type(self).forward(self, x, *args, **kwargs)
-    return _LoraLinear.apply(x, *_numbers(self, name))
+    return _LoraLinear.apply(x.to(self.base_layer.weight.dtype), *_numbers(self, name))
 
 
 def _is_gated(module: Any) -> bool:

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# Logits of a chunk in float32: 512 x 150,000 entries are 300 MB.
+# Positions that are projected at a time: 512 x 150,000 logits are 300 MB in float32.
 CHUNK = 512
+# Of these, positions whose probabilities are made at a time on a CPU, in float32: few enough to stay in its cache.
+ROWS_ON_CPU = 32
 
 
 def _chunk_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -22,18 +24,22 @@ class _FrozenHead(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         needs_grad = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if needs_grad else None
+        rows = ROWS_ON_CPU if hidden.device.type == "cpu" else CHUNK
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
-            logits = F.linear(hidden[part], weight, bias).float()
-            log_z = torch.logsumexp(logits, dim=-1)
-            picked = logits.gather(1, targets[part, None])[:, 0]
-            total += ((log_z - picked) * weights[part]).sum()
+            logits = F.linear(hidden[part], weight, bias)
+            for some, target, weighs in zip(
+                logits.split(rows), targets[part].split(rows), weights[part].split(rows), strict=True
+            ):
+                log_p = torch.log_softmax(some, dim=-1, dtype=torch.float32)
+                total -= (log_p.gather(1, target[:, None])[:, 0] * weighs).sum()
+                if needs_grad:
+                    # d loss / d logits = w * (softmax(logits) - onehot(target)), written where the logits were
+                    p = log_p.exp_()
+                    p.scatter_add_(1, target[:, None], p.new_full((len(p), 1), -1.0))
+                    some.copy_(p.mul_(weighs[:, None]))
             if needs_grad:
-                # d loss / d logits = w * (softmax(logits) - onehot(target))
-                logits.sub_(log_z[:, None]).exp_()
-                logits.scatter_add_(1, targets[part, None], -torch.ones_like(picked)[:, None])
-                logits.mul_(weights[part, None])
-                grad[part] = logits.to(weight.dtype) @ weight
+                grad[part] = logits @ weight
         ctx.save_for_backward(grad)
         return total
 
