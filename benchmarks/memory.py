@@ -33,14 +33,16 @@ WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life"
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One run. model: "smollm2-135m" or the config of a random one; `rows` rows a step of up to `tokens` words,
-    `trained` of them the answer; flags: of train_lora.py."""
+    `trained` of them the answer; flags: of train_lora.py; recipe: runs this file as it is, its own rows and all."""
 
     model: Any
-    tokens: int
+    tokens: int = 0
     trained: int = 48
     rows: int = 1
     steps: int = 4
     flags: tuple[str, ...] = ()
+    dtype: str = "float32"
+    recipe: str | None = None
 
 
 # Length of the rows of each step, as a share: blocks of changing sizes are what leaves fragments in an allocator.
@@ -72,18 +74,27 @@ CPU_CASES = {
     "135m_1024_r64": Case(SMALL, 1024, flags=("--rank", "64")),
     "135m_1024_last8": Case(SMALL, 1024, flags=("--last_layers", "8")),
     "135m_512_4bit": Case(SMALL, 512, flags=("--load_in_4bit",)),
-    "135m_512_bf16": Case(SMALL, 512, flags=("--dtype", "bfloat16")),
     "wide_qwen2_1024": Case(shape("qwen2", 1024, 4096, 8, 16, 4), 1024),
     "deep_qwen3_1024": Case(shape("qwen3", 384, 1024, 40, 6, 2, head_dim=64), 1024),
     "deep_qwen3_1024_checkpoint": Case(shape("qwen3", 384, 1024, 40, 6, 2, head_dim=64), 1024, flags=(CKPT,)),
     "large_vocabulary_1024": Case(shape("llama", 512, 1536, 8, 8, 8, vocab=151_936), 1024, trained=600),
 }
+# The same in bfloat16, for a CPU that multiplies it in hardware, and the demo as it is: fifty steps, shared prefixes.
+CPU_CASES |= {
+    f"{name}_bf16": dataclasses.replace(CPU_CASES[name], dtype="bfloat16")
+    for name in (
+        "135m_512", "135m_1024", "135m_4x512", "135m_2048", "135m_2048_trained", "135m_1024_checkpoint",
+        "135m_1024_r64", "135m_512_4bit", "wide_qwen2_1024", "deep_qwen3_1024", "large_vocabulary_1024",
+    )
+} | {"demo_bf16": Case(SMALL, dtype="bfloat16", recipe="configs/demo.yaml")}  # fmt: skip
 # Sizes as published; random weights take the memory that trained ones take.
 B05 = shape("qwen2", 896, 4864, 24, 14, 2, vocab=151_936)
 B15 = shape("qwen2", 1536, 8960, 28, 12, 2, vocab=151_936)
 B8 = shape("llama", 4096, 14_336, 32, 32, 8, vocab=128_256, tie_word_embeddings=False)
 CUDA_CASES = {
-    f"{name}_{bits}_{tokens}": Case(config, tokens, flags=(f"--{'' if bits == '4bit' else 'no-'}load_in_4bit",))
+    f"{name}_{bits}_{tokens}": Case(
+        config, tokens, flags=(f"--{'' if bits == '4bit' else 'no-'}load_in_4bit",), dtype="bfloat16"
+    )
     for name, config in (("0.5b", B05), ("1.5b", B15), ("8b", B8))
     for bits in ("4bit", "16bit")
     for tokens in (512, 2048, 8192)
@@ -105,13 +116,25 @@ def make_model(config: dict[str, Any], folder: Path) -> Path:
     return folder
 
 
-def run(name: str, case: Case) -> dict[str, Any]:
-    """Train a few steps; the record of the run, or its last line where it failed."""
+def make_rows(case: Case, path: Path) -> Path:
+    """Rows of this case's lengths, of words drawn by chance, one step after another."""
     dice = random.Random(0)
 
     def words(count: int) -> str:
         return " ".join(dice.choice(WORDS) for _ in range(count))
 
+    rows = []
+    for share in LENGTHS[: case.steps]:
+        for _ in range(case.rows):
+            asked = words(max(1, round(share * case.tokens) - case.trained - 12))
+            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": words(case.trained)}]
+            rows.append({"messages": messages})
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def run(name: str, case: Case) -> dict[str, Any]:
+    """Train a few steps; the record of the run, or its last line where it failed."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = case.model
@@ -121,17 +144,13 @@ def run(name: str, case: Case) -> dict[str, Any]:
                    "make_model(json.loads(sys.argv[1]), Path(sys.argv[2]))"  # fmt: skip
             model = str(folder / "model")
             subprocess.run([sys.executable, "-c", code, json.dumps(case.model), model], cwd=ROOT, check=True)
-        rows = []
-        for share in LENGTHS[: case.steps]:
-            for _ in range(case.rows):
-                asked = words(max(1, round(share * case.tokens) - case.trained - 12))
-                messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": words(case.trained)}]
-                rows.append({"messages": messages})
-        (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        flags = ["--config", case.recipe] if case.recipe else [
+            "--dataset", str(make_rows(case, folder / "rows.jsonl")), "--format", "chatml",
+            "--batch_size", str(case.rows), "--grad_accum", "1", "--max_steps", str(case.steps), "--save_steps", "0",
+            "--tokens_per_pass", str(2 * case.rows * case.tokens),
+        ]  # fmt: skip
         command = [
-            sys.executable, "train_lora.py", "--model", model, "--dataset", str(folder / "rows.jsonl"), "--format",
-            "chatml", "--batch_size", str(case.rows), "--grad_accum", "1", "--max_steps", str(case.steps),
-            "--save_steps", "0", "--tokens_per_pass", str(2 * case.rows * case.tokens),
+            sys.executable, "train_lora.py", "--model", model, "--dtype", case.dtype, *flags,
             "--experiments_dir", str(folder / "runs"), "--name", "run", *case.flags,
         ]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False)

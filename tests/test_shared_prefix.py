@@ -166,7 +166,8 @@ def test_bfloat16_products_give_the_gradient_of_the_flash_kernel(heads, kv_heads
     wanted = torch.autograd.grad(result, exact, upstream.double())
     for ours, theirs, right in zip(products, flash, wanted, strict=True):
         distances = [(x - right).norm().item() for x in (ours, theirs)]
-        assert distances[0] <= 2 * distances[1] + 1e-3
+        # A sum over grouped heads is rounded once, by a 512th at most; where the kernel is exact that shows.
+        assert distances[0] <= 2 * distances[1] + right.norm() / 512 + 1e-3
         assert distances[0] < 1e-2 * right.norm() + 1e-3
 
 

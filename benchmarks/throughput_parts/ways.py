@@ -107,7 +107,7 @@ def arguments(task: Namespace, folder: str, steps: int, **more: Any) -> dict[str
     return {
         "output_dir": folder, "max_steps": steps, "learning_rate": 2e-4, "lr_scheduler_type": "constant",
         "optim": task.optim, "weight_decay": 0.01, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
-        "disable_tqdm": True, "seed": 0, "bf16": task.dtype == "bfloat16" and task.device != "cpu",
+        "disable_tqdm": True, "seed": 0, "bf16": task.dtype == "bfloat16",
         "use_cpu": task.device == "cpu", "dataloader_num_workers": 0, **more,
     }  # fmt: skip
 

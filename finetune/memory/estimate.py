@@ -21,8 +21,10 @@ OPTIM_BLOCK, OPTIM_SMALLEST = 256, 4096
 
 # finetune/training/loss.py handles this many positions at a time.
 LOSS_CHUNK = 512
-# float32 tensors of a chunk's logits that exist at once: the logits, and logsumexp's exponentials of them.
-LOSS_COPIES = 2
+# ... and the float32 probabilities of so many of them on a CPU, of all of them on a GPU.
+LOSS_ROWS_ON_CPU = 32
+# float32 tensors of a chunk's logits where a model's own forward is compared: the logits, and their logarithms.
+CHECK_COPIES = 2
 
 # Fixed costs in bytes. PROCESS: Python, torch, Unsloth and TRL before the first weight, resident on a CPU (measured,
 # benchmarks/memory.py). CONTEXT: the CUDA context with cuBLAS's workspace (not measured by us: nvidia-smi shows 0.4 to
@@ -123,12 +125,12 @@ def optimizer_bytes(optim: str, adapted: list[Matrix], rank: int) -> float:
 
 def _fused(plan: Plan) -> bool:
     """Whether LoRA layers on a CPU are those of finetune/training/lora_linear.py."""
-    return plan.dtype == "float32" and not plan.load_in_4bit
+    return not plan.load_in_4bit
 
 
 def _rebuilds(sizes: Sizes, plan: Plan) -> bool:
     """Whether an MLP's product is made again in the backward pass: by Unsloth's kernels on a GPU; on a CPU by
-    finetune/training/lora_linear.py, where a fused LoRA layer in float32 takes the product of a silu-gated MLP."""
+    finetune/training/lora_linear.py, where a fused LoRA layer takes the product of a silu-gated MLP."""
     if plan.device != "cpu":
         return True
     return _fused(plan) and sizes.silu_gated and any(m.name == "down_proj" for m in sizes.adapted(plan.target_modules))
@@ -137,27 +139,27 @@ def _rebuilds(sizes: Sizes, plan: Plan) -> bool:
 def layer_bytes(sizes: Sizes, plan: Plan) -> float:
     """Bytes one token leaves in one decoder layer for its backward pass.
 
-    In the compute type: the state before and behind each norm, query, key, value and attention output, and inside the
-    MLP gate and up; where these are not made again (`_rebuilds`) also the activated gate and the product. In float32:
-    the log-sum-exp of every head and the scale of every norm. The tests count the tensors that autograd really saves.
+    In the compute type: the state behind each norm, query, key, value and attention output, and inside the MLP gate and
+    up; where these are not made again (`_rebuilds`) also the activated gate and the product. On a GPU also the state
+    before each norm; on a CPU a norm keeps that in float32. In float32 everywhere: the log-sum-exp of every head and
+    the scale of every norm. The tests count the tensors that autograd really saves.
     """
     width, h, q, kv = BYTES[plan.dtype], sizes.hidden, sizes.query, sizes.key_value
     on_cpu = plan.device == "cpu"
     lora = sum(m.copies * m.experts for m in sizes.adapted(plan.target_modules)) / sizes.layers * plan.rank
-    attention = 2 * q + 2 * kv + ((q + kv) if sizes.qk_norm else 0)
+    before_norms = sizes.norms * h + ((q + kv) if sizes.qk_norm else 0)
     mlp = (2 if _rebuilds(sizes, plan) else 4) * sizes.intermediate
     if sizes.routed:  # each visited expert gets a copy of the state and hands one back; A's output is made per visit
         mlp += 2 * sizes.routed * h
         lora = 7 * plan.rank * sizes.routed
-    states = sizes.norms * h + 2 * h
+    kept = 2 * h + 2 * q + 2 * kv + mlp
     scales = 4 * (sizes.heads + sizes.norms + (sizes.heads + kv // max(q // sizes.heads, 1) if sizes.qk_norm else 0))
     if not on_cpu:
-        return width * (states + attention + mlp) + scales
-    if width == 4:
-        return 4 * (states + attention + mlp + lora) + scales
-    # 16 bits on a CPU: PEFT casts the input of every adapted layer to the adapter's float32, norms cast theirs.
-    copies = 4 * (sizes.norms * h + 5 * h + q + sizes.intermediate + lora)
-    return width * (attention + mlp - sizes.intermediate) + copies + scales
+        return width * (before_norms + kept) + scales
+    if width < 4 and not _fused(plan):
+        # Every adapted layer of PEFT gets a copy of its input; the states behind the norms are kept in that form only.
+        kept += 3 * h + q
+    return 4 * before_norms + width * (kept + lora) + scales
 
 
 def estimate(sizes: Sizes, plan: Plan) -> dict[str, float]:
@@ -192,12 +194,13 @@ def estimate(sizes: Sizes, plan: Plan) -> dict[str, float]:
     else:
         activations = trained_depth * per_layer
     chunk = min(LOSS_CHUNK, trained)
-    loss = chunk * sizes.vocab * 4 * LOSS_COPIES + 2 * trained * sizes.hidden * width + 2 * state
+    in_float32 = min(chunk, LOSS_ROWS_ON_CPU) * 2 if plan.device == "cpu" else chunk
+    loss = sizes.vocab * (chunk * width + 4 * in_float32) + 2 * trained * sizes.hidden * width + 2 * state
     # 4 bit: the matrix at hand is unpacked, into a buffer that stays and once more beside it.
     unpacked = 2 * width * sizes.largest_matrix if plan.load_in_4bit else 0
     step = activations + max(backward, loss) + unpacked
     # Before the first step two short rows go through the model's own forward, with the logits of every position.
-    check = checked * sizes.vocab * width + chunk * sizes.vocab * 4 * LOSS_COPIES + unpacked
+    check = checked * sizes.vocab * width + chunk * sizes.vocab * 4 * CHECK_COPIES + unpacked
     parts = {
         "weights": weights,
         "quantization_constants": constants,
