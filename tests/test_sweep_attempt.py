@@ -2,11 +2,13 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 from hashlib import sha256
 from pathlib import Path
 
+import psutil
 import pytest
 
 from finetune.errors import UserError
@@ -190,6 +192,53 @@ def test_a_program_that_ends_well_and_has_done_nothing(site, monkeypatch):
     assert (outcome["outcome"], outcome["exit_code"]) == ("failed", 0)
     assert outcome["lines"][0] == "nothing done"
     assert "exit status 0" in outcome["lines"][-1]
+
+
+def words_of_processes(mark):
+    """Command lines of living processes that hold the mark."""
+    found = []
+    for one in psutil.process_iter(["cmdline", "status"]):
+        line = " ".join(one.info["cmdline"] or [])
+        if mark in line and one.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(line)
+    return found
+
+
+def test_what_a_failed_try_has_started_ends_with_it(site, monkeypatch):
+    mark = str(site.root / "child")
+    script = f"{sys.executable} -S -c 'import time; time.sleep(600)' {mark} & sleep 0.3; exit 1"
+    monkeypatch.setattr("finetune.sweep.attempt.first_words", lambda task, place: ["sh", "-c", script])
+    outcome = site.attempt("one")
+    assert (outcome["outcome"], outcome["lines"]) == ("failed", ["ended without a word, with exit status 1"])
+    assert not words_of_processes(mark)
+
+
+def test_a_trainer_behind_a_shell_script_saves_when_the_sweep_is_stopped(site, monkeypatch):
+    """The signal ends the shell at once, and the trainer would go on beside its next try."""
+
+    def on_call(method, *arguments):
+        if method == "report" and arguments[0].get("rows"):
+            site.hub.stop("rank4", "interrupted")
+
+    stub = [sys.executable, "-S", str(STUB), str(site.root / "plan" / "plan.json")]
+    monkeypatch.setattr(
+        "finetune.sweep.attempt.first_words",
+        lambda task, place: ["sh", "-c", shlex.join(stub) + ' "$@"; exit $?', "sh"],
+    )
+    outcome = site.attempt("one", "auto", on_call=on_call, steps=400, seconds=0.05)
+    assert outcome["outcome"] == "interrupted"
+    assert not words_of_processes(str(site.root / "plan" / "plan.json"))
+    assert json.loads((site.folder / "rank4" / "experiment_config.json").read_text())["status"] == "interrupted"
+
+
+def test_a_log_that_is_removed_ends_no_run(site):
+    def on_call(method, *arguments):
+        if method == "report" and arguments[0].get("rows"):
+            (site.folder / "logs" / "rank4.log").unlink(missing_ok=True)
+
+    outcome = site.attempt("one", "auto", on_call=on_call, steps=6, seconds=0.1)
+    assert (outcome["outcome"], outcome["step"]) == ("finished", 6)
+    assert site.starts() == [0]
 
 
 def test_a_program_that_is_not_there(site, monkeypatch):
