@@ -16,6 +16,7 @@ from finetune.sweep import ray_runner
 from finetune.sweep.attempt import ending, last_words, run_attempt
 from finetune.sweep.courier import TOKEN
 from finetune.sweep.hub import Hub
+from finetune.sweep.options import Options
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="ends processes with POSIX signals")
 STUB = Path(__file__).with_name("sweep_stub.py")
@@ -253,6 +254,12 @@ def test_a_folder_that_is_not_shared_is_noticed(site):
     with pytest.raises(UserError, match="--transport ray"):
         site.attempt("one", "shared")
     assert site.attempt("one", "auto")["transport"] == "Ray"
+
+
+def test_an_address_that_is_none():
+    pytest.importorskip("ray")
+    with pytest.raises(UserError, match="nonsense"), ray_runner.ray_session(Options(address="nonsense")):
+        pass
 
 
 def test_a_ctrl_c_while_ray_starts_counts_when_it_has_started():

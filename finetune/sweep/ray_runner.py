@@ -80,7 +80,7 @@ def ray_session(options: Options):
         try:
             with _ctrl_c_held_back():
                 ray.init(**common)
-        except (ConnectionError, RuntimeError, TimeoutError) as error:
+        except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:  # ValueError: no address at all
             where = f"the cluster at {options.address}" if options.address else "Ray on this machine"
             raise UserError(f"cannot start {where}: {str(error).splitlines()[0]}") from error
         yield ray
