@@ -7,16 +7,21 @@ import signal
 import sys
 from hashlib import sha256
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
 
 from finetune.errors import UserError
+from finetune.run_log import COLUMNS
 from finetune.sweep import ray_runner
 from finetune.sweep.attempt import ending, last_words, run_attempt
 from finetune.sweep.courier import TOKEN
+from finetune.sweep.grid import make_points
 from finetune.sweep.hub import Hub
 from finetune.sweep.options import Options
+from finetune.sweep.runs import open_sweep
+from finetune.sweep.stopping import Asha
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="ends processes with POSIX signals")
 STUB = Path(__file__).with_name("sweep_stub.py")
@@ -269,3 +274,30 @@ def test_a_ctrl_c_while_ray_starts_counts_when_it_has_started():
         done.append("started")
     assert done == ["started"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_what_a_hopeless_run_logs_on_its_way_out_is_no_measure_for_others(tmp_path, replay):
+    """Rungs that it reaches after the decision would make the next run's hurdle lower."""
+    pytest.importorskip("ray")
+    sweep = open_sweep(tmp_path / "s", make_points({"max_steps": 10}, {"rank": [4, 8]}), identity="x", argv=[],
+                       settings={})  # fmt: skip
+    runner = object.__new__(ray_runner.RayRunner)
+    runner.sweep, runner.decided, runner.told, runner.hub = sweep, {}, set(), MagicMock()
+    runner.asha = Asha(sweep.folder, metric="loss", grace=10, reduction=3)
+    good, bad = sweep.runs
+    if replay:
+        for run, loss in ((good, 1.0), (bad, 9.0)):
+            folder = sweep.run_folder(run)
+            folder.mkdir()
+            lines = [",".join(COLUMNS), *(f"{step},,{loss}" + "," * 9 for step in range(1, 9))]
+            (folder / "training_log.csv").write_text("\n".join(lines) + "\n")
+        runner._replay()
+    else:
+        for run, loss in ((good, 1.0), (bad, 9.0)):
+            run.status = "running"
+            for step in range(1, 9):
+                runner._take_row(run, {"step": step, "loss": loss})
+        assert runner.told == {bad.name}
+    assert runner.asha.reached == {good.name: 80.0, bad.name: 10.0}
+    sweep.close()

@@ -274,10 +274,11 @@ class RayRunner:
         if "first" not in run.progress:
             run.progress["first"] = (percent(run, row), time.time())
         run.progress |= row | {"percent": percent(run, row)}
-        if self.asha is not None and new and run.status == RUNNING:
+        # What a run still logs on its way out is no measure for those that go on.
+        if self.asha is not None and new and run.status == RUNNING and run.name not in self.told:
             self.decided[run.name] = row["step"]
             hopeless = self.asha.result(run.name, run.progress["percent"], row)
-            if hopeless and run.progress["percent"] < 100 and run.name not in self.told:
+            if hopeless and run.progress["percent"] < 100:
                 log.info("%s: to stop early at step %d (%s %.4f)", run.name, row["step"], self.asha.metric,
                          row[self.asha.metric])  # fmt: skip
                 self.told.add(run.name)
@@ -291,7 +292,8 @@ class RayRunner:
         for run in self.sweep.runs:
             log_file = self.sweep.run_folder(run) / LOG
             for row in new_rows(log_file, 0) if log_file.exists() else ():
-                self.asha.result(run.name, percent(run, row), row, replay=True)
+                if self.asha.result(run.name, percent(run, row), row, replay=True):
+                    break
 
     # --- stopping -----------------------------------------------------------------------------------------------------
 
