@@ -180,6 +180,8 @@ def monitor(args: argparse.Namespace) -> int:
     from finetune.memory.tables import wide_console
     from finetune.memory.watch import CardLog, draw, read_log, watch
 
+    if args.plot and not args.output:
+        raise UserError(f"--plot {args.plot}: the picture is drawn from the log; name one with --output")
     # SIGINT too: a shell that starts a program in the background has it ignored.
     stops = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, signal.default_int_handler) for number in stops]

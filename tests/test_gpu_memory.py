@@ -372,3 +372,32 @@ def test_an_interval_longer_than_the_system_can_sleep(nvml, monkeypatch):
     monkeypatch.setattr(watch.time, "sleep", slept.append)
     assert gpu_memory.main(["monitor", "--samples", "2", "--interval", "1e300"]) == 0
     assert slept == [watch.LONGEST_SLEEP]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has POSIX devices and pipes")
+def test_a_log_that_is_no_file(nvml, tmp_path, capsys):
+    """Reading a device may never end."""
+    nvml(FakeCard())
+    (tmp_path / "zeros.jsonl").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.csv")
+    for name in ("zeros.jsonl", "pipe.csv"):
+        assert gpu_memory.main(["monitor", "--samples", "1", "--output", str(tmp_path / name)]) == 2
+        assert "it is no file" in capsys.readouterr().err
+
+
+def test_a_picture_without_a_log(nvml, tmp_path, capsys):
+    nvml(FakeCard())
+    assert gpu_memory.main(["monitor", "--samples", "1", "--plot", str(tmp_path / "a.png")]) == 2
+    assert "--output" in capsys.readouterr().err
+
+
+def test_names_with_brackets_are_printed_as_they_are(nvml, tmp_path, capsys):
+    """rich takes [b] for bold, and ends with an error at [/b]."""
+    nvml(FakeCard(name="card [/b]"))
+    folder = tmp_path / "m[" / "b]"
+    folder.mkdir(parents=True)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 100} | sizes))
+    for words in (["check"], ["monitor", "--samples", "1"], ["estimate", "--model", str(folder)]):
+        assert gpu_memory.main(words) == 0
+        assert "card [/b]" in capsys.readouterr().out

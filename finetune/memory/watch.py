@@ -105,6 +105,8 @@ def _as_text(records: list[dict[str, Any]], kind: str) -> str:
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The whole records of a log; a record cut off at the end is left out. Raises UserError for any other file."""
     path = Path(path)
+    if path.exists() and not path.is_file():  # a device may go on for ever, and a pipe say nothing
+        raise UserError(f"cannot read {path}: it is no file")
     try:
         text = path.read_text(encoding="utf-8").rstrip("\0")  # which some file systems leave when the power fails
     except (OSError, UnicodeDecodeError) as error:
@@ -198,7 +200,8 @@ def watch(driver: Driver, log: CardLog | None, console: Any, *, interval: float,
                 for card in cards:
                     used = "lost" if card.status == "lost" else f"{card.memory_used_gb} of {card.memory_total_gb} GB"
                     load = "" if card.utilization_percent is None else f", {card.utilization_percent} %"
-                    console.print(f"{now}  {card.index} {card.name}: {used}{load}", highlight=False, soft_wrap=True)
+                    line = f"{now}  {card.index} {card.name}: {used}{load}"
+                    console.print(line, highlight=False, markup=False, soft_wrap=True)
             number += 1
 
 
