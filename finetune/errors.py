@@ -34,6 +34,8 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
         for name in ("stdout", "stderr"):  # closed by whoever started us (>&-): Python has None in their place
             if getattr(sys, name) is None:
                 setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        if getattr(sys.stdout, "errors", None) == "strict":  # a name that its encoding does not know costs no result
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             code = main(*args, **kwargs) or 0
             sys.stdout.flush()  # or Python does it when nobody can catch what comes of it

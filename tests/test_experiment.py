@@ -316,6 +316,16 @@ def test_a_stdout_that_takes_nothing(stdout, code, said):
     assert len(result.stderr.splitlines()) == bool(said)
 
 
+def test_a_stdout_that_does_not_know_a_letter():
+    script = (
+        "import sys\nfrom finetune.errors import one_line_errors\n"
+        "sys.exit(one_line_errors(lambda: print('experiments/\\xfc\\u5b57'))())"
+    )
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, check=False)
+    assert (result.returncode, result.stdout.split()) == (0, [rb"experiments/\xfc\u5b57"]), result.stderr
+
+
 def test_messages_hold_no_password_and_a_full_disk_is_no_refusal(capsys):
     assert one_line_errors(fail)(UserError("model https://u:hush@host/x and ssh://hush@h: no")) == 2
     assert one_line_errors(fail)(OSError(errno.ENOSPC, "No space left on device", "run/x")) == 1
