@@ -261,9 +261,10 @@ def test_a_folder_that_is_not_shared_is_noticed(site):
     assert site.attempt("one", "auto")["transport"] == "Ray"
 
 
-def test_an_address_that_is_none():
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:1", "127.0.0.1:99999", "nowhere.invalid:6379"])
+def test_an_address_where_no_cluster_is(address):
     pytest.importorskip("ray")
-    with pytest.raises(UserError, match="nonsense"), ray_runner.ray_session(Options(address="nonsense")):
+    with pytest.raises(UserError, match=address), ray_runner.ray_session(Options(address=address)):
         pass
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -73,6 +74,7 @@ def ray_session(options: Options):
     else:
         if options.address.startswith("ray://"):
             raise UserError("--address ray://…: start the sweep on a machine of the cluster, with --address auto")
+        _check_answers(options.address)
         others = [f"/{path.name}" for path in ROOT.iterdir() if path.name not in CODE]
         code = {"working_dir": str(ROOT), "excludes": [*others, "__pycache__"]}
         common |= {"address": options.address, "runtime_env": code}
@@ -89,6 +91,18 @@ def ray_session(options: Options):
         if own:
             os.environ.clear()
             os.environ.update(before)
+
+
+def _check_answers(address: str) -> None:
+    """UserError where nobody listens at host:port; Ray itself would ask for many minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                f"cannot reach a cluster at {address}: {error}; check --address, or ray start it"
+            ) from error
 
 
 @contextlib.contextmanager
