@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from finetune.errors import UserError, one_line_errors
-from finetune.flag_types import positive
+from finetune.flag_types import positive, text
 from finetune.settings import underscored
 
 EXAMPLES = """examples:
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _estimate_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Dashes and underscores are the same in every flag; names after a comma are other names of a flag."
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help="Hub id, folder, or smollm2-135m; only its config.json is read")
+    what.add_argument("--model", type=text, help="Hub id, folder, or smollm2-135m; only its config.json is read")
     what.add_argument("--model_size", type=_billions, metavar="B", help="parameters in billions, e.g. 7.0 or 7B")
     add = parser.add_argument
     add("--revision", help="branch, tag or commit of the model on the Hub")
@@ -110,9 +110,13 @@ def estimate(args: argparse.Namespace) -> int:
         shape = sizes.sizes_of_name(args.model, args.revision, args.trust_remote_code)
     else:
         shape = sizes.sizes_of_billions(args.model_size)
-    if not shape.adapted(args.target_modules):
+    # What train_lora.py would refuse has no estimate either.
+    several = len(args.target_modules) > 1
+    if not all(shape.adapted([one]) and not (several and one == "all-linear") for one in args.target_modules):
         names = ", ".join(sorted({m.name for m in shape.matrices}))
         raise UserError(f"--target_modules {' '.join(args.target_modules)}: this model has {names}")
+    if args.last_layers and args.last_layers > shape.layers:
+        raise UserError(f"--last_layers {args.last_layers}: the model has {shape.layers} decoder layers")
     on_cpu = args.device == "cpu"
     tokens = max(args.tokens_per_pass or args.batch_size * args.seq_length, args.seq_length)
     plan = Plan(
@@ -176,6 +180,8 @@ def monitor(args: argparse.Namespace) -> int:
     from finetune.memory.tables import wide_console
     from finetune.memory.watch import CardLog, draw, read_log, watch
 
+    if args.plot and not args.output:
+        raise UserError(f"--plot {args.plot}: the picture is drawn from the log; name one with --output")
     # SIGINT too: a shell that starts a program in the background has it ignored.
     stops = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, signal.default_int_handler) for number in stops]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, one_line_errors
-from finetune.flag_types import not_negative, positive
+from finetune.flag_types import folder_name, not_negative, positive, text
 from finetune.settings import FLAGS, underscored
 from finetune.sweep import grid
 
@@ -49,10 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="tries after a failure that gets no further, from the last checkpoint (default: 2)")  # fmt: skip
     add("--hang_minutes", type=not_negative(float), default=60.0, metavar="N",
         help="end and try again a run that neither logs nor prints for N minutes; 0: never (default: 60)")  # fmt: skip
-    add("--address", help="a Ray cluster (auto, or host:port); default: Ray on this machine alone")
+    add("--address", type=text, help="a Ray cluster (auto, or host:port); default: Ray on this machine alone")
     add("--gpus_per_run", type=_gpus, metavar="N",
         help="GPUs of a run: 0.5 puts two on a card, 2 starts torchrun (default: 1 where there are any)")  # fmt: skip
-    add("--cpus_per_run", type=not_negative(float), metavar="N",
+    add("--cpus_per_run", type=_part, metavar="N",
         help="CPU cores of a run (default: 1 beside a GPU, else all cores of a machine)")  # fmt: skip
     add("--transport", choices=("auto", "shared", "ray"), default="auto",
         help="how results come from other machines (default: auto: through a shared folder, else Ray)")  # fmt: skip
@@ -110,8 +110,10 @@ def main(argv: list[str] | None = None) -> int:
         file.get("train", {}) | recipe | given, values, runs=file.get("runs", []), draws=grid.draw(file.get("random")),
         seeds=args.seeds or file.get("seeds"),
     )  # fmt: skip
-    if args.name is not None and (args.name in ("", ".", "..") or Path(args.name).name != args.name):
-        raise UserError(f"--name {args.name!r}: give the name of a folder, not a path; --experiments_dir says where")
+    try:
+        folder_name("default" if args.name is None else args.name)
+    except ValueError:
+        raise UserError(f"--name {args.name!r}: give a {folder_name.__name__}; --experiments_dir says where") from None
     identity = grid.fingerprint(points, {"command": args.command, "asha": asha})
     folder = args.experiments_dir / (args.name or default_name(points, identity))
     if args.dry_run:
@@ -185,7 +187,8 @@ def run_options(args: argparse.Namespace) -> Any:
     from finetune.sweep.options import Options
 
     return Options(
-        address=args.address, gpus_per_run=args.gpus_per_run, cpus_per_run=args.cpus_per_run, transport=args.transport,
+        address=None if args.address == "local" else args.address,  # Ray's own word for what is done without a flag
+        gpus_per_run=args.gpus_per_run, cpus_per_run=args.cpus_per_run, transport=args.transport,
         scratch=args.scratch, retries=args.retries, command=tuple(args.command), hang_minutes=args.hang_minutes,
     )  # fmt: skip
 
@@ -197,8 +200,15 @@ def default_name(points: list[grid.Point], identity: str) -> str:
     return "_".join(["sweep", model, *varied[:4], identity])
 
 
-def _gpus(word: str) -> float:
+def _part(word: str) -> float:
     value = not_negative(float)(word)
+    if 0 < value < 0.0001:
+        raise argparse.ArgumentTypeError(f"{word}: Ray counts ten-thousandths, and nothing below")
+    return value
+
+
+def _gpus(word: str) -> float:
+    value = _part(word)
     if value > 1 and not value.is_integer():
         raise argparse.ArgumentTypeError(f"{word}: above 1 it must be a whole number")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -9,7 +10,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,25 +30,40 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
+        code = 0
+        for name in ("stdout", "stderr"):  # closed by whoever started us (>&-): Python has None in their place
+            if getattr(sys, name) is None:
+                setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        if getattr(sys.stdout, "errors", None) == "strict":  # a name that its encoding does not know costs no result
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            return main(*args, **kwargs) or 0
+            code = main(*args, **kwargs) or 0
+            sys.stdout.flush()  # or Python does it when nobody can catch what comes of it
+            return code
         except (UserError, FormatError) as error:
             return _failed(str(error))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:
-            # Python flushes stdout once more at exit; point it at nothing so that flush cannot fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+            _leave_stdout()
+            return code
         except OSError as error:
             if error.errno in _NO_ROOM:
+                if error.filename is None:
+                    _leave_stdout()
                 return _failed(f"{error.filename or 'a file'}: {error.strerror}; make room and start again", code=1)
             if error.filename is None or error.errno not in _NAMED_WRONGLY:
                 raise
             return _failed(f"{error.filename}: {error.strerror or error}; check its name and rights")
 
     return wrapped
+
+
+def _leave_stdout() -> None:
+    """Python flushes stdout once more at exit; point it at nothing so that flush cannot fail again."""
+    with contextlib.suppress(OSError, ValueError):  # a test's stdout is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _failed(reason: str, code: int = 2) -> int:
@@ -72,7 +87,7 @@ _NAMED_WRONGLY = (
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
     """A file beside `path` that takes its place when all is written, so that a reader never sees half of it.
 

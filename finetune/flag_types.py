@@ -7,12 +7,17 @@ from math import inf
 from typing import Any
 
 
+def _most(kind: type) -> float:
+    """A whole number that 64 bits cannot hold is one too large for whatever it will be given to."""
+    return 2**63 if kind is int else inf
+
+
 def positive(kind: type) -> Callable[[str], Any]:
     """Converter to a finite `kind` above 0; ValueError otherwise."""
 
     def convert(word: str) -> Any:
         value = kind(word)
-        if not 0 < value < inf:
+        if not 0 < value < _most(kind):
             raise ValueError
         return value
 
@@ -33,7 +38,7 @@ def not_negative(kind: type) -> Callable[[str], Any]:
 
     def convert(word: str) -> Any:
         value = kind(word)
-        if not 0 <= value < inf:
+        if not 0 <= value < _most(kind):
             raise ValueError
         return value
 
@@ -42,9 +47,13 @@ def not_negative(kind: type) -> Callable[[str], Any]:
 
 
 def text(word: str) -> str:
-    """Any text but none at all, which is what a shell makes of an unset variable; ValueError otherwise."""
+    """Any text but none at all, which is what a shell makes of an unset variable; ValueError otherwise.
+
+    Nor the bytes of a file's name that are no UTF-8: no config could hold them.
+    """
     if not word.strip():
         raise ValueError
+    word.encode()
     return word
 
 

@@ -267,23 +267,28 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
     Raises UserError naming the file and the key for an unknown flag or a value of the wrong kind.
     """
-    path = Path(path)
-    is_json = path.suffix.lower() == ".json"
-    try:
-        words = path.read_text(encoding="utf-8-sig")
-        data = json.loads(words, object_pairs_hook=_each_once) if is_json else _yaml(words)
-    except OSError as error:
-        raise UserError(f"cannot read config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"config {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except Exception as error:
-        raise UserError(f"config {path} is not valid {'JSON' if is_json else 'YAML'}: {error}") from error
+    data = read_data("config", path)
     if not isinstance(data, dict):
         raise UserError(f"config {path} must hold a mapping of flags, such as 'rank: 16'")
     if isinstance(data.get("flags"), dict):
         # A run's own name is taken, by that run; the same run again gets a folder of its own.
         data = {name: value for name, value in data["flags"].items() if name != "name"}
     return {name: checked(f"config {path}", name, value) for name, value in data.items()}
+
+
+def read_data(kind: str, path: str | Path) -> Any:
+    """What a YAML or JSON file of the user's holds; UserError, naming `kind` and the file, where it cannot be read."""
+    path = Path(path)
+    is_json = path.suffix.lower() == ".json"
+    try:
+        words = path.read_text(encoding="utf-8-sig")
+        return json.loads(words, object_pairs_hook=_each_once) if is_json else _yaml(words)
+    except OSError as error:
+        raise UserError(f"cannot read {kind} {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{kind} {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except Exception as error:
+        raise UserError(f"{kind} {path} is not valid {'JSON' if is_json else 'YAML'}: {error}") from error
 
 
 def _yaml(words: str) -> Any:

@@ -231,7 +231,8 @@ class SandwichTrainer(SFTTrainer):
             return True
         if not (folder / CONFIG).exists():  # on another machine
             return False
-        ranks.lock(folder)  # waits until rank 0, where that is alive, has done it
+        if not ranks.lock(folder):  # waits until rank 0, where that is alive, has done it
+            return False
         if Experiment.open(folder).config["status"] != "running":
             return False
         self.args.distributed_state.process_index = 0

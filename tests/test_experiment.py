@@ -3,9 +3,13 @@
 import errno
 import json
 import os
+import shlex
+import subprocess
+import sys
 import threading
 import zipfile
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +20,8 @@ from finetune.errors import UserError, one_line_errors
 from finetune.experiment import CONFIG, COUNTERS, Experiment, check_writable, find_resumable, run_name
 from finetune.run_log import COLUMNS, RunLog, read_rows
 from finetune.training import ranks
+
+ROOT = Path(__file__).resolve().parent.parent
 
 WHEN = datetime(2025, 12, 18, 14, 30, 22)
 
@@ -251,6 +257,73 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch, proces
         monkeypatch.setenv("RANK", "1")
         ranks.hold(tmp_path)  # the first one's business
         other.release()
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK=x"),
+        ({"WORLD_SIZE": "2"}, "RANK expected, but not set; start with torchrun, or unset WORLD_SIZE"),
+    ],
+)
+def test_what_some_other_launcher_has_left_in_the_environment(variables, wanted, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=wanted):
+        ranks.rank(), ranks.start()
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert ranks.size() == 1
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "2"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"process 3 of this machine has no GPU: .*--nproc_per_node 2"):
+        ranks.start()
+
+
+def test_processes_in_a_folder_without_locks(tmp_path, monkeypatch):
+    def acquire(self, **rest):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(ranks, "_group", object())
+    monkeypatch.setattr("finetune.training.ranks.FileLock.acquire", acquire)
+    assert not ranks.lock(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has POSIX shells and devices")
+@pytest.mark.parametrize(
+    ("stdout", "code", "said"), [(">&-", 3, ""), ("| true", 3, ""), ("> /dev/full", 1, "No space left")]
+)
+def test_a_stdout_that_takes_nothing(stdout, code, said):
+    """What has not been flushed yet fails at Python's own last flush otherwise, with an exit status of its own."""
+    if stdout == "> /dev/full" and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    script = (
+        "import sys, time\nfrom finetune.errors import one_line_errors\n@one_line_errors\ndef main():\n"
+        "    time.sleep(0.2)\n    sys.stdout.isatty()\n    print('x')\n    return 3\nsys.exit(main())"
+    )
+    line = f"{shlex.join([sys.executable, '-c', script])} {stdout}; exit ${{PIPESTATUS[0]}}"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    result = subprocess.run(["bash", "-c", line], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == code, result.stderr
+    assert said in result.stderr
+    assert len(result.stderr.splitlines()) == bool(said)
+
+
+def test_a_stdout_that_does_not_know_a_letter():
+    script = (
+        "import sys\nfrom finetune.errors import one_line_errors\n"
+        "sys.exit(one_line_errors(lambda: print('experiments/\\xfc\\u5b57'))())"
+    )
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, check=False)
+    assert (result.returncode, result.stdout.split()) == (0, [rb"experiments/\xfc\u5b57"]), result.stderr
 
 
 def test_messages_hold_no_password_and_a_full_disk_is_no_refusal(capsys):

@@ -279,6 +279,9 @@ def test_estimate_prints_parts_advice_and_cards(capsys, nvml):
         (["--model_size", "9999"], "in billions"),
         (["--model_size", "0.001"], "in billions"),
         (["--model", "./nowhere/at/all"], "./nowhere/at/all"),
+        (["--model_size", "7", "--target_modules", "q_proj", "qq"], "this model has"),
+        (["--model_size", "7", "--target_modules", "all-linear", "q_proj"], "this model has"),
+        (["--model_size", "7", "--last_layers", "1000"], "32 decoder layers"),
     ],
 )
 def test_mistakes_end_in_one_line(words, message, nvml, capsys):
@@ -286,3 +289,115 @@ def test_mistakes_end_in_one_line(words, message, nvml, capsys):
     assert gpu_memory.main(["estimate", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--model", ""], ["--model_size", "7", "--rank", "9" * 400]])
+def test_values_that_no_flag_takes(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu_memory.main(["estimate", *words])
+    assert "invalid" in capsys.readouterr().err
+
+
+def test_a_config_whose_text_part_is_no_config(tmp_path, capsys):
+    config = {"model_type": "llama", "text_config": {"hidden_size": 64}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert gpu_memory.main(["estimate", "--model", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "model type 'llama' cannot be measured" in error and error.count("\n") == 1
+
+
+# --- logs that somebody else has written ------------------------------------------------------------------------------
+
+READING = dict.fromkeys(watch.COLUMNS) | {
+    "time": "2026-11-21T10:00:00+00:00", "index": 0, "name": "card", "status": "ok", "memory_used_gb": 1.0,
+}  # fmt: skip
+
+
+def as_log(*changes):
+    return "[\n" + ",\n".join(json.dumps(READING | one) for one in changes) + "\n]\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"index": None}, {"memory_used_gb": 10**400}, {"memory_total_gb": 1e308}, {"time": "0001-01-01T00:00:00+05:00"},
+        {"time": "9999-12-31T23:59:59-05:00"}, {"name": "\ud800"},
+    ],
+)  # fmt: skip
+def test_a_reading_that_cannot_be_drawn(tmp_path, capsys, change):
+    (tmp_path / "log.json").write_text(as_log({}, change))
+    assert gpu_memory.main(["plot", str(tmp_path / "log.json")]) == 2
+    error = capsys.readouterr().err
+    assert "record 2" in error and error.count("\n") == 1
+
+
+def test_a_name_with_dollars_and_times_with_and_without_a_zone_are_drawn(tmp_path):
+    (tmp_path / "log.json").write_text(as_log({"time": "2026-11-21T09:00:00"}, {"name": "$\\frac$"}))
+    assert gpu_memory.main(["plot", str(tmp_path / "log.json")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("notes.json", "[draft] my notes"), ("notes.json", "[" * 5000), ("notes.jsonl", "my notes\n"),
+        ("notes.jsonl", "my notes"), ("table.csv", "a,b"), ("table.csv", '"' + "x" * 200_000 + '"\n'),
+        ("log.csv", ",".join(watch.COLUMNS) + "\n2026-11-21T10:00:00+00:00,0,card,ok,1,1,2,3,3,1,more\n"),
+    ],
+)  # fmt: skip
+def test_a_file_of_somebody_elses_is_left_as_it_is(nvml, tmp_path, capsys, name, text):
+    nvml(FakeCard())
+    (tmp_path / name).write_text(text)
+    assert gpu_memory.main(["monitor", "--samples", "1", "--output", str(tmp_path / name)]) == 2
+    assert (tmp_path / name).read_text() == text
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["log.json", "log.jsonl", "log.csv"])
+def test_a_log_that_lost_power_in_any_byte_goes_on(nvml, tmp_path, name):
+    nvml(FakeCard())
+    words = ["monitor", "--samples", "1", "--output", str(tmp_path / name)]
+    assert gpu_memory.main(words) == 0
+    whole = (tmp_path / name).read_bytes()
+    for size in range(0, len(whole), 7):
+        for tail in (b"", b"\0\0"):
+            (tmp_path / name).write_bytes(whole[:size] + tail)
+            log = watch.CardLog(tmp_path / name)
+            assert log.records in (0, 1)
+            assert watch.read_log(tmp_path / name) == watch.read_log(log.path)
+
+
+def test_an_interval_longer_than_the_system_can_sleep(nvml, monkeypatch):
+    nvml(FakeCard())
+    slept = []
+    monkeypatch.setattr(watch.time, "sleep", slept.append)
+    assert gpu_memory.main(["monitor", "--samples", "2", "--interval", "1e300"]) == 0
+    assert slept == [watch.LONGEST_SLEEP]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has POSIX devices and pipes")
+def test_a_log_that_is_no_file(nvml, tmp_path, capsys):
+    """Reading a device may never end."""
+    nvml(FakeCard())
+    (tmp_path / "zeros.jsonl").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.csv")
+    for name in ("zeros.jsonl", "pipe.csv"):
+        assert gpu_memory.main(["monitor", "--samples", "1", "--output", str(tmp_path / name)]) == 2
+        assert "it is no file" in capsys.readouterr().err
+
+
+def test_a_picture_without_a_log(nvml, tmp_path, capsys):
+    nvml(FakeCard())
+    assert gpu_memory.main(["monitor", "--samples", "1", "--plot", str(tmp_path / "a.png")]) == 2
+    assert "--output" in capsys.readouterr().err
+
+
+def test_names_with_brackets_are_printed_as_they_are(nvml, tmp_path, capsys):
+    """rich takes [b] for bold, and ends with an error at [/b]."""
+    nvml(FakeCard(name="card [/b]"))
+    folder = tmp_path / "m[" / "b]"
+    folder.mkdir(parents=True)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 100} | sizes))
+    for words in (["check"], ["monitor", "--samples", "1"], ["estimate", "--model", str(folder)]):
+        assert gpu_memory.main(words) == 0
+        assert "card [/b]" in capsys.readouterr().out

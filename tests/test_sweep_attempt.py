@@ -2,18 +2,26 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 from hashlib import sha256
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import psutil
 import pytest
 
 from finetune.errors import UserError
+from finetune.run_log import COLUMNS
 from finetune.sweep import ray_runner
 from finetune.sweep.attempt import ending, last_words, run_attempt
 from finetune.sweep.courier import TOKEN
+from finetune.sweep.grid import make_points
 from finetune.sweep.hub import Hub
+from finetune.sweep.options import Options
+from finetune.sweep.runs import open_sweep
+from finetune.sweep.stopping import Asha
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="ends processes with POSIX signals")
 STUB = Path(__file__).with_name("sweep_stub.py")
@@ -192,6 +200,53 @@ def test_a_program_that_ends_well_and_has_done_nothing(site, monkeypatch):
     assert "exit status 0" in outcome["lines"][-1]
 
 
+def words_of_processes(mark):
+    """Command lines of living processes that hold the mark."""
+    found = []
+    for one in psutil.process_iter(["cmdline", "status"]):
+        line = " ".join(one.info["cmdline"] or [])
+        if mark in line and one.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(line)
+    return found
+
+
+def test_what_a_failed_try_has_started_ends_with_it(site, monkeypatch):
+    mark = str(site.root / "child")
+    script = f"{sys.executable} -S -c 'import time; time.sleep(600)' {mark} & sleep 0.3; exit 1"
+    monkeypatch.setattr("finetune.sweep.attempt.first_words", lambda task, place: ["sh", "-c", script])
+    outcome = site.attempt("one")
+    assert (outcome["outcome"], outcome["lines"]) == ("failed", ["ended without a word, with exit status 1"])
+    assert not words_of_processes(mark)
+
+
+def test_a_trainer_behind_a_shell_script_saves_when_the_sweep_is_stopped(site, monkeypatch):
+    """The signal ends the shell at once, and the trainer would go on beside its next try."""
+
+    def on_call(method, *arguments):
+        if method == "report" and arguments[0].get("rows"):
+            site.hub.stop("rank4", "interrupted")
+
+    stub = [sys.executable, "-S", str(STUB), str(site.root / "plan" / "plan.json")]
+    monkeypatch.setattr(
+        "finetune.sweep.attempt.first_words",
+        lambda task, place: ["sh", "-c", shlex.join(stub) + ' "$@"; exit $?', "sh"],
+    )
+    outcome = site.attempt("one", "auto", on_call=on_call, steps=400, seconds=0.05)
+    assert outcome["outcome"] == "interrupted"
+    assert not words_of_processes(str(site.root / "plan" / "plan.json"))
+    assert json.loads((site.folder / "rank4" / "experiment_config.json").read_text())["status"] == "interrupted"
+
+
+def test_a_log_that_is_removed_ends_no_run(site):
+    def on_call(method, *arguments):
+        if method == "report" and arguments[0].get("rows"):
+            (site.folder / "logs" / "rank4.log").unlink(missing_ok=True)
+
+    outcome = site.attempt("one", "auto", on_call=on_call, steps=6, seconds=0.1)
+    assert (outcome["outcome"], outcome["step"]) == ("finished", 6)
+    assert site.starts() == [0]
+
+
 def test_a_program_that_is_not_there(site, monkeypatch):
     monkeypatch.setattr("finetune.sweep.attempt.first_words", lambda task, place: ["/no/such/program"])
     outcome = site.attempt("one")
@@ -206,6 +261,13 @@ def test_a_folder_that_is_not_shared_is_noticed(site):
     assert site.attempt("one", "auto")["transport"] == "Ray"
 
 
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:1", "127.0.0.1:99999", "nowhere.invalid:6379"])
+def test_an_address_where_no_cluster_is(address):
+    pytest.importorskip("ray")
+    with pytest.raises(UserError, match=address), ray_runner.ray_session(Options(address=address)):
+        pass
+
+
 def test_a_ctrl_c_while_ray_starts_counts_when_it_has_started():
     done = []
     with pytest.raises(KeyboardInterrupt), ray_runner._ctrl_c_held_back():
@@ -213,3 +275,30 @@ def test_a_ctrl_c_while_ray_starts_counts_when_it_has_started():
         done.append("started")
     assert done == ["started"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_what_a_hopeless_run_logs_on_its_way_out_is_no_measure_for_others(tmp_path, replay):
+    """Rungs that it reaches after the decision would make the next run's hurdle lower."""
+    pytest.importorskip("ray")
+    sweep = open_sweep(tmp_path / "s", make_points({"max_steps": 10}, {"rank": [4, 8]}), identity="x", argv=[],
+                       settings={})  # fmt: skip
+    runner = object.__new__(ray_runner.RayRunner)
+    runner.sweep, runner.decided, runner.told, runner.hub = sweep, {}, set(), MagicMock()
+    runner.asha = Asha(sweep.folder, metric="loss", grace=10, reduction=3)
+    good, bad = sweep.runs
+    if replay:
+        for run, loss in ((good, 1.0), (bad, 9.0)):
+            folder = sweep.run_folder(run)
+            folder.mkdir()
+            lines = [",".join(COLUMNS), *(f"{step},,{loss}" + "," * 9 for step in range(1, 9))]
+            (folder / "training_log.csv").write_text("\n".join(lines) + "\n")
+        runner._replay()
+    else:
+        for run, loss in ((good, 1.0), (bad, 9.0)):
+            run.status = "running"
+            for step in range(1, 9):
+                runner._take_row(run, {"step": step, "loss": loss})
+        assert runner.told == {bad.name}
+    assert runner.asha.reached == {good.name: 80.0, bad.name: 10.0}
+    sweep.close()

@@ -137,6 +137,10 @@ def test_random_draws_stay_in_their_ranges_and_repeat(tmp_path, capsys):
         (["--rank", "4", "8", "--name", "../elsewhere"], "--name"),
         (["--rank", "4", "8", "--name", ".."], "--name"),
         (["--rank", "4", "8", "--name", ""], "--name"),
+        (["--rank", "4", "8", "--name", ".hidden"], "--name"),
+        (["--rank", "4", "8", "--name", "two\nlines"], "--name"),
+        (["--dataset", "\udcff.jsonl"], "dataset must be a non-empty text"),
+        (["--seeds", "2", "--", "--seed", "4294967295"], "--seeds: seed must be a whole number from 0 to 4294967295"),
         (["--rank", *map(str, range(1, 201)), "--seed", *map(str, range(100))], "20,000"),
     ],
 )
@@ -169,6 +173,10 @@ def test_what_is_refused(words, wanted, capsys):
         ({"random": {"count": 10**12, "flags": {"rank": [1]}}}, "count"),
         ({"random": {"count": 2, "seed": "x", "flags": {"rank": [1]}}}, "seed"),
         ({"grid": {"target_modules": [[]]}}, "target_modules"),
+        ({"grid": []}, "mapping"),
+        ({"runs": 0}, "list"),
+        ({"train": {"show_mask": 2}}, "not for a run of a sweep"),
+        ({"grid": {"show_mask": [1, 2]}}, "not for a run of a sweep"),
     ],
 )
 def test_what_is_refused_in_a_file(sections, wanted, tmp_path, capsys):
@@ -176,6 +184,30 @@ def test_what_is_refused_in_a_file(sections, wanted, tmp_path, capsys):
     assert code == 2
     assert "s.yaml" in said.err
     assert wanted in said.err
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("grid: {rank: [4], rank: [8]}", "'rank' stands in it twice"),
+        ("grid: {rank: [4]}\ngrid: {lr: [1e-4]}", "'grid' stands in it twice"),
+        ("grid: {lr: [2020-99-99]}", "not valid YAML"),
+        ("grid: " + "[" * 3000, "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_sweep(text, wanted, tmp_path, capsys):
+    (tmp_path / "s.yaml").write_text(text)
+    code, runs, said = dry(capsys, "--sweep", str(tmp_path / "s.yaml"))
+    assert (code, runs) == (2, {})
+    assert wanted in said.err
+    assert len(said.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["--address", ""], ["--gpus_per_run", "1e-5"], ["--cpus_per_run", "1e-5"]])
+def test_what_ray_would_refuse_is_refused_before_it_is_started(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sweep_lora.main([*words, "--dry_run"])
+    assert words[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_same_runs_have_the_same_folder_however_they_are_written(tmp_path, capsys):
@@ -277,6 +309,26 @@ def test_a_sweep_that_is_broken_off_does_not_say_that_it_is_running(tmp_path, mo
     assert kept["status"] == "interrupted"
     assert [run["status"] for run in kept["runs"]] == ["interrupted", "waiting"]
     opened(tmp_path / "s", points(4, 8), identity=kept["id"]).close()
+
+
+def test_a_sweep_in_a_folder_without_locks(tmp_path, monkeypatch):
+    def acquire(self, **rest):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("finetune.sweep.runs.FileLock.acquire", acquire)
+    opened(tmp_path / "s", points(4, 8)).close()
+    opened(tmp_path / "s", points(4, 8)).close()
+
+
+@pytest.mark.parametrize("missing", ["data", "started", "runs"])
+def test_a_sweep_json_that_somebody_has_edited(tmp_path, missing):
+    opened(tmp_path / "s", points(4, 8)).close()
+    path = tmp_path / "s" / "sweep.json"
+    kept = json.loads(path.read_text())
+    del kept[missing]
+    path.write_text(json.dumps(kept))
+    with pytest.raises(UserError, match="cannot read"):
+        opened(tmp_path / "s", points(4, 8))
 
 
 def test_changed_data_stop_a_sweep_that_goes_on(tmp_path):

@@ -9,6 +9,9 @@ import pytest
 from finetune.charts.curves import COLUMNS, Run, read_run, summarize
 from finetune.charts.repeats import mean_and_spread, merge_repeats
 from finetune.charts.run_labels import compare
+from finetune.sweep import summary
+from finetune.sweep.grid import make_points
+from finetune.sweep.runs import open_sweep
 from finetune.sweep.summary import find_best
 
 
@@ -89,3 +92,17 @@ def test_what_diverged_by_its_end_is_not_the_best(tmp_path):
     assert table["diverged"]["final_loss"] == float("inf")
     assert (table["diverged"]["min_loss"], table["diverged"]["best_eval_loss"]) == (1.0, 0.5)
     assert "eval_loss is no number in 1 rows" in table["evaluation_alone"]["notes"]
+
+
+def test_a_reader_that_is_gone_costs_no_results(tmp_path, monkeypatch):
+    """`sweep_lora.py … | head`: rich ends the program when it writes to a closed pipe."""
+
+    def gone(table):
+        raise SystemExit(1)
+
+    sweep = open_sweep(tmp_path / "s", make_points({}, {"rank": [4]}), identity="x", argv=[], settings={})
+    sweep.runs[0].status = "failed"
+    monkeypatch.setattr(summary, "print_table", gone)
+    assert summary.write_results(sweep) is None
+    assert (tmp_path / "s" / "summary.csv").exists()
+    sweep.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from finetune.memory.advice import USABLE, flag_words, suggest
@@ -70,7 +71,7 @@ def cards_table(cards: list[Card]) -> Table:
         compute = ".".join(map(str, card.capability)) if card.capability else "unknown"
         total = "unknown" if card.memory_total_gb is None else f"{card.memory_total_gb:.1f} GB"
         free = "unknown" if card.memory_free_gb is None else f"{card.memory_free_gb:.1f} GB"
-        table.add_row(f"{card.index} {card.name}", total, free, compute, known(card.bf16), known(card.flash))
+        table.add_row(escape(f"{card.index} {card.name}"), total, free, compute, known(card.bf16), known(card.flash))
     return table
 
 

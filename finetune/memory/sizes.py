@@ -111,14 +111,14 @@ def sizes_of_config(config: Any) -> Sizes:
     import torch
     from transformers import AutoModelForCausalLM
 
-    text = config.get_text_config()
     try:
+        text = config.get_text_config()
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)
         return sizes_of_model(model)
     except Exception as error:  # strangers' configs fail in as many ways as there are
         reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
-        raise UserError(f"model type {text.model_type!r} cannot be measured: {reason}; give --model-size") from error
+        raise UserError(f"model type {config.model_type!r} cannot be measured: {reason}; give --model-size") from error
 
 
 def sizes_of_model(model: Any) -> Sizes:

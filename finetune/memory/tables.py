@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from finetune.memory import advice
@@ -44,7 +45,7 @@ def gb(size: float) -> str:
 
 def parts_table(parts: dict[str, float], plan: Plan, title: str) -> Table:
     """Every part that is not nothing, and the total."""
-    table = Table(title=title, title_style="bold", title_justify="left")
+    table = Table(title=escape(title), title_style="bold", title_justify="left")
     table.add_column("part")
     table.add_column("GB", justify="right")
     table.add_column("share", justify="right")
@@ -100,7 +101,7 @@ def print_estimate(
     console.print(parts_table(estimate(sizes, plan), plan, title))
     if capacity is not None:
         for line in verdict(sizes, plan, capacity, place):
-            console.print(line, soft_wrap=True, highlight=False)
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
     elif plan.device == "cuda":
         console.print(f"Smallest card it fits: {card_words(advice.smallest_card(sizes, plan))}.", highlight=False)
     console.print(changes_table(sizes, plan))
@@ -147,7 +148,7 @@ def live_table(cards: list[Card], time: str) -> Table:
         return "-" if value is None else text.format(value)
 
     for card in cards:
-        name = f"{card.index} {card.name}"
+        name = escape(f"{card.index} {card.name}")
         if card.status == "lost":
             table.add_row(name, "lost", *["-"] * 4, style="red")
             continue

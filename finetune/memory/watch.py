@@ -22,6 +22,7 @@ COLUMNS = (
 )  # fmt: skip
 NUMBERS = frozenset(COLUMNS) - {"time", "name", "status"}
 SUFFIXES = (".json", ".jsonl", ".csv")
+LONGEST_SLEEP = 1e9  # seconds; time.sleep refuses ten times as many
 
 
 class CardLog:
@@ -104,60 +105,73 @@ def _as_text(records: list[dict[str, Any]], kind: str) -> str:
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The whole records of a log; a record cut off at the end is left out. Raises UserError for any other file."""
     path = Path(path)
+    if path.exists() and not path.is_file():  # a device may go on for ever, and a pipe say nothing
+        raise UserError(f"cannot read {path}: it is no file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8").rstrip("\0")  # which some file systems leave when the power fails
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    complete = text[: text.rfind("\n") + 1]
+    whole_lines = text.rfind("\n") + 1
+    complete, torn = text[:whole_lines], text[whole_lines:]
     if path.suffix.lower() == ".csv":
-        rows = list(csv.reader(io.StringIO(complete)))
-        if rows and tuple(rows[0]) != COLUMNS:
+        try:
+            header, *rows = list(csv.reader(io.StringIO(complete))) or [None]
+        except csv.Error as error:
+            raise UserError(f"cannot read {path}: {error}; choose another --output") from error
+        if header != list(COLUMNS) and (header or not _begins(torn, ",".join(COLUMNS))):
             raise UserError(f"{path} is not a log of gpu_memory.py: its first line names other columns")
-        return [
-            _checked(path, number, dict(zip(COLUMNS, row, strict=True)), _typed)
-            for number, row in enumerate(rows[1:], start=1)
-            if len(row) == len(COLUMNS)
-        ]
+        return [_checked(path, number, row, _typed) for number, row in enumerate(rows, start=1) if row]
+    not_a_log = UserError(f"{path} is not a log of gpu_memory.py; choose another --output")
     if path.suffix.lower() == ".json":
         if text.strip() and not text.startswith("["):
-            raise UserError(f"{path} is not a log of gpu_memory.py; choose another --output")
+            raise not_a_log
         lines = [line.strip().rstrip(",") for line in text.splitlines()]
         lines = [line for line in lines if line not in ("[", "]", "[]", "")]
     else:
-        lines = complete.splitlines()
+        lines = [*complete.splitlines(), *filter(None, [torn])]
     records = []
     for number, line in enumerate(lines):
         try:
             value = json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines) - 1:
+        except (ValueError, RecursionError):
+            if number == len(lines) - 1 and _begins(line, '{"time": "'):
                 break
             value = None
         if not isinstance(value, dict) or not set(COLUMNS) <= value.keys():
-            raise UserError(f"{path} is not a log of gpu_memory.py; choose another --output")
+            raise not_a_log
         records.append(_checked(path, number + 1, value, dict))
     return records
 
 
-def _checked(path: Path, number: int, row: dict[str, Any], read: Callable[[dict[str, Any]], dict]) -> dict[str, Any]:
+def _begins(torn: str, start: str) -> bool:
+    """Whether a torn end is what is left of a line that begins with `start`: what anybody else wrote is no torn end."""
+    return torn.startswith(start) or start.startswith(torn)
+
+
+def _checked(path: Path, number: int, row: Any, read: Callable[[Any], dict]) -> dict[str, Any]:
     """What `read` makes of a record; UserError where a value of it is of the wrong kind (somebody edited the log)."""
     try:
         one = read(row)
-        datetime.fromisoformat(one["time"])
+        if not 1970 <= datetime.fromisoformat(one["time"]).year < 3000:  # the chart's axis has an end
+            raise ValueError(f"time is {one['time']!r}")
+        str(one["name"]).encode()  # half of a surrogate pair cannot be written again
         for column, value in one.items():
-            if column in NUMBERS and value is not None and not isinstance(value, int | float):
+            none = value is None and column != "index"
+            if column in NUMBERS and not none and not (isinstance(value, int | float) and abs(value) < 1e300):
                 raise ValueError(f"{column} is {value!r}")
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}, record {number}: {error}; mend that line or remove it") from error
     return one
 
 
-def _typed(row: dict[str, str]) -> dict[str, Any]:
+def _typed(cells: list[str]) -> dict[str, Any]:
     """A CSV row with numbers for numbers and None for what was not known."""
+    if len(cells) != len(COLUMNS):
+        raise ValueError(f"it has {len(cells)} cells instead of {len(COLUMNS)}")
     whole = {"index", "utilization_percent", "temperature_c"}
     return {
         column: text if column not in NUMBERS else None if text == "" else int(text) if column in whole else float(text)
-        for column, text in row.items()
+        for column, text in zip(COLUMNS, cells, strict=True)
     }
 
 
@@ -176,7 +190,7 @@ def watch(driver: Driver, log: CardLog | None, console: Any, *, interval: float,
         while samples is None or number < samples:
             if number:
                 due = max(due + interval, time.monotonic())  # readings keep their pace, and none is made up for
-                time.sleep(max(0.0, due - time.monotonic()))
+                time.sleep(min(max(0.0, due - time.monotonic()), LONGEST_SLEEP))
             cards, now = driver.cards(), datetime.now().astimezone().isoformat(timespec="milliseconds")
             if log is not None:
                 log.add(cards, now)
@@ -186,7 +200,8 @@ def watch(driver: Driver, log: CardLog | None, console: Any, *, interval: float,
                 for card in cards:
                     used = "lost" if card.status == "lost" else f"{card.memory_used_gb} of {card.memory_total_gb} GB"
                     load = "" if card.utilization_percent is None else f", {card.utilization_percent} %"
-                    console.print(f"{now}  {card.index} {card.name}: {used}{load}", highlight=False, soft_wrap=True)
+                    line = f"{now}  {card.index} {card.name}: {used}{load}"
+                    console.print(line, highlight=False, markup=False, soft_wrap=True)
             number += 1
 
 
@@ -202,12 +217,12 @@ def draw(records: list[dict[str, Any]], path: str | Path) -> Path:
     figure, (memory, load) = plt.subplots(2, 1, sharex=True, figsize=(9, 5.5), layout="constrained")
     for index in sorted({r["index"] for r in records}):
         of_card = [r for r in records if r["index"] == index]
-        times = [datetime.fromisoformat(r["time"]) for r in of_card]
+        times = [datetime.fromisoformat(r["time"]).astimezone() for r in of_card]
 
         def values(column, rows=of_card):
             return [float("nan") if r[column] is None else r[column] for r in rows]
 
-        name = f"{index}: {of_card[-1]['name']}"
+        name = f"{index}: {of_card[-1]['name']}".replace("$", r"\$")  # or it is read as a formula
         (line,) = memory.plot(times, values("memory_used_gb"), label=name, drawstyle="steps-post")
         totals = [r["memory_total_gb"] for r in of_card if r["memory_total_gb"] is not None]
         if totals:

@@ -25,6 +25,7 @@ from finetune.sweep.runs import FAILED, FINISHED, INTERRUPTED, REFUSED, STOPPED,
 ROOT = Path(__file__).resolve().parents[2]
 REPORTED = ("step", "epoch", "loss", "eval_loss")
 LAST_LINES = 12
+SECONDS_TO_END = 5.0  # for a process that is told to end and owes nobody a checkpoint
 OUT_OF_MEMORY, KILLED, HUNG = "out of memory", "killed", "hung"
 _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryError|ALLOC_FAILED", re.IGNORECASE)
 # torchrun ends with status 1 whatever its processes ended with, and says it behind their own last words.
@@ -61,13 +62,18 @@ def run_attempt(task: dict[str, Any], call: Call) -> dict[str, Any]:
         file.flush()
         begins = file.tell()
         process = start(words, place.cwd, file, task)
+        stopped = ""
         try:
             stopped = watch(process, folder / LOG, log, task, call, courier)
         finally:
             end_process(process)
+            if process.returncode != 0:  # what a finished run has left, an uploader say, may take its time
+                end_children(process, task["patience"] if stopped and not call("in_a_hurry") else SECONDS_TO_END)
     courier.send_changed(ended=True)
     code, lines = last_words(process.returncode, log, begins)
     end = ending(code, lines, stopped)
+    if code and not stopped and not lines:
+        end["lines"] = [f"ended without a word, with exit status {code}"]
     if end["outcome"] == HUNG:
         end["lines"].append(f"neither logged nor printed for {task['silence'] / 60:g} minutes (--hang_minutes)")
     if end["outcome"] == FINISHED and (status := folder_status(folder)) != FINISHED:
@@ -157,8 +163,9 @@ def watch(
             if wanted and not stopped and not ended:
                 stopped, deadline = wanted, time.monotonic() + task["patience"]
                 process.terminate()  # train_lora.py finishes its step and saves a checkpoint
-        if (now_heard := size + output.stat().st_size) != heard_of:
-            heard, heard_of = time.monotonic(), now_heard
+        with contextlib.suppress(OSError):  # somebody has tidied up the logs
+            if (now_heard := size + output.stat().st_size) != heard_of:
+                heard, heard_of = time.monotonic(), now_heard
         if task["silence"] and not stopped and not ended and time.monotonic() - heard > task["silence"]:
             stopped, deadline = HUNG, time.monotonic() + task["patience"]
             process.terminate()
@@ -166,7 +173,7 @@ def watch(
             return stopped
         courier.send_changed()
         if deadline is not None and (time.monotonic() > deadline or call("in_a_hurry")):
-            process.kill()
+            _kill(process)
 
 
 def new_rows(log: Path, after: int) -> list[dict[str, Any]]:
@@ -185,10 +192,47 @@ def end_process(process: subprocess.Popen) -> None:
     if process.poll() is None:
         process.terminate()
         try:
-            process.wait(timeout=5)
+            process.wait(timeout=SECONDS_TO_END)
         except subprocess.TimeoutExpired:
-            process.kill()
+            _kill(process)
             process.wait()
+
+
+def end_children(process: subprocess.Popen, seconds: float) -> None:
+    """End what an ended process has left in its group: a trainer behind a shell script would write to the next try.
+
+    They are asked first, and have `seconds` for a checkpoint.
+    """
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError):  # none are left
+        os.killpg(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and _in_group(process.pid):
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _in_group(group: int) -> bool:
+    """Whether a process of the group is alive; one that has ended may stay in it until somebody asks for its status."""
+    import psutil
+
+    for one in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getpgid(one.pid) == group and one.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Kill a process with all that it has started: torchrun's own have groups of their own, and would live on."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+    process.kill()
 
 
 def ending(code: int, lines: list[str], stopped: str) -> dict[str, Any]:
@@ -212,7 +256,8 @@ def ending(code: int, lines: list[str], stopped: str) -> dict[str, Any]:
 
 def last_words(code: int, log: Path, begins: int) -> tuple[int, list[str]]:
     """Exit code and last lines of this attempt, without colours; of torchrun's first failed process where it ran."""
-    with log.open("rb") as file:
+    text = ""
+    with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(max(begins, log.stat().st_size - 16_384))
         text = _COLOUR.sub("", file.read().decode("utf-8", "replace"))
     lines = [line.rstrip()[:500] for line in text.splitlines() if line.strip()]

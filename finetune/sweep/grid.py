@@ -102,24 +102,16 @@ def grid_values(name: str, words: Sequence[str]) -> list[Any]:
 
 def read_file(path: str | Path) -> dict[str, Any]:
     """The sections of a sweep's YAML, each value checked; see docs/sweeps.md for their meaning."""
-    import yaml
-
-    path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read sweep {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"sweep {path} is not valid YAML: {error}") from error
+    data = settings.read_data("sweep", path)
     if not isinstance(data, dict) or not set(data) <= set(SECTIONS):
         unknown = sorted(map(str, set(data) - set(SECTIONS))) if isinstance(data, dict) else []
         raise UserError(f"sweep {path}: {'unknown section ' + unknown[0] if unknown else 'no mapping'}; "
                         f"it may hold {', '.join(SECTIONS)}")  # fmt: skip
     where = f"sweep {path}"
-    read: dict[str, Any] = {"train": _flags(f"{where}, train", data.get("train") or {}, allow_config=True)}
-    grid = _mapping(f"{where}, grid", data.get("grid") or {})
+    read: dict[str, Any] = {"train": _flags(f"{where}, train", _given(data, "train", {}), allow_config=True)}
+    grid = _mapping(f"{where}, grid", _given(data, "grid", {}))
     read["grid"] = {name: _values(f"{where}, grid", name, values) for name, values in grid.items()}
-    runs = data.get("runs") or []
+    runs = _given(data, "runs", [])
     if not isinstance(runs, list):
         raise UserError(f"{where}, runs: must be a list of mappings, such as '- {{rank: 8, lr: 1e-4}}'")
     read["runs"] = [_flags(f"{where}, runs, entry {number}", run) for number, run in enumerate(runs, start=1)]
@@ -164,7 +156,7 @@ def make_points(
         for repeat in range(seeds or 1):
             if seeds:
                 first = fixed.get("seed", BY_NAME["seed"].default)
-                varied = varied | {"seed": first + repeat}
+                varied = varied | {"seed": settings.checked("--seeds", "seed", first + repeat)}
             varying |= set(varied)
             flags = fixed | varied
             flags_by_run[json.dumps(flags, sort_keys=True)] = flags
@@ -271,12 +263,19 @@ def _random(where: str, spec: Any) -> dict[str, Any] | None:
     return {"count": count, "seed": seed, "flags": read}
 
 
+def _given(data: dict[str, Any], section: str, empty: Any) -> Any:
+    """What the file holds under the section's name; `empty` where that is nothing."""
+    return empty if data.get(section) is None else data[section]
+
+
 def _mapping(where: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: must be a mapping of flags, such as 'rank: [4, 8]'")
     for name in value:
         if name in RESERVED:
             raise UserError(f"{where}: {name} is the sweep's own; use {RESERVED[name]}")
+        if name in BY_NAME and BY_NAME[name].action and name != "config":
+            raise UserError(f"{where}: {name} is not for a run of a sweep; leave it out")
     return value
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -73,6 +74,7 @@ def ray_session(options: Options):
     else:
         if options.address.startswith("ray://"):
             raise UserError("--address ray://…: start the sweep on a machine of the cluster, with --address auto")
+        _check_answers(options.address)
         others = [f"/{path.name}" for path in ROOT.iterdir() if path.name not in CODE]
         code = {"working_dir": str(ROOT), "excludes": [*others, "__pycache__"]}
         common |= {"address": options.address, "runtime_env": code}
@@ -80,7 +82,7 @@ def ray_session(options: Options):
         try:
             with _ctrl_c_held_back():
                 ray.init(**common)
-        except (ConnectionError, RuntimeError, TimeoutError) as error:
+        except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:  # ValueError: no address at all
             where = f"the cluster at {options.address}" if options.address else "Ray on this machine"
             raise UserError(f"cannot start {where}: {str(error).splitlines()[0]}") from error
         yield ray
@@ -89,6 +91,18 @@ def ray_session(options: Options):
         if own:
             os.environ.clear()
             os.environ.update(before)
+
+
+def _check_answers(address: str) -> None:
+    """UserError where nobody listens at host:port; Ray itself would ask for many minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                f"cannot reach a cluster at {address}: {error}; check --address, or ray start it"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -274,10 +288,11 @@ class RayRunner:
         if "first" not in run.progress:
             run.progress["first"] = (percent(run, row), time.time())
         run.progress |= row | {"percent": percent(run, row)}
-        if self.asha is not None and new and run.status == RUNNING:
+        # What a run still logs on its way out is no measure for those that go on.
+        if self.asha is not None and new and run.status == RUNNING and run.name not in self.told:
             self.decided[run.name] = row["step"]
             hopeless = self.asha.result(run.name, run.progress["percent"], row)
-            if hopeless and run.progress["percent"] < 100 and run.name not in self.told:
+            if hopeless and run.progress["percent"] < 100:
                 log.info("%s: to stop early at step %d (%s %.4f)", run.name, row["step"], self.asha.metric,
                          row[self.asha.metric])  # fmt: skip
                 self.told.add(run.name)
@@ -291,7 +306,8 @@ class RayRunner:
         for run in self.sweep.runs:
             log_file = self.sweep.run_folder(run) / LOG
             for row in new_rows(log_file, 0) if log_file.exists() else ():
-                self.asha.result(run.name, percent(run, row), row, replay=True)
+                if self.asha.result(run.name, percent(run, row), row, replay=True):
+                    break
 
     # --- stopping -----------------------------------------------------------------------------------------------------
 

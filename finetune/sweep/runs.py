@@ -115,6 +115,9 @@ def open_sweep(folder: Path, points: list[Point], *, identity: str, argv: list[s
         raise UserError(
             f"sweep {folder} is being run by another process; wait for it, or start another one with --name"
         ) from None
+    except (OSError, NotImplementedError) as error:  # a network folder without locks; a run's own is as lenient
+        if getattr(error, "filename", None):
+            raise
     try:
         (folder / LOGS).mkdir(exist_ok=True)
         runs = [SweepRun(point) for point in points]
@@ -139,6 +142,7 @@ def _take_over(path: Path, config: dict[str, Any], runs: list[SweepRun]) -> None
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
         records = {record["name"]: record for record in old["runs"]}
+        digests, config["started"] = dict(old["data"]), old["started"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}; start another sweep with --name") from error
     if old.get("id") != config["id"]:
@@ -146,12 +150,11 @@ def _take_over(path: Path, config: dict[str, Any], runs: list[SweepRun]) -> None
             f"{path.parent} holds another sweep (sweep_lora.py {' '.join(old.get('argv', []))}); choose another --name"
         )
     for name, digest in config["data"].items():
-        if old["data"].get(name, digest) != digest:
+        if digests.get(name, digest) != digest:
             raise UserError(
                 f"{name} has changed since sweep {path.parent} began, and its runs would no longer compare; "
                 "start another sweep with --name"
             )
-    config["started"] = old["started"]
     for run in runs:
         record = records.get(run.name, {})
         run.attempts = record.get("attempts", [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -49,7 +50,8 @@ def write_results(sweep: Sweep) -> Best | None:
                  "last_outcome": last.get("outcome"), "last_line": lines[-1]}  # fmt: skip
         table.append(curves.summarize(curve) | extra)
     best = find_best(comparison)
-    print_table(table)
+    with contextlib.suppress(SystemExit):  # rich's answer to a closed pipe (| head); the files are written
+        print_table(table)
     write_summary(sweep.folder / SUMMARY, comparison, table)
     if any(row["final_loss"] is not None for row in table):
         from finetune.charts.plots import draw_curves

@@ -35,11 +35,19 @@ class RankLost(UserError):
 
 
 def size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return max(1, _number("WORLD_SIZE", 1))
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
+
+
+def _number(variable: str, default: int) -> int:
+    """What the launcher has said; UserError where something else has set the variable."""
+    word = os.environ.get(variable) or str(default)
+    if not word.isdecimal():
+        raise UserError(f"{variable}={word}: it is for torchrun to set to a number; unset it, or start with torchrun")
+    return int(word)
 
 
 def refuse_sharding() -> None:
@@ -62,11 +70,23 @@ def start() -> None:
 
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        card, cards = _number("LOCAL_RANK", 0), torch.cuda.device_count()
+        if card >= cards:
+            raise UserError(
+                f"process {card + 1} of this machine has no GPU: {cards} can be seen; give torchrun at most "
+                f"--nproc_per_node {cards}"
+            )
+        torch.cuda.set_device(card)
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # or accelerate takes each process for a run of its own
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        try:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        except ValueError as error:  # a variable of the launcher's is missing or no number
+            raise UserError(
+                f"WORLD_SIZE={size()}, but the other processes cannot be found: {error}; start with torchrun, or unset "
+                "WORLD_SIZE"
+            ) from error
     _group = dist.new_group(backend="gloo")
 
 
@@ -86,18 +106,22 @@ def end() -> None:
     _group = None
 
 
-def lock(folder: Path) -> None:
-    """Hold the run's folder until this process ends, once nobody else does.
+def lock(folder: Path) -> bool:
+    """Hold the run's folder until this process ends, once nobody else does; False on a file system without locks.
 
     Rank 0 holds it from before the first step. So whoever gets it after a process was lost knows that rank 0 is gone or
     has written what is left, without asking anybody and without a timeout: torchrun kills the survivors of a broken run
     30 seconds after the death that it saw.
     """
     if _group is None:
-        return
+        return True
     held = FileLock(folder / LOCK)
-    held.acquire()
+    try:
+        held.acquire()
+    except (OSError, NotImplementedError):
+        return False
     atexit.register(_unlock, held)
+    return True
 
 
 def hold(folder: Path) -> None:
