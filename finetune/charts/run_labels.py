@@ -54,7 +54,7 @@ def compare(runs: list[Run]) -> Comparison:
     named = telling_keys(runs, keys) if len(keys) > MOST_NAMED else keys
     names = [describe(run.flags, named) + "  …" * (len(named) < len(keys)) for run in runs]
     if not all(names):
-        names = [name or run.folder.name for run, name in zip(runs, names, strict=True)]
+        names = [name or visible(run.folder.name) for run, name in zip(runs, names, strict=True)]
     _label(runs, names, "seed" in differing)
     flags = [run.flags for run in runs]
     common = {
@@ -108,9 +108,13 @@ def value_text(value: Any) -> str:
         return f"{value:.4g}" if value == 0 or abs(value) >= 0.01 else f"{value:.3e}".replace(".000e", "e")
     if isinstance(value, list):
         return "+".join(value_text(item) for item in value)
-    # One line of visible characters: a label stands in a table and in a legend.
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    text = visible(str(value))
     return PurePath(text.replace("\\", "/")).name or text
+
+
+def visible(text: str) -> str:
+    """One line of visible characters: a label stands in a table and in a legend, and a name may be no text at all."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def is_number(value: Any) -> bool:
@@ -135,7 +139,7 @@ def _label(runs: list[Run], names: list[str], seeds: bool) -> None:
         for run, name in zip(runs, names, strict=True)
     ]
     for run, label in zip(runs, labels, strict=True):
-        run.label = label if labels.count(label) == 1 else f"{label}  [{run.folder.name[-15:]}]"
+        run.label = label if labels.count(label) == 1 else f"{label}  [{visible(run.folder.name)[-15:]}]"
     labels = [run.label for run in runs]
     for number, run in enumerate(runs, start=1):
         if labels.count(run.label) > 1:
