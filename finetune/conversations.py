@@ -24,6 +24,7 @@ __all__ = [
     "Rejected",
     "RowError",
     "json_line",
+    "json_lines",
     "load_conversations",
     "normalize_row",
     "read_rows",
@@ -193,4 +194,9 @@ def _without_nan(value: Any) -> Any:
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:
     """Write rows as JSON Lines in UTF-8, aside first and renamed into place."""
-    return write_text_atomic(path, "".join(map(json_line, rows)))
+    return write_text_atomic(path, json_lines(rows))
+
+
+def json_lines(rows: Iterable[dict[str, Any]]) -> str:
+    """Rows as JSON Lines."""
+    return "".join(map(json_line, rows))

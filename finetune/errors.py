@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,6 +31,10 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            # A pipe on Windows and the C locale know few letters; what they lack must not end a run that went well.
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs) or 0
         except (UserError, FormatError) as error:
@@ -72,18 +77,35 @@ _NAMED_WRONGLY = (
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):  # one that something else was put into stays, and so do those above it
+        for folder in folders:
+            folder.rmdir()
+
+
 @contextmanager
 def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
     """A file beside `path` that takes its place when all is written, so that a reader never sees half of it.
 
-    Raises UserError when the folder cannot be written to or is full; after any error `path` is as it was.
+    Raises UserError when the folder cannot be written to or is full; after any error `path` is as it was, and so are
+    the folders above it. A device or a pipe (/dev/null, /dev/stdout) is written to, never replaced.
     """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        special = path.exists() and not path.is_file() and not path.is_dir()
+        if special:
+            handle = os.open(path, os.O_WRONLY)
+        else:
+            path = path.resolve() if path.is_symlink() else path  # a link stays one
+            missing = [folder for folder in path.parents if not folder.exists()]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose a folder you may write to") from error
+    if special:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        return
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -97,6 +119,7 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
             raise UserError(f"cannot write {path}: {error.strerror or error}; name a file you may replace") from error
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        _remove_empty(missing)
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             raise UserError(f"cannot write {path}: {error.strerror}; make room or name another folder") from error
         raise
@@ -109,6 +132,18 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> Path:
     return Path(path)
 
 
+def write_together(files: dict[Path, bytes]) -> None:
+    """Write several files as `open_atomic` does, none of them in its place before all are written."""
+    with ExitStack() as stack:
+        for path, data in files.items():
+            file = stack.enter_context(open_atomic(path))
+            file.write(data)
+            file.flush()
+
+
 def write_text_atomic(path: str | Path, text: str) -> Path:
-    """`write_bytes_atomic` for UTF-8 text with "\\n" line ends on every system."""
-    return write_bytes_atomic(path, text.encode("utf-8"))
+    """`write_bytes_atomic` for UTF-8 text with "\\n" line ends on every system.
+
+    A path that is no text stands in a string as half surrogate pairs, which UTF-8 cannot hold: they become escapes.
+    """
+    return write_bytes_atomic(path, text.encode("utf-8", errors="backslashreplace"))
