@@ -138,7 +138,7 @@ def read_rows(path: Path) -> list[list[str]]:
     text = path.read_text(encoding="utf-8")
     complete = text[: text.rfind("\n") + 1].splitlines()
     rows = list(csv.reader(complete[1:]))
-    return [row for row in rows if len(row) == len(COLUMNS) and row[0].isdigit()]
+    return [row for row in rows if len(row) == len(COLUMNS) and row[0].isdecimal()]
 
 
 def peak_memory_gb() -> float:
