@@ -161,9 +161,14 @@ def _read_all(
 
 
 def _weighted(items: list, weight: float, rng: random.Random) -> list:
-    """`weight` times as many items: whole copies one after another, then a seeded sample in the order of the file."""
+    """`weight` times as many items: whole copies one after another, then a seeded sample in the order of the file.
+
+    Of a source that holds any, one at least: a small weight must not leave it out without a word.
+    """
     whole = int(weight)
     part = round((weight - whole) * len(items))
+    if not whole and items:
+        part = max(1, part)
     return items * whole + [items[i] for i in sorted(rng.sample(range(len(items)), part))]
 
 

@@ -141,6 +141,14 @@ def write_together(files: dict[Path, bytes]) -> None:
             file.flush()
 
 
+def write_to_cache(path: str | Path, data: bytes) -> None:
+    """`write_bytes_atomic` into a folder that the user never named; UserError says how another one is named."""
+    try:
+        write_bytes_atomic(path, data)
+    except UserError as error:
+        raise UserError(f"{error} with SANDWICH_CACHE=FOLDER") from error
+
+
 def write_text_atomic(path: str | Path, text: str) -> Path:
     """`write_bytes_atomic` for UTF-8 text with "\\n" line ends on every system.
 
