@@ -96,7 +96,7 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
         if special:
             handle = os.open(path, os.O_WRONLY)
         else:
-            path = path.resolve() if path.is_symlink() else path  # a link stays one
+            path = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link stays one
             missing = [folder for folder in path.parents if not folder.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
