@@ -336,6 +336,11 @@ def test_runs_that_differ_by_much_are_named_by_the_flags_that_tell_them_apart(tm
     assert "warmup_steps" in comparison.differing
 
 
+def test_flags_that_no_float_holds_are_text(tmp_path):
+    flags = [{"rank": 10**400, "alpha": 8}, {"rank": "many", "alpha": 8}, {"rank": 4, "lr": float("nan")}]
+    assert {"rank=4", "rank=many"} <= {run.label.split()[0] for run in compare(tmp_path, *flags).runs}
+
+
 def test_folders_whose_names_are_no_text_are_drawn(tmp_path):
     runs = [
         curves.Run(tmp_path / name, curves.read_log(tmp_path / "none", [])) for name in ("a\udcff", "a\udcfe", "b\n")

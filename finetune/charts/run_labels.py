@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from finetune.charts.curves import Run, natural_key
+from finetune.charts.curves import LARGEST, Run, natural_key
 
 # Flags that say where and how a run was kept, not what it trained.
 UNIMPORTANT = {
@@ -72,7 +72,8 @@ def differing_flags(runs: list[Run]) -> list[str]:
     differing = [key for key in keys if len({comparable(key, one[key]) for one in flags if key in one}) > 1]
     if "rank" in differing and "alpha" in differing:
         # alpha = 2 x rank is the default and would only repeat what rank says.
-        ratios = {one["alpha"] / one["rank"] for one in flags if is_number(one.get("alpha")) and one.get("rank")}
+        both = [(one.get("alpha"), one.get("rank")) for one in flags]
+        ratios = {alpha / rank for alpha, rank in both if is_number(alpha) and is_number(rank) and rank}
         if len(ratios) == 1:
             differing.remove("alpha")
     return sorted(differing, key=lambda key: (key == "seed", FIRST.index(key) if key in FIRST else len(FIRST), key))
@@ -118,7 +119,8 @@ def visible(text: str) -> str:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a flag's value can be sorted and coloured by; what no float holds is taken as text."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def comparable(key: str, value: Any) -> str:
