@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from finetune.errors import UserError, one_line_errors
-from finetune.flag_types import positive
+from finetune.flag_types import folder_name, positive
 from finetune.torchless import leave_torch_out
 
 EXAMPLES = """examples:
@@ -177,7 +177,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
                         help="held-out rows (default: a third of the training rows)")  # fmt: skip
     parser.add_argument("--language", choices=("en", "ko"), default="en", help="of the general wording (default: en)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default: 0)")
-    parser.add_argument("--name", help="beginning of the files' names")
+    parser.add_argument("--name", type=folder_name, help="beginning of the files' names")
     parser.add_argument("--overwrite", action="store_true", help="replace files already in --output")
     parser.set_defaults(run=_generate)
 
@@ -201,7 +201,7 @@ def _tokenizer_and_format(args) -> tuple:
 
 
 def _prepare(args) -> int:
-    from finetune.preparing.preparation import WRITTEN, Options, prepare, write_prepared
+    from finetune.preparing.preparation import WRITTEN, Options, prepare, refuse_to_replace, write_prepared
     from finetune.preparing.preparation_report import print_prepared
     from finetune.reading.sources import refuse_same_file
 
@@ -211,6 +211,7 @@ def _prepare(args) -> int:
         raise UserError("--max_seq_length counts tokens; say whose with --tokenizer")
     for name in WRITTEN:
         refuse_same_file(args.inputs, Path(args.output, name))
+    refuse_to_replace(args.output, overwrite=args.overwrite)
     names = Options.__dataclass_fields__
     options = Options(**{name: value for name, value in vars(args).items() if name in names} | _reading(args))
     tokenizer, fmt = _tokenizer_and_format(args) if args.tokenizer else (None, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import shlex
 import signal
 import sys
 from datetime import UTC, datetime
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             ranks.hold(resumed.folder)
         log.info("resuming %s at %s", resumed.folder, checkpoint.name)
     elif not settings.dry_run:
-        check_writable(settings.experiments_dir)
+        check_writable(settings.experiments_dir, make=False)
         check_free(settings.experiments_dir, settings.name)
     check_tracker(settings.report_to)
     ranks.refuse_sharding()
@@ -189,8 +190,8 @@ def main(argv: list[str] | None = None) -> int:
         experiment.update(steps=trainer.state.global_step, result=result, memory=memory)
         if (step := interrupted_at(trainer)) is not None:
             experiment.ended("interrupted")
-            go_on = f"--resume {experiment.folder}" if step else f"--config {experiment.folder / CONFIG}"
-            log.warning("stopped after step %d; go on with: python train_lora.py %s", step, go_on)
+            go_on = ["--resume", str(experiment.folder)] if step else ["--config", str(experiment.folder / CONFIG)]
+            log.warning("stopped after step %d; go on with: python train_lora.py %s", step, shlex.join(go_on))
             return 130
 
         # 6. Save.

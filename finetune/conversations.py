@@ -24,6 +24,7 @@ __all__ = [
     "Rejected",
     "RowError",
     "json_line",
+    "json_lines",
     "load_conversations",
     "normalize_row",
     "read_rows",
@@ -160,9 +161,14 @@ def _read_all(
 
 
 def _weighted(items: list, weight: float, rng: random.Random) -> list:
-    """`weight` times as many items: whole copies one after another, then a seeded sample in the order of the file."""
+    """`weight` times as many items: whole copies one after another, then a seeded sample in the order of the file.
+
+    Of a source that holds any, one at least: a small weight must not leave it out without a word.
+    """
     whole = int(weight)
     part = round((weight - whole) * len(items))
+    if not whole and items:
+        part = max(1, part)
     return items * whole + [items[i] for i in sorted(rng.sample(range(len(items)), part))]
 
 
@@ -193,4 +199,9 @@ def _without_nan(value: Any) -> Any:
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:
     """Write rows as JSON Lines in UTF-8, aside first and renamed into place."""
-    return write_text_atomic(path, "".join(map(json_line, rows)))
+    return write_text_atomic(path, json_lines(rows))
+
+
+def json_lines(rows: Iterable[dict[str, Any]]) -> str:
+    """Rows as JSON Lines."""
+    return "".join(map(json_line, rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import io
 import os
 import re
 import sys
@@ -34,8 +35,10 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
         for name in ("stdout", "stderr"):  # closed by whoever started us (>&-): Python has None in their place
             if getattr(sys, name) is None:
                 setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
-        if getattr(sys.stdout, "errors", None) == "strict":  # a name that its encoding does not know costs no result
-            sys.stdout.reconfigure(errors="backslashreplace")
+        for stream in (sys.stdout, sys.stderr):
+            # A pipe on Windows and the C locale know few letters; what they lack must not end a run that went well.
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
         try:
             code = main(*args, **kwargs) or 0
             sys.stdout.flush()  # or Python does it when nobody can catch what comes of it
@@ -87,18 +90,35 @@ _NAMED_WRONGLY = (
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def _remove_empty(folders: list[Path]) -> None:
+    with contextlib.suppress(OSError):  # one that something else was put into stays, and so do those above it
+        for folder in folders:
+            folder.rmdir()
+
+
 @contextlib.contextmanager
 def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
     """A file beside `path` that takes its place when all is written, so that a reader never sees half of it.
 
-    Raises UserError when the folder cannot be written to or is full; after any error `path` is as it was.
+    Raises UserError when the folder cannot be written to or is full; after any error `path` is as it was, and so are
+    the folders above it. A device or a pipe (/dev/null, /dev/stdout) is written to, never replaced.
     """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        special = path.exists() and not path.is_file() and not path.is_dir()
+        if special:
+            handle = os.open(path, os.O_WRONLY)
+        else:
+            path = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link stays one
+            missing = [folder for folder in path.parents if not folder.exists()]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose a folder you may write to") from error
+    if special:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        return
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -112,6 +132,7 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
             raise UserError(f"cannot write {path}: {error.strerror or error}; name a file you may replace") from error
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        _remove_empty(missing)
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             raise UserError(f"cannot write {path}: {error.strerror}; make room or name another folder") from error
         raise
@@ -124,6 +145,26 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> Path:
     return Path(path)
 
 
+def write_together(files: dict[Path, bytes]) -> None:
+    """Write several files as `open_atomic` does, none of them in its place before all are written."""
+    with contextlib.ExitStack() as stack:
+        for path, data in files.items():
+            file = stack.enter_context(open_atomic(path))
+            file.write(data)
+            file.flush()
+
+
+def write_to_cache(path: str | Path, data: bytes) -> None:
+    """`write_bytes_atomic` into a folder that the user never named; UserError says how another one is named."""
+    try:
+        write_bytes_atomic(path, data)
+    except UserError as error:
+        raise UserError(f"{error} with SANDWICH_CACHE=FOLDER") from error
+
+
 def write_text_atomic(path: str | Path, text: str) -> Path:
-    """`write_bytes_atomic` for UTF-8 text with "\\n" line ends on every system."""
-    return write_bytes_atomic(path, text.encode("utf-8"))
+    """`write_bytes_atomic` for UTF-8 text with "\\n" line ends on every system.
+
+    A path that is no text stands in a string as half surrogate pairs, which UTF-8 cannot hold: they become escapes.
+    """
+    return write_bytes_atomic(path, text.encode("utf-8", errors="backslashreplace"))

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -39,12 +40,17 @@ def run_name(model: str, rank: int, alpha: float, lr: float, epochs: float, when
     return f"{short}_r{rank}_a{alpha:g}_lr{mantissa}e{sign}{exponent[1:]}_ep{epochs:g}_{when:%Y%m%d_%H%M%S}"
 
 
-def check_writable(experiments_dir: str | Path) -> Path:
-    """The folder, made if need be; UserError when nothing can be written there."""
+def check_writable(experiments_dir: str | Path, *, make: bool = True) -> Path:
+    """The folder, made if need be; UserError when nothing can be written there.
+
+    make  False: only ask, of the folder above it where it is not there yet; what is refused later leaves no empty one
+    """
     folder = Path(experiments_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise UserError(
@@ -129,7 +135,7 @@ class Experiment:
             if isinstance(error, Exception) and not isinstance(error, UserError):
                 log.exception("the run failed")
             if not isinstance(error, UserError) and self.checkpoints():
-                log.warning("go on with: python train_lora.py --resume %s", self.folder)
+                log.warning("go on with: python train_lora.py --resume %s", shlex.quote(str(self.folder)))
             if no_room(error):
                 raise OSError(errno.ENOSPC, "no room left to write", str(self.folder)) from error
             raise
@@ -177,6 +183,8 @@ def find_resumable(target: str, experiments_dir: str | Path) -> tuple[Experiment
     path = Path(target)
     if not path.is_dir():
         raise UserError(f"--resume {target}: there is no such folder")
+    if path.name in ("", ".."):  # "." and its like: the folder's own name is what says whether it is a checkpoint
+        path = path.resolve()
     if not CHECKPOINT.fullmatch(path.name):
         experiment = _trained(path)
         for checkpoint in reversed(experiment.checkpoints()):

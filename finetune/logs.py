@@ -46,7 +46,7 @@ def start_logging(console: Console) -> None:
 
 def log_to_file(path: Path) -> None:
     """Write everything said so far, and from now on, into training.log (appended to when a run is resumed)."""
-    file = logging.FileHandler(path, encoding="utf-8")
+    file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in list(log.handlers):
         if isinstance(handler, logging.handlers.MemoryHandler):

@@ -134,11 +134,15 @@ class RunLog:
 
 
 def read_rows(path: Path) -> list[list[str]]:
-    """The complete rows of a log; a line cut off by a kill is left out."""
-    text = path.read_text(encoding="utf-8")
+    """The complete rows of a log, cells in the order of COLUMNS; a line that a kill or a crash spoilt is left out.
+
+    The log of another version of this program may lack a column, whose cells are empty then.
+    """
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
     complete = text[: text.rfind("\n") + 1].splitlines()
-    rows = list(csv.reader(complete[1:]))
-    return [row for row in rows if len(row) == len(COLUMNS) and row[0].isdigit()]
+    header, *lines = list(csv.reader(complete)) or [[]]
+    rows = [dict(zip(header, cells, strict=True)) for cells in lines if len(cells) == len(header)]
+    return [[row.get(name, "") for name in COLUMNS] for row in rows if row.get("step", "").isdecimal()]
 
 
 def peak_memory_gb() -> float:

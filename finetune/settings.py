@@ -168,8 +168,12 @@ FLAGS: tuple[Flag, ...] = (
     Flag("doctor", False, "print versions, devices and what is missing, then stop", "actions", bool, action=True),
 )  # fmt: skip
 BY_NAME = {flag.name: flag for flag in FLAGS}
-# What may differ when a run is resumed: nothing that changes the numbers.
-RESUMABLE = {"experiments_dir", "report_to", "push_to_hub", "tokens_per_pass", "save_total_limit", "trust_remote_code"}
+# What may differ when a run is resumed: nothing that changes the numbers. The rows may lie elsewhere by now; that they
+# are the same ones is asked of their fingerprint.
+RESUMABLE = {
+    "experiments_dir", "report_to", "push_to_hub", "tokens_per_pass", "save_total_limit", "trust_remote_code",
+    "dataset", "eval_dataset",
+}  # fmt: skip
 
 
 class Settings(argparse.Namespace):
@@ -345,9 +349,11 @@ def checked(where: str, name: str, value: Any) -> Any:
 def resumed(settings: Settings, stored: dict[str, Any], folder: str) -> Settings:
     """The stored flags of a run that goes on; only flags that cannot change its numbers may be given anew.
 
-    Raises UserError naming a flag that differs from the stored one.
+    Raises UserError naming a flag that differs from the stored one, or a stored one that is not known or no value.
     """
-    values = {flag.name: stored.get(flag.name, flag.default) for flag in FLAGS}
+    # Another version of this program, or a hand, may have written them.
+    kept = {name: checked(f"--resume {folder}: its config", name, value) for name, value in stored.items()}
+    values = {flag.name: flag.default for flag in FLAGS} | kept
     for name in settings.given:
         flag, value = BY_NAME[name], getattr(settings, name)
         if flag.action or name in RESUMABLE:

@@ -206,6 +206,13 @@ class SandwichTrainer(SFTTrainer):
             "in this step), --max_grad_norm, or another --dtype"
         )
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing where the checkpoint of a resumed run was its last step: Transformers would take one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; where another process of the run dies, the last whole step is saved and the run is stopped."""
         folder = Path(self.args.output_dir)

@@ -478,3 +478,40 @@ def test_a_second_spelling_of_calls_or_reasoning_is_noted_when_it_is_not_read():
     assert made["messages"][-1]["reasoning_content"] == "One."
     assert notes["function_call not read: tool_calls stand beside it"] == 1
     assert notes["thinking not read: another reasoning stands beside it"] == 1
+
+
+def test_of_two_spellings_the_one_that_holds_something_is_read():
+    padded = {"role": None, "from": "gpt", "content": None, "value": "hello"}
+    assert assistant(chat(padded)) == {"role": "assistant", "content": "hello"}
+    assert assistant(chat({"role": "assistant", "content": "", "value": "hello"}))["content"] == "hello"
+    assert assistant(chat({"role": "assistant", "content": "hello", "value": "hello"}))["content"] == "hello"
+    with pytest.raises(RowError, match="a content and another value"):
+        normalize_row(chat({"role": "assistant", "content": "hello", "value": "bye"}))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"function_call": '{"name": "set_lamp", "arguments": "{\\"room\\": \\"hall\\"}"}'},
+        {"tool_calls": [{"function": {"name": "set_lamp"}, "arguments": {"room": "hall"}}]},
+        {"tool_calls": [{"function": {"name": "set_lamp", "arguments": ""}, "parameters": {"room": "hall"}}]},
+        {"tool_calls": [{"name": "set_lamp", "arguments": {}, "parameters": '{"room": "hall"}'}]},
+        {"content": '<tool_call>{"name": "set_lamp", "arguments": {}, "parameters": {"room": "hall"}}</tool_call>'},
+    ],
+)
+def test_no_call_and_no_arguments_are_lost_for_where_they_stand(message):
+    answer = assistant(chat({"role": "assistant"} | message, tools=[LAMP]))
+    assert calls(answer) == [("set_lamp", {"room": "hall"})]
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ({"function_call": "set_lamp"}, "function_call is no JSON"),
+        ({"tool_calls": [{"name": "f", "arguments": {"a": 1}, "parameters": {"a": 2}}]}, "two arguments that differ"),
+        ({"tool_calls": [{"name": "f", "function": {"name": "g"}}]}, "two names, g and f"),
+    ],
+)
+def test_calls_that_contradict_themselves_reject_their_row(message, wanted):
+    with pytest.raises(RowError, match=wanted):
+        normalize_row(chat({"role": "assistant"} | message, tools=[LAMP]))

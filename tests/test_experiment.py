@@ -1,6 +1,7 @@
 """Experiment folders: their names, their atomic birth, their log."""
 
 import errno
+import io
 import json
 import os
 import shlex
@@ -16,7 +17,7 @@ import pytest
 from filelock import FileLock, Timeout
 from safetensors.numpy import save_file
 
-from finetune.errors import UserError, one_line_errors
+from finetune.errors import UserError, one_line_errors, open_atomic, write_text_atomic
 from finetune.experiment import CONFIG, COUNTERS, Experiment, check_writable, find_resumable, run_name
 from finetune.run_log import COLUMNS, RunLog, read_rows
 from finetune.training import ranks
@@ -335,3 +336,66 @@ def test_messages_hold_no_password_and_a_full_disk_is_no_refusal(capsys):
 
 def fail(error):
     raise error
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such files")
+def test_a_pipe_is_written_to_and_a_link_stays_one(tmp_path):
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text_atomic(pipe, "words")
+    assert os.read(reader, 100) == b"words" and pipe.is_fifo()
+    os.close(reader)
+    file.write_text("old")
+    link.symlink_to(file)
+    write_text_atomic(link, "new")
+    assert (link.is_symlink(), file.read_text()) == (True, "new")
+
+
+def test_what_could_not_be_written_leaves_no_folder(tmp_path):
+    with pytest.raises(ZeroDivisionError), open_atomic(tmp_path / "a" / "b" / "file"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ZeroDivisionError), open_atomic(tmp_path / "a" / "b" / "file"):
+        (tmp_path / "a" / "theirs").write_text("")
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "theirs"]
+
+
+def test_letters_that_an_output_or_utf8_lacks_end_no_run(tmp_path, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # what a pipe on Windows is
+    monkeypatch.setattr("sys.stdout", stream)
+    assert one_line_errors(print)("날씨.jsonl", flush=True) == 0
+    assert stream.buffer.getvalue().strip() == rb"\ub0a0\uc528.jsonl"
+    # A name that is no text: Python holds its bytes as half surrogate pairs.
+    write_text_atomic(tmp_path / "config.json", json.dumps({"name": "run\udcff"}, ensure_ascii=False))
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) == {"name": "run\udcff"}
+
+
+def test_asking_whether_a_folder_can_be_written_makes_none(tmp_path):
+    assert check_writable(tmp_path / "a" / "b", make=False) == tmp_path / "a" / "b"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--experiments_dir"):
+        check_writable(tmp_path / "file" / "b", make=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_that_is_named_by_a_dot_keeps_its_name(tmp_path, monkeypatch):
+    run = make_run(tmp_path, "failed", [2])
+    monkeypatch.chdir(run.folder)
+    assert find_resumable(".", tmp_path)[0].folder.name == "run_failed"
+    monkeypatch.chdir(run.folder / "checkpoint-2")
+    for target in (".", ".."):
+        assert find_resumable(target, tmp_path)[1].name == "checkpoint-2"
+
+
+def test_a_log_of_another_version_or_after_a_crash_keeps_its_rows(tmp_path):
+    older = [name for name in COLUMNS if name not in ("computed_tokens_per_second", "peak_memory_gb")]
+    path = tmp_path / "training_log.csv"
+    path.write_bytes(f"{','.join(older)}\n{','.join(map(str, range(1, 11)))}\n".encode() + b"\xff\x00\n2,3\n3,")
+    assert read_rows(path) == [[*"123456789", "", "10", ""]]
+    log = RunLog(path)
+    log.start(resumed_at_step=1)
+    assert path.read_text().splitlines() == [",".join(COLUMNS), "1,2,3,4,5,6,7,8,9,,10,"]
+    path.write_text("")
+    assert read_rows(path) == []

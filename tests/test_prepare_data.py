@@ -263,3 +263,27 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
         file.write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_data_set_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", many_rows())
+    command = [str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "new" / "out")]
+    (tmp_path / "old" / "test.jsonl").mkdir(parents=True)  # nothing can take the place of a folder
+    (tmp_path / "old" / "train.jsonl").write_text("before")
+    fail(capsys, *command[:2], str(tmp_path / "old"), "--overwrite")
+    assert (tmp_path / "old" / "train.jsonl").read_text() == "before"
+
+    def full(result):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("finetune.preparing.dataset_card.draw_tools", full)
+    assert prepare_data.main(command) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_rows_that_are_not_there_are_not_shown_silently(tmp_path, tokenizer_dir, capsys):
+    rows = str(write_jsonl(tmp_path / "rows.jsonl", [GOOD["pair"]]))
+    show = ["show", "--tokenizer", tokenizer_dir, "--format", "chatml", rows]
+    assert "there is no row 2" in fail(capsys, *show, "--first", "2")
+    assert "there is no row 2" in fail(capsys, *show, "--first", "2", "--html", str(tmp_path / "page.html"))
+    assert not (tmp_path / "page.html").exists()

@@ -133,6 +133,29 @@ def test_a_resumed_run_keeps_its_flags():
         resumed(parse(["--resume", "run", "--rank", "8"]), stored, "run")
 
 
+def test_rows_of_a_resumed_run_may_lie_elsewhere_by_now():
+    stored = parse(["--dataset", "x.jsonl", "--eval_dataset", "y.jsonl"]).run_flags()
+    moved = ["--resume", "run", "--dataset", "/data/x.jsonl", "--eval_dataset", "/data/y.jsonl"]
+    again = resumed(parse(moved), stored, "run")
+    assert (again.dataset, again.eval_dataset) == (["/data/x.jsonl"], ["/data/y.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"rank": "many"}, "rank must be a positive int"),
+        ({"scheduler": "magic"}, "scheduler must be one of cosine"),
+        ({"of_another_version": 1}, "unknown flag 'of_another_version'"),
+    ],
+)
+def test_what_a_stored_run_cannot_have_meant_is_named(flags, wanted):
+    with pytest.raises(UserError, match=f"--resume run: its config: {wanted}"):
+        resumed(parse(["--resume", "run"]), parse([]).run_flags() | flags, "run")
+    text = resumed(parse(["--resume", "run"]), parse([]).run_flags() | {"rank": "4", "dataset": "x.jsonl"}, "run")
+    assert (text.rank, text.dataset) == (4, ["x.jsonl"])
+
+
 def test_resume_without_a_folder_means_the_newest_run():
     assert parse(["--resume"]).resume == "" and parse(["--resume", "run"]).resume == "run" and parse([]).resume is None
 

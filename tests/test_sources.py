@@ -283,6 +283,19 @@ def test_weights_repeat_and_sample(tmp_path):
         load_conversations(f"{a}*0")
 
 
+def test_a_small_weight_leaves_no_source_out(tmp_path):
+    few, many = numbered(tmp_path, "a", 4), numbered(tmp_path, "b", 200)
+    assert [prompt[0] for prompt in prompts(load_conversations([f"{few}*0.01", f"{many}*0.01"]))] == ["a", "b", "b"]
+    (tmp_path / "none.jsonl").write_text("")
+    assert prompts(load_conversations([f"{few}*0.01", f"{tmp_path / 'none.jsonl'}*0.01"]))[0][0] == "a"
+
+
+def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path):
+    (tmp_path / "cache").write_text("a file in the folder's place")
+    with pytest.raises(UserError, match="choose a folder you may write to with SANDWICH_CACHE"):
+        load_conversations(numbered(tmp_path, "a", 4), cache_dir=tmp_path / "cache" / "rows")
+
+
 def test_another_seed_draws_another_sample_and_another_folder_the_same(tmp_path):
     sources = [numbered(tmp_path / name, "a", 100) for name in ("here", "there")]
     drawn = [prompts(load_conversations(f"{sources[0]}*0.5", seed=seed)) for seed in (3, 4)]

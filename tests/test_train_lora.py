@@ -237,6 +237,27 @@ def test_a_killed_run_resumes_to_the_same_bytes(rows, tiny_model, tmp_path):
     assert not list((killed / "run").glob(".*"))
 
 
+def test_a_run_killed_behind_its_last_step_takes_no_step_more(rows, tiny_model, tmp_path):
+    """Its last checkpoint is in the middle of an epoch; what is left to do is to save. Its name is no markup, too."""
+    result = run(
+        "--model", tiny_model, "--dataset", rows, "--format", "chatml", "--batch_size", 2, "--grad_accum", 1,
+        "--max_steps", 2, "--save_steps", 1, "--scheduler", "constant", "--experiments_dir", tmp_path,
+        "--name", "a [b] c",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "a [b] c" in result.stderr
+    folder = tmp_path / "a [b] c"
+    adapter = (folder / "final_model" / "adapter_model.safetensors").read_bytes()
+    log = (folder / "training_log.csv").read_bytes()
+    shutil.rmtree(folder / "final_model")
+
+    result = run("--resume", folder)
+    assert result.returncode == 0, result.stderr
+    assert (folder / "training_log.csv").read_bytes() == log
+    assert (folder / "final_model" / "adapter_model.safetensors").read_bytes() == adapter
+    assert config_of(folder)["steps"] == 2
+
+
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(rows, tiny_model, tmp_path):
     process = subprocess.Popen(

@@ -310,6 +310,21 @@ def test_a_folder_without_config_is_known_by_its_name(tmp_path):
     expected = {"model": "kanana_1.5_2.1b_instruct_2505", "rank": 16, "alpha": 32, "lr": 2e-4, "epochs": 3}
     assert curves.flags_from_name(name) == curves.flags_from_name(name + "_2") == expected
     assert curves.flags_from_name("my_run") == {}
+    assert curves.flags_from_name("m_r4_a8_lr1e-4_epinf_20251218_143022")["epochs"] == float("inf")
+    assert curves.flags_from_name("m_r4_a8_lr1e-4_epnan_20251218_143022")["rank"] == 4
+
+
+def test_superscripts_in_names_are_no_numbers_to_sort_by():
+    assert sorted(["run1²2", "run1²10", "run1", "run4"], key=curves.natural_key) == [
+        "run1", "run1²2", "run1²10", "run4",
+    ]  # fmt: skip
+
+
+def test_a_config_that_is_nested_without_end_is_named(tmp_path):
+    notes = []
+    (tmp_path / "experiment_config.json").write_text("[" * 100_000)
+    assert curves.read_json(tmp_path / "experiment_config.json", notes) == {}
+    assert notes == ["experiment_config.json cannot be read (RecursionError)"]
 
 
 def test_runs_that_differ_by_much_are_named_by_the_flags_that_tell_them_apart(tmp_path):
@@ -319,6 +334,18 @@ def test_runs_that_differ_by_much_are_named_by_the_flags_that_tell_them_apart(tm
     labels = [run.label for run in comparison.runs]
     assert labels == ["a.jsonl  rank=16  …", "b.jsonl  rank=4  …", "b.jsonl  rank=16  …"]
     assert "warmup_steps" in comparison.differing
+
+
+def test_flags_that_no_float_holds_are_text(tmp_path):
+    flags = [{"rank": 10**400, "alpha": 8}, {"rank": "many", "alpha": 8}, {"rank": 4, "lr": float("nan")}]
+    assert {"rank=4", "rank=many"} <= {run.label.split()[0] for run in compare(tmp_path, *flags).runs}
+
+
+def test_folders_whose_names_are_no_text_are_drawn(tmp_path):
+    runs = [
+        curves.Run(tmp_path / name, curves.read_log(tmp_path / "none", [])) for name in ("a\udcff", "a\udcfe", "b\n")
+    ]
+    assert [run.label for run in run_labels.compare(runs).runs] == ["a  [a] #1", "a  [a] #2", "b"]
 
 
 def test_same_settings_twice_still_get_two_labels(tmp_path):

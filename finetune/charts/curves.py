@@ -79,7 +79,7 @@ def flags_from_name(name: str) -> dict[str, Any]:
             number = float(match[key].replace("em", "e-").replace("ep", "e+"))
         except ValueError:
             continue
-        flags[key] = int(number) if key != "lr" and number == int(number) else number
+        flags[key] = int(number) if key != "lr" and number.is_integer() else number
     return flags
 
 
@@ -123,7 +123,7 @@ def logs_in(folder: Path) -> list[Path]:
 
 def natural_key(path: Path | str) -> list[tuple[int, Any]]:
     """Sort key in which r4 comes before r16."""
-    return [(0, int(part)) if part.isdigit() else (1, part.lower()) for part in re.split(r"(\d+)", str(path)) if part]
+    return [(0, int(part)) if part.isdecimal() else (1, part.lower()) for part in re.split(r"(\d+)", str(path)) if part]
 
 
 def read_run(log: Path) -> Run:
@@ -144,7 +144,7 @@ def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     except FileNotFoundError:
         notes.append(f"no {path.name}")
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.name} cannot be read ({error.__class__.__name__})")
         return {}
     return config if isinstance(config, dict) else {}

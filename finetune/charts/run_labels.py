@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from finetune.charts.curves import Run, natural_key
+from finetune.charts.curves import LARGEST, Run, natural_key
 
 # Flags that say where and how a run was kept, not what it trained.
 UNIMPORTANT = {
@@ -54,7 +54,7 @@ def compare(runs: list[Run]) -> Comparison:
     named = telling_keys(runs, keys) if len(keys) > MOST_NAMED else keys
     names = [describe(run.flags, named) + "  …" * (len(named) < len(keys)) for run in runs]
     if not all(names):
-        names = [name or run.folder.name for run, name in zip(runs, names, strict=True)]
+        names = [name or visible(run.folder.name) for run, name in zip(runs, names, strict=True)]
     _label(runs, names, "seed" in differing)
     flags = [run.flags for run in runs]
     common = {
@@ -72,7 +72,8 @@ def differing_flags(runs: list[Run]) -> list[str]:
     differing = [key for key in keys if len({comparable(key, one[key]) for one in flags if key in one}) > 1]
     if "rank" in differing and "alpha" in differing:
         # alpha = 2 x rank is the default and would only repeat what rank says.
-        ratios = {one["alpha"] / one["rank"] for one in flags if is_number(one.get("alpha")) and one.get("rank")}
+        both = [(one.get("alpha"), one.get("rank")) for one in flags]
+        ratios = {alpha / rank for alpha, rank in both if is_number(alpha) and is_number(rank) and rank}
         if len(ratios) == 1:
             differing.remove("alpha")
     return sorted(differing, key=lambda key: (key == "seed", FIRST.index(key) if key in FIRST else len(FIRST), key))
@@ -108,13 +109,18 @@ def value_text(value: Any) -> str:
         return f"{value:.4g}" if value == 0 or abs(value) >= 0.01 else f"{value:.3e}".replace(".000e", "e")
     if isinstance(value, list):
         return "+".join(value_text(item) for item in value)
-    # One line of visible characters: a label stands in a table and in a legend.
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    text = visible(str(value))
     return PurePath(text.replace("\\", "/")).name or text
 
 
+def visible(text: str) -> str:
+    """One line of visible characters: a label stands in a table and in a legend, and a name may be no text at all."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a flag's value can be sorted and coloured by; what no float holds is taken as text."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def comparable(key: str, value: Any) -> str:
@@ -135,7 +141,7 @@ def _label(runs: list[Run], names: list[str], seeds: bool) -> None:
         for run, name in zip(runs, names, strict=True)
     ]
     for run, label in zip(runs, labels, strict=True):
-        run.label = label if labels.count(label) == 1 else f"{label}  [{run.folder.name[-15:]}]"
+        run.label = label if labels.count(label) == 1 else f"{label}  [{visible(run.folder.name)[-15:]}]"
     labels = [run.label for run in runs]
     for number, run in enumerate(runs, start=1):
         if labels.count(run.label) > 1:

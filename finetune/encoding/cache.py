@@ -16,7 +16,7 @@ import numpy as np
 
 from finetune.encoding.encode import EncodedRows
 from finetune.encoding.rows import Flags
-from finetune.errors import write_bytes_atomic
+from finetune.errors import write_to_cache
 
 ARRAYS = ("input_ids", "trained", "offsets", "rows")
 
@@ -89,4 +89,4 @@ def save(path: Path, encoded: EncodedRows) -> None:
     packed = np.frombuffer(json.dumps(texts).encode("utf-8"), dtype=np.uint8)
     buffer = io.BytesIO()
     np.savez(buffer, **{name: getattr(encoded, name) for name in ARRAYS}, texts=packed)
-    write_bytes_atomic(path, buffer.getvalue())
+    write_to_cache(path, buffer.getvalue())

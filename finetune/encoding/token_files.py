@@ -127,11 +127,16 @@ def _parsed(text: str, tools: Any, fmt) -> dict[str, Any]:
 def encoded_rows(
     specs: list[str], tokenizer, fmt, *, first: int = 1, number: int = 5, column_map=None, tools=None, **flags
 ) -> Iterator[dict[str, Any]]:
-    """{"title", "reason", "sequences": [(input_ids, labels, roles)]} of `number` rows, counted over all sources."""
+    """{"title", "reason", "sequences": [(input_ids, labels, roles)]} of `number` rows, counted over all sources.
+
+    Raises UserError when there is not one.
+    """
     from formats import encode
 
     rows = (row for spec in specs for row in read_rows(_unweighted(spec)))
+    found = 0
     for source, row, raw in islice(rows, first - 1, first - 1 + number):
+        found += 1
         entry: dict[str, Any] = {"title": f"{source}, row {row}", "reason": None, "sequences": []}
         try:
             encoded = encode(normalize_row(raw, column_map=column_map, tools=tools), tokenizer, fmt, **flags)
@@ -140,6 +145,8 @@ def encoded_rows(
             continue
         reason = f"{encoded.status}: {encoded.reason}" if encoded.reason else None
         yield entry | {"reason": reason, "sequences": [(s.input_ids, s.labels, s.roles) for s in encoded.sequences]}
+    if not found:
+        raise UserError(f"{', '.join(specs)}: there is no row {first}; begin with an earlier --first")
 
 
 def _rows_in(spec: Spec) -> int:

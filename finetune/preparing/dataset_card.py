@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-from finetune.errors import write_bytes_atomic
 from finetune.preparing.checks import called_tool
 from finetune.preparing.preparation import Options, Prepared
 from finetune.preparing.splits import SPLITS, request_text
@@ -110,8 +108,8 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def draw_lengths(result: Prepared, path: Path, limit: int | None) -> None:
-    """Histogram of row lengths, splits stacked; a line marks the length limit."""
+def draw_lengths(result: Prepared, limit: int | None) -> bytes:
+    """PNG: histogram of row lengths, splits stacked; a line marks the length limit."""
     figure, axes = _figure(8, 3.6)
     names = [name for name in SPLITS if result.lengths[name]]
     axes.hist(
@@ -126,11 +124,11 @@ def draw_lengths(result: Prepared, path: Path, limit: int | None) -> None:
     axes.set_xlabel(f"{result.unit} per row")
     axes.set_ylabel("rows")
     axes.legend(frameon=False)
-    _save(figure, path)
+    return _png(figure)
 
 
-def draw_tools(result: Prepared, path: Path) -> None:
-    """Rows per tool and split as bars; where there are too many tools, the rarest are drawn as one bar."""
+def draw_tools(result: Prepared) -> bytes:
+    """PNG: rows per tool and split as bars; where there are too many tools, the rarest are drawn as one bar."""
     balance = list(tool_balance(result).items())
     if len(balance) > SHOWN_TOOLS:
         rest = sum((counts for _, counts in balance[SHOWN_TOOLS:]), Counter())
@@ -145,7 +143,7 @@ def draw_tools(result: Prepared, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("rows")
     axes.legend(frameon=False)
-    _save(figure, path)
+    return _png(figure)
 
 
 def _label(name: str) -> str:
@@ -167,7 +165,7 @@ def _figure(width: float, height: float):
     return figure, figure.subplots()
 
 
-def _save(figure, path: Path) -> None:
+def _png(figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    write_bytes_atomic(path, buffer.getvalue())
+    return buffer.getvalue()

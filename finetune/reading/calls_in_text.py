@@ -105,12 +105,20 @@ def _named_call(item: Any) -> dict[str, Any]:
     unknown = set(item) - {"name", "arguments", "parameters", "id", "type"}
     if unknown:
         raise ValueError(f"unknown keys {sorted(unknown)}")
-    return {"name": item["name"], "arguments": read_arguments(given_arguments(item))}
+    return {"name": item["name"], "arguments": given_arguments(item) or {}}
 
 
-def given_arguments(call: dict[str, Any]) -> Any:
-    """What a raw call holds under the first of the keys for arguments that holds anything; None for nothing."""
-    return next((call[key] for key in ("arguments", "parameters") if call.get(key) is not None), None)
+def given_arguments(*holders: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of a raw call, which may stand under two keys of several objects; None where there are none.
+
+    Raises ValueError when they are no JSON object, or when two of them hold something and differ.
+    """
+    given = [holder[key] for holder in holders for key in ("arguments", "parameters") if holder.get(key) is not None]
+    found = [read_arguments(value) for value in given]
+    filled = [arguments for arguments in found if arguments]
+    if any(arguments != filled[0] for arguments in filled):
+        raise ValueError("it has two arguments that differ; keep one of them")
+    return filled[0] if filled else ({} if found else None)
 
 
 def read_arguments(value: Any) -> dict[str, Any]:

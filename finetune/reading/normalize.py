@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from finetune.reading.calls_in_text import given_arguments, has_call_tag, read_arguments, split_calls
+from finetune.reading.calls_in_text import given_arguments, has_call_tag, split_calls
 from finetune.reading.row_files import Unreadable, json_type, strict_json
 from finetune.reading.shapes import detect_shape
 from finetune.reading.text_shapes import RowError, as_text, hermes_system, tool_responses
@@ -91,7 +91,7 @@ def _conversation(
     messages = _messages_list(messages)
     if system and not (messages and isinstance(messages[0], dict) and _role(messages[0], 1) == "system"):
         messages = [{"role": "system", "content": system}, *messages]
-    elif system and system != messages[0].get("content", messages[0].get("value")):
+    elif system and system != _first_of(messages[0], "content", "value"):
         notes["system column not read: the messages begin with a system message of their own"] += 1
     if not declared:
         messages, declared = _tools_in_messages(messages, notes)
@@ -133,10 +133,15 @@ def _messages_list(messages: Any) -> list[Any]:
     return messages
 
 
+def _first_of(message: dict[str, Any], name: str, other: str) -> Any:
+    """One thing under two names: where rows of several spellings were put together, one of them is null."""
+    return message.get(other) if message.get(name) is None else message[name]
+
+
 def _role(message: Any, number: int) -> str:
     if not isinstance(message, dict):
         raise RowError(f"message {number} is a JSON {json_type(message)}, not an object")
-    role = message.get("role", message.get("from"))
+    role = _first_of(message, "role", "from")
     if not isinstance(role, str) or role.strip().lower() not in ROLES:
         known = ", ".join(ROLES)
         raise RowError(f"message {number} has the role {role!r}; known are {known}")
@@ -152,7 +157,7 @@ def _tools_in_messages(messages: list[Any], notes: Counter) -> tuple[list[Any], 
             if message.get("tools"):
                 notes["tools taken from the system message"] += 1
                 return messages, normalize_tools(message["tools"], notes)
-            text = message.get("content", message.get("value"))
+            text = _first_of(message, "content", "value")
             found = hermes_system(text) if isinstance(text, str) else None
             if found:
                 notes["Hermes system prompt: tools taken out, its wording left to the format"] += 1
@@ -164,7 +169,11 @@ def _tools_in_messages(messages: list[Any], notes: Counter) -> tuple[list[Any], 
 
 
 def _content(message: dict[str, Any], number: int, role: str, notes: Counter) -> str:
-    content = message["content"] if "content" in message else message.get("value")
+    content = _first_of(message, "content", "value")
+    if message.get("value") not in (*_NOTHING, content):
+        if content not in _NOTHING:
+            raise RowError(f"message {number} has a content and another value; keep one of them")
+        content = message["value"]
     if content is None or (content == [] and role != "tool"):  # a tool may well return an empty list
         notes["content null or absent -> empty"] += 1
         return ""
@@ -257,9 +266,15 @@ def _tool_calls(message: dict[str, Any], number: int, notes: Counter) -> list[di
             calls = strict_json(calls) if calls.strip() else None
         except ValueError as error:
             raise RowError(f"message {number}: tool_calls are no JSON ({error})") from error
-    if isinstance(message.get("function_call"), dict):
+    old = message.get("function_call")
+    if isinstance(old, str):
+        try:
+            old = strict_json(old) if old.strip() else None
+        except ValueError as error:
+            raise RowError(f"message {number}: function_call is no JSON ({error})") from error
+    if old not in _NOTHING:
         notes["function_call not read: tool_calls stand beside it" if calls else "function_call -> tool_calls"] += 1
-        calls = calls or [message["function_call"]]
+        calls = calls or [old]
     if not calls:
         return []
     if not isinstance(calls, list):
@@ -274,16 +289,17 @@ def _call(item: Any, number: int, notes: Counter) -> dict[str, Any]:
     name = function.get("name")
     if not isinstance(name, str) or not name:
         raise RowError(f"message {number}: a tool call has no name")
-    given = given_arguments(function)
-    unread = [key for key, value in {**item, **function}.items() if key not in _CALL and value not in _NOTHING]
-    if unread and given is None:  # LangChain's "args", Anthropic's "input": an empty object would be a guess
-        raise RowError(f"message {number}: call of {name} has no arguments, but {', '.join(unread)}")
-    notes.update(f"not read, key {key[:40]!r} of calls" for key in unread)
+    if item.get("name") not in (None, name):
+        raise RowError(f"message {number}: a tool call has two names, {name} and {item['name']}; keep one of them")
     try:
-        arguments = read_arguments(given)
+        arguments = given_arguments(item) if function is item else given_arguments(function, item)
     except ValueError as error:
         raise RowError(f"message {number}: call of {name}: {error}") from error
+    unread = [key for key, value in {**item, **function}.items() if key not in _CALL and value not in _NOTHING]
+    if unread and arguments is None:  # LangChain's "args", Anthropic's "input": an empty object would be a guess
+        raise RowError(f"message {number}: call of {name} has no arguments, but {', '.join(unread)}")
+    notes.update(f"not read, key {key[:40]!r} of calls" for key in unread)
     call: dict[str, Any] = {"type": "function"}
     if item.get("id") is not None:
         call["id"] = str(item["id"])
-    return call | {"function": {"name": name, "arguments": arguments}}
+    return call | {"function": {"name": name, "arguments": arguments or {}}}

@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import write_text_atomic
+from finetune.errors import write_to_cache
 from finetune.reading.sources import Spec, files_of
 
 FIELDS = ("counts", "mappings", "notes", "fingerprint")
@@ -73,7 +73,7 @@ def save_entry(path: Path, loaded: Any) -> None:
     origins = [(source, [row for _, row in group]) for source, group in sources]
     text = json.dumps({"origins": origins, **{name: getattr(loaded, name) for name in FIELDS}}, ensure_ascii=False)
     check = hashlib.sha256(text.encode()).hexdigest()
-    write_text_atomic(path, json.dumps({"check": check, "text": text}, ensure_ascii=False))
+    write_to_cache(path, json.dumps({"check": check, "text": text}, ensure_ascii=False).encode())
 
 
 @cache

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.conversations import write_jsonl
-from finetune.errors import UserError
+from finetune.conversations import json_lines
+from finetune.errors import UserError, write_together
 from finetune.json_schema import validator_of
 from finetune.reading.tool_schemas import load_tools_file
 from finetune.synthetic.phrasebook import Phrasebook, Request, load_phrasebook
@@ -235,8 +235,7 @@ def generate_files(
         if path.exists() and not overwrite:
             raise UserError(f"{path} exists already; choose another --output, or say --overwrite")
         written.append((path, entries))
-    for path, entries in written:
-        write_jsonl(path, [row for _, row in entries])
+    write_together({path: json_lines(row for _, row in entries).encode() for path, entries in written})
     return [(path, Counter(sorted((kind for kind, _ in entries), key=KINDS.index))) for path, entries in written]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from finetune.errors import UserError
@@ -22,12 +23,14 @@ def print_run_table(
     Without an experiment (a dry run) model and device are what config.json and the flags say.
     """
     report = rows.report
-    table = Table(
-        show_header=False, title="dry run" if experiment is None else experiment.folder.name, title_style="bold"
-    )
+    title = "dry run" if experiment is None else escape(experiment.folder.name)
+    table = Table(show_header=False, title=title, title_style="bold")
     table.add_column(style="dim")
     table.add_column()
-    add = table.add_row
+
+    def add(name: str, text: str) -> None:
+        table.add_row(name, escape(text))
+
     add("model", settings.model)
     add("format", fmt.name)
     add("rows", f"{report['rows']:,} read, {report['kept']:,} kept, {report['sequences']:,} sequences")
@@ -97,7 +100,7 @@ def print_memory(console: Console, settings: Settings, rows: Any, plan: Any, dev
             step_rows=settings.batch_size * settings.grad_accum,
         )  # fmt: skip
     except UserError as error:
-        console.print(f"memory not estimated: {error}")
+        console.print(f"memory not estimated: {error}", markup=False)
 
 
 def planned_device(settings: Settings) -> tuple[str, bool, bool, str]:

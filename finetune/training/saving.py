@@ -24,7 +24,7 @@ def save_final_model(experiment: Experiment, model: Any, tokenizer: Any, fmt: An
         saved.chat_template = fmt.pinned_template()
         saved.save_pretrained(str(aside))
         generation_config(model, end_of_turn_ids).save_pretrained(str(aside))
-        (aside / "README.md").write_text(model_card(experiment), encoding="utf-8")
+        (aside / "README.md").write_text(model_card(experiment), encoding="utf-8", errors="backslashreplace")
         if target.exists():  # a resumed run that had finished before
             shutil.rmtree(target)
         os.replace(aside, target)
