@@ -417,3 +417,25 @@ def test_overwriting_replaces_exports_alone(tmp_path):
 def test_overwriting_the_run_itself_is_refused(output, run_folder):
     with pytest.raises(UserError, match="would delete"):
         output_folder(run_folder, "merged", run_folder / output, overwrite=True)
+
+
+def test_a_16_bit_model_is_compared_in_float32_and_stays_as_it_is():
+    import torch
+
+    from finetune.bundled import smollm2_dir
+    from finetune.export.llama_check import computed_in_float32
+    from finetune.export.merged import log_probabilities
+    from finetune.model import load_tokenizer
+    from tests.tiny import tiny_llama
+
+    model = tiny_llama(load_tokenizer(str(smollm2_dir()))).bfloat16().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    prompts = [list(range(40, 60))]
+    with computed_in_float32(model):
+        found = log_probabilities(model, prompts)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+    coarse = log_probabilities(model, prompts)
+    exact = log_probabilities(model.float(), prompts)
+    assert torch.equal(found[0], exact[0])
+    assert not torch.allclose(coarse[0], exact[0], atol=1e-4)

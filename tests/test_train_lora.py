@@ -286,7 +286,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(rows, tiny_model, tmp_
 def test_sharing_prefixes_does_not_change_the_curve(rows, tiny_model, tmp_path):
     """Thirty steps with and without sharing: equal within 1e-4 in float32."""
     arguments = ("--model", tiny_model, "--dataset", rows, "--format", "chatml", "--max_steps", 30, "--lr", "5e-3",
-                 "--experiments_dir", tmp_path)  # fmt: skip
+                 "--dtype", "float32", "--experiments_dir", tmp_path)  # fmt: skip
     assert run(*arguments, "--name", "shared").returncode == 0
     assert run(*arguments, "--name", "alone", "--no-share_prefix").returncode == 0
     shared, alone = ([float(r["loss"]) for r in log_rows(tmp_path / name)] for name in ("shared", "alone"))
