@@ -74,6 +74,7 @@ CPU_CASES = {
     "135m_1024_r64": Case(SMALL, 1024, flags=("--rank", "64")),
     "135m_1024_last8": Case(SMALL, 1024, flags=("--last_layers", "8")),
     "135m_512_4bit": Case(SMALL, 512, flags=("--load_in_4bit",)),
+    "135m_1024_4bit": Case(SMALL, 1024, flags=("--load_in_4bit",)),
     "wide_qwen2_1024": Case(shape("qwen2", 1024, 4096, 8, 16, 4), 1024),
     "deep_qwen3_1024": Case(shape("qwen3", 384, 1024, 40, 6, 2, head_dim=64), 1024),
     "deep_qwen3_1024_checkpoint": Case(shape("qwen3", 384, 1024, 40, 6, 2, head_dim=64), 1024, flags=(CKPT,)),
@@ -84,7 +85,7 @@ CPU_CASES |= {
     f"{name}_bf16": dataclasses.replace(CPU_CASES[name], dtype="bfloat16")
     for name in (
         "135m_512", "135m_1024", "135m_4x512", "135m_2048", "135m_2048_trained", "135m_1024_checkpoint",
-        "135m_1024_r64", "135m_512_4bit", "wide_qwen2_1024", "deep_qwen3_1024", "large_vocabulary_1024",
+        "135m_1024_r64", "135m_512_4bit", "135m_1024_4bit", "wide_qwen2_1024", "deep_qwen3_1024", "large_vocabulary_1024",
     )
 } | {"demo_bf16": Case(SMALL, dtype="bfloat16", recipe="configs/demo.yaml")}  # fmt: skip
 # Sizes as published; random weights take the memory that trained ones take.
