@@ -85,7 +85,8 @@ CPU_CASES |= {
     f"{name}_bf16": dataclasses.replace(CPU_CASES[name], dtype="bfloat16")
     for name in (
         "135m_512", "135m_1024", "135m_4x512", "135m_2048", "135m_2048_trained", "135m_1024_checkpoint",
-        "135m_1024_r64", "135m_512_4bit", "135m_1024_4bit", "wide_qwen2_1024", "deep_qwen3_1024", "large_vocabulary_1024",
+        "135m_1024_r64", "135m_512_4bit", "135m_1024_4bit", "wide_qwen2_1024", "deep_qwen3_1024",
+        "large_vocabulary_1024",
     )
 } | {"demo_bf16": Case(SMALL, dtype="bfloat16", recipe="configs/demo.yaml")}  # fmt: skip
 # Sizes as published; random weights take the memory that trained ones take.

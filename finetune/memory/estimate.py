@@ -218,7 +218,8 @@ def estimate(sizes: Sizes, plan: Plan) -> dict[str, float]:
     }
     if plan.device == "cpu":
         # Recomputed layer by layer, the activations leave the same holes as if all of them had been kept.
-        parts["slack"] = (SLACK["cpu"] if _fused(plan) else SLACK_NOT_FUSED[plan.dtype]) * (trained_depth * per_layer + backward)
+        holes = SLACK["cpu"] if _fused(plan) else SLACK_NOT_FUSED[plan.dtype]
+        parts["slack"] = holes * (trained_depth * per_layer + backward)
     else:
         parts["slack"] = SLACK["cuda"] * max(step, check)
     return parts
