@@ -259,19 +259,19 @@ def _calls_text(content: str, number: int, tools: list[dict[str, Any]], notes: C
     return [_call(item, number, notes) for item in (value if isinstance(value, list) else [value])]
 
 
+def _read_if_text(value: Any, number: int, what: str) -> Any:
+    """A column's value, read as JSON where it is text; None for white space."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return strict_json(value) if value.strip() else None
+    except ValueError as error:
+        raise RowError(f"message {number}: {what} no JSON ({error})") from error
+
+
 def _tool_calls(message: dict[str, Any], number: int, notes: Counter) -> list[dict[str, Any]]:
-    calls = message.get("tool_calls")
-    if isinstance(calls, str):
-        try:
-            calls = strict_json(calls) if calls.strip() else None
-        except ValueError as error:
-            raise RowError(f"message {number}: tool_calls are no JSON ({error})") from error
-    old = message.get("function_call")
-    if isinstance(old, str):
-        try:
-            old = strict_json(old) if old.strip() else None
-        except ValueError as error:
-            raise RowError(f"message {number}: function_call is no JSON ({error})") from error
+    calls = _read_if_text(message.get("tool_calls"), number, "tool_calls are")
+    old = _read_if_text(message.get("function_call"), number, "function_call is")
     if old not in _NOTHING:
         notes["function_call not read: tool_calls stand beside it" if calls else "function_call -> tool_calls"] += 1
         calls = calls or [old]

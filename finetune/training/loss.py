@@ -28,16 +28,16 @@ class _FrozenHead(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             logits = F.linear(hidden[part], weight, bias)
-            for some, target, weighs in zip(
+            for some, target, weight_of_some in zip(
                 logits.split(rows), targets[part].split(rows), weights[part].split(rows), strict=True
             ):
                 log_p = torch.log_softmax(some, dim=-1, dtype=torch.float32)
-                total -= (log_p.gather(1, target[:, None])[:, 0] * weighs).sum()
+                total -= (log_p.gather(1, target[:, None])[:, 0] * weight_of_some).sum()
                 if needs_grad:
                     # d loss / d logits = w * (softmax(logits) - onehot(target)), written where the logits were
                     p = log_p.exp_()
                     p.scatter_add_(1, target[:, None], p.new_full((len(p), 1), -1.0))
-                    some.copy_(p.mul_(weighs[:, None]))
+                    some.copy_(p.mul_(weight_of_some[:, None]))
             if needs_grad:
                 grad[part] = logits @ weight
         ctx.save_for_backward(grad)
