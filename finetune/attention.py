@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from finetune import attention_gemm
@@ -197,13 +198,23 @@ def attention_named(model: torch.nn.Module, name: str, function: Callable) -> It
         config._attn_implementation = before
 
 
+def packed_inputs(one: Pass, device: torch.device | str, multiple: int = 1) -> dict[str, torch.Tensor]:
+    """int64 [1, T] input_ids and position_ids of a pass, filled up at the end to a multiple of `multiple` tokens."""
+    more = -len(one.input_ids) % multiple
+    ids, places = np.pad(one.input_ids, (0, more)), np.pad(one.position_ids, (0, more), mode="edge")
+    return {
+        "input_ids": torch.from_numpy(ids).to(device)[None],
+        "position_ids": torch.from_numpy(places).to(device)[None],
+    }
+
+
 class CpuTree:
     """The tree on a CPU, through Transformers' attention interface."""
 
     shares, says = True, ""
 
     def inputs(self, one: Pass, device: torch.device) -> dict[str, Any]:
-        return {"layout": Layout.of(one.segments)}
+        return {**packed_inputs(one, device), "layout": Layout.of(one.segments)}
 
     def inside(self, model: torch.nn.Module):
         return attention_named(model, NAME, _interface)

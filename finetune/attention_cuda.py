@@ -17,18 +17,25 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from finetune.attention import UnsupportedModel, attention_named, refuse_options
+from finetune.attention import UnsupportedModel, attention_named, packed_inputs, refuse_options
 from finetune.steps import Pass, Segment
 
 NAME = "sandwich_flex"
-BLOCK = 128  # FlexAttention's block; passes are padded to a multiple of it, by tokens that nothing sees
+# FlexAttention's block. Passes are filled up to a multiple of it before the model runs: filled up in each layer,
+# queries, keys and values would be copied there, and the attention's output kept twice for the backward pass.
+BLOCK = 128
+
+
+def fill_up(tokens: int) -> int:
+    """The multiple of BLOCK that holds so many tokens."""
+    return -(-tokens // BLOCK) * BLOCK
 
 
 def reach_of(segments: Sequence[Segment], padded: int) -> np.ndarray:
-    """int32 [padded]: the first token behind those that may see a token; 0 for padding, which nothing sees."""
-    reach = np.zeros(padded, dtype=np.int32)
+    """int32 [padded]: the first token behind those that may see a token. What fills up sees itself and nothing else, so
+    that its numbers stay finite."""
+    reach = np.arange(1, padded + 1, dtype=np.int32)
     for segment in segments:
         reach[segment.start : segment.end] = segment.subtree_end
     return reach
@@ -59,10 +66,10 @@ def block_counts(reach: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def block_mask(segments: Sequence[Segment], tokens: int, device: torch.device | str) -> Any:
-    """FlexAttention's BlockMask of a pass of `tokens` tokens, padded to a multiple of BLOCK."""
+    """FlexAttention's BlockMask of a pass of `tokens` tokens, filled up to a multiple of BLOCK."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    padded = -(-tokens // BLOCK) * BLOCK
+    padded = fill_up(tokens)
     numbers = reach_of(segments, padded)
     reach = torch.from_numpy(numbers).to(device)
 
@@ -95,13 +102,7 @@ class _Flex:
                 # Passes differ in length; without dynamic shapes each length would be compiled anew.
                 _Flex._compiled = torch.compile(flex_attention, dynamic=True)
             function = _Flex._compiled
-        tokens = query.shape[2]
-        more = mask.seq_lengths[0] - tokens
-        query, key, value = (F.pad(x, (0, 0, 0, more)) for x in (query, key, value))
-        out = function(
-            query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )  # fmt: skip
-        return out[:, :, :tokens]
+        return function(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
 
 
 flex = _Flex()
@@ -120,7 +121,7 @@ class FlexTree:
     shares, says = True, "FlexAttention"
 
     def inputs(self, one: Pass, device: torch.device) -> dict[str, Any]:
-        return {"flex_mask": block_mask(one.segments, len(one.input_ids), device)}
+        return {**packed_inputs(one, device, BLOCK), "flex_mask": block_mask(one.segments, len(one.input_ids), device)}
 
     @contextmanager
     def inside(self, model: torch.nn.Module) -> Iterator[None]:
@@ -136,8 +137,8 @@ class UnslothTree:
     def inputs(self, one: Pass, device: torch.device) -> dict[str, Any]:
         from finetune.model import unsloth_segments
 
-        tokens = len(one.input_ids)
-        return {"prefix_seg_info": unsloth_segments(block_mask(one.segments, tokens, device), tokens, device)}
+        mask = block_mask(one.segments, len(one.input_ids), device)
+        return {**packed_inputs(one, device, BLOCK), "prefix_seg_info": unsloth_segments(mask, device)}
 
     def inside(self, model: torch.nn.Module):
         config = model.config.get_text_config()
@@ -156,7 +157,8 @@ class UnslothPacked:
 
     def inputs(self, one: Pass, device: torch.device) -> dict[str, Any]:
         lengths = [segment.end - segment.start for segment in one.segments]
-        return {"packed_seq_lengths": torch.tensor(lengths, dtype=torch.int32, device=device)}
+        lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+        return {**packed_inputs(one, device), "packed_seq_lengths": lengths}
 
     def inside(self, model: torch.nn.Module):
         return nullcontext()

@@ -218,8 +218,8 @@ def add_lora(
     return adapted
 
 
-def unsloth_segments(block_mask: Any, tokens: int, device: Any) -> Any:
-    """Unsloth's `prefix_seg_info` for a pass of `tokens` tokens whose FlexAttention mask is made already.
+def unsloth_segments(block_mask: Any, device: Any) -> Any:
+    """Unsloth's `prefix_seg_info` for a pass of as many tokens as its FlexAttention mask, which is made already.
 
     Its kernel looks the mask up by `signature` (unsloth 2026.10.9, utils/prefix_grouper_kernel.py); labels of its own,
     one prefix and many suffixes, could not say what a deeper tree is, so the mask is put there beforehand.
@@ -227,14 +227,14 @@ def unsloth_segments(block_mask: Any, tokens: int, device: Any) -> Any:
     import torch
     from unsloth.utils import prefix_grouper_kernel as kernel
 
-    padded = block_mask.seq_lengths[0]
+    tokens = block_mask.seq_lengths[0]
     signature = ("sandwich", id(block_mask))
-    nobody = torch.full((padded,), -99, dtype=torch.long, device=device)
+    nobody = torch.full((tokens,), -99, dtype=torch.long, device=device)
     kernel.clear_block_mask_cache()
     kernel._BLOCK_MASK_CACHE[(signature, str(device))] = block_mask
     return kernel.PrefixSegInfo(
-        group_of_kv=nobody, is_prefix=torch.zeros(padded, dtype=torch.bool, device=device), suffix_of_kv=nobody,
-        signature=signature, T=tokens, T_pad=padded,
+        group_of_kv=nobody, is_prefix=torch.zeros(tokens, dtype=torch.bool, device=device), suffix_of_kv=nobody,
+        signature=signature, T=tokens, T_pad=tokens,
     )  # fmt: skip
 
 

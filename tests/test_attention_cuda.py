@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from finetune.attention import Layout, tree_attention
-from finetune.attention_cuda import BLOCK, FlexTree, UnslothTree, block_counts, block_mask, flex, reach_of
+from finetune.attention import Layout, packed_inputs, tree_attention
+from finetune.attention_cuda import BLOCK, FlexTree, UnslothTree, block_counts, block_mask, fill_up, flex, reach_of
 from finetune.steps import plan_passes
 from finetune.training.passes import PassRunner, why_not
 from tests.test_shared_prefix import adapted, llama, some_rows
@@ -36,7 +38,7 @@ def test_reach_is_the_tree(one):
 
 @pytest.mark.parametrize("one", list(passes()))
 def test_blocks_are_counted_without_the_mask(one):
-    padded = -(-len(one.input_ids) // BLOCK) * BLOCK
+    padded = fill_up(len(one.input_ids))
     blocks = dense(one, padded).reshape(padded // BLOCK, BLOCK, -1, BLOCK).swapaxes(1, 2)
     partial, full = block_counts(reach_of(one.segments, padded))
     assert np.array_equal(full, blocks.all((2, 3)))
@@ -54,8 +56,23 @@ def test_flex_attention_equals_the_tree(kv_heads):
         tokens = len(one.input_ids)
         torch.manual_seed(0)
         q, k, v = (torch.randn(1, heads, tokens, 16) for heads in (6, kv_heads, kv_heads))
-        got = flex(q, k, v, block_mask(one.segments, tokens, "cpu"), 0.25)
-        assert torch.allclose(got, tree_attention(q, k, v, Layout.of(one.segments)), atol=2e-6)
+        filled = (F.pad(x, (0, 0, 0, fill_up(tokens) - tokens), value=1.0) for x in (q, k, v))
+        got = flex(*filled, block_mask(one.segments, tokens, "cpu"), 0.25)
+        assert torch.allclose(got[:, :, :tokens], tree_attention(q, k, v, Layout.of(one.segments)), atol=2e-6)
+        assert got.isfinite().all()
+
+
+def test_passes_of_many_lengths_are_compiled_once():
+    """Each new length or shape of a tree would otherwise cost its step the seconds of a compilation."""
+    counter = CompileCounter()
+    compiled = torch.compile(flex_attention, dynamic=True, backend=counter)
+    for prefix in (150, 230, 400, 513, 1100):
+        for nested in (False, True):
+            one = plan_passes(some_rows(2, 3, prefix=prefix, nested=nested, seed=prefix), 10**9)[0]
+            mask = block_mask(one.segments, len(one.input_ids), "cpu")
+            q, k, v = (torch.randn(1, heads, mask.seq_lengths[0], 16) for heads in (4, 2, 2))
+            compiled(q, k, v, block_mask=mask, enable_gqa=True, scale=0.25)
+    assert counter.frame_count == 1
 
 
 def test_a_model_runs_through_flex_attention():
@@ -72,7 +89,7 @@ class Deaf(FlexTree):
     """Packs rows, but the model attends as it always does: what a forward that ignores our arguments would do."""
 
     def inputs(self, one, device):
-        return {}
+        return packed_inputs(one, device)
 
     def inside(self, model):
         return UnslothTree.inside(self, model)

@@ -55,13 +55,13 @@ class PassRunner:
 
     def hidden_states(self, one: Pass | PaddedPass) -> torch.Tensor:
         """Hidden states behind the last norm at the pass's trained positions, [N, E]."""
-        tensors = {"input_ids": torch.from_numpy(one.input_ids).to(self.device)}
         if isinstance(one, PaddedPass):
-            tensors["attention_mask"] = torch.from_numpy(one.attention_mask).to(self.device)
+            tensors = {
+                "input_ids": torch.from_numpy(one.input_ids).to(self.device),
+                "attention_mask": torch.from_numpy(one.attention_mask).to(self.device),
+            }
         else:
-            tensors["input_ids"] = tensors["input_ids"][None]
-            tensors["position_ids"] = torch.from_numpy(one.position_ids).to(self.device)[None]
-            tensors.update(self.attention.inputs(one, self.device))
+            tensors = self.attention.inputs(one, self.device)
         states = self.inner(**tensors, use_cache=False)[0]
         return states.flatten(0, 1)[torch.from_numpy(one.positions).to(self.device)]
 
@@ -128,20 +128,23 @@ class PassRunner:
         return total
 
 
+def attentions(device_type: str) -> list[Any]:
+    """The ways of packing that are worth a trial on this kind of device, the best first."""
+    if device_type == "cpu":
+        return [CpuTree()]
+    from finetune.attention_cuda import FlexTree, UnslothPacked, UnslothTree
+
+    return [UnslothTree(), FlexTree(), UnslothPacked()]
+
+
 def choose_mode(causal_lm: torch.nn.Module, share_prefix: bool) -> tuple[str, str, Any]:
     """("tree" | "packed" | "padded", why, attention or None) for this model on its device.
 
     Tried on two short rows, not guessed: an attention counts when the hidden states of the packed rows are those of the
     same rows alone.
     """
-    if causal_lm.get_input_embeddings().weight.device.type == "cpu":
-        candidates: list[Any] = [CpuTree()]
-    else:
-        from finetune.attention_cuda import FlexTree, UnslothPacked, UnslothTree
-
-        candidates = [UnslothTree(), FlexTree(), UnslothPacked()]
     reasons = []
-    for attention in candidates:
+    for attention in attentions(causal_lm.get_input_embeddings().weight.device.type):
         if problem := why_not(causal_lm, attention):
             reasons.append(f"{attention.says}: {problem}" if attention.says else problem)
             continue
@@ -172,16 +175,16 @@ def why_not(causal_lm: torch.nn.Module, attention: Any) -> str:
     training = causal_lm.training
     causal_lm.eval()
 
-    def states(ids, **more) -> torch.Tensor:
-        return inner(input_ids=torch.from_numpy(ids).long().to(device)[None], use_cache=False, **more)[0][0].float()
+    def states(**inputs) -> torch.Tensor:
+        return inner(**inputs, use_cache=False)[0][0].float()
 
     autocast = torch.autocast(device.type, dtype=causal_lm.dtype) if device.type != "cpu" else contextlib.nullcontext()
     try:
         with torch.no_grad(), autocast:
-            alone = torch.stack([states(row.input_ids)[-1] for row in rows])
+            ids = [torch.from_numpy(row.input_ids).long().to(device)[None] for row in rows]
+            alone = torch.stack([states(input_ids=each)[-1] for each in ids])
             with attention.inside(causal_lm):
-                position_ids = torch.from_numpy(probe.position_ids).to(device)[None]
-                packed = states(probe.input_ids, position_ids=position_ids, **attention.inputs(probe, device))
+                packed = states(**attention.inputs(probe, device))
     except UnsupportedModel as error:
         return str(error)
     except Exception as error:  # whatever a stranger's forward says to arguments it does not know
