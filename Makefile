@@ -73,8 +73,12 @@ demo: install  ## fine-tune the bundled 135M model to call tools, draw its curve
 test: install-test  ## the test suite, in the same environment plus test tools
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS)
 
-test-slow: install-test  ## the tests that kill machines and processes of real clusters (minutes each)
+test-slow: install-test $(VENV)/.installed-triton  ## tests of minutes each: killed machines, CUDA code interpreted
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+$(VENV)/.installed-triton: $(VENV)/.installed tests/requirements_triton.txt
+	$(PIP) --no-deps --upgrade --target $(VENV)/triton -r tests/requirements_triton.txt
+	@touch $@
 
 lint: install-test  ## style checks
 	$(PY) -m ruff check .

@@ -1,0 +1,382 @@
+"""Unsloth's CUDA code on a machine without a card: Triton's interpreter runs its kernels on CPU tensors.
+
+Unsloth takes its CUDA branches without a device under UNSLOTH_ALLOW_CPU, Triton interprets kernels under
+TRITON_INTERPRET; what is missing between the two is put in place by `begin`. What this cannot tell: compiled kernels
+(FlexAttention's own is a dense one here), the memory allocator, streams, speed, several cards.
+
+A process of its own for each use, because Unsloth and torch are changed for good:
+
+  python -m tests.interpreted_cuda train FLAGS …            train_lora.py with these flags
+  python -m tests.interpreted_cuda gradients MODEL          shared, packed and padded passes against row by row
+  python -m tests.interpreted_cuda memory MODEL …           what a step holds, against the estimate
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import types
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parents[1]
+TRITON = ROOT / ".venv" / "triton"  # `make test-slow` puts it there: beside a CPU torch it would break TRL's import
+
+
+def on_cpu(place: Any) -> Any:
+    """A device as the CPU where it names a card."""
+    if isinstance(place, torch.device):
+        return torch.device("cpu") if place.type == "cuda" else place
+    return "cpu" if isinstance(place, str) and place.split(":")[0] == "cuda" else place
+
+
+class CardIsCpu(TorchFunctionMode):
+    """Every call that names a card gets the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.device and args and (args[0] is None or isinstance(args[0], int)):
+            return torch.device("cpu")
+        if "device" in kwargs:
+            kwargs["device"] = "cpu" if isinstance(kwargs["device"], int) else on_cpu(kwargs["device"])
+        if kwargs.get("pin_memory"):
+            del kwargs["pin_memory"]
+        return func(*map(on_cpu, args), **kwargs)
+
+
+class Idle:
+    """A stream, an event or a device context that has nothing to do."""
+
+    idx = cuda_stream = 0
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: Idle()
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of the tensor storages that live, and their peak, while it is entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: dict[int, weakref.ref] = {}
+
+    def see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known and self.known[key]() is not None:
+            return
+
+        def gone(_):
+            self.live -= size
+            self.known.pop(key, None)
+
+        self.known[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.see(leaf)
+        return out
+
+
+METER = Meter()
+
+
+class FlexStandIn(torch.autograd.Function):
+    """FlexAttention by a dense mask; allocates and keeps what the compiled kernel does: q, k, v, out, log-sum-exp."""
+
+    @staticmethod
+    def dense(q, k, v, mask, scale):
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1], scale=scale
+        )
+
+    @staticmethod
+    def forward(ctx, q, k, v, block_mask, scale):
+        with _disable_current_modes():
+            at = torch.arange(q.shape[2])
+            ctx.mask, ctx.scale = block_mask.mask_mod(0, 0, at[:, None], at[None, :]), scale
+            dense = FlexStandIn.dense(q, k, v, ctx.mask, scale)
+        out = torch.empty_like(q)  # in the query's layout, as the kernel's
+        out.copy_(dense)
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs = ctx.saved_tensors[:3]
+        with _disable_current_modes(), torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            dense = torch.autograd.grad(FlexStandIn.dense(*leaves, ctx.mask, ctx.scale), leaves, grad)
+        return *(torch.empty_like(x).copy_(g) for x, g in zip(inputs, dense, strict=True)), None, None
+
+
+class FirstCard(list):
+    """A list with one entry for each card; the index of a CPU tensor's device, None, is the first one's."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index or 0)
+
+    def __setitem__(self, index, value):
+        super().__setitem__(index or 0, value)
+
+
+def begin() -> None:
+    """Put everything in place and import Unsloth."""
+    os.environ |= {"UNSLOTH_ALLOW_CPU": "1", "TRITON_INTERPRET": "1", "UNSLOTH_COMPILE_DISABLE": "1"}
+    # Modes are a thread's own, so weights must be loaded in this one.
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    sys.path.insert(0, str(TRITON))
+    import bitsandbytes  # noqa: F401  looks for the CUDA library where torch claims a card
+
+    pretend_a_card()
+    CardIsCpu().__enter__()
+    import finetune.model as model
+    from finetune.training import passes
+
+    model.import_unsloth()
+    from unsloth.utils import prefix_grouper_kernel
+
+    prefix_grouper_kernel._flex_attention_compiled = lambda q, k, v, *, block_mask, enable_gqa, scale, kernel_options: (
+        FlexStandIn.apply(q, k, v, block_mask, scale)
+    )
+    interpret_bfloat16()
+
+    candidates, load_base = passes.attentions, model.load_base
+    passes.attentions = lambda device_type: candidates("cuda")
+
+    def loaded(*args, **kwargs):
+        result = load_base(*args, **kwargs)
+        for module in result.model.modules():
+            for name in ("multi_gpu_cos_cached", "multi_gpu_sin_cached"):
+                if hasattr(module, name):
+                    setattr(module, name, FirstCard(getattr(module, name)))
+        return result
+
+    model.load_base = loaded
+
+
+def pretend_a_card() -> None:
+    """torch.cuda with one card of the Hopper kind, whose memory is what METER sees."""
+    cuda = torch.cuda
+    torch.version.cuda = "13.0"
+    cuda.Stream = cuda.Event = cuda.device = Idle
+    for name in ("current_stream", "default_stream", "stream"):
+        setattr(cuda, name, lambda *args, **kwargs: Idle())
+    torch.Tensor.record_stream = lambda self, stream: None
+    torch._C._cuda_getCurrentRawStream = lambda *args: 0
+    properties = types.SimpleNamespace(
+        name="interpreted", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132, warp_size=32,
+        gcnArchName="", shared_memory_per_block_optin=232_448, max_threads_per_multi_processor=2048,
+    )  # fmt: skip
+
+    def reset(*args):
+        METER.peak = METER.live
+
+    answers = {
+        "is_available": True, "current_device": 0, "device_count": 1, "is_bf16_supported": True,
+        "get_device_capability": (9, 0), "get_device_properties": properties, "get_device_name": properties.name,
+        "mem_get_info": (70 << 30, 80 << 30), "synchronize": None, "empty_cache": None, "_lazy_init": None,
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None,
+        "manual_seed": None, "manual_seed_all": None,
+    }  # fmt: skip
+    for name, answer in answers.items():
+        for module in (cuda, cuda.random):
+            if hasattr(module, name):
+                setattr(module, name, lambda *args, answer=answer, **kwargs: answer)
+    cuda.memory_allocated = cuda.memory_reserved = lambda *args: METER.live
+    cuda.max_memory_allocated = cuda.max_memory_reserved = lambda *args: METER.peak
+    cuda.reset_peak_memory_stats = reset
+
+    amp, autocast = torch.amp, torch.amp.autocast_mode.autocast
+    custom_fwd, custom_bwd, init = amp.custom_fwd, amp.custom_bwd, autocast.__init__
+    amp.custom_fwd = lambda *args, device_type, **kwargs: custom_fwd(*args, device_type=on_cpu(device_type), **kwargs)
+    amp.custom_bwd = lambda *args, device_type: custom_bwd(*args, device_type=on_cpu(device_type))
+    autocast.__init__ = lambda self, device_type, *args, **kwargs: init(self, on_cpu(device_type), *args, **kwargs)
+    for name in ("get_autocast_dtype", "is_autocast_enabled", "set_autocast_enabled", "set_autocast_dtype"):
+        original = getattr(torch, name)
+        setattr(torch, name, lambda kind="cuda", *args, original=original: original(on_cpu(kind), *args))
+
+
+def interpret_bfloat16() -> None:
+    """The interpreter keeps bfloat16 as uint16 and multiplies the bit patterns: kernels get float32 in its place."""
+    from triton.runtime.interpreter import GridExecutor
+
+    run = GridExecutor.__call__
+
+    def widened(self, *args, **kwargs):
+        storages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def wide(value):
+            if not (isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16):
+                return value
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in storages:
+                flat = torch.empty(0, dtype=value.dtype).set_(storage, 0, (storage.nbytes() // 2,), (1,))
+                storages[storage.data_ptr()] = flat, flat.float()
+            return storages[storage.data_ptr()][1].as_strided(value.shape, value.stride(), value.storage_offset())
+
+        with _disable_current_modes(), torch.no_grad():
+            out = run(self, *map(wide, args), **{name: wide(value) for name, value in kwargs.items()})
+            for flat, widened in storages.values():
+                flat.copy_(widened)
+        return out
+
+    GridExecutor.__call__ = widened
+
+
+# --- what the tests ask -----------------------------------------------------------------------------------------------
+
+
+def lora_model(path: str, *, dtype: str, load_in_4bit: bool = False, gradient_checkpointing: bool = False):
+    """The model of a folder with LoRA of rank 8 on all linear layers, B not zero."""
+    import finetune.model as model
+
+    loaded = model.load_base(path, dtype=dtype, load_in_4bit=load_in_4bit, max_seq_length=2048)
+    adapted = model.add_lora(
+        loaded.model, rank=8, alpha=16, dropout=0.0, target_modules=["all-linear"], use_rslora=False,
+        gradient_checkpointing=gradient_checkpointing, seed=0,
+    )  # fmt: skip
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return adapted.train()
+
+
+def runner_of(model, dtype: str):
+    from finetune.training.passes import PassRunner
+
+    runner = PassRunner(model, 10**9, share_prefix=True, pad_token_id=0)
+    if dtype == "bfloat16":
+        runner.context = lambda: torch.autocast("cuda", dtype=torch.bfloat16)
+    return runner
+
+
+def gradients(path: str) -> dict[str, Any]:
+    """Relative distances of the gradients of shared, packed and padded passes from row by row, in float32."""
+    import numpy as np
+
+    from finetune.attention_cuda import UnslothPacked
+    from finetune.steps import make_row
+    from tests.test_shared_prefix import difference
+    from tests.test_shared_prefix import gradients as gradients_of
+
+    dice = np.random.default_rng(0)
+
+    def ids(count):
+        return dice.integers(3, 900, count).tolist()
+
+    rows = []
+    for group in range(2):
+        tools, turn = ids(40), ids(33)
+        for number in range(2):
+            row = [*tools, *(turn if group or number else []), *ids(9 + 5 * number + 3 * group)]
+            rows.append(make_row(row, [*[-100] * (len(row) - 6), *row[-6:]]))
+    scale = 1 / sum(len(row.positions) for row in rows)
+    result = {}
+    for checkpointing in (False, True):
+        model = lora_model(path, dtype="float32", gradient_checkpointing=checkpointing)
+        runner = runner_of(model, "float32")
+
+        def alone(runner=runner):
+            for row in rows:
+                logits = runner.causal_lm(input_ids=torch.from_numpy(row.input_ids).long()[None]).logits[0]
+                picked, targets = logits[torch.from_numpy(row.positions).long()], torch.from_numpy(row.targets).long()
+                (torch.nn.functional.cross_entropy(picked, targets, reduction="sum") * scale).backward()
+
+        def ours(runner=runner):
+            runner.run(rows, scale, lambda loss: loss.backward())
+
+        exact = gradients_of(model, alone)
+        distances = {"mode": runner.mode, "why": runner.why, "tree": difference(gradients_of(model, ours), exact)}
+        for runner.mode, runner.attention in (("packed", UnslothPacked()), ("padded", None)):
+            distances[runner.mode] = difference(gradients_of(model, ours), exact)
+        result["recomputed" if checkpointing else "kept"] = distances
+    return result
+
+
+def memory(path: str, tokens: int, trained: int, load_in_4bit: bool, gradient_checkpointing: bool) -> dict[str, Any]:
+    """Bytes that one step of one row takes on top of weights, adapter and gradients, and the estimate of the same."""
+    import numpy as np
+
+    from finetune.memory.estimate import Plan, estimate
+    from finetune.memory.sizes import sizes_of_model
+    from finetune.steps import make_row
+    from finetune.training import loss
+
+    # The loss on a card: all of a chunk at once, and a kernel that reads 16 bits and writes 32 without a copy between.
+    loss.ROWS_ON_CPU = loss.CHUNK
+    log_softmax = torch.log_softmax
+
+    def fused(logits, dim, dtype):
+        with _disable_current_modes():
+            out = log_softmax(logits, dim=dim, dtype=dtype)
+        return torch.empty(out.shape, dtype=dtype).copy_(out)
+
+    torch.log_softmax = fused
+    model = lora_model(path, dtype="bfloat16", load_in_4bit=load_in_4bit, gradient_checkpointing=gradient_checkpointing)
+    runner = runner_of(model, "bfloat16")
+    dice = np.random.default_rng(0)
+
+    def step(length):
+        ids = dice.integers(3, 900, length + 1).tolist()
+        row = make_row(ids, [*[-100] * (length + 1 - trained), *ids[-trained:]])
+        runner.run([row], 1.0, lambda loss: loss.backward())
+
+    step(trained + 8)  # rotary tables, buffers and the gradients are there after it
+    known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    with METER:
+        for tensor in known:
+            METER.see(tensor)
+        start = METER.peak = METER.live
+        step(tokens)
+    plan = Plan(
+        tokens=tokens, trained=trained, rank=8, load_in_4bit=load_in_4bit,
+        gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
+    parts = estimate(sizes_of_model(model), plan)
+    step_parts = {name: parts[name] for name in ("activations", "backward", "loss", "unpacked_weights")}
+    return {"mode": runner.mode, "measured": METER.peak - start, "estimate": sum(step_parts.values()), **step_parts}
+
+
+def main(words: list[str]) -> int:
+    what, *more = words
+    if what == "train":
+        begin()
+        import train_lora
+
+        return train_lora.main(more)
+    with contextlib.redirect_stdout(sys.stderr):
+        begin()
+        if what == "gradients":
+            result = gradients(*more)
+        else:
+            path, tokens, trained, *switches = more
+            result = memory(path, int(tokens), int(trained), "4bit" in switches, "checkpointing" in switches)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
