@@ -53,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # 1. Conversations. Read and checked before anything slow is imported, so that a bad row shows within a second.
     train, held_out = load_data(settings)
+    if resumed is not None:
+        refuse_changed(resumed, "data", "data", "fingerprint", train.fingerprint)
+        refuse_changed(resumed, "evaluation data", "eval_data", "fingerprint", held_out and held_out.fingerprint)
 
     # 2. Format: template, masks, tokens.
     if not settings.dry_run:
@@ -61,10 +64,12 @@ def main(argv: list[str] | None = None) -> int:
         import_unsloth()
         ranks.start()
     from finetune.model import load_tokenizer
+    from finetune.training.feasible import check_feasible
     from finetune.training.optimizers import check_optimizer
     from formats import check_tokenizer, choose_format, get_format
 
     check_optimizer(settings.optim)
+    check_feasible(settings)
     tokenizer = load_tokenizer(settings.model, settings.revision, settings.trust_remote_code)
     if settings.format == "auto":
         fmt, why = choose_format(tokenizer)
@@ -72,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     else:
         fmt = get_format(settings.format, tokenizer=tokenizer)
     end_of_turn_ids = check_tokenizer(tokenizer, fmt)
+    template_sha256 = hashlib.sha256(fmt.pinned_template().encode("utf-8")).hexdigest()
+    if resumed is not None:
+        refuse_changed(resumed, "chat template", "format", "template_sha256", template_sha256)
     rows = encode(train, tokenizer, fmt, settings)
     eval_rows = encode(held_out, tokenizer, fmt, settings) if held_out is not None else None
     refuse_to_train_nothing(rows.report)
@@ -125,7 +133,6 @@ def main(argv: list[str] | None = None) -> int:
     from finetune.training.order import tool_sets
     from finetune.training.run import interrupted_at, make_trainer, run_training
 
-    template = fmt.pinned_template()
     config = {
         "flags": settings.run_flags(),
         "argv": sys.argv[1:] if argv is None else list(argv),
@@ -137,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         "gradient_checkpointing": gradient_checkpointing,
         "format": {
             "name": fmt.name,
-            "template_sha256": hashlib.sha256(template.encode("utf-8")).hexdigest(),
+            "template_sha256": template_sha256,
             "template_kwargs": dict(fmt.template_kwargs),
             "end_of_turn_ids": end_of_turn_ids,
         },
@@ -155,13 +162,6 @@ def main(argv: list[str] | None = None) -> int:
     is_main = ranks.rank() == 0
     if resumed is not None:
         experiment = resumed
-        for what, part, key in (
-            ("data", "data", "fingerprint"),
-            ("evaluation data", "eval_data", "fingerprint"),
-            ("chat template", "format", "template_sha256"),
-        ):
-            if (resumed.config.get(part) or {}).get(key) != (config[part] or {}).get(key):
-                raise UserError(f"--resume {resumed.folder}: the {what} changed since; start a new run instead")
         experiment.writes = is_main
         experiment.update(status="running", resumed=[*resumed.config.get("resumed", []), config["started"]])
     else:
@@ -224,6 +224,12 @@ def load_data(settings: Settings):
     if settings.eval_fraction:
         return split_off(train, settings.eval_fraction, settings.seed)
     return train, None
+
+
+def refuse_changed(run, what: str, part: str, key: str, now: str | None) -> None:
+    """UserError where the run to be resumed began with another `part` of its config than it would go on with."""
+    if (run.config.get(part) or {}).get(key) != now:
+        raise UserError(f"--resume {run.folder}: the {what} changed since; start a new run instead")
 
 
 def encode(conversations, tokenizer, fmt, settings: Settings):

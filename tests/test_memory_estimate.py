@@ -78,6 +78,25 @@ def test_a_config_that_transformers_does_not_know_is_a_mistake_of_one_line(tmp_p
         sizes_of_name(str(tmp_path))
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "t5", "bart"])
+def test_a_model_that_reads_both_ways_is_no_model_to_measure(kind):
+    with pytest.raises(UserError, match=f"model type '{kind}' is an encoder"):
+        sizes_of_config(AutoConfig.for_model(kind))
+
+
+def test_an_encoder_that_was_made_a_decoder_is_measured():
+    assert sizes_of_config(AutoConfig.for_model("bert", is_decoder=True, num_hidden_layers=2)).layers == 2
+
+
+def test_a_number_of_layers_that_is_a_slip_is_not_built(monkeypatch):
+    """Building 100,000 layers takes minutes."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda *_: pytest.fail("was built"))
+    config = small_config("llama")
+    config.num_hidden_layers = 100_000
+    with pytest.raises(UserError, match="num_hidden_layers 100000, more than any model has"):
+        sizes_of_config(config)
+
+
 @pytest.mark.parametrize(
     "billions", [0.05, 0.135, 0.5, 1.1, 1.5, 2.1, 3, 4, 7.0, 7.25, 8, 9, 13, 14.8, 27, 34, 70, 405]
 )

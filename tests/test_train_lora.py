@@ -311,6 +311,53 @@ def test_early_stopping_and_the_best_checkpoint(rows, tiny_model, tmp_path):
     assert final == (tmp_path / "run" / f"checkpoint-{best}" / "adapter_model.safetensors").read_bytes()
 
 
+def test_a_run_killed_behind_its_early_stop_takes_no_step_more(rows, tiny_model, tmp_path):
+    """Its last checkpoint is that of the step which was one evaluation too many; moved, it still finds its best one."""
+    result = run(
+        "--model", tiny_model, "--dataset", rows, "--eval_dataset", rows, "--format", "chatml", "--lr", "30",
+        "--max_steps", 40, "--eval_steps", 1, "--early_stopping_patience", 1, "--load_best", "--scheduler", "constant",
+        "--experiments_dir", tmp_path, "--name", "run",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    stopped = config_of(tmp_path / "run")["steps"]
+    assert stopped < 40
+    adapter = (tmp_path / "run" / "final_model" / "adapter_model.safetensors").read_bytes()
+    log = (tmp_path / "run" / "training_log.csv").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "final_model")
+    folder = (tmp_path / "run").rename(tmp_path / "moved")
+
+    result = run("--resume", folder)
+    assert result.returncode == 0, result.stderr
+    assert config_of(folder)["steps"] == stopped
+    assert (folder / "training_log.csv").read_bytes() == log
+    assert (folder / "final_model" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_changed_data_is_told_before_anything_slow(tmp_path, rows):
+    """The model of this run does not exist: who comes to look for it has found nothing wrong with the data."""
+    own = shutil.copy(rows, tmp_path / "rows.jsonl")
+    write_rows(own, [conversation(99)])
+    folder = tmp_path / "run"
+    make_checkpoint(folder / "checkpoint-1")
+    flags = {"model": "nobody/no-such-model", "dataset": [str(own)], "format": "chatml"}
+    config = {"flags": flags, "data": {"fingerprint": "of other rows"}, "format": {}, "status": "interrupted"}
+    (folder / "experiment_config.json").write_text(json.dumps(config))
+    refused(run("--resume", folder), "the data changed since; start a new run")
+
+
+def make_checkpoint(folder):
+    """The files that a resume looks at, next to empty."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    for name in ("adapter_config.json", "trainer_state.json", "log_counters.json"):
+        (folder / name).write_text("{}")
+    save_file({"a": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({}, folder / name)
+
+
 def test_dry_run_prints_the_table_and_makes_nothing(rows, tmp_path):
     result = run(
         "--model", "smollm2-135m", "--dataset", rows, "--format", "chatml", "--dry_run", "--show_mask", 1,
@@ -415,6 +462,11 @@ def test_no_rows_left_is_one_line(tmp_path):
         (("--model", "smollm2-135m", "--format", "llama3"), "llama3"),
         (("--model", "smollm2-135m", "--format", "no-such-format"), "no-such-format"),
         (("--model", "smollm2-135m", "--format", "chatml", "--target_modules", "qqq_proj"), "qqq_proj"),
+        (("--model", "smollm2-135m", "--format", "chatml", "--target_modules", "mlp"), "mlp holds no matrix to adapt"),
+        (("--model", "smollm2-135m", "--format", "chatml", "--target_modules", "lm_head"), "only beside an adapter"),
+        (("--model", "smollm2-135m", "--target_modules", "all-linear", "lm_head"), "all-linear stands alone"),
+        (("--model", "smollm2-135m", "--format", "chatml", "--last_layers", "500"), "the model has 30 decoder layers"),
+        (("--model", "smollm2-135m", "--format", "chatml", "--rank", "1000000000"), "the widest layer has 1,536"),
         (("--model", "smollm2-135m", "--max_seq_length", "50", "--format", "chatml"), "max_seq_length"),
         (("--model", "smollm2-135m", "--report_to", "trackio"), "trackio"),
         (("--model", "smollm2-135m", "--format", "chatml", "--optim", "adamw_tor"), "did you mean adamw_torch?"),
@@ -435,6 +487,32 @@ def test_impossible_settings_are_one_line_and_leave_no_folder(arguments, wanted,
     result = run(*arguments, "--dataset", rows, "--experiments_dir", tmp_path / "e", cwd=tmp_path)
     refused(result, wanted)
     assert not list((tmp_path / "e").glob("*"))
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (("--target_modules", "q_proj", "foo"), "no module called foo; it has down_proj, embed_tokens"),
+        (("--last_layers", "3"), "the model has 2 decoder layers"),
+        (("--rank", str(10**17)), "--rank 100000000000000000"),
+    ],
+)
+def test_what_no_adapter_can_be_is_told_by_the_config_alone(arguments, wanted, dry, rows, tiny_model, tmp_path):
+    """The weights are no weights: whoever opens them ends with another word."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"no weights")
+    flags = ("--model", model, "--dataset", rows, "--format", "chatml", "--experiments_dir", tmp_path / "e")
+    refused(run(*flags, *arguments, *["--dry_run"] * dry), wanted)
+
+
+def test_an_encoder_is_refused_in_one_line(rows, tiny_model, tmp_path):
+    from transformers import BertConfig
+
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2).save_pretrained(model)
+    flags = ("--model", model, "--dataset", rows, "--format", "chatml", "--experiments_dir", tmp_path / "e")
+    refused(run(*flags), "model type 'bert' is an encoder")
 
 
 def test_an_unwritable_experiments_folder_is_one_line(rows, tmp_path):

@@ -90,6 +90,17 @@ def free_memory() -> float:
     return psutil.virtual_memory().available
 
 
+def all_memory() -> float:
+    """Bytes that this machine has, taken or not: of the GPU at hand, else main memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[1]
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
 def default_tokens_per_pass(sizes: Sizes, plan: Plan, *, loaded: bool) -> int:
     """The largest pass within BUDGET of the free memory; `loaded`: the weights are in memory already.
 
