@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from finetune.encoding.rows import empty_answer
 from finetune.json_schema import validator_of
 
 
@@ -42,10 +43,10 @@ def check_conversation(conversation: dict[str, Any]) -> list[Problem]:
         add("no user message", "there is no user message", error=False)
     _check_order(messages, add)
     _check_results(messages, add)
+    if empty := empty_answer(conversation):
+        add("empty answer", empty)
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
     for number, message in enumerate(messages, start=1):
-        if message["role"] == "assistant" and not message["content"] and not message.get("tool_calls"):
-            add("empty answer", f"message {number}: the assistant says and calls nothing")
         for call in message.get("tool_calls", ()):
             _check_call(call["function"], number, schemas, add)
     return sorted(problems, key=lambda problem: not problem.error)
