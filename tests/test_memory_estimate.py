@@ -189,8 +189,17 @@ def test_every_known_optimizer_can_be_asked_for_in_transformers(optim):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2"])
-@pytest.mark.parametrize(("dtype", "fused"), [("float32", True), ("bfloat16", True), ("bfloat16", False)])
-def test_a_layer_keeps_the_bytes_that_autograd_saves(kind, dtype, fused):
+@pytest.mark.parametrize(
+    ("dtype", "fused", "dropout"),
+    [
+        ("float32", True, 0),
+        ("bfloat16", True, 0),
+        ("bfloat16", False, 0),
+        ("float32", True, 0.1),
+        ("bfloat16", True, 0.1),
+    ],
+)
+def test_a_layer_keeps_the_bytes_that_autograd_saves(kind, dtype, fused, dropout):
     """What one more layer makes autograd save for the backward pass, on the path of a CPU run."""
     tokens, saved = 96, {}
     for layers in (2, 3):
@@ -200,9 +209,10 @@ def test_a_layer_keeps_the_bytes_that_autograd_saves(kind, dtype, fused):
             config.layer_types = config.layer_types[:layers]
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         # 4-bit layers, which are not fused, keep no input of theirs, and neither does a frozen linear layer.
-        plan = Plan(tokens=tokens, rank=4, dtype=dtype, load_in_4bit=not fused, device="cpu")
+        plan = Plan(tokens=tokens, rank=4, dtype=dtype, load_in_4bit=not fused, device="cpu", dropout=dropout)
         names = sorted({m.name for m in sizes_of_model(model).adapted()})
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=names))
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=names, lora_dropout=dropout))
+        model.train()
         if fused:
             fuse_lora_linears(model)
         known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}

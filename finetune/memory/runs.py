@@ -43,6 +43,7 @@ def plan_of_run(
         rank=settings.rank,
         target_modules=tuple(settings.target_modules),
         last_layers=settings.last_layers,
+        dropout=settings.dropout,
         dtype=dtype,
         load_in_4bit=load_in_4bit,
         gradient_checkpointing=gradient_checkpointing,
