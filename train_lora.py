@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
             "template_kwargs": dict(fmt.template_kwargs),
             "end_of_turn_ids": end_of_turn_ids,
         },
-        "data": {"fingerprint": train.fingerprint, "counts": train.counts, **rows.report},
+        "data": {"fingerprint": train.fingerprint, "counts": train.counts, "notes": dict(train.notes), **rows.report},
         "eval_data": {"fingerprint": held_out.fingerprint, **eval_rows.report} if held_out is not None else None,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in model.parameters()),
@@ -219,6 +219,8 @@ def load_data(settings: Settings):
     train = load_conversations(settings.dataset, limit=settings.limit, seed=settings.seed, cache_dir=kept)
     for mapping, count in train.mappings.items():
         log.info("%s (%d rows)", mapping, count)
+    for note, count in train.notes.items():
+        log.info("%s (%d times)", note, count)
     if settings.eval_dataset:
         return train, load_conversations(settings.eval_dataset, seed=settings.seed, cache_dir=kept)
     if settings.eval_fraction:

@@ -93,6 +93,9 @@ def _check_results(messages: list[dict[str, Any]], add) -> None:
                 add("orphan result", f"message {number}: {results} results for {len(calls)} calls")
             elif message.get("name") and message["name"] not in {call["function"]["name"] for call in calls}:
                 add("orphan result", f"message {number}: a result of {message['name']}, which was not called")
+            elif ids and message.get("tool_call_id") not in (None, calls[results - 1].get("id")):
+                kind = "results in another order than their calls"  # without ids in the text they answer the wrong ones
+                add(kind, f"message {number}: {message['tool_call_id']!r} comes out of turn", error=False)
 
 
 def _check_call(function: dict[str, Any], number: int, schemas: dict[str, Any], add) -> None:
