@@ -220,7 +220,8 @@ def load_data(settings: Settings):
     for mapping, count in train.mappings.items():
         log.info("%s (%d rows)", mapping, count)
     for note, count in train.notes.items():
-        log.info("%s (%d times)", note, count)
+        if "not read" in note or "left as text" in note:  # the other notes tell of what was kept, written otherwise
+            log.info("%s (%d times)", note, count)
     if settings.eval_dataset:
         return train, load_conversations(settings.eval_dataset, seed=settings.seed, cache_dir=kept)
     if settings.eval_fraction:
