@@ -142,7 +142,11 @@ class Experiment:
 
     def checkpoints(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
-        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := CHECKPOINT.fullmatch(path.name))]
+        found = [
+            (int(match[1]), path)
+            for path in self.folder.iterdir()
+            if (match := CHECKPOINT.fullmatch(path.name)) and path.is_dir()
+        ]
         return [path for _, path in sorted(found)]
 
 
@@ -221,7 +225,12 @@ def what_is_missing(checkpoint: Path) -> str | None:
         path = checkpoint / name
         try:
             if name.endswith(".json"):
-                json.loads(path.read_text(encoding="utf-8"))
+                content = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(content, dict):
+                    raise ValueError
+                step = content.get("global_step")
+                if name == "trainer_state.json" and step is not None and f"checkpoint-{step}" != checkpoint.name:
+                    return f"its trainer_state.json is of step {step}: the folder was renamed"
             elif name.endswith(".safetensors"):
                 safe_open(path, "numpy")
             elif path.stat() and not zipfile.is_zipfile(path):  # torch writes zip files, whose directory is at the end
