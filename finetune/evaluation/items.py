@@ -30,8 +30,8 @@ class Item:
     """One scored answer.
 
     `row` is the row's number in its source (from 1), `turn` the index of the gold message. `expected_text` is None
-    for labelled rows without a gold answer, and where that is empty. `label` is their "ok" (True) / "not ok" (False). `possible_answers`, for
-    BFCL, lists the allowed values of each argument of each expected call.
+    for labelled rows without a gold answer, and where that is empty. `label` is their "ok" (True) / "not ok" (False).
+    `possible_answers`, for BFCL, lists the allowed values of each argument of each expected call.
     """
 
     source: str
