@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         check_writable(settings.experiments_dir, make=False)
         check_free(settings.experiments_dir, settings.name)
     check_tracker(settings.report_to)
+    check_upload(settings.push_to_hub)
     ranks.refuse_sharding()
 
     # 1. Conversations. Read and checked before anything slow is imported, so that a bad row shows within a second.
@@ -288,6 +289,24 @@ def check_tracker(name: str) -> None:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:  # no origin: a folder called wandb/, as that tracker makes them, no package
         raise UserError(f"--report_to {name}: {name} is not installed; run: pip install {name}")
+
+
+def check_upload(repository: str | None) -> None:
+    """UserError when the upload that stands at the end of hours of training cannot succeed."""
+    if repository is None:
+        return
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    from finetune.hub_token import hub_token
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub {repository}: no name of a repository; write OWNER/NAME") from error
+    if not (hub_token() or get_token()):
+        raise UserError(f"--push_to_hub {repository}: there is no token; set HF_TOKEN to one with write access")
 
 
 if __name__ == "__main__":

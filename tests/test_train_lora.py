@@ -469,6 +469,8 @@ def test_no_rows_left_is_one_line(tmp_path):
         (("--model", "smollm2-135m", "--format", "chatml", "--rank", "1000000000"), "the widest layer has 1,536"),
         (("--model", "smollm2-135m", "--max_seq_length", "50", "--format", "chatml"), "max_seq_length"),
         (("--model", "smollm2-135m", "--report_to", "trackio"), "trackio"),
+        (("--model", "smollm2-135m", "--push_to_hub", "not a repo"), "write OWNER/NAME"),
+        (("--model", "smollm2-135m", "--push_to_hub", "me/adapter"), "there is no token; set HF_TOKEN"),
         (("--model", "smollm2-135m", "--format", "chatml", "--optim", "adamw_tor"), "did you mean adamw_torch?"),
         (
             ("--model", "smollm2-135m", "--format", "chatml", "--eval_dataset", "empty.jsonl"),
@@ -484,7 +486,8 @@ def test_impossible_settings_are_one_line_and_leave_no_folder(arguments, wanted,
         if importlib.util.find_spec("trackio"):
             pytest.skip("trackio is installed here")
     (tmp_path / "empty.jsonl").touch()
-    result = run(*arguments, "--dataset", rows, "--experiments_dir", tmp_path / "e", cwd=tmp_path)
+    nobody = {"HF_TOKEN": "", "HF_TOKEN_PATH": str(tmp_path / "no_token")}
+    result = run(*arguments, "--dataset", rows, "--experiments_dir", tmp_path / "e", cwd=tmp_path, env=nobody)
     refused(result, wanted)
     assert not list((tmp_path / "e").glob("*"))
 
