@@ -128,7 +128,11 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     # 5. The experiment folder, then the steps. From here on there is something to tidy when we are told to end.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from finetune.training.callbacks import ENDING
+
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
     from finetune.experiment import CONFIG, Experiment, git_sha, package_versions, run_name
     from finetune.logs import log_to_file
     from finetune.training.order import tool_sets

@@ -259,7 +259,10 @@ def test_a_run_killed_behind_its_last_step_takes_no_step_more(rows, tiny_model, 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(rows, tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, getattr(signal, "SIGHUP", None)]
+)  # Ctrl-C, and a terminal that was closed
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(rows, tiny_model, tmp_path, number):
     process = subprocess.Popen(
         command("--model", tiny_model, "--dataset", rows, "--format", "chatml", "--batch_size", 1, "--grad_accum", 1,
                 "--epochs", 500, "--name", "run", "--experiments_dir", tmp_path),
@@ -271,7 +274,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(rows, tiny_model, tmp_
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert f"--resume {tmp_path / 'run'}" in errors
@@ -281,6 +284,21 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(rows, tiny_model, tmp_
     last = int(log_rows(tmp_path / "run")[-1]["step"])
     assert (tmp_path / "run" / f"checkpoint-{last}" / "trainer_state.json").is_file()
     assert config["steps"] == last
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no SIGHUP")
+def test_under_nohup_a_closed_terminal_ends_nothing(rows, tiny_model, tmp_path):
+    words = command("--model", tiny_model, "--dataset", rows, "--format", "chatml", "--batch_size", 1, "--grad_accum",
+                    1, "--max_steps", 20, "--name", "run", "--experiments_dir", tmp_path)  # fmt: skip
+    process = subprocess.Popen(["nohup", *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "run" / "training_log.csv"
+    deadline = time.monotonic() + 300
+    while not (log.exists() and len(log.read_text().splitlines()) > 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 0
+    assert config_of(tmp_path / "run")["steps"] == 20
 
 
 def test_sharing_prefixes_does_not_change_the_curve(rows, tiny_model, tmp_path):
