@@ -392,6 +392,8 @@ def attach_adapter(model: Any, folder: Path) -> Any:
         return PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
+        if isinstance(error, KeyError):
+            reason = f"its adapter_config.json has no {reason}"
         raise UserError(f"the adapter in {folder} cannot be put on its base model: {reason}") from error
 
 

@@ -98,7 +98,7 @@ def test_a_line_end_may_separate_name_and_arguments(tmp_path):
     "template,message",
     [
         ("{{ raise_exception('not today') }}", r"cannot render an answer \(not today\)"),
-        ("{% for %}", "cannot render an answer .*expected"),
+        ("{% for %}", "cannot render an answer .*Expected an expression"),
         ("{{ messages[1].content }}", "ends an answer with no token"),
     ],
 )
