@@ -49,10 +49,14 @@ def main(argv: list[str] | None = None) -> int:
         check_writable(settings.experiments_dir, make=False)
         check_free(settings.experiments_dir, settings.name)
     check_tracker(settings.report_to)
+    check_upload(settings.push_to_hub)
     ranks.refuse_sharding()
 
     # 1. Conversations. Read and checked before anything slow is imported, so that a bad row shows within a second.
     train, held_out = load_data(settings)
+    if resumed is not None:
+        refuse_changed(resumed, "data", "data", "fingerprint", train.fingerprint)
+        refuse_changed(resumed, "evaluation data", "eval_data", "fingerprint", held_out and held_out.fingerprint)
 
     # 2. Format: template, masks, tokens.
     if not settings.dry_run:
@@ -61,10 +65,12 @@ def main(argv: list[str] | None = None) -> int:
         import_unsloth()
         ranks.start()
     from finetune.model import load_tokenizer
+    from finetune.training.feasible import check_feasible
     from finetune.training.optimizers import check_optimizer
     from formats import check_tokenizer, choose_format, get_format
 
     check_optimizer(settings.optim)
+    check_feasible(settings)
     tokenizer = load_tokenizer(settings.model, settings.revision, settings.trust_remote_code)
     if settings.format == "auto":
         fmt, why = choose_format(tokenizer)
@@ -72,6 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     else:
         fmt = get_format(settings.format, tokenizer=tokenizer)
     end_of_turn_ids = check_tokenizer(tokenizer, fmt)
+    template_sha256 = hashlib.sha256(fmt.pinned_template().encode("utf-8")).hexdigest()
+    if resumed is not None:
+        refuse_changed(resumed, "chat template", "format", "template_sha256", template_sha256)
     rows = encode(train, tokenizer, fmt, settings)
     eval_rows = encode(held_out, tokenizer, fmt, settings) if held_out is not None else None
     refuse_to_train_nothing(rows.report)
@@ -119,13 +128,16 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     # 5. The experiment folder, then the steps. From here on there is something to tidy when we are told to end.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from finetune.training.callbacks import ENDING
+
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
     from finetune.experiment import CONFIG, Experiment, git_sha, package_versions, run_name
     from finetune.logs import log_to_file
     from finetune.training.order import tool_sets
     from finetune.training.run import interrupted_at, make_trainer, run_training
 
-    template = fmt.pinned_template()
     config = {
         "flags": settings.run_flags(),
         "argv": sys.argv[1:] if argv is None else list(argv),
@@ -137,11 +149,11 @@ def main(argv: list[str] | None = None) -> int:
         "gradient_checkpointing": gradient_checkpointing,
         "format": {
             "name": fmt.name,
-            "template_sha256": hashlib.sha256(template.encode("utf-8")).hexdigest(),
+            "template_sha256": template_sha256,
             "template_kwargs": dict(fmt.template_kwargs),
             "end_of_turn_ids": end_of_turn_ids,
         },
-        "data": {"fingerprint": train.fingerprint, "counts": train.counts, **rows.report},
+        "data": {"fingerprint": train.fingerprint, "counts": train.counts, "notes": dict(train.notes), **rows.report},
         "eval_data": {"fingerprint": held_out.fingerprint, **eval_rows.report} if held_out is not None else None,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in model.parameters()),
@@ -155,13 +167,6 @@ def main(argv: list[str] | None = None) -> int:
     is_main = ranks.rank() == 0
     if resumed is not None:
         experiment = resumed
-        for what, part, key in (
-            ("data", "data", "fingerprint"),
-            ("evaluation data", "eval_data", "fingerprint"),
-            ("chat template", "format", "template_sha256"),
-        ):
-            if (resumed.config.get(part) or {}).get(key) != (config[part] or {}).get(key):
-                raise UserError(f"--resume {resumed.folder}: the {what} changed since; start a new run instead")
         experiment.writes = is_main
         experiment.update(status="running", resumed=[*resumed.config.get("resumed", []), config["started"]])
     else:
@@ -219,11 +224,20 @@ def load_data(settings: Settings):
     train = load_conversations(settings.dataset, limit=settings.limit, seed=settings.seed, cache_dir=kept)
     for mapping, count in train.mappings.items():
         log.info("%s (%d rows)", mapping, count)
+    for note, count in train.notes.items():
+        if "not read" in note or "left as text" in note:  # the other notes tell of what was kept, written otherwise
+            log.info("%s (%d times)", note, count)
     if settings.eval_dataset:
         return train, load_conversations(settings.eval_dataset, seed=settings.seed, cache_dir=kept)
     if settings.eval_fraction:
         return split_off(train, settings.eval_fraction, settings.seed)
     return train, None
+
+
+def refuse_changed(run, what: str, part: str, key: str, now: str | None) -> None:
+    """UserError where the run to be resumed began with another `part` of its config than it would go on with."""
+    if (run.config.get(part) or {}).get(key) != now:
+        raise UserError(f"--resume {run.folder}: the {what} changed since; start a new run instead")
 
 
 def encode(conversations, tokenizer, fmt, settings: Settings):
@@ -279,6 +293,24 @@ def check_tracker(name: str) -> None:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:  # no origin: a folder called wandb/, as that tracker makes them, no package
         raise UserError(f"--report_to {name}: {name} is not installed; run: pip install {name}")
+
+
+def check_upload(repository: str | None) -> None:
+    """UserError when the upload that stands at the end of hours of training cannot succeed."""
+    if repository is None:
+        return
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    from finetune.hub_token import hub_token
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub {repository}: no name of a repository; write OWNER/NAME") from error
+    if not (hub_token() or get_token()):
+        raise UserError(f"--push_to_hub {repository}: there is no token; set HF_TOKEN to one with write access")
 
 
 if __name__ == "__main__":

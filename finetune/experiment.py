@@ -142,7 +142,11 @@ class Experiment:
 
     def checkpoints(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
-        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := CHECKPOINT.fullmatch(path.name))]
+        found = [
+            (int(match[1]), path)
+            for path in self.folder.iterdir()
+            if (match := CHECKPOINT.fullmatch(path.name)) and path.is_dir()
+        ]
         return [path for _, path in sorted(found)]
 
 
@@ -217,11 +221,15 @@ def what_is_missing(checkpoint: Path) -> str | None:
     states |= {"optimizer.pt", "scheduler.pt"}
     if not any(name.startswith("rng_state") for name in states):  # one for each process of the run
         states.add("rng_state.pth")
+    step = None
     for name in ("adapter_config.json", "trainer_state.json", COUNTERS, "adapter_model.safetensors", *sorted(states)):
         path = checkpoint / name
         try:
             if name.endswith(".json"):
-                json.loads(path.read_text(encoding="utf-8"))
+                content = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(content, dict):
+                    raise ValueError
+                step = content.get("global_step", step)
             elif name.endswith(".safetensors"):
                 safe_open(path, "numpy")
             elif path.stat() and not zipfile.is_zipfile(path):  # torch writes zip files, whose directory is at the end
@@ -230,6 +238,8 @@ def what_is_missing(checkpoint: Path) -> str | None:
             return f"it has no {name}"
         except (OSError, ValueError, SafetensorError):
             return f"its {name} is not whole"
+    if step is not None and f"checkpoint-{step}" != checkpoint.name:
+        return f"its trainer_state.json is of step {step}: the folder was renamed"
     return None
 
 

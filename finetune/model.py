@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.bundled import cache_dir, resolve_model
 from finetune.errors import UserError
 from finetune.hub_token import hub_token
-from finetune.model_faults import LoadReport, hub_errors
+from finetune.model_faults import LoadReport, hub_errors, one_line
 from finetune.training import ranks
 
 if TYPE_CHECKING:
@@ -181,41 +181,62 @@ def add_lora(
 
     from finetune.training.lora_linear import fuse_lora_linears
 
-    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    if target_modules == ["all-linear"]:
-        targets = None  # Unsloth's default is all linear layers of attention and MLP
-    else:
-        targets = target_modules
-        if missing := sorted(set(targets) - present):
-            linear = sorted(n for n in present if n.endswith(("proj", "_attn", "fc1", "fc2", "dense")))
-            raise UserError(
-                f"--target_modules: the model has no module called {', '.join(missing)}; it has {', '.join(linear)}"
-            )
+    check_adapter(model, target_modules, last_layers)
+    # Unsloth's default is all linear layers of attention and MLP.
+    targets = None if target_modules == ["all-linear"] else target_modules
     layers = None
     if last_layers is not None:
         count = model.config.get_text_config().num_hidden_layers
-        if last_layers > count:
-            raise UserError(f"--last_layers {last_layers}: the model has {count} decoder layers")
         layers = list(range(count - last_layers, count))
     news = io.StringIO()
-    with contextlib.redirect_stdout(news):
-        adapted = unsloth.FastLanguageModel.get_peft_model(
-            model,
-            r=rank,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            **({"target_modules": targets} if targets else {}),
-            bias="none",
-            layers_to_transform=layers,
-            use_rslora=use_rslora,
-            use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
-            random_state=seed,
-        )
+    try:
+        with contextlib.redirect_stdout(news):
+            adapted = unsloth.FastLanguageModel.get_peft_model(
+                model,
+                r=rank,
+                lora_alpha=alpha,
+                lora_dropout=dropout,
+                **({"target_modules": targets} if targets else {}),
+                bias="none",
+                layers_to_transform=layers,
+                use_rslora=use_rslora,
+                use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
+                random_state=seed,
+            )
+    except ValueError as error:  # PEFT's own word on modules that it has no LoRA for
+        raise UserError(f"--target_modules {' '.join(target_modules)}: {one_line(error)}") from error
     for line in news.getvalue().splitlines():
         log.info("%s", line)
     if not torch.cuda.is_available():
         fuse_lora_linears(adapted)
     return adapted
+
+
+# What Unsloth trains whole, not by an adapter, and only beside one.
+_TRAINED_WHOLE = {"lm_head", "embed_tokens"}
+
+
+def check_adapter(model: Any, target_modules: list[str], last_layers: int | None) -> None:
+    """UserError when a model, with weights or on the meta device, cannot be adapted so."""
+    if target_modules != ["all-linear"]:
+        adaptable: dict[str, bool] = {}
+        for path, module in model.named_modules():
+            matrix = hasattr(module, "in_features") or any(p.ndim == 2 for p in module.parameters(recurse=False))
+            name = path.rsplit(".", 1)[-1]
+            adaptable[name] = adaptable.get(name, False) or matrix or "conv" in type(module).__name__.lower()
+        has = ", ".join(sorted(name for name, can in adaptable.items() if can))
+        wanted = sorted(set(target_modules))
+        if missing := [name for name in wanted if name not in adaptable]:
+            raise UserError(f"--target_modules: the model has no module called {', '.join(missing)}; it has {has}")
+        if others := [name for name in wanted if not adaptable[name]]:
+            raise UserError(f"--target_modules: {', '.join(others)} holds no matrix to adapt; the model has {has}")
+        if set(wanted) <= _TRAINED_WHOLE:
+            raise UserError(
+                f"--target_modules {' '.join(wanted)}: trained whole, and only beside an adapter; add another of {has}"
+            )
+    count = model.config.get_text_config().num_hidden_layers
+    if last_layers is not None and last_layers > count:
+        raise UserError(f"--last_layers {last_layers}: the model has {count} decoder layers; give at most so many")
 
 
 def unsloth_segments(block_mask: Any, device: Any) -> Any:
@@ -371,6 +392,8 @@ def attach_adapter(model: Any, folder: Path) -> Any:
         return PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
+        if isinstance(error, KeyError):
+            reason = f"its adapter_config.json has no {reason}"
         raise UserError(f"the adapter in {folder} cannot be put on its base model: {reason}") from error
 
 

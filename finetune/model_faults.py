@@ -62,10 +62,15 @@ def hub_errors(name: str) -> Iterator[None]:
                 f"model {name} cannot be loaded: its weights have other shapes than its config.json says; "
                 "fetch the model again"
             ) from error
-        reason = textwrap.shorten(str(error), 250, placeholder=" …")
+        reason = one_line(error)
         if not isinstance(error, OSError | ValueError | RuntimeError | SafetensorError):
             reason = f"{type(error).__name__}: {reason}"  # the text alone is a key's name or less
         raise UserError(f"model {name} cannot be loaded: {reason}; check --model") from error
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line and not too long."""
+    return textwrap.shorten(str(error), 250, placeholder=" …")
 
 
 class LoadReport(logging.Handler):

@@ -261,6 +261,8 @@ def complete(values: dict[str, Any], given: set[str]) -> Settings:
             raise UserError(f"--{name} needs rows to evaluate on; add --eval_dataset or --eval_fraction")
     if values["load_best"] and not values["save_steps"]:
         raise UserError("--load_best needs checkpoints; --save_steps 0 turns them off")
+    if "all-linear" in values["target_modules"] and len(values["target_modules"]) > 1:
+        raise UserError("--target_modules: all-linear stands alone; name the modules instead, or leave the others out")
     settings = Settings(**values)
     settings.given = given
     return settings

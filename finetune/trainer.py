@@ -21,6 +21,7 @@ import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft.optimizers import create_loraplus_optimizer  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
+from transformers import EarlyStoppingCallback  # noqa: E402
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints  # noqa: E402
 from trl import SFTTrainer  # noqa: E402
 
@@ -208,10 +209,19 @@ class SandwichTrainer(SFTTrainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing where the checkpoint of a resumed run was its last step: Transformers would take one step more."""
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self._stopped_early():
+            self._find_best_checkpoint()
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _stopped_early(self) -> bool:
+        """Whether early stopping has ended the run; a checkpoint of that step keeps the count, not the end."""
+        return any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; where another process of the run dies, the last whole step is saved and the run is stopped."""
@@ -303,8 +313,7 @@ class SandwichTrainer(SFTTrainer):
         name = self._checkpoint_name()
         if (folder / name).exists():  # the last step's checkpoint is already there when an epoch ends with it
             return
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        self._find_best_checkpoint()
         best = self.state.best_model_checkpoint
         aside = folder / ".saving"
         if self.args.should_save:
@@ -334,6 +343,12 @@ class SandwichTrainer(SFTTrainer):
             )
         self.accelerator.wait_for_everyone()
         self.log_callback.run_log.pause()
+
+    def _find_best_checkpoint(self) -> None:
+        """Where it is now: the state of a resumed run knows the folder in which it was written."""
+        if self.state.best_global_step:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / name)
 
 
 @contextlib.contextmanager

@@ -71,11 +71,24 @@ def _ends_of_turn(tokenizer: Any, kwargs: dict[str, Any]) -> tuple[str, ...]:
         if special or found:
             ends.append(min(special or found)[2])
     if not ends:
+        _refuse_broken(tokenizer, kwargs)
         raise FormatError(
             "the tokenizer's own template ends an answer with no token, so generation would not stop; "
             "choose a format by name"
         )
     return tuple(dict.fromkeys(ends))
+
+
+def _refuse_broken(tokenizer: Any, kwargs: dict[str, Any]) -> None:
+    """FormatError with the template's own words, where it cannot even render a question and its answer."""
+    try:
+        messages = [USER, {"role": "assistant", "content": ANSWER}]
+        tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+    except Exception as error:  # templates raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise FormatError(
+            f"the tokenizer's own template cannot render an answer ({reason}); choose a format by name"
+        ) from error
 
 
 def _call_style(tokenizer: Any, kwargs: dict[str, Any], ends: tuple[str, ...]) -> tuple[str | None, tuple, Any, bool]:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -160,7 +161,10 @@ def test_program_that_leaves_a_child_behind_or_never_reads(tmp_path):
 
 def test_words_of_the_tool_command():
     assert parse_tool_command(None) is None
-    assert parse_tool_command("prog 'a b' --x=1 ; rm").argv == ("prog", "a b", "--x=1", ";", "rm")
+    program = shlex.quote(sys.executable)
+    assert parse_tool_command(f"{program} 'a b' --x=1 ; rm").argv == (sys.executable, "a b", "--x=1", ";", "rm")
+    with pytest.raises(UserError, match="no program no-such-program can be run"):
+        parse_tool_command("no-such-program --x")
     for wrong in ("", "'open"):
         with pytest.raises(UserError, match="--tool-command"):
             parse_tool_command(wrong)

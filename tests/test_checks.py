@@ -30,7 +30,15 @@ def problems(*messages, tools=(LAMP,)) -> dict[str, bool]:
     return {problem.kind: problem.error for problem in found}
 
 
+TWO = call(id="a") | {"tool_calls": call(id="a")["tool_calls"] + call(id="b")["tool_calls"]}
+
+
+def result(call_id: str) -> dict:
+    return {"role": "tool", "content": call_id, "tool_call_id": call_id}
+
+
 def test_a_good_conversation_has_no_problem():
+    assert problems(TWO, result("a"), result("b"), SAY) == {}
     assert problems(call(id="a"), {"role": "tool", "content": "1", "tool_call_id": "a", "name": "set_lamp"}, SAY) == {}
 
 
@@ -63,6 +71,7 @@ def test_errors(messages, kind):
         ([SAY, ASK], "ends without an answer"),
         ([call(), {"role": "tool", "content": "1"}, ASK, SAY], "result without an answer"),
         ([call(), ASK, SAY], "call without a result"),
+        ([TWO, result("b"), result("a"), SAY], "results in another order than their calls"),
     ],
 )
 def test_warnings(messages, kind):

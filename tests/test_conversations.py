@@ -71,6 +71,30 @@ def test_reasoning_and_train_flags():
     assert assistant(chat({"role": "assistant", "content": "a", "train": None, "weight": 0}))["train"] is False
 
 
+@pytest.mark.parametrize("key", ["train", "weight", "loss", "training"])
+def test_whether_a_message_is_trained_by_any_of_its_names(key):
+    for value, trained in ((False, False), (0.0, False), (True, True), (1.0, True), (None, True)):
+        message = assistant(chat({"role": "assistant", "content": "a", key: value}))
+        assert message.get("train", True) is trained
+    for value in (0.5, 2, "no", float("nan")):
+        with pytest.raises(RowError, match=f"message 2: {key} is "):
+            normalize_row(chat({"role": "assistant", "content": "a", key: value}))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "text": "hi"}, {"role": "model", "parts": [{"text": "hi"}]},
+        {"role": "tool", "content": None, "result": {"t": 3}}, {"role": "assistant", "content": None, "refusal": "No."},
+    ],
+)  # fmt: skip
+def test_a_text_under_another_name_is_not_lost(message):
+    with pytest.raises(RowError, match=rf"message 2 .* has no content, but {list(message)[-1]}; call it content"):
+        normalize_row(chat(message))
+    kept = message | {"content": "said"}
+    assert normalize_row(chat(kept))["messages"][1]["content"] == "said"
+
+
 def test_a_content_of_no_parts_is_empty_and_an_empty_list_that_a_tool_returns_is_not():
     call = {"role": "assistant", "content": [], "tool_calls": [{"name": "f"}]}
     messages = normalize_row(chat(call, {"role": "tool", "content": []}))["messages"]

@@ -15,6 +15,7 @@ from finetune.encoding import rows as row_encoding
 from finetune.encoding.encode import encode_conversations
 from finetune.encoding.rows import turn_starts, without_oldest_turns
 from finetune.errors import UserError
+from finetune.preparing.checks import check_conversation
 from finetune.reading.normalize import conversations_fingerprint
 from formats import encode, get_format
 from tests import parts
@@ -162,6 +163,21 @@ def test_trimming_keeps_system_messages_and_tools():
     trimmed = without_oldest_turns(LONG, 3)
     assert [m["role"] for m in trimmed["messages"]] == ["system", "user", "assistant"]
     assert trimmed["messages"][1:] == LONG["messages"][-2:] and trimmed["tools"] == LONG["tools"]
+
+
+def test_a_row_whose_assistant_says_nothing_is_refused_as_when_it_is_prepared(tokenizer):
+    thinks = {"role": "assistant", "content": "", "reasoning_content": "Nothing to say."}
+    rows = [
+        ROWS[0], conversation("hello?", ""), conversation("hello?", "", "still there?", "Yes."),
+        normalize_row({"messages": [{"role": "user", "content": "hello?"}, thinks]}),
+    ]  # fmt: skip
+    origins = [("a.jsonl", number) for number in range(1, len(rows) + 1)]
+    report = encode_conversations(rows, tokenizer, FMT, progress=False, origins=origins).report
+    assert (report["rows"], report["kept"], report["refused"]) == (4, 1, 3)
+    assert [entry["row"] for entry in report["left_out"]] == ["a.jsonl, row 2", "a.jsonl, row 3", "a.jsonl, row 4"]
+    for row, entry in zip(rows[1:], report["left_out"], strict=True):
+        assert entry["reason"] == f"refused: {check_conversation(row)[0].text}"
+        assert "the assistant says and calls nothing" in entry["reason"]
 
 
 # cache

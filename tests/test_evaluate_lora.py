@@ -16,8 +16,9 @@ from finetune.evaluation.metrics import compute_metrics
 from finetune.evaluation.report import comparison_markdown, update_model_card
 from finetune.evaluation.run import ResultsFile, make_prompts, room_for_answers, run_model, settings_hash
 from finetune.generation import Decoding
+from finetune.scoring import score
 from tests import parts
-from tests.rows import WRAPPED
+from tests.rows import LAMP, WRAPPED, chat
 from tests.scripts import ROOT, run_script
 from tests.tiny import tiny_llama
 
@@ -99,6 +100,18 @@ def test_items_of_a_file(dataset):
     assert [i.row for i in load_items([dataset], limit=1)] == [1]
     with pytest.raises(UserError, match="a weight mixes training data"):
         load_items([f"{dataset}*0.5"])
+    with pytest.raises(UserError, match="is named twice"):
+        load_items([dataset, str(dataset)])
+
+
+def test_an_empty_gold_answer_asks_for_no_call_and_for_no_text(tmp_path):
+    """An answer that is empty as well would be an exact match of nothing."""
+    row = chat({"role": "assistant", "content": ""}, tools=[LAMP])
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (item,) = load_items([tmp_path / "rows.jsonl"])
+    verdicts = score(item, "", [], [])
+    assert (item.kind, verdicts["no_call_correct"]) == ("irrelevant", True)
+    assert not {"exact_match", "token_f1", "rouge_l"} & set(verdicts)
 
 
 def test_both_models_through_the_script(dataset, adapter):

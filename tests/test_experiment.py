@@ -134,6 +134,22 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, name, cut):
         find_resumable(str(newest), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("trainer_state.json", "[]", "not whole"), (COUNTERS, "3", "not whole"),
+        ("trainer_state.json", '{"global_step": 7}', "of step 7: the folder was renamed"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_holds_something_else_is_passed_over(tmp_path, name, text, why):
+    run = make_run(tmp_path, "interrupted", [2, 4])
+    (run.folder / "checkpoint-4" / name).write_text(text)
+    (run.folder / "checkpoint-9").write_text("a file")
+    assert find_resumable(str(run.folder), tmp_path)[1].name == "checkpoint-2"
+    with pytest.raises(UserError, match=rf"checkpoint-4: its {name} is {why}"):
+        find_resumable(str(run.folder / "checkpoint-4"), tmp_path)
+
+
 def test_folders_of_other_programs_do_not_stand_in_the_way_of_a_resume(tmp_path):
     run = make_run(tmp_path, "interrupted", [2])
     for number, text in enumerate(("{", "[]", '"x"', '{"status": "running"}')):

@@ -78,6 +78,25 @@ def test_a_config_that_transformers_does_not_know_is_a_mistake_of_one_line(tmp_p
         sizes_of_name(str(tmp_path))
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "t5", "bart"])
+def test_a_model_that_reads_both_ways_is_no_model_to_measure(kind):
+    with pytest.raises(UserError, match=f"model type '{kind}' is an encoder"):
+        sizes_of_config(AutoConfig.for_model(kind))
+
+
+def test_an_encoder_that_was_made_a_decoder_is_measured():
+    assert sizes_of_config(AutoConfig.for_model("bert", is_decoder=True, num_hidden_layers=2)).layers == 2
+
+
+def test_a_number_of_layers_that_is_a_slip_is_not_built(monkeypatch):
+    """Building 100,000 layers takes minutes."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda *_: pytest.fail("was built"))
+    config = small_config("llama")
+    config.num_hidden_layers = 100_000
+    with pytest.raises(UserError, match="num_hidden_layers 100000, more than any model has"):
+        sizes_of_config(config)
+
+
 @pytest.mark.parametrize(
     "billions", [0.05, 0.135, 0.5, 1.1, 1.5, 2.1, 3, 4, 7.0, 7.25, 8, 9, 13, 14.8, 27, 34, 70, 405]
 )
@@ -170,8 +189,17 @@ def test_every_known_optimizer_can_be_asked_for_in_transformers(optim):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2"])
-@pytest.mark.parametrize(("dtype", "fused"), [("float32", True), ("bfloat16", True), ("bfloat16", False)])
-def test_a_layer_keeps_the_bytes_that_autograd_saves(kind, dtype, fused):
+@pytest.mark.parametrize(
+    ("dtype", "fused", "dropout"),
+    [
+        ("float32", True, 0),
+        ("bfloat16", True, 0),
+        ("bfloat16", False, 0),
+        ("float32", True, 0.1),
+        ("bfloat16", True, 0.1),
+    ],
+)
+def test_a_layer_keeps_the_bytes_that_autograd_saves(kind, dtype, fused, dropout):
     """What one more layer makes autograd save for the backward pass, on the path of a CPU run."""
     tokens, saved = 96, {}
     for layers in (2, 3):
@@ -181,9 +209,10 @@ def test_a_layer_keeps_the_bytes_that_autograd_saves(kind, dtype, fused):
             config.layer_types = config.layer_types[:layers]
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         # 4-bit layers, which are not fused, keep no input of theirs, and neither does a frozen linear layer.
-        plan = Plan(tokens=tokens, rank=4, dtype=dtype, load_in_4bit=not fused, device="cpu")
+        plan = Plan(tokens=tokens, rank=4, dtype=dtype, load_in_4bit=not fused, device="cpu", dropout=dropout)
         names = sorted({m.name for m in sizes_of_model(model).adapted()})
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=names))
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=names, lora_dropout=dropout))
+        model.train()
         if fused:
             fuse_lora_linears(model)
         known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}

@@ -73,6 +73,14 @@ def mixed(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_tool_name_in_letters_without_a_font_is_drawn_without_a_word(tmp_path):
+    """Linear B is in no font that a machine has; a warning a letter would bury what the command says."""
+    row = chat(lamp_call({"room": "x"}, name="\U00010000\U00010001"), tools=[LAMP | {"name": "\U00010000\U00010001"}])
+    write_jsonl(tmp_path / "rows.jsonl", [row])
+    assert prepare_data.main([str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out")]) == 0
+
+
 def test_prepare_accounts_for_every_row(mixed, tmp_path, capsys):
     out = tmp_path / "out"
     assert prepare_data.main([str(mixed), "--output", str(out)]) == 0

@@ -323,7 +323,7 @@ def test_one_tool_without_parameters_is_enough(tmp_path):
         (
             '[{"name": "f", "parameters": {"type": "object", "properties": {"a": {"$ref": "#/$defs/b"}}}}]',
             [],
-            ["#/$defs/b"],
+            ["tool f: its schema refers to #/$defs/b"],
         ),
     ],
 )
@@ -422,6 +422,15 @@ def test_recursive_references_end():
     values = SchemaValues(schema, read_json(FOLDER / "en.json")["values"], random.Random(0))
     for _ in range(50):
         Draft202012Validator(schema).validate(values.draw("tool f"))
+
+
+def test_a_reference_into_a_list_and_an_escaped_one_are_followed():
+    schema = {"type": "object", "properties": {
+              "a": {"oneOf": [{"type": "integer"}, {"enum": ["x"]}]}, "b": {"$ref": "#/properties/a/oneOf/1"},
+              "c": {"$ref": "#/$defs/p%20q~1r"}}, "required": ["b", "c"],
+              "$defs": {"p q/r": {"const": 7}}}  # fmt: skip
+    drawn = SchemaValues(schema, {"word": ["a"]}, random.Random(0)).draw("tool f")
+    assert (drawn["b"], drawn["c"]) == ("x", 7)
 
 
 def test_rules_that_need_several_draws_are_met():
@@ -529,6 +538,21 @@ def test_faults_of_a_phrasing_file_are_named(tmp_path, change, message):
             "tool f0: its schema demands objects .* without end",
         ),
         ([{"properties": {"a": {"type": "string", "pattern": "("}}}], "tool f0: its parameters are no JSON Schema"),
+        ([{"properties": {"r": {"$ref": "#r"}}, "required": ["r"]}], "tool f0: its schema refers to #r, which is not"),
+        ([{"not": {"$ref": "#/$defs/b"}}], "tool f0: its schema refers to #/[$]defs/b, which is not found in it"),
+        ([{"properties": {"a": {"minLength": 10**6}}}], "tool f0: its schema wants a text of at least 1,000,000 char"),
+        (
+            [
+                {
+                    "properties": {
+                        "a": {"items": {"items": {"items": True, "minItems": 90}, "minItems": 90}, "minItems": 9}
+                    }
+                }
+            ],
+            "tool f0: its schema wants more than 5,000 values",
+        ),
+        ([{"properties": {"a": {"type": "integer", "minimum": 10**400}}}], "tool f0: .* a number that is too large"),
+        ([{"properties": {"a": {"type": "number", "multipleOf": 5e-324}}}], "tool f0: .* a number that is too large"),
         ([{"type": "array", "items": {}}], "tool f0: no arguments found .*it describes no object"),
         ([{}, {}, None], "declares the tool f1 2 times"),
     ],

@@ -128,6 +128,8 @@ CALL_TEXTS = {
     "qwen xml": '<tool_call>\n<function=set_lamp>\n<parameter=room>\na}<"/b\n</parameter>\n'
     "<parameter=level>\n7\n</parameter>\n</function>\n</tool_call>",
     "glaive": """<functioncall> {"name": "set_lamp", "arguments": '{"room": "a}<\\"/b", "level": 7}'}""",
+    "glaive, with an end": '<functioncall> {"name": "set_lamp", "arguments": {"room": "a}<\\"/b", "level": 7}}'
+    " <|endoftext|>",
     "glaive, plain JSON": '<functioncall> {"name": "set_lamp", "arguments": {"room": "a}<\\"/b", "level": 7}}',
 }
 

@@ -259,7 +259,10 @@ def test_a_run_killed_behind_its_last_step_takes_no_step_more(rows, tiny_model, 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(rows, tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, getattr(signal, "SIGHUP", None)]
+)  # Ctrl-C, and a terminal that was closed
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(rows, tiny_model, tmp_path, number):
     process = subprocess.Popen(
         command("--model", tiny_model, "--dataset", rows, "--format", "chatml", "--batch_size", 1, "--grad_accum", 1,
                 "--epochs", 500, "--name", "run", "--experiments_dir", tmp_path),
@@ -271,7 +274,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(rows, tiny_model, tmp_
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert f"--resume {tmp_path / 'run'}" in errors
@@ -281,6 +284,21 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(rows, tiny_model, tmp_
     last = int(log_rows(tmp_path / "run")[-1]["step"])
     assert (tmp_path / "run" / f"checkpoint-{last}" / "trainer_state.json").is_file()
     assert config["steps"] == last
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no SIGHUP")
+def test_under_nohup_a_closed_terminal_ends_nothing(rows, tiny_model, tmp_path):
+    words = command("--model", tiny_model, "--dataset", rows, "--format", "chatml", "--batch_size", 1, "--grad_accum",
+                    1, "--max_steps", 20, "--name", "run", "--experiments_dir", tmp_path)  # fmt: skip
+    process = subprocess.Popen(["nohup", *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "run" / "training_log.csv"
+    deadline = time.monotonic() + 300
+    while not (log.exists() and len(log.read_text().splitlines()) > 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 0
+    assert config_of(tmp_path / "run")["steps"] == 20
 
 
 def test_sharing_prefixes_does_not_change_the_curve(rows, tiny_model, tmp_path):
@@ -309,6 +327,53 @@ def test_early_stopping_and_the_best_checkpoint(rows, tiny_model, tmp_path):
     assert max(losses) - best >= 4
     final = (tmp_path / "run" / "final_model" / "adapter_model.safetensors").read_bytes()
     assert final == (tmp_path / "run" / f"checkpoint-{best}" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_killed_behind_its_early_stop_takes_no_step_more(rows, tiny_model, tmp_path):
+    """Its last checkpoint is that of the step which was one evaluation too many; moved, it still finds its best one."""
+    result = run(
+        "--model", tiny_model, "--dataset", rows, "--eval_dataset", rows, "--format", "chatml", "--lr", "30",
+        "--max_steps", 40, "--eval_steps", 1, "--early_stopping_patience", 1, "--load_best", "--scheduler", "constant",
+        "--experiments_dir", tmp_path, "--name", "run",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    stopped = config_of(tmp_path / "run")["steps"]
+    assert stopped < 40
+    adapter = (tmp_path / "run" / "final_model" / "adapter_model.safetensors").read_bytes()
+    log = (tmp_path / "run" / "training_log.csv").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "final_model")
+    folder = (tmp_path / "run").rename(tmp_path / "moved")
+
+    result = run("--resume", folder)
+    assert result.returncode == 0, result.stderr
+    assert config_of(folder)["steps"] == stopped
+    assert (folder / "training_log.csv").read_bytes() == log
+    assert (folder / "final_model" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_changed_data_is_told_before_anything_slow(tmp_path, rows):
+    """The model of this run does not exist: who comes to look for it has found nothing wrong with the data."""
+    own = shutil.copy(rows, tmp_path / "rows.jsonl")
+    write_rows(own, [conversation(99)])
+    folder = tmp_path / "run"
+    make_checkpoint(folder / "checkpoint-1")
+    flags = {"model": "nobody/no-such-model", "dataset": [str(own)], "format": "chatml"}
+    config = {"flags": flags, "data": {"fingerprint": "of other rows"}, "format": {}, "status": "interrupted"}
+    (folder / "experiment_config.json").write_text(json.dumps(config))
+    refused(run("--resume", folder), "the data changed since; start a new run")
+
+
+def make_checkpoint(folder):
+    """The files that a resume looks at, next to empty."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    for name in ("adapter_config.json", "trainer_state.json", "log_counters.json"):
+        (folder / name).write_text("{}")
+    save_file({"a": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({}, folder / name)
 
 
 def test_dry_run_prints_the_table_and_makes_nothing(rows, tmp_path):
@@ -415,8 +480,15 @@ def test_no_rows_left_is_one_line(tmp_path):
         (("--model", "smollm2-135m", "--format", "llama3"), "llama3"),
         (("--model", "smollm2-135m", "--format", "no-such-format"), "no-such-format"),
         (("--model", "smollm2-135m", "--format", "chatml", "--target_modules", "qqq_proj"), "qqq_proj"),
+        (("--model", "smollm2-135m", "--format", "chatml", "--target_modules", "mlp"), "mlp holds no matrix to adapt"),
+        (("--model", "smollm2-135m", "--format", "chatml", "--target_modules", "lm_head"), "only beside an adapter"),
+        (("--model", "smollm2-135m", "--target_modules", "all-linear", "lm_head"), "all-linear stands alone"),
+        (("--model", "smollm2-135m", "--format", "chatml", "--last_layers", "500"), "the model has 30 decoder layers"),
+        (("--model", "smollm2-135m", "--format", "chatml", "--rank", "1000000000"), "the widest layer has 1,536"),
         (("--model", "smollm2-135m", "--max_seq_length", "50", "--format", "chatml"), "max_seq_length"),
         (("--model", "smollm2-135m", "--report_to", "trackio"), "trackio"),
+        (("--model", "smollm2-135m", "--push_to_hub", "not a repo"), "write OWNER/NAME"),
+        (("--model", "smollm2-135m", "--push_to_hub", "me/adapter"), "there is no token; set HF_TOKEN"),
         (("--model", "smollm2-135m", "--format", "chatml", "--optim", "adamw_tor"), "did you mean adamw_torch?"),
         (
             ("--model", "smollm2-135m", "--format", "chatml", "--eval_dataset", "empty.jsonl"),
@@ -432,9 +504,36 @@ def test_impossible_settings_are_one_line_and_leave_no_folder(arguments, wanted,
         if importlib.util.find_spec("trackio"):
             pytest.skip("trackio is installed here")
     (tmp_path / "empty.jsonl").touch()
-    result = run(*arguments, "--dataset", rows, "--experiments_dir", tmp_path / "e", cwd=tmp_path)
+    nobody = {"HF_TOKEN": "", "HF_TOKEN_PATH": str(tmp_path / "no_token")}
+    result = run(*arguments, "--dataset", rows, "--experiments_dir", tmp_path / "e", cwd=tmp_path, env=nobody)
     refused(result, wanted)
     assert not list((tmp_path / "e").glob("*"))
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (("--target_modules", "q_proj", "foo"), "no module called foo; it has down_proj, embed_tokens"),
+        (("--last_layers", "3"), "the model has 2 decoder layers"),
+        (("--rank", str(10**17)), "--rank 100000000000000000"),
+    ],
+)
+def test_what_no_adapter_can_be_is_told_by_the_config_alone(arguments, wanted, dry, rows, tiny_model, tmp_path):
+    """The weights are no weights: whoever opens them ends with another word."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"no weights")
+    flags = ("--model", model, "--dataset", rows, "--format", "chatml", "--experiments_dir", tmp_path / "e")
+    refused(run(*flags, *arguments, *["--dry_run"] * dry), wanted)
+
+
+def test_an_encoder_is_refused_in_one_line(rows, tiny_model, tmp_path):
+    from transformers import BertConfig
+
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2).save_pretrained(model)
+    flags = ("--model", model, "--dataset", rows, "--format", "chatml", "--experiments_dir", tmp_path / "e")
+    refused(run(*flags), "model type 'bert' is an encoder")
 
 
 def test_an_unwritable_experiments_folder_is_one_line(rows, tmp_path):

@@ -136,6 +136,18 @@ def test_axes_and_picture_types(ranks, options, ending):
 # ---- logs in every state
 
 
+def test_a_number_of_many_digits_is_no_number_and_no_crash(tmp_path):
+    log = make_run(tmp_path, "long", rank=1, steps=5) / "training_log.csv"
+    lines = log.read_text().splitlines()
+    lines[2] = "9" * 500 + lines[2].removeprefix("2")
+    lines[4] = re.sub(r"^(4,[^,]*),[^,]*", r"\1," + "9" * 500, lines[4])
+    log.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    result = visualize("-o", "out.png", "-s", "summary.csv", "long", cwd=tmp_path)
+    assert "loss is no number in 1 rows, first at step 4" in result.stdout
+    (row,) = read_summary(tmp_path / "summary.csv")
+    assert row["steps"] == "5" and "1 unreadable line left out" in row["notes"]
+
+
 def test_logs_in_every_state_are_drawn_as_far_as_they_go_and_named(tmp_path):
     runs = tmp_path / "experiments"
     make_run(runs, "whole", rank=1)

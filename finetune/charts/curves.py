@@ -189,6 +189,8 @@ def read_log(path: Path, notes: list[str]) -> pd.DataFrame:
     rows = empty.copy() if raw.empty else pd.DataFrame(index=raw.index)
     for name in COLUMNS:
         column = raw[name] if name in raw else pd.Series(np.nan, index=raw.index)
+        if column.dtype == object:  # pandas reads 500 digits as an integer that no float holds, and then cannot go on
+            column = column.where(column.isna(), column.astype(str))
         rows[name] = pd.to_numeric(column, errors="coerce").astype("float64")
         if name in ("loss", "eval_loss"):
             text = column.astype(str).str.lower() if column.dtype.kind not in "fiu" else None

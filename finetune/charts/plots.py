@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.charts import curves
+from finetune.charts.boxes import boxes_unremarked
 from finetune.charts.run_labels import Comparison, Look, value_text
 from finetune.errors import UserError, write_bytes_atomic
 
@@ -52,8 +53,7 @@ def draw_curves(
         "agg.path.chunksize": 10000, "axes.unicode_minus": True,
         "text.parse_math": False,  # a "$" in the name of a run or a data set is a dollar
     }  # fmt: skip
-    with rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box is drawn; the run is still told
+    with rc_context(settings), boxes_unremarked():
         warnings.filterwarnings("ignore", message="Data has no positive values")  # a loss of 0 on a logarithmic axis
         figure = Figure(figsize=(12, 6.75), layout="constrained")
         FigureCanvasAgg(figure)

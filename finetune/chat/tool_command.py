@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -73,7 +74,8 @@ class ToolCommand:
 def parse_tool_command(text: str | None, timeout: float = 60.0) -> ToolCommand | None:
     """The command of `--tool-command`: a program and its arguments, split as a shell would and not run by one.
 
-    On Windows backslashes are parts of paths. Raises UserError when the quotes do not match or nothing is named.
+    On Windows backslashes are parts of paths. Raises UserError when the quotes do not match, or what is named
+    is no program.
     """
     if text is None:
         return None
@@ -85,6 +87,10 @@ def parse_tool_command(text: str | None, timeout: float = 60.0) -> ToolCommand |
         argv = [word[1:-1] if len(word) > 1 and word[0] == word[-1] and word[0] in "\"'" else word for word in argv]
     if not argv:
         raise UserError("--tool-command is empty; name a program")
+    if shutil.which(argv[0]) is None:
+        raise UserError(
+            f"--tool-command {text}: no program {argv[0]} can be run; give its whole path, or check its rights"
+        )
     return ToolCommand(tuple(argv), timeout)
 
 

@@ -63,9 +63,27 @@ def encode_chunk(start: int, conversations, tokenizer, fmt, flags: Flags) -> Chu
 
 
 def _encode(conversation, tokenizer, fmt, flags: Flags):
-    from formats import encode
+    return encode_answers(conversation, tokenizer, fmt, train_on=flags.train_on, control_tokens=flags.control_tokens)
 
-    return encode(conversation, tokenizer, fmt, train_on=flags.train_on, control_tokens=flags.control_tokens)
+
+def encode_answers(conversation, tokenizer, fmt, **flags):
+    """`formats.encode`, which expresses whatever a format can; a row with an empty answer is refused here."""
+    from formats import Encoded, encode
+
+    if empty := empty_answer(conversation):
+        return Encoded("refused", empty)
+    return encode(conversation, tokenizer, fmt, **flags)
+
+
+def empty_answer(conversation: dict[str, Any]) -> str | None:
+    """The first answer of a canonical conversation in which the assistant says and calls nothing, or None.
+
+    Trained, it teaches to end a turn before it began; as context it stands where a server never puts anything.
+    """
+    for number, message in enumerate(conversation["messages"], start=1):
+        if message["role"] == "assistant" and not message["content"] and not message.get("tool_calls"):
+            return f"message {number}: the assistant says and calls nothing"
+    return None
 
 
 def _add(chunk: Chunk, row: int, sequence, flags: Flags) -> int:

@@ -30,8 +30,8 @@ class Item:
     """One scored answer.
 
     `row` is the row's number in its source (from 1), `turn` the index of the gold message. `expected_text` is None
-    for labelled rows without a gold answer. `label` is their "ok" (True) / "not ok" (False). `possible_answers`, for
-    BFCL, lists the allowed values of each argument of each expected call.
+    for labelled rows without a gold answer, and where that is empty. `label` is their "ok" (True) / "not ok" (False).
+    `possible_answers`, for BFCL, lists the allowed values of each argument of each expected call.
     """
 
     source: str
@@ -61,6 +61,8 @@ def load_items(specs: Sequence[str | Path], *, limit: int | None = None) -> list
     categories: dict[tuple[str, int], str] = {}
     labelled: list[Item] = []
 
+    for name in {str(spec) for spec in specs if list(map(str, specs)).count(str(spec)) > 1}:
+        raise UserError(f"--dataset {name} is named twice; an answer is scored once")
     for spec in map(parse_spec, specs):
         if spec.weight != 1:
             raise UserError(f"{spec.text}: a weight mixes training data; leave it away, or give --limit N")
@@ -104,7 +106,7 @@ def items_of(conversation: dict[str, Any], source: str, row: int, category: str 
                 messages=messages[:turn],
                 tools=tools,
                 expected_calls=calls,
-                expected_text=None if calls else message["content"],
+                expected_text=None if calls else message["content"] or None,  # an empty one says: no call
                 category=category,
             )
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.charts.boxes import boxes_unremarked
 from finetune.errors import open_atomic, write_bytes_atomic, write_text_atomic
 from finetune.evaluation.folder import NAMES
 from finetune.evaluation.metrics import LOWER_IS_BETTER, RATIOS
@@ -178,7 +179,7 @@ def _save(figure: Any, path: Path) -> Path:
     from matplotlib import pyplot as plt
 
     try:
-        with open_atomic(path) as file:
+        with open_atomic(path) as file, boxes_unremarked():
             figure.savefig(file, format="png", dpi=130, bbox_inches="tight")
     finally:
         plt.close(figure)

@@ -34,10 +34,12 @@ CONTEXT = 0.55e9
 UNSLOTH_OFFLOAD_FROM = 2 * 1024 * 1024
 # Share that the allocator holds on top of what is in use: fragments of blocks of changing sizes. CUDA: of everything
 # that comes and goes, an assumption until one is measured. CPU: of the activations, fitted to the recorded measurements
-# (docs/memory.md); with LoRA layers that are not fused (4 bit) by the type, to two of them each.
+# (docs/memory.md); with LoRA layers that are not fused by the type: in 4 bit to two of them each, with dropout to one
+# short run each.
 # Logits lie in blocks of their own there, which the system gets back whole.
 SLACK = {"cpu": 0.72, "cuda": 0.08}
-SLACK_NOT_FUSED = {"float32": 1.1, "bfloat16": 0.36, "float16": 0.36}
+SLACK_4BIT = {"float32": 1.1, "bfloat16": 0.36, "float16": 0.36}
+SLACK_DROPOUT = {"float32": 0.58, "bfloat16": 0.43, "float16": 0.43}
 
 # Bytes of optimizer state per trained number, for tensors that are large enough to be kept in 8 bits.
 _EIGHT_BIT = 2 + 2 * 4 / OPTIM_BLOCK
@@ -61,6 +63,7 @@ class Plan:
     rank: int = 16
     target_modules: tuple[str, ...] = ("all-linear",)
     last_layers: int | None = None
+    dropout: float = 0.0
     dtype: str = "bfloat16"
     load_in_4bit: bool = True
     gradient_checkpointing: bool = True
@@ -124,16 +127,18 @@ def optimizer_bytes(optim: str, adapted: list[Matrix], rank: int) -> float:
 
 
 def _fused(plan: Plan) -> bool:
-    """Whether LoRA layers on a CPU are those of finetune/training/lora_linear.py."""
-    return not plan.load_in_4bit
+    """Whether LoRA layers are those of finetune/training/lora_linear.py on a CPU, of Unsloth's kernels on a GPU, which
+    take a 4-bit base, too; else they are PEFT's."""
+    return not plan.dropout and not (plan.device == "cpu" and plan.load_in_4bit)
 
 
 def _rebuilds(sizes: Sizes, plan: Plan) -> bool:
     """Whether an MLP's product is made again in the backward pass: by Unsloth's kernels on a GPU; on a CPU by
     finetune/training/lora_linear.py, where a fused LoRA layer takes the product of a silu-gated MLP."""
-    if plan.device != "cpu":
-        return True
-    return _fused(plan) and sizes.silu_gated and any(m.name == "down_proj" for m in sizes.adapted(plan.target_modules))
+    if not _fused(plan):
+        return False
+    fused_down = sizes.silu_gated and any(m.name == "down_proj" for m in sizes.adapted(plan.target_modules))
+    return plan.device != "cpu" or fused_down
 
 
 def layer_bytes(sizes: Sizes, plan: Plan) -> float:
@@ -142,11 +147,13 @@ def layer_bytes(sizes: Sizes, plan: Plan) -> float:
     In the compute type: the state behind each norm, query, key, value and attention output, and inside the MLP gate and
     up; where these are not made again (`_rebuilds`) also the activated gate and the product. On a GPU also the state
     before each norm; on a CPU a norm keeps that in float32. In float32 everywhere: the log-sum-exp of every head and
-    the scale of every norm. The tests count the tensors that autograd really saves.
+    the scale of every norm. With dropout each adapted layer keeps an input of its own, in place of what it would share
+    with others, and which numbers of it were dropped. The tests count the tensors that autograd really saves.
     """
     width, h, q, kv = BYTES[plan.dtype], sizes.hidden, sizes.query, sizes.key_value
     on_cpu = plan.device == "cpu"
-    lora = sum(m.copies * m.experts for m in sizes.adapted(plan.target_modules)) / sizes.layers * plan.rank
+    adapted = sizes.adapted(plan.target_modules)
+    lora = sum(m.copies * m.experts for m in adapted) / sizes.layers * plan.rank
     before_norms = sizes.norms * h + ((q + kv) if sizes.qk_norm else 0)
     mlp = (2 if _rebuilds(sizes, plan) else 4) * sizes.intermediate
     if sizes.routed:  # each visited expert gets a copy of the state and hands one back; A's output is made per visit
@@ -154,12 +161,19 @@ def layer_bytes(sizes: Sizes, plan: Plan) -> float:
         lora = 7 * plan.rank * sizes.routed
     kept = 2 * h + 2 * q + 2 * kv + mlp
     scales = 4 * (sizes.heads + sizes.norms + (sizes.heads + kv // max(q // sizes.heads, 1) if sizes.qk_norm else 0))
-    if not on_cpu:
-        return width * (before_norms + kept) + scales
-    if width < 4 and not _fused(plan):
+    dropped = 0.0
+    if plan.dropout:
+        inputs = sum(m.inputs * m.copies * (sizes.routed if m.experts > 1 else 1) for m in adapted) / sizes.layers
+        # The states behind the norms and the MLP's product are let go: a frozen layer does not need its input.
+        kept += inputs - 2 * h - (0 if sizes.routed else sizes.intermediate)
+        # A CPU keeps the float32 factors that were multiplied, a GPU a byte for each number.
+        dropped = inputs * (4 if on_cpu else 1)
+    elif on_cpu and width < 4 and not _fused(plan):
         # Every adapted layer of PEFT gets a copy of its input; the states behind the norms are kept in that form only.
         kept += 3 * h + q
-    return 4 * before_norms + width * (kept + lora) + scales
+    if not on_cpu:
+        return width * (before_norms + kept + (lora if plan.dropout else 0)) + dropped + scales
+    return 4 * before_norms + width * (kept + lora) + dropped + scales
 
 
 def estimate(sizes: Sizes, plan: Plan) -> dict[str, float]:
@@ -218,7 +232,7 @@ def estimate(sizes: Sizes, plan: Plan) -> dict[str, float]:
     }
     if plan.device == "cpu":
         # Recomputed layer by layer, the activations leave the same holes as if all of them had been kept.
-        holes = SLACK["cpu"] if _fused(plan) else SLACK_NOT_FUSED[plan.dtype]
+        holes = SLACK["cpu"] if _fused(plan) else (SLACK_4BIT if plan.load_in_4bit else SLACK_DROPOUT)[plan.dtype]
         parts["slack"] = holes * (trained_depth * per_layer + backward)
     else:
         parts["slack"] = SLACK["cuda"] * max(step, check)

@@ -43,6 +43,7 @@ def plan_of_run(
         rank=settings.rank,
         target_modules=tuple(settings.target_modules),
         last_layers=settings.last_layers,
+        dropout=settings.dropout,
         dtype=dtype,
         load_in_4bit=load_in_4bit,
         gradient_checkpointing=gradient_checkpointing,
@@ -88,6 +89,17 @@ def free_memory() -> float:
     import psutil
 
     return psutil.virtual_memory().available
+
+
+def all_memory() -> float:
+    """Bytes that this machine has, taken or not: of the GPU at hand, else main memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[1]
+    import psutil
+
+    return psutil.virtual_memory().total
 
 
 def default_tokens_per_pass(sizes: Sizes, plan: Plan, *, loaded: bool) -> int:

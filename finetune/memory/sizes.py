@@ -28,6 +28,10 @@ ALL_LINEAR = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up
                         "qkv_proj"})  # fmt: skip
 
 
+# The deepest models that were published have some hundred; each takes a few milliseconds to build.
+MOST_LAYERS = 1000
+
+
 @dataclass(frozen=True)
 class Matrix:
     """`copies` frozen matrices [outputs, inputs] of one name. experts > 1: each copy is a stack of that many."""
@@ -104,21 +108,48 @@ def sizes_of_name(name: str, revision: str | None = None, trust_remote_code: boo
 
 
 def sizes_of_config(config: Any) -> Sizes:
-    """Build the model without its weights (torch's meta device) and measure it: exact for whatever Transformers knows.
+    """Sizes of the model that a config describes: exact for whatever Transformers knows.
 
-    config: a Transformers config. Raises UserError when Transformers has no causal language model for it.
+    config: a Transformers config. Raises UserError when it is none of a causal language model.
     """
+    refuse_untrainable(config)
+    model = model_without_weights(config)
+    try:
+        return sizes_of_model(model)
+    except Exception as error:  # strangers' configs fail in as many ways as there are
+        raise _not_measured(config, error) from error
+
+
+def refuse_untrainable(config: Any) -> None:
+    """UserError for a model that reads its text from both sides, and for a number of layers that is a slip."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    two_sided = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if two_sided or getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"model type {config.model_type!r} is an encoder, which does not write text word by word; choose a causal "
+            "language model (Llama, Qwen, Mistral, Gemma …)"
+        )
+    layers = getattr(getattr(config, "text_config", None) or config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise UserError(f"its config.json says num_hidden_layers {layers}, more than any model has; fetch it again")
+
+
+def model_without_weights(config: Any) -> Any:
+    """The model on torch's meta device: modules and shapes, no numbers. Raises UserError when it cannot be built."""
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
-        text = config.get_text_config()
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(text)
-        return sizes_of_model(model)
-    except Exception as error:  # strangers' configs fail in as many ways as there are
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
-        raise UserError(f"model type {config.model_type!r} cannot be measured: {reason}; give --model-size") from error
+            return AutoModelForCausalLM.from_config(config.get_text_config())
+    except Exception as error:
+        raise _not_measured(config, error) from error
+
+
+def _not_measured(config: Any, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
+    return UserError(f"model type {config.model_type!r} cannot be measured: {reason}; give --model-size")
 
 
 def sizes_of_model(model: Any) -> Sizes:

@@ -53,13 +53,14 @@ def audit(
     in an end-of-turn token; a row without any trained token; a turn trained twice or not at all; nothing trained.
     Warns: a turn whose text, parsed, gives other calls than the conversation holds.
     """
-    from formats import check_tokenizer, encode
+    from finetune.encoding.rows import encode_answers
+    from formats import check_tokenizer
 
     ends = set(check_tokenizer(tokenizer, fmt))
     result = Audit()
     for name, conversation in rows:
         result.rows += 1
-        encoded = encode(conversation, tokenizer, fmt, train_on=train_on, control_tokens=control_tokens)
+        encoded = encode_answers(conversation, tokenizer, fmt, train_on=train_on, control_tokens=control_tokens)
         result.status[encoded.status] += 1
         if encoded.status == "refused":
             result.reasons[encoded.reason] += 1

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from finetune.encoding.rows import empty_answer
 from finetune.json_schema import validator_of
 
 
@@ -42,10 +43,10 @@ def check_conversation(conversation: dict[str, Any]) -> list[Problem]:
         add("no user message", "there is no user message", error=False)
     _check_order(messages, add)
     _check_results(messages, add)
+    if empty := empty_answer(conversation):
+        add("empty answer", empty)
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
     for number, message in enumerate(messages, start=1):
-        if message["role"] == "assistant" and not message["content"] and not message.get("tool_calls"):
-            add("empty answer", f"message {number}: the assistant says and calls nothing")
         for call in message.get("tool_calls", ()):
             _check_call(call["function"], number, schemas, add)
     return sorted(problems, key=lambda problem: not problem.error)
@@ -92,6 +93,9 @@ def _check_results(messages: list[dict[str, Any]], add) -> None:
                 add("orphan result", f"message {number}: {results} results for {len(calls)} calls")
             elif message.get("name") and message["name"] not in {call["function"]["name"] for call in calls}:
                 add("orphan result", f"message {number}: a result of {message['name']}, which was not called")
+            elif ids and message.get("tool_call_id") not in (None, calls[results - 1].get("id")):
+                kind = "results in another order than their calls"  # without ids in the text they answer the wrong ones
+                add(kind, f"message {number}: {message['tool_call_id']!r} comes out of turn", error=False)
 
 
 def _check_call(function: dict[str, Any], number: int, schemas: dict[str, Any], add) -> None:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from typing import Any
 
+from finetune.charts.boxes import boxes_unremarked
 from finetune.preparing.checks import called_tool
 from finetune.preparing.preparation import Options, Prepared
 from finetune.preparing.splits import SPLITS, request_text
@@ -167,5 +168,6 @@ def _figure(width: float, height: float):
 
 def _png(figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    with boxes_unremarked():
+        figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()

@@ -22,6 +22,7 @@ _OPENING = re.compile(
 )
 _CLOSING = {"name": "</function>", "hermes": "</tool_call>", "nvidia": "</TOOLCALL>", "mistral": "", "glaive": ""}
 _GLAIVE = re.compile(r"""\s*\{\s*"name":\s*"(?P<name>[^"]+)",\s*"arguments":\s*'(?P<arguments>.*)'\s*\}""", re.DOTALL)
+_GLAIVE_END = "<|endoftext|>"  # conversions of that set leave it behind a call
 _MISTRAL = re.compile(r"(?P<name>[^\s\[\]{}]+)(\[CALL_ID\](?P<id>\w+))?\[ARGS\]")
 _SPACE = re.compile(r"\s*")
 
@@ -77,6 +78,8 @@ def _calls_at(text: str, opening: re.Match, tools: list[dict] | None) -> tuple[l
         value = {"name": opening["name"], "arguments": value}
     end = _SPACE.match(text, end).end()
     closing = _CLOSING[kind]
+    if kind == "glaive" and text.startswith(_GLAIVE_END, end):
+        closing = _GLAIVE_END
     if not text.startswith(closing, end):
         return None
     try:

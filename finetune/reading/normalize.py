@@ -39,7 +39,11 @@ ROLES = {
     "tool_call": "call",
 }
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_TEXT = frozenset(("role", "from", "content", "value", "train", "weight"))
+# Whether a message is trained, as OpenAI and Mistral (weight), ms-swift (loss) and Axolotl (training) call it.
+_TRAIN = ("train", "weight", "loss", "training")
+_TEXT = frozenset(("role", "from", "content", "value", *_TRAIN))
+# Where other programs keep what is the content here: Gemini's parts, a tool's result, a refusal.
+_TEXT_ELSEWHERE = ("text", "parts", "message", "body", "output", "result", "response", "refusal")
 _CALL = frozenset(("name", "arguments", "parameters", "id", "type", "index", "function"))  # keys of a call
 _NOTHING = (None, "", [], {})
 _READ = {  # keys of a message that are read, by role
@@ -197,6 +201,8 @@ def _message(message: Any, number: int, tools: list[dict[str, Any]], notes: Coun
         if key not in read and value not in _NOTHING:
             if key in ("tool_calls", "function_call"):
                 raise RowError(f"message {number} ({role}) has {key}; only the assistant calls tools")
+            if key in _TEXT_ELSEWHERE and not _says_anything(message):
+                raise RowError(f"message {number} ({role}) has no content, but {key}; call it content")
             notes[f"not read, key {key[:40]!r} of {role} messages"] += 1
     if role == "tool":
         return _results(message, content, notes)
@@ -226,12 +232,19 @@ def _message(message: Any, number: int, tools: list[dict[str, Any]], notes: Coun
             notes[f"{name} not read: another reasoning stands beside it"] += 1
     if calls:
         result["tool_calls"] = calls
-    trained = message.get("weight") if message.get("train") is None else message["train"]
-    if trained is not None and not isinstance(trained, (bool, int)):
-        raise RowError(f"message {number}: train is {trained!r}; write true or false")
+    key = next((name for name in _TRAIN if message.get(name) is not None), "train")
+    trained = message.get(key)
+    if trained is not None and not (isinstance(trained, (bool, int, float)) and trained in (0, 1)):
+        raise RowError(f"message {number}: {key} is {trained!r}; write true or false")
     if trained is not None and not trained:
         result["train"] = False
     return [result]
+
+
+def _says_anything(message: dict[str, Any]) -> bool:
+    return any(message.get(key) is not None for key in ("content", "value")) or any(
+        message.get(key) not in _NOTHING for key in ("tool_calls", "function_call")
+    )
 
 
 def _results(message: dict[str, Any], content: str, notes: Counter) -> list[dict[str, Any]]:

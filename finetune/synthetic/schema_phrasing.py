@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune.synthetic.phrasebook import Phrasebook, Request, Wording
 from finetune.synthetic.phrasing import SPLITS, Deck, Value, enumeration, expand, read_json
-from finetune.synthetic.schema_values import SchemaValues, humanised
+from finetune.synthetic.schema_values import SchemaValues, humanised, named
 
 FOLDER = Path(__file__).parent / "phrasings"
 LANGUAGES = ("en", "ko")
@@ -43,7 +43,8 @@ class SchemaCase:
 
     def incomplete(self, split: str) -> tuple[str, str] | None:
         """A request without one of the required arguments, and the question for it; None if nothing is required."""
-        required = self.values.resolved(self.schema).get("required", [])
+        with named(f"tool {self.name}"):
+            required = self.values.resolved(self.schema).get("required", [])
         if not required:
             return None
         arguments = self.values.draw(f"tool {self.name}")

@@ -7,17 +7,23 @@ that no construction follows (`not`, `if`, `contains` ...) are met by drawing ag
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
+
+from referencing.exceptions import Unresolvable
 
 from finetune.errors import UserError
 from finetune.json_schema import validator_of
 
 MAX_DEPTH = 6  # of recursive schemas: below it only what is required is filled in
+LONGEST_TEXT = 10_000  # characters: nobody types more into a request
+MOST_VALUES = 5_000  # in one call's arguments
 TRIES = 300  # draws before a schema is given up
 OPTIONAL_SHARE = 0.35  # how often an optional property is given
 # "e.g. Seoul, Paris" and "for example: a, b" in a description: the schema's author says what values look like.
@@ -33,6 +39,15 @@ def humanised(name: str) -> str:
     return words if words.isupper() else words.lower()
 
 
+@contextlib.contextmanager
+def named(what: str) -> Iterator[None]:
+    """UserErrors of the block begin with `what`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
+
+
 class SchemaValues:
     """Draws values for one schema; `words` is the `values` part of a file in finetune/phrasings."""
 
@@ -42,19 +57,30 @@ class SchemaValues:
 
     def draw(self, what: str) -> dict[str, Any]:
         """An object that the whole schema accepts; raises UserError naming `what` when none is found."""
+        with named(what):
+            return self._draw()
+
+    def _draw(self) -> dict[str, Any]:
         if self._broken:
-            raise UserError(f"{what}: its parameters are no JSON Schema ({self._broken})")
+            raise UserError(f"its parameters are no JSON Schema ({self._broken})")
         reason = "no value"
         for _ in range(TRIES):
+            self._drawn = 0
             try:
                 value = self._value(self.root, "", 0)
                 error = next(self._validator.iter_errors(value), None)
             except RecursionError as endless:
-                raise UserError(f"{what}: its schema demands objects inside objects without end") from endless
+                raise UserError("its schema demands objects inside objects without end") from endless
+            except Unresolvable as missing:  # below `not`, `if` and their like, which only the validator reads
+                raise UserError(
+                    _not_in_it(f"#{missing.ref}" if missing.ref[:1] in ("", "/") else missing.ref)
+                ) from None
+            except OverflowError as error:
+                raise UserError(f"its schema holds a number that is too large to draw from ({error})") from error
             if error is None and isinstance(value, dict):
                 return value
             reason = error.message if error is not None else "it describes no object"
-        raise UserError(f"{what}: no arguments found that fit its schema ({reason[:200]}); add `examples` to it")
+        raise UserError(f"no arguments found that fit its schema ({reason[:200]}); add `examples` to it")
 
     def resolved(self, schema: Any) -> dict[str, Any]:
         """The schema with `$ref`, `allOf` and one branch of `anyOf`/`oneOf` merged in."""
@@ -79,14 +105,20 @@ class SchemaValues:
 
     def _pointed(self, reference: str) -> dict[str, Any]:
         target: Any = self.root
-        for part in reference.removeprefix("#").split("/")[1:] if reference.startswith("#") else ["?"]:
-            part = part.replace("~1", "/").replace("~0", "~").replace("%25", "%")
-            if not isinstance(target, dict) or part not in target:
-                raise UserError(f"the schema refers to {reference}, which is not in it; write that part in")
-            target = target[part]
+        for part in reference.split("/")[1:] if reference.startswith("#/") else ["?"] * (reference != "#"):
+            part = unquote(part).replace("~1", "/").replace("~0", "~")
+            if isinstance(target, list) and part.isdecimal() and int(part) < len(target):
+                target = target[int(part)]
+            elif isinstance(target, dict) and part in target:
+                target = target[part]
+            else:
+                raise UserError(_not_in_it(reference))
         return target if isinstance(target, dict) else {}
 
     def _value(self, schema: Any, name: str, depth: int) -> Any:
+        self._drawn += 1
+        if self._drawn > MOST_VALUES:
+            raise UserError(f"its schema wants more than {MOST_VALUES:,} values in one call, which no request states")
         schema = self.resolved(schema)
         if "const" in schema:
             return schema["const"]
@@ -138,6 +170,11 @@ class SchemaValues:
         if "pattern" in schema:
             return min((_from_pattern(schema["pattern"], self.rng) for _ in range(8)),
                        key=lambda text: (not low <= len(text) <= high, len(text)))  # fmt: skip
+        if low > LONGEST_TEXT:
+            raise UserError(
+                f"its schema wants a text of at least {low:,} characters for {name or 'a value'}, which no request "
+                "states; add `examples` beside it, or leave the tool out"
+            )
         text = self.rng.choice(self._pool(schema, name))
         while len(text) < low:
             text = f"{text} {self.rng.choice(self.words['word'])}"
@@ -217,6 +254,10 @@ class SchemaValues:
                 made.add(key)
                 wanted -= 1
                 yield key, self._value(inner, key, depth + 1)
+
+
+def _not_in_it(reference: str) -> str:
+    return f"its schema refers to {reference}, which is not found in it; write that part in"
 
 
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from finetune.run_log import RunLog
 from finetune.training import ranks
 
 log = logging.getLogger("sandwich")
+# What ends a run from outside: a preempted machine, and a terminal that was closed (Windows has no such signal).
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class LogCallback(TrainerCallback):
@@ -91,7 +93,7 @@ class LastStepCallback(TrainerCallback):
 
 
 class StopCallback(TrainerCallback):
-    """The first Ctrl-C (or the SIGTERM of a preempted machine) ends the run after the step at hand, with a checkpoint.
+    """The first Ctrl-C (or another signal to end, see ENDING) ends the run after the step at hand, with a checkpoint.
 
     Stopping between steps is what makes the resume exact. A second Ctrl-C stops at once. What comes after the last
     step is short and is finished: without it the run would have been for nothing. In a data-parallel run all
@@ -107,7 +109,9 @@ class StopCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *ENDING):
+            if signal.getsignal(number) == signal.SIG_IGN and number != signal.SIGINT:  # nohup
+                continue
             self._before[number] = signal.signal(number, self._handle)
 
     def _handle(self, number, frame):

@@ -95,6 +95,21 @@ def test_a_line_end_may_separate_name_and_arguments(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "template,message",
+    [
+        ("{{ raise_exception('not today') }}", r"cannot render an answer \(not today\)"),
+        ("{% for %}", "cannot render an answer .*Expected an expression"),
+        ("{{ messages[1].content }}", "ends an answer with no token"),
+    ],
+)
+def test_an_own_template_that_cannot_be_used_says_why(template, message):
+    tokenizer = parts.fresh_tokenizer("smollm2")
+    tokenizer.chat_template = template
+    with pytest.raises(FormatError, match=message):
+        get_format("native", tokenizer)
+
+
+@pytest.mark.parametrize(
     "text,message",
     [
         ("start: a\n", "exactly the four strings"),
