@@ -132,6 +132,17 @@ class FlexStandIn(torch.autograd.Function):
         return *(torch.empty_like(x).copy_(g) for x, g in zip(inputs, dense, strict=True)), None, None
 
 
+class CudaLibrary:
+    """bitsandbytes' native library for what Unsloth looks up there and, having Triton kernels, does not call."""
+
+    def __init__(self, on_cpu: Any):
+        self.on_cpu = on_cpu
+
+    def __getattr__(self, name):
+        function = getattr(self.on_cpu, name)
+        return function if hasattr(function, "restype") else types.SimpleNamespace(restype=None)
+
+
 class FirstCard(list):
     """A list with one entry for each card; the index of a CPU tensor's device, None, is the first one's."""
 
@@ -148,8 +159,12 @@ def begin() -> None:
     # Modes are a thread's own, so weights must be loaded in this one.
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     sys.path.insert(0, str(TRITON))
-    import bitsandbytes  # noqa: F401  looks for the CUDA library where torch claims a card
+    import bitsandbytes  # before torch claims a card: it would look for its CUDA library
 
+    bitsandbytes.functional.lib = CudaLibrary(bitsandbytes.functional.lib)
+    from triton.backends.nvidia import driver
+
+    driver.libcuda_dirs = list  # Unsloth would link the driver's library anew
     pretend_a_card()
     CardIsCpu().__enter__()
     import finetune.model as model
@@ -199,7 +214,7 @@ def pretend_a_card() -> None:
         "get_device_capability": (9, 0), "get_device_properties": properties, "get_device_name": properties.name,
         "mem_get_info": (70 << 30, 80 << 30), "synchronize": None, "empty_cache": None, "_lazy_init": None,
         "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None,
-        "manual_seed": None, "manual_seed_all": None,
+        "manual_seed": None, "manual_seed_all": None, "is_current_stream_capturing": False,
     }  # fmt: skip
     for name, answer in answers.items():
         for module in (cuda, cuda.random):
