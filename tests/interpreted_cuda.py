@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[1]
+ROTARY_TABLES = ("multi_gpu_cos_cached", "multi_gpu_sin_cached")
 TRITON = ROOT / ".venv" / "triton"  # `make test-slow` puts it there: beside a CPU torch it would break TRL's import
 
 
@@ -184,7 +185,7 @@ def begin() -> None:
     def loaded(*args, **kwargs):
         result = load_base(*args, **kwargs)
         for module in result.model.modules():
-            for name in ("multi_gpu_cos_cached", "multi_gpu_sin_cached"):
+            for name in ROTARY_TABLES:
                 if hasattr(module, name):
                     setattr(module, name, FirstCard(getattr(module, name)))
         return result
@@ -361,6 +362,8 @@ def memory(path: str, tokens: int, trained: int, load_in_4bit: bool, gradient_ch
 
     step(trained + 8)  # rotary tables, buffers and the gradients are there after it
     known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    for module in model.modules():
+        known += [table for name in ROTARY_TABLES for table in getattr(module, name, []) if table is not None]
     with METER:
         for tensor in known:
             METER.see(tensor)

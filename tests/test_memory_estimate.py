@@ -281,7 +281,7 @@ UNSLOTH_LONGEST = [
 @pytest.mark.parametrize(("sizes", "card", "tokens"), UNSLOTH_LONGEST)
 def test_published_longest_rows_nearly_fill_their_cards(sizes, card, tokens):
     plan = Plan(tokens=tokens, longest=tokens, check_tokens=1, rank=32)  # their loop has no check before the first step
-    assert 0.94 * card <= total(estimate(sizes, plan)) / 2**30 <= 1.0 * card
+    assert 0.93 * card <= total(estimate(sizes, plan)) / 2**30 <= 1.0 * card
 
 
 # --- advice -----------------------------------------------------------------------------------------------------------

@@ -210,6 +210,9 @@ def estimate(sizes: Sizes, plan: Plan) -> dict[str, float]:
     chunk = min(LOSS_CHUNK, trained)
     in_float32 = min(chunk, LOSS_ROWS_ON_CPU) * 2 if plan.device == "cpu" else chunk
     loss = sizes.vocab * (chunk * width + 4 * in_float32) + 2 * trained * sizes.hidden * width + 2 * state
+    if plan.gradient_checkpointing and plan.device == "cuda":
+        # The loss is through before the first layer is made again.
+        loss = max(0.0, loss - per_layer)
     # 4 bit: the matrix at hand is unpacked, into a buffer that stays and once more beside it.
     unpacked = 2 * width * sizes.largest_matrix if plan.load_in_4bit else 0
     step = activations + max(backward, loss) + unpacked
