@@ -152,13 +152,19 @@ def load_base(
             "model %s: its files lack %s, which are random numbers now; a model that is whole has them all",
             name, ", ".join(report.missing[:3]) + " …" * (len(report.missing) > 3),
         )  # fmt: skip
+    in_4bit = bool(getattr(model, "is_loaded_in_4bit", False))
+    if load_in_4bit and not in_4bit:
+        log.warning(
+            "model %s: 4-bit weights were asked for, but Unsloth has loaded %s; see: python train_lora.py --doctor",
+            name, dtype,
+        )  # fmt: skip
     return Loaded(
         model=model,
         tokenizer=tokenizer,
         name=name,
         revision=getattr(model.config, "_commit_hash", None) or revision,
         dtype=dtype,
-        load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)),
+        load_in_4bit=in_4bit,
         device=str(model.get_input_embeddings().weight.device),
     )
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from finetune.errors import UserError
-from finetune.model import attach_adapter, find_run, load_tokenizer
+from finetune.model import attach_adapter, find_run, load_base, load_tokenizer
 from finetune.model_faults import hub_errors
 from tests import parts
 
@@ -107,3 +109,18 @@ def test_a_merged_export_has_the_format_of_its_run(tmp_path):
         fmt = found.format_for(tokenizer)
         text = "<call>f|{}</call>" if name == "mine" else "<function=f>{}</function>"
         assert fmt.parse(text).tool_calls == [{"name": "f", "arguments": {}}]
+
+
+def test_a_base_that_is_not_quantised_as_asked_is_said(monkeypatch, caplog):
+    """Unsloth loads 16 bits where bitsandbytes' library has no kernels for the card, and only prints."""
+    whole = SimpleNamespace(
+        config=SimpleNamespace(), get_input_embeddings=lambda: SimpleNamespace(weight=torch.zeros(1)),
+    )  # fmt: skip
+    loader = SimpleNamespace(from_pretrained=lambda **flags: (whole, None))
+    monkeypatch.setattr("finetune.model.import_unsloth", lambda: SimpleNamespace(FastLanguageModel=loader))
+    loaded = load_base("smollm2-135m", dtype="bfloat16", load_in_4bit=True)
+    assert not loaded.load_in_4bit
+    assert "4-bit weights were asked for, but Unsloth has loaded bfloat16" in caplog.text
+    caplog.clear()
+    load_base("smollm2-135m", dtype="bfloat16", load_in_4bit=False)
+    assert "4-bit" not in caplog.text
