@@ -94,8 +94,8 @@ def test_unsloths_model_shares_exactly(load_in_4bit, checkpointing):
     assert difference(shared, alone) < 2 * difference(padded, alone)
 
 
-def train(folder, name, *more, wait=True):
-    words = [sys.executable, str(ROOT / "train_lora.py"), "--model", "smollm2-135m", "--dataset",
+def train(folder, name, *more, wait=True, launcher=()):
+    words = [sys.executable, *launcher, str(ROOT / "train_lora.py"), "--model", "smollm2-135m", "--dataset",
              str(SAMPLES / "gennx_train.jsonl"), "--format", "chatml", "--limit", "64", "--batch_size", "8",
              "--grad_accum", "1", "--experiments_dir", str(folder), "--name", name, *map(str, more)]  # fmt: skip
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -121,6 +121,17 @@ def test_the_script_learns_alike_with_and_without_sharing(tmp_path, bits):
     assert shared[-1] < 0.7 * shared[0]
     config = json.loads((tmp_path / "shared" / "experiment_config.json").read_text())
     assert config["device"] != "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_two_cards_learn_over_nccl_what_one_learns(tmp_path):
+    flags = ("--max_steps", 8, "--lr", "2e-3", "--no-load_in_4bit")
+    train(tmp_path, "one", *flags)
+    said = train(
+        tmp_path, "two", *flags, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    )
+    assert "2 processes" in said
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=0.02)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
