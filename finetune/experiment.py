@@ -227,7 +227,7 @@ def what_is_missing(checkpoint: Path) -> str | None:
         try:
             if name.endswith(".json"):
                 content = json.loads(path.read_text(encoding="utf-8"))
-                if not isinstance(content, dict):
+                if not isinstance(content, dict) or (name == "trainer_state.json" and "global_step" not in content):
                     raise ValueError
                 step = content.get("global_step", step)
             elif name.endswith(".safetensors"):

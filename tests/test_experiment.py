@@ -139,6 +139,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, name, cut):
     [
         ("trainer_state.json", "[]", "not whole"), (COUNTERS, "3", "not whole"),
         ("trainer_state.json", '{"global_step": 7}', "of step 7: the folder was renamed"),
+        ("trainer_state.json", "{}", "trainer_state.json is not whole"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_that_holds_something_else_is_passed_over(tmp_path, name, text, why):

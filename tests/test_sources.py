@@ -168,6 +168,7 @@ def test_json_columns_written_by_the_datasets_library_are_exact(tmp_path):
         ("r.json", b"", "is not JSON"),
         ("r.json", b'{"train": [{"prompt": "q"}], "test": [{"prompt": "q"}]}', "several lists of objects"),
         ("r.json", "[]".encode("utf-16"), "not UTF-8"),
+        ("r.jsonl", '{"prompt": "q"}\n'.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
         ("r.txt", b"x", "unknown kind of file"),
     ],
 )

@@ -22,6 +22,9 @@ class Unreadable:
     text: str
 
 
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # its byte order marks
+
+
 def open_plain(path: Path):
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
 
@@ -73,6 +76,8 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
     with open_plain(path) as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
+                if line.startswith(UTF_16):  # as a whole, not in this row: what is not UTF-8 would be each of them
+                    raise UserError(f"{path}: is UTF-16 text; save it as UTF-8")
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
                 yield number, read_json_row(line.rstrip(b"\r\n"))
