@@ -221,24 +221,24 @@ def what_is_missing(checkpoint: Path) -> str | None:
     states |= {"optimizer.pt", "scheduler.pt"}
     if not any(name.startswith("rng_state") for name in states):  # one for each process of the run
         states.add("rng_state.pth")
-    step = None
     for name in ("adapter_config.json", "trainer_state.json", COUNTERS, "adapter_model.safetensors", *sorted(states)):
         path = checkpoint / name
         try:
             if name.endswith(".json"):
                 content = json.loads(path.read_text(encoding="utf-8"))
-                if not isinstance(content, dict) or (name == "trainer_state.json" and "global_step" not in content):
+                if not isinstance(content, dict):
                     raise ValueError
-                step = content.get("global_step", step)
+                if name == "trainer_state.json":
+                    step = content["global_step"]
             elif name.endswith(".safetensors"):
                 safe_open(path, "numpy")
             elif path.stat() and not zipfile.is_zipfile(path):  # torch writes zip files, whose directory is at the end
                 raise ValueError
         except FileNotFoundError:
             return f"it has no {name}"
-        except (OSError, ValueError, SafetensorError):
+        except (OSError, ValueError, KeyError, SafetensorError):
             return f"its {name} is not whole"
-    if step is not None and f"checkpoint-{step}" != checkpoint.name:
+    if f"checkpoint-{step}" != checkpoint.name:
         return f"its trainer_state.json is of step {step}: the folder was renamed"
     return None
 

@@ -370,7 +370,7 @@ def make_checkpoint(folder):
 
     folder.mkdir(parents=True)
     for name in ("adapter_config.json", "trainer_state.json", "log_counters.json"):
-        (folder / name).write_text("{}")
+        (folder / name).write_text('{"global_step": 1}' if name == "trainer_state.json" else "{}")
     save_file({"a": torch.zeros(1)}, folder / "adapter_model.safetensors")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({}, folder / name)
