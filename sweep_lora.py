@@ -94,6 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     schedulers = getattr(args, "scheduler", [])
     asha = ASHA in schedulers
     if asha:
+        from finetune.sweep.stopping import rungs
+
+        rungs(args.asha_grace, args.asha_reduction)
         args.scheduler = [name for name in schedulers if name != ASHA]
         if not args.scheduler:
             del args.scheduler

@@ -247,6 +247,29 @@ def test_a_log_that_is_removed_ends_no_run(site):
     assert site.starts() == [0]
 
 
+@pytest.mark.parametrize(
+    "broken",
+    ["2,0.5,o.9,,,,,,,,,", '2,"0.5,0.9,,,,,,,,,', "9" * 5000 + "," * 11, "2,0.5," + "9" * 200_000 + "," * 9, "2,0.5\n,,,"],
+)
+def test_a_row_that_somebody_has_broken_fails_no_run(site, broken):
+    """The run goes on, and so do the rows behind the broken one."""
+    log = site.folder / "rank4" / "training_log.csv"
+    edits = []
+
+    def on_call(method, *arguments):
+        if method == "report" and arguments[0].get("rows") and not edits:
+            edits.append(broken)
+            with log.open("a") as file:
+                file.write(broken + "\n")
+
+    outcome = site.attempt("one", "auto", on_call=on_call, steps=6, seconds=0.2)
+    assert edits
+    assert (outcome["outcome"], outcome["step"]) == ("finished", 6), outcome
+    steps = [row["step"] for update in site.hub.take() for row in update.get("rows", [])]
+    assert steps[0] == 1
+    assert steps[-1] == 6
+
+
 def test_a_program_that_is_not_there(site, monkeypatch):
     monkeypatch.setattr("finetune.sweep.attempt.first_words", lambda task, place: ["/no/such/program"])
     outcome = site.attempt("one")

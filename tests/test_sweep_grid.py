@@ -133,6 +133,8 @@ def test_random_draws_stay_in_their_ranges_and_repeat(tmp_path, capsys):
         (["--target_modules", "q_proj,,v_proj"], "--target_modules"),
         (["--target_modules", ""], "--target_modules"),
         (["--rank", "4", "8", "--", "--rank", "16"], "--rank after the --"),
+        (["--rank", "4", "--scheduler", "asha", "--asha_reduction", "1.000001"], "2,302,587 rungs"),
+        (["--rank", "4", "--scheduler", "asha", "--asha_grace", "5e-324"], "--asha_grace"),
         (["--rank", "4", "8", "--", "--push_to_hub", "me/adapter"], "--push_to_hub"),
         (["--rank", "4", "8", "--name", "../elsewhere"], "--name"),
         (["--rank", "4", "8", "--name", ".."], "--name"),

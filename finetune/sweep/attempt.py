@@ -177,13 +177,17 @@ def watch(
 
 
 def new_rows(log: Path, after: int) -> list[dict[str, Any]]:
-    """Rows of training_log.csv behind step `after`, with the columns that a sweep looks at."""
+    """Rows of training_log.csv behind step `after`, with the columns that a sweep looks at.
+
+    A row in which one of these is no number (somebody has edited the log) is passed over.
+    """
     rows = []
     for row in read_rows(log):
         cells = dict(zip(COLUMNS, row, strict=True))
         if int(cells["step"]) > after:
-            numbers = {name: float(cells[name]) for name in REPORTED if cells[name]}
-            rows.append(numbers | {"step": int(cells["step"])})
+            with contextlib.suppress(ValueError):
+                numbers = {name: float(cells[name]) for name in REPORTED if cells[name]}
+                rows.append(numbers | {"step": int(cells["step"])})
     return rows
 
 
