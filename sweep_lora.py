@@ -128,13 +128,15 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
 
     from finetune.logs import log_to_file, start_logging
-    from finetune.sweep.runs import FAILED, INTERRUPTED, RUNNING, WAITING, now, open_sweep
+    from finetune.sweep.ray_runner import require_ray
+    from finetune.sweep.runs import FAILED, INTERRUPTED, RUNNING, SWEEP_LOG, WAITING, now, open_sweep
 
+    require_ray()
     console = Console(stderr=True)
     start_logging(console)
     options = run_options(args)
     sweep = open_sweep(folder, points, identity=identity, argv=argv, settings=vars(options) | {"asha": asha})
-    log_to_file(folder / "sweep.log")
+    log_to_file(folder / SWEEP_LOG)
     log.info("sweep %s: %d runs, %d of them done", folder, len(points), len(points) - sweep.count(WAITING))
     try:
         # 3. Run what is missing.
@@ -147,7 +149,11 @@ def main(argv: list[str] | None = None) -> int:
         best = write_results(sweep)
         status = INTERRUPTED if sweep.count(INTERRUPTED, WAITING) else FAILED if sweep.count(FAILED) else "finished"
         sweep.save(status=status, ended=now(), best=vars(best) if best else None)
-    except BaseException:  # Ray that cannot be started, a second Ctrl-C: nobody runs this any more
+    except BaseException as error:  # Ray that cannot be started, a second Ctrl-C: nobody runs this any more
+        untouched = sweep.new and all(run.status == WAITING and not run.attempts for run in sweep.runs)
+        if untouched and isinstance(error, UserError):
+            sweep.discard()
+            raise
         for run in sweep.runs:
             run.status = INTERRUPTED if run.status == RUNNING else run.status
         sweep.save(status=INTERRUPTED, ended=now())

@@ -16,11 +16,10 @@ from finetune.errors import UserError
 from finetune.run_log import COLUMNS
 from finetune.sweep import ray_runner
 from finetune.sweep.attempt import ending, last_words, run_attempt
-from finetune.sweep.courier import TOKEN
 from finetune.sweep.grid import make_points
 from finetune.sweep.hub import Hub
 from finetune.sweep.options import Options
-from finetune.sweep.runs import open_sweep
+from finetune.sweep.runs import TOKEN, open_sweep
 from finetune.sweep.stopping import Asha
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="ends processes with POSIX signals")
@@ -249,8 +248,12 @@ def test_a_log_that_is_removed_ends_no_run(site):
 
 @pytest.mark.parametrize(
     "broken",
-    ["2,0.5,o.9,,,,,,,,,", '2,"0.5,0.9,,,,,,,,,', "9" * 5000 + "," * 11, "2,0.5," + "9" * 200_000 + "," * 9, "2,0.5\n,,,"],
-)
+    [
+        "2,0.5,o.9,,,,,,,,,", '2,"0.5,0.9,,,,,,,,,', "9" * 5000 + "," * 11, "2,0.5," + "9" * 200_000 + "," * 9,
+        "2,0.5\n,,,",
+    ],
+    ids=["a letter", "a quote", "a long step", "a long cell", "cut in two"],
+)  # fmt: skip
 def test_a_row_that_somebody_has_broken_fails_no_run(site, broken):
     """The run goes on, and so do the rows behind the broken one."""
     log = site.folder / "rank4" / "training_log.csv"

@@ -1,6 +1,8 @@
 """Which runs a sweep has, before anything is started."""
 
 import json
+import sys
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
@@ -311,6 +313,29 @@ def test_a_sweep_that_is_broken_off_does_not_say_that_it_is_running(tmp_path, mo
     assert kept["status"] == "interrupted"
     assert [run["status"] for run in kept["runs"]] == ["interrupted", "waiting"]
     opened(tmp_path / "s", points(4, 8), identity=kept["id"]).close()
+
+
+def test_without_ray_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(sweep_lora, "run_all", lambda *rest: pytest.fail("it was to be refused before"))
+    assert sweep_lora.main(["--experiments_dir", str(tmp_path / "e"), "--rank", "4", "8"]) == 2
+    assert "pip install ray==" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_sweep_that_is_refused_before_its_first_try_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    """Nobody listens at this address; the lock, sweep.json, logs and sweep.log are there by then."""
+    pytest.importorskip("ray")
+    words = ["--experiments_dir", str(tmp_path), "--name", "s", "--rank", "4", "8"]
+    assert sweep_lora.main([*words, "--address", "127.0.0.1:1"]) == 2
+    assert "--address" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+    # One that has been started before stays.
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_lora, "run_all", MagicMock(side_effect=KeyboardInterrupt))
+        assert sweep_lora.main(words) == 130
+    assert sweep_lora.main([*words, "--address", "127.0.0.1:1"]) == 2
+    assert json.loads((tmp_path / "s" / "sweep.json").read_text())["status"] == "interrupted"
 
 
 def test_a_sweep_in_a_folder_without_locks(tmp_path, monkeypatch):

@@ -17,9 +17,8 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.experiment import CHECKPOINT, CONFIG, FINAL
-from finetune.sweep.runs import FINISHED, folder_status
+from finetune.sweep.runs import FINISHED, TOKEN, folder_status
 
-TOKEN = ".token"
 CHUNK = 8 << 20
 # Folders of a run that appear under their name only when they are whole, and never change afterwards.
 WHOLE = ("evaluation", FINAL)

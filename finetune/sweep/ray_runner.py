@@ -7,6 +7,7 @@ what is tried again, and from which checkpoint, is decided here.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import secrets
@@ -20,7 +21,6 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.sweep.attempt import KILLED, OUT_OF_MEMORY, ROOT, run_attempt
-from finetune.sweep.courier import TOKEN
 from finetune.sweep.hub import EVERYTHING, Hub
 from finetune.sweep.options import Options
 from finetune.sweep.runs import (
@@ -30,6 +30,7 @@ from finetune.sweep.runs import (
     REFUSED,
     RUNNING,
     STOPPED,
+    TOKEN,
     WAITING,
     Sweep,
     SweepRun,
@@ -44,6 +45,15 @@ POLL_SECONDS = 0.5
 SAVE_SECONDS = 1.0  # between two writings of sweep.json; with a thousand runs it has a megabyte
 OBJECT_STORE_BYTES = 256 << 20  # pieces of files pass through it, never whole models
 CODE = {"finetune", "formats", "train_lora.py"}  # what a node needs of this checkout
+
+
+NO_RAY = "a sweep needs Ray; run: pip install -r requirements_optional.txt, or: pip install ray==2.60.0"
+
+
+def require_ray() -> None:
+    """UserError where Ray is not installed; does not import it, which takes seconds."""
+    if importlib.util.find_spec("ray") is None:
+        raise UserError(NO_RAY)
 
 
 @contextlib.contextmanager
@@ -65,8 +75,7 @@ def ray_session(options: Options):
     try:
         import ray
     except ImportError:
-        raise UserError("a sweep needs Ray; run: pip install -r requirements_optional.txt, or: pip install ray==2.60.0"
-                        ) from None  # fmt: skip
+        raise UserError(NO_RAY) from None
     common = {"logging_level": "ERROR", "log_to_driver": False}
     if own:
         common |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES,

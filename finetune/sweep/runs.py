@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -17,7 +18,7 @@ from finetune.errors import UserError, write_text_atomic
 from finetune.experiment import CONFIG, check_writable
 from finetune.sweep.grid import Point
 
-SWEEP, LOCK, LOGS = "sweep.json", ".lock", "logs"
+SWEEP, SWEEP_LOG, LOGS, LOCK, TOKEN = "sweep.json", "sweep.log", "logs", ".lock", ".token"
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 STOPPED, FAILED, INTERRUPTED = "stopped early", "failed", "interrupted"
 DONE = {FINISHED, STOPPED}
@@ -72,12 +73,16 @@ class SweepRun:
 
 @dataclass
 class Sweep:
-    """A sweep's folder and the contents of its sweep.json. `lock` is held as long as this process runs it."""
+    """A sweep's folder and the contents of its sweep.json. `lock` is held as long as this process runs it.
+
+    `new`: nobody has started this sweep before.
+    """
 
     folder: Path
     config: dict[str, Any]
     runs: list[SweepRun]
     lock: FileLock
+    new: bool = False
 
     def run_folder(self, run: SweepRun) -> Path:
         return self.folder / run.name
@@ -96,6 +101,14 @@ class Sweep:
 
     def close(self) -> None:
         self.lock.release()
+
+    def discard(self) -> None:
+        """Remove the folder of a new sweep that was refused before its first try; what others put there stays."""
+        with contextlib.suppress(OSError):
+            for name in (SWEEP_LOG, SWEEP, TOKEN, LOCK):  # on Windows the first is open, and all of it stays
+                (self.folder / name).unlink(missing_ok=True)
+            (self.folder / LOGS).rmdir()
+            self.folder.rmdir()
 
 
 def open_sweep(folder: Path, points: list[Point], *, identity: str, argv: list[str], settings: dict[str, Any]) -> Sweep:
@@ -129,7 +142,7 @@ def open_sweep(folder: Path, points: list[Point], *, identity: str, argv: list[s
         path = folder / SWEEP
         if path.exists():
             _take_over(path, config, runs)
-        sweep = Sweep(folder, config, runs, lock)
+        sweep = Sweep(folder, config, runs, lock, new=not path.exists())
         sweep.save()
         return sweep
     except BaseException:
