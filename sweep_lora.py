@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --scheduler asha: no run is stopped before this share of its steps (default: 10)")  # fmt: skip
     add("--asha_reduction", type=_reduction, default=3.0, metavar="N",
         help="with --scheduler asha: the best 1/N go on at each rung (default: 3)")  # fmt: skip
-    add("--command", type=shlex.split, default=[], metavar="PROGRAM",
+    add("--command", type=_program, default=[], metavar="PROGRAM",
         help="run this instead of train_lora.py, with the same flags behind it")  # fmt: skip
     group = parser.add_argument_group(
         "values to try",
@@ -84,11 +84,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     before, after = grid.split_words(argv)
-    args = build_parser().parse_args([underscored(word) for word in before])
-    if args.words:
-        raise UserError(
-            f"{args.words[0]!r} belongs to no flag; flags of every run, such as --config, stand behind a --"
-        )
+    args, unknown = build_parser().parse_known_args([underscored(word) for word in before])
+    if unknown or args.words:
+        word = [*unknown, *args.words][0]
+        raise UserError(f"{word!r} is no flag of the sweep; flags of every run, such as --config, stand behind a --")
 
     # 1. Which runs. Every value is checked before anything is started.
     schedulers = getattr(args, "scheduler", [])
@@ -209,11 +208,24 @@ def default_name(points: list[grid.Point], identity: str) -> str:
     return "_".join(["sweep", model, *varied[:4], identity])
 
 
+def _program(word: str) -> list[str]:
+    words = shlex.split(word)
+    if not words:
+        raise ValueError
+    return words
+
+
+_program.__name__ = "command line"
+
+
 def _part(word: str) -> float:
     value = not_negative(float)(word)
     if 0 < value < 0.0001:
         raise argparse.ArgumentTypeError(f"{word}: Ray counts ten-thousandths, and nothing below")
     return value
+
+
+_part.__name__ = "non-negative number"
 
 
 def _gpus(word: str) -> float:
@@ -223,6 +235,9 @@ def _gpus(word: str) -> float:
     return value
 
 
+_gpus.__name__ = "non-negative number"
+
+
 def _percent(word: str) -> float:
     value = float(word)
     if not 0 < value < 100:
@@ -230,11 +245,17 @@ def _percent(word: str) -> float:
     return value
 
 
+_percent.__name__ = "percentage"
+
+
 def _reduction(word: str) -> float:
     value = float(word)
     if not 1 < value < inf:
         raise argparse.ArgumentTypeError(f"{word} is not a number above 1")
     return value
+
+
+_reduction.__name__ = "number above 1"
 
 
 if __name__ == "__main__":

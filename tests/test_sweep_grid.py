@@ -63,6 +63,30 @@ def test_seeds_count_up(capsys):
 
 
 @pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--gpus_per_run", "one"], "invalid non-negative number value: 'one'"),
+        (["--cpus_per_run", "nan"], "invalid non-negative number value: 'nan'"),
+        (["--asha_grace", "ten"], "invalid percentage value"),
+        (["--asha_reduction", "three"], "invalid number above 1 value"),
+        (["--command", "'open"], "invalid command line value"),
+        (["--command", " "], "invalid command line value"),
+    ],
+)
+def test_what_argparse_says_names_no_function_of_ours(words, wanted, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sweep_lora.main(["--rank", "4", *words])
+    assert f"argument {words[0]}: {wanted}" in capsys.readouterr().err
+
+
+def test_names_in_any_script_are_kept(capsys):
+    _, runs, _ = dry(capsys, "--dataset", "도구.jsonl", "ä,ö.jsonl", "가" * 100 + ".jsonl")
+    long = next(name for name in runs if name.startswith("가"))
+    assert list(runs) == ["도구.jsonl", "ä+ö.jsonl", long]
+    assert len(long.encode()) <= 80
+
+
+@pytest.mark.parametrize(
     "words", [["--gpus_per_run", "1.5"], ["--gpus_per_run", "-1"], ["--asha_reduction", "inf"], ["--asha_grace", "0"]]
 )
 def test_flags_of_the_sweep_are_checked_before_ray_is_started(words, capsys):
@@ -127,6 +151,8 @@ def test_random_draws_stay_in_their_ranges_and_repeat(tmp_path, capsys):
         (["--use_rslora", "maybe"], "use_rslora"),
         (["--overlong", "drop", "keep"], "overlong"),
         (["--rank", "4", "--", "--name", "a"], "--name"),
+        (["--rank", "4", "--config", "configs/demo.yaml"], "'--config' is no flag of the sweep"),
+        (["configs/demo.yaml", "--rank", "4"], "'configs/demo.yaml' is no flag of the sweep"),
         (["--rank", "4", "--", "--resume", "a"], "--resume"),
         (["--rank", "4", "--", "--experiments_dir", "a"], "--experiments_dir"),
         (["--rank", "4", "--", "--config", "no-such.yaml"], "no-such.yaml"),
