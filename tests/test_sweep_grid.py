@@ -322,6 +322,10 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="holds other files"):
         opened(tmp_path / "s", points(4, 8))
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["rank4"]
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "logs").touch()  # somebody's file
+    with pytest.raises(UserError, match="holds other files"):
+        opened(tmp_path / "f", points(4, 8))
     (tmp_path / "t" / "logs").mkdir(parents=True)  # what a sweep leaves that was killed before it wrote anything
     (tmp_path / "t" / ".lock").touch()
     opened(tmp_path / "t", points(4, 8)).close()
@@ -373,15 +377,41 @@ def test_a_sweep_in_a_folder_without_locks(tmp_path, monkeypatch):
     opened(tmp_path / "s", points(4, 8)).close()
 
 
-@pytest.mark.parametrize("missing", ["data", "started", "runs"])
-def test_a_sweep_json_that_somebody_has_edited(tmp_path, missing):
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda kept: kept.pop("data"),
+        lambda kept: kept.pop("started"),
+        lambda kept: kept.pop("runs"),
+        lambda kept: kept.update(argv=3, id="another"),
+        lambda kept: kept["runs"].append(5),
+        lambda kept: kept["runs"][0].update(attempts=5),
+        lambda kept: kept["runs"][0].update(attempts=[5]),
+        lambda kept: kept["runs"][0].update(attempts=[{"outcome": "failed", "step": "x", "lines": []}]),
+        lambda kept: kept["runs"][0].update(attempts=[{"outcome": "failed", "step": 1, "lines": 5}]),
+    ],
+)
+def test_a_sweep_json_that_somebody_has_edited(tmp_path, edit):
     opened(tmp_path / "s", points(4, 8)).close()
     path = tmp_path / "s" / "sweep.json"
     kept = json.loads(path.read_text())
-    del kept[missing]
+    edit(kept)
     path.write_text(json.dumps(kept))
     with pytest.raises(UserError, match="cannot read"):
         opened(tmp_path / "s", points(4, 8))
+
+
+def test_a_run_whose_folder_somebody_has_removed_is_made_again(tmp_path):
+    sweep = opened(tmp_path / "s", points(4, 8, 16))
+    for run, status in zip(sweep.runs, ("finished", "stopped early", "finished"), strict=True):
+        run.status = status
+        sweep.run_folder(run).mkdir()
+    sweep.save()
+    sweep.close()
+    sweep.run_folder(sweep.runs[0]).rmdir()
+    again = opened(tmp_path / "s", points(4, 8, 16))
+    assert [run.status for run in again.runs] == ["waiting", "stopped early", "finished"]
+    again.close()
 
 
 def test_changed_data_stop_a_sweep_that_goes_on(tmp_path):
