@@ -1,6 +1,7 @@
 """One attempt at a run without Ray: the hub is called directly, the process is tests/sweep_stub.py."""
 
 import json
+import logging
 import os
 import shlex
 import signal
@@ -88,7 +89,7 @@ def test_everything_comes_back(site, transport):
     assert (site.folder / "rank4" / "checkpoint-4" / "weights").read_bytes() == bytes(100_000)
     assert (site.folder / "logs" / "rank4.log").read_text().startswith("=== attempt 1 on ")
     assert sorted(path.name for path in site.folder.iterdir()) == [TOKEN, "logs", "rank4"]
-    rows = [row for update in site.hub.take() for row in update.get("rows", [])]
+    rows = [row for update in site.hub.exchange({}) for row in update.get("rows", [])]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[3]["loss"] == 1.25
 
@@ -123,7 +124,7 @@ def test_a_try_without_a_checkpoint_is_kept_aside(site, transport):
 def test_a_run_that_is_told_to_stop_saves_and_ends(site, why, kind):
     def on_call(method, *arguments):
         if method == "report" and arguments[0].get("rows"):
-            site.hub.stop("rank4", why)
+            site.hub.orders["rank4"] = why
 
     outcome = site.attempt("one", on_call=on_call, steps=400, seconds=0.05)
     assert outcome["outcome"] == kind
@@ -223,7 +224,7 @@ def test_a_trainer_behind_a_shell_script_saves_when_the_sweep_is_stopped(site, m
 
     def on_call(method, *arguments):
         if method == "report" and arguments[0].get("rows"):
-            site.hub.stop("rank4", "interrupted")
+            site.hub.orders["rank4"] = "interrupted"
 
     stub = [sys.executable, "-S", str(STUB), str(site.root / "plan" / "plan.json")]
     monkeypatch.setattr(
@@ -268,7 +269,7 @@ def test_a_row_that_somebody_has_broken_fails_no_run(site, broken):
     outcome = site.attempt("one", "auto", on_call=on_call, steps=6, seconds=0.2)
     assert edits
     assert (outcome["outcome"], outcome["step"]) == ("finished", 6), outcome
-    steps = [row["step"] for update in site.hub.take() for row in update.get("rows", [])]
+    steps = [row["step"] for update in site.hub.exchange({}) for row in update.get("rows", [])]
     assert steps[0] == 1
     assert steps[-1] == 6
 
@@ -303,6 +304,25 @@ def test_a_ctrl_c_while_ray_starts_counts_when_it_has_started():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_full_disk_under_the_sweep_ends_no_run(tmp_path, monkeypatch, caplog):
+    """sweep.json is written every second: what would have been raised there would have ended every run at work."""
+    pytest.importorskip("ray")
+    monkeypatch.setattr(logging.getLogger("sandwich"), "propagate", True)
+    sweep = open_sweep(tmp_path / "s", make_points({"max_steps": 10}, {"rank": [4, 8]}), identity="x", argv=[],
+                       settings={})  # fmt: skip
+    runner = object.__new__(ray_runner.RayRunner)
+    runner.sweep, runner.saved = sweep, -1e9
+    monkeypatch.setattr(sweep, "save", MagicMock(side_effect=UserError("cannot write sweep.json: No space left")))
+    runner._save()
+    assert "cannot write sweep.json" in caplog.text
+    if Path("/dev/full").exists():
+        asha = Asha(sweep.folder, metric="loss", grace=10, reduction=3)
+        asha.path = Path("/dev/full")
+        assert not asha.result("rank4", 10.0, {"step": 1, "loss": 1.0})
+        assert "rank4: go on at step 1, and it cannot be written to /dev/full" in caplog.text
+    sweep.close()
+
+
 @pytest.mark.parametrize("replay", [False, True])
 def test_what_a_hopeless_run_logs_on_its_way_out_is_no_measure_for_others(tmp_path, replay):
     """Rungs that it reaches after the decision would make the next run's hurdle lower."""
@@ -310,7 +330,7 @@ def test_what_a_hopeless_run_logs_on_its_way_out_is_no_measure_for_others(tmp_pa
     sweep = open_sweep(tmp_path / "s", make_points({"max_steps": 10}, {"rank": [4, 8]}), identity="x", argv=[],
                        settings={})  # fmt: skip
     runner = object.__new__(ray_runner.RayRunner)
-    runner.sweep, runner.decided, runner.told, runner.hub = sweep, {}, set(), MagicMock()
+    runner.sweep, runner.decided, runner.told, runner.orders = sweep, {}, set(), {}
     runner.asha = Asha(sweep.folder, metric="loss", grace=10, reduction=3)
     good, bad = sweep.runs
     if replay:

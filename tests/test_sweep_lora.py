@@ -115,6 +115,34 @@ def test_a_machine_dies_and_another_joins_and_nothing_is_lost(cluster, tmp_path)
     assert (folder / "s" / "comparison.png").stat().st_size > 10_000
 
 
+def hubs_of(cluster):
+    """The processes of sweeps' hubs on the machines of this cluster."""
+    import psutil
+
+    raylets = [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in cluster.list_all_nodes()]
+    return [one for raylet in raylets for one in raylet.children(recursive=True) if one.name().startswith("ray::Hub")]
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_killed_is_started_again_and_knows_its_orders(cluster, tmp_path):
+    """As the kernel does when memory runs out. No run is lost or begun anew, and Ctrl-C still reaches every run."""
+    command = write_plan(tmp_path / "plan", steps=400, seconds=0.1)
+    words = arguments(tmp_path, command, "--address", cluster.address, "--rank", "1", "2")
+    process = subprocess.Popen([sys.executable, str(ROOT / "sweep_lora.py"), *words], stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(list(tmp_path.glob("s/rank*/checkpoint-*"))) >= 4, process)
+    (hub,) = hubs_of(cluster)
+    hub.kill()
+    wait_for(lambda: [one.pid for one in hubs_of(cluster)] not in ([], [hub.pid]), process)
+    wait_for(lambda: {run["status"] for run in sweep_of(tmp_path)["runs"]} == {"running"}, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    for run in sweep_of(tmp_path)["runs"]:
+        assert [attempt["outcome"] for attempt in run["attempts"]] == ["interrupted"]
+        assert starts(tmp_path, run["name"]) == [0]
+
+
 def test_bad_runs_stop_no_other_and_are_told(cluster, tmp_path, capsys):
     runs = {
         "rank1": {"at": 2, "times": 1, "how": "failed"},

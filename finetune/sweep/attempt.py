@@ -47,7 +47,8 @@ def run_attempt(task: dict[str, Any], call: Call) -> dict[str, Any]:
     }  # fmt: skip
     place = place_of(task)
     outcome["transport"] = "shared folder" if place.shared else "Ray"
-    if call("report", {"run": task["name"], "event": "started", **outcome}):
+    about = {"run": task["name"], **outcome}  # in every report: the one that said it first may have been lost
+    if call("report", about):
         return outcome | {"outcome": INTERRUPTED, "step": None, "ended": now(), "lines": []}
     courier = Courier(place, task["name"], call)
     courier.fetch(task["inputs"])
@@ -64,7 +65,7 @@ def run_attempt(task: dict[str, Any], call: Call) -> dict[str, Any]:
         process = start(words, place.cwd, file, task)
         stopped = ""
         try:
-            stopped = watch(process, folder / LOG, log, task, call, courier)
+            stopped = watch(process, folder / LOG, log, task, about, call, courier)
         finally:
             end_process(process)
             if process.returncode != 0:  # what a finished run has left, an uploader say, may take its time
@@ -140,9 +141,17 @@ def _die_with_parent(several: bool) -> Callable[[], None] | None:
 
 
 def watch(
-    process: subprocess.Popen, log: Path, output: Path, task: dict[str, Any], call: Call, courier: Courier
+    process: subprocess.Popen,
+    log: Path,
+    output: Path,
+    task: dict[str, Any],
+    about: dict[str, Any],
+    call: Call,
+    courier: Courier,
 ) -> str:
     """Report new rows of the run's `log` each second until it ends; returns why it was told to stop, or "".
+
+    about: what every report begins with.
 
     A run of which neither the log nor the `output` grows for task["silence"] seconds hangs (0: never), and is told so.
     """
@@ -159,7 +168,7 @@ def watch(
                 seen = rows[-1]["step"] if rows else seen
         ended = process.returncode is not None
         if rows or not ended:
-            wanted = call("report", {"run": task["name"], "event": "progress", "number": task["number"], "rows": rows})
+            wanted = call("report", {**about, "rows": rows})
             if wanted and not stopped and not ended:
                 stopped, deadline = wanted, time.monotonic() + task["patience"]
                 process.terminate()  # train_lora.py finishes its step and saves a checkpoint

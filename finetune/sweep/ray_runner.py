@@ -190,7 +190,8 @@ class RayRunner:
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # Whole paths: on a cluster an actor starts in Ray's copy of the code, not where the sweep was started.
-        self.hub = ray.remote(num_cpus=0, scheduling_strategy=here)(Hub).remote(
+        # Killed for want of memory, say, it is started again, and what it was asked meanwhile is asked again.
+        self.hub = ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1)(Hub).remote(
             str(sweep.folder.resolve()), {name: str(Path(name).resolve()) for name in self.inputs}
         )
         # One for all runs, since Ray ships each remote function to every worker. max_calls 0: Ray would end a worker
@@ -200,6 +201,7 @@ class RayRunner:
         )
         self.pending: dict[Any, SweepRun] = {}
         self.decided: dict[str, int] = {}  # the last step of each run that the scheduler has judged
+        self.orders: dict[str, str] = {}  # to the runs, through the hub
         self.told: set[str] = set()  # runs that the scheduler wants stopped
         self.signals = 0
         self.saved = 0.0
@@ -220,7 +222,7 @@ class RayRunner:
                 self._collect()
                 self.table.show(self.sweep.runs)
                 self._save()
-        self.sweep.save()
+        self._save()
 
     # --- one run ------------------------------------------------------------------------------------------------------
 
@@ -281,11 +283,11 @@ class RayRunner:
     # --- news ---------------------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        for update in self.ray.get(self.hub.take.remote()):
+        for update in self.ray.get(self.hub.exchange.remote(self.orders, self.signals > 1)):
             run = self.by_name[update["run"]]
             if update["number"] != len(run.attempts) + 1:
                 continue  # a last word of an attempt that is over
-            if update["event"] == "started":
+            if run.status == WAITING:
                 run.status = RUNNING
                 run.progress = {name: update[name] for name in ("node", "device", "started")} | {"clock": time.time()}
                 self.table.started(run)
@@ -305,7 +307,7 @@ class RayRunner:
                 log.info("%s: to stop early at step %d (%s %.4f)", run.name, row["step"], self.asha.metric,
                          row[self.asha.metric])  # fmt: skip
                 self.told.add(run.name)
-                self.hub.stop.remote(run.name, STOPPED)
+                self.orders[run.name] = STOPPED
 
     def _replay(self) -> None:
         """Tell the scheduler what runs of an earlier start of this sweep have reached."""
@@ -323,7 +325,8 @@ class RayRunner:
     def _stop_all(self, hurry: bool) -> None:
         log.warning("stopping: %s", "at once" if hurry else
                     "runs save a checkpoint and end; again to stop at once")  # fmt: skip
-        self.ray.get(self.hub.stop.remote(EVERYTHING, INTERRUPTED, hurry))
+        self.orders[EVERYTHING] = INTERRUPTED
+        self._listen()
         for ref, run in self.pending.items():
             if run.status == WAITING:
                 self.ray.cancel(ref)
@@ -343,8 +346,12 @@ class RayRunner:
                 signal.signal(number, handler)
 
     def _save(self) -> None:
+        """Now and then. A full disk ends no run here: the sweep's end saves once more, and says if it cannot."""
         if time.monotonic() - self.saved > SAVE_SECONDS:
-            self.sweep.save()
+            try:
+                self.sweep.save()
+            except UserError as error:
+                log.warning("%s", error)
             self.saved = time.monotonic()
 
 

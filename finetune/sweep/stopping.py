@@ -7,6 +7,7 @@ that have reached the rung so far. Rungs are per cent of a run's own length, so 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.sweep.runs import now
 
+log = logging.getLogger("sandwich")
 DECISIONS = "decisions.jsonl"
 OUTRAN = "finished before it could be stopped"
 NO_NUMBER = 1e9  # what a loss that is NaN or infinite counts as
@@ -76,5 +78,9 @@ class Asha:
             "value": loss if math.isfinite(loss) else str(loss), "decision": decision,
             "state": self.scheduler.debug_string().splitlines()[1:],
         }  # fmt: skip
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:  # a full disk must not end the runs
+            log.warning("%s: %s at step %d, and it cannot be written to %s: %s", run, decision, row["step"], self.path,
+                        error.strerror)  # fmt: skip
