@@ -314,11 +314,16 @@ def test_mistakes_end_in_one_line(words, message, nvml, capsys):
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [["--model", ""], ["--model_size", "7", "--rank", "9" * 400]])
+@pytest.mark.parametrize(
+    "words",
+    [["--model", ""], ["--model_size", "7", "--rank", "9" * 400], ["--model_size", "7", "--trained_share", "half"]],
+)
 def test_values_that_no_flag_takes(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu_memory.main(["estimate", *words])
-    assert "invalid" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "invalid" in said
+    assert "invalid _" not in said  # a function of ours
 
 
 def test_a_config_whose_text_part_is_no_config(tmp_path, capsys):
