@@ -197,7 +197,8 @@ def run_options(args: argparse.Namespace) -> Any:
     return Options(
         address=None if args.address == "local" else args.address,  # Ray's own word for what is done without a flag
         gpus_per_run=args.gpus_per_run, cpus_per_run=args.cpus_per_run, transport=args.transport,
-        scratch=args.scratch, retries=args.retries, command=tuple(args.command), hang_minutes=args.hang_minutes,
+        scratch=args.scratch and str(Path(args.scratch).absolute()),  # a worker's own folder is a copy of Ray's
+        retries=args.retries, command=tuple(args.command), hang_minutes=args.hang_minutes,
     )  # fmt: skip
 
 

@@ -281,6 +281,14 @@ def test_a_program_that_is_not_there(site, monkeypatch):
     assert "/no/such/program" in outcome["lines"][-1]
 
 
+def test_data_above_the_folder_of_the_start_are_not_written_above_the_scratch_folder(site):
+    site.inputs["../../elsewhere/rows.jsonl"] = "0" * 64
+    with pytest.raises(UserError, match="lies outside the folder the sweep is started in"):
+        site.attempt("one")
+    assert not list(site.root.rglob("elsewhere"))
+    assert site.attempt("one", "auto")["outcome"] == "finished"
+
+
 def test_a_folder_that_is_not_shared_is_noticed(site):
     (site.folder / TOKEN).write_text("another sweep's")
     with pytest.raises(UserError, match="--transport ray"):

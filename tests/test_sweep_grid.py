@@ -96,6 +96,13 @@ def test_flags_of_the_sweep_are_checked_before_ray_is_started(words, capsys):
     assert f"argument {words[0]}" in capsys.readouterr().err
 
 
+def test_the_scratch_folder_is_named_in_full(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    options = [sweep_lora.run_options(sweep_lora.build_parser().parse_args(words)).scratch
+               for words in ([], ["--scratch", "here"], ["--scratch", "/tmp/there"])]  # fmt: skip
+    assert options == [None, str(tmp_path / "here"), "/tmp/there"]
+
+
 def test_schedules_and_asha_share_a_flag(capsys):
     _, runs, _ = dry(capsys, "--scheduler", "asha", "cosine", "linear")
     assert {s.scheduler for s in runs.values()} == {"cosine", "linear"}

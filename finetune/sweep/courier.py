@@ -8,6 +8,7 @@ the hub: Ray's object transport. Only bytes, text and numbers are sent; no objec
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -74,6 +75,8 @@ class Courier:
                 if not Path(name).is_file():
                     raise UserError(f"{name} is not on this machine; put it below the folder the sweep is started in")
                 continue
+            if os.path.normpath(name).startswith(".."):  # it would be written somewhere above the scratch folder
+                raise UserError(f"{name} lies outside the folder the sweep is started in; put it below, or start above")
             target = self.place.cwd / name
             mark = target.with_name(f".{target.name}.{digest[:16]}")
             if not (target.is_file() and mark.exists()):
