@@ -109,6 +109,25 @@ def test_another_machine_goes_on_from_the_checkpoint(site, transport):
     assert (site.folder / "logs" / "rank4.log").read_text().count("=== attempt") == 2
 
 
+def test_the_log_of_a_run_that_is_tried_twice_on_one_machine_holds_each_try_once(site):
+    broken = {"rank4": {"at": 3, "times": 2, "how": "killed"}}
+    for kind in ("killed", "killed", "finished"):
+        assert site.attempt("one", steps=6, runs=broken)["outcome"] == kind
+    text = (site.folder / "logs" / "rank4.log").read_text()
+    assert [text.count(f"=== attempt {number} ") for number in (1, 2, 3)] == [1, 1, 1]
+    assert text.count("the run says why") == 2
+
+
+def test_nothing_of_a_run_stays_on_a_machine_that_has_sent_it_all(site):
+    """But for the data, which other runs read there."""
+    broken = {"rank4": {"at": 3, "times": 1, "how": "killed"}}
+    for kind in ("killed", "finished"):
+        assert site.attempt("one", runs=broken)["outcome"] == kind
+        left = [path.name for path in (site.root / "tmp").rglob("*") if path.is_file()]
+        assert sorted(left) == [f".rows.jsonl.{site.inputs['rows.jsonl'][:16]}", "rows.jsonl"]
+    assert site.files() == WHOLE_RUN
+
+
 @pytest.mark.parametrize("transport", ["ray", "auto"])
 def test_a_try_without_a_checkpoint_is_kept_aside(site, transport):
     broken = {"rank4": {"at": 1, "times": 1, "how": "failed"}}

@@ -54,7 +54,9 @@ def run_attempt(task: dict[str, Any], call: Call) -> dict[str, Any]:
     courier.fetch(task["inputs"])
     folder = place.folder / task["name"]
     if folder_status(folder) == FINISHED:  # and whoever ran it was gone before it could say so
-        return outcome | ending(0, [], "") | {"step": last_step(folder), "ended": now()}
+        outcome |= ending(0, [], "") | {"step": last_step(folder), "ended": now()}
+        courier.clear()
+        return outcome
     words = first_words(task, place) + flags_for(task, place, folder)
     log = place.folder / "logs" / f"{task['name']}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +82,10 @@ def run_attempt(task: dict[str, Any], call: Call) -> dict[str, Any]:
     if end["outcome"] == FINISHED and (status := folder_status(folder)) != FINISHED:
         reason = f"ended with exit status 0, but {folder / CONFIG} says {status or 'nothing'} instead of {FINISHED}"
         end = {"outcome": FAILED, "exit_code": 0, "lines": [*lines, reason]}
-    return outcome | end | {"step": last_step(folder), "ended": now()}
+    outcome |= end | {"step": last_step(folder), "ended": now()}
+    if not place.shared and not (os.name == "posix" and _in_group(process.pid)):  # an uploader may still read it
+        courier.clear()
+    return outcome
 
 
 def first_words(task: dict[str, Any], place: Workspace) -> list[str]:

@@ -82,14 +82,20 @@ class Courier:
             if not (target.is_file() and mark.exists()):
                 self._get("input", name, target)
                 mark.touch()
-        # What a former attempt left here may be older than what another machine has brought back since.
-        folder = self.place.folder / self.run
-        shutil.rmtree(folder, ignore_errors=True)
+        # What a former attempt left here, a killed one say, may be older than what another machine has brought back
+        # since, and its log has been sent.
+        self.clear()
         for name in self.call("files_of", self.run):
             self._get("output", name, self.place.folder / name)
             self.sent[name] = _state(self.place.folder / name)
             if (parent := str(PurePosixPath(name).parent)) != self.run:
                 self.sent[parent] = (0, 0)  # a checkpoint that need not travel back
+
+    def clear(self) -> None:
+        """Remove the run from this machine, when all of it has been sent; data files stay for other runs."""
+        if not self.place.shared:
+            shutil.rmtree(self.place.folder / self.run, ignore_errors=True)
+            (self.place.folder / "logs" / f"{self.run}.log").unlink(missing_ok=True)
 
     def send_changed(self, ended: bool = False) -> None:
         """Send what is new or has changed since the last time; folders that must be whole go in one piece."""

@@ -80,7 +80,7 @@ class Asha:
         }  # fmt: skip
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         except OSError as error:  # a full disk must not end the runs
             log.warning("%s: %s at step %d, and it cannot be written to %s: %s", run, decision, row["step"], self.path,
                         error.strerror)  # fmt: skip
