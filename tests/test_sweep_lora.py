@@ -7,6 +7,7 @@ import contextlib
 import csv
 import json
 import os
+import select
 import shlex
 import signal
 import subprocess
@@ -262,6 +263,35 @@ def test_ctrl_c_stops_every_process_and_the_same_command_goes_on(tmp_path):
         steps = logged_steps(tmp_path, name)
         assert (first, steps) == (0, list(range(1, len(steps) + 1)))
         assert second > 0, "it went on from the checkpoint of its last step"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="closes a terminal")
+def test_a_terminal_that_is_closed_stops_the_sweep_as_ctrl_c_does(tmp_path):
+    """On a Ray of the sweep's own, whose processes belong to the same terminal."""
+    import pty
+
+    command = write_plan(tmp_path / "plan", steps=400, seconds=0.05)
+    words = [sys.executable, str(ROOT / "sweep_lora.py"), *arguments(tmp_path, command, "--rank", "1", "2", "3", "4")]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(words[0], words)
+    deadline = time.monotonic() + 600
+    while not any(len(path.read_text().splitlines()) > 5 for path in tmp_path.glob("s/*/*.csv")):
+        assert time.monotonic() < deadline
+        if select.select([terminal], [], [], 0.1)[0]:  # a table that nobody reads would fill the terminal
+            os.read(terminal, 1 << 16)
+    started = {path.stem for path in (tmp_path / "plan").glob("*.tries")}
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 130, (tmp_path / "s" / "sweep.log").read_text()
+    assert not stubs_of(tmp_path)
+    sweep = sweep_of(tmp_path)
+    assert sweep["status"] == "interrupted"
+    records = {run["name"]: run for run in sweep["runs"]}
+    assert {tuple(one["outcome"] for one in records[name]["attempts"]) for name in started} == {("interrupted",)}
+    configs = [json.loads((tmp_path / "s" / name / "experiment_config.json").read_text()) for name in started]
+    assert {config["status"] for config in configs} == {"interrupted"}, "each has saved a checkpoint and ended"
 
 
 def listening(pid):

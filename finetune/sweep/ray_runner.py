@@ -43,6 +43,7 @@ from finetune.sweep.table import LiveTable
 log = logging.getLogger("sandwich")
 POLL_SECONDS = 0.5
 SAVE_SECONDS = 1.0  # between two writings of sweep.json; with a thousand runs it has a megabyte
+HANGUP = {signal.SIGHUP} if hasattr(signal, "SIGHUP") else set()  # a terminal is closed; Windows has no such signal
 OBJECT_STORE_BYTES = 256 << 20  # pieces of files pass through it, never whole models
 CODE = {"finetune", "formats", "train_lora.py"}  # what a node needs of this checkout
 
@@ -116,12 +117,20 @@ def _check_answers(address: str) -> None:
 
 @contextlib.contextmanager
 def _ctrl_c_held_back():
-    """A Ctrl-C counts when Ray has started: in the middle of that it ends in a segmentation fault of Ray's."""
+    """A Ctrl-C counts when Ray has started: in the middle of that it ends in a segmentation fault of Ray's.
+
+    A terminal that is closed is to be heard of by the sweep alone, which ends its runs well. What Ray starts lies in
+    the same group of processes and would end of that signal; a signal that is blocked here is blocked there.
+    """
     heard = []
     before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    if HANGUP:
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANGUP)
     try:
         yield
     finally:
+        if HANGUP:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANGUP)
         signal.signal(signal.SIGINT, before)
     if heard:
         raise KeyboardInterrupt
@@ -333,12 +342,21 @@ class RayRunner:
 
     @contextlib.contextmanager
     def _signals(self):
+        on_terminal = [number for number in range(3) if os.isatty(number)]
+
         def handle(number, frame):
+            if number in HANGUP:
+                self.signals = max(self.signals, 1)  # it may come from the shell and the system
+                nowhere = os.open(os.devnull, os.O_RDWR)
+                for one in on_terminal:  # whoever writes there from now on would fail
+                    os.dup2(nowhere, one)
+                return
             self.signals += 1
             if self.signals > 2:
                 raise KeyboardInterrupt
 
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        heeded = {signal.SIGINT, signal.SIGTERM} | {one for one in HANGUP if signal.getsignal(one) != signal.SIG_IGN}
+        before = {number: signal.signal(number, handle) for number in heeded}  # ignored by nohup: it stays so
         try:
             yield
         finally:
