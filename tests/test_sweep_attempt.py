@@ -322,6 +322,21 @@ def test_an_address_where_no_cluster_is(address):
         pass
 
 
+@pytest.mark.parametrize("folder", ["x" * 90, "file"])
+def test_a_folder_for_temporary_files_that_ray_cannot_take(tmp_path, monkeypatch, folder):
+    """On clusters TMPDIR is often a long one."""
+    pytest.importorskip("ray")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / folder))
+    if folder != "file":
+        (tmp_path / folder).mkdir()
+    with (
+        pytest.raises(UserError, match=r"cannot start Ray on this machine: .*set RAY_TMPDIR"),
+        ray_runner.ray_session(Options()),
+    ):
+        pass
+
+
 def test_a_ctrl_c_while_ray_starts_counts_when_it_has_started():
     done = []
     with pytest.raises(KeyboardInterrupt), ray_runner._ctrl_c_held_back():

@@ -92,9 +92,12 @@ def ray_session(options: Options):
         try:
             with _ctrl_c_held_back():
                 ray.init(**common)
-        except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:  # ValueError: no address at all
+        except (OSError, RuntimeError, ValueError) as error:  # ValueError: no address at all
             where = f"the cluster at {options.address}" if options.address else "Ray on this machine"
-            raise UserError(f"cannot start {where}: {str(error).splitlines()[0]}") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if own and isinstance(error, OSError):  # a name of 107 bytes is the most that a socket may have
+                reason += "; set RAY_TMPDIR to a folder with a short name that you may write to"
+            raise UserError(f"cannot start {where}: {reason}") from error
         yield ray
     finally:
         ray.shutdown()
