@@ -95,6 +95,9 @@ def _share(word: str) -> float:
     return value
 
 
+_share.__name__ = "share"
+
+
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)

@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --scheduler asha: no run is stopped before this share of its steps (default: 10)")  # fmt: skip
     add("--asha_reduction", type=_reduction, default=3.0, metavar="N",
         help="with --scheduler asha: the best 1/N go on at each rung (default: 3)")  # fmt: skip
-    add("--command", type=shlex.split, default=[], metavar="PROGRAM",
+    add("--command", type=_program, default=[], metavar="PROGRAM",
         help="run this instead of train_lora.py, with the same flags behind it")  # fmt: skip
     group = parser.add_argument_group(
         "values to try",
@@ -84,16 +84,18 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     before, after = grid.split_words(argv)
-    args = build_parser().parse_args([underscored(word) for word in before])
-    if args.words:
-        raise UserError(
-            f"{args.words[0]!r} belongs to no flag; flags of every run, such as --config, stand behind a --"
-        )
+    args, unknown = build_parser().parse_known_args([underscored(word) for word in before])
+    if unknown or args.words:
+        word = [*unknown, *args.words][0]
+        raise UserError(f"{word!r} is no flag of the sweep; flags of every run, such as --config, stand behind a --")
 
     # 1. Which runs. Every value is checked before anything is started.
     schedulers = getattr(args, "scheduler", [])
     asha = ASHA in schedulers
     if asha:
+        from finetune.sweep.stopping import rungs
+
+        rungs(args.asha_grace, args.asha_reduction)
         args.scheduler = [name for name in schedulers if name != ASHA]
         if not args.scheduler:
             del args.scheduler
@@ -125,13 +127,15 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
 
     from finetune.logs import log_to_file, start_logging
-    from finetune.sweep.runs import FAILED, INTERRUPTED, RUNNING, WAITING, now, open_sweep
+    from finetune.sweep.ray_runner import require_ray
+    from finetune.sweep.runs import FAILED, INTERRUPTED, RUNNING, SWEEP_LOG, WAITING, now, open_sweep
 
+    require_ray()
     console = Console(stderr=True)
     start_logging(console)
     options = run_options(args)
     sweep = open_sweep(folder, points, identity=identity, argv=argv, settings=vars(options) | {"asha": asha})
-    log_to_file(folder / "sweep.log")
+    log_to_file(folder / SWEEP_LOG)
     log.info("sweep %s: %d runs, %d of them done", folder, len(points), len(points) - sweep.count(WAITING))
     try:
         # 3. Run what is missing.
@@ -144,7 +148,11 @@ def main(argv: list[str] | None = None) -> int:
         best = write_results(sweep)
         status = INTERRUPTED if sweep.count(INTERRUPTED, WAITING) else FAILED if sweep.count(FAILED) else "finished"
         sweep.save(status=status, ended=now(), best=vars(best) if best else None)
-    except BaseException:  # Ray that cannot be started, a second Ctrl-C: nobody runs this any more
+    except BaseException as error:  # Ray that cannot be started, a second Ctrl-C: nobody runs this any more
+        untouched = sweep.new and all(run.status == WAITING and not run.attempts for run in sweep.runs)
+        if untouched and isinstance(error, UserError):
+            sweep.discard()
+            raise
         for run in sweep.runs:
             run.status = INTERRUPTED if run.status == RUNNING else run.status
         sweep.save(status=INTERRUPTED, ended=now())
@@ -189,7 +197,8 @@ def run_options(args: argparse.Namespace) -> Any:
     return Options(
         address=None if args.address == "local" else args.address,  # Ray's own word for what is done without a flag
         gpus_per_run=args.gpus_per_run, cpus_per_run=args.cpus_per_run, transport=args.transport,
-        scratch=args.scratch, retries=args.retries, command=tuple(args.command), hang_minutes=args.hang_minutes,
+        scratch=args.scratch and str(Path(args.scratch).absolute()),  # a worker's own folder is a copy of Ray's
+        retries=args.retries, command=tuple(args.command), hang_minutes=args.hang_minutes,
     )  # fmt: skip
 
 
@@ -200,11 +209,24 @@ def default_name(points: list[grid.Point], identity: str) -> str:
     return "_".join(["sweep", model, *varied[:4], identity])
 
 
+def _program(word: str) -> list[str]:
+    words = shlex.split(word)
+    if not words:
+        raise ValueError
+    return words
+
+
+_program.__name__ = "command line"
+
+
 def _part(word: str) -> float:
     value = not_negative(float)(word)
     if 0 < value < 0.0001:
         raise argparse.ArgumentTypeError(f"{word}: Ray counts ten-thousandths, and nothing below")
     return value
+
+
+_part.__name__ = "non-negative number"
 
 
 def _gpus(word: str) -> float:
@@ -214,6 +236,9 @@ def _gpus(word: str) -> float:
     return value
 
 
+_gpus.__name__ = "non-negative number"
+
+
 def _percent(word: str) -> float:
     value = float(word)
     if not 0 < value < 100:
@@ -221,11 +246,17 @@ def _percent(word: str) -> float:
     return value
 
 
+_percent.__name__ = "percentage"
+
+
 def _reduction(word: str) -> float:
     value = float(word)
     if not 1 < value < inf:
         raise argparse.ArgumentTypeError(f"{word} is not a number above 1")
     return value
+
+
+_reduction.__name__ = "number above 1"
 
 
 if __name__ == "__main__":

@@ -73,7 +73,6 @@ def main() -> None:
     options = parser.parse_args()
     cores = os.cpu_count() or 1
     print(f"{options.runs} runs, {cores} side by side, load average before: {os.getloadavg()[0]:.1f}\n")
-    print(f"{options.runs} runs, {cores} side by side, load average before: {os.getloadavg()[0]:.1f}\n")
     print("| what | wall s | wall s a run |\n| --- | --- | --- |")
     walls = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     record = {
         "command": " ".join(["python", "benchmarks/throughput.py", *(sys.argv[1:] if argv is None else argv)]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": _machine(),
+        "machine": machine(),
         "model": args.model, "dtype": dtype, "load_in_4bit": args.load_in_4bit, "checkpointing": args.checkpointing,
         "rows_per_step": args.batch_size * args.grad_accum, "micro_batch": args.batch_size,
         "load_average_before": _load(), "results": {},
@@ -253,7 +253,8 @@ def print_table(workload: str, results: dict[str, dict[str, Any]], steps: list) 
     Console(width=150).print(table)
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Processor, cores, card and versions, for a record."""
     import torch
 
     name = platform.processor()

@@ -44,7 +44,8 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
             sys.stdout.flush()  # or Python does it when nobody can catch what comes of it
             return code
         except (UserError, FormatError) as error:
-            return _failed(str(error))
+            full = error.__cause__ is not None and no_room(error.__cause__)
+            return _failed(str(error), code=1 if full else 2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,9 @@ COLUMNS = (
     "step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_seen", "trained_tokens",
     "tokens_per_second", "computed_tokens_per_second", "seconds", "peak_memory_gb",
 )  # fmt: skip
+
+
+_STEP = re.compile(r"[0-9]{1,15}")
 
 
 @dataclass
@@ -140,9 +144,10 @@ def read_rows(path: Path) -> list[list[str]]:
     """
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     complete = text[: text.rfind("\n") + 1].splitlines()
-    header, *lines = list(csv.reader(complete)) or [[]]
+    # Every cell is a number, so none is quoted: a stray quote must not swallow the rows behind it.
+    header, *lines = [line.split(",") for line in complete] or [[]]
     rows = [dict(zip(header, cells, strict=True)) for cells in lines if len(cells) == len(header)]
-    return [[row.get(name, "") for name in COLUMNS] for row in rows if row.get("step", "").isdecimal()]
+    return [[row.get(name, "") for name in COLUMNS] for row in rows if _STEP.fullmatch(row.get("step", ""))]
 
 
 def peak_memory_gb() -> float:

@@ -42,6 +42,10 @@ def config(folder, status):
 if value("--resume"):
     folder = Path(value("--resume"))
     step = max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+    header, *rows = (folder / "training_log.csv").read_text().splitlines(keepends=True)
+    # Rows behind the checkpoint are cut off, as train_lora.py does: they are logged again.
+    kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
+    write(folder / "training_log.csv", "".join([header, *kept]))
 else:
     folder, step = Path(value("--experiments_dir")) / value("--name"), 0
     folder.mkdir()  # a taken name is an error, as it is for train_lora.py

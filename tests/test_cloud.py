@@ -41,6 +41,41 @@ def test_the_run_of_the_task_is_shell_that_parses():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a bash script")
+@pytest.mark.parametrize(
+    ("there", "resumed", "begun", "status"),
+    [
+        ((), None, True, 0),  # the first machine
+        (("training_log.csv",), None, True, 0),  # taken away before the first checkpoint
+        (("checkpoint-50",), 0, False, 0),
+        (("checkpoint-50",), 2, True, 0),  # taken away in the middle of bringing the first checkpoint to the bucket
+        (("checkpoint-50",), 1, False, 1),  # a failure of the run itself: its checkpoints stay for the next try
+    ],
+)
+def test_a_machine_that_comes_after_another_goes_on_or_begins_anew(tmp_path, there, resumed, begun, status):
+    """The task's own lines with a stand-in for Python, whose --resume ends with `resumed`."""
+    ranks = tmp_path / "ranks"
+    for name in ("", *there):
+        (ranks / ("rank16" if there else "") / name).mkdir(parents=True, exist_ok=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f'#!/usr/bin/env bash\necho "$*" >> {tmp_path}/calls\ncase "$*" in *--resume*) exit {resumed or 0};; esac\n'
+    )
+    python.chmod(0o755)
+    task = yaml.safe_load(SKY.read_text())
+    env = os.environ | {name: str(value) for name, value in task["envs"].items()}
+    lines = task["run"].replace("/ranks", str(ranks))
+    done = subprocess.run(["bash", "-c", lines], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert ("--resume" in calls) == (resumed is not None)
+    assert ("--rank 16 " in calls) == begun
+    assert ("visualize_loss.py" in calls) == (status == 0)
+    kept = [path.name for path in ranks.iterdir()]
+    assert not there or (len(kept) == 1 and kept[0].startswith(".rank16_" if begun else "rank16")), kept
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a bash script")
 @pytest.mark.parametrize("failing", ["", "16"])
 def test_five_lines_start_five_ranks_on_five_cards(tmp_path, failing):
     """PY is a stand-in that notes how it was called; a rank that fails fails the recipe, once all have ended."""

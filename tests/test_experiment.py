@@ -345,6 +345,17 @@ def test_a_stdout_that_does_not_know_a_letter():
     assert (result.returncode, result.stdout.split()) == (0, [rb"experiments/\xfc\u5b57"]), result.stderr
 
 
+def test_a_full_disk_that_a_message_of_ours_tells_is_no_refusal_either(tmp_path, capsys):
+    @one_line_errors
+    def write():
+        with open_atomic(tmp_path / "file"):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    assert write() == 1
+    assert "file: Disk quota exceeded; make room" in capsys.readouterr().err
+    assert one_line_errors(fail)(UserError("row 3 says: No space left on device")) == 2
+
+
 def test_messages_hold_no_password_and_a_full_disk_is_no_refusal(capsys):
     assert one_line_errors(fail)(UserError("model https://u:hush@host/x and ssh://hush@h: no")) == 2
     assert one_line_errors(fail)(OSError(errno.ENOSPC, "No space left on device", "run/x")) == 1

@@ -227,6 +227,29 @@ def test_a_log_that_is_taken_away_ends_the_monitor_in_one_line(nvml, tmp_path, c
     assert f"cannot write {log}" in error and error.count("\n") == 1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of a file")
+@pytest.mark.parametrize("suffix", watch.SUFFIXES)
+@pytest.mark.parametrize("earlier", [0, 2])
+def test_a_disk_that_takes_a_part_of_a_reading_leaves_a_whole_log(tmp_path, suffix, earlier):
+    import resource
+
+    log = watch.CardLog(tmp_path / f"log{suffix}")
+    moment = "2026-11-28T10:00:00.000+00:00"
+    for _ in range(earlier):
+        log.add([devices.Card(0, "a card")], moment)
+    before = log.path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
+    try:
+        with pytest.raises(UserError, match="the log ends here"):
+            log.add([devices.Card(0, "a card")], moment)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert log.path.read_bytes() == before
+    log.add([devices.Card(0, "a card")], moment)
+    assert len(watch.read_log(log.path)) == earlier + 1
+
+
 def test_nothing_to_draw(tmp_path):
     with pytest.raises(UserError, match="nothing to draw"):
         watch.draw([], tmp_path / "x.png")
@@ -291,11 +314,16 @@ def test_mistakes_end_in_one_line(words, message, nvml, capsys):
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [["--model", ""], ["--model_size", "7", "--rank", "9" * 400]])
+@pytest.mark.parametrize(
+    "words",
+    [["--model", ""], ["--model_size", "7", "--rank", "9" * 400], ["--model_size", "7", "--trained_share", "half"]],
+)
 def test_values_that_no_flag_takes(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu_memory.main(["estimate", *words])
-    assert "invalid" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "invalid" in said
+    assert "invalid _" not in said  # a function of ours
 
 
 def test_a_config_whose_text_part_is_no_config(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """One attempt at a run without Ray: the hub is called directly, the process is tests/sweep_stub.py."""
 
 import json
+import logging
 import os
 import shlex
 import signal
@@ -16,11 +17,10 @@ from finetune.errors import UserError
 from finetune.run_log import COLUMNS
 from finetune.sweep import ray_runner
 from finetune.sweep.attempt import ending, last_words, run_attempt
-from finetune.sweep.courier import TOKEN
 from finetune.sweep.grid import make_points
 from finetune.sweep.hub import Hub
 from finetune.sweep.options import Options
-from finetune.sweep.runs import open_sweep
+from finetune.sweep.runs import TOKEN, open_sweep
 from finetune.sweep.stopping import Asha
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="ends processes with POSIX signals")
@@ -89,7 +89,7 @@ def test_everything_comes_back(site, transport):
     assert (site.folder / "rank4" / "checkpoint-4" / "weights").read_bytes() == bytes(100_000)
     assert (site.folder / "logs" / "rank4.log").read_text().startswith("=== attempt 1 on ")
     assert sorted(path.name for path in site.folder.iterdir()) == [TOKEN, "logs", "rank4"]
-    rows = [row for update in site.hub.take() for row in update.get("rows", [])]
+    rows = [row for update in site.hub.exchange({}) for row in update.get("rows", [])]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[3]["loss"] == 1.25
 
@@ -109,6 +109,25 @@ def test_another_machine_goes_on_from_the_checkpoint(site, transport):
     assert (site.folder / "logs" / "rank4.log").read_text().count("=== attempt") == 2
 
 
+def test_the_log_of_a_run_that_is_tried_twice_on_one_machine_holds_each_try_once(site):
+    broken = {"rank4": {"at": 3, "times": 2, "how": "killed"}}
+    for kind in ("killed", "killed", "finished"):
+        assert site.attempt("one", steps=6, runs=broken)["outcome"] == kind
+    text = (site.folder / "logs" / "rank4.log").read_text()
+    assert [text.count(f"=== attempt {number} ") for number in (1, 2, 3)] == [1, 1, 1]
+    assert text.count("the run says why") == 2
+
+
+def test_nothing_of_a_run_stays_on_a_machine_that_has_sent_it_all(site):
+    """But for the data, which other runs read there."""
+    broken = {"rank4": {"at": 3, "times": 1, "how": "killed"}}
+    for kind in ("killed", "finished"):
+        assert site.attempt("one", runs=broken)["outcome"] == kind
+        left = [path.name for path in (site.root / "tmp").rglob("*") if path.is_file()]
+        assert sorted(left) == [f".rows.jsonl.{site.inputs['rows.jsonl'][:16]}", "rows.jsonl"]
+    assert site.files() == WHOLE_RUN
+
+
 @pytest.mark.parametrize("transport", ["ray", "auto"])
 def test_a_try_without_a_checkpoint_is_kept_aside(site, transport):
     broken = {"rank4": {"at": 1, "times": 1, "how": "failed"}}
@@ -124,7 +143,7 @@ def test_a_try_without_a_checkpoint_is_kept_aside(site, transport):
 def test_a_run_that_is_told_to_stop_saves_and_ends(site, why, kind):
     def on_call(method, *arguments):
         if method == "report" and arguments[0].get("rows"):
-            site.hub.stop("rank4", why)
+            site.hub.orders["rank4"] = why
 
     outcome = site.attempt("one", on_call=on_call, steps=400, seconds=0.05)
     assert outcome["outcome"] == kind
@@ -224,7 +243,7 @@ def test_a_trainer_behind_a_shell_script_saves_when_the_sweep_is_stopped(site, m
 
     def on_call(method, *arguments):
         if method == "report" and arguments[0].get("rows"):
-            site.hub.stop("rank4", "interrupted")
+            site.hub.orders["rank4"] = "interrupted"
 
     stub = [sys.executable, "-S", str(STUB), str(site.root / "plan" / "plan.json")]
     monkeypatch.setattr(
@@ -247,11 +266,46 @@ def test_a_log_that_is_removed_ends_no_run(site):
     assert site.starts() == [0]
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "2,0.5,o.9,,,,,,,,,", '2,"0.5,0.9,,,,,,,,,', "9" * 5000 + "," * 11, "2,0.5," + "9" * 200_000 + "," * 9,
+        "2,0.5\n,,,",
+    ],
+    ids=["a letter", "a quote", "a long step", "a long cell", "cut in two"],
+)  # fmt: skip
+def test_a_row_that_somebody_has_broken_fails_no_run(site, broken):
+    """The run goes on, and so do the rows behind the broken one."""
+    log = site.folder / "rank4" / "training_log.csv"
+    edits = []
+
+    def on_call(method, *arguments):
+        if method == "report" and arguments[0].get("rows") and not edits:
+            edits.append(broken)
+            with log.open("a") as file:
+                file.write(broken + "\n")
+
+    outcome = site.attempt("one", "auto", on_call=on_call, steps=6, seconds=0.2)
+    assert edits
+    assert (outcome["outcome"], outcome["step"]) == ("finished", 6), outcome
+    steps = [row["step"] for update in site.hub.exchange({}) for row in update.get("rows", [])]
+    assert steps[0] == 1
+    assert steps[-1] == 6
+
+
 def test_a_program_that_is_not_there(site, monkeypatch):
     monkeypatch.setattr("finetune.sweep.attempt.first_words", lambda task, place: ["/no/such/program"])
     outcome = site.attempt("one")
     assert outcome["outcome"] == "refused"
     assert "/no/such/program" in outcome["lines"][-1]
+
+
+def test_data_above_the_folder_of_the_start_are_not_written_above_the_scratch_folder(site):
+    site.inputs["../../elsewhere/rows.jsonl"] = "0" * 64
+    with pytest.raises(UserError, match="lies outside the folder the sweep is started in"):
+        site.attempt("one")
+    assert not list(site.root.rglob("elsewhere"))
+    assert site.attempt("one", "auto")["outcome"] == "finished"
 
 
 def test_a_folder_that_is_not_shared_is_noticed(site):
@@ -268,6 +322,21 @@ def test_an_address_where_no_cluster_is(address):
         pass
 
 
+@pytest.mark.parametrize("folder", ["x" * 90, "file"])
+def test_a_folder_for_temporary_files_that_ray_cannot_take(tmp_path, monkeypatch, folder):
+    """On clusters TMPDIR is often a long one."""
+    pytest.importorskip("ray")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / folder))
+    if folder != "file":
+        (tmp_path / folder).mkdir()
+    with (
+        pytest.raises(UserError, match=r"cannot start Ray on this machine: .*set RAY_TMPDIR"),
+        ray_runner.ray_session(Options()),
+    ):
+        pass
+
+
 def test_a_ctrl_c_while_ray_starts_counts_when_it_has_started():
     done = []
     with pytest.raises(KeyboardInterrupt), ray_runner._ctrl_c_held_back():
@@ -277,6 +346,25 @@ def test_a_ctrl_c_while_ray_starts_counts_when_it_has_started():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_full_disk_under_the_sweep_ends_no_run(tmp_path, monkeypatch, caplog):
+    """sweep.json is written every second: what would have been raised there would have ended every run at work."""
+    pytest.importorskip("ray")
+    monkeypatch.setattr(logging.getLogger("sandwich"), "propagate", True)
+    sweep = open_sweep(tmp_path / "s", make_points({"max_steps": 10}, {"rank": [4, 8]}), identity="x", argv=[],
+                       settings={})  # fmt: skip
+    runner = object.__new__(ray_runner.RayRunner)
+    runner.sweep, runner.saved = sweep, -1e9
+    monkeypatch.setattr(sweep, "save", MagicMock(side_effect=UserError("cannot write sweep.json: No space left")))
+    runner._save()
+    assert "cannot write sweep.json" in caplog.text
+    if Path("/dev/full").exists():
+        asha = Asha(sweep.folder, metric="loss", grace=10, reduction=3)
+        asha.path = Path("/dev/full")
+        assert not asha.result("rank4", 10.0, {"step": 1, "loss": 1.0})
+        assert "rank4: go on at step 1, and it cannot be written to /dev/full" in caplog.text
+    sweep.close()
+
+
 @pytest.mark.parametrize("replay", [False, True])
 def test_what_a_hopeless_run_logs_on_its_way_out_is_no_measure_for_others(tmp_path, replay):
     """Rungs that it reaches after the decision would make the next run's hurdle lower."""
@@ -284,7 +372,7 @@ def test_what_a_hopeless_run_logs_on_its_way_out_is_no_measure_for_others(tmp_pa
     sweep = open_sweep(tmp_path / "s", make_points({"max_steps": 10}, {"rank": [4, 8]}), identity="x", argv=[],
                        settings={})  # fmt: skip
     runner = object.__new__(ray_runner.RayRunner)
-    runner.sweep, runner.decided, runner.told, runner.hub = sweep, {}, set(), MagicMock()
+    runner.sweep, runner.decided, runner.told, runner.orders = sweep, {}, set(), {}
     runner.asha = Asha(sweep.folder, metric="loss", grace=10, reduction=3)
     good, bad = sweep.runs
     if replay:

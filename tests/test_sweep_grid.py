@@ -1,6 +1,8 @@
 """Which runs a sweep has, before anything is started."""
 
 import json
+import sys
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
@@ -61,6 +63,30 @@ def test_seeds_count_up(capsys):
 
 
 @pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--gpus_per_run", "one"], "invalid non-negative number value: 'one'"),
+        (["--cpus_per_run", "nan"], "invalid non-negative number value: 'nan'"),
+        (["--asha_grace", "ten"], "invalid percentage value"),
+        (["--asha_reduction", "three"], "invalid number above 1 value"),
+        (["--command", "'open"], "invalid command line value"),
+        (["--command", " "], "invalid command line value"),
+    ],
+)
+def test_what_argparse_says_names_no_function_of_ours(words, wanted, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sweep_lora.main(["--rank", "4", *words])
+    assert f"argument {words[0]}: {wanted}" in capsys.readouterr().err
+
+
+def test_names_in_any_script_are_kept(capsys):
+    _, runs, _ = dry(capsys, "--dataset", "도구.jsonl", "ä,ö.jsonl", "가" * 100 + ".jsonl")
+    long = next(name for name in runs if name.startswith("가"))
+    assert list(runs) == ["도구.jsonl", "ä+ö.jsonl", long]
+    assert len(long.encode()) <= 80
+
+
+@pytest.mark.parametrize(
     "words", [["--gpus_per_run", "1.5"], ["--gpus_per_run", "-1"], ["--asha_reduction", "inf"], ["--asha_grace", "0"]]
 )
 def test_flags_of_the_sweep_are_checked_before_ray_is_started(words, capsys):
@@ -68,6 +94,13 @@ def test_flags_of_the_sweep_are_checked_before_ray_is_started(words, capsys):
         sweep_lora.main(["--rank", "4", *words])
     assert end.value.code == 2
     assert f"argument {words[0]}" in capsys.readouterr().err
+
+
+def test_the_scratch_folder_is_named_in_full(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    options = [sweep_lora.run_options(sweep_lora.build_parser().parse_args(words)).scratch
+               for words in ([], ["--scratch", "here"], ["--scratch", "/tmp/there"])]  # fmt: skip
+    assert options == [None, str(tmp_path / "here"), "/tmp/there"]
 
 
 def test_schedules_and_asha_share_a_flag(capsys):
@@ -125,6 +158,8 @@ def test_random_draws_stay_in_their_ranges_and_repeat(tmp_path, capsys):
         (["--use_rslora", "maybe"], "use_rslora"),
         (["--overlong", "drop", "keep"], "overlong"),
         (["--rank", "4", "--", "--name", "a"], "--name"),
+        (["--rank", "4", "--config", "configs/demo.yaml"], "'--config' is no flag of the sweep"),
+        (["configs/demo.yaml", "--rank", "4"], "'configs/demo.yaml' is no flag of the sweep"),
         (["--rank", "4", "--", "--resume", "a"], "--resume"),
         (["--rank", "4", "--", "--experiments_dir", "a"], "--experiments_dir"),
         (["--rank", "4", "--", "--config", "no-such.yaml"], "no-such.yaml"),
@@ -133,6 +168,8 @@ def test_random_draws_stay_in_their_ranges_and_repeat(tmp_path, capsys):
         (["--target_modules", "q_proj,,v_proj"], "--target_modules"),
         (["--target_modules", ""], "--target_modules"),
         (["--rank", "4", "8", "--", "--rank", "16"], "--rank after the --"),
+        (["--rank", "4", "--scheduler", "asha", "--asha_reduction", "1.000001"], "2,302,587 rungs"),
+        (["--rank", "4", "--scheduler", "asha", "--asha_grace", "5e-324"], "--asha_grace"),
         (["--rank", "4", "8", "--", "--push_to_hub", "me/adapter"], "--push_to_hub"),
         (["--rank", "4", "8", "--name", "../elsewhere"], "--name"),
         (["--rank", "4", "8", "--name", ".."], "--name"),
@@ -292,6 +329,10 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="holds other files"):
         opened(tmp_path / "s", points(4, 8))
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["rank4"]
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "logs").touch()  # somebody's file
+    with pytest.raises(UserError, match="holds other files"):
+        opened(tmp_path / "f", points(4, 8))
     (tmp_path / "t" / "logs").mkdir(parents=True)  # what a sweep leaves that was killed before it wrote anything
     (tmp_path / "t" / ".lock").touch()
     opened(tmp_path / "t", points(4, 8)).close()
@@ -311,6 +352,29 @@ def test_a_sweep_that_is_broken_off_does_not_say_that_it_is_running(tmp_path, mo
     opened(tmp_path / "s", points(4, 8), identity=kept["id"]).close()
 
 
+def test_without_ray_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(sweep_lora, "run_all", lambda *rest: pytest.fail("it was to be refused before"))
+    assert sweep_lora.main(["--experiments_dir", str(tmp_path / "e"), "--rank", "4", "8"]) == 2
+    assert "pip install ray==" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_sweep_that_is_refused_before_its_first_try_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    """Nobody listens at this address; the lock, sweep.json, logs and sweep.log are there by then."""
+    pytest.importorskip("ray")
+    words = ["--experiments_dir", str(tmp_path), "--name", "s", "--rank", "4", "8"]
+    assert sweep_lora.main([*words, "--address", "127.0.0.1:1"]) == 2
+    assert "--address" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+    # One that has been started before stays.
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_lora, "run_all", MagicMock(side_effect=KeyboardInterrupt))
+        assert sweep_lora.main(words) == 130
+    assert sweep_lora.main([*words, "--address", "127.0.0.1:1"]) == 2
+    assert json.loads((tmp_path / "s" / "sweep.json").read_text())["status"] == "interrupted"
+
+
 def test_a_sweep_in_a_folder_without_locks(tmp_path, monkeypatch):
     def acquire(self, **rest):
         raise NotImplementedError("FileSystem does not appear to support flock")
@@ -320,15 +384,41 @@ def test_a_sweep_in_a_folder_without_locks(tmp_path, monkeypatch):
     opened(tmp_path / "s", points(4, 8)).close()
 
 
-@pytest.mark.parametrize("missing", ["data", "started", "runs"])
-def test_a_sweep_json_that_somebody_has_edited(tmp_path, missing):
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda kept: kept.pop("data"),
+        lambda kept: kept.pop("started"),
+        lambda kept: kept.pop("runs"),
+        lambda kept: kept.update(argv=3, id="another"),
+        lambda kept: kept["runs"].append(5),
+        lambda kept: kept["runs"][0].update(attempts=5),
+        lambda kept: kept["runs"][0].update(attempts=[5]),
+        lambda kept: kept["runs"][0].update(attempts=[{"outcome": "failed", "step": "x", "lines": []}]),
+        lambda kept: kept["runs"][0].update(attempts=[{"outcome": "failed", "step": 1, "lines": 5}]),
+    ],
+)
+def test_a_sweep_json_that_somebody_has_edited(tmp_path, edit):
     opened(tmp_path / "s", points(4, 8)).close()
     path = tmp_path / "s" / "sweep.json"
     kept = json.loads(path.read_text())
-    del kept[missing]
+    edit(kept)
     path.write_text(json.dumps(kept))
     with pytest.raises(UserError, match="cannot read"):
         opened(tmp_path / "s", points(4, 8))
+
+
+def test_a_run_whose_folder_somebody_has_removed_is_made_again(tmp_path):
+    sweep = opened(tmp_path / "s", points(4, 8, 16))
+    for run, status in zip(sweep.runs, ("finished", "stopped early", "finished"), strict=True):
+        run.status = status
+        sweep.run_folder(run).mkdir()
+    sweep.save()
+    sweep.close()
+    sweep.run_folder(sweep.runs[0]).rmdir()
+    again = opened(tmp_path / "s", points(4, 8, 16))
+    assert [run.status for run in again.runs] == ["waiting", "stopped early", "finished"]
+    again.close()
 
 
 def test_changed_data_stop_a_sweep_that_goes_on(tmp_path):

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import json
 import os
+import select
 import shlex
 import signal
 import subprocess
@@ -113,6 +114,34 @@ def test_a_machine_dies_and_another_joins_and_nothing_is_lost(cluster, tmp_path)
         assert starts(tmp_path, name)[1] > 0, "it went on from a checkpoint that had been brought back"
     assert {run["attempts"][-1]["transport"] for run in sweep["runs"]} == {"Ray"}
     assert (folder / "s" / "comparison.png").stat().st_size > 10_000
+
+
+def hubs_of(cluster):
+    """The processes of sweeps' hubs on the machines of this cluster."""
+    import psutil
+
+    raylets = [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in cluster.list_all_nodes()]
+    return [one for raylet in raylets for one in raylet.children(recursive=True) if one.name().startswith("ray::Hub")]
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_killed_is_started_again_and_knows_its_orders(cluster, tmp_path):
+    """As the kernel does when memory runs out. No run is lost or begun anew, and Ctrl-C still reaches every run."""
+    command = write_plan(tmp_path / "plan", steps=400, seconds=0.1)
+    words = arguments(tmp_path, command, "--address", cluster.address, "--rank", "1", "2")
+    process = subprocess.Popen([sys.executable, str(ROOT / "sweep_lora.py"), *words], stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(list(tmp_path.glob("s/rank*/checkpoint-*"))) >= 4, process)
+    (hub,) = hubs_of(cluster)
+    hub.kill()
+    wait_for(lambda: [one.pid for one in hubs_of(cluster)] not in ([], [hub.pid]), process)
+    wait_for(lambda: {run["status"] for run in sweep_of(tmp_path)["runs"]} == {"running"}, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    for run in sweep_of(tmp_path)["runs"]:
+        assert [attempt["outcome"] for attempt in run["attempts"]] == ["interrupted"]
+        assert starts(tmp_path, run["name"]) == [0]
 
 
 def test_bad_runs_stop_no_other_and_are_told(cluster, tmp_path, capsys):
@@ -234,6 +263,35 @@ def test_ctrl_c_stops_every_process_and_the_same_command_goes_on(tmp_path):
         steps = logged_steps(tmp_path, name)
         assert (first, steps) == (0, list(range(1, len(steps) + 1)))
         assert second > 0, "it went on from the checkpoint of its last step"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="closes a terminal")
+def test_a_terminal_that_is_closed_stops_the_sweep_as_ctrl_c_does(tmp_path):
+    """On a Ray of the sweep's own, whose processes belong to the same terminal."""
+    import pty
+
+    command = write_plan(tmp_path / "plan", steps=400, seconds=0.05)
+    words = [sys.executable, str(ROOT / "sweep_lora.py"), *arguments(tmp_path, command, "--rank", "1", "2", "3", "4")]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(words[0], words)
+    deadline = time.monotonic() + 600
+    while not any(len(path.read_text().splitlines()) > 5 for path in tmp_path.glob("s/*/*.csv")):
+        assert time.monotonic() < deadline
+        if select.select([terminal], [], [], 0.1)[0]:  # a table that nobody reads would fill the terminal
+            os.read(terminal, 1 << 16)
+    started = {path.stem for path in (tmp_path / "plan").glob("*.tries")}
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 130, (tmp_path / "s" / "sweep.log").read_text()
+    assert not stubs_of(tmp_path)
+    sweep = sweep_of(tmp_path)
+    assert sweep["status"] == "interrupted"
+    records = {run["name"]: run for run in sweep["runs"]}
+    assert {tuple(one["outcome"] for one in records[name]["attempts"]) for name in started} == {("interrupted",)}
+    configs = [json.loads((tmp_path / "s" / name / "experiment_config.json").read_text()) for name in started]
+    assert {config["status"] for config in configs} == {"interrupted"}, "each has saved a checkpoint and ended"
 
 
 def listening(pid):

@@ -94,6 +94,20 @@ def test_what_diverged_by_its_end_is_not_the_best(tmp_path):
     assert "eval_loss is no number in 1 rows" in table["evaluation_alone"]["notes"]
 
 
+def test_repeats_are_told_by_what_the_sweep_varies_not_by_what_a_command_writes_down(tmp_path):
+    points = make_points({}, {"dataset": [["a.jsonl"], ["b.jsonl"]]}, seeds=2)
+    sweep = open_sweep(tmp_path / "s", points, identity="x", argv=[], settings={})
+    for run, loss in zip(sweep.runs, (4.0, 2.0, 1.0, 6.0), strict=True):
+        folder = sweep.run_folder(run)
+        folder.mkdir()
+        run.status = "finished"
+        (folder / "training_log.csv").write_text(f"step,loss\n1,{loss}\n")
+        (folder / "experiment_config.json").write_text('{"status": "finished", "flags": {"rank": 1}}')
+    best = find_best(compare([summary.as_curve(sweep, run) for run in sweep.runs]))
+    assert (best.setting, best.values) == ("a.jsonl", [4.0, 2.0])
+    sweep.close()
+
+
 def test_a_reader_that_is_gone_costs_no_results(tmp_path, monkeypatch):
     """`sweep_lora.py … | head`: rich ends the program when it writes to a closed pipe."""
 

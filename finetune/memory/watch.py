@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -61,14 +62,20 @@ class CardLog:
                 lines = (",\n" if self.records else "\n") + lines + "\n]\n"
             else:
                 lines += "\n"
+        data = lines.encode("utf-8")
         try:
             with self.path.open("r+b", buffering=0) as file:
                 end = file.seek(0, os.SEEK_END)
-                if self.kind == ".json":
-                    file.seek(
-                        end - (3 if self.records else 2)
-                    )  # onto "\n]\n", or onto "]\n" behind the opening bracket
-                file.write(lines.encode("utf-8"))
+                # Onto "\n]\n", or onto "]\n" behind the opening bracket.
+                begin = end - (0 if self.kind != ".json" else 3 if self.records else 2)
+                file.seek(begin)
+                closing = file.read(end - begin)
+                file.seek(begin)
+                if file.write(data) < len(data):  # a disk that is nearly full takes a part, and says so next time
+                    file.seek(begin)
+                    file.write(closing)
+                    file.truncate()
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}; the log ends here") from error
         self.records += len(records)

@@ -47,13 +47,16 @@ def run_attempt(task: dict[str, Any], call: Call) -> dict[str, Any]:
     }  # fmt: skip
     place = place_of(task)
     outcome["transport"] = "shared folder" if place.shared else "Ray"
-    if call("report", {"run": task["name"], "event": "started", **outcome}):
+    about = {"run": task["name"], **outcome}  # in every report: the one that said it first may have been lost
+    if call("report", about):
         return outcome | {"outcome": INTERRUPTED, "step": None, "ended": now(), "lines": []}
     courier = Courier(place, task["name"], call)
     courier.fetch(task["inputs"])
     folder = place.folder / task["name"]
     if folder_status(folder) == FINISHED:  # and whoever ran it was gone before it could say so
-        return outcome | ending(0, [], "") | {"step": last_step(folder), "ended": now()}
+        outcome |= ending(0, [], "") | {"step": last_step(folder), "ended": now()}
+        courier.clear()
+        return outcome
     words = first_words(task, place) + flags_for(task, place, folder)
     log = place.folder / "logs" / f"{task['name']}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +67,7 @@ def run_attempt(task: dict[str, Any], call: Call) -> dict[str, Any]:
         process = start(words, place.cwd, file, task)
         stopped = ""
         try:
-            stopped = watch(process, folder / LOG, log, task, call, courier)
+            stopped = watch(process, folder / LOG, log, task, about, call, courier)
         finally:
             end_process(process)
             if process.returncode != 0:  # what a finished run has left, an uploader say, may take its time
@@ -79,7 +82,10 @@ def run_attempt(task: dict[str, Any], call: Call) -> dict[str, Any]:
     if end["outcome"] == FINISHED and (status := folder_status(folder)) != FINISHED:
         reason = f"ended with exit status 0, but {folder / CONFIG} says {status or 'nothing'} instead of {FINISHED}"
         end = {"outcome": FAILED, "exit_code": 0, "lines": [*lines, reason]}
-    return outcome | end | {"step": last_step(folder), "ended": now()}
+    outcome |= end | {"step": last_step(folder), "ended": now()}
+    if not place.shared and not (os.name == "posix" and _in_group(process.pid)):  # an uploader may still read it
+        courier.clear()
+    return outcome
 
 
 def first_words(task: dict[str, Any], place: Workspace) -> list[str]:
@@ -140,9 +146,17 @@ def _die_with_parent(several: bool) -> Callable[[], None] | None:
 
 
 def watch(
-    process: subprocess.Popen, log: Path, output: Path, task: dict[str, Any], call: Call, courier: Courier
+    process: subprocess.Popen,
+    log: Path,
+    output: Path,
+    task: dict[str, Any],
+    about: dict[str, Any],
+    call: Call,
+    courier: Courier,
 ) -> str:
     """Report new rows of the run's `log` each second until it ends; returns why it was told to stop, or "".
+
+    about: what every report begins with.
 
     A run of which neither the log nor the `output` grows for task["silence"] seconds hangs (0: never), and is told so.
     """
@@ -159,7 +173,7 @@ def watch(
                 seen = rows[-1]["step"] if rows else seen
         ended = process.returncode is not None
         if rows or not ended:
-            wanted = call("report", {"run": task["name"], "event": "progress", "number": task["number"], "rows": rows})
+            wanted = call("report", {**about, "rows": rows})
             if wanted and not stopped and not ended:
                 stopped, deadline = wanted, time.monotonic() + task["patience"]
                 process.terminate()  # train_lora.py finishes its step and saves a checkpoint
@@ -177,13 +191,17 @@ def watch(
 
 
 def new_rows(log: Path, after: int) -> list[dict[str, Any]]:
-    """Rows of training_log.csv behind step `after`, with the columns that a sweep looks at."""
+    """Rows of training_log.csv behind step `after`, with the columns that a sweep looks at.
+
+    A row in which one of these is no number (somebody has edited the log) is passed over.
+    """
     rows = []
     for row in read_rows(log):
         cells = dict(zip(COLUMNS, row, strict=True))
         if int(cells["step"]) > after:
-            numbers = {name: float(cells[name]) for name in REPORTED if cells[name]}
-            rows.append(numbers | {"step": int(cells["step"])})
+            with contextlib.suppress(ValueError):
+                numbers = {name: float(cells[name]) for name in REPORTED if cells[name]}
+                rows.append(numbers | {"step": int(cells["step"])})
     return rows
 
 

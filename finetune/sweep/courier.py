@@ -8,6 +8,7 @@ the hub: Ray's object transport. Only bytes, text and numbers are sent; no objec
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -17,9 +18,8 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.experiment import CHECKPOINT, CONFIG, FINAL
-from finetune.sweep.runs import FINISHED, folder_status
+from finetune.sweep.runs import FINISHED, TOKEN, folder_status
 
-TOKEN = ".token"
 CHUNK = 8 << 20
 # Folders of a run that appear under their name only when they are whole, and never change afterwards.
 WHOLE = ("evaluation", FINAL)
@@ -75,19 +75,27 @@ class Courier:
                 if not Path(name).is_file():
                     raise UserError(f"{name} is not on this machine; put it below the folder the sweep is started in")
                 continue
+            if os.path.normpath(name).startswith(".."):  # it would be written somewhere above the scratch folder
+                raise UserError(f"{name} lies outside the folder the sweep is started in; put it below, or start above")
             target = self.place.cwd / name
             mark = target.with_name(f".{target.name}.{digest[:16]}")
             if not (target.is_file() and mark.exists()):
                 self._get("input", name, target)
                 mark.touch()
-        # What a former attempt left here may be older than what another machine has brought back since.
-        folder = self.place.folder / self.run
-        shutil.rmtree(folder, ignore_errors=True)
+        # What a former attempt left here, a killed one say, may be older than what another machine has brought back
+        # since, and its log has been sent.
+        self.clear()
         for name in self.call("files_of", self.run):
             self._get("output", name, self.place.folder / name)
             self.sent[name] = _state(self.place.folder / name)
             if (parent := str(PurePosixPath(name).parent)) != self.run:
                 self.sent[parent] = (0, 0)  # a checkpoint that need not travel back
+
+    def clear(self) -> None:
+        """Remove the run from this machine, when all of it has been sent; data files stay for other runs."""
+        if not self.place.shared:
+            shutil.rmtree(self.place.folder / self.run, ignore_errors=True)
+            (self.place.folder / "logs" / f"{self.run}.log").unlink(missing_ok=True)
 
     def send_changed(self, ended: bool = False) -> None:
         """Send what is new or has changed since the last time; folders that must be whole go in one piece."""

@@ -190,9 +190,10 @@ def run_label(varied: dict[str, Any]) -> str:
             parts.append(name if value else f"no_{name}")
         else:
             parts.append(value_text(value) if name in ("model", "dataset") else f"{name}{value_text(value)}")
-    label = re.sub(r"[^\w.+-]+", "-", "_".join(parts), flags=re.ASCII).strip("-._")
-    if len(label) > 80:
-        label = f"{label[:70]}_{sha256(label.encode()).hexdigest()[:8]}"
+    label = re.sub(r"[^\w.+-]+", "-", "_".join(parts)).strip("-._")
+    if len(label.encode()) > 80:  # a folder's name may have 255 bytes, and others are made of this one
+        start = label.encode()[:70].decode("utf-8", "ignore")
+        label = f"{start}_{sha256(label.encode()).hexdigest()[:8]}"
     return label or "run"
 
 

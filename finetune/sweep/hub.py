@@ -32,15 +32,15 @@ class Hub:
         self.news.append(update)
         return self.orders.get(EVERYTHING) or self.orders.get(update["run"], "")
 
-    def take(self) -> list[dict[str, Any]]:
-        """All updates since the last call, oldest first."""
+    def exchange(self, orders: dict[str, str], hurry: bool = False) -> list[dict[str, Any]]:
+        """Take the sweep's orders (run, or `EVERYTHING`: why it is to end; `hurry`: without waiting for checkpoints).
+
+        Returns all updates since the last call, oldest first. All orders come each time: a hub that Ray had to start
+        anew has forgotten the earlier ones.
+        """
+        self.orders, self.hurry = orders, hurry
         news, self.news = self.news, []
         return news
-
-    def stop(self, run: str, why: str, hurry: bool = False) -> None:
-        """Ask a run, or with `EVERYTHING` all runs, to end; `hurry` does not wait for their checkpoints."""
-        self.orders[run] = why
-        self.hurry = self.hurry or hurry
 
     def in_a_hurry(self) -> bool:
         return self.hurry

@@ -7,6 +7,7 @@ what is tried again, and from which checkpoint, is decided here.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import secrets
@@ -20,7 +21,6 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.sweep.attempt import KILLED, OUT_OF_MEMORY, ROOT, run_attempt
-from finetune.sweep.courier import TOKEN
 from finetune.sweep.hub import EVERYTHING, Hub
 from finetune.sweep.options import Options
 from finetune.sweep.runs import (
@@ -30,6 +30,7 @@ from finetune.sweep.runs import (
     REFUSED,
     RUNNING,
     STOPPED,
+    TOKEN,
     WAITING,
     Sweep,
     SweepRun,
@@ -42,8 +43,18 @@ from finetune.sweep.table import LiveTable
 log = logging.getLogger("sandwich")
 POLL_SECONDS = 0.5
 SAVE_SECONDS = 1.0  # between two writings of sweep.json; with a thousand runs it has a megabyte
+HANGUP = {signal.SIGHUP} if hasattr(signal, "SIGHUP") else set()  # a terminal is closed; Windows has no such signal
 OBJECT_STORE_BYTES = 256 << 20  # pieces of files pass through it, never whole models
 CODE = {"finetune", "formats", "train_lora.py"}  # what a node needs of this checkout
+
+
+NO_RAY = "a sweep needs Ray; run: pip install -r requirements_optional.txt, or: pip install ray==2.60.0"
+
+
+def require_ray() -> None:
+    """UserError where Ray is not installed; does not import it, which takes seconds."""
+    if importlib.util.find_spec("ray") is None:
+        raise UserError(NO_RAY)
 
 
 @contextlib.contextmanager
@@ -65,8 +76,7 @@ def ray_session(options: Options):
     try:
         import ray
     except ImportError:
-        raise UserError("a sweep needs Ray; run: pip install -r requirements_optional.txt, or: pip install ray==2.60.0"
-                        ) from None  # fmt: skip
+        raise UserError(NO_RAY) from None
     common = {"logging_level": "ERROR", "log_to_driver": False}
     if own:
         common |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES,
@@ -82,9 +92,12 @@ def ray_session(options: Options):
         try:
             with _ctrl_c_held_back():
                 ray.init(**common)
-        except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:  # ValueError: no address at all
+        except (OSError, RuntimeError, ValueError) as error:  # ValueError: no address at all
             where = f"the cluster at {options.address}" if options.address else "Ray on this machine"
-            raise UserError(f"cannot start {where}: {str(error).splitlines()[0]}") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if own and isinstance(error, OSError):  # a name of 107 bytes is the most that a socket may have
+                reason += "; set RAY_TMPDIR to a folder with a short name that you may write to"
+            raise UserError(f"cannot start {where}: {reason}") from error
         yield ray
     finally:
         ray.shutdown()
@@ -107,12 +120,20 @@ def _check_answers(address: str) -> None:
 
 @contextlib.contextmanager
 def _ctrl_c_held_back():
-    """A Ctrl-C counts when Ray has started: in the middle of that it ends in a segmentation fault of Ray's."""
+    """A Ctrl-C counts when Ray has started: in the middle of that it ends in a segmentation fault of Ray's.
+
+    A terminal that is closed is to be heard of by the sweep alone, which ends its runs well. What Ray starts lies in
+    the same group of processes and would end of that signal; a signal that is blocked here is blocked there.
+    """
     heard = []
     before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    if HANGUP:
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANGUP)
     try:
         yield
     finally:
+        if HANGUP:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANGUP)
         signal.signal(signal.SIGINT, before)
     if heard:
         raise KeyboardInterrupt
@@ -181,7 +202,8 @@ class RayRunner:
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # Whole paths: on a cluster an actor starts in Ray's copy of the code, not where the sweep was started.
-        self.hub = ray.remote(num_cpus=0, scheduling_strategy=here)(Hub).remote(
+        # Killed for want of memory, say, it is started again, and what it was asked meanwhile is asked again.
+        self.hub = ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1)(Hub).remote(
             str(sweep.folder.resolve()), {name: str(Path(name).resolve()) for name in self.inputs}
         )
         # One for all runs, since Ray ships each remote function to every worker. max_calls 0: Ray would end a worker
@@ -191,6 +213,7 @@ class RayRunner:
         )
         self.pending: dict[Any, SweepRun] = {}
         self.decided: dict[str, int] = {}  # the last step of each run that the scheduler has judged
+        self.orders: dict[str, str] = {}  # to the runs, through the hub
         self.told: set[str] = set()  # runs that the scheduler wants stopped
         self.signals = 0
         self.saved = 0.0
@@ -211,7 +234,7 @@ class RayRunner:
                 self._collect()
                 self.table.show(self.sweep.runs)
                 self._save()
-        self.sweep.save()
+        self._save()
 
     # --- one run ------------------------------------------------------------------------------------------------------
 
@@ -272,11 +295,11 @@ class RayRunner:
     # --- news ---------------------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        for update in self.ray.get(self.hub.take.remote()):
+        for update in self.ray.get(self.hub.exchange.remote(self.orders, self.signals > 1)):
             run = self.by_name[update["run"]]
             if update["number"] != len(run.attempts) + 1:
                 continue  # a last word of an attempt that is over
-            if update["event"] == "started":
+            if run.status == WAITING:
                 run.status = RUNNING
                 run.progress = {name: update[name] for name in ("node", "device", "started")} | {"clock": time.time()}
                 self.table.started(run)
@@ -296,7 +319,7 @@ class RayRunner:
                 log.info("%s: to stop early at step %d (%s %.4f)", run.name, row["step"], self.asha.metric,
                          row[self.asha.metric])  # fmt: skip
                 self.told.add(run.name)
-                self.hub.stop.remote(run.name, STOPPED)
+                self.orders[run.name] = STOPPED
 
     def _replay(self) -> None:
         """Tell the scheduler what runs of an earlier start of this sweep have reached."""
@@ -314,19 +337,29 @@ class RayRunner:
     def _stop_all(self, hurry: bool) -> None:
         log.warning("stopping: %s", "at once" if hurry else
                     "runs save a checkpoint and end; again to stop at once")  # fmt: skip
-        self.ray.get(self.hub.stop.remote(EVERYTHING, INTERRUPTED, hurry))
+        self.orders[EVERYTHING] = INTERRUPTED
+        self._listen()
         for ref, run in self.pending.items():
             if run.status == WAITING:
                 self.ray.cancel(ref)
 
     @contextlib.contextmanager
     def _signals(self):
+        on_terminal = [number for number in range(3) if os.isatty(number)]
+
         def handle(number, frame):
+            if number in HANGUP:
+                self.signals = max(self.signals, 1)  # it may come from the shell and the system
+                nowhere = os.open(os.devnull, os.O_RDWR)
+                for one in on_terminal:  # whoever writes there from now on would fail
+                    os.dup2(nowhere, one)
+                return
             self.signals += 1
             if self.signals > 2:
                 raise KeyboardInterrupt
 
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        heeded = {signal.SIGINT, signal.SIGTERM} | {one for one in HANGUP if signal.getsignal(one) != signal.SIG_IGN}
+        before = {number: signal.signal(number, handle) for number in heeded}  # ignored by nohup: it stays so
         try:
             yield
         finally:
@@ -334,8 +367,12 @@ class RayRunner:
                 signal.signal(number, handler)
 
     def _save(self) -> None:
+        """Now and then. A full disk ends no run here: the sweep's end saves once more, and says if it cannot."""
         if time.monotonic() - self.saved > SAVE_SECONDS:
-            self.sweep.save()
+            try:
+                self.sweep.save()
+            except UserError as error:
+                log.warning("%s", error)
             self.saved = time.monotonic()
 
 

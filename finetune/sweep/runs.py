@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -17,7 +18,7 @@ from finetune.errors import UserError, write_text_atomic
 from finetune.experiment import CONFIG, check_writable
 from finetune.sweep.grid import Point
 
-SWEEP, LOCK, LOGS = "sweep.json", ".lock", "logs"
+SWEEP, SWEEP_LOG, LOGS, LOCK, TOKEN = "sweep.json", "sweep.log", "logs", ".lock", ".token"
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 STOPPED, FAILED, INTERRUPTED = "stopped early", "failed", "interrupted"
 DONE = {FINISHED, STOPPED}
@@ -72,12 +73,16 @@ class SweepRun:
 
 @dataclass
 class Sweep:
-    """A sweep's folder and the contents of its sweep.json. `lock` is held as long as this process runs it."""
+    """A sweep's folder and the contents of its sweep.json. `lock` is held as long as this process runs it.
+
+    `new`: nobody has started this sweep before.
+    """
 
     folder: Path
     config: dict[str, Any]
     runs: list[SweepRun]
     lock: FileLock
+    new: bool = False
 
     def run_folder(self, run: SweepRun) -> Path:
         return self.folder / run.name
@@ -97,6 +102,14 @@ class Sweep:
     def close(self) -> None:
         self.lock.release()
 
+    def discard(self) -> None:
+        """Remove the folder of a new sweep that was refused before its first try; what others put there stays."""
+        with contextlib.suppress(OSError):
+            for name in (SWEEP_LOG, SWEEP, TOKEN, LOCK):  # on Windows the first is open, and all of it stays
+                (self.folder / name).unlink(missing_ok=True)
+            (self.folder / LOGS).rmdir()
+            self.folder.rmdir()
+
 
 def open_sweep(folder: Path, points: list[Point], *, identity: str, argv: list[str], settings: dict[str, Any]) -> Sweep:
     """The sweep in `folder`: a new one, or the same one again with what it has finished so far.
@@ -105,7 +118,9 @@ def open_sweep(folder: Path, points: list[Point], *, identity: str, argv: list[s
     a data file has changed since the first run was made.
     """
     check_writable(folder)
-    others = any(entry.name != LOGS and not entry.name.startswith(".") for entry in folder.iterdir())
+    others = any(
+        not (entry.name == LOGS and entry.is_dir()) and not entry.name.startswith(".") for entry in folder.iterdir()
+    )
     if others and not (folder / SWEEP).exists():
         raise UserError(f"{folder} holds other files and no sweep; choose another --name")
     lock = FileLock(folder / LOCK)
@@ -129,7 +144,7 @@ def open_sweep(folder: Path, points: list[Point], *, identity: str, argv: list[s
         path = folder / SWEEP
         if path.exists():
             _take_over(path, config, runs)
-        sweep = Sweep(folder, config, runs, lock)
+        sweep = Sweep(folder, config, runs, lock, new=not path.exists())
         sweep.save()
         return sweep
     except BaseException:
@@ -141,14 +156,16 @@ def _take_over(path: Path, config: dict[str, Any], runs: list[SweepRun]) -> None
     """Fill in what an earlier start of the same sweep has done."""
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
-        records = {record["name"]: record for record in old["runs"]}
-        digests, config["started"] = dict(old["data"]), old["started"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        digests, config["started"] = dict(old["data"]), str(old["started"])
+        started_as = " ".join(map(str, old["argv"]))
+        records = {
+            str(record["name"]): (str(record["status"]), [_attempt(one) for one in record["attempts"]])
+            for record in old["runs"]
+        }
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"cannot read {path}: {error}; start another sweep with --name") from error
     if old.get("id") != config["id"]:
-        raise UserError(
-            f"{path.parent} holds another sweep (sweep_lora.py {' '.join(old.get('argv', []))}); choose another --name"
-        )
+        raise UserError(f"{path.parent} holds another sweep (sweep_lora.py {started_as}); choose another --name")
     for name, digest in config["data"].items():
         if digests.get(name, digest) != digest:
             raise UserError(
@@ -156,12 +173,20 @@ def _take_over(path: Path, config: dict[str, Any], runs: list[SweepRun]) -> None
                 "start another sweep with --name"
             )
     for run in runs:
-        record = records.get(run.name, {})
-        run.attempts = record.get("attempts", [])
-        run.best_step = max((attempt.get("step") or 0 for attempt in run.attempts), default=0)
-        # The run's own folder has the last word: the sweep may have been killed before it could write this down.
-        if record.get("status") in DONE or folder_status(path.parent / run.name) == FINISHED:
-            run.status = record["status"] if record.get("status") in DONE else FINISHED
+        status, run.attempts = records.get(run.name, (WAITING, []))
+        run.best_step = max((attempt["step"] or 0 for attempt in run.attempts), default=0)
+        # The run's own folder has the last word: the sweep may have been killed before it could write this down, and
+        # who removes a run's folder wants it made again.
+        folder = path.parent / run.name
+        if (status in DONE and folder.is_dir()) or folder_status(folder) == FINISHED:
+            run.status = status if status in DONE else FINISHED
+
+
+def _attempt(record: Any) -> dict[str, Any]:
+    """An attempt out of sweep.json, with what is asked of it later in its right type; TypeError and others if not."""
+    lines = [str(line) for line in record["lines"]]
+    step = None if record["step"] is None else int(record["step"])
+    return {**record, "outcome": str(record["outcome"]), "step": step, "lines": lines}
 
 
 def folder_status(folder: Path) -> str | None:
@@ -208,4 +233,4 @@ def data_digests(points: list[Point]) -> dict[str, str]:
 
 
 def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

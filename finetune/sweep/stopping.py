@@ -7,16 +7,31 @@ that have reached the rung so far. Rungs are per cent of a run's own length, so 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from finetune.errors import UserError
 from finetune.sweep.runs import now
 
+log = logging.getLogger("sandwich")
 DECISIONS = "decisions.jsonl"
 OUTRAN = "finished before it could be stopped"
 NO_NUMBER = 1e9  # what a loss that is NaN or infinite counts as
+MOST_RUNGS = 20  # the state of every rung goes into every decision that is written down
+
+
+def rungs(grace: float, reduction: float) -> list[float]:
+    """The shares of a run, in per cent, at which it is judged; UserError where that is hardly ever or all the time."""
+    count = math.ceil((math.log(100) - math.log(grace)) / math.log(reduction))
+    if count > MOST_RUNGS:
+        raise UserError(
+            f"--asha_grace {grace:g} with --asha_reduction {reduction!r} makes {count:,} rungs, more than "
+            f"{MOST_RUNGS}; give a larger one of the two"
+        )
+    return [grace * reduction**k for k in range(count)]
 
 
 class Asha:
@@ -26,7 +41,7 @@ class Asha:
         from ray.tune.schedulers import AsyncHyperBandScheduler
 
         self.metric, self.path = metric, folder / DECISIONS
-        self.rungs = [grace * reduction**k for k in range(20) if grace * reduction**k < 100]
+        self.rungs = rungs(grace, reduction)
         self.scheduler = AsyncHyperBandScheduler(
             time_attr="percent", metric="loss", mode="min", grace_period=grace, reduction_factor=reduction, max_t=100,
             stop_last_trials=False,
@@ -63,5 +78,9 @@ class Asha:
             "value": loss if math.isfinite(loss) else str(loss), "decision": decision,
             "state": self.scheduler.debug_string().splitlines()[1:],
         }  # fmt: skip
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        except OSError as error:  # a full disk must not end the runs
+            log.warning("%s: %s at step %d, and it cannot be written to %s: %s", run, decision, row["step"], self.path,
+                        error.strerror)  # fmt: skip

@@ -61,10 +61,12 @@ def write_results(sweep: Sweep) -> Best | None:
 
 
 def as_curve(sweep: Sweep, run: SweepRun) -> Run:
-    """The run's folder as the charts read it; a run that left none is there with its flags and its fate."""
+    """The run's folder as the charts read it, with the sweep's own word for its flags and its fate.
+
+    A run that left no folder is there with them, and what a --command writes down need not name what is varied.
+    """
     curve = curves.read_run(sweep.run_folder(run) / LOG)
-    if not curve.config.get("flags"):
-        curve.config["flags"] = run.point.settings().run_flags()
+    curve.config["flags"] = run.point.settings().run_flags()
     curve.config["status"] = run.status
     return curve
 
