@@ -53,7 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gpus_per_run", type=_gpus, metavar="N",
         help="GPUs of a run: 0.5 puts two on a card, 2 starts torchrun (default: 1 where there are any)")  # fmt: skip
     add("--cpus_per_run", type=_part, metavar="N",
-        help="CPU cores of a run (default: 1 beside a GPU, else all cores of a machine)")  # fmt: skip
+        help="CPU cores of a run; fewer put several side by side, faster but each with its own memory "
+             "(default: 1 beside a GPU, else all cores of a machine)")  # fmt: skip
     add("--transport", choices=("auto", "shared", "ray"), default="auto",
         help="how results come from other machines (default: auto: through a shared folder, else Ray)")  # fmt: skip
     add(
