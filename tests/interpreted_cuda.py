@@ -6,7 +6,7 @@ TRITON_INTERPRET; what is missing between the two is put in place by `begin`. Wh
 
 A process of its own for each use, because Unsloth and torch are changed for good:
 
-  python -m tests.interpreted_cuda train FLAGS …            train_lora.py with these flags
+  python -m tests.interpreted_cuda train_lora.py FLAGS …    any of the scripts
   python -m tests.interpreted_cuda gradients MODEL          shared, packed and padded passes against row by row
   python -m tests.interpreted_cuda memory MODEL …           what a step holds, against the estimate
 """
@@ -14,6 +14,7 @@ A process of its own for each use, because Unsloth and torch are changed for goo
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -380,11 +381,9 @@ def memory(path: str, tokens: int, trained: int, load_in_4bit: bool, gradient_ch
 
 def main(words: list[str]) -> int:
     what, *more = words
-    if what == "train":
+    if what.endswith(".py"):
         begin()
-        import train_lora
-
-        return train_lora.main(more)
+        return importlib.import_module(what.removesuffix(".py")).main(more)
     with contextlib.redirect_stdout(sys.stderr):
         begin()
         if what == "gradients":

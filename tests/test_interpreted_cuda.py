@@ -49,7 +49,7 @@ def train(tmp_path, name, *flags, on_card):
         "--grad_accum", 1, "--max_steps", 3, "--experiments_dir", tmp_path / "runs", "--name", name, *flags,
     ]  # fmt: skip
     if on_card:
-        interpreted("train", *words)
+        interpreted("train_lora.py", *words)
     else:
         subprocess.run([sys.executable, "train_lora.py", *map(str, words)], cwd=ROOT, check=True, capture_output=True)
     with (tmp_path / "runs" / name / "training_log.csv").open(encoding="utf-8") as file:
