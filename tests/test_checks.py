@@ -62,6 +62,19 @@ def test_errors(messages, kind):
     assert problems(*messages).get(kind) is True
 
 
+CALLS_IN_OTHER_WORDS = (
+    '<|python_tag|>set_lamp.call(room="hall")', "[set_lamp(room='hall')]", 'set_lamp(room="hall")',
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>set_lamp",
+    '[{"name": "set_lamp", "arguments": {"room": 1}}]',
+    '<|channel|>commentary to=functions.set_lamp <|message|>{"room": "hall"}', "<tool_call>{broken</tool_call>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["I called set_lamp (as you see).", "Use set_lamp(room) for it.", '{"name": "Ada"}'])
+def test_talk_of_a_tool_is_no_call(text):
+    assert problems({"role": "assistant", "content": text}) == {}
+
+
 @pytest.mark.parametrize(
     ("messages", "kind"),
     [
@@ -72,6 +85,7 @@ def test_errors(messages, kind):
         ([call(), {"role": "tool", "content": "1"}, ASK, SAY], "result without an answer"),
         ([call(), ASK, SAY], "call without a result"),
         ([TWO, result("b"), result("a"), SAY], "results in another order than their calls"),
+        *(([{"role": "assistant", "content": text}], "call left in the text") for text in CALLS_IN_OTHER_WORDS),
     ],
 )
 def test_warnings(messages, kind):

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from finetune.encoding.rows import empty_answer
 from finetune.json_schema import validator_of
+from finetune.reading.calls_in_text import call_tag
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,35 @@ def check_conversation(conversation: dict[str, Any]) -> list[Problem]:
         add("empty answer", empty)
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
     for number, message in enumerate(messages, start=1):
+        if (
+            message["role"] == "assistant"
+            and not message.get("tool_calls")
+            and (mark := call_left_in_text(message.get("content") or "", schemas))
+        ):
+            says = f"message {number}: {mark!r} looks like a call, but not as calls are read here; it stays text"
+            add("call left in the text", says, error=False)
         for call in message.get("tool_calls", ()):
             _check_call(call["function"], number, schemas, add)
     return sorted(problems, key=lambda problem: not problem.error)
+
+
+# Openings of calls as other models write them: Llama 3.1's built-in tools, DeepSeek, gpt-oss, Phi, Command R.
+_CALL_MARKS = ("<|python_tag|>", "<｜tool▁call", "<|channel|>commentary", "<|tool_call|>", "<|START_ACTION|>")
+
+
+def call_left_in_text(text: str, names: Iterable[str]) -> str:
+    """What in an assistant's text looks like a call that reading did not take for one; empty when nothing does.
+
+    A mark of some model's format, a text that begins as a Python call of a declared tool, or JSON that names one.
+    """
+    if mark := next((mark for mark in _CALL_MARKS if mark in text), "") or call_tag(text):
+        return mark
+    if not (declared := "|".join(map(re.escape, names))):
+        return ""
+    found = re.match(rf"\s*\[?\s*(?:{declared})\(", text) or re.search(
+        rf"""["'](?:name|tool|function|action)["']\s*:\s*["'](?:{declared})["']""", text
+    )
+    return found[0].strip() if found else ""
 
 
 def _check_order(messages: list[dict[str, Any]], add) -> None:

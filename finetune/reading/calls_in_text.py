@@ -27,9 +27,10 @@ _MISTRAL = re.compile(r"(?P<name>[^\s\[\]{}]+)(\[CALL_ID\](?P<id>\w+))?\[ARGS\]"
 _SPACE = re.compile(r"\s*")
 
 
-def has_call_tag(text: str) -> bool:
-    """Whether `text` holds the opening of a call in any of the known ways of writing."""
-    return _OPENING.search(text) is not None
+def call_tag(text: str) -> str:
+    """The first opening of a call in `text`, in any of the known ways of writing; empty where there is none."""
+    found = _OPENING.search(text)
+    return found[0] if found else ""
 
 
 def split_calls(text: str, tools: list[dict] | None = None) -> tuple[str, list[dict[str, Any]]] | None:

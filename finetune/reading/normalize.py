@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from finetune.reading.calls_in_text import given_arguments, has_call_tag, split_calls
+from finetune.reading.calls_in_text import call_tag, given_arguments, split_calls
 from finetune.reading.row_files import Unreadable, json_type, strict_json
 from finetune.reading.shapes import detect_shape
 from finetune.reading.text_shapes import RowError, as_text, hermes_system, tool_responses
@@ -212,7 +212,7 @@ def _message(message: Any, number: int, tools: list[dict[str, Any]], notes: Coun
     if role == "call":
         role, calls, content = "assistant", _calls_text(content, number, tools, notes), ""
     calls += _tool_calls(message, number, notes)
-    if not calls and has_call_tag(content):
+    if not calls and call_tag(content):
         found = split_calls(content, tools)
         names = {tool["function"]["name"] for tool in tools}
         # A tag in running text is a call only if it calls a declared tool; a message that is nothing else always is.
