@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.compare and BASE not in speaker.sides:
         raise UserError(f"{args.model} has no adapter that could be switched off; leave --compare away")
     from finetune.chat.session import Conversation, Talk
-    from finetune.generation import Decoding
+    from finetune.generation.generate import Decoding
 
     decoding = Decoding(speaker.stop_ids, args.max_new_tokens, args.batch_size, args.temperature, args.seed)
     talk = Talk(speaker, decoding, command, args.max_rounds)

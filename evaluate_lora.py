@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError, one_line_errors, write_text_atomic
+from finetune.errors import UserError, one_line_errors
+from finetune.files import write_text_atomic
 from finetune.flag_types import not_negative, positive
 
 EXAMPLES = """examples:
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     items = load_items(args.dataset, limit=args.limit) if args.dataset else []
     if args.suite:
         items += bfcl.load_items(bfcl.parse_suite(args.suite), limit=args.limit)
-    from finetune.model import find_run
+    from finetune.runs.find import find_run
 
     run = find_run(args.model)  # a folder that is none shows now
     folder = output_folder(args)
@@ -79,7 +80,7 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     from finetune.logs import start_logging
 
     start_logging(_console())
-    from finetune.model import load_for_inference
+    from finetune.runs.find import load_for_inference
 
     model, tokenizer, fmt = load_for_inference(args.model, base=args.only == "base")
     from formats import check_tokenizer, get_format
@@ -96,7 +97,7 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     from finetune.evaluation.folder import NAMES, data_of, set_strangers_aside
     from finetune.evaluation.metrics import compare, compute_metrics
     from finetune.evaluation.run import make_prompts, room_for_answers, run_model
-    from finetune.generation import Decoding
+    from finetune.generation.generate import Decoding
 
     if args.max_new_tokens is None:
         args.max_new_tokens = room_for_answers(items, tokenizer)
@@ -134,7 +135,7 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
 
     # 5. Side by side.
     from finetune.evaluation.report import update_model_card, write_report
-    from finetune.export.hub import public_name
+    from finetune.models.hub import public_name
 
     compared = compare(scored["base"], scored["tuned"], seed=args.seed) if len(scored) == 2 else {}
     if compared:

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     from finetune.logs import start_logging
 
     start_logging(Console(stderr=True))
-    from finetune.model import find_run
+    from finetune.runs.find import find_run
 
     run = find_run(args.model)
     name = args.name or Path(args.model).resolve().name
@@ -141,7 +141,7 @@ def to_vllm(args: argparse.Namespace, run: Any, folder: Path, name: str, tools: 
 def to_hub(args: argparse.Namespace, run: Any, folder: Path, name: str, tools: Any) -> Any:
     """The folder as it would be uploaded; uploaded only with --repo_id and a token in HF_TOKEN."""
     from finetune.export.hub import build_folder, check_secrets, listing
-    from finetune.hub_token import hub_token
+    from finetune.models.hub import hub_token
 
     build_folder(run, folder, say)
     check_secrets(folder)
@@ -151,7 +151,7 @@ def to_hub(args: argparse.Namespace, run: Any, folder: Path, name: str, tools: A
         missing = "--repo_id OWNER/NAME" if not args.repo_id else "a token with write access in HF_TOKEN"
         say(f"nothing was uploaded: that needs {missing}")
         return None
-    from finetune.training.saving import push_to_hub
+    from finetune.runs.saving import push_to_hub
 
     return lambda target: say(f"uploaded: {push_to_hub(target, args.repo_id, private=not args.public)}")
 

@@ -201,8 +201,9 @@ def _tokenizer_and_format(args) -> tuple:
 
 
 def _prepare(args) -> int:
-    from finetune.preparing.preparation import WRITTEN, Options, prepare, refuse_to_replace, write_prepared
+    from finetune.preparing.preparation import Options, prepare
     from finetune.preparing.preparation_report import print_prepared
+    from finetune.preparing.writing import WRITTEN, refuse_to_replace, write_prepared
     from finetune.reading.sources import refuse_same_file
 
     if not args.inputs and args.sql is None:
@@ -282,8 +283,8 @@ def _show(args) -> int:
 def _audit(args) -> int:
     from rich.console import Console
 
-    from finetune.conversations import load_conversations
     from finetune.preparing.audit import audit, print_audit
+    from finetune.reading.conversations import load_conversations
 
     tokenizer, fmt = _tokenizer_and_format(args)
     loaded = load_conversations(args.inputs, limit=args.limit, strict=False, **_reading(args))

@@ -193,7 +193,7 @@ def run_all(sweep: Any, options: Any, asha_flags: argparse.Namespace | None, con
 
 
 def run_options(args: argparse.Namespace) -> Any:
-    from finetune.sweep.options import Options
+    from finetune.sweep.ray_runner import Options
 
     return Options(
         address=None if args.address == "local" else args.address,  # Ray's own word for what is done without a flag

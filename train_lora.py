@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from finetune import settings as flags_of_a_run
-from finetune.bundled import cache_dir
 from finetune.errors import UserError, one_line_errors
+from finetune.models.bundled import cache_dir
 from finetune.settings import Settings
 
 log = logging.getLogger("sandwich")
@@ -31,11 +31,11 @@ def main(argv: list[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from finetune.experiment import check_free, check_writable, find_resumable
+    from finetune import distributed
     from finetune.logs import start_logging
-    from finetune.training import ranks
+    from finetune.runs.experiment import check_free, check_writable, find_resumable
 
-    console = Console(stderr=True, quiet=ranks.rank() != 0)
+    console = Console(stderr=True, quiet=distributed.rank() != 0)
     start_logging(console)
     resumed, checkpoint = None, None
     if settings.resume is not None:
@@ -43,14 +43,14 @@ def main(argv: list[str] | None = None) -> int:
         settings = flags_of_a_run.resumed(settings, resumed.config["flags"], str(resumed.folder))
         settings.revision = resumed.config.get("base_model_revision") or settings.revision
         if not settings.dry_run:
-            ranks.hold(resumed.folder)
+            distributed.hold(resumed.folder)
         log.info("resuming %s at %s", resumed.folder, checkpoint.name)
     elif not settings.dry_run:
         check_writable(settings.experiments_dir, make=False)
         check_free(settings.experiments_dir, settings.name)
     check_tracker(settings.report_to)
     check_upload(settings.push_to_hub)
-    ranks.refuse_sharding()
+    distributed.refuse_sharding()
 
     # 1. Conversations. Read and checked before anything slow is imported, so that a bad row shows within a second.
     train, held_out = load_data(settings)
@@ -60,13 +60,12 @@ def main(argv: list[str] | None = None) -> int:
 
     # 2. Format: template, masks, tokens.
     if not settings.dry_run:
-        from finetune.model import import_unsloth
+        from finetune.models.loading import import_unsloth
 
         import_unsloth()
-        ranks.start()
-    from finetune.model import load_tokenizer
-    from finetune.training.feasible import check_feasible
-    from finetune.training.optimizers import check_optimizer
+        distributed.start()
+    from finetune.models.loading import load_tokenizer
+    from finetune.training.feasible import check_feasible, check_optimizer
     from formats import check_tokenizer, choose_format, get_format
 
     check_optimizer(settings.optim)
@@ -97,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     # 4. Model and adapter.
-    from finetune.model import add_lora, load_base
+    from finetune.models.adapter import add_lora
+    from finetune.models.loading import load_base
 
     loaded = load_base(
         settings.model,
@@ -108,8 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         trust_remote_code=settings.trust_remote_code,
     )
     if settings.dequantize_once:
-        from finetune.memory.runs import free_memory
-        from finetune.training.dequantize import dequantize
+        from finetune.models.dequantize import dequantize
+        from finetune.training.memory_plan import free_memory
 
         log.info("unpacked %d 4-bit layers", dequantize(loaded.model, free_memory()))
     gradient_checkpointing = settings.gradient_checkpointing
@@ -133,8 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, signal.default_int_handler)
-    from finetune.experiment import CONFIG, Experiment, git_sha, package_versions, run_name
     from finetune.logs import log_to_file
+    from finetune.runs.experiment import CONFIG, Experiment, git_sha, package_versions, run_name
     from finetune.training.order import tool_sets
     from finetune.training.run import interrupted_at, make_trainer, run_training
 
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         "ended": None,
         "status": "running",
     }
-    is_main = ranks.rank() == 0
+    is_main = distributed.rank() == 0
     if resumed is not None:
         experiment = resumed
         experiment.writes = is_main
@@ -176,14 +176,14 @@ def main(argv: list[str] | None = None) -> int:
         exact = settings.name is not None
         if is_main:
             experiment = Experiment.create(settings.experiments_dir, name, config, exact_name=exact)
-        folder = ranks.from_first(lambda: str(experiment.folder))
+        folder = distributed.from_first(lambda: str(experiment.folder))
         if not is_main:
             experiment = Experiment(Path(folder), config, writes=False)
 
     with experiment.end_recorded():
         if is_main:
             if resumed is None:
-                ranks.hold(experiment.folder)
+                distributed.hold(experiment.folder)
             log_to_file(experiment.folder / "training.log")
         groups = tool_sets(train.conversations, rows.rows) if settings.order == "group_tools" else None
         trainer = make_trainer(settings, experiment, model, tokenizer, rows, eval_rows, loaded, console, groups)
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
             return 130
 
         # 6. Save.
-        from finetune.training.saving import push_to_hub, save_final_model
+        from finetune.runs.saving import push_to_hub, save_final_model
 
         if is_main:
             final = save_final_model(experiment, model, tokenizer, fmt, end_of_turn_ids)
@@ -211,14 +211,14 @@ def main(argv: list[str] | None = None) -> int:
         print(experiment.folder)
         if settings.push_to_hub:
             log.info("uploaded: %s", push_to_hub(final, settings.push_to_hub))
-    ranks.end()
+    distributed.end()
     return 0
 
 
 def load_data(settings: Settings):
     """(training conversations, evaluation conversations or None). The held-out share is drawn by the run's seed."""
-    from finetune.conversations import load_conversations
-    from finetune.preparing.held_out import split_off
+    from finetune.preparing.splits import split_off
+    from finetune.reading.conversations import load_conversations
 
     kept = cache_dir() / "rows"
     train = load_conversations(settings.dataset, limit=settings.limit, seed=settings.seed, cache_dir=kept)
@@ -303,7 +303,7 @@ def check_upload(repository: str | None) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    from finetune.hub_token import hub_token
+    from finetune.models.hub import hub_token
 
     try:
         validate_repo_id(repository)

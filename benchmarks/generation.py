@@ -2,7 +2,7 @@
 
 one by one      `model.generate` of Transformers, a prompt at a time
 padded batch    `model.generate` on batches of prompts of like length, padded on the left
-shared prefix   finetune/generation.py, as evaluate_lora.py answers: a common start is computed, stored and read once
+shared prefix   finetune/generation/generate.py, as evaluate_lora.py answers: a common start is computed once, then read
 
     python benchmarks/generation.py --limit 24 --json generation.json
     python benchmarks/generation.py --adapter experiments/RUN/final_model --limit 24
@@ -27,7 +27,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from finetune.errors import one_line_errors, write_text_atomic  # noqa: E402
+from finetune.errors import one_line_errors  # noqa: E402
+from finetune.files import write_text_atomic  # noqa: E402
 from finetune.flag_types import positive  # noqa: E402
 
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from finetune.evaluation.items import load_items
     from finetune.evaluation.run import make_prompts, room_for_answers
-    from finetune.generation import Decoding
+    from finetune.generation.generate import Decoding
     from formats import check_tokenizer, get_format
 
     model, tokenizer = load(args.model, args.adapter)
@@ -87,7 +88,7 @@ def load(name: str, adapter: str | None) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from finetune.bundled import resolve_model
+    from finetune.models.bundled import resolve_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = resolve_model(name)
@@ -101,7 +102,7 @@ def load(name: str, adapter: str | None) -> tuple[Any, Any]:
 
 def measure(model: Any, prompts: list[list[int]], decoding: Any) -> dict[str, dict[str, Any]]:
     """{way: seconds, processor seconds, tokens computed and made, the answers' ids}, after a short warm-up of each."""
-    from finetune.generation import generate
+    from finetune.generation.generate import generate
 
     ways = {
         "one by one": {"decoding": replace(decoding, batch_size=1), "share_prefix": False},

@@ -30,7 +30,7 @@ def main() -> int:
     from finetune.evaluation.run import make_prompts
     from finetune.export.llama_check import llama_server
     from finetune.export.merged import trained_template
-    from finetune.model import find_run
+    from finetune.runs.find import find_run
     from formats import check_tokenizer
 
     run = find_run(args.run)

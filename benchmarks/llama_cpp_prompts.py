@@ -55,9 +55,9 @@ def count(name: str) -> tuple[dict[str, int], list[tuple[str, str | None, str | 
     """({outcome: prompts}, [(case, our text, llama.cpp's)] of those that are not the same, why we refused others)."""
     from transformers import AutoTokenizer
 
-    from finetune.bundled import smollm2_dir
     from finetune.export.gguf import always_pinned
     from finetune.export.llama_check import llama_server
+    from finetune.models.bundled import smollm2_dir
     from tests.formats.cases import ROWS
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())

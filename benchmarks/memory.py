@@ -25,7 +25,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune.errors import one_line_errors, write_text_atomic  # noqa: E402
+from finetune.errors import one_line_errors  # noqa: E402
+from finetune.files import write_text_atomic  # noqa: E402
+from finetune.memory.estimate import Plan  # noqa: E402
+from finetune.memory.sizes import Matrix, Sizes  # noqa: E402
 
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 
@@ -108,7 +111,7 @@ def make_model(config: dict[str, Any], folder: Path) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from finetune.bundled import smollm2_dir
+    from finetune.models.bundled import smollm2_dir
 
     AutoTokenizer.from_pretrained(smollm2_dir()).save_pretrained(folder)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
@@ -168,7 +171,6 @@ def run(name: str, case: Case) -> dict[str, Any]:
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown: measured, predicted by the estimator as it is now, and the difference."""
     from finetune.memory.estimate import estimate, measured_part
-    from finetune.memory.records import plan_of, sizes_of
 
     lines = ["| case | parameters | tokens in a pass | measured GB | predicted GB | difference |",
              "| --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
@@ -216,3 +218,13 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def plan_of(record: dict[str, Any]) -> Plan:
+    """The plan in a `memory` entry of experiment_config.json or in a record of benchmarks/memory.py."""
+    return Plan(**{**record["plan"], "target_modules": tuple(record["plan"]["target_modules"])})
+
+
+def sizes_of(record: dict[str, Any]) -> Sizes:
+    """The model's sizes in a record of benchmarks/memory.py."""
+    return Sizes(**{**record["sizes"], "matrices": tuple(Matrix(**m) for m in record["sizes"]["matrices"])})

@@ -68,9 +68,10 @@ def main() -> None:
     parser.add_argument("--num_proc", type=int)
     args = parser.parse_args()
 
-    from finetune.conversations import load_conversations, write_jsonl
     from finetune.encoding.encode import encode_conversations
     from finetune.encoding.token_files import load_format, load_tokenizer
+    from finetune.files import write_jsonl
+    from finetune.reading.conversations import load_conversations
     from finetune.torchless import leave_torch_out
 
     leave_torch_out()

@@ -75,8 +75,8 @@ class Measure:
         from peft import LoraConfig, get_peft_model
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        from finetune.training.lora_linear import fuse_lora_linears
-        from finetune.training.passes import PassRunner
+        from finetune.models.lora_linear import fuse_lora_linears
+        from finetune.passes.runner import PassRunner
 
         torch.manual_seed(0)
         model = get_peft_model(
@@ -91,7 +91,7 @@ class Measure:
     def seconds(self, prefix: int, rows: int) -> float:
         import numpy as np
 
-        from finetune.steps import make_row
+        from finetune.passes.plan import make_row
 
         rng = np.random.default_rng(0)
         beginning = rng.integers(0, SHAPE["vocab_size"], prefix)

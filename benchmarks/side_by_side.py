@@ -33,9 +33,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from finetune.errors import UserError, one_line_errors, write_text_atomic  # noqa: E402
+from finetune.errors import UserError, one_line_errors  # noqa: E402
+from finetune.files import write_text_atomic  # noqa: E402
 from finetune.flag_types import positive  # noqa: E402
-from finetune.run_log import COLUMNS, read_rows  # noqa: E402
+from finetune.runs.run_log import COLUMNS, read_rows  # noqa: E402
 
 RANKS = (4, 8, 16, 32, 64, 12, 24, 48)
 UNCOUNTED = 2  # first steps of a run: kernels are compiled, blocks of memory are asked for

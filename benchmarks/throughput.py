@@ -138,7 +138,7 @@ def _device(device: str, dtype: str) -> tuple[str, str]:
 
 def _model_folder(name: str, device: str, dtype: str) -> str:
     """A folder that every way loads; random weights are written into the cache once."""
-    from finetune.bundled import cache_dir, resolve_model, smollm2_dir
+    from finetune.models.bundled import cache_dir, resolve_model, smollm2_dir
 
     if name not in MODELS:
         return resolve_model(name)

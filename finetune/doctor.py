@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from finetune.bundled import cache_dir
+from finetune.models.bundled import cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 PINS = ("requirements_lora.txt", "requirements_unsloth.txt")

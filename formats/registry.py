@@ -41,7 +41,7 @@ def get_format(name: str, tokenizer: Any = None) -> Format:
             raise FormatError("format auto needs a tokenizer to look at")
         return choose_format(tokenizer)[0]
     if name not in FORMATS and name.endswith((".yaml", ".yml")):
-        return user_yaml.load(name, tokenizer)
+        return user_yaml.load(name, None if tokenizer is None else _layout(tokenizer))
     if name not in FORMATS:
         raise FormatError(f"unknown format {name!r}; known: {', '.join(FORMATS)}, auto, or a YAML file of four strings")
     fmt = FORMATS[name]
@@ -88,3 +88,8 @@ def _guess(have: set[str], own: str) -> tuple[str | None, str]:
     if {"<|tool_call|>", "<|end|>"} <= have:
         return "phi4-mini", "the tokenizer has Phi-4-mini's <|tool_call|> and <|end|>"
     return ("native", "the tokenizer carries a template of its own") if own else (None, "")
+
+
+def _layout(tokenizer: Any) -> Format:
+    """The format whose turns are used: the own template, else the one that fits the control tokens."""
+    return get_format("native", tokenizer) if tokenizer.chat_template else choose_format(tokenizer)[0]

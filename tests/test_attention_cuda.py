@@ -7,10 +7,19 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from finetune.attention import Layout, packed_inputs, tree_attention
-from finetune.attention_cuda import BLOCK, FlexTree, UnslothTree, block_counts, block_mask, fill_up, flex, reach_of
-from finetune.steps import plan_passes
-from finetune.training.passes import PassRunner, why_not
+from finetune.passes.attention import Layout, packed_inputs, tree_attention
+from finetune.passes.attention_cuda import (
+    BLOCK,
+    FlexTree,
+    UnslothTree,
+    block_counts,
+    block_mask,
+    fill_up,
+    flex,
+    reach_of,
+)
+from finetune.passes.plan import plan_passes
+from finetune.passes.runner import PassRunner, why_not
 from tests.test_shared_prefix import adapted, llama, some_rows
 
 

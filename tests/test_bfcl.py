@@ -8,17 +8,9 @@ from copy import deepcopy
 import pytest
 
 from finetune.errors import UserError
-from finetune.evaluation.bfcl import (
-    CATEGORIES,
-    WITH_ANSWERS,
-    check,
-    load_items,
-    matches_possible_answers,
-    parse_suite,
-    verdict,
-)
+from finetune.evaluation.bfcl import CATEGORIES, WITH_ANSWERS, check, load_items, parse_suite, verdict
 from finetune.evaluation.items import CALL, IRRELEVANT
-from finetune.scoring import score
+from finetune.evaluation.scoring import matches_possible_answers, score
 
 needs_bfcl = pytest.mark.skipif(
     importlib.util.find_spec("bfcl_eval") is None, reason="pip install --no-deps bfcl-eval==2026.3.23"

@@ -219,7 +219,7 @@ def test_rounds_of_calls_are_limited():
 
 
 def test_saved_conversation_is_a_row_that_training_reads(tmp_path):
-    from finetune.conversations import load_conversations
+    from finetune.reading.conversations import load_conversations
 
     conversation = Conversation("Be brief.", talker.TOOLS)
     with pytest.raises(UserError, match="nothing to save"):
@@ -354,7 +354,7 @@ def talk(adapter) -> Talk:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from finetune.chat.speaker import Speaker
-    from finetune.generation import Decoding
+    from finetune.generation.generate import Decoding
     from formats import get_format
 
     tokenizer = AutoTokenizer.from_pretrained(adapter.parent / "base")
@@ -364,7 +364,7 @@ def talk(adapter) -> Talk:
 
 
 def test_an_answer_is_the_one_that_evaluation_generates(talk):
-    from finetune.generation import generate
+    from finetune.generation.generate import generate
 
     speaker, messages = talk.speaker, talker.conversation()[:1]
     shown: list[str] = []

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.conversations import normalize_row
 from finetune.errors import UserError
 from finetune.preparing.checks import called_tool, check_conversation, exact_key
 from finetune.preparing.splits import SPLITS, near_duplicate_groups, parse_ratios, shingles, split_conversations
+from finetune.reading.conversations import normalize_row
 from tests.rows import LAMP, chat
 
 

@@ -10,9 +10,10 @@ from collections import Counter
 
 import pytest
 
-from finetune.conversations import RowError, load_conversations, normalize_row, write_jsonl
 from finetune.errors import UserError
+from finetune.files import write_jsonl
 from finetune.preparing.checks import check_conversation, exact_key
+from finetune.reading.conversations import RowError, load_conversations, normalize_row
 from finetune.reading.row_files import Unreadable
 from finetune.reading.shapes import describe, parse_map
 from tests.rows import LAMP, WRAPPED, calls, chat
@@ -325,7 +326,7 @@ def test_the_second_time_nothing_is_read_before_a_conversation_is_asked_for(tmp_
     first = load_conversations(path, cache_dir=kept)
     assert first == plain
     with monkeypatch.context() as patched:
-        patched.setattr("finetune.conversations.read_rows", None)
+        patched.setattr("finetune.reading.conversations.read_rows", None)
         second = load_conversations(path, cache_dir=kept)
         assert len(second.conversations) == 3
     for name in ("origins", "counts", "mappings", "notes", "fingerprint", "rejected"):

@@ -6,9 +6,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from finetune.errors import UserError
-from finetune.training.dequantize import dequantize
-from finetune.training.lora_linear import fuse_lora_linears
-from finetune.training.passes import PassRunner
+from finetune.models.dequantize import dequantize
+from finetune.models.lora_linear import fuse_lora_linears
+from finetune.passes.runner import PassRunner
 from tests.test_shared_prefix import SMALL, adapted, difference, gradients, row_by_row, some_rows
 
 

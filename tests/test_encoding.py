@@ -8,7 +8,6 @@ import json
 import numpy as np
 import pytest
 
-from finetune.conversations import normalize_row
 from finetune.encoding import cache as encoding_cache
 from finetune.encoding import encode as encoding
 from finetune.encoding import rows as row_encoding
@@ -16,6 +15,7 @@ from finetune.encoding.encode import encode_conversations
 from finetune.encoding.rows import turn_starts, without_oldest_turns
 from finetune.errors import UserError
 from finetune.preparing.checks import check_conversation
+from finetune.reading.conversations import normalize_row
 from finetune.reading.normalize import conversations_fingerprint
 from formats import encode, get_format
 from tests import parts

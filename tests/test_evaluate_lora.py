@@ -15,8 +15,8 @@ from finetune.evaluation.items import load_items
 from finetune.evaluation.metrics import compute_metrics
 from finetune.evaluation.report import comparison_markdown, update_model_card
 from finetune.evaluation.run import ResultsFile, make_prompts, room_for_answers, run_model, settings_hash
-from finetune.generation import Decoding
-from finetune.scoring import score
+from finetune.evaluation.scoring import score
+from finetune.generation.generate import Decoding
 from tests import parts
 from tests.rows import LAMP, WRAPPED, chat
 from tests.scripts import ROOT, run_script
@@ -318,7 +318,7 @@ def test_whatever_decides_an_answer_is_in_its_settings(adapter, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from finetune.evaluation.answer_settings import answer_settings
-    from finetune.model import find_run
+    from finetune.runs.find import find_run
     from formats import get_format
 
     for name in ("base", "adapter"):

@@ -17,10 +17,11 @@ import pytest
 from filelock import FileLock, Timeout
 from safetensors.numpy import save_file
 
-from finetune.errors import UserError, one_line_errors, open_atomic, write_text_atomic
-from finetune.experiment import CONFIG, COUNTERS, Experiment, check_writable, find_resumable, run_name
-from finetune.run_log import COLUMNS, RunLog, read_rows
-from finetune.training import ranks
+from finetune import distributed
+from finetune.errors import UserError, one_line_errors
+from finetune.files import open_atomic, write_text_atomic
+from finetune.runs.experiment import CONFIG, COUNTERS, Experiment, check_writable, find_resumable, run_name
+from finetune.runs.run_log import COLUMNS, RunLog, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -260,21 +261,21 @@ def test_however_a_run_ends_its_config_says_so(tmp_path, error, status, raised):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch, processes):
-    monkeypatch.setattr(ranks, "SECONDS_TO_END", 0)
+    monkeypatch.setattr(distributed, "SECONDS_TO_END", 0)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    other = FileLock(tmp_path / ranks.LOCK)
+    other = FileLock(tmp_path / distributed.LOCK)
     other.acquire()
     with pytest.raises(UserError, match="another process is training this run"):
-        ranks.hold(tmp_path)
+        distributed.hold(tmp_path)
     other.release()
-    ranks.hold(tmp_path)
+    distributed.hold(tmp_path)
     if processes == 1:
         with pytest.raises(Timeout):
             other.acquire(timeout=0)
     else:  # it is taken when the processes have found each other
         other.acquire(timeout=0)
         monkeypatch.setenv("RANK", "1")
-        ranks.hold(tmp_path)  # the first one's business
+        distributed.hold(tmp_path)  # the first one's business
         other.release()
 
 
@@ -292,9 +293,9 @@ def test_what_some_other_launcher_has_left_in_the_environment(variables, wanted,
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=wanted):
-        ranks.rank(), ranks.start()
+        distributed.rank(), distributed.start()
     monkeypatch.setenv("WORLD_SIZE", "")
-    assert ranks.size() == 1
+    assert distributed.size() == 1
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -303,16 +304,16 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(UserError, match=r"process 3 of this machine has no GPU: .*--nproc_per_node 2"):
-        ranks.start()
+        distributed.start()
 
 
 def test_processes_in_a_folder_without_locks(tmp_path, monkeypatch):
     def acquire(self, **rest):
         raise NotImplementedError("FileSystem does not appear to support flock")
 
-    monkeypatch.setattr(ranks, "_group", object())
-    monkeypatch.setattr("finetune.training.ranks.FileLock.acquire", acquire)
-    assert not ranks.lock(tmp_path)
+    monkeypatch.setattr(distributed, "_group", object())
+    monkeypatch.setattr("finetune.distributed.FileLock.acquire", acquire)
+    assert not distributed.lock(tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has POSIX shells and devices")

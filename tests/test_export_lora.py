@@ -302,7 +302,7 @@ def test_a_token_in_a_file_stops_the_upload(run_folder, tmp_path, capsys, monkey
 @pytest.mark.parametrize("token", ["hf_abc\r\ndefghij", "hf_abc defghij", "hf_abcdéfghij"])
 def test_a_token_that_is_none_is_never_printed(token, run_folder, tmp_path, capsys, monkeypatch):
     """The HTTP library would say: illegal header value b'Bearer hf_…'."""
-    from finetune.training.saving import push_to_hub
+    from finetune.runs.saving import push_to_hub
 
     monkeypatch.setenv("HF_TOKEN", token)
     arguments = ["--to", "hub", "--output", str(tmp_path / "hub"), "--repo_id", "me/house"]
@@ -422,10 +422,10 @@ def test_overwriting_the_run_itself_is_refused(output, run_folder):
 def test_a_16_bit_model_is_compared_in_float32_and_stays_as_it_is():
     import torch
 
-    from finetune.bundled import smollm2_dir
     from finetune.export.llama_check import computed_in_float32
     from finetune.export.merged import log_probabilities
-    from finetune.model import load_tokenizer
+    from finetune.models.bundled import smollm2_dir
+    from finetune.models.loading import load_tokenizer
     from tests.tiny import tiny_llama
 
     model = tiny_llama(load_tokenizer(str(smollm2_dir()))).bfloat16().eval()

@@ -15,7 +15,7 @@ import pytest
 
 from finetune.errors import UserError
 from finetune.export.vllm import max_lora_rank, parser_of, serve_command, write_plugin
-from finetune.model import Run
+from finetune.runs.find import Run
 from formats import FORMATS, get_format
 from tests import parts
 

@@ -8,10 +8,10 @@ import random
 import pytest
 import torch
 
-from finetune import generation
-from finetune.bundled import smollm2_dir
-from finetune.generation import Decoding, Generation, GenerationReport, generate, plan_groups
-from finetune.prefix_cache import PrefixCache, Unsupported
+import finetune.generation.generate as generate_module
+from finetune.generation.generate import Decoding, Generation, GenerationReport, generate, plan_groups
+from finetune.generation.prefix_cache import PrefixCache, Unsupported
+from finetune.models.bundled import smollm2_dir
 
 END = 2  # <|im_end|>
 
@@ -126,7 +126,7 @@ def test_logits_of_every_step_match(shape):
     prompts = random_prompts()
     steps: dict[int, list[torch.Tensor]] = {}
 
-    class Recording(generation._Sampler):
+    class Recording(generate._Sampler):
         def __init__(self, decoding, rows):
             super().__init__(decoding, rows)
             self.rows = rows
@@ -137,7 +137,7 @@ def test_logits_of_every_step_match(shape):
             return super().__call__(logits, rows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "_Sampler", Recording)
+        patch.setattr(generate_module, "_Sampler", Recording)
         report = generate(model, prompts, decoding=Decoding((5, 6, 7), max_new_tokens=8, batch_size=6))
     assert report.method == "shared_prefix", report.reason
     assert report.computed_prompt_tokens < report.prompt_tokens
@@ -153,9 +153,9 @@ def test_long_queries_are_cut_into_blocks(monkeypatch):
     model, prompts = tiny("mistral", sliding_window=9), random_prompts(3)
     decoding = Decoding((5,), max_new_tokens=6, batch_size=16)
     whole = [g.input_ids for g in generate(model, prompts, decoding=decoding).results]
-    monkeypatch.setattr("finetune.prefix_cache.MAX_SCORES", 1)
-    monkeypatch.setattr(generation, "PREFILL_TOKENS", 20)
-    monkeypatch.setattr(generation, "CACHE_TOKENS", 120)
+    monkeypatch.setattr("finetune.generation.prefix_cache.MAX_SCORES", 1)
+    monkeypatch.setattr(generate_module, "PREFILL_TOKENS", 20)
+    monkeypatch.setattr(generate_module, "CACHE_TOKENS", 120)
     assert [g.input_ids for g in generate(model, prompts, decoding=decoding).results] == whole
     assert whole == one_by_one(model, prompts, [5], 6)
 
@@ -189,7 +189,7 @@ def test_sampling_depends_on_seed_and_row_but_not_on_the_batch():
 
 def test_sampled_frequencies_follow_the_logits():
     logits = torch.tensor([[0.0, 1.0, 2.0, -30.0]]).repeat(4000, 1)
-    tokens = generation._Sampler(Decoding((0,), temperature=0.5), range(4000))(logits, list(range(4000)))
+    tokens = generate._Sampler(Decoding((0,), temperature=0.5), range(4000))(logits, list(range(4000)))
     shares = torch.bincount(tokens, minlength=4) / 4000
     torch.testing.assert_close(shares, (logits[0] / 0.5).softmax(-1), atol=0.03, rtol=0)
 
@@ -209,7 +209,7 @@ def test_models_out_of_reach_fall_back_and_say_why(monkeypatch):
     # Layers that are no attention at all.
     model.config.layer_types = ["linear_attention", "full_attention", "full_attention"]
     with pytest.raises(Unsupported, match="linear_attention"):
-        generation._generate_shared(model, prompts, decoding, pytest.fail, GenerationReport("shared_prefix"))
+        generate._generate_shared(model, prompts, decoding, pytest.fail, GenerationReport("shared_prefix"))
 
 
 def test_groups():

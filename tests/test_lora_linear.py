@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finetune.training import lora_linear
-from finetune.training.lora_linear import fuse_lora_linears
+from finetune.models import lora_linear
+from finetune.models.lora_linear import fuse_lora_linears
 
 
 def tiny(dropout=0.0, hidden_act="silu", **lora):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import prepare_data
-from finetune.conversations import normalize_row, write_jsonl
+from finetune.files import write_jsonl
+from finetune.reading.conversations import normalize_row
 from formats import encode, get_format
 from tests import parts
 from tests.rows import GOOD

@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.bundled import smollm2_dir
+from benchmarks.memory import plan_of, sizes_of
 from finetune.errors import UserError
-from finetune.memory import advice, runs
+from finetune.memory import advice
 from finetune.memory.estimate import (
     OPTIMIZERS,
     Plan,
@@ -22,7 +22,6 @@ from finetune.memory.estimate import (
     optimizer_bytes,
     total,
 )
-from finetune.memory.records import plan_of, sizes_of
 from finetune.memory.sizes import (
     Matrix,
     dense_sizes,
@@ -31,7 +30,9 @@ from finetune.memory.sizes import (
     sizes_of_model,
     sizes_of_name,
 )
-from finetune.training.lora_linear import fuse_lora_linears
+from finetune.models.bundled import smollm2_dir
+from finetune.models.lora_linear import fuse_lora_linears
+from finetune.training import memory_plan
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 LLAMA3_8B = dense_sizes(4096, 14_336, 32, 32, 8, 128, 128_256, False)
@@ -400,39 +401,41 @@ def test_every_suggested_flag_is_a_flag_of_train_lora():
 
 def test_the_plan_of_a_run_counts_shared_prefixes_once():
     from finetune import settings
-    from finetune.steps import ENOUGH_ON_CPU
+    from finetune.passes.plan import ENOUGH_ON_CPU
 
     prefix, rows = list(range(400)), []
     for number in range(8):
         ids = prefix + [1000 + number] * 50
         rows.append((ids, [-100] * 440 + ids[440:]))
     flags = settings.parse(["--batch_size", "8", "--grad_accum", "1"])
-    plan = runs.plan_of_run(flags, dtype="float32", load_in_4bit=False, gradient_checkpointing=False, device="cpu")
-    shared = runs.with_rows(plan, flags, rows, 10_000)
+    plan = memory_plan.plan_of_run(
+        flags, dtype="float32", load_in_4bit=False, gradient_checkpointing=False, device="cpu"
+    )
+    shared = memory_plan.with_rows(plan, flags, rows, 10_000)
     assert 400 + 8 * 49 <= shared.tokens <= 400 + 8 * 50 and shared.trained == 80
     flags.share_prefix = False
-    assert runs.with_rows(plan.but(device="cuda"), flags, rows, 10_000).tokens > 3500
+    assert memory_plan.with_rows(plan.but(device="cuda"), flags, rows, 10_000).tokens > 3500
     # On a CPU a full pass takes no row that shares nothing with it.
-    assert ENOUGH_ON_CPU <= runs.with_rows(plan, flags, rows, 10_000).tokens < ENOUGH_ON_CPU + 450
-    assert runs.with_rows(plan, flags, rows, 600).tokens <= 600  # one row in a pass
+    assert ENOUGH_ON_CPU <= memory_plan.with_rows(plan, flags, rows, 10_000).tokens < ENOUGH_ON_CPU + 450
+    assert memory_plan.with_rows(plan, flags, rows, 600).tokens <= 600  # one row in a pass
 
 
 def test_a_budget_per_pass_stays_within_the_free_memory(monkeypatch):
     sizes, plan = sizes_of_billions(1.5), Plan(tokens=1)
     budgets = []
     for free in (4e9, 8e9, 16e9, 200e9):
-        monkeypatch.setattr(runs, "free_memory", lambda free=free: free)
-        budgets.append(runs.default_tokens_per_pass(sizes, plan, loaded=False))
-    assert budgets == sorted(budgets) and budgets[0] < budgets[-1] == runs.MOST_TOKENS
-    monkeypatch.setattr(runs, "free_memory", lambda: 8e9)
-    assert runs.default_tokens_per_pass(sizes, plan, loaded=True) > budgets[1]  # the weights are there already
-    assert runs.default_tokens_per_pass(sizes, plan.but(optim="wonder"), loaded=True) > 0
+        monkeypatch.setattr(memory_plan, "free_memory", lambda free=free: free)
+        budgets.append(memory_plan.default_tokens_per_pass(sizes, plan, loaded=False))
+    assert budgets == sorted(budgets) and budgets[0] < budgets[-1] == memory_plan.MOST_TOKENS
+    monkeypatch.setattr(memory_plan, "free_memory", lambda: 8e9)
+    assert memory_plan.default_tokens_per_pass(sizes, plan, loaded=True) > budgets[1]  # the weights are there already
+    assert memory_plan.default_tokens_per_pass(sizes, plan.but(optim="wonder"), loaded=True) > 0
 
 
 def test_a_prediction_never_stops_a_run():
-    entry = runs.prediction(LLAMA3_8B, Plan(tokens=64, optim="wonder"))
+    entry = memory_plan.prediction(LLAMA3_8B, Plan(tokens=64, optim="wonder"))
     assert entry["predicted_gb"] is None and "wonder" in entry["reason"]
-    entry = runs.prediction(LLAMA3_8B, Plan(tokens=64))
+    entry = memory_plan.prediction(LLAMA3_8B, Plan(tokens=64))
     assert entry["predicted_gb"] == pytest.approx(sum(entry["parts"].values()) - entry["parts"]["context"], abs=0.01)
     assert plan_of(entry) == Plan(tokens=64)
 
@@ -440,14 +443,14 @@ def test_a_prediction_never_stops_a_run():
 def test_on_a_cpu_a_pass_is_no_larger_than_an_ordinary_micro_batch(monkeypatch):
     from finetune import settings
 
-    monkeypatch.setattr(runs, "free_memory", lambda: 200e9)
+    monkeypatch.setattr(memory_plan, "free_memory", lambda: 200e9)
     sizes, rows = sizes_of_billions(0.5), [([1] * length, [1] * length) for length in (30, 900)]
 
     def budget(device, *words):
         plan = Plan(tokens=1, device=device, load_in_4bit=False)
-        return runs.tokens_of_a_pass(settings.parse(list(words)), sizes, plan, rows, loaded=False)
+        return memory_plan.tokens_of_a_pass(settings.parse(list(words)), sizes, plan, rows, loaded=False)
 
     assert budget("cpu", "--batch_size", "8") == 8 * 900
     assert budget("cpu", "--batch_size", "1") == 4 * 900
     assert budget("cpu", "--batch_size", "8", "--tokens_per_pass", "100000") == 100_000
-    assert budget("cuda", "--batch_size", "8") == runs.MOST_TOKENS
+    assert budget("cuda", "--batch_size", "8") == memory_plan.MOST_TOKENS

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from finetune.errors import UserError
-from finetune.model import attach_adapter, find_run, load_base, load_tokenizer
-from finetune.model_faults import hub_errors
+from finetune.models.adapter import attach_adapter
+from finetune.models.faults import hub_errors
+from finetune.models.loading import load_base, load_tokenizer
+from finetune.runs.find import find_run
 from tests import parts
 
 CONFIG = {"flags": {"format": "chatml"}, "base_model": "base", "format": {"name": "chatml"}}
@@ -117,7 +119,7 @@ def test_a_base_that_is_not_quantised_as_asked_is_said(monkeypatch, caplog):
         config=SimpleNamespace(), get_input_embeddings=lambda: SimpleNamespace(weight=torch.zeros(1)),
     )  # fmt: skip
     loader = SimpleNamespace(from_pretrained=lambda **flags: (whole, None))
-    monkeypatch.setattr("finetune.model.import_unsloth", lambda: SimpleNamespace(FastLanguageModel=loader))
+    monkeypatch.setattr("finetune.models.loading.import_unsloth", lambda: SimpleNamespace(FastLanguageModel=loader))
     loaded = load_base("smollm2-135m", dtype="bfloat16", load_in_4bit=True)
     assert not loaded.load_in_4bit
     assert "4-bit weights were asked for, but Unsloth has loaded bfloat16" in caplog.text

@@ -51,7 +51,7 @@ def test_351_tool_sets_of_three_rows_are_hardly_ever_cut():
 
 
 def test_shuffled_within_and_between_and_anew_in_each_epoch():
-    from finetune.trainer import StepSampler
+    from finetune.training.trainer import StepSampler
 
     groups = groups_of([20] * 6)
     sampler = StepSampler(120, 10, seed=1, groups=groups)
@@ -71,7 +71,7 @@ def test_shuffled_within_and_between_and_anew_in_each_epoch():
 
 
 def test_ranks_share_out_each_step():
-    from finetune.trainer import StepSampler
+    from finetune.training.trainer import StepSampler
 
     groups = groups_of([7, 5, 9])
     whole = list(StepSampler(21, 8, seed=0, groups=groups))

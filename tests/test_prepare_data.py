@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import prepare_data
-from finetune.conversations import normalize_row, write_jsonl
-from finetune.errors import UserError, open_atomic
+from finetune.errors import UserError
+from finetune.files import open_atomic, write_jsonl
+from finetune.reading.conversations import normalize_row
 from formats import encode, get_format
 from tests import parts
 from tests.rows import ANSWER, GOOD, LAMP, chat, lamp_call, read

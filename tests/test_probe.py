@@ -7,11 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune import settings
-from finetune.memory import runs
 from finetune.memory.estimate import Plan
 from finetune.memory.sizes import sizes_of_model
-from finetune.training import probe
-from finetune.training.passes import PassRunner
+from finetune.passes.runner import PassRunner
+from finetune.training import memory_plan, probe
 from tests.test_shared_prefix import adapted
 
 ROWS = [([1] * 3000, [1] * 3000)]
@@ -43,7 +42,7 @@ def test_a_probe_foresees_a_larger_pass(runner):
     foreseen = found.fixed + 3072 * found.per_token
     assert found.per_token > 8 * 4 * 4 * 128  # at the very least a few states of each layer
     # The heap leaves holes, another number of them each time; the budget takes three fifths of the free memory.
-    assert runs.BUDGET["cpu"] * taken < foreseen < 1.6 * taken
+    assert memory_plan.BUDGET["cpu"] * taken < foreseen < 1.6 * taken
 
 
 @linux
@@ -60,13 +59,13 @@ def test_a_probe_leaves_no_gradient_and_no_random_number_behind(runner):
 def test_little_memory_makes_small_passes_by_what_was_tried(runner, monkeypatch):
     tried = []
     monkeypatch.setattr(probe, "probe", lambda *args: tried.append(args) or probe.Probe(fixed=1e8, per_token=1e5))
-    monkeypatch.setattr(runs, "free_memory", lambda: 1e9)
+    monkeypatch.setattr(memory_plan, "free_memory", lambda: 1e9)
     # 0.6 of the free memory without what a pass takes anyway and eight bytes for each of the adapter's numbers.
     numbers = sum(p.numel() for p in runner.model.parameters() if p.requires_grad)
     assert chosen(runner) == int((0.6e9 - 1e8 - 8 * numbers) / 1e5)
     assert len(tried) == 1
     assert chosen(runner, "--tokens_per_pass", "777") == 777
-    monkeypatch.setattr(runs, "free_memory", lambda: 64e9)
+    monkeypatch.setattr(memory_plan, "free_memory", lambda: 64e9)
     assert chosen(runner) == 12_000  # four of the longest rows: on a CPU more would be of no use
     assert len(tried) == 1  # and nothing had to be tried for it
 
@@ -76,9 +75,9 @@ def test_a_pass_that_does_not_fit_leaves_the_formula(runner, monkeypatch):
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(runner, "run_once", too_much)
-    monkeypatch.setattr(runs, "free_memory", lambda: 1e9)
+    monkeypatch.setattr(memory_plan, "free_memory", lambda: 1e9)
     assert probe.probe(runner, (512, 1024)) is None
-    assert runs.LEAST_TOKENS <= chosen(runner) < 12_000
+    assert memory_plan.LEAST_TOKENS <= chosen(runner) < 12_000
 
     def broken(*args):
         raise RuntimeError("something else")
@@ -97,6 +96,6 @@ def test_on_a_cpu_a_pass_is_tried_only_where_memory_is_near_what_the_run_needs(r
                 optim="adamw_torch", device="cpu")  # fmt: skip
     # The longest row 16 times would be 32,800 tokens; with the beginning shared the run needs 2,800.
     for allowed, tries in ((5_700, 0), (5_300, 1)):
-        monkeypatch.setattr(runs, "default_tokens_per_pass", lambda *args, allowed=allowed, **more: allowed)
+        monkeypatch.setattr(memory_plan, "default_tokens_per_pass", lambda *args, allowed=allowed, **more: allowed)
         assert probe.tokens_of_a_pass(runner, flags, sizes_of_model(runner.model), plan, rows) == allowed
         assert len(tried) == tries

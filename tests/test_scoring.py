@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 
 from finetune.evaluation.items import ANSWER, CALL, IRRELEVANT, MISSING_PARAMETER, QUESTION, Item, items_of
 from finetune.evaluation.metrics import RATIOS, Scored, compare, compute_metrics
-from finetune.evaluation.text_scores import exact_match, quality_ok, rouge_l, token_f1, tokenize
-from finetune.scoring import (
+from finetune.evaluation.scoring import (
     BROKEN,
     NO_CALL,
     UNDECLARED,
-    ToolSchemas,
     confusion_pairs,
     json_equal,
     leaves,
     pair_calls,
     score,
 )
+from finetune.evaluation.text_scores import exact_match, quality_ok, rouge_l, token_f1, tokenize
+from finetune.json_schema import ToolSchemas
 
 LAMP = {
     "type": "function",

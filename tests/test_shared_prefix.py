@@ -6,11 +6,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from finetune import attention, attention_gemm
-from finetune.attention import Layout, tree_attention
-from finetune.steps import make_row, plan_passes
-from finetune.training.loss import head_loss
-from finetune.training.passes import PassRunner, choose_mode
+from finetune.passes import attention, attention_gemm
+from finetune.passes.attention import Layout, tree_attention
+from finetune.passes.loss import head_loss
+from finetune.passes.plan import make_row, plan_passes
+from finetune.passes.runner import PassRunner, choose_mode
 
 SMALL = {
     "vocab_size": 300, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 3,

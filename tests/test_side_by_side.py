@@ -12,7 +12,7 @@ import pytest
 import sweep_lora
 from benchmarks import side_by_side
 from finetune.errors import UserError
-from finetune.run_log import COLUMNS
+from finetune.runs.run_log import COLUMNS
 from finetune.sweep import grid
 from tests.fake_nvml import FakeCard, FakeNvml
 

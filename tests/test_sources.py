@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finetune.conversations import json_line, load_conversations, normalize_row, read_rows, write_jsonl
 from finetune.errors import UserError
+from finetune.files import json_line, write_jsonl
+from finetune.reading.conversations import load_conversations, normalize_row, read_rows
 from finetune.reading.row_files import Unreadable
 from finetune.reading.sources import parse_spec
 from tests.rows import LAMP, chat

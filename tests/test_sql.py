@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 import prepare_data
-from finetune.conversations import load_conversations
 from finetune.errors import UserError
+from finetune.reading.conversations import load_conversations
 from finetune.reading.sql import database_url, read_sql, shown_url
 
 CREATE = """CREATE TABLE query_logs (id integer, query text, tool_used text, parameters {json}, response text)"""

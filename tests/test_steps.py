@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.steps import MIN_SHARED, common_prefix, make_row, plan_padded, plan_passes
+from finetune.passes.plan import MIN_SHARED, common_prefix, make_row, plan_padded, plan_passes
 
 
 def row(ids, trained):

@@ -14,12 +14,12 @@ import psutil
 import pytest
 
 from finetune.errors import UserError
-from finetune.run_log import COLUMNS
+from finetune.runs.run_log import COLUMNS
 from finetune.sweep import ray_runner
 from finetune.sweep.attempt import ending, last_words, run_attempt
 from finetune.sweep.grid import make_points
 from finetune.sweep.hub import Hub
-from finetune.sweep.options import Options
+from finetune.sweep.ray_runner import Options
 from finetune.sweep.runs import TOKEN, open_sweep
 from finetune.sweep.stopping import Asha
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from finetune.conversations import load_conversations, normalize_row
 from finetune.errors import UserError
 from finetune.preparing.checks import check_conversation
+from finetune.reading.conversations import load_conversations, normalize_row
 from finetune.reading.tool_schemas import load_tools_file
 from finetune.synthetic.generate import Writer, generate, generate_files, shares
 from finetune.synthetic.phrasebook import load_phrasebook

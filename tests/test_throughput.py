@@ -5,8 +5,8 @@ from transformers import AutoTokenizer
 
 from benchmarks import throughput
 from benchmarks.throughput_parts.rows import WORKLOADS, load, save, steps_of
-from finetune.bundled import smollm2_dir
-from finetune.steps import make_row, plan_passes
+from finetune.models.bundled import smollm2_dir
+from finetune.passes.plan import make_row, plan_passes
 from formats import get_format
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import prepare_data
-from finetune.conversations import normalize_row, write_jsonl
+from finetune.files import write_jsonl
+from finetune.reading.conversations import normalize_row
 from formats import encode, get_format
 from tests import parts
 from tests.rows import GOOD, LAMP, chat, lamp_call, read

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.conversations import RowError, normalize_row
 from finetune.reading.calls_in_text import read_arguments, split_calls
+from finetune.reading.conversations import RowError, normalize_row
 from finetune.reading.tool_schemas import normalize_tools
 from tests.rows import LAMP, WRAPPED, calls, chat
 

@@ -14,8 +14,8 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from finetune.bundled import smollm2_dir
-from finetune.run_log import COLUMNS
+from finetune.models.bundled import smollm2_dir
+from finetune.runs.run_log import COLUMNS
 from tests.scripts import ROOT, run_script
 from tests.tiny import tiny_llama
 

@@ -42,7 +42,7 @@ def run_way(way: str, task: Namespace) -> dict[str, Any]:
         notes = train(way, [*warm, *steps], task, meter, folder)
     import torch
 
-    from finetune.run_log import peak_memory_gb
+    from finetune.runs.run_log import peak_memory_gb
 
     measured = meter.steps[len(warm) :]
     rows = [row for step in steps for row in step]
@@ -172,7 +172,7 @@ def plain(way, steps, task, meter, folder) -> dict[str, Any]:
 
 
 def unsloth_model(task: Namespace, checkpointing: bool):
-    from finetune.model import import_unsloth
+    from finetune.models.loading import import_unsloth
 
     unsloth = import_unsloth()
     import torch
@@ -256,9 +256,10 @@ def ours(way, steps, task, meter, folder) -> dict[str, Any]:
     from rich.console import Console
 
     from finetune import settings as flags
-    from finetune.experiment import Experiment
-    from finetune.model import add_lora, load_base
-    from finetune.steps import make_row
+    from finetune.models.adapter import add_lora
+    from finetune.models.loading import load_base
+    from finetune.passes.plan import make_row
+    from finetune.runs.experiment import Experiment
     from finetune.training.run import make_trainer
 
     words = ["--model", task.model, "--dtype", task.dtype, "--max_seq_length", str(task.max_seq_length), "--seed", "0",
@@ -295,7 +296,7 @@ def ours(way, steps, task, meter, folder) -> dict[str, Any]:
 
 
 def _steps_in_order(trainer, sizes: list[int]):
-    from finetune.trainer import StepLoader
+    from finetune.training.trainer import StepLoader
 
     class InOrder:
         def __iter__(self):

@@ -309,3 +309,8 @@ def duration(seconds: float) -> str:
         return f"{seconds} s"
     minutes, rest = divmod(seconds, 60)
     return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
+
+
+def broke_off(run: Run) -> bool:
+    """Whether the curve's end is no regular end and gets a cross."""
+    return run.status not in ("finished", "running", "unknown") or any("no number" in note for note in run.notes)

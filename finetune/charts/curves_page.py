@@ -9,7 +9,7 @@ from typing import Any
 from finetune.charts import curves
 from finetune.charts.plots import X_LABELS, headline, subtitle
 from finetune.charts.run_labels import Comparison
-from finetune.errors import write_text_atomic
+from finetune.files import write_text_atomic
 
 TEMPLATE = Path(__file__).with_name("curves_page.html")
 ALL_POINTS = 60_000  # points in the whole page, shared by its runs, so that it stays a few MB

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.charts import curves
 from finetune.charts.boxes import boxes_unremarked
+from finetune.charts.curves import broke_off
 from finetune.charts.run_labels import Comparison, Look, value_text
-from finetune.errors import UserError, write_bytes_atomic
+from finetune.errors import UserError
+from finetune.files import write_bytes_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -236,11 +238,6 @@ def subtitle(comparison: Comparison) -> str:
 def stroke(look: Look) -> Any:
     """A look's dashes as matplotlib's line style."""
     return (0, look.dash) if look.dash else "solid"
-
-
-def broke_off(run: curves.Run) -> bool:
-    """Whether the curve's end is no regular end and gets a cross."""
-    return run.status not in ("finished", "running", "unknown") or any("no number" in note for note in run.notes)
 
 
 def time_unit(comparison: Comparison) -> tuple[float, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from finetune.charts import curves
-from finetune.charts.curves import COLUMNS, X_COLUMNS, Run
+from finetune.charts.curves import COLUMNS, X_COLUMNS, Run, broke_off
 from finetune.charts.run_labels import Comparison, Look
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ def merge_repeats(comparison: Comparison) -> tuple[Comparison, list[Band]]:
 
     A run that was broken off keeps its own curve: a mean over runs of unlike length would jump where one ends.
     """
-    from finetune.charts.plots import broke_off
-
     groups: dict[str, list[int]] = {}
     for index, (run, look) in enumerate(zip(comparison.runs, comparison.looks, strict=True)):
         alone = broke_off(run) or run.rows.empty

@@ -15,7 +15,7 @@ from rich.table import Table
 from finetune.charts import curves
 from finetune.charts.plots import short_number
 from finetune.charts.run_labels import Comparison
-from finetune.errors import write_text_atomic
+from finetune.files import write_text_atomic
 
 
 def print_table(table: list[dict[str, Any]]) -> None:

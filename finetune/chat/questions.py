@@ -11,9 +11,10 @@ from typing import Any, TextIO
 from finetune.chat.reply import Reply, call_line, read_reply
 from finetune.chat.session import Conversation, Talk
 from finetune.chat.terminal import printable
-from finetune.conversations import RowError, json_line, normalize_row
 from finetune.errors import UserError
+from finetune.files import json_line
 from finetune.progress import progress_bar
+from finetune.reading.conversations import RowError, normalize_row
 from finetune.reading.row_files import strict_json
 from finetune.reading.shapes import FIELDS
 from formats import FormatError
@@ -109,7 +110,7 @@ def _answers(talk: Talk, conversations: list[Conversation], side: str, advance: 
             yield conversation, list(talk.answer(conversation))
             advance(1)
         return
-    from finetune.generation import generate
+    from finetune.generation.generate import generate
 
     speaker = talk.speaker
     prompts = [speaker.prompt_ids(c.messages, c.tools, talk.decoding.max_new_tokens) for c in fresh]

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.scoring import ToolSchemas
+from finetune.json_schema import ToolSchemas
 from formats import Parsed, unescape
 from formats.escape import MARK
 from formats.tokens import added_tokens

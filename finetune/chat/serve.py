@@ -20,7 +20,7 @@ from finetune.chat.address import check_address
 from finetune.chat.reply import LiveText, unescaped
 from finetune.chat.speaker import BASE, TUNED, Speaker
 from finetune.errors import UserError
-from finetune.generation import Decoding
+from finetune.generation.generate import Decoding
 from formats.calls import refuse_halves
 
 PATHS = ("/v1/chat/completions", "/v1/models", "/health")

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from finetune.chat.reply import Reply
 from finetune.chat.speaker import TUNED, Speaker
 from finetune.chat.tool_command import ToolCommand, failure
-from finetune.conversations import json_line
 from finetune.errors import UserError
+from finetune.files import json_line
 from formats.calls import DEEPEST, levels, refuse_halves
 
 if TYPE_CHECKING:
-    from finetune.generation import Decoding
+    from finetune.generation.generate import Decoding
 
 
 @dataclass

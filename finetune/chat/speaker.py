@@ -14,7 +14,7 @@ from finetune.chat.reply import LiveText, Reply, read_reply
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
-    from finetune.generation import Decoding
+    from finetune.generation.generate import Decoding
 
 TUNED, BASE = "tuned", "base"
 
@@ -131,7 +131,7 @@ class _Streamer:
 
 def load_speaker(path: str | Path, *, base: bool = False, merged: bool = False, format_name: str | None = None):
     """Load what `path` names (see `load_for_inference`) for talking; `format_name` overrules the trained format."""
-    from finetune.model import load_for_inference
+    from finetune.runs.find import load_for_inference
 
     model, tokenizer, fmt = load_for_inference(path, base=base, merged=merged)
     if format_name:

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune.bundled import cache_dir
 from finetune.chat.reply import Reply, call_line
 from finetune.chat.session import Conversation, Talk, read_tools
 from finetune.chat.speaker import BASE
 from finetune.errors import UserError
 from finetune.json_schema import validator_of
+from finetune.models.bundled import cache_dir
 from formats import FormatError
 
 HELP = """\

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from finetune.encoding.encode import EncodedRows
+from finetune.encoding.encoded import EncodedRows
 from finetune.encoding.rows import Flags
-from finetune.errors import write_to_cache
+from finetune.files import write_to_cache
 
 ARRAYS = ("input_ids", "trained", "offsets", "rows")
 

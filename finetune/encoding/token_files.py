@@ -13,8 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from finetune.conversations import json_line
-from finetune.errors import UserError, open_atomic
+from finetune.errors import UserError
+from finetune.files import json_line, open_atomic
 from finetune.progress import progress_bar
 from finetune.reading.normalize import normalize_row
 from finetune.reading.row_files import Unreadable
@@ -27,7 +27,7 @@ from finetune.torchless import let_torch_in
 def load_tokenizer(name: str, *, trust_remote_code: bool = False):
     """A tokenizer by folder, Hub id or the bundled model's name; needs no torch. Raises UserError."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from finetune.bundled import resolve_model
+    from finetune.models.bundled import resolve_model
 
     path = resolve_model(name)
     if trust_remote_code:

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.bundled import NAME
-from finetune.model import Run
+from finetune.models.bundled import NAME
+from finetune.runs.find import Run
 
 
 def answer_settings(run: Run, side: str, model: Any, fmt: Any, decoding: Any) -> dict[str, Any]:

@@ -92,61 +92,6 @@ def _first(allowed: list) -> Any:
     return value
 
 
-def matches_possible_answers(made: list[dict], possible: list[dict], tools: list[dict]) -> bool:
-    """Our own judgement: the made calls and the expected ones can be paired so that every pair agrees."""
-    declared = {tool["function"]["name"]: tool["function"] for tool in tools}
-    if len(made) != len(possible):
-        return False
-    fits = [[_call_fits(call, answer, declared) for call in made] for answer in possible]
-    return _pairable(fits, 0, frozenset())
-
-
-def _pairable(fits: list[list[bool]], at: int, taken: frozenset[int]) -> bool:
-    return at == len(fits) or any(
-        fit and j not in taken and _pairable(fits, at + 1, taken | {j}) for j, fit in enumerate(fits[at])
-    )
-
-
-def _call_fits(call: dict, answer: dict, declared: dict[str, dict]) -> bool:
-    ((name, allowed),) = answer.items()
-    if call["name"] != name:
-        return False
-    required = declared[name]["parameters"].get("required", [])
-    arguments = call["arguments"]
-    return (
-        all(key in allowed and _value_fits(value, allowed[key]) for key, value in arguments.items())
-        and all(key in arguments for key in required)
-        and all(key in arguments or "" in values for key, values in allowed.items())
-    )
-
-
-def _value_fits(value: Any, allowed: list) -> bool:
-    return any(_one_fits(value, choice) for choice in allowed)
-
-
-def _one_fits(value: Any, choice: Any) -> bool:
-    if isinstance(choice, dict) and isinstance(value, dict):
-        return all(
-            key in choice and any(_same(inner, one) for one in choice[key]) for key, inner in value.items()
-        ) and all(key in value or "" in inner for key, inner in choice.items())
-    if isinstance(choice, list) and isinstance(value, list):
-        return len(choice) == len(value) and all(map(_one_fits, value, choice))
-    return _same(value, choice)
-
-
-def _same(value: Any, choice: Any) -> bool:
-    from finetune.scoring import json_equal
-
-    if isinstance(choice, str) and isinstance(value, str):
-        return _loose(value) == _loose(choice)
-    return json_equal(value, choice)
-
-
-def _loose(text: str) -> str:
-    """BFCL compares strings without spaces, case and the punctuation , . / - _ * ^, with one kind of quote."""
-    return "".join(c for c in text.lower() if c not in " ,./-_*^").replace("'", '"')
-
-
 def verdict(item: Item, made: list[dict], errors: list[str], ours: dict[str, Any]) -> dict[str, bool]:
     """`bfcl_valid`, the leaderboard's own verdict, and `bfcl_agrees`, whether our verdict is the same.
 

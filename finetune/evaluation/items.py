@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.conversations import load_conversations
 from finetune.errors import UserError
+from finetune.reading.conversations import load_conversations
 from finetune.reading.sources import parse_spec, read_rows
 from formats.base import call_of
 
@@ -125,13 +125,3 @@ def _kind(messages: list[dict], turn: int, tools: list[dict], calls: bool, categ
     # Without a word from the data: an answer that asks something back is taken to ask for what is missing.
     asks = any(mark in messages[turn]["content"] for mark in "?？")
     return MISSING_PARAMETER if asks else IRRELEVANT
-
-
-def step_of(item: Item) -> int:
-    """Tool results since the last user message: 0 for a first call, 1 and more for the later steps of a chain."""
-    count = 0
-    for message in reversed(item.messages):
-        if message["role"] == "user":
-            break
-        count += message["role"] == "tool"
-    return count

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from finetune.evaluation.items import ANSWER, CALL, IRRELEVANT, MISSING_PARAMETER, QUESTION, Item
-from finetune.scoring import BROKEN, NO_CALL, UNDECLARED, confusion_pairs
+from finetune.evaluation.scoring import BROKEN, NO_CALL, UNDECLARED, confusion_pairs
 
 RESAMPLES = 2000
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.charts.boxes import boxes_unremarked
-from finetune.errors import open_atomic, write_bytes_atomic, write_text_atomic
 from finetune.evaluation.folder import NAMES
 from finetune.evaluation.metrics import LOWER_IS_BETTER, RATIOS
-from finetune.scoring import BROKEN, NO_CALL, UNDECLARED
+from finetune.evaluation.scoring import BROKEN, NO_CALL, UNDECLARED
+from finetune.files import open_atomic, write_bytes_atomic, write_text_atomic
 
 # Beside the ratios, in this order.
 PLAIN = (

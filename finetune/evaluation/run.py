@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.conversations import json_line
-from finetune.errors import UserError, write_text_atomic
+from finetune.errors import UserError
 from finetune.evaluation.folder import free_name
 from finetune.evaluation.items import Item
 from finetune.evaluation.metrics import Scored
+from finetune.evaluation.scoring import score
+from finetune.files import json_line, write_text_atomic
 from finetune.progress import progress_bar
-from finetune.scoring import score
 
 
 @dataclass
@@ -227,7 +227,7 @@ def _generate(model, input_ids, todo, decoding, record, name, say, share_prefix)
 
     import torch
 
-    from finetune.generation import generate
+    from finetune.generation.generate import generate
 
     started, tokens, computed, method, new_tokens = time.perf_counter(), 0, 0, None, 0
     open_rows = list(todo)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.errors import UserError, no_room
-from finetune.experiment import CONFIG, FINAL
+from finetune.runs.experiment import CONFIG, FINAL
 
 # A file that every export of a kind has, so that --overwrite takes nobody's photographs for one.
 MARKS = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.model import Run
+from finetune.runs.find import Run
 
 DIRECT = ("f16", "bf16", "f32", "q8_0")  # the converter writes these itself
 QUANTIZATIONS = (*DIRECT, "q4_k_m", "q5_k_m", "q6_k", "q4_0")

@@ -10,9 +10,9 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.evaluation.answer_settings import adapter_hash
-from finetune.experiment import LOG, Experiment
-from finetune.hub_token import hub_token
-from finetune.model import Run
+from finetune.models.hub import hub_token, public_name
+from finetune.runs.experiment import LOG, Experiment
+from finetune.runs.find import Run
 
 # What never leaves with an adapter: an evaluation of its folder holds the held-out rows with all answers.
 PRIVATE = (
@@ -58,12 +58,6 @@ def _name_base(path: Path, config: dict[str, Any]) -> None:
     path.write_text(json.dumps(adapter, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def public_name(model: str) -> str:
-    """A Hub id as it is; of a path on this machine only its last part."""
-    path = Path(model)
-    return path.resolve().name if path.exists() or path.is_absolute() else model
-
-
 def read_scores(run_folder: Path) -> dict[str, dict[str, Any]]:
     """{"base": metrics, "tuned": metrics} as evaluate_lora.py wrote them; sides that were not scored are absent."""
     scores = {}
@@ -105,7 +99,7 @@ def draw_curve(log: Path, picture: Path) -> bool:
 
 def model_card(experiment: Any, scores: dict[str, dict[str, Any]], curve: bool) -> str:
     """Markdown with the front matter that the Hub reads: base, data, training, scores with intervals, curve."""
-    from finetune.training.saving import model_card as training_card
+    from finetune.runs.saving import model_card as training_card
 
     config = experiment.config
     flags = {**config["flags"], "dataset": [public_name(name) for name in config["flags"]["dataset"]]}

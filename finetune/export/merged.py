@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.model import Run, attach_adapter
+from finetune.models.adapter import attach_adapter
+from finetune.runs.find import Run
 
 TAIL = 64  # positions compared at the end of each prompt
 LONGEST = 1024  # tokens of a prompt that are read
@@ -83,7 +84,7 @@ def check_prompts(run: Run, tokenizer: Any, fmt: Any, count: int = 4) -> list[li
 
 def conversations_of(run: Run, count: int) -> list[dict[str, Any]]:
     """The first conversations of the run's data, as far as they can be read, and two of ours behind them."""
-    from finetune.conversations import load_conversations
+    from finetune.reading.conversations import load_conversations
 
     conversations = []
     if run.experiment is not None:
@@ -144,7 +145,7 @@ def export_merged(run: Run, folder: Path, dtype: str = "auto", say: Any = print)
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finetune.training.saving import generation_config
+    from finetune.runs.saving import generation_config
     from formats import check_tokenizer
 
     loaded, fmt = run.load_base()

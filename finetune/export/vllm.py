@@ -12,7 +12,7 @@ import formats
 from finetune.errors import UserError
 from finetune.export.hub import PRIVATE
 from finetune.export.merged import served_format
-from finetune.model import Run
+from finetune.runs.find import Run
 from formats import Format
 
 PLUGIN = Path(__file__).with_name("vllm_plugin.py")

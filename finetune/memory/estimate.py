@@ -19,7 +19,7 @@ NF4_TABLES = 4 * (256 + 16 + 1)
 # Blocks of bitsandbytes' 8-bit optimizers: 256 numbers share one float32 scale; tensors below 4,096 stay in 32 bits.
 OPTIM_BLOCK, OPTIM_SMALLEST = 256, 4096
 
-# finetune/training/loss.py handles this many positions at a time.
+# finetune/passes/loss.py handles this many positions at a time.
 LOSS_CHUNK = 512
 # ... and the float32 probabilities of so many of them on a CPU, of all of them on a GPU.
 LOSS_ROWS_ON_CPU = 32
@@ -127,14 +127,14 @@ def optimizer_bytes(optim: str, adapted: list[Matrix], rank: int) -> float:
 
 
 def _fused(plan: Plan) -> bool:
-    """Whether LoRA layers are those of finetune/training/lora_linear.py on a CPU, of Unsloth's kernels on a GPU, which
+    """Whether LoRA layers are those of finetune/models/lora_linear.py on a CPU, of Unsloth's kernels on a GPU, which
     take a 4-bit base, too; else they are PEFT's."""
     return not plan.dropout and not (plan.device == "cpu" and plan.load_in_4bit)
 
 
 def _rebuilds(sizes: Sizes, plan: Plan) -> bool:
     """Whether an MLP's product is made again in the backward pass: by Unsloth's kernels on a GPU; on a CPU by
-    finetune/training/lora_linear.py, where a fused LoRA layer takes the product of a silu-gated MLP."""
+    finetune/models/lora_linear.py, where a fused LoRA layer takes the product of a silu-gated MLP."""
     if not _fused(plan):
         return False
     fused_down = sizes.silu_gated and any(m.name == "down_proj" for m in sizes.adapted(plan.target_modules))

@@ -102,7 +102,7 @@ class Sizes:
 def sizes_of_name(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Sizes:
     """Sizes of a model folder or Hub id; fetches config.json and nothing else. Raises UserError when it is not found
     or its layers cannot be told."""
-    from finetune.model import load_config
+    from finetune.models.loading import load_config
 
     return sizes_of_config(load_config(name, revision, trust_remote_code))
 

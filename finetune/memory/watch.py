@@ -14,7 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError, write_bytes_atomic
+from finetune.errors import UserError
+from finetune.files import write_bytes_atomic
 from finetune.memory.devices import Card, Driver
 
 COLUMNS = (

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.conversations import Rejected
+from finetune.reading.conversations import Rejected
 
 
 @dataclass

@@ -108,6 +108,6 @@ def show_terminal(entries: Iterable[dict[str, Any]], tokenizer) -> None:
 
 def show_html(entries: Iterable[dict[str, Any]], tokenizer, heading: str, path: str | Path) -> None:
     """Write the page of `html_page`."""
-    from finetune.errors import write_text_atomic
+    from finetune.files import write_text_atomic
 
     write_text_atomic(path, html_page(entries, tokenizer, heading))

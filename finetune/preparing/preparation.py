@@ -9,17 +9,13 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from finetune.conversations import LoadResult, Rejected, json_lines, load_conversations
-from finetune.errors import UserError, write_together
+from finetune.errors import UserError
 from finetune.preparing.checks import check_conversation, exact_key
 from finetune.preparing.splits import SPLITS, near_duplicate_groups, parse_ratios, split_conversations
+from finetune.reading.conversations import LoadResult, Rejected, load_conversations
 from finetune.reading.sources import parse_spec
-
-# What `write_prepared` puts into its folder.
-WRITTEN = (*(f"{name}.jsonl" for name in SPLITS), "rejected.jsonl", "dataset_card.md", "lengths.png", "tools.png")
 
 
 @dataclass
@@ -190,32 +186,3 @@ def _fitted(rows: list[_Row], result: Prepared, options: Options, tokenizer, fmt
         conversation = without_oldest_turns(row.conversation, removed) if removed else row.conversation
         kept.append(_Row(conversation, row.origin, lengths[index]))
     return kept
-
-
-def write_prepared(
-    result: Prepared, folder: str | Path, options: Options, command: str, *, overwrite: bool = False
-) -> None:
-    """Write one file per split, rejected.jsonl, the dataset card and its pictures: all of them or none.
-
-    New training rows beside the validation rows of an earlier run would leak into each other. Raises UserError.
-    """
-    from finetune.preparing.dataset_card import card, draw_lengths, draw_tools
-
-    folder = Path(folder)
-    refuse_to_replace(folder, overwrite=overwrite)
-    files = {f"{name}.jsonl": json_lines(conversations).encode() for name, conversations in result.splits.items()}
-    if result.rejected:
-        files["rejected.jsonl"] = json_lines(row.as_json() for row in result.rejected).encode()
-    files["lengths.png"] = draw_lengths(result, options.max_seq_length)
-    files["tools.png"] = draw_tools(result)
-    files["dataset_card.md"] = card(result, options, command).encode(errors="backslashreplace")
-    write_together({folder / name: data for name, data in files.items()})
-    if not result.rejected:
-        (folder / "rejected.jsonl").unlink(missing_ok=True)  # of an earlier run: its rows are no rows of this one
-
-
-def refuse_to_replace(folder: str | Path, *, overwrite: bool) -> None:
-    """UserError when the folder holds a prepared data set that may not be replaced; asked before anything slow."""
-    existing = [path for name in WRITTEN if (path := Path(folder, name)).exists()]
-    if existing and not overwrite:
-        raise UserError(f"{existing[0]} is already there; choose another --output, or say --overwrite")

@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import write_to_cache
+from finetune.files import write_to_cache
 from finetune.reading.sources import Spec, files_of
 
 FIELDS = ("counts", "mappings", "notes", "fingerprint")
@@ -82,6 +82,6 @@ def _code_fingerprint() -> str:
     root = Path(__file__).resolve().parents[2]
     files = [*sorted((root / "finetune" / "reading").glob("*.py")), *sorted((root / "formats").glob("*.py"))]
     digest = hashlib.sha256()
-    for path in [*files, root / "finetune" / "conversations.py"]:
+    for path in files:
         digest.update(path.read_bytes())
     return digest.hexdigest() + version("pyarrow")

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.experiment import CHECKPOINT, CONFIG, LOG
-from finetune.run_log import COLUMNS, read_rows
+from finetune.runs.experiment import CHECKPOINT, CONFIG, LOG
+from finetune.runs.run_log import COLUMNS, read_rows
 from finetune.sweep.courier import Courier, Workspace, place_of
 from finetune.sweep.runs import FAILED, FINISHED, INTERRUPTED, REFUSED, STOPPED, folder_status, now, set_aside
 

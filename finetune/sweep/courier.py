@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.experiment import CHECKPOINT, CONFIG, FINAL
+from finetune.runs.experiment import CHECKPOINT, CONFIG, FINAL
 from finetune.sweep.runs import FINISHED, TOKEN, folder_status
 
 CHUNK = 8 << 20

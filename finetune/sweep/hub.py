@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from finetune.experiment import CHECKPOINT
+from finetune.runs.experiment import CHECKPOINT
 from finetune.sweep.runs import FINISHED, folder_status, set_aside
 
 EVERYTHING = "*"

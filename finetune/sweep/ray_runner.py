@@ -15,6 +15,7 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.sweep.attempt import KILLED, OUT_OF_MEMORY, ROOT, run_attempt
 from finetune.sweep.hub import EVERYTHING, Hub
-from finetune.sweep.options import Options
 from finetune.sweep.runs import (
     FAILED,
     FINISHED,
@@ -323,7 +323,7 @@ class RayRunner:
 
     def _replay(self) -> None:
         """Tell the scheduler what runs of an earlier start of this sweep have reached."""
-        from finetune.experiment import LOG
+        from finetune.runs.experiment import LOG
         from finetune.sweep.attempt import new_rows
 
         for run in self.sweep.runs:
@@ -382,3 +382,22 @@ def percent(run: SweepRun, row: dict[str, Any]) -> float:
     if flags.max_steps:
         return 100.0 * row["step"] / flags.max_steps
     return min(100.0, 100.0 * row.get("epoch", 0.0) / flags.epochs)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags of sweep_lora.py of the same names. interval: seconds between two looks at a run's log; patience:
+    seconds that a run has for its last step and its checkpoint when it is told to stop; hang_minutes: a run
+    that neither logs nor prints for so long is ended and tried again (0: never).
+    """
+
+    address: str | None = None
+    gpus_per_run: float | None = None
+    cpus_per_run: float | None = None
+    transport: str = "auto"
+    scratch: str | None = None
+    retries: int = 2
+    command: tuple[str, ...] = ()
+    patience: float = 120.0
+    interval: float = 1.0
+    hang_minutes: float = 60.0

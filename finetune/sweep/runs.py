@@ -14,8 +14,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from finetune.errors import UserError, write_text_atomic
-from finetune.experiment import CONFIG, check_writable
+from finetune.errors import UserError
+from finetune.files import write_text_atomic
+from finetune.runs.experiment import CONFIG, check_writable
 from finetune.sweep.grid import Point
 
 SWEEP, SWEEP_LOG, LOGS, LOCK, TOKEN = "sweep.json", "sweep.log", "logs", ".lock", ".token"

@@ -12,7 +12,7 @@ from finetune.charts import curves
 from finetune.charts.curves import Run
 from finetune.charts.run_labels import Comparison, compare
 from finetune.charts.tables import print_table, write_summary
-from finetune.experiment import LOG
+from finetune.runs.experiment import LOG
 from finetune.sweep.runs import FINISHED, WAITING, Sweep, SweepRun
 
 SUMMARY, PICTURE = "summary.csv", "comparison.png"

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.conversations import json_lines
-from finetune.errors import UserError, write_together
+from finetune.errors import UserError
+from finetune.files import json_lines, write_together
 from finetune.json_schema import validator_of
 from finetune.reading.tool_schemas import load_tools_file
 from finetune.synthetic.phrasebook import Phrasebook, Request, load_phrasebook

@@ -1,1 +1,1 @@
-"""The parts of a training run: passes, loss, log, table, saving."""
+"""One training run: trainer, memory plan, order of rows, callbacks, the run table."""

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from finetune.run_log import RunLog
-from finetune.training import ranks
+from finetune import distributed
+from finetune.runs.run_log import RunLog
 
 log = logging.getLogger("sandwich")
 # What ends a run from outside: a preempted machine, and a terminal that was closed (Windows has no such signal).
@@ -103,7 +103,7 @@ class StopCallback(TrainerCallback):
     def __init__(self):
         self.requested: str | None = None
         self.trained = False
-        self.agreed = ranks.size() == 1
+        self.agreed = distributed.size() == 1
         self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -116,7 +116,9 @@ class StopCallback(TrainerCallback):
 
     def _handle(self, number, frame):
         if self.requested:
-            if ranks.size() > 1:  # torchrun passes a Ctrl-C on as SIGTERM, and ends us itself when we take too long
+            if (
+                distributed.size() > 1
+            ):  # torchrun passes a Ctrl-C on as SIGTERM, and ends us itself when we take too long
                 return
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
@@ -139,7 +141,7 @@ class StopCallback(TrainerCallback):
 
     def restore(self) -> None:
         """Give the signals back to their former handlers."""
-        if ranks.size() > 1:  # a launcher's SIGTERM must not cut short what is still to be written
+        if distributed.size() > 1:  # a launcher's SIGTERM must not cut short what is still to be written
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)

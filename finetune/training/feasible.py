@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+
 from finetune.errors import UserError
 from finetune.memory.estimate import estimate, knows
-from finetune.memory.runs import all_memory, plan_of_run
 from finetune.memory.sizes import Sizes, model_without_weights, refuse_untrainable, sizes_of_model
-from finetune.model import check_adapter, load_config
+from finetune.models.adapter import check_adapter
+from finetune.models.loading import load_config
 from finetune.settings import Settings
+from finetune.training.memory_plan import all_memory, plan_of_run
 from finetune.training.run_table import planned_device
 
 
@@ -44,3 +47,14 @@ def _check_rank(settings: Settings, sizes: Sizes) -> None:
             f"and here are {all_memory() / 1e9:,.0f}; the widest layer has {widest:,} numbers, and a rank beyond that "
             "adds nothing"
         )
+
+
+def check_optimizer(name: str) -> None:
+    """UserError when Transformers knows no optimizer of that name."""
+    from transformers.training_args import OptimizerNames
+
+    known = [optimizer.value for optimizer in OptimizerNames]
+    if name != "auto" and name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+        raise UserError(f"--optim {name}: Transformers has no such optimizer; {hint}")

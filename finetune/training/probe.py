@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.memory import runs
 from finetune.memory.estimate import Plan, knows, optimizer_bytes
 from finetune.memory.sizes import Sizes
-from finetune.steps import make_row
-from finetune.training.passes import PassRunner, is_out_of_memory
+from finetune.passes.plan import make_row
+from finetune.passes.runner import PassRunner, is_out_of_memory
+from finetune.training import memory_plan
 
 log = logging.getLogger("sandwich")
 # Tokens of the two passes that are tried on a CPU, where each of them costs seconds; a chunk of the loss is 512.
@@ -30,25 +30,25 @@ def tokens_of_a_pass(
 ) -> int:
     """--tokens_per_pass, or its default: by what two passes of this model on this device took of the free memory.
 
-    The formula's answer (`runs.tokens_of_a_pass`) stands where nothing can be tried, and on a CPU where by it memory
-    for twice the run's largest pass is free: there a try would cost seconds and change nothing. groups: as in
+    The formula's answer (`memory_plan.tokens_of_a_pass`) stands where nothing can be tried, and on a CPU where by it
+    memory for twice the run's largest pass is free: there a try would cost seconds and change nothing. groups: as in
     `steps_of_epoch`.
     """
-    guess = runs.tokens_of_a_pass(settings, sizes, plan, sequences, loaded=True)
+    guess = memory_plan.tokens_of_a_pass(settings, sizes, plan, sequences, loaded=True)
     if settings.tokens_per_pass:
         return guess
     if plan.device == "cpu":
-        largest = runs.with_rows(plan, settings, sequences, guess, groups=groups).tokens
-        if runs.default_tokens_per_pass(sizes, plan, loaded=True) >= 2 * largest:
+        largest = memory_plan.with_rows(plan, settings, sequences, guess, groups=groups).tokens
+        if memory_plan.default_tokens_per_pass(sizes, plan, loaded=True) >= 2 * largest:
             return guess
     found = probe(runner, CPU_TRIES if plan.device == "cpu" else (max(512, guess // 4), max(1024, guess // 2)))
     if found is None:
         return guess
     optimizer = optimizer_bytes(plan.optim if knows(plan.optim) else "adamw_torch", sizes.adapted(plan.target_modules),
                                 plan.rank)  # fmt: skip
-    tokens = found.tokens(runs.BUDGET[plan.device] * runs.free_memory() - optimizer)
-    useful = runs.useful_tokens(settings, plan, sequences) or runs.MOST_TOKENS
-    tokens = min(max(tokens, runs.LEAST_TOKENS), runs.MOST_TOKENS, useful)
+    tokens = found.tokens(memory_plan.BUDGET[plan.device] * memory_plan.free_memory() - optimizer)
+    useful = memory_plan.useful_tokens(settings, plan, sequences) or memory_plan.MOST_TOKENS
+    tokens = min(max(tokens, memory_plan.LEAST_TOKENS), memory_plan.MOST_TOKENS, useful)
     log.info("a pass takes %.2f GB and %.0f kB a token (tried); passes of at most %s tokens",
              found.fixed / 1e9, found.per_token / 1e3, f"{tokens:,}")  # fmt: skip
     return tokens

@@ -16,15 +16,15 @@ from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
-from finetune.experiment import COUNTERS, LOG, Experiment
-from finetune.memory import runs as memory
 from finetune.memory.sizes import sizes_of_model
-from finetune.model import Loaded
-from finetune.run_log import RunLog, read_rows
+from finetune.models.loading import Loaded
+from finetune.runs.experiment import COUNTERS, LOG, Experiment
+from finetune.runs.run_log import RunLog, read_rows
 from finetune.settings import Settings
-from finetune.trainer import SandwichTrainer  # imports unsloth first
+from finetune.training import memory_plan as memory
 from finetune.training.callbacks import LastStepCallback, LogCallback, StopCallback
 from finetune.training.probe import tokens_of_a_pass
+from finetune.training.trainer import SandwichTrainer  # imports unsloth first
 
 log = logging.getLogger("sandwich")
 
@@ -164,7 +164,7 @@ def remove_later(checkpoint: Path) -> None:
 
 def results(trainer: SandwichTrainer) -> dict[str, Any]:
     """Final and best losses, times and the memory peak, from the log that was written."""
-    from finetune.run_log import COLUMNS, peak_memory_gb
+    from finetune.runs.run_log import COLUMNS, peak_memory_gb
 
     run_log = trainer.log_callback.run_log
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in read_rows(run_log.path)] if run_log.path else []

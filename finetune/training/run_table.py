@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from finetune import distributed
 from finetune.errors import UserError
-from finetune.memory import runs, tables
+from finetune.memory import tables
 from finetune.memory.sizes import sizes_of_config
 from finetune.settings import Settings
-from finetune.training import ranks
+from finetune.training import memory_plan
 
 
 def print_run_table(
@@ -61,7 +62,7 @@ def print_run_table(
         config = experiment.config
         add("LoRA", f"r {settings.rank}, alpha {settings.alpha}; {parameters(config)}")
         kind = "4-bit NF4" if config["load_in_4bit"] else config["dtype"]
-        several = f", {ranks.size()} processes" if ranks.size() > 1 else ""
+        several = f", {distributed.size()} processes" if distributed.size() > 1 else ""
         add("device", f"{config['device']}, base weights {kind}{several}")
         add("passes", f"{trainer.runner.why}; at most {trainer.runner.tokens_per_pass:,} tokens each")
         add("memory", memory_line(config["memory"]))
@@ -72,7 +73,7 @@ def print_run_table(
     add("LoRA", f"r {settings.rank}, alpha {settings.alpha}")
     console = tables.wide_console()
     console.print(table)
-    plan = runs.plan_of_run(settings, dtype=dtype, load_in_4bit=in_4bit and not settings.dequantize_once,
+    plan = memory_plan.plan_of_run(settings, dtype=dtype, load_in_4bit=in_4bit and not settings.dequantize_once,
                             gradient_checkpointing=checkpointing,
                             device=device)  # fmt: skip
     print_memory(console, settings, rows, plan, device)
@@ -84,19 +85,19 @@ def memory_line(memory: dict[str, Any]) -> str:
         return f"not predicted: {memory['reason']}"
     largest = sorted(memory["parts"].items(), key=lambda part: -part[1])[:4]
     parts = ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in largest)
-    return f"about {memory['predicted_gb']:.1f} GB ({parts}, …); free now: {runs.free_memory() / 1e9:.1f} GB"
+    return f"about {memory['predicted_gb']:.1f} GB ({parts}, …); free now: {memory_plan.free_memory() / 1e9:.1f} GB"
 
 
 def print_memory(console: Console, settings: Settings, rows: Any, plan: Any, device: str) -> None:
     """What `gpu_memory.py estimate` prints, with the passes that these very rows are cut into."""
-    from finetune.model import load_config
+    from finetune.models.loading import load_config
 
     try:
         sizes = sizes_of_config(load_config(settings.model, settings.revision, settings.trust_remote_code))
-        tokens_per_pass = runs.tokens_of_a_pass(settings, sizes, plan, rows.sequences, loaded=False)
-        plan = runs.with_rows(plan, settings, rows.sequences, tokens_per_pass)
+        tokens_per_pass = memory_plan.tokens_of_a_pass(settings, sizes, plan, rows.sequences, loaded=False)
+        plan = memory_plan.with_rows(plan, settings, rows.sequences, tokens_per_pass)
         tables.print_estimate(
-            console, sizes, plan, settings.model, runs.free_memory(), f"{device}, free now",
+            console, sizes, plan, settings.model, memory_plan.free_memory(), f"{device}, free now",
             step_rows=settings.batch_size * settings.grad_accum,
         )  # fmt: skip
     except UserError as error:
@@ -113,7 +114,7 @@ def planned_device(settings: Settings) -> tuple[str, bool, bool, str]:
         if gpu:
             dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         else:
-            from finetune.model import default_dtype
+            from finetune.models.loading import default_dtype
 
             dtype = default_dtype()
     in_4bit = gpu if settings.load_in_4bit is None else settings.load_in_4bit

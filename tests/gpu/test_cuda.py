@@ -42,7 +42,7 @@ def row_by_row(runner, rows, scale):
 
 def test_flex_attention_gives_the_gradients_of_row_by_row():
     """Transformers' own model, float32 without TF32; bfloat16 within the noise of plain batches."""
-    from finetune.training.passes import PassRunner
+    from finetune.passes.runner import PassRunner
 
     torch.backends.cuda.matmul.allow_tf32 = False
     exact_model = adapted(llama().cuda())
@@ -69,9 +69,10 @@ def test_flex_attention_gives_the_gradients_of_row_by_row():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_unsloths_model_shares_exactly(load_in_4bit, checkpointing):
     """The bundled model through FastLanguageModel: shared against row by row, in bfloat16's own noise."""
-    from finetune.bundled import resolve_model
-    from finetune.model import add_lora, load_base
-    from finetune.training.passes import PassRunner
+    from finetune.models.adapter import add_lora
+    from finetune.models.bundled import resolve_model
+    from finetune.models.loading import load_base
+    from finetune.passes.runner import PassRunner
 
     loaded = load_base(resolve_model("smollm2-135m"), dtype="bfloat16", load_in_4bit=load_in_4bit, max_seq_length=2048)
     model = add_lora(

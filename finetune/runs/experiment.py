@@ -19,7 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError, no_room, write_text_atomic
+from finetune.errors import UserError, no_room
+from finetune.files import write_text_atomic
 
 log = logging.getLogger("sandwich")
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
-from finetune.evaluation.items import CALL, QUESTION, Item, step_of
+from finetune.evaluation.items import CALL, QUESTION, Item
 from finetune.evaluation.text_scores import exact_match, quality_ok, rouge_l, token_f1
-from finetune.json_schema import validator_of
+from finetune.json_schema import ToolSchemas
 
 NO_CALL = "(no call)"
 UNDECLARED = "(undeclared tool)"
@@ -76,73 +75,6 @@ def pair_calls(expected: list[dict], made: list[dict]) -> list[tuple[int | None,
     return pairs
 
 
-class ToolSchemas:
-    """The declared tools of an item, for checking calls against them."""
-
-    def __init__(self, tools: list[dict[str, Any]]):
-        self.parameters = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
-
-    def unknown_arguments(self, call: dict[str, Any]) -> list[str]:
-        """Paths of arguments that the tool's schema does not know; the tool must be declared."""
-        return list(_unknown(self.parameters[call["name"]], call["arguments"], ""))
-
-    def is_valid(self, call: dict[str, Any]) -> bool | None:
-        """Whether the arguments satisfy the tool's JSON Schema; None when the schema itself is none."""
-        validator, _ = validator_of(json.dumps(self.parameters[call["name"]]))
-        try:
-            return None if validator is None else validator.is_valid(call["arguments"])
-        except Exception:  # an unresolvable $ref or a wrong regular expression inside the schema
-            return None
-
-    def problems(self, call: dict[str, Any]) -> list[str]:
-        """What is wrong with a call, one line each, for a person or for the model to read; empty when nothing is."""
-        name = call["name"]
-        if name not in self.parameters:
-            return [f"no tool is called {name!r}; declared: {', '.join(self.parameters) or 'none'}"]
-        found = [f"the schema knows no argument {path}" for path in self.unknown_arguments(call)]
-        validator, _ = validator_of(json.dumps(self.parameters[name]))
-        if validator is None:
-            return [*found, f"the parameters of {name} are no JSON Schema, so its arguments cannot be checked"]
-        try:
-            for error in validator.iter_errors(call["arguments"]):
-                if error.validator not in ("additionalProperties", "unevaluatedProperties") or not found:
-                    found.append(f"{error.json_path.removeprefix('$').lstrip('.') or 'arguments'}: {error.message}")
-        except Exception as error:  # as above
-            found.append(f"the schema of {name} cannot be followed: {' '.join(str(error).split())}")
-        return found
-
-
-def _unknown(schema: Any, value: Any, path: str) -> Iterator[str]:
-    if not isinstance(schema, dict):
-        return
-    if isinstance(value, list):
-        for at, element in enumerate(value):
-            yield from _unknown(schema.get("items"), element, f"{path}[{at}]")
-    if not isinstance(value, dict):
-        return
-    properties, extra = schema.get("properties"), schema.get("additionalProperties")
-    declared = properties if isinstance(properties, dict) else {}
-    # A schema without properties of its own leaves the names open, unless it says that there are none.
-    closed = extra is False or (extra is None and isinstance(properties, dict))
-    for key, inner in value.items():
-        at = f"{path}.{key}".lstrip(".")
-        if key in declared:
-            yield from _unknown(declared[key], inner, at)
-        elif closed and not _names_elsewhere(schema):
-            yield at
-        else:
-            yield from _unknown(extra, inner, at)
-
-
-def _names_elsewhere(schema: dict[str, Any]) -> bool:
-    """Whether other places of a schema may name properties; a branch that only says what is required does not."""
-    lists = [schema[word] for word in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(word), list)]
-    branches = [one for branch in lists for one in branch]
-    return any(word in schema for word in ("$ref", "patternProperties")) or any(
-        not isinstance(one, dict) or one.keys() - {"required", "title", "description"} for one in branches
-    )
-
-
 def score(item: Item, text: str, parsed_calls: list[dict], parse_errors: list[str]) -> dict[str, Any]:
     """Verdicts on one answer; docs/evaluation.md defines each. Only what applies to the item's kind is in it."""
     verdicts: dict[str, Any] = {"called": bool(parsed_calls or parse_errors)}
@@ -179,8 +111,6 @@ def _call_verdicts(item: Item, made: list[dict], errors: list[str]) -> dict[str,
     if item.possible_answers is None:
         same_arguments = all(json_equal(a["arguments"], b["arguments"]) for a, b in matched)
     else:
-        from finetune.evaluation.bfcl import matches_possible_answers
-
         same_arguments = matches_possible_answers(made, item.possible_answers, item.tools)
     if item.tools:
         fits = all(schemas.is_valid(call) is not False for call in declared)
@@ -217,3 +147,68 @@ def confusion_pairs(item: Item, made: list[dict], broken: int = 0) -> list[tuple
         (NO_CALL if i is None else item.expected_calls[i]["name"], NO_CALL if j is None else made_names[j])
         for i, j in pair_calls(item.expected_calls, made)
     ]
+
+
+def matches_possible_answers(made: list[dict], possible: list[dict], tools: list[dict]) -> bool:
+    """Our own judgement: the made calls and the expected ones can be paired so that every pair agrees."""
+    declared = {tool["function"]["name"]: tool["function"] for tool in tools}
+    if len(made) != len(possible):
+        return False
+    fits = [[_call_fits(call, answer, declared) for call in made] for answer in possible]
+    return _pairable(fits, 0, frozenset())
+
+
+def _pairable(fits: list[list[bool]], at: int, taken: frozenset[int]) -> bool:
+    return at == len(fits) or any(
+        fit and j not in taken and _pairable(fits, at + 1, taken | {j}) for j, fit in enumerate(fits[at])
+    )
+
+
+def _call_fits(call: dict, answer: dict, declared: dict[str, dict]) -> bool:
+    ((name, allowed),) = answer.items()
+    if call["name"] != name:
+        return False
+    required = declared[name]["parameters"].get("required", [])
+    arguments = call["arguments"]
+    return (
+        all(key in allowed and _value_fits(value, allowed[key]) for key, value in arguments.items())
+        and all(key in arguments for key in required)
+        and all(key in arguments or "" in values for key, values in allowed.items())
+    )
+
+
+def _value_fits(value: Any, allowed: list) -> bool:
+    return any(_one_fits(value, choice) for choice in allowed)
+
+
+def _one_fits(value: Any, choice: Any) -> bool:
+    if isinstance(choice, dict) and isinstance(value, dict):
+        return all(
+            key in choice and any(_same(inner, one) for one in choice[key]) for key, inner in value.items()
+        ) and all(key in value or "" in inner for key, inner in choice.items())
+    if isinstance(choice, list) and isinstance(value, list):
+        return len(choice) == len(value) and all(map(_one_fits, value, choice))
+    return _same(value, choice)
+
+
+def _same(value: Any, choice: Any) -> bool:
+    from finetune.evaluation.scoring import json_equal
+
+    if isinstance(choice, str) and isinstance(value, str):
+        return _loose(value) == _loose(choice)
+    return json_equal(value, choice)
+
+
+def _loose(text: str) -> str:
+    """BFCL compares strings without spaces, case and the punctuation , . / - _ * ^, with one kind of quote."""
+    return "".join(c for c in text.lower() if c not in " ,./-_*^").replace("'", '"')
+
+
+def step_of(item: Item) -> int:
+    """Tool results since the last user message: 0 for a first call, 1 and more for the later steps of a chain."""
+    count = 0
+    for message in reversed(item.messages):
+        if message["role"] == "user":
+            break
+        count += message["role"] == "tool"
+    return count

@@ -11,7 +11,7 @@ from finetune.errors import UserError
 from finetune.memory.advice import LONGEST, largest
 from finetune.memory.estimate import Plan, estimate, knows, measured_part, total
 from finetune.memory.sizes import Sizes
-from finetune.steps import ENOUGH_ON_CPU, make_row, plan_passes
+from finetune.passes.plan import ENOUGH_ON_CPU, make_row, plan_passes
 from finetune.training.order import steps_of_epoch
 
 # Steps that are cut into passes on trial, to see how large a pass becomes with shared prefixes.

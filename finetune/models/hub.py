@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 from finetune.errors import UserError
 
@@ -17,3 +18,9 @@ def hub_token() -> str | None:
     if not re.fullmatch(r"[!-~]*", token):
         raise UserError("HF_TOKEN holds white space or characters that no token has; set it anew")
     return token or None
+
+
+def public_name(model: str) -> str:
+    """A Hub id as it is; of a path on this machine only its last part."""
+    path = Path(model)
+    return path.resolve().name if path.exists() or path.is_absolute() else model

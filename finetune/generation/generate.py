@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from finetune.prefix_cache import Prefix, PrefixCache, Unsupported, attention_on, using
+from finetune.generation.prefix_cache import Prefix, PrefixCache, Unsupported, attention_on, using
 
 MIN_PREFIX = 16  # a shorter common start is not worth a forward pass of its own
 GROUP_COST = 64  # tokens' worth of time that one more group costs

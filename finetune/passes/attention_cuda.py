@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.attention import UnsupportedModel, attention_named, packed_inputs, refuse_options
-from finetune.steps import Pass, Segment
+from finetune.passes.attention import UnsupportedModel, attention_named, packed_inputs, refuse_options
+from finetune.passes.plan import Pass, Segment
 
 NAME = "sandwich_flex"
 # FlexAttention's block. Passes are filled up to a multiple of it before the model runs: filled up in each layer,
@@ -135,7 +135,6 @@ class UnslothTree:
     shares, says = True, "Unsloth's shared-prefix kernel"
 
     def inputs(self, one: Pass, device: torch.device) -> dict[str, Any]:
-        from finetune.model import unsloth_segments
 
         mask = block_mask(one.segments, len(one.input_ids), device)
         return {**packed_inputs(one, device, BLOCK), "prefix_seg_info": unsloth_segments(mask, device)}
@@ -162,3 +161,23 @@ class UnslothPacked:
 
     def inside(self, model: torch.nn.Module):
         return nullcontext()
+
+
+def unsloth_segments(block_mask: Any, device: Any) -> Any:
+    """Unsloth's `prefix_seg_info` for a pass of as many tokens as its FlexAttention mask, which is made already.
+
+    Its kernel looks the mask up by `signature` (unsloth 2026.10.9, utils/prefix_grouper_kernel.py); labels of its own,
+    one prefix and many suffixes, could not say what a deeper tree is, so the mask is put there beforehand.
+    """
+    import torch
+    from unsloth.utils import prefix_grouper_kernel as kernel
+
+    tokens = block_mask.seq_lengths[0]
+    signature = ("sandwich", id(block_mask))
+    nobody = torch.full((tokens,), -99, dtype=torch.long, device=device)
+    kernel.clear_block_mask_cache()
+    kernel._BLOCK_MASK_CACHE[(signature, str(device))] = block_mask
+    return kernel.PrefixSegInfo(
+        group_of_kv=nobody, is_prefix=torch.zeros(tokens, dtype=torch.bool, device=device), suffix_of_kv=nobody,
+        signature=signature, T=tokens, T_pad=tokens,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ the probabilities as exp(q k^T - lse). (Dao et al., FlashAttention-2, arXiv:2307
 blocks is that of ring attention, arXiv:2310.01889.)
 
 Registered with Transformers' attention interface; the CPU kernels are PyTorch's own, but for the backward of bfloat16
-(finetune/attention_gemm.py).
+(finetune/passes/attention_gemm.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune import attention_gemm
-from finetune.steps import Pass, Segment
+from finetune.passes import attention_gemm
+from finetune.passes.plan import Pass, Segment
 
 NAME = "sandwich_tree"
 # Segments up to this length go through one batched call; the padding is bounded by the power-of-two buckets.

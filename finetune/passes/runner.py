@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from finetune.attention import CpuTree, UnsupportedModel
-from finetune.steps import ENOUGH_ON_CPU, MIN_SHARED, PaddedPass, Pass, Row, make_row, plan_padded, plan_passes
-from finetune.training.loss import CHUNK, head_loss, logit_transform
+from finetune.passes.attention import CpuTree, UnsupportedModel
+from finetune.passes.loss import CHUNK, head_loss, logit_transform
+from finetune.passes.plan import ENOUGH_ON_CPU, MIN_SHARED, PaddedPass, Pass, Row, make_row, plan_padded, plan_passes
 
 MIN_TOKENS_PER_PASS = 256
 
@@ -132,7 +132,7 @@ def attentions(device_type: str) -> list[Any]:
     """The ways of packing that are worth a trial on this kind of device, the best first."""
     if device_type == "cpu":
         return [CpuTree()]
-    from finetune.attention_cuda import FlexTree, UnslothPacked, UnslothTree
+    from finetune.passes.attention_cuda import FlexTree, UnslothPacked, UnslothTree
 
     return [UnslothTree(), FlexTree(), UnslothPacked()]
 

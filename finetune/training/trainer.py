@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.model import import_unsloth
+from finetune.models.loading import import_unsloth
 
 import_unsloth()
 
@@ -25,13 +25,13 @@ from transformers import EarlyStoppingCallback  # noqa: E402
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints  # noqa: E402
 from trl import SFTTrainer  # noqa: E402
 
+from finetune import distributed  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
-from finetune.experiment import CONFIG, COUNTERS, LOG, Experiment  # noqa: E402
-from finetune.steps import make_row  # noqa: E402
-from finetune.training import ranks  # noqa: E402
+from finetune.passes.plan import make_row  # noqa: E402
+from finetune.passes.runner import PassRunner  # noqa: E402
+from finetune.runs.experiment import CONFIG, COUNTERS, LOG, Experiment  # noqa: E402
 from finetune.training.callbacks import LogCallback, StopCallback  # noqa: E402
 from finetune.training.order import steps_of_epoch  # noqa: E402
-from finetune.training.passes import PassRunner  # noqa: E402
 
 log = logging.getLogger("sandwich")
 # Largest difference, per trained token in nats, between a few rows computed our way and by the model's own forward.
@@ -173,14 +173,14 @@ class SandwichTrainer(SFTTrainer):
         if rows and not self._checked:
             self._check_against_model(rows)
         mine = sum(len(row.positions) for row in rows)
-        trained_everywhere, stopping = ranks.totals([mine, self.stop_callback.requested is not None])
+        trained_everywhere, stopping = distributed.totals([mine, self.stop_callback.requested is not None])
         if stopping:  # a signal that has reached one rank stops all of them after this step
             self.stop_callback.agree()
         result = self.runner.run(rows, 1 / max(trained_everywhere, 1), backward=self.accelerator.backward)
-        loss_sum, tokens, computed_tokens = ranks.totals(
+        loss_sum, tokens, computed_tokens = distributed.totals(
             [result.loss_sum, sum(row.length for row in rows), result.computed_tokens]
         )
-        ranks.sum_gradients([p for p in self.model.parameters() if p.requires_grad])
+        distributed.sum_gradients([p for p in self.model.parameters() if p.requires_grad])
         self.log_callback.run_log.add_step(
             loss_sum=loss_sum,
             tokens=int(tokens),
@@ -227,11 +227,11 @@ class SandwichTrainer(SFTTrainer):
         """Train; where another process of the run dies, the last whole step is saved and the run is stopped."""
         folder = Path(self.args.output_dir)
         if self.args.should_save:
-            ranks.lock(folder)
+            distributed.lock(folder)
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
-            if not ranks.is_lost(error):
+            if not distributed.is_lost(error):
                 raise
             self.lost_a_process = True
             if self._stands_in(folder):
@@ -248,7 +248,7 @@ class SandwichTrainer(SFTTrainer):
             return True
         if not (folder / CONFIG).exists():  # on another machine
             return False
-        if not ranks.lock(folder):  # waits until rank 0, where that is alive, has done it
+        if not distributed.lock(folder):  # waits until rank 0, where that is alive, has done it
             return False
         if Experiment.open(folder).config["status"] != "running":
             return False
@@ -285,14 +285,14 @@ class SandwichTrainer(SFTTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Mean loss per trained token over all evaluation rows, computed with the same shared prefixes."""
         self.model.eval()
-        rows = [make_row(*pair) for pair in self.eval_sequences[ranks.rank() :: ranks.size()]]
+        rows = [make_row(*pair) for pair in self.eval_sequences[distributed.rank() :: distributed.size()]]
         size = max(self.args.per_device_train_batch_size, EVALUATED_TOGETHER)
         loss_sum = 0.0
         # Neighbours in id order share the longest prefixes; the sum does not depend on the order.
         rows.sort(key=lambda row: row.input_ids.tobytes())
         for start in range(0, len(rows), size):
             loss_sum += self.runner.run(rows[start : start + size], 1.0).loss_sum
-        loss_sum, positions = ranks.totals([loss_sum, sum(len(row.positions) for row in rows)])
+        loss_sum, positions = distributed.totals([loss_sum, sum(len(row.positions) for row in rows)])
         loss = loss_sum / positions
         self.model.train()
         metrics = {f"{metric_key_prefix}_loss": loss}

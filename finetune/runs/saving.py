@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.experiment import FINAL, Experiment
-from finetune.hub_token import hub_token
+from finetune.models.hub import hub_token
+from finetune.runs.experiment import FINAL, Experiment
 
 
 def save_final_model(experiment: Experiment, model: Any, tokenizer: Any, fmt: Any, end_of_turn_ids: list[int]) -> Path:

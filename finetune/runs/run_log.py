@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import write_text_atomic
+from finetune.files import write_text_atomic
 
 COLUMNS = (
     "step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_seen", "trained_tokens",

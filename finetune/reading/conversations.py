@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError, write_text_atomic
+from finetune.errors import UserError
 from finetune.reading.normalize import conversations_fingerprint, normalize_row
 from finetune.reading.reading_cache import ReadLater, entry_path, load_entry, save_entry
 from finetune.reading.row_files import Unreadable
@@ -23,12 +21,9 @@ __all__ = [
     "LoadResult",
     "Rejected",
     "RowError",
-    "json_line",
-    "json_lines",
     "load_conversations",
     "normalize_row",
     "read_rows",
-    "write_jsonl",
 ]
 
 REMEDY = "mend the row, or let prepare_data.py set such rows aside"
@@ -170,38 +165,3 @@ def _weighted(items: list, weight: float, rng: random.Random) -> list:
     if not whole and items:
         part = max(1, part)
     return items * whole + [items[i] for i in sorted(rng.sample(range(len(items)), part))]
-
-
-def json_line(row: dict[str, Any]) -> str:
-    """One line of JSON Lines, readable in any language; half a surrogate pair, which UTF-8 cannot hold, as an escape.
-
-    Values that JSON has no word for (dates and NaN of a Parquet file or a database) are written as text.
-    """
-    try:
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n"
-    except ValueError:
-        row = _without_nan(row)
-        line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
-    try:
-        line.encode("utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(row, default=str) + "\n"
-    return line
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not isfinite(value) else value
-
-
-def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:
-    """Write rows as JSON Lines in UTF-8, aside first and renamed into place."""
-    return write_text_atomic(path, json_lines(rows))
-
-
-def json_lines(rows: Iterable[dict[str, Any]]) -> str:
-    """Rows as JSON Lines."""
-    return "".join(map(json_line, rows))

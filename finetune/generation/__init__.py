@@ -1,0 +1,1 @@
+"""From prompts to answers, with common prefixes computed once."""

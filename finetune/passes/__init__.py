@@ -1,0 +1,1 @@
+"""From the rows of one optimizer step to gradients: forward passes with shared prefixes, attention, loss."""

@@ -1,0 +1,1 @@
+"""The run folder: created, logged, found, finished."""
