@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
 
     # 1. What can be refused is refused before anything slow: a taken folder, missing programs, a format without a way.
-    from finetune.export.folders import filled_aside, output_folder, size_of
+    from finetune.export.folders import output_folder, size_of
+    from finetune.files import atomic_directory
 
     target = output_folder(args.model, args.to, args.output, args.overwrite)
     tools = None
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         name = args.name or run.experiment.folder.name
 
     # 2. Make it aside; it takes its place when every check has passed.
-    with filled_aside(target) as folder:
+    with atomic_directory(target, replace=True) as folder:
         after = {
             "merged": to_merged, "gguf": to_gguf, "ollama": to_ollama, "vllm": to_vllm, "hub": to_hub
         }[args.to](args, run, folder, name, tools)  # fmt: skip

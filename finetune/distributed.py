@@ -9,16 +9,14 @@ only after its timeout, so no rank enters NCCL's sum with a peer that is gone al
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from finetune.errors import UserError
+from finetune.files import acquire_lock, release_lock
 
 SHARDED = {
     "ACCELERATE_USE_FSDP": "FSDP", "UNSLOTH_FSDP2": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -115,13 +113,10 @@ def lock(folder: Path) -> bool:
     """
     if _group is None:
         return True
-    held = FileLock(folder / LOCK)
-    try:
-        held.acquire()
-    except (OSError, NotImplementedError):
-        return False
-    atexit.register(_unlock, held)
-    return True
+    held = acquire_lock(folder / LOCK, "", timeout=-1)
+    if held is not None:
+        atexit.register(release_lock, held)
+    return held is not None
 
 
 def hold(folder: Path) -> None:
@@ -132,23 +127,14 @@ def hold(folder: Path) -> None:
     """
     if rank() > 0:
         return
-    held = FileLock(folder / LOCK)
-    try:
-        held.acquire(timeout=SECONDS_TO_END)
-    except Timeout as error:
-        raise UserError(f"{folder}: another process is training this run; wait for it, or stop it first") from error
-    except (OSError, NotImplementedError):  # a file system without locks
+    busy = f"{folder}: another process is training this run; wait for it, or stop it first"
+    held = acquire_lock(folder / LOCK, busy, timeout=SECONDS_TO_END)
+    if held is None:
         return
     if size() > 1:
         held.release()
     else:
-        atexit.register(_unlock, held)
-
-
-def _unlock(held: FileLock) -> None:
-    with contextlib.suppress(OSError):  # Windows: another process has it open already
-        Path(held.lock_file).unlink(missing_ok=True)
-    held.release()
+        atexit.register(release_lock, held)
 
 
 def is_lost(error: BaseException) -> bool:

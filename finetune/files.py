@@ -1,17 +1,27 @@
-"""Writing files so that a reader never sees half of one, and JSON Lines."""
+"""Atomic writes of files and folders, file locks, JSON Lines."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from finetune.errors import NO_SPACE, UserError
+from filelock import FileLock, Timeout
+
+from finetune.errors import NO_SPACE, UserError, no_room
+
+
+def current_umask() -> int:
+    """The process's umask, which the system only tells when it is set."""
+    value = os.umask(0)
+    os.umask(value)
+    return value
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -47,9 +57,7 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
         with os.fdopen(handle, "wb") as file:
             yield file
         # mkstemp makes 0600 files; give the result the permissions an ordinary open() would have given it.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, 0o666 & ~current_umask())
         try:
             os.replace(temporary, path)
         except OSError as error:
@@ -127,3 +135,67 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:
 def json_lines(rows: Iterable[dict[str, Any]]) -> str:
     """Rows as JSON Lines."""
     return "".join(map(json_line, rows))
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; it is renamed to `target` on success and deleted on an error.
+
+    replace  True: an existing `target` is deleted once the new folder is in its place. False: a `target` that another
+             process has made meanwhile is kept, and this one is discarded.
+
+    Files and folders get the permissions of the umask. Raises UserError when the folder above cannot be written to or
+    the disk is full.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
+    except OSError as error:
+        raise UserError(f"cannot write to {target.parent}: {error.strerror}; choose another folder") from error
+    try:
+        yield temporary
+        for path in (temporary, *temporary.rglob("*")):
+            mode = 0o777 if path.is_dir() or path.stat().st_mode & 0o100 else 0o666
+            path.chmod(mode & ~current_umask())
+        old = temporary.with_suffix(".old")
+        if replace and target.exists():
+            target.rename(old)
+        try:
+            temporary.rename(target)
+        except BaseException as error:  # Ctrl-C too
+            if old.exists():
+                old.rename(target)
+            if replace or not isinstance(error, OSError) or not target.is_dir():
+                raise
+        shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:
+        if not no_room(error):
+            raise
+        raise UserError(f"{target}: the disk is full; free some space or choose another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def acquire_lock(path: Path, busy: str, *, timeout: float = 0) -> FileLock | None:
+    """The file lock at `path`, held by this process; None on a file system without locks.
+
+    timeout  seconds to wait, -1 for ever. Raises UserError(busy) when another process still holds it then.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout as error:
+        raise UserError(busy) from error
+    except (OSError, NotImplementedError) as error:  # some network file systems
+        if getattr(error, "filename", None):
+            raise
+        return None
+    return lock
+
+
+def release_lock(lock: FileLock | None) -> None:
+    """Release a lock of `acquire_lock` and delete its file."""
+    if lock is not None:
+        with contextlib.suppress(OSError):  # Windows: another process has opened it
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from finetune.files import atomic_directory
 from finetune.models.bundled import cache_dir
 
 LAYOUT = "v2"  # part of the folder's name: a change to a converter must change it
@@ -30,21 +29,12 @@ def _package(name: str) -> Path:
 
 
 def _cached(name: str, convert: Callable[[Path], None]) -> Path:
-    """Folder of a converted tokenizer; made aside and renamed, so that parallel test runs do not meet half of it."""
+    """Folder of a converted tokenizer; complete or not there, also while other tests run."""
     target = cache_dir() / "tokenizers" / f"{name}-{LAYOUT}"
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}."))
-    try:
-        convert(aside)
-        try:
-            os.replace(aside, target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with atomic_directory(target) as folder:
+        convert(folder)
     return target
 
 

@@ -15,8 +15,9 @@ import export_lora
 from benchmarks.llama_cpp_prompts import apply_template
 from finetune.errors import UserError
 from finetune.evaluation.answer_settings import adapter_hash
-from finetune.export.folders import filled_aside, output_folder
+from finetune.export.folders import output_folder
 from finetune.export.gguf import always_pinned, find_tools, read_metadata, tools_folder
+from finetune.files import atomic_directory
 from formats import FORMATS
 from formats.base import clean_messages, render_messages
 from tests import ollama, parts
@@ -358,12 +359,12 @@ def test_an_old_export_stays_until_the_new_one_stands(tmp_path):
     target = tmp_path / "exports" / "merged"
     target.mkdir(parents=True)
     (target / "old").write_text("old")
-    with pytest.raises(RuntimeError), filled_aside(target) as folder:
+    with pytest.raises(RuntimeError), atomic_directory(target, replace=True) as folder:
         (folder / "new").write_text("half")
         raise RuntimeError
     assert [path.name for path in target.parent.iterdir()] == ["merged"]
     assert (target / "old").is_file()
-    with filled_aside(target) as folder:
+    with atomic_directory(target, replace=True) as folder:
         (folder / "new").write_text("whole")
     assert [path.name for path in target.parent.rglob("*")] == ["merged", "new"]
 
@@ -380,7 +381,7 @@ def test_an_old_export_comes_back_when_the_last_step_is_interrupted(tmp_path, mo
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), filled_aside(target):
+    with pytest.raises(KeyboardInterrupt), atomic_directory(target, replace=True):
         pass
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["merged", "merged/old"]
 
@@ -395,7 +396,10 @@ def test_weights_that_the_disk_does_not_take_are_one_line(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(UserError, match="the disk is full"), filled_aside(tmp_path / "merged") as folder:
+        with (
+            pytest.raises(UserError, match="the disk is full"),
+            atomic_directory(tmp_path / "merged", replace=True) as folder,
+        ):
             save_file({"weights": torch.zeros(100_000)}, folder / "model.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from finetune.errors import UserError
 from finetune.evaluation.items import Item
+from finetune.files import acquire_lock, release_lock
 
 NAMES = {"base": "base_model", "tuned": "finetuned_model"}  # how the files of a side begin
 
@@ -45,19 +44,12 @@ def made(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold the folder; UserError when another process is evaluating into it."""
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"another evaluation is writing into {folder}; wait for it, or name another folder with --output"
-        ) from None
+    busy = f"another evaluation is writing to {folder}; wait for it, or choose another folder with --output"
+    lock = acquire_lock(folder / ".lock", busy)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows: another process has it open already
-            Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        release_lock(lock)
 
 
 def data_of(items: Sequence[Item]) -> dict[str, Any]:

@@ -1,15 +1,10 @@
-"""Where an export goes: filled aside, then renamed, so that nobody ever serves half of one."""
+"""Where an export goes."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-from finetune.errors import UserError, no_room
+from finetune.errors import UserError
 from finetune.runs.experiment import CONFIG, FINAL
 
 # A file that every export of a kind has, so that --overwrite takes nobody's photographs for one.
@@ -48,42 +43,6 @@ def output_folder(source: str | Path, kind: str, output: Path | None, overwrite:
                 f"{MARKS[kind]}; name another folder with --output"
             )
     return output
-
-
-@contextlib.contextmanager
-def filled_aside(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target`; on success it takes its place, on an error it is deleted.
-
-    An older export is moved away first and deleted only when the new one stands.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
-    except OSError as error:
-        raise UserError(f"cannot write into {target.parent}: {error.strerror}; name another --output") from error
-    try:
-        yield aside
-        umask = os.umask(0)
-        os.umask(umask)
-        for path in (aside, *aside.rglob("*")):  # folders of mkdtemp and files of safetensors are for one user only
-            whole = 0o777 if path.is_dir() or path.stat().st_mode & 0o100 else 0o666
-            path.chmod(whole & ~umask)
-        old = aside.with_suffix(".old")
-        if target.exists():
-            target.rename(old)
-        try:
-            aside.rename(target)
-        except BaseException:  # Ctrl-C too
-            if old.exists():
-                old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except Exception as error:
-        if not no_room(error):
-            raise
-        raise UserError(f"{target}: the disk is full; free some space or name another --output") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def size_of(folder: Path) -> int:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 from finetune.errors import UserError
+from finetune.files import atomic_directory
 from finetune.torchless import let_torch_in
 
 NAME = "smollm2-135m"
@@ -57,22 +56,10 @@ def smollm2_dir() -> Path:
     source = Path(spec.submodule_search_locations[0])
     gguf_file = next(source.glob("*.gguf"))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target.parent}: {error.strerror}; set SANDWICH_CACHE to a folder you may write to"
-        ) from error
-    try:
-        _convert(source, gguf_file.name, aside)
-        try:
-            aside.rename(target)
-        except OSError:
-            # Another process was faster; its result is the same.
-            if not (target / "model.safetensors").is_file():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with atomic_directory(target) as folder:
+            _convert(source, gguf_file.name, folder)
+    except UserError as error:
+        raise UserError(f"{error} with SANDWICH_CACHE=FOLDER") from error
     return target
 
 

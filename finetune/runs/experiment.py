@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, no_room
-from finetune.files import write_text_atomic
+from finetune.files import current_umask, write_text_atomic
 
 log = logging.getLogger("sandwich")
 
@@ -87,7 +87,7 @@ class Experiment:
         parent = check_writable(experiments_dir)
         aside = Path(tempfile.mkdtemp(dir=parent, prefix=".new_run_"))
         try:
-            os.chmod(aside, 0o777 & ~_umask())
+            os.chmod(aside, 0o777 & ~current_umask())
             experiment = cls(aside, config)
             experiment.save()
             for attempt in range(1, 10_000):
@@ -160,12 +160,6 @@ def _claim(aside: Path, target: Path) -> bool:
         if target.exists():
             return False
         raise
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
 
 
 def find_resumable(target: str, experiments_dir: str | Path) -> tuple[Experiment, Path]:

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.files import atomic_directory
 from finetune.models.hub import hub_token
 from finetune.runs.experiment import FINAL, Experiment
 
 
 def save_final_model(experiment: Experiment, model: Any, tokenizer: Any, fmt: Any, end_of_turn_ids: list[int]) -> Path:
-    """Write `final_model/` aside and rename it into place; returns its path."""
+    """Write `final_model/`, complete or not at all; returns its path."""
     target = experiment.folder / FINAL
-    aside = experiment.folder / f".{FINAL}.part"
-    shutil.rmtree(aside, ignore_errors=True)  # what a killed process left behind
-    try:
-        model.save_pretrained(str(aside), safe_serialization=True)
+    with atomic_directory(target, replace=True) as folder:  # a resumed run may have finished before
+        model.save_pretrained(str(folder), safe_serialization=True)
         saved = copy.copy(tokenizer)  # the caller's tokenizer keeps its own template
         saved.chat_template = fmt.pinned_template()
-        saved.save_pretrained(str(aside))
-        generation_config(model, end_of_turn_ids).save_pretrained(str(aside))
-        (aside / "README.md").write_text(model_card(experiment), encoding="utf-8", errors="backslashreplace")
-        if target.exists():  # a resumed run that had finished before
-            shutil.rmtree(target)
-        os.replace(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        saved.save_pretrained(str(folder))
+        generation_config(model, end_of_turn_ids).save_pretrained(str(folder))
+        (folder / "README.md").write_text(model_card(experiment), encoding="utf-8", errors="backslashreplace")
     return target
 
 

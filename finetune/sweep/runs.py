@@ -12,10 +12,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from finetune.errors import UserError
-from finetune.files import write_text_atomic
+from finetune.files import acquire_lock, write_text_atomic
 from finetune.runs.experiment import CONFIG, check_writable
 from finetune.sweep.grid import Point
 
@@ -82,7 +82,7 @@ class Sweep:
     folder: Path
     config: dict[str, Any]
     runs: list[SweepRun]
-    lock: FileLock
+    lock: FileLock | None
     new: bool = False
 
     def run_folder(self, run: SweepRun) -> Path:
@@ -101,7 +101,8 @@ class Sweep:
         return sum(run.status in statuses for run in self.runs)
 
     def close(self) -> None:
-        self.lock.release()
+        if self.lock is not None:
+            self.lock.release()
 
     def discard(self) -> None:
         """Remove the folder of a new sweep that was refused before its first try; what others put there stays."""
@@ -124,16 +125,8 @@ def open_sweep(folder: Path, points: list[Point], *, identity: str, argv: list[s
     )
     if others and not (folder / SWEEP).exists():
         raise UserError(f"{folder} holds other files and no sweep; choose another --name")
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"sweep {folder} is being run by another process; wait for it, or start another one with --name"
-        ) from None
-    except (OSError, NotImplementedError) as error:  # a network folder without locks; a run's own is as lenient
-        if getattr(error, "filename", None):
-            raise
+    busy = f"sweep {folder} is being run by another process; wait for it, or start another one with --name"
+    lock = acquire_lock(folder / LOCK, busy)
     try:
         (folder / LOGS).mkdir(exist_ok=True)
         runs = [SweepRun(point) for point in points]
@@ -149,7 +142,8 @@ def open_sweep(folder: Path, points: list[Point], *, identity: str, argv: list[s
         sweep.save()
         return sweep
     except BaseException:
-        lock.release()
+        if lock is not None:
+            lock.release()
         raise
 
 
