@@ -24,7 +24,7 @@ from formats.rendering import JsonOnce
 from formats.roles import token_roles
 from formats.tokens import Tokenized, Tokens, check_tokenizer, tokens_of
 
-IGNORED = -100
+IGNORE_INDEX = -100  # label of a token that is not trained; PyTorch's default
 
 
 @dataclass
@@ -159,13 +159,13 @@ def _sequences(
             raise _Refusal(f"a content turns into the control token {whole.stray[0]} although it does not spell it")
         done = sequences[-1] if sequences else None
         if done is not None and prompt_ids[: len(done.input_ids)] == done.input_ids:
-            labels = done.labels + [IGNORED] * (len(prompt_ids) - len(done.labels))
+            labels = done.labels + [IGNORE_INDEX] * (len(prompt_ids) - len(done.labels))
         else:
             if done is not None:
                 done.roles = token_roles(done.text, placed, messages[: last + 1], tools, served, tokens.tokenizer)
             done = Sequence("", [], [])
             sequences.append(done)
-            labels = [IGNORED] * len(prompt_ids)
+            labels = [IGNORE_INDEX] * len(prompt_ids)
         done.text = prompt + completion
         done.input_ids = whole.ids
         done.labels = labels + answer_ids
@@ -193,7 +193,7 @@ def _append_tail(
     if whole.ids[: len(sequence.input_ids)] != sequence.input_ids:
         return placed, last
     sequence.text = text
-    sequence.labels = sequence.labels + [IGNORED] * (len(whole.ids) - len(sequence.labels))
+    sequence.labels = sequence.labels + [IGNORE_INDEX] * (len(whole.ids) - len(sequence.labels))
     sequence.input_ids = whole.ids
     return whole, count - 1
 

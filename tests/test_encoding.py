@@ -17,7 +17,7 @@ from finetune.errors import UserError
 from finetune.preparing.checks import check_conversation
 from finetune.reading.conversations import normalize_row
 from finetune.reading.normalize import conversations_fingerprint
-from formats import encode, get_format
+from formats import IGNORE_INDEX, encode, get_format
 from tests import parts
 from tests.rows import LAMP
 
@@ -73,7 +73,8 @@ def test_report_adds_up(tokenizer):
     assert (report["rows"], report["kept"], report["refused"], report["dropped"]) == (5, 4, 1, 0)
     sequences = [s for row in ROWS for s in encode(row, tokenizer, FMT).sequences]
     assert report["tokens"] == sum(len(s.input_ids) for s in sequences) == sum(report["tokens_by_role"].values())
-    assert report["trained_tokens_by_role"] == {"assistant": sum(x != -100 for s in sequences for x in s.labels)}
+    trained = sum(label != IGNORE_INDEX for s in sequences for label in s.labels)
+    assert report["trained_tokens_by_role"] == {"assistant": trained}
     assert report["longest"] == max(len(s.input_ids) for s in sequences)
     assert sum(report["reasons"].values()) == 1
     assert report["left_out"] == [{"row": "row 5", "reason": next(iter(report["reasons"]))}]

@@ -33,6 +33,7 @@ from finetune.memory.sizes import (
 from finetune.models.bundled import smollm2_dir
 from finetune.models.lora_linear import fuse_lora_linears
 from finetune.training import memory_plan
+from formats import IGNORE_INDEX
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 LLAMA3_8B = dense_sizes(4096, 14_336, 32, 32, 8, 128, 128_256, False)
@@ -406,7 +407,7 @@ def test_the_plan_of_a_run_counts_shared_prefixes_once():
     prefix, rows = list(range(400)), []
     for number in range(8):
         ids = prefix + [1000 + number] * 50
-        rows.append((ids, [-100] * 440 + ids[440:]))
+        rows.append((ids, [IGNORE_INDEX] * 440 + ids[440:]))
     flags = settings.parse(["--batch_size", "8", "--grad_accum", "1"])
     plan = memory_plan.plan_of_run(
         flags, dtype="float32", load_in_4bit=False, gradient_checkpointing=False, device="cpu"

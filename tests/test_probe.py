@@ -11,6 +11,7 @@ from finetune.memory.estimate import Plan
 from finetune.memory.sizes import sizes_of_model
 from finetune.passes.runner import PassRunner
 from finetune.training import memory_plan, probe
+from formats import IGNORE_INDEX
 from tests.test_shared_prefix import adapted
 
 ROWS = [([1] * 3000, [1] * 3000)]
@@ -88,7 +89,7 @@ def test_a_pass_that_does_not_fit_leaves_the_formula(runner, monkeypatch):
 
 
 def test_on_a_cpu_a_pass_is_tried_only_where_memory_is_near_what_the_run_needs(runner, monkeypatch):
-    rows = [([*range(2000), *[number] * 50], [-100] * 2000 + [number] * 50) for number in range(32)]
+    rows = [([*range(2000), *[number] * 50], [IGNORE_INDEX] * 2000 + [number] * 50) for number in range(32)]
     tried = []
     monkeypatch.setattr(probe, "probe", lambda *args: tried.append(args))
     flags = settings.parse(["--model", "m", "--dataset", "d", "--batch_size", "16", "--grad_accum", "1"])

@@ -12,7 +12,7 @@ import pytest
 import prepare_data
 from finetune.files import write_jsonl
 from finetune.reading.conversations import normalize_row
-from formats import encode, get_format
+from formats import IGNORE_INDEX, encode, get_format
 from tests import parts
 from tests.rows import GOOD, LAMP, chat, lamp_call, read
 
@@ -73,7 +73,7 @@ def test_encode_writes_one_exact_line_per_row(tmp_path, tokenizer, tokenizer_dir
 
 def trained_text(sequence: dict, tokenizer) -> str:
     return tokenizer.decode(
-        [i for i, label in zip(sequence["input_ids"], sequence["labels"], strict=True) if label != -100]
+        [i for i, label in zip(sequence["input_ids"], sequence["labels"], strict=True) if label != IGNORE_INDEX]
     )
 
 

@@ -21,7 +21,7 @@ from finetune.chat.reply import LiveText, unescaped
 from finetune.chat.speaker import BASE, TUNED, Speaker
 from finetune.errors import UserError
 from finetune.generation.generate import Decoding
-from formats.calls import refuse_halves
+from formats.calls import reject_lone_surrogates
 
 PATHS = ("/v1/chat/completions", "/v1/models", "/health")
 log = logging.getLogger("sandwich")
@@ -216,7 +216,7 @@ def _handler(speaker: Speaker, decoding: Decoding) -> Any:
             if reason := wrong_number(body):
                 raise HTTPException(400, reason)
             try:
-                refuse_halves(body)
+                reject_lone_surrogates(body)
             except ValueError as error:
                 raise HTTPException(400, f"the request holds {error}") from error
             if body.get("max_tokens") is None and body.get("max_completion_tokens") is not None:

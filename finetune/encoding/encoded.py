@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from formats import IGNORE_INDEX
+
 
 class Sequences(Sequence):
     """Read-only list of (input_ids, labels), both lists of int of equal length, cut out of flat arrays when asked."""
@@ -24,7 +26,7 @@ class Sequences(Sequence):
         index = range(len(self))[index]
         start, end = self._offsets[index], self._offsets[index + 1]
         ids = self._ids[start:end]
-        return ids.tolist(), np.where(self._trained[start:end], ids, -100).tolist()
+        return ids.tolist(), np.where(self._trained[start:end], ids, IGNORE_INDEX).tolist()
 
 
 @dataclass

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from formats import IGNORE_INDEX
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -90,7 +92,7 @@ def _add(chunk: Chunk, row: int, sequence, flags: Flags) -> int:
     """Add one sequence if it fits and trains something; returns how many were added (1 or 0)."""
     ids = np.asarray(sequence.input_ids, dtype=np.int32)
     labels = np.asarray(sequence.labels, dtype=np.int32)
-    trained = labels != -100
+    trained = labels != IGNORE_INDEX
     if len(ids) != len(labels) or not np.array_equal(labels[trained], ids[trained]):
         raise AssertionError(f"labels of conversation {row} do not match its ids")
     if flags.max_seq_length is not None and len(ids) > flags.max_seq_length:

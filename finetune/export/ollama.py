@@ -12,36 +12,25 @@ from formats import FORMATS, Format, FormatError, get_format
 from formats.base import clean_messages, render_messages
 
 TEMPLATES = Path(__file__).with_name("ollama_templates")
-PYTHONIC = "Ollama reads calls only where they are JSON, and this format writes them as a Python list"
-REFUSED = {"llama3-pythonic": PYTHONIC, "gemma": PYTHONIC}
-# How Ollama finds calls in an answer: the text they start with ("{" unless told), or one of its own parsers.
-TAGS = {
-    "chatml": "<tool_call>", "qwen": "<tool_call>", "llama3-function": "<function=", "kanana": "<function=",
-    "mistral": "[TOOL_CALLS]", "phi4-mini": "<|tool_call|>",
-}  # fmt: skip
-PARSERS = {"qwen-xml": "qwen3-coder", "mistral-v13": "ministral"}
 
 
 def go_template(fmt: Format) -> str:
     """The format's template for Ollama, which adds the start token itself. Raises FormatError with a reason."""
-    family = "mistral" if fmt.name.startswith("mistral") else fmt.name
-    if family in REFUSED:
-        raise FormatError(
-            f"format {fmt.name} cannot be served by Ollama: {REFUSED[family]}; use --to vllm or --to gguf"
-        )
-    path = TEMPLATES / f"{family}.gotmpl"
-    if not path.is_file():
+    ollama = fmt.ollama
+    if ollama is None:
         raise FormatError(f"format {fmt.name} has no template for Ollama; use --to vllm or --to gguf")
-    pinned = {**fmt.template_kwargs, **({"end": fmt.end_of_turn[0]} if family == "mistral" else {})}
+    if ollama.refused:
+        raise FormatError(f"format {fmt.name} cannot be served by Ollama: {ollama.refused}; use --to vllm or --to gguf")
+    body = (TEMPLATES / f"{ollama.template}.gotmpl").read_text(encoding="utf-8").strip()
+    pinned = {**fmt.template_kwargs, **({"end": fmt.end_of_turn[0]} if "$end" in body else {})}
     variables = "".join(
         f"{{{{ ${name} := {json.dumps(value, ensure_ascii=False)} }}}}"
         for name, value in pinned.items()
         if isinstance(value, (str, bool))
     )
     # Ollama takes the first text inside the first `if .ToolCalls` for the start of a call; this one never writes it.
-    tag = f"{{{{ if and false .ToolCalls }}}}{TAGS[family]}{{{{ end }}}}" if family in TAGS else ""
-    separators = (",", ":") if family == "chatml" else (", ", ": ")
-    body = path.read_text(encoding="utf-8").strip()
+    tag = f"{{{{ if and false .ToolCalls }}}}{ollama.call_start}{{{{ end }}}}" if ollama.call_start else ""
+    separators = (",", ":") if ollama.compact_json else (", ", ": ")
     return prelude(body, *separators) + variables + tag + body
 
 
@@ -110,8 +99,8 @@ def modelfile(fmt: Format, weights: str, *, context: int | None = None) -> str:
     if '"""' in template:
         raise FormatError(f'format {fmt.name}: a Modelfile cannot hold a template with """ in it')
     lines = [f"FROM ./{weights}", f'TEMPLATE """{template}"""']
-    if parser := PARSERS.get(fmt.name if fmt.name in PARSERS else f"mistral-{fmt.template_kwargs.get('version')}"):
-        lines.append(f"PARSER {parser}")
+    if fmt.ollama and fmt.ollama.parser:
+        lines.append(f"PARSER {fmt.ollama.parser}")
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stop_strings(fmt)]
     lines.append("PARAMETER temperature 0")
     if context:
@@ -121,8 +110,7 @@ def modelfile(fmt: Format, weights: str, *, context: int | None = None) -> str:
 
 def stop_strings(fmt: Format) -> list[str]:
     """Every end of turn, and for a format without control tokens the words that start somebody else's turn."""
-    words = ["\nUser:", "\nAssistant:", "\nSystem:"] if fmt.name == "plain" else []
-    return [*fmt.end_of_turn, *words]
+    return [*fmt.end_of_turn, *(fmt.ollama.stop if fmt.ollama else ())]
 
 
 def export_ollama(folder: Path, gguf: Path, fmt: Format, tokenizer: Any, context: int | None) -> Path:
@@ -134,6 +122,6 @@ def export_ollama(folder: Path, gguf: Path, fmt: Format, tokenizer: Any, context
 
 def check_format(run: Any) -> None:
     """Refuse before any work what Ollama cannot serve, as far as the run's config tells."""
-    if run.experiment is not None and (reason := REFUSED.get(run.experiment.config["format"]["name"])):
-        raise UserError(f"format {run.experiment.config['format']['name']} cannot be served by Ollama: {reason}; "
-                        "use --to vllm or --to gguf")  # fmt: skip
+    fmt = FORMATS.get(run.experiment.config["format"]["name"]) if run.experiment is not None else None
+    if fmt is not None and fmt.ollama is not None and (reason := fmt.ollama.refused):
+        raise UserError(f"format {fmt.name} cannot be served by Ollama: {reason}; use --to vllm or --to gguf")

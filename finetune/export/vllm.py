@@ -22,7 +22,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values --max-lora-rank tak
 
 def parser_of(fmt: Format) -> str | None:
     """--tool-call-parser for a format: one of vLLM's own, our plugin's name, or None for a format without calls."""
-    return fmt.vllm_parser or (PLUGIN_NAME if fmt.read_calls and fmt.name != "plain" else None)
+    return fmt.vllm_parser or (PLUGIN_NAME if fmt.read_calls and fmt.has_tools else None)
 
 
 def max_lora_rank(rank: int) -> int:

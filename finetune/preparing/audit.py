@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.reading.conversations import Rejected
+from formats import IGNORE_INDEX
 
 
 @dataclass
@@ -94,9 +95,9 @@ def _check(sequence, name: str, ends: set[int], tokenizer, result: Audit) -> lis
     """Check one sequence; returns the decoded text of each trained span."""
     ids, labels, roles = sequence.input_ids, sequence.labels, sequence.roles
     result.tokens.update(roles)
-    result.trained.update(role for role, label in zip(roles, labels, strict=True) if label != -100)
+    result.trained.update(role for role, label in zip(roles, labels, strict=True) if label != IGNORE_INDEX)
     for token, label, role in zip(ids, labels, roles, strict=True):
-        if label == -100:
+        if label == IGNORE_INDEX:
             continue
         if label != token:
             _note(result.failures, "a label that is not its token", name)
@@ -104,7 +105,7 @@ def _check(sequence, name: str, ends: set[int], tokenizer, result: Audit) -> lis
             _note(result.failures, f"a trained token of the {role}", name)
     texts, start = [], None
     for position in range(len(ids) + 1):
-        trained = position < len(ids) and labels[position] != -100
+        trained = position < len(ids) and labels[position] != IGNORE_INDEX
         if trained and start is None:
             start = position
         elif not trained and start is not None:

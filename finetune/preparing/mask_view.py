@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from formats import IGNORE_INDEX
+
 
 @dataclass(frozen=True)
 class Run:
@@ -28,12 +30,12 @@ def runs(input_ids: Sequence[int], labels: Sequence[int], tokenizer, roles: Sequ
     result: list[Run] = []
     start, before = 0, ""
     for end in range(1, len(input_ids) + 1):
-        if end < len(input_ids) and (labels[end] == -100) == (labels[start] == -100):
+        if end < len(input_ids) and (labels[end] == IGNORE_INDEX) == (labels[start] == IGNORE_INDEX):
             continue
         upto = tokenizer.decode(list(input_ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         text = upto[len(before) :] if upto.startswith(before) else tokenizer.decode(list(input_ids[start:end]))
         names = tuple(dict.fromkeys(roles[start:end])) if roles else ()
-        result.append(Run(text, end - start, labels[start] != -100, names, tuple(input_ids[start:end])))
+        result.append(Run(text, end - start, labels[start] != IGNORE_INDEX, names, tuple(input_ids[start:end])))
         start, before = end, upto
     return result
 
@@ -42,7 +44,7 @@ def print_sequence(console, input_ids, labels, tokenizer, title: str) -> None:
     """Print one sequence to a rich console: trained tokens bold on green, the rest dim."""
     from rich.text import Text
 
-    trained = sum(label != -100 for label in labels)
+    trained = sum(label != IGNORE_INDEX for label in labels)
     console.rule(Text(f"{title}: {len(input_ids)} tokens, {trained} trained", style="bold"), align="left")
     text = Text()
     for run in runs(input_ids, labels, tokenizer):
@@ -89,7 +91,7 @@ def html_page(entries: Iterable[dict[str, Any]], tokenizer, heading: str) -> str
                 hint = f"{run.tokens} tokens, {first!r} … {last!r}, {', '.join(run.roles)}"
                 tag = "mark" if run.trained else "span"
                 pieces.append(f"<{tag} title='{html.escape(hint)}'>{html.escape(_visible(run.text))}</{tag}>")
-            trained = sum(label != -100 for label in labels)
+            trained = sum(label != IGNORE_INDEX for label in labels)
             parts.append(f"<p class='note'>{len(ids)} tokens, {trained} trained</p><pre>{''.join(pieces)}</pre>")
     return "\n".join(parts) + "\n</html>\n"
 

@@ -16,7 +16,7 @@ from finetune.reading.row_files import Unreadable, json_type, strict_json
 from finetune.reading.shapes import detect_shape
 from finetune.reading.text_shapes import RowError, as_text, hermes_system, tool_responses
 from finetune.reading.tool_schemas import normalize_tools
-from formats.calls import DEEPEST, levels
+from formats.calls import MAX_JSON_DEPTH, json_depth
 
 ROLES = {
     "system": "system",
@@ -72,10 +72,10 @@ def normalize_row(
         raise RowError(raw.reason)
     if not isinstance(raw, dict):
         raise RowError(f"is a JSON {json_type(raw)}, not an object")
-    too_deep = f"is nested deeper than {DEEPEST} levels"
+    too_deep = f"is nested deeper than {MAX_JSON_DEPTH} levels"
     try:
         conversation = _conversation(raw, column_map, tools, Counter() if notes is None else notes)
-        if levels(conversation) > DEEPEST:
+        if json_depth(conversation) > MAX_JSON_DEPTH:
             raise RowError(too_deep)
         conversation_text(conversation)
     except RecursionError as error:

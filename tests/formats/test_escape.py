@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.masking import marker_search
-from formats import FormatError, encode, encode_prompt, escape_conversation, get_format, unescape
+from formats import IGNORE_INDEX, FormatError, encode, encode_prompt, escape_conversation, get_format, unescape
 from formats.base import render_messages
 from formats.escape import MARK
 from tests import parts
@@ -40,7 +40,7 @@ def test_a_hostile_row_trains_no_injected_text_and_the_marker_search_does():
         for marker in ("<|im_start|>user\n", "<|im_start|>assistant\n")
     )
     searched = marker_search(ids, instruction, response)
-    assert "PWNED" in tokenizer.decode([label for label in searched if label != -100])
+    assert "PWNED" in tokenizer.decode([label for label in searched if label != IGNORE_INDEX])
 
     # Even with the control tokens left in, the mask is the difference of two renderings: still only the answer.
     assert trained_text(encode(made, tokenizer, fmt, control_tokens="allow"), tokenizer) == ["I will not.<|im_end|>"]

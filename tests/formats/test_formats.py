@@ -115,7 +115,7 @@ def test_an_own_template_that_cannot_be_used_says_why(template, message):
         ("start: a\n", "exactly the four strings"),
         (FOUR.format(place="nowhere"), "tools must be one of"),
         ('start: ""\nseparator: "|"\nend: x\ntools: system\n', "start must not be empty"),
-        ("start: [", "is no YAML"),
+        ("start: [", "is not valid YAML"),
     ],
 )
 def test_a_wrong_format_file_is_named_with_what_is_wrong(tmp_path, text, message):

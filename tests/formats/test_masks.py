@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from formats import FormatError, encode, encode_prompt, get_format
+from formats import IGNORE_INDEX, FormatError, encode, encode_prompt, get_format
 from formats.base import clean_messages
 from tests import parts
 from tests.formats.cases import CLOCK, ROWS, WEATHER, calls, result, row, says, system, user
@@ -41,7 +41,7 @@ def test_exact_ids_and_labels_of_the_described_call_format():
 def test_the_newline_behind_the_end_of_turn_is_there_and_not_trained():
     tokenizer = parts.tokenizer("qwen2.5")
     sequence = encode(ROWS["plain"], tokenizer, get_format("qwen", tokenizer)).sequences[0]
-    assert sequence.input_ids[-2:] == [151645, 198] and sequence.labels[-2:] == [151645, -100]
+    assert sequence.input_ids[-2:] == [151645, 198] and sequence.labels[-2:] == [151645, IGNORE_INDEX]
     assert sequence.text == tokenizer.apply_chat_template(ROWS["plain"]["messages"], tokenize=False)
 
 
@@ -77,7 +77,7 @@ def test_turns_behind_the_last_trained_one_are_kept_and_not_trained():
     tokenizer = parts.tokenizer("llama3")
     sequence = encode(ROWS["ends_with_user"], tokenizer, get_format("llama3-function")).sequences[0]
     assert sequence.text.endswith("user<|end_header_id|>\n\nc<|eot_id|>")
-    assert sequence.labels[-1] == -100
+    assert sequence.labels[-1] == IGNORE_INDEX
 
 
 def test_a_turn_with_reasoning_is_trained_as_served_with_thinking():
@@ -141,7 +141,7 @@ def test_roles_do_not_depend_on_the_ids_of_an_earlier_row(vocabulary):
         made = row(user("t?"), called, result('{"v": 1}', first), says("One."), tools=(CLOCK,))
         for sequence in encode(made, tokenizer, fmt).sequences:
             pairs = zip(sequence.roles, sequence.labels, strict=True)
-            assert {role for role, label in pairs if label != -100} == {"assistant"}
+            assert {role for role, label in pairs if label != IGNORE_INDEX} == {"assistant"}
 
 
 @pytest.mark.parametrize("vocabulary", ["mistral-v3", "mistral-v7", "mistral-tekken"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from formats import FORMATS
+from formats.builtin.llama3 import parse as parse_llama3
 from formats.calls import parse_function_tag, parse_hermes
-from formats.llama3 import parse as parse_llama3
 
 HERMES = '<tool_call>\n{"name": "f", "arguments": {"a": {"b": "}</tool_call>"}}}\n</tool_call>'
 FUNCTION = '<function=f>{"a": {"b": "}</function>"}}</function>'

@@ -1,11 +1,11 @@
-"""A call format of one's own from four strings in a YAML file; no class and no Jinja.
+"""A call format from four strings in a YAML file, without a module or a Jinja template.
 
-    start: "<call>"         what stands before a call
+    start: "<call>"         before a call
     separator: "|"          between the function's name and its arguments (a JSON object)
-    end: "</call>"          what stands behind a call
+    end: "</call>"          behind a call
     tools: system           where the tools go: system, first_user or last_user
 
-Turns are laid out as the tokenizer's own template does it; calls become part of the assistant's text there.
+Turns are laid out by the template of another format; calls become part of the assistant's text there.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from formats.base import Format, FormatError, Parsed
-from formats.calls import read_arguments, read_tagged
+from formats.calls import read_named_call, read_tagged
 
-PLACES = ("system", "first_user", "last_user")
+TOOL_PLACES = ("system", "first_user", "last_user")
 KEYS = ("start", "separator", "end", "tools")
 
-# Rewrites the messages so that calls and tools are plain text, then hands over to the template below it.
+# Rewrites the messages so that calls and tools are plain text; the template below it renders them.
 _PREAMBLE = """\
 {%- set own = namespace(messages=[], tools='', at=-1) %}
 {%- if tools %}
@@ -67,27 +67,26 @@ _PREAMBLE = """\
 
 
 @dataclass(frozen=True)
-class FourStrings:
-    """Reads calls written as start + name + separator + JSON object + end."""
+class DelimitedCallParser:
+    """Parses calls written as start + name + separator + JSON object + end; a class, so that it can be pickled."""
 
     start: str
     separator: str
     end: str
 
     def __call__(self, text: str, tools: list[dict] | None = None) -> Parsed:
-        return read_tagged(text, self.start, self.end, self._body)
+        return read_tagged(text, self.start, self.end, self._read_call)
 
-    def _body(self, source: str, at: int) -> tuple[dict[str, Any], int]:
-        close = source.find(self.separator, at)
-        if close < 0:
-            raise ValueError("the function's name is cut off")
-        name = source[at:close].strip()
-        arguments, end = read_arguments(source, close + len(self.separator), name)
-        return {"name": name, "arguments": arguments}, end
+    def _read_call(self, source: str, at: int) -> tuple[dict[str, Any], int]:
+        call, end = read_named_call(source, at, self.separator)
+        return {**call, "name": call["name"].strip()}, end
 
 
 def load(path: str | Path, base: Format | None = None) -> Format:
-    """The format of a YAML file, as `build`; raises FormatError that names the file and the key."""
+    """The format of a YAML file with the turn layout of `base`; without `base` it can only parse.
+
+    Raises FormatError that names the file and the key.
+    """
     import yaml
 
     path = Path(path)
@@ -96,48 +95,42 @@ def load(path: str | Path, base: Format | None = None) -> Format:
     except OSError as error:
         raise FormatError(f"format file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FormatError(f"format file {path} is no YAML: {error}") from error
+        raise FormatError(f"format file {path} is not valid YAML: {error}") from error
     if (
         not isinstance(given, dict)
         or set(given) != set(KEYS)
         or not all(isinstance(value, str) for value in given.values())
     ):
         raise FormatError(f"format file {path} must hold exactly the four strings {', '.join(KEYS)}")
-    return build(path.stem, given, base, str(path))
-
-
-def build(name: str, given: dict[str, str], base: Format | None, where: str) -> Format:
-    """The format of four strings under the turn layout of `base`; without one it can only parse."""
     for key in ("start", "separator", "end"):
-        if not (given[key] if key == "separator" else given[key].strip()):  # a name may end at a space or a line end
-            raise FormatError(f"format file {where}: {key} must not be empty")
-    if given["tools"] not in PLACES:
-        raise FormatError(f"format file {where}: tools must be one of {', '.join(PLACES)}, not {given['tools']!r}")
-    parse = FourStrings(given["start"], given["separator"], given["end"])
-    markers = (given["start"], given["end"])
-    if base is None:
-        return Format(name, "", (), call_markers=markers, read_calls=parse)
+        text = given[key] if key == "separator" else given[key].strip()  # a separator may be white space
+        if not text:
+            raise FormatError(f"format file {path}: {key} must not be empty")
+    if given["tools"] not in TOOL_PLACES:
+        raise FormatError(f"format file {path}: tools must be one of {', '.join(TOOL_PLACES)}, not {given['tools']!r}")
     return replace(
-        base,
-        name=name,
-        template=_preamble(given) + base.template,
-        call_markers=markers,
-        read_calls=parse,
-        vllm_parser=None,
+        base or Format("", "", ()),
+        name=path.stem,
+        template=_preamble(given) + base.template if base else "",
+        call_markers=(given["start"], given["end"]),
+        read_calls=DelimitedCallParser(given["start"], given["separator"], given["end"]),
         adapt=None,
+        detect=None,
         untyped=False,
+        has_tools=True,
+        vllm_parser=None,
+        ollama=None,
     )
 
 
 def _preamble(given: dict[str, str]) -> str:
-    hint = f"\nTo call one, write: {given['start']}name{given['separator']}{{arguments as JSON}}{given['end']}"
-    words = {
-        "HINT": json.dumps(hint, ensure_ascii=False),
-        "ROLE": json.dumps("system" if given["tools"] == "system" else "user"),
-        "LAST": "true" if given["tools"] == "last_user" else "false",
-        "START": json.dumps(given["start"], ensure_ascii=False),
-        "SEPARATOR": json.dumps(given["separator"], ensure_ascii=False),
-        "END": json.dumps(given["end"], ensure_ascii=False),
+    variables = {
+        "HINT": f"\nTo call one, write: {given['start']}name{given['separator']}{{arguments as JSON}}{given['end']}",
+        "ROLE": "system" if given["tools"] == "system" else "user",
+        "LAST": given["tools"] == "last_user",
+        "START": given["start"],
+        "SEPARATOR": given["separator"],
+        "END": given["end"],
     }
-    sets = "".join(f"{{%- set {word} = {value} %}}\n" for word, value in words.items())
-    return sets + _PREAMBLE
+    literals = {name: json.dumps(value, ensure_ascii=False) for name, value in variables.items()}
+    return "".join(f"{{%- set {name} = {value} %}}\n" for name, value in literals.items()) + _PREAMBLE
