@@ -12,7 +12,7 @@ from finetune.encoding import cache as encoding_cache
 from finetune.encoding import encode as encoding
 from finetune.encoding import rows as row_encoding
 from finetune.encoding.encode import encode_conversations
-from finetune.encoding.rows import turn_starts, without_oldest_turns
+from finetune.encoding.rows import Flags, turn_starts, without_oldest_turns
 from finetune.errors import UserError
 from finetune.preparing.checks import check_conversation
 from finetune.reading.conversations import normalize_row
@@ -82,7 +82,7 @@ def test_report_adds_up(tokenizer):
 
 
 def test_processes_give_the_same_as_one(tokenizer, monkeypatch):
-    monkeypatch.setattr(encoding, "CHUNK", 3)
+    monkeypatch.setattr(encoding, "CHUNK_ROWS", 3)
     rows = [called(f"room {i}") for i in range(10)] + [conversation("no answer")]
     alone = encode_conversations(rows, tokenizer, FMT, num_proc=1, progress=False)
     together = encode_conversations(rows, tokenizer, FMT, num_proc=2, progress=False)
@@ -211,7 +211,7 @@ def test_a_cached_result_needs_no_conversations_and_names_rows_by_their_own_file
 def test_anything_that_could_change_a_token_makes_another_file(tokenizer, tmp_path):
     def path(rows=ROWS, fmt=FMT, tok=tokenizer, **changes):
         flags = {"max_seq_length": 100, "train_on": "all", "control_tokens": "escape", "overlong": "drop"} | changes
-        return encoding_cache.cache_path(tmp_path, conversations_fingerprint(rows), tok, fmt, encoding.Flags(**flags))
+        return encoding_cache.cache_path(tmp_path, conversations_fingerprint(rows), tok, fmt, Flags(**flags))
 
     other_tokenizer = copy.deepcopy(tokenizer)
     other_tokenizer.add_tokens(["<extra>"])

@@ -76,14 +76,12 @@ def remove_last_label(labels: list[int], ids: list[int]) -> None:
     ],
 )
 def test_audit_fails_on_each_kind_of_wrong_mask(tmp_path, tokenizer_dir, monkeypatch, capsys, damage, message):
-    import formats
-
     def wrong(*args, **kwargs):
         encoded = encode(*args, **kwargs)
         damage(encoded.sequences[0].labels, encoded.sequences[0].input_ids)
         return encoded
 
-    monkeypatch.setattr(formats, "encode", wrong)
+    monkeypatch.setattr("finetune.encoding.rows.encode", wrong)
     source = write_jsonl(tmp_path / "rows.jsonl", [GOOD["two turns"]])
     assert prepare_data.main(["audit", "--tokenizer", tokenizer_dir, "--format", "chatml", str(source)]) == 1
     assert message in " ".join(capsys.readouterr().out.split())
