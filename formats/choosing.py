@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from formats import native, yaml_format
 from formats.base import Format, FormatError
+from formats.comparison import compare
+from formats.probing import own_template
 from formats.registry import FORMATS, load_entry_points, register
-from formats.tokens import added_tokens
+from formats.tokens import added_tokens, check_tokenizer
 
 register(native.FORMAT)
 
@@ -33,16 +36,41 @@ def get_format(name: str, tokenizer: Any = None) -> Format:
 def choose_format(tokenizer: Any) -> tuple[Format, str]:
     """(format, one sentence why) for `--format auto`.
 
-    A registered template that the tokenizer carries (as a trained model does) wins; otherwise `Format.detect` decides.
+    A registered template that the tokenizer carries (as a trained model does) wins. Then a named format must render
+    the very text of the tokenizer's own template, else the own template itself is used. Only a tokenizer without a
+    template, or whose template has no place for tools, gets a format by its control tokens (`Format.detect`).
     Raises FormatError when nothing fits.
     """
     load_entry_points()
-    own = str(tokenizer.chat_template or "")
+    own, added = own_template(tokenizer), set(added_tokens(tokenizer))
     for name, fmt in FORMATS.items():
         if (pinned := fmt.pinned_in(own)) is not None:
             return get_format(name, tokenizer).with_kwargs(**pinned), f"the tokenizer carries our template of {name}"
-    fmt, reason = detect(set(added_tokens(tokenizer)), own)
-    return get_format(fmt.name, tokenizer), reason
+    if not own:
+        fmt, reason = detect(added, "")
+        return get_format(fmt.name, tokenizer), reason
+    has_tools = native.writes_tools(tokenizer)
+    for fmt in _candidates(added, own, tokenizer):
+        found = compare(fmt, tokenizer)
+        if found.difference is None and (found.with_tools or not has_tools):
+            missing = "" if has_tools else ", which has no place for tools"
+            return fmt, f"the tokenizer's own template{missing} renders as {fmt.name} does"
+    if has_tools:
+        return get_format("native", tokenizer), "no named format renders what the tokenizer's own template does"
+    fmt, reason = detect(added, own)
+    return get_format(fmt.name, tokenizer), f"the tokenizer's own template has no place for tools; {reason}"
+
+
+def _candidates(added: set[str], own: str, tokenizer: Any) -> Iterator[Format]:
+    """The named formats whose control tokens the tokenizer has; those that its tokens suggest first."""
+    named = [fmt for fmt in FORMATS.values() if fmt.name != "native"]
+    for fmt in sorted(named, key=lambda fmt: (not (fmt.detect and fmt.detect(added, own)), fmt.detect_order)):
+        try:
+            variant = get_format(fmt.name, tokenizer)
+            check_tokenizer(tokenizer, variant)
+        except FormatError:
+            continue
+        yield variant
 
 
 def detect(added: set[str], template: str) -> tuple[Format, str]:

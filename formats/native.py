@@ -8,12 +8,46 @@ from typing import Any
 
 from formats.base import Format, FormatError
 from formats.builtin import mistral
-from formats.probing import CALL_NAME, USER, call_message, own_text, thinks
+from formats.derivation import (
+    NAMES,
+    TEXT,
+    TOOLS,
+    Turns,
+    call,
+    call_grammar,
+    cut,
+    end_of_turn,
+    writes_calls,
+)
+from formats.probing import USER, call_message, own_template, own_text, thinks
 from formats.registry import FORMATS
 from formats.tokens import added_tokens
 
 ANSWER = {"role": "assistant", "content": "wq1zk"}
 DATE = "26 Jul 2024"
+_VALUES = {"a": "7", "b": 7, "c": [1.5, True, None], "d": {"e": {"f": "x"}}}
+_TYPES = {"a": "string", "b": "integer", "c": "array", "d": "object"}
+# Turns that a parser must read back, the simplest first.
+PROBES: list[dict[str, Any]] = [
+    {"content": "", "calls": [call(0, {"a": "x y"})]},
+    {"content": "", "calls": [call(0, _VALUES)]},
+    {"content": "", "calls": [call(0, {})]},
+    {"content": "", "calls": [call(0, {"a": 'say "hi" it\'s {x} [y] <b> (z) \\ 한국'})]},
+    {"content": "", "calls": [call(0, {"a": "one\ntwo"})]},
+    {"content": "", "calls": [call(0, {"a": "x"}), call(1, {"b": 1})]},
+    {"content": TEXT, "calls": [call(0, {"a": "x"})]},
+    {"content": TEXT, "calls": [call(0, {}), call(1, {"b": 1})]},
+]
+PROBE_TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {"type": "object", "properties": {key: {"type": kind} for key, kind in _TYPES.items()}},
+        },
+    }
+    for name in NAMES
+]
 
 
 def adapt(fmt: Format, tokenizer: Any) -> Format:
@@ -21,21 +55,18 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
 
     Raises FormatError when there is no template or no token that ends an answer.
     """
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = tokenizer.get_chat_template()
+    template = own_template(tokenizer)
     if not template:
         raise FormatError(
             "this tokenizer carries no chat template; choose a format by name (--format chatml, llama3, …)"
         )
-    kwargs: dict[str, Any] = {"date_string": DATE} if "date_string" in template else {}
     hybrid = thinks(tokenizer)
-    if hybrid:
-        kwargs["enable_thinking"] = False
-    ends = _ends_of_turn(tokenizer, kwargs)
+    kwargs = _variables(tokenizer, hybrid)
+    turns = _turns(tokenizer, kwargs)
+    ends = _ends_of_turn(turns, tokenizer, kwargs)
     added = added_tokens(tokenizer)
     control = [text for text in ("[INST]", "[/INST]", "<tool_response>", "</tool_response>") if text in template]
-    style = _call_style(tokenizer, kwargs, ends)
+    style = _reader(turns, ends)
     return replace(
         fmt,
         template=template,
@@ -48,30 +79,35 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
         reasoning="</think>" in template,
         vllm_parser=style.vllm_parser if style else None,
         untyped=style is not None and style.untyped,
+        has_tools=writes_calls(turns),
         prepare=mistral.prepare if _requires_mistral_ids(tokenizer, kwargs) else None,
     )
 
 
-def _ends_of_turn(tokenizer: Any, kwargs: dict[str, Any]) -> tuple[str, ...]:
-    """The first added token behind an answer, for a plain answer and for one with a call."""
-    answers = [(ANSWER, ANSWER["content"]), (call_message({"a": "vq0zk"}), "vq0zk")]
-    added = sorted(added_tokens(tokenizer), key=len, reverse=True)
-    ends: list[str] = []
-    for answer, last in answers:
-        text = own_text(tokenizer, [USER, answer], **kwargs)
-        tail = text.rpartition(last)[2] if text and last in text else ""
-        found = [(at, -len(token), token) for token in added if (at := tail.find(token)) >= 0]
-        # A call's own closing tags come before the end of the turn; they are rarely special tokens.
-        special = [item for item in found if item[2] in tokenizer.all_special_tokens or item[2].startswith("<|")]
-        if special or found:
-            ends.append(min(special or found)[2])
+def writes_tools(tokenizer: Any) -> bool:
+    """Whether the tokenizer's own template shows the model its tools and writes calls."""
+    return writes_calls(_turns(tokenizer, _variables(tokenizer, thinks(tokenizer))))
+
+
+def _variables(tokenizer: Any, hybrid: bool) -> dict[str, Any]:
+    """Template variables of every rendering: a fixed date, and no thinking where it can be switched."""
+    date = {"date_string": DATE} if "date_string" in own_template(tokenizer) else {}
+    return {**date, "enable_thinking": False} if hybrid else date
+
+
+def _turns(tokenizer: Any, kwargs: dict[str, Any]) -> Turns:
+    return Turns(lambda messages, **more: own_text(tokenizer, messages, tools=TOOLS, **kwargs, **more))
+
+
+def _ends_of_turn(turns: Turns, tokenizer: Any, kwargs: dict[str, Any]) -> tuple[str, ...]:
+    ends = end_of_turn(turns, set(added_tokens(tokenizer)))
     if not ends:
         _raise_if_broken(tokenizer, kwargs)
         raise FormatError(
             "the tokenizer's own template ends an answer with no token, so generation would not stop; "
             "choose a format by name"
         )
-    return tuple(dict.fromkeys(ends))
+    return ends
 
 
 def _raise_if_broken(tokenizer: Any, kwargs: dict[str, Any]) -> None:
@@ -85,19 +121,30 @@ def _raise_if_broken(tokenizer: Any, kwargs: dict[str, Any]) -> None:
         ) from error
 
 
-def _call_style(tokenizer: Any, kwargs: dict[str, Any], ends: tuple[str, ...]) -> Format | None:
-    """The format whose parser reads back a call that the template has written; None when none does."""
-    arguments = {"a": "vq0zk", "b": {"c": [1, True]}}
-    prompt = own_text(tokenizer, [USER], add_generation_prompt=True, **kwargs)
-    text = own_text(tokenizer, [USER, call_message(arguments)], **kwargs)
-    if prompt is None or text is None or not text.startswith(prompt):
-        return None
-    written = text[len(prompt) :]
-    written = written[: min((at for end in ends if (at := written.find(end)) >= 0), default=len(written))]
-    for fmt in FORMATS.values():
-        if fmt.read_calls and fmt.read_calls(written, None).tool_calls == [{"name": CALL_NAME, "arguments": arguments}]:
-            return fmt
-    return None
+def _reader(turns: Turns, ends: tuple[str, ...]) -> Format | None:
+    """A format whose parser reads the template's calls back; None when nothing does.
+
+    The parsers of all formats and the derived grammar are tried on calls of all kinds that the template has written;
+    the one that reads most of them wins, a known one before the derived one.
+    """
+    grammar = call_grammar(turns, ends)
+    candidates = [fmt for fmt in FORMATS.values() if fmt.read_calls]
+    if grammar is not None:
+        untyped = getattr(grammar.core, "untyped", False)
+        candidates.append(Format("native", "", (), (), (grammar.opening,), read_calls=grammar, untyped=untyped))
+    written = [(text, probe) for probe in PROBES if (text := turns.text(probe["content"], *probe["calls"]))]
+    best = max(candidates, key=lambda fmt: _read_back(fmt, written, ends), default=None)
+    return best if best is not None and _read_back(best, written, ends) else None
+
+
+def _read_back(fmt: Format, written: list[tuple[str, dict[str, Any]]], ends: tuple[str, ...]) -> int:
+    """How many of the turns `fmt` reads back; 0 when it reads not even one with a single call of texts."""
+    read = [fmt.read_calls(cut(text, ends), PROBE_TOOLS) for text, _ in written]
+    right = [
+        parsed.tool_calls == probe["calls"] and parsed.content == probe["content"]
+        for parsed, (_, probe) in zip(read, written, strict=True)
+    ]
+    return sum(right) if right and right[0] else 0
 
 
 def _requires_mistral_ids(tokenizer: Any, kwargs: dict[str, Any]) -> bool:

@@ -14,12 +14,21 @@ def call_message(arguments: dict[str, Any] | None = None, call_id: str = "callid
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
+def own_template(tokenizer: Any) -> str:
+    """The tokenizer's chat template, of several the one for tools; "" when there is none."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("tool_use") or template.get("default")
+    return template or ""
+
+
 def own_text(tokenizer: Any, messages: list[dict], **kwargs: Any) -> str | None:
     """The own template's rendering of `messages`; None where it raises or there is no template."""
-    if not tokenizer.chat_template:
+    template = own_template(tokenizer)
+    if not template:
         return None
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **kwargs)
     except Exception:  # templates raise anything
         return None
 

@@ -32,6 +32,14 @@ def parse(text: str, tools: list[dict] | None = None) -> Parsed:
         return Parsed(content=text.strip(), errors=[f"call 1: {reason}"])
 
 
+def read_call(text: str) -> dict[str, Any]:
+    """{"name", "arguments"} of one Python call with named arguments. Raises ValueError."""
+    try:
+        return _call(_parse_expression(text))
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"not a Python call: {error}") from error
+
+
 def read_literal(text: str) -> Any:
     """The value of a Python literal with JSON's types only. Raises ValueError."""
     try:

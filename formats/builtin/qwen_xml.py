@@ -48,7 +48,7 @@ def read_call(source: str, at: int, types: dict[str, dict[str, Any]]) -> tuple[d
         if key in arguments:
             raise ValueError(f"duplicate parameter {key!r}")
         raw = source[at:end].removeprefix("\n").removesuffix("\n")
-        arguments[key] = _typed(raw, types.get(name, {}).get(key))
+        arguments[key] = typed_value(raw, types.get(name, {}).get(key))
         at = skip_space(source, end + len("</parameter>"))
     return {"name": name, "arguments": arguments}, at + len("</function>")
 
@@ -77,7 +77,8 @@ def _declared_types(schema: Any) -> set[str]:
     return found
 
 
-def _typed(raw: str, schema: Any) -> Any:
+def typed_value(raw: str, schema: Any) -> Any:
+    """A value that is written without its type, as `schema` (a parameter's JSON Schema) declares it."""
     declared = _declared_types(schema)
     if declared and declared <= {"string"}:
         return raw

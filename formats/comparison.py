@@ -1,0 +1,68 @@
+"""Does a format render what the tokenizer's own chat template renders?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from formats.base import Format, clean_messages, render_messages
+from formats.derivation import NAMES, TEXT, TOOLS, VALUES, answer, call
+from formats.probing import own_text
+
+SYSTEM = {"role": "system", "content": "sq0zk"}
+USER, AGAIN = {"role": "user", "content": "wq0zk"}, {"role": "user", "content": "xq0zk"}
+RESULTS = [{"role": "tool", "tool_call_id": f"callid00{n}", "name": NAMES[n], "content": f"rq{n}zk"} for n in (0, 1)]
+LAST = answer("zq0zk")
+
+
+class Comparison(NamedTuple):
+    """difference: the first conversation that the two render differently; None: they agree on all that could be
+    compared. with_tools: whether a conversation with tools was among these."""
+
+    difference: str | None
+    with_tools: bool
+
+
+def compare(fmt: Format, tokenizer: Any) -> Comparison:
+    """Compare `fmt` with the tokenizer's own template on conversations of all kinds.
+
+    Conversations that the own template cannot render, or loses a part of, are skipped. Both get the format's
+    variables: a pinned date is no difference.
+    """
+    compared, with_tools = False, False
+    for label, messages, tools, words in _conversations():
+        prompted = messages[-1]["role"] != "assistant"
+        own = own_text(tokenizer, messages, tools=tools, add_generation_prompt=prompted, **{**fmt.template_kwargs})
+        if own is None or not all(word in own for word in words):
+            continue
+        try:
+            ours = render_messages(clean_messages(messages, fmt), tools, fmt, tokenizer, prompted)
+        except Exception:  # templates raise anything
+            ours = None
+        if ours != own:
+            return Comparison(label, with_tools)
+        compared, with_tools = True, with_tools or tools is not None
+    return Comparison(None if compared else "every conversation", with_tools)
+
+
+def _conversations() -> Iterator[tuple[str, list[dict[str, Any]], list[dict] | None, list[str]]]:
+    """(label, messages, tools, words that the rendering must hold)."""
+    calls = {
+        "a call": [USER, answer("", call()), RESULTS[0], LAST],
+        "parallel calls": [USER, answer("", call(), call(1)), *RESULTS, LAST],
+        "a text with a call": [USER, answer(TEXT, call()), RESULTS[0], LAST, AGAIN, LAST],
+        "a result": [USER, answer("", call()), RESULTS[0]],
+    }
+    plain = {"a question": [USER], "an answer": [USER, LAST], "a second turn": [USER, LAST, AGAIN, LAST]}
+    for start, before in (("", []), (" behind a system message", [SYSTEM])):
+        for label, messages in plain.items():
+            yield f"{label}{start}", before + messages, None, _words(before + messages)
+        for label, messages in {"a question": [USER], **calls}.items():
+            words = [*_words(before + messages), *NAMES]
+            yield f"{label}{start}, with tools", before + messages, TOOLS, words
+
+
+def _words(messages: list[dict[str, Any]]) -> list[str]:
+    words = [message["content"] for message in messages if message["content"]]
+    calls = [entry["function"] for message in messages for entry in message.get("tool_calls", [])]
+    return words + [one["name"] for one in calls] + (list(VALUES) if calls else [])
