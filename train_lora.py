@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     check_upload(settings.push_to_hub)
     distributed.refuse_sharding()
     data = load_data(settings)
-    if stopped_run is not None:
-        record.refuse_changed_data(stopped_run, data)
+    eval_fingerprint = data.held_out and data.held_out.fingerprint
+    record.refuse_changed(stopped_run, data=data.train.fingerprint, eval_data=eval_fingerprint)
 
     # 2. Turn the rows into tokens and masks. A dry run ends here.
     if not settings.dry_run:
@@ -57,8 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         import_unsloth()
         distributed.start()
     tokenizer, fmt, end_of_turn_ids = load_format(settings)
-    if stopped_run is not None:
-        record.refuse_changed_template(stopped_run, fmt)
+    record.refuse_changed(stopped_run, format=record.template_sha256(fmt))
     data.encode(tokenizer, fmt, settings)
     show_masks(data, tokenizer, settings.show_mask)
     if settings.dry_run:
@@ -225,15 +224,9 @@ def interrupt_on_signals() -> None:
 
 
 def prepare_training(
-    settings: Settings,
-    experiment: Experiment,
-    data: RunData,
-    fmt: Format,
-    tokenizer: PreTrainedTokenizerBase,
-    loaded: Loaded,
-    model: PeftModel,
-    console: Console,
-) -> SandwichTrainer:
+    settings: Settings, experiment: Experiment, data: RunData, fmt: Format, tokenizer: PreTrainedTokenizerBase,
+    loaded: Loaded, model: PeftModel, console: Console,
+) -> SandwichTrainer:  # fmt: skip
     """The trainer; the first process also prints the run table and logs into the experiment folder."""
     from finetune.logs import log_to_file
     from finetune.training.order import tool_sets

@@ -33,14 +33,9 @@ def checkpoints_gradients(settings: Settings, loaded: Loaded) -> bool:
 
 
 def run_config(
-    settings: Settings,
-    arguments: list[str],
-    data: RunData,
-    fmt: Format,
-    end_of_turn_ids: list[int],
-    loaded: Loaded,
+    settings: Settings, arguments: list[str], data: RunData, fmt: Format, end_of_turn_ids: list[int], loaded: Loaded,
     model: PeftModel,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """The content of experiment_config.json; `arguments` are those of the command line."""
     train, held_out = data.train, data.held_out
     return {
@@ -58,12 +53,8 @@ def run_config(
             "template_kwargs": dict(fmt.template_kwargs),
             "end_of_turn_ids": end_of_turn_ids,
         },
-        "data": {
-            "fingerprint": train.fingerprint,
-            "counts": train.counts,
-            "notes": dict(train.notes),
-            **data.rows.report,
-        },
+        "data": {"fingerprint": train.fingerprint, "counts": train.counts, "notes": dict(train.notes)}
+        | data.rows.report,
         "eval_data": {"fingerprint": held_out.fingerprint, **data.eval_rows.report} if held_out is not None else None,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in model.parameters()),
@@ -76,21 +67,13 @@ def run_config(
     }
 
 
-def refuse_changed_data(run: Experiment, data: RunData) -> None:
-    """UserError when a stopped run began with other rows."""
-    held_out = data.held_out
-    _refuse_changed(run, "data", "data", "fingerprint", data.train.fingerprint)
-    _refuse_changed(run, "evaluation data", "eval_data", "fingerprint", held_out and held_out.fingerprint)
-
-
-def refuse_changed_template(run: Experiment, fmt: Format) -> None:
-    """UserError when a stopped run began with another chat template."""
-    _refuse_changed(run, "chat template", "format", "template_sha256", template_sha256(fmt))
-
-
-def _refuse_changed(run: Experiment, what: str, part: str, key: str, now: str | None) -> None:
-    if (run.config.get(part) or {}).get(key) != now:
-        raise UserError(f"--resume {run.folder}: the {what} changed since; start a new run instead")
+def refuse_changed(run: Experiment | None, **fingerprints: str | None) -> None:
+    """UserError when the stopped run, if there is one, began with another `data`, `eval_data` or `format`."""
+    recorded = {"data": "fingerprint", "eval_data": "fingerprint", "format": "template_sha256"}
+    names = {"data": "data", "eval_data": "evaluation data", "format": "chat template"}
+    for part, fingerprint in fingerprints.items():
+        if run is not None and (run.config.get(part) or {}).get(recorded[part]) != fingerprint:
+            raise UserError(f"--resume {run.folder}: the {names[part]} changed since; start a new run instead")
 
 
 def open_experiment(settings: Settings, config: dict[str, Any], stopped_run: Experiment | None) -> Experiment:
