@@ -108,7 +108,7 @@ class Flag:
 
     default: Any
     help: str
-    convert: Callable[[str], Any] | None = None
+    convert: Callable[[str], Any] = text
     group: str = ""
     metavar: str | None = None
     resumable: bool = False
@@ -138,7 +138,7 @@ class Flag:
         return " ".join(self.default) if self.many else str(self.default)
 
 
-def setting(default: Any, help: str, convert: Callable[[str], Any] | None = None, **options: Any) -> Any:
+def setting(default: Any, help: str, convert: Callable[[str], Any] = text, **options: Any) -> Any:
     """A field of Settings that is a flag; the options are the fields of Flag."""
     metadata = {"flag": Flag(default, help, convert, **options)}
     if isinstance(default, list):

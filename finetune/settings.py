@@ -172,8 +172,10 @@ def _flags(declared: Sequence[Field]) -> list[Flag]:
     for one in declared:
         if not (flag := one.metadata.get("flag")):
             continue
-        kind = get_args(one.type)[0] if isinstance(one.type, UnionType) else one.type
-        convert = flag.convert or {int: positive_int, float: positive_float}.get(kind, text)
+        kind: Any = get_args(one.type)[0] if isinstance(one.type, UnionType) else one.type
+        convert = flag.convert
+        if convert is text:
+            convert = {int: positive_int, float: positive_float}.get(kind, text)
         group = flag.group or flags[-1].group
         flags.append(replace(flag, name=one.name, kind=kind, convert=convert, group=group))
     return flags

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
@@ -25,7 +25,7 @@ class RunData:
 
     train: LoadResult
     held_out: LoadResult | None = None
-    rows: EncodedRows | None = None
+    rows: EncodedRows = field(init=False)
     eval_rows: EncodedRows | None = None
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, fmt: Format, settings: Settings) -> None:

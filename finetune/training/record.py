@@ -37,7 +37,7 @@ def run_config(
     model: PeftModel,
 ) -> dict[str, Any]:  # fmt: skip
     """The content of experiment_config.json; `arguments` are those of the command line."""
-    train, held_out = data.train, data.held_out
+    train, held_out, eval_rows = data.train, data.held_out, data.eval_rows
     return {
         "flags": settings.run_flags(),
         "argv": arguments,
@@ -55,7 +55,7 @@ def run_config(
         },
         "data": {"fingerprint": train.fingerprint, "counts": train.counts, "notes": dict(train.notes)}
         | data.rows.report,
-        "eval_data": {"fingerprint": held_out.fingerprint, **data.eval_rows.report} if held_out is not None else None,
+        "eval_data": {"fingerprint": held_out.fingerprint, **eval_rows.report} if held_out and eval_rows else None,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "versions": package_versions(),
