@@ -131,6 +131,8 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     set_strangers_aside(folder, metrics, say)
 
     # 5. Compare and report.
+    from rich.markdown import Markdown
+
     from finetune.evaluation.report import update_model_card, write_report
     from finetune.models.hub import public_name
 
@@ -145,11 +147,12 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
         f"at most {args.max_new_tokens} new tokens. Model: {public_name(args.model)}."
     ]
     written = write_report(metrics, compared, heading, folder)
+    comparison = (folder / "comparison.md").read_text(encoding="utf-8")
     if scored.keys() == {"base", "tuned"} and args.output is None and args.dataset and not args.limit:
         card = Path(args.model) / "final_model" / "README.md"
-        update_model_card(card, (folder / "comparison.md").read_text(encoding="utf-8"))
-    print_scores(metrics, compared)
-    print(f"\nin {folder}: " + ", ".join(sorted(p.name for p in written)) + ", *_metrics.json, *_results.jsonl")
+        update_model_card(card, comparison)
+    Console().print(Markdown(comparison))
+    print(f"\nwritten to {folder}: " + ", ".join(sorted(p.name for p in written)) + ", *_metrics.json, *_results.jsonl")
     return 0
 
 
@@ -174,28 +177,6 @@ def keep_speed(cost: dict[str, Any], path: Path, settings: dict[str, Any]) -> di
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically."""
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def print_scores(metrics: dict[str, dict[str, Any]], compared: dict[str, dict[str, Any]]) -> None:
-    """Print the table of scores to stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from finetune.evaluation.report import metric_names
-
-    table = Table("metric", *metrics)
-    if compared:
-        table.add_column("difference", justify="right")
-        table.add_column("95% interval", justify="right")
-    for name in metric_names(metrics):
-        values = [m.get(name) for m in metrics.values()]
-        cells = ["" if value is None else f"{value:.3f}" for value in values]
-        if compared:
-            cells.append(f"{values[1] - values[0]:+.3f}" if None not in values else "")
-            bounds = compared.get(name, {}).get("interval_95")
-            cells.append(f"{bounds[0]:+.3f} to {bounds[1]:+.3f}" if bounds else "")
-        table.add_row(name, *cells)
-    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def build_parser() -> FlagParser:
     add("--table", help="a complete table instead of --query (default: query_logs)")
     add("--strict", action="store_true", help="stop at the first bad row instead of rejecting it")
     add("--dedupe", action="store_true", help="also reject near-duplicates (exact ones always are)")
-    add("--split", default="80/10/10", help="percentages of train/validation/test")
+    add("--split", default="80/10/10", help="ratio of train/validation/test")
     add("--seed", type=int, default=0, help="seed of the split")
     add("--limit", type=positive_int, help="use only the first N good rows of each source")
     add_format_flags(verb, required=False)
@@ -113,7 +113,7 @@ def build_parser() -> FlagParser:
     verb.add_argument("--rows", type=positive_int, default=5, metavar="N", help="number of rows")
     verb.add_argument("--html", metavar="FILE", help="write one self-contained page instead")
 
-    verb = add_verb(audit, "statistics and assertions on the trained tokens of a whole dataset", AUDIT_EXAMPLES)
+    verb = add_verb(audit, "statistics and assertions on the trained tokens of a dataset", AUDIT_EXAMPLES)
     verb.add_argument("inputs", nargs="+", metavar="INPUT")
     add_format_flags(verb)
     add_reading_flags(verb)
