@@ -172,7 +172,7 @@ def monitor(args: argparse.Namespace) -> int:
             log = CardLog(args.output) if args.output else None
             watch(driver, log, wide_console(), interval=args.interval, samples=args.samples)
     except NoDriver as reason:
-        print(f"There is nothing to watch: {reason}.")
+        print(f"Nothing to watch: {reason}.")
         return 0
     finally:
         for number, handler in zip(stops, before, strict=True):

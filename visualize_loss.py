@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.summary:
         write_summary(args.summary, comparison, table)
     if not any(row["final_loss"] is not None for row in table):
-        raise UserError("none of these runs has logged a loss yet; there is nothing to draw")
+        raise UserError("none of these runs has logged a loss yet; nothing to draw")
     if args.output:
         from finetune.charts.plots import draw_curves
 
