@@ -46,9 +46,7 @@ def _with_underscores(argument: str) -> str:
     return prefix + name.removeprefix("no_") + equals + value
 
 
-def number_type(
-    kind: Callable[[str], Number], is_valid: Callable[[Number], bool], rule: str
-) -> Callable[[str], Number]:
+def number_type(kind: Converter[Number], is_valid: Callable[[Number], bool], rule: str) -> Converter[Number]:
     """A converter for argparse; it raises ArgumentTypeError `must be <rule>`."""
 
     def convert(word: str) -> Number:
@@ -87,8 +85,7 @@ def folder_name(word: str) -> str:
     """The name of a new folder inside another one: visible, and not a path."""
     if not text(word).isprintable() or set(word) & {"/", "\\"} or word.startswith(".") or len(word.encode()) > 200:
         raise ArgumentTypeError(
-            f"must be a folder name (printable, without slashes, not starting with a dot, at most 200 bytes), "
-            f"not {word!r}"
+            f"must be a folder name (printable, no slash, no dot at the start, at most 200 bytes), not {word!r}"
         )
     return word
 
