@@ -10,6 +10,11 @@ from contextlib import contextmanager
 SECONDS_BETWEEN_LINES = 15
 
 
+def say(text: str) -> None:
+    """Print a status line to stderr; stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress_bar(description: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Yield `advance(n)`; bar and lines go to stderr, so that stdout stays for results. A total of 0 is unknown."""

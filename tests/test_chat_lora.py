@@ -166,7 +166,7 @@ def test_words_of_the_tool_command():
     with pytest.raises(UserError, match="no program no-such-program can be run"):
         parse_tool_command("no-such-program --x")
     for wrong in ("", "'open"):
-        with pytest.raises(UserError, match="--tool-command"):
+        with pytest.raises(UserError, match="--tool_command"):
             parse_tool_command(wrong)
 
 
@@ -311,14 +311,14 @@ def test_a_question_without_room_is_named_before_any_is_answered(talk, tmp_path)
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--web", "--serve"], "cannot go together"),
+        (["--web", "--serve"], "exclude each other"),
         (["--prompt", "x", "--compare", "--base"], "--compare needs"),
-        (["--compare"], "at the keyboard"),
+        (["--compare"], "in the terminal"),
         (["--output", "x.jsonl"], "use /save"),
         (["--web", "--host", "0.0.0.0"], "SANDWICH_WEB_PASSWORD"),
         (["--web", "--share"], "SANDWICH_WEB_PASSWORD"),
         (["--tools", "none.json"], "none.json"),
-        (["--serve", "--tool-command", "x"], "the client carries out"),
+        (["--serve", "--tool-command", "x"], "the client runs the calls"),
         (["--prompt", "caf\udce9"], "--prompt is not UTF-8"),
     ],
 )
@@ -336,7 +336,7 @@ def test_a_port_that_is_none(port, capsys):
 
     with pytest.raises(SystemExit) as stop:
         chat_lora.main(["m", "--serve", "--port", port])
-    assert stop.value.code == 2 and "invalid port value" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--port: must be" in capsys.readouterr().err
 
 
 # --- a model that has learned one conversation

@@ -200,7 +200,7 @@ def test_one_line_errors(dataset, adapter, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert "--output" in refused(adapter, "--dataset", dataset, "--output", tmp_path / "file")
     scores = tmp_path / "scores"
-    assert "holds" in refused(adapter, "--dataset", dataset, "--output", scores, "--max_new_tokens", "9999999")
+    assert "has room for" in refused(adapter, "--dataset", dataset, "--output", scores, "--max_new_tokens", "9999999")
     refused(tmp_path / "no_model", "--dataset", dataset, "--output", scores)
     assert not scores.exists()
 

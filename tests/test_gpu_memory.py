@@ -73,7 +73,7 @@ def test_check_and_monitor_as_a_process(tmp_path):
 def test_a_driver_without_a_card(nvml, capsys):
     fake = nvml()
     assert gpu_memory.main(["check"]) == 0 and gpu_memory.main(["monitor"]) == 0
-    assert capsys.readouterr().out.count("sees no card") == 2
+    assert capsys.readouterr().out.count("sees no GPU") == 2
     assert fake.opened == 0  # closed again
 
 
@@ -321,9 +321,7 @@ def test_mistakes_end_in_one_line(words, message, nvml, capsys):
 def test_values_that_no_flag_takes(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu_memory.main(["estimate", *words])
-    said = capsys.readouterr().err
-    assert "invalid" in said
-    assert "invalid _" not in said  # a function of ours
+    assert f"{words[-2]}: must " in capsys.readouterr().err
 
 
 def test_a_config_whose_text_part_is_no_config(tmp_path, capsys):

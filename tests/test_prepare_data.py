@@ -233,7 +233,7 @@ def test_any_name_of_a_tool_and_of_a_folder_can_be_drawn_and_printed(tmp_path, c
 def test_no_password_is_written_into_the_card():
     args = prepare_data.build_parser().parse_args(["prepare", "--sql", "postgresql://me:hush@h/d", "--output", "x"])
     args.argv = ["prepare", "--sql", "postgresql://me:hush@h/d", "--output", "x"]
-    assert "hush" not in prepare_data._command_line(args)
+    assert "hush" not in prepare_data.command_line(args)
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_a_password_behind_the_question_mark_is_hidden_too(query):
     with pytest.raises(UserError, match="localhost:1/db") as caught:
         list(read_sql(url, query="SELECT 1"))
     assert "hush" not in str(caught.value)
-    assert "hush" not in prepare_data._command_line(Namespace(argv=["--sql", url, "--output", "out"], sql=url))
+    assert "hush" not in prepare_data.command_line(Namespace(argv=["--sql", url, "--output", "out"], sql=url))
 
 
 def test_a_query_cannot_change_an_sqlite_file(sqlite_url):

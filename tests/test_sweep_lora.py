@@ -22,7 +22,6 @@ pytest.importorskip("ray")
 
 import sweep_lora
 from finetune.sweep.stopping import OUTRAN
-from tests.test_train_lora import rows, tiny_model  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parent.parent
 STUB = ROOT / "tests" / "sweep_stub.py"
@@ -319,7 +318,7 @@ def stubs_of(folder):
 
 
 @pytest.mark.slow
-def test_a_sweep_of_the_real_script(rows, tiny_model, tmp_path):  # noqa: F811
+def test_a_sweep_of_the_real_script(rows, tiny_model, tmp_path):
     words = ["--rank", "4", "8", "--experiments_dir", str(tmp_path), "--name", "s", "--", "--model", str(tiny_model),
              "--dataset", str(rows), "--format", "chatml", "--max_steps", "2", "--eval_fraction", "0.2"]  # fmt: skip
     result = subprocess.run(

@@ -100,7 +100,7 @@ class Terminal:
             else:
                 self.say(f"  -> {made[1]}", style="cyan")
         if self.talk.tool_command is not None and self.conversation.waiting:
-            self.say(f"{self.talk.max_rounds} rounds of calls are over (--max-rounds); the last calls wait", "yellow")
+            self.say(f"{self.talk.max_rounds} rounds of calls are over (--max_rounds); the last calls wait", "yellow")
 
     def show_reply(self, reply: Reply) -> None:
         """Calls, their faults, and everything that could not be read; the text has been shown while it came."""

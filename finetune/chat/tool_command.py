@@ -72,7 +72,7 @@ class ToolCommand:
 
 
 def parse_tool_command(text: str | None, timeout: float = 60.0) -> ToolCommand | None:
-    """The command of `--tool-command`: a program and its arguments, split as a shell would and not run by one.
+    """The command of `--tool_command`: a program and its arguments, split as a shell would and not run by one.
 
     On Windows backslashes are parts of paths. Raises UserError when the quotes do not match, or what is named
     is no program.
@@ -82,14 +82,14 @@ def parse_tool_command(text: str | None, timeout: float = 60.0) -> ToolCommand |
     try:
         argv = shlex.split(text, posix=os.name != "nt")
     except ValueError as error:
-        raise UserError(f"--tool-command {text}: {error}; quote a path with spaces on both sides") from error
+        raise UserError(f"--tool_command {text}: {error}; quote a path with spaces on both sides") from error
     if os.name == "nt":
         argv = [word[1:-1] if len(word) > 1 and word[0] == word[-1] and word[0] in "\"'" else word for word in argv]
     if not argv:
-        raise UserError("--tool-command is empty; name a program")
+        raise UserError("--tool_command is empty; name a program")
     if shutil.which(argv[0]) is None:
         raise UserError(
-            f"--tool-command {text}: no program {argv[0]} can be run; give its whole path, or check its rights"
+            f"--tool_command {text}: no program {argv[0]} can be run; give its whole path, or check its rights"
         )
     return ToolCommand(tuple(argv), timeout)
 

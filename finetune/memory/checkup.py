@@ -26,7 +26,7 @@ def print_checkup(console: Console) -> None:
         without_card(console, str(reason))
         return
     if not cards:
-        without_card(console, "the NVIDIA driver sees no card")
+        without_card(console, "the NVIDIA driver sees no GPU")
         return
     console.print(f"Driver {version}, CUDA up to {cuda}; torch: {torch_build()}", highlight=False)
     console.print(cards_table(cards))

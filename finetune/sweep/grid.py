@@ -19,6 +19,7 @@ from typing import Any
 
 from finetune import settings
 from finetune.charts.run_labels import value_text
+from finetune.config_files import read_data
 from finetune.errors import UserError
 from finetune.settings import BY_NAME, FLAGS, Flag, Settings
 
@@ -41,8 +42,7 @@ class Point:
 
     def settings(self) -> Settings:
         """All flags of the run with their defaults filled in; raises UserError where they contradict each other."""
-        values = {flag.name: flag.default for flag in FLAGS} | self.flags
-        return settings.complete(values, set(self.flags))
+        return Settings(**self.flags, given=set(self.flags))
 
     def words(self) -> list[str]:
         """The run's flags as train_lora.py reads them on its command line."""
@@ -66,7 +66,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def fixed_flags(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The flags that all runs share, from the words after `--`: (those of the recipe, --config; those given)."""
-    given = vars(settings.build_parser().parse_args([settings.underscored(word) for word in words]))
+    given = vars(settings.build_parser().parse_args(words))
     config = given.pop("config", None)
     for name in given:
         if name in RESERVED:
@@ -102,7 +102,7 @@ def grid_values(name: str, words: Sequence[str]) -> list[Any]:
 
 def read_file(path: str | Path) -> dict[str, Any]:
     """The sections of a sweep's YAML, each value checked; see docs/sweeps.md for their meaning."""
-    data = settings.read_data("sweep", path)
+    data = read_data("sweep", path)
     if not isinstance(data, dict) or not set(data) <= set(SECTIONS):
         unknown = sorted(map(str, set(data) - set(SECTIONS))) if isinstance(data, dict) else []
         raise UserError(f"sweep {path}: {'unknown section ' + unknown[0] if unknown else 'no mapping'}; "
@@ -221,7 +221,7 @@ def _draw_one(generator: random.Random, flag: Flag, ranges: dict[str, Any] | lis
     if isinstance(ranges, list):
         return generator.choice(ranges)
     low, high = ranges["min"], ranges["max"]
-    margin = 0.5 if _is_whole(flag) else 0.0  # so that the two ends come up as often as the numbers between them
+    margin = 0.5 if flag.kind is int else 0.0  # so that the two ends come up as often as the numbers between them
     if ranges.get("scale") == "log":
         value = math.exp(generator.uniform(math.log(low - margin), math.log(high + margin)))
     else:
@@ -300,15 +300,6 @@ def _without_defaults(flags: dict[str, Any]) -> dict[str, Any]:
     if "alpha" in kept and kept["alpha"] == 2 * flags.get("rank", BY_NAME["rank"].default):
         del kept["alpha"]  # the default follows the rank, and has to follow it when the sweep varies the rank
     return kept
-
-
-def _is_whole(flag: Flag) -> bool:
-    """Whether the flag takes whole numbers only."""
-    try:
-        flag.type("1.5")
-    except ValueError:
-        return True
-    return False
 
 
 def _free_name(name: str, taken: set[str]) -> str:
