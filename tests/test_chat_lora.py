@@ -392,7 +392,8 @@ def test_closing_a_stream_stops_the_generation(agent):
     assert chat_model.BASE_ANSWER.startswith(next(events))
     events.close()
     assert not agent.model.lock.locked()
-    assert agent.model.answer(messages, chat_model.TOOLS, agent.decoding, "base").content == chat_model.BASE_ANSWER
+    *_, reply = agent.model.stream(messages, chat_model.TOOLS, agent.decoding, "base")
+    assert reply.content == chat_model.BASE_ANSWER
 
 
 def typed(agent: ChatAgent, lines: list[str], keyboard: bool = True, tools=chat_model.TOOLS) -> tuple[str, ChatSession]:

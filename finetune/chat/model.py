@@ -69,11 +69,6 @@ class ChatModel:
             )
         return ids
 
-    def answer(self, messages: list[dict], tools: list[dict], decoding: Decoding, side: str = TUNED) -> Reply:
-        """Generate the next assistant turn."""
-        *_, reply = self.stream(messages, tools, decoding, side)
-        return reply
-
     def stream(
         self, messages: list[dict], tools: list[dict], decoding: Decoding, side: str = TUNED, **options: Any
     ) -> Iterator[str | Reply]:

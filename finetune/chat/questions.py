@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from finetune.chat.reply import Reply, call_line, read_reply
-from finetune.chat.session import ChatAgent, ChatSession, ToolResult
+from finetune.chat.session import ChatAgent, ChatSession, ToolResult, read_text
 from finetune.chat.terminal import printable
 from finetune.errors import UserError
 from finetune.files import json_line
@@ -29,15 +29,11 @@ def read_questions(path: str | Path, tools: list[dict] | None = None) -> list[st
 
     Returns text, or rows that end with a user message or a tool's result. Raises UserError with the line's number.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--questions {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+    text = read_text(path, "--questions")
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise UserError(f"--questions {path}: the file has no questions")
-    if path.suffix not in (".jsonl", ".ndjson"):
+    if Path(path).suffix not in (".jsonl", ".ndjson"):
         return [line for _, line in lines]
     return [_read_question(line, tools or [], f"--questions {path}, line {number}") for number, line in lines]
 

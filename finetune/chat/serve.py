@@ -38,13 +38,6 @@ IGNORED_FIELDS = {
 log = logging.getLogger("sandwich")
 
 
-class ResponseFormat(BaseModel):
-    """The only response format that is supported: plain text."""
-
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["text"] = "text"
-
-
 class ChatRequest(BaseModel):
     """The fields of OpenAI's chat completion request that are supported."""
 
@@ -58,13 +51,13 @@ class ChatRequest(BaseModel):
     max_completion_tokens: StrictInt | None = Field(None, ge=1, le=10**9)
     temperature: StrictInt | StrictFloat | None = Field(None, ge=0, le=100)
     top_p: StrictInt | StrictFloat | None = Field(None, ge=0, le=1)
-    frequency_penalty: StrictInt | StrictFloat | None = Field(None, ge=-2, le=2)
+    frequency_penalty: StrictInt | StrictFloat | None = Field(None, gt=-1, le=2)
     presence_penalty: StrictInt | StrictFloat | None = Field(None, ge=-2, le=2)
     seed: StrictInt | None = Field(None, ge=-(2**63), le=2**63 - 1)
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
     stop: None = None
-    response_format: ResponseFormat | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
 
     @model_validator(mode="before")
     @classmethod

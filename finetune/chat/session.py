@@ -137,14 +137,17 @@ class ChatAgent:
 
 def read_tools(path: str | Path) -> list[dict[str, Any]]:
     """Tools of a JSON file: a list in any usual notation, {"tools": […]}, or the first row of a JSON Lines file."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"tools {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
-    if not (tools := parse_tools(text, str(path))):
+    if not (tools := parse_tools(read_text(path, "tools"), str(path))):
         raise UserError(f"tools {path}: no tools are declared")
     return tools
+
+
+def read_text(path: str | Path, role: str) -> str:
+    """A UTF-8 file as text; UserError names its role."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{role} {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
 
 
 def parse_tools(text: str, where: str = "tools") -> list[dict[str, Any]]:

@@ -71,26 +71,6 @@ def _matched_arguments(total: str) -> Callable[[Scored], Value]:
     return ratio
 
 
-def _tool_selected(scored: Scored) -> bool:
-    return scored.verdicts["name_correct" if scored.item.kind == CALL else "no_call_correct"]
-
-
-def _asks_back(scored: Scored) -> bool:
-    return scored.verdicts["no_call_correct"] and asks_back(scored.text)
-
-
-def _arguments_if_parallel(scored: Scored) -> bool | None:
-    return scored.verdicts["arguments_correct"] if scored.verdicts["parallel"] else None
-
-
-def _arguments_if_later_step(scored: Scored) -> bool | None:
-    return scored.verdicts["arguments_correct"] if scored.verdicts["step"] > 0 else None
-
-
-def _label_matched(scored: Scored) -> bool | None:
-    return None if scored.item.label is None else scored.verdicts["quality_ok"] == scored.item.label
-
-
 # In the order of the tables.
 METRICS = [
     Metric("tool_name_accuracy", "name_correct", (CALL,)),
@@ -102,16 +82,20 @@ METRICS = [
     Metric("hallucination_rate", "hallucinated", lower_is_better=True),
     Metric("irrelevance_accuracy", "no_call_correct", (IRRELEVANT,)),
     Metric("missing_parameter_accuracy", "no_call_correct", (MISSING_PARAMETER,)),
-    Metric("asks_back_rate", _asks_back, (MISSING_PARAMETER,)),
+    Metric("asks_back_rate", lambda s: s.verdicts["no_call_correct"] and asks_back(s.text), (MISSING_PARAMETER,)),
     Metric("answer_accuracy", "no_call_correct", (ANSWER,)),
-    Metric("tool_selection_accuracy", _tool_selected, REQUESTS),
-    Metric("parallel_accuracy", _arguments_if_parallel, (CALL,)),
-    Metric("multi_step_accuracy", _arguments_if_later_step, (CALL,)),
+    Metric(
+        "tool_selection_accuracy",
+        lambda s: s.verdicts["name_correct" if s.item.kind == CALL else "no_call_correct"],
+        REQUESTS,
+    ),
+    Metric("parallel_accuracy", lambda s: s.verdicts["arguments_correct"] if s.verdicts["parallel"] else None, (CALL,)),
+    Metric("multi_step_accuracy", lambda s: s.verdicts["arguments_correct"] if s.verdicts["step"] else None, (CALL,)),
     Metric("exact_match", "exact_match"),
     Metric("token_f1", "token_f1", binary=False),
     Metric("rouge_l", "rouge_l", binary=False),
     Metric("quality_ok_rate", "quality_ok", (QUESTION,)),
-    Metric("quality_accuracy", _label_matched),
+    Metric("quality_accuracy", lambda s: None if s.item.label is None else s.verdicts["quality_ok"] == s.item.label),
     Metric("bfcl_accuracy", "bfcl_valid"),
     Metric("bfcl_checker_agreement", "bfcl_agrees"),
     Metric("argument_f1"),

@@ -142,21 +142,18 @@ def _pictured(table: dict[str, Any]) -> tuple[list[str], np.ndarray]:
 
 
 def _f1_picture(metrics: Scores, path: Path) -> Path:
-    import numpy as np
+    import pandas
     from matplotlib import pyplot as plt
 
-    tools = list(dict.fromkeys(tool for m in metrics.values() for tool in m.get("per_tool", {})))
-    last = metrics[list(metrics)[-1]].get("per_tool", {})
-    tools = sorted(tools, key=lambda tool: -last.get(tool, {}).get("support", 0))[:MAX_PICTURED_TOOLS]
-    tools.sort(key=lambda tool: last.get(tool, {}).get("f1", 0))
-    height = 0.8 / len(metrics)
-    figure, axis = plt.subplots(figsize=(7, max(2.5, 0.34 * len(tools) + 1.2)), layout="constrained")
-    colors = dict(zip(metrics, (BLUE, ORANGE) if len(metrics) > 1 else (ORANGE,), strict=False))
-    for at, (side, m) in enumerate(metrics.items()):
-        values = [m.get("per_tool", {}).get(tool, {}).get("f1", 0.0) for tool in tools]
-        offset = (at - (len(metrics) - 1) / 2) * height
-        axis.barh(np.arange(len(tools)) + offset, values, height, label=side, color=colors[side])
-    axis.set_yticks(range(len(tools)), list(map(_short, tools)), fontsize=8, parse_math=False)
+    tables = {side: m.get("per_tool", {}) for side, m in metrics.items()}
+    scores = {side: {tool: row["f1"] for tool, row in table.items()} for side, table in tables.items()}
+    f1 = pandas.DataFrame(scores, dtype=float)
+    last = tables[list(tables)[-1]]
+    frequent = sorted(f1.index, key=lambda tool: -last.get(tool, {}).get("support", 0))[:MAX_PICTURED_TOOLS]
+    f1 = f1.fillna(0).loc[sorted(frequent, key=lambda tool: last.get(tool, {}).get("f1", 0))]
+    figure, axis = plt.subplots(figsize=(7, max(2.5, 0.34 * len(f1) + 1.2)), layout="constrained")
+    f1.plot.barh(ax=axis, width=0.8, color=[BLUE, ORANGE][-len(tables) :])
+    axis.set_yticks(range(len(f1)), list(map(_short, f1.index)), fontsize=8, parse_math=False)
     axis.set_xlim(0, 1)
     axis.set_xlabel("F1")
     axis.grid(axis="x", alpha=0.3)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 MAX_PREFILL_TOKENS = 2048  # suffix tokens in one prefill pass: bounds the memory of activations
 
 log = logging.getLogger("sandwich")
-Finish = Callable[[int, "Generation"], None]
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def generate(
     *,
     decoding: Decoding,
     share_prefix: bool = True,
-    on_result: Finish | None = None,
+    on_result: Callable[[int, Generation], None] | None = None,
 ) -> GenerationReport:
     """Answer every prompt (lists of token ids); `report.results` is in the order of `prompts`.
 
@@ -113,9 +112,9 @@ def generate(
 
     started = time.perf_counter()
     while unanswered := [index for index, result in enumerate(report.results) if result is None]:
-        method = _generate_shared if report.method == "shared_prefix" else _generate_plain
+        generator = _Generator(inner, prompts, decoding, finish, report)
         try:
-            method(inner, prompts, unanswered, decoding, finish, report)
+            (generator.shared_prefix if report.method == "shared_prefix" else generator.padded)(unanswered)
         except Unsupported as error:
             report.method, report.reason = "generate", str(error)
         except torch.OutOfMemoryError as error:
@@ -128,122 +127,135 @@ def generate(
     return report
 
 
-@torch.inference_mode()
-def _generate_shared(
-    model: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    rows: list[int],
-    decoding: Decoding,
-    finish: Finish,
-    report: GenerationReport,
-) -> None:
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
-    kinds -= {"full_attention", "sliding_attention"}
-    if kinds:
-        raise Unsupported(f"layers of kind {', '.join(sorted(kinds))}")
-    prefixes: dict[int, Prefix] = {}
-    with prefix_attention(model):
-        for batch in plan_batches(prompts, rows, decoding.batch_size, decoding.max_new_tokens):
+@dataclass
+class _Generator:
+    """Answers rows (indices of prompts); calls `finish` for each and adds the computed tokens to the report."""
+
+    model: PreTrainedModel
+    prompts: Sequence[list[int]]
+    decoding: Decoding
+    finish: Callable[[int, Generation], None]
+    report: GenerationReport
+
+    @torch.inference_mode()
+    def shared_prefix(self, rows: list[int]) -> None:
+        """With our attention: a common prefix is computed once, finished rows leave the batch."""
+        kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or [])
+        kinds -= {"full_attention", "sliding_attention"}
+        if kinds:
+            raise Unsupported(f"layers of kind {', '.join(sorted(kinds))}")
+        prefixes: dict[int, Prefix] = {}
+        with prefix_attention(self.model):
+            for batch in plan_batches(self.prompts, rows, self.decoding.batch_size, self.decoding.max_new_tokens):
+                started = time.perf_counter()
+                # A group that fills several batches computes its prefix in the first.
+                prefixes = {id(group): prefixes[id(group)] for group, _ in batch if id(group) in prefixes}
+                segments, batch_rows, suffixes = [], [], []
+                for group, members in batch:
+                    length = group.prefix_length
+                    if length and id(group) not in prefixes:
+                        prefixes[id(group)] = self._compute_prefix(self.prompts[members[0]][:length])
+                    segments.append((len(batch_rows), len(batch_rows) + len(members), prefixes.get(id(group))))
+                    batch_rows += members
+                    suffixes += [self.prompts[row][length:] for row in members]
+                cache = PrefixCache(segments, max(map(len, suffixes)) + self.decoding.max_new_tokens)
+                self._prefill(cache, suffixes)
+                for at, ids, reason in self._decode(cache, suffixes, _Sampler(self.decoding, batch_rows)):
+                    self.finish(batch_rows[at], Generation(ids, reason, time.perf_counter() - started))
+
+    def _forward(self, cache: PrefixCache, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Write keys and values of `input_ids` (n, S) to the cache; returns the last logits (n, vocabulary)."""
+        with active_cache(cache):
+            output = self.model(input_ids=input_ids, position_ids=positions, use_cache=False, logits_to_keep=1)
+        if len(cache.keys) != self.model.config.get_text_config().num_hidden_layers:
+            raise Unsupported("not every layer uses Transformers' attention interface")
+        return output.logits[:, -1]
+
+    def _compute_prefix(self, input_ids: list[int]) -> Prefix:
+        cache = PrefixCache([(0, 1, None)], len(input_ids))
+        ids = torch.tensor([input_ids], device=self.model.device)
+        self._forward(cache, ids, torch.arange(len(input_ids), device=self.model.device)[None])
+        self.report.computed_prompt_tokens += len(input_ids)
+        return Prefix([keys[0] for keys in cache.keys], [values[0] for values in cache.values])
+
+    def _prefill(self, cache: PrefixCache, suffixes: list[list[int]]) -> None:
+        """Write keys and values of all suffix tokens except each row's last, the input of the first decoding step."""
+        device = self.model.device
+        offsets = cache.offsets(device)
+        start = 0
+        while start < len(suffixes):
+            end, longest = start, 0
+            limit = max(MAX_PREFILL_TOKENS, len(suffixes[start]) - 1)
+            while end < len(suffixes) and max(longest, len(suffixes[end]) - 1) * (end + 1 - start) <= limit:
+                longest = max(longest, len(suffixes[end]) - 1)
+                end += 1
+            if longest:
+                ids = torch.zeros(end - start, longest, dtype=torch.long)
+                for at, tokens in enumerate(suffixes[start:end]):
+                    ids[at, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+                cache.part = (start, end)
+                self._forward(cache, ids.to(device), offsets[start:end, None] + torch.arange(longest, device=device))
+            start = end
+        cache.part = (0, cache.rows)
+        self.report.computed_prompt_tokens += sum(map(len, suffixes))
+
+    def _decode(
+        self, cache: PrefixCache, suffixes: list[list[int]], sample: _Sampler
+    ) -> Iterator[tuple[int, list[int], str]]:
+        """One token a step for all unfinished rows; yields (row, ids, finish_reason) of each that ends."""
+        device, max_new_tokens = self.model.device, self.decoding.max_new_tokens
+        offsets = cache.offsets(device)
+        rows = list(range(len(suffixes)))  # the row of each line of the cache
+        answers: list[list[int]] = [[] for _ in suffixes]
+        tokens = torch.tensor([ids[-1] for ids in suffixes], device=device)
+        slots = torch.tensor([len(ids) - 1 for ids in suffixes], device=device)
+        finished: set[int] = set()
+        for step in range(max_new_tokens):
+            cache.slots, cache.longest = slots, max(len(suffixes[row]) for row in rows) + step
+            tokens = sample(self._forward(cache, tokens[:, None], (offsets + slots)[:, None]), rows)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                if row in finished:
+                    continue
+                stopped = token in self.decoding.stop_ids
+                if not stopped:
+                    answers[row].append(token)
+                if stopped or step + 1 == max_new_tokens:
+                    finished.add(row)
+                    yield row, answers[row], "stop" if stopped else "length"
+            if len(finished) == len(suffixes):
+                return
+            slots = slots + 1
+            lines = [line for line, row in enumerate(rows) if row not in finished]
+            # Copying the cache takes about as long as a step, so finished rows are removed when they are a fifth.
+            if len(lines) <= 0.8 * len(rows):
+                index = torch.tensor(lines, device=device)
+                cache.keep(index)
+                tokens, slots, offsets = tokens[index], slots[index], offsets[index]
+                rows = [rows[line] for line in lines]
+
+    @torch.inference_mode()
+    def padded(self, rows: list[int]) -> None:
+        """The model's own `generate` on left-padded batches."""
+        pad, config = self.decoding.stop_ids[0], self.decoding.generation_config()
+        torch.manual_seed(self.decoding.seed)
+        rows = sorted(rows, key=lambda row: len(self.prompts[row]))
+        for at in range(0, len(rows), self.decoding.batch_size):
+            batch = rows[at : at + self.decoding.batch_size]
             started = time.perf_counter()
-            # A group that fills several batches computes its prefix in the first.
-            prefixes = {id(group): prefixes[id(group)] for group, _ in batch if id(group) in prefixes}
-            segments, batch_rows, suffixes = [], [], []
-            for group, members in batch:
-                length = group.prefix_length
-                if length and id(group) not in prefixes:
-                    prefixes[id(group)] = _compute_prefix(model, prompts[members[0]][:length])
-                    report.computed_prompt_tokens += length
-                segments.append((len(batch_rows), len(batch_rows) + len(members), prefixes.get(id(group))))
-                batch_rows += members
-                suffixes += [prompts[row][length:] for row in members]
-            cache = PrefixCache(segments, max(map(len, suffixes)) + decoding.max_new_tokens)
-            _prefill(model, cache, suffixes)
-            report.computed_prompt_tokens += sum(map(len, suffixes))
-
-            def done(at: int, ids: list[int], reason: str, batch_rows=batch_rows, started=started) -> None:
-                finish(batch_rows[at], Generation(ids, reason, time.perf_counter() - started))
-
-            _decode(model, cache, suffixes, _Sampler(decoding, batch_rows), decoding, done)
-
-
-def _forward(
-    model: PreTrainedModel, cache: PrefixCache, input_ids: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
-    """Write keys and values of `input_ids` (n, S) to the cache; returns the logits (n, vocabulary) of the last one."""
-    with active_cache(cache):
-        logits = model(input_ids=input_ids, position_ids=positions, use_cache=False, logits_to_keep=1).logits
-    if len(cache.keys) != model.config.get_text_config().num_hidden_layers:
-        raise Unsupported("not every layer uses Transformers' attention interface")
-    return logits[:, -1]
-
-
-def _compute_prefix(model: PreTrainedModel, input_ids: list[int]) -> Prefix:
-    cache = PrefixCache([(0, 1, None)], len(input_ids))
-    ids = torch.tensor([input_ids], device=model.device)
-    _forward(model, cache, ids, torch.arange(len(input_ids), device=model.device)[None])
-    return Prefix([keys[0] for keys in cache.keys], [values[0] for values in cache.values])
-
-
-def _prefill(model: PreTrainedModel, cache: PrefixCache, suffixes: list[list[int]]) -> None:
-    """Write keys and values of all suffix tokens except each row's last, the input of the first decoding step."""
-    offsets = cache.offsets(model.device)
-    start = 0
-    while start < len(suffixes):
-        end, longest = start, 0
-        limit = max(MAX_PREFILL_TOKENS, len(suffixes[start]) - 1)
-        while end < len(suffixes) and max(longest, len(suffixes[end]) - 1) * (end + 1 - start) <= limit:
-            longest = max(longest, len(suffixes[end]) - 1)
-            end += 1
-        if longest:
-            ids = torch.zeros(end - start, longest, dtype=torch.long)
-            for at, tokens in enumerate(suffixes[start:end]):
-                ids[at, : len(tokens) - 1] = torch.tensor(tokens[:-1])
-            cache.part = (start, end)
-            positions = offsets[start:end, None] + torch.arange(longest, device=model.device)
-            _forward(model, cache, ids.to(model.device), positions)
-        start = end
-    cache.part = (0, cache.rows)
-
-
-def _decode(
-    model: PreTrainedModel,
-    cache: PrefixCache,
-    suffixes: list[list[int]],
-    sample: _Sampler,
-    decoding: Decoding,
-    done: Callable[[int, list[int], str], None],
-) -> None:
-    """One token a step for all unfinished rows; calls `done(row, ids, finish_reason)` for each that ends."""
-    device = model.device
-    offsets = cache.offsets(device)
-    rows = list(range(len(suffixes)))  # the row of each line of the cache
-    answers: list[list[int]] = [[] for _ in suffixes]
-    tokens = torch.tensor([ids[-1] for ids in suffixes], device=device)
-    slots = torch.tensor([len(ids) - 1 for ids in suffixes], device=device)
-    finished: set[int] = set()
-    for step in range(decoding.max_new_tokens):
-        cache.slots, cache.longest = slots, max(len(suffixes[row]) for row in rows) + step
-        logits = _forward(model, cache, tokens[:, None], (offsets + slots)[:, None])
-        tokens = sample(logits, rows)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            if row in finished:
-                continue
-            stopped = token in decoding.stop_ids
-            if not stopped:
-                answers[row].append(token)
-            if stopped or step + 1 == decoding.max_new_tokens:
-                finished.add(row)
-                done(row, answers[row], "stop" if stopped else "length")
-        if len(finished) == len(suffixes):
-            return
-        slots = slots + 1
-        lines = [line for line, row in enumerate(rows) if row not in finished]
-        # Copying the cache takes about as long as a step, so finished rows are removed only when a fifth is finished.
-        if len(lines) <= 0.8 * len(rows):
-            index = torch.tensor(lines, device=device)
-            cache.keep(index)
-            tokens, slots, offsets = tokens[index], slots[index], offsets[index]
-            rows = [rows[line] for line in lines]
+            longest = len(self.prompts[batch[-1]])
+            padding = [longest - len(self.prompts[row]) for row in batch]
+            ids = [[pad] * length + self.prompts[row] for length, row in zip(padding, batch, strict=True)]
+            mask = [[0] * length + [1] * (longest - length) for length in padding]
+            output = self.model.generate(
+                input_ids=torch.tensor(ids, device=self.model.device),
+                attention_mask=torch.tensor(mask, device=self.model.device),
+                generation_config=config,
+            )
+            seconds = time.perf_counter() - started
+            self.report.computed_prompt_tokens += longest * len(batch)
+            for row, answer in zip(batch, output[:, longest:].tolist(), strict=True):
+                stop = next((n for n, token in enumerate(answer) if token in self.decoding.stop_ids), None)
+                self.finish(row, Generation(answer[:stop], "length" if stop is None else "stop", seconds))
 
 
 class _Sampler:
@@ -262,37 +274,3 @@ class _Sampler:
         draws = torch.stack([torch.rand(1, generator=self.generators[row]) for row in rows]).to(logits.device)
         # The cumulative sum ends at 1 only up to rounding.
         return torch.searchsorted(cumulative, draws * cumulative[:, -1:]).clamp_(max=logits.shape[-1] - 1)[:, 0]
-
-
-@torch.inference_mode()
-def _generate_plain(
-    model: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    rows: list[int],
-    decoding: Decoding,
-    finish: Finish,
-    report: GenerationReport,
-) -> None:
-    """The model's own `generate` on left-padded batches."""
-    stop_ids, batch_size = decoding.stop_ids, decoding.batch_size
-    config = decoding.generation_config()
-    torch.manual_seed(decoding.seed)
-    rows = sorted(rows, key=lambda i: len(prompts[i]))
-    for at in range(0, len(rows), batch_size):
-        part = rows[at : at + batch_size]
-        started = time.perf_counter()
-        longest = max(len(prompts[i]) for i in part)
-        ids = torch.full((len(part), longest), stop_ids[0])
-        mask = torch.zeros_like(ids)
-        for line, i in enumerate(part):
-            ids[line, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[line, longest - len(prompts[i]) :] = 1
-        output = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-        )
-        seconds = time.perf_counter() - started
-        report.computed_prompt_tokens += ids.numel()
-        for line, i in enumerate(part):
-            answer = output[line, longest:].tolist()
-            stop = next((n for n, token in enumerate(answer) if token in stop_ids), None)
-            finish(i, Generation(answer[:stop], "length" if stop is None else "stop", seconds))
