@@ -150,7 +150,7 @@ def test_tool_command_that_cannot_start_or_hangs(tmp_path):
                 time.sleep(0.1)
 
 
-def test_tool_command_does_not_wait_for_a_background_child(tmp_path):
+def test_tool_command_leaves_a_background_child(tmp_path):
     """The child outlives the program and has inherited its stdout; the result is there at once."""
     body = """
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
