@@ -86,8 +86,8 @@ class ResultsFile:
     def __init__(self, path: Path, settings: str, items: Sequence[Item]):
         self.path, self.settings = path, settings
         self.keys = [item.fingerprint() for item in items]
-        lines = self._read()
-        wanted = [line for line in lines if line.get("settings") == settings and line.get("item") in set(self.keys)]
+        lines, keys = self._read(), set(self.keys)
+        wanted = [line for line in lines if line.get("settings") == settings and line.get("item") in keys]
         self.lines = {line["item"]: line for line in wanted}
         self.archived = archive(path) if len(wanted) < len(lines) else None
         self.rewrite()
