@@ -86,35 +86,35 @@ def main(argv: list[str] | None = None) -> int:
         return serve_gguf(Path(args.model), args.host, args.port or 8000)
 
     # 2. Load one model, whose adapter can be switched on (tuned) and off (base).
-    from finetune.chat.speaker import BASE, TUNED, load_speaker
+    from finetune.chat.model import BASE, TUNED, load_chat_model
 
-    speaker = load_speaker(args.model, base=args.base, merged=args.mode == "merged", format_name=args.format)
-    if args.compare and BASE not in speaker.sides:
+    model = load_chat_model(args.model, base=args.base, merged=args.mode == "merged", format_name=args.format)
+    if args.compare and BASE not in model.sides:
         raise UserError(f"{args.model} has no adapter that could be switched off; omit --compare")
-    from finetune.chat.session import Conversation, Talk
+    from finetune.chat.session import ChatAgent, ChatSession
     from finetune.generation.generate import Decoding
 
-    decoding = Decoding(speaker.stop_ids, args.max_new_tokens, args.batch_size, args.temperature, args.seed)
-    talk = Talk(speaker, decoding, command, args.max_rounds)
+    decoding = Decoding(model.stop_ids, args.max_new_tokens, args.batch_size, args.temperature, args.seed)
+    agent = ChatAgent(model, decoding, command, args.max_rounds)
 
     # 3. Answer.
     if args.serve:
         from finetune.chat.serve import serve
 
-        serve(speaker, decoding, args.host, args.port or 8000)
+        serve(model, decoding, args.host, args.port or 8000)
     elif args.web:
         from finetune.chat.web import launch
 
-        launch(talk, args.system, tools, args.host, args.port or 7860, args.share)
+        launch(agent, args.system, tools, args.host, args.port or 7860, args.share)
     elif questions:
         from finetune.chat.questions import answer_all
 
         sides = [BASE, TUNED] if args.compare else [TUNED]
-        answer_all(talk, questions, args.system, tools, sides, args.output)
+        answer_all(agent, questions, args.system, tools, sides, args.output)
     else:
         from finetune.chat.terminal import Terminal
 
-        Terminal(talk, Conversation(args.system, tools), Console()).run()
+        Terminal(agent, ChatSession(args.system, tools), Console()).run()
     return 0
 
 

@@ -65,7 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     run = find_run(args.model)
     folder = output_folder(args)
     say(f"{len(items)} answers to score from {len({(i.source, i.row) for i in items})} rows")
-    with made(folder), alone_in(folder):
+
+    from finetune.evaluation.folder import exclusive_folder
+
+    with exclusive_folder(folder):
         return evaluate(args, run, items, folder)
 
 
@@ -89,13 +92,13 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
 
     # 3. Make the prompts and the decoding, the same for both.
     from finetune.evaluation.answer_settings import answer_settings
-    from finetune.evaluation.folder import NAMES, data_of, set_strangers_aside
-    from finetune.evaluation.metrics import compare, compute_metrics
-    from finetune.evaluation.run import make_prompts, room_for_answers, run_model
+    from finetune.evaluation.folder import FILE_PREFIXES, archive_incomparable_scores, describe_items
+    from finetune.evaluation.metrics import compute_metrics, paired_differences
+    from finetune.evaluation.run import answer_token_limit, make_prompts, run_model
     from finetune.generation.generate import Decoding
 
     if args.max_new_tokens is None:
-        args.max_new_tokens = room_for_answers(items, tokenizer)
+        args.max_new_tokens = answer_token_limit(items, tokenizer)
         say(f"--max_new_tokens {args.max_new_tokens}, from the longest gold answer")
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if room and args.max_new_tokens >= room:
@@ -116,19 +119,19 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
         settings = answer_settings(run, side, model, fmt, decoding)
         with model.disable_adapter() if side == "base" and has_adapter else contextlib.nullcontext():
             scored[side], cost = run_model(
-                model, tokenizer, fmt, prompts, decoding, folder / f"{NAMES[side]}_results.jsonl", settings,
+                model, tokenizer, fmt, prompts, decoding, folder / f"{FILE_PREFIXES[side]}_results.jsonl", settings,
                 name=side, say=say, share_prefix=args.share_prefix,
             )  # fmt: skip
         metrics[side] = {
             **compute_metrics(scored[side], seed=args.seed),
             "not_scored": len(prompts.refused),
-            "data": data_of(prompts.items),
+            "data": describe_items(prompts.items),
             "settings": {**settings, "batch_size": args.batch_size},
-            **keep_speed(cost, folder / f"{NAMES[side]}_metrics.json", settings),
+            **keep_speed(cost, folder / f"{FILE_PREFIXES[side]}_metrics.json", settings),
         }
-        write_json(folder / f"{NAMES[side]}_metrics.json", metrics[side])
+        write_json(folder / f"{FILE_PREFIXES[side]}_metrics.json", metrics[side])
 
-    set_strangers_aside(folder, metrics, say)
+    archive_incomparable_scores(folder, metrics, say)
 
     # 5. Compare and report.
     from rich.markdown import Markdown
@@ -136,7 +139,7 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     from finetune.evaluation.report import update_model_card, write_report
     from finetune.models.hub import public_name
 
-    compared = compare(scored["base"], scored["tuned"], seed=args.seed) if len(scored) == 2 else {}
+    compared = paired_differences(scored["base"], scored["tuned"], seed=args.seed) if len(scored) == 2 else {}
     if compared:
         write_json(folder / "comparison.json", compared)
     rows = len({(item.source, item.row) for item in prompts.items})

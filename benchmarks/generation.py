@@ -54,14 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from finetune.evaluation.items import load_items
-    from finetune.evaluation.run import make_prompts, room_for_answers
+    from finetune.evaluation.run import answer_token_limit, make_prompts
     from finetune.generation.generate import Decoding
     from formats import check_tokenizer, get_format
 
     model, tokenizer = load(args.model, args.adapter)
     fmt = get_format(args.format, tokenizer)
     items = load_items(args.dataset or [ROOT / "data" / "samples" / "gennx_heldout.jsonl"], limit=args.limit)
-    longest = args.max_new_tokens or room_for_answers(items, tokenizer)
+    longest = args.max_new_tokens or answer_token_limit(items, tokenizer)
     prompts = make_prompts(items, tokenizer, fmt).input_ids
     decoding = Decoding(tuple(check_tokenizer(tokenizer, fmt)), longest, args.batch_size)
     results = measure(model, prompts, decoding)

@@ -130,7 +130,7 @@ def shown_metrics(scores: dict[str, dict[str, Any]]) -> list[str]:
     """The first metrics, in the order of the evaluation's own table."""
     if not scores:
         return []
-    from finetune.evaluation.report import metric_names
+    from finetune.evaluation.metrics import metric_names
 
     return metric_names(scores)[:SHOWN]
 
