@@ -51,10 +51,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def check_outputs(outputs: list[Path], logs: list[Path]) -> None:
     """UserError where an output would replace another one or a run's own records, as `-s */training_log.csv` asks."""
-    records = {path.resolve() for log in logs for path in (log, log.with_name(curves.CONFIG_NAME))}
+    records = {path.resolve() for log in logs for path in (log, log.with_name(curves.CONFIG))}
     taken: set[Path] = set()
     for path in outputs:
-        if path.resolve() in records or path.name in (curves.LOG_NAME, curves.CONFIG_NAME):
+        if path.resolve() in records or path.name in (curves.LOG, curves.CONFIG):
             raise UserError(f"{path} is a run's own record; name another file for the output")
         if path.resolve() in taken:
             raise UserError(f"{path} is named for two outputs; give each a file of its own")
@@ -70,10 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.output:
         check_picture_type(options.output)
 
-    from finetune.charts.run_labels import compare
+    from finetune.charts.run_labels import compare_runs
     from finetune.charts.tables import print_table, write_summary
 
-    comparison = compare([curves.read_run(log) for log in logs])
+    comparison = compare_runs([curves.read_run(log) for log in logs])
     table = [curves.summarize(run) for run in comparison.runs]
     print_table(table)
 

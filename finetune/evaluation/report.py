@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.charts.boxes import boxes_unremarked
+from finetune.charts.fonts import missing_glyphs_ignored
+from finetune.charts.palette import BLUE, ORANGE
 from finetune.evaluation.folder import NAMES
 from finetune.evaluation.metrics import LOWER_IS_BETTER, RATIOS
 from finetune.evaluation.scoring import BROKEN, NO_CALL, UNDECLARED
@@ -22,7 +23,6 @@ PLAIN = (
 )  # fmt: skip
 MOST = 60  # tools in a picture: nobody can read more, and a picture has at most 65,535 pixels a side
 OTHERS = "(other tools)"
-BLUE, ORANGE = "#0072B2", "#E69F00"  # Okabe-Ito: told apart by everybody
 
 
 def metric_names(metrics: dict[str, dict[str, Any]]) -> list[str]:
@@ -179,7 +179,7 @@ def _save(figure: Any, path: Path) -> Path:
     from matplotlib import pyplot as plt
 
     try:
-        with open_atomic(path) as file, boxes_unremarked():
+        with open_atomic(path) as file, missing_glyphs_ignored():
             figure.savefig(file, format="png", dpi=130, bbox_inches="tight")
     finally:
         plt.close(figure)
