@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         check_writable(settings.experiments_dir, make=False)
         check_free(settings.experiments_dir, settings.name)
     check_tracker(settings.report_to)
-    check_upload(settings.push_to_hub)
+    check_upload(settings.push_to_hub, settings.model)
     distributed.refuse_sharding()
 
     # 1. Conversations. Read and checked before anything slow is imported, so that a bad row shows within a second.
@@ -200,17 +200,19 @@ def main(argv: list[str] | None = None) -> int:
             return 130
 
         # 6. Save.
-        from finetune.runs.saving import push_to_hub, save_final_model
+        from finetune.runs.saving import save_final_model
 
         if is_main:
-            final = save_final_model(experiment, model, tokenizer, fmt, end_of_turn_ids)
+            save_final_model(experiment, model, tokenizer, fmt, end_of_turn_ids)
             experiment.ended("finished")
     trainer.stop_callback.restore()
     if is_main:
         log.info("finished: loss %.4f in %d steps", result["final_loss"] or math.nan, trainer.state.global_step)
         print(experiment.folder)
         if settings.push_to_hub:
-            log.info("uploaded: %s", push_to_hub(final, settings.push_to_hub))
+            from finetune.export.hub import publish
+
+            log.info("uploaded: %s", publish(experiment.folder, settings.push_to_hub))
     distributed.end()
     return 0
 
@@ -295,21 +297,21 @@ def check_tracker(name: str) -> None:
         raise UserError(f"--report_to {name}: {name} is not installed; run: pip install {name}")
 
 
-def check_upload(repository: str | None) -> None:
-    """UserError when the upload that stands at the end of hours of training cannot succeed."""
+def check_upload(repository: str | None, model: str) -> None:
+    """UserError when the upload after the training could not succeed."""
     if repository is None:
         return
-    from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    from finetune.models.hub import hub_token
+    from finetune.models.hub import check_public_base, hub_token
 
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
         raise UserError(f"--push_to_hub {repository}: no name of a repository; write OWNER/NAME") from error
-    if not (hub_token() or get_token()):
+    check_public_base(model, f"--push_to_hub {repository}", "name its Hub id with --model, or omit --push_to_hub")
+    if not hub_token():
         raise UserError(f"--push_to_hub {repository}: there is no token; set HF_TOKEN to one with write access")
 
 
