@@ -14,7 +14,6 @@ from finetune.charts.plots import draw_curves
 from finetune.charts.run_labels import compare_runs
 from finetune.errors import UserError
 from finetune.evaluation.answer_settings import adapter_hash
-from finetune.evaluation.report import metric_names
 from finetune.export.targets import Job, print_progress, target
 from finetune.models.hub import check_public_base, hub_token, public_base
 from finetune.runs.experiment import LOG
@@ -66,6 +65,8 @@ def publish(run_folder: Path, repository: str) -> str:
 
 def build_folder(run: Run, folder: Path) -> None:
     """Fill `folder` with adapter, tokenizer, chat template, model card, loss curve and scores."""
+    from finetune.evaluation.report import metric_names
+
     if run.adapter is None or run.experiment is None:
         raise UserError(f"{run.path} is not a run folder, whose config the model card needs; name a run folder")
     shutil.copytree(run.adapter, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*PRIVATE_FILES, "README.md"))

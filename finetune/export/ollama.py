@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from finetune.export.gguf import find_tools, write_gguf
 from finetune.export.merged import served_format
-from finetune.export.ollama_json import prelude
+from finetune.export.ollama_json import definitions
 from finetune.export.targets import Job, print_progress, target
 from formats import FORMATS, Format, FormatError, get_format
 from formats.base import clean_messages, render_messages
@@ -63,7 +63,7 @@ def go_template(fmt: Format) -> str:
     tag = f"{{{{ if and false .ToolCalls }}}}{CALL_TAGS[family]}{{{{ end }}}}" if family in CALL_TAGS else ""
     separators = (",", ":") if family == "chatml" else (", ", ": ")
     body = path.read_text(encoding="utf-8").strip()
-    return prelude(body, *separators) + variables + tag + body
+    return definitions(body, *separators) + variables + tag + body
 
 
 def known_format(fmt: Format, tokenizer: PreTrainedTokenizerBase) -> Format:
