@@ -103,7 +103,7 @@ def test_go_template_renders_as_our_own(name):
     for (case, given), text in zip(cases, theirs, strict=True):
         if name == "plain" and given["tools"]:
             continue  # Ollama refuses tools where the template does not mention them
-        same = ollama.carried(given)
+        same = ollama.normalized(given)
         try:
             ours = render_messages(
                 same["messages"], same["tools"], fmt, tokenizer, True, bos_token="", eos_token=fmt.end_of_turn[0]
