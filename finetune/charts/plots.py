@@ -24,6 +24,7 @@ MAX_RAW_POINTS, MAX_SMOOTH_POINTS = 1600, 800  # of one run: more than the pictu
 MAX_RAW_POINTS_OF_ALL = 30_000  # of all runs together: overlapping faint lines show no detail
 MAX_EVAL_POINTS = 60  # of one run
 LEGEND_ROWS = 34
+MAX_LEGEND_ENTRIES = 2 * LEGEND_ROWS
 EVAL_DOTS = (0, (1, 1.2))
 TEXT, GREY, GRID = "#222222", "#666666", "#E6E6E6"
 X_LABELS = {"step": "optimizer step", "epoch": "epoch", "tokens": "tokens seen", "time": "time"}
@@ -64,9 +65,11 @@ def draw_curves(
             from finetune.charts.repeats import draw_repeats, merge_repeats
 
             comparison, bands = merge_repeats(comparison)
-        lowest, top = _draw_lines(axes, comparison, x, smooth)
+        scale, unit = time_unit(comparison) if x == "time" else (1.0, "")
+        lowest, top = _draw_lines(axes, comparison, x, scale, smooth)
         if repeats:
-            draw_repeats(axes, bands, x, smooth, time_unit(comparison)[0] if x == "time" else 1.0)
+            draw_repeats(axes, bands, x, smooth, scale)
+        axes.set_xlabel(f"time ({unit})" if unit else X_LABELS[x])
         _format_axes(axes, comparison, x, log_y, lowest, top)
         _draw_legend(axes, comparison)
         buffer = io.BytesIO()
@@ -79,7 +82,7 @@ def check_picture_type(output: Path) -> None:
         raise UserError(f"{output}: unknown type of picture; use a name that ends in {', '.join(PICTURE_TYPES)}")
 
 
-def _draw_lines(axes: Axes, comparison: Comparison, x: str, width: int | None) -> tuple[float, float]:
+def _draw_lines(axes: Axes, comparison: Comparison, x: str, scale: float, width: int | None) -> tuple[float, float]:
     """Draw every run; returns the lowest and highest y that must be visible (spikes may be cut off)."""
     import numpy as np
 
@@ -89,7 +92,6 @@ def _draw_lines(axes: Axes, comparison: Comparison, x: str, width: int | None) -
     drawn: list[np.ndarray] = []
     tops: list[float] = []
     crosses: list[tuple[np.ndarray, np.ndarray, str]] = []
-    scale = time_unit(comparison)[0] if x == "time" else 1.0
     for run, look in zip(comparison.runs, comparison.looks, strict=True):
         xs, ys = run.points(x, "loss")
         xs = xs / scale
@@ -130,13 +132,13 @@ def _draw_lines(axes: Axes, comparison: Comparison, x: str, width: int | None) -
 
 
 def _format_axes(axes: Axes, comparison: Comparison, x: str, log_y: bool, lowest: float, top: float) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     if log_y:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         if lowest > 0:
             axes.set_ylim(lowest * 0.85, top * 1.15)
     else:
@@ -148,12 +150,11 @@ def _format_axes(axes: Axes, comparison: Comparison, x: str, log_y: bool, lowest
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(which="both", length=0, pad=6)
     axes.set_ylabel("loss (log scale)" if log_y else "loss")
-    axes.set_xlabel(f"time ({time_unit(comparison)[1]})" if x == "time" else X_LABELS[x])
     if x == "tokens":
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+        axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
     elif x == "step":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_title(headline(comparison), loc="left", fontsize=16, fontweight="bold", pad=30)
     axes.annotate(
         subtitle(comparison), (0, 1), (0, 9), xycoords="axes fraction", textcoords="offset points", color=GREY,
@@ -165,21 +166,16 @@ def _draw_legend(axes: Axes, comparison: Comparison) -> None:
     """One entry per group at the right, in drawing order, then the meaning of the line styles."""
     from matplotlib.lines import Line2D
 
-    groups: dict[str, list[int]] = {}
-    for index, look in enumerate(comparison.looks):
-        groups.setdefault(look.group, []).append(index)
-    handles = []
-    dashed = any(look.dash for look in comparison.looks)
-    for group, members in groups.items():
-        look = comparison.looks[members[0]]
-        runs = [comparison.runs[index] for index in members]
-        style = {"color": look.color, "linestyle": line_style(look), "linewidth": 1.6 if dashed else 2.6}
-        handles.append(Line2D([], [], label=_entry(group, runs), **style))
-    max_entries = 2 * LEGEND_ROWS
-    omitted = len(handles) - max_entries
-    if omitted > 0:
-        step = len(handles) / max_entries
-        handles = [handles[int(index * step)] for index in range(max_entries)]
+    groups: dict[Look, list[LoggedRun]] = {}
+    for run, look in zip(comparison.runs, comparison.looks, strict=True):
+        groups.setdefault(look, []).append(run)
+    dashed = any(look.dash for look in groups)
+    handles = [
+        Line2D([], [], label=_entry(look.group, runs), color=look.color, linestyle=line_style(look),
+               linewidth=1.6 if dashed else 2.6) for look, runs in groups.items()
+    ]  # fmt: skip
+    if (omitted := len(handles) - MAX_LEGEND_ENTRIES) > 0:  # evenly, so that the whole range of colours is shown
+        handles = [handles[index * len(handles) // MAX_LEGEND_ENTRIES] for index in range(MAX_LEGEND_ENTRIES)]
         handles.append(Line2D([], [], linestyle="none", label=f"and {omitted} more, see the table"))
     if any(len(run.points("step", "eval_loss")[1]) for run in comparison.runs):
         handles += [
@@ -199,12 +195,8 @@ def _draw_legend(axes: Axes, comparison: Comparison) -> None:
 
 def _entry(group: str, runs: list[LoggedRun]) -> str:
     """Legend text of a group: its name, the number of runs, and what went wrong with them."""
-    lines = [""]
-    for part in group.split("  "):
-        if lines[-1] and len(lines[-1]) + len(part) > 34:
-            lines.append("")
-        lines[-1] += f"  {part}" if lines[-1] else textwrap.shorten(part, 44, placeholder="…") or part[:44]
-    text = "\n".join(lines)
+    lines = textwrap.wrap(group, 40, break_long_words=False, break_on_hyphens=False)
+    text = "\n".join(line if len(line) <= 44 else f"{line[:43]}…" for line in lines)
     if len(runs) > 1:
         text += f"  ({len(runs)} runs)"
     states = sorted({run.status for run in runs} - {"finished", "unknown"})
