@@ -223,15 +223,15 @@ def test_nothing_to_draw_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [(["nowhere"], "nowhere: no such log or folder"), (["no*where"], "no*where: no such log or folder"),
      (["-o", "picture.docx", "experiments"], "picture.docx: unknown type of picture"),
      (["-o", "experiments/README/x.png", "experiments"], "cannot write")],
 )  # fmt: skip
-def test_bad_input_is_one_line(ranks, arguments, words):
+def test_bad_input_is_one_line(ranks, arguments, message):
     (ranks / "experiments" / "README").write_text("a file, not a folder", encoding="utf-8")
     result = visualize(*arguments, cwd=ranks, code=2)
-    assert result.stderr.startswith("error: ") and words in result.stderr and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ") and message in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -309,19 +309,17 @@ def test_alpha_is_labelled_unless_implied_by_rank(tmp_path):
     assert labels == ["rank=8  alpha=16", "rank=16  alpha=16", "rank=16  alpha=64"]
 
 
-def test_model_names_match_folder_names(tmp_path):
+def test_models_are_labelled_by_their_names(tmp_path):
     comparison = compare(tmp_path, {"model": "kakaocorp/kanana-1.5-2.1b"}, {"model": "Qwen/Qwen2.5-3B"})
     assert {run.label for run in comparison.runs} == {"kanana-1.5-2.1b", "Qwen2.5-3B"}
-    assert run_labels.comparable("model", "org/small-1b") == run_labels.comparable("model", "small_1b")
+    assert run_labels.comparable("model", "org/small-1b") == run_labels.comparable("model", "/copies/small-1b")
 
 
-def test_flags_from_folder_name(tmp_path):
-    name = "kanana_1.5_2.1b_instruct_2505_r16_a32_lr2em04_ep3_20251218_143022"
-    expected = {"model": "kanana_1.5_2.1b_instruct_2505", "rank": 16, "alpha": 32, "lr": 2e-4, "epochs": 3}
-    assert curves.flags_from_name(name) == curves.flags_from_name(name + "_2") == expected
-    assert curves.flags_from_name("my_run") == {}
-    assert curves.flags_from_name("m_r4_a8_lr1e-4_epinf_20251218_143022")["epochs"] == float("inf")
-    assert curves.flags_from_name("m_r4_a8_lr1e-4_epnan_20251218_143022")["rank"] == 4
+def test_runs_without_config_are_labelled_by_folder(tmp_path):
+    for name in ("kanana_r16", "kanana_r4"):
+        (make_run(tmp_path, name) / "experiment_config.json").unlink()
+    comparison = run_labels.compare_runs([curves.read_run(log) for log in curves.find_logs([str(tmp_path)])])
+    assert [run.label for run in comparison.runs] == ["kanana_r4", "kanana_r16"]
 
 
 def test_natural_key_ignores_superscripts():

@@ -32,9 +32,6 @@ X_COLUMNS = {"step": "step", "epoch": "epoch", "tokens": "tokens_seen", "time": 
 SCORES = ("tool_name_accuracy", "parameter_accuracy")
 MAX_SILENT_SECONDS = 600  # a run with status "running" that has not logged for this long gets a note
 MAX_LOSS = 1e100  # larger losses count as infinite: their sums and squares would overflow
-_FOLDER_NAME = re.compile(
-    r"(?P<model>.+)_r(?P<rank>\d+)_a(?P<alpha>[\d.]+)_lr(?P<lr>[^_]+)_ep(?P<epochs>[^_]+)_\d{8}_\d{6}(_\d+)?"
-)
 
 
 @dataclass
@@ -52,9 +49,9 @@ class LoggedRun:
 
     @property
     def flags(self) -> dict[str, Any]:
-        """The run's settings: from its config, else those that the folder's name tells."""
+        """The run's settings, {} where there is no config."""
         flags = self.config.get("flags")
-        return flags if isinstance(flags, dict) and flags else flags_from_name(self.folder.name)
+        return flags if isinstance(flags, dict) else {}
 
     @property
     def status(self) -> str:
@@ -71,21 +68,6 @@ class LoggedRun:
         pair = self.rows[[X_COLUMNS[x], y]].to_numpy()
         pair = pair[(pair == pair).all(axis=1) & (abs(pair[:, 1]) != float("inf"))]
         return pair[:, 0], pair[:, 1]
-
-
-def flags_from_name(name: str) -> dict[str, Any]:
-    """`kanana_r16_a32_lr2em04_ep3_20251218_143022` -> model, rank, alpha, lr, epochs; {} for any other name."""
-    match = _FOLDER_NAME.fullmatch(name)
-    if not match:
-        return {}
-    flags: dict[str, Any] = {"model": match["model"], "rank": int(match["rank"])}
-    for key in ("alpha", "lr", "epochs"):
-        try:
-            number = float(match[key].replace("em", "e-").replace("ep", "e+"))
-        except ValueError:
-            continue
-        flags[key] = int(number) if key != "lr" and number.is_integer() else number
-    return flags
 
 
 def find_logs(arguments: list[str]) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -115,9 +114,9 @@ def is_number(value: Any) -> bool:
 
 
 def comparable(key: str, value: Any) -> str:
-    """Equal for equal values: 1 and 1.0, a model's Hub id and the folder name made of it."""
+    """Equal for equal values, such as 1 and 1.0, and for a model's Hub id and a local copy."""
     if key == "model":
-        return re.sub(r"\W", "_", value_text(value)).lower()
+        return value_text(value).lower()
     return repr(float(value)) if is_number(value) else json.dumps(value, sort_keys=True, default=str)
 
 

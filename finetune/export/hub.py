@@ -32,14 +32,14 @@ MAX_METRICS = 12  # in the model card
 def export_hub(job: Job) -> Callable[[Path], None] | None:
     """Adapter and model card as they are uploaded; uploaded with --repo_id and a token."""
     token = hub_token()
-    if job.repo_id and token and job.run.experiment is not None:
+    build_folder(job.run, job.folder)
+    if job.repo_id and token:
         check_public_base(
             job.run.base_name,
             f"--repo_id {job.repo_id}",
             "export without --repo_id, put the Hub id of the base model into README.md and adapter_config.json, "
             f"and upload the folder with: hf upload {job.repo_id} FOLDER",
         )
-    build_folder(job.run, job.folder)
     check_token_absent(job.folder)
     for path in _files(job.folder):
         print(f"{path.stat().st_size:>12,}  {path.relative_to(job.folder).as_posix()}")
