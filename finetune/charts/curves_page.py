@@ -49,7 +49,7 @@ def write_page(
             for run, look in zip(comparison.runs, comparison.looks, strict=True)
         ],
         "columns": [
-            {"title": title, "kind": kind, "number": kind != "text"} for title, kind in map(COLUMNS.get, shown)
+            {"title": title, "kind": kind, "number": kind != "text"} for title, kind in (COLUMNS[key] for key in shown)
         ],
         "rows": [[_json_number(row.get(key)) for key in shown] for row in table],
     }

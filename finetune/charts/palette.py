@@ -10,7 +10,7 @@ SEQUENCE = (
     "#440154", "#482576", "#414487", "#35608D", "#2A788E", "#21908C", "#22A884", "#43BF71", "#7AD151", "#DACF20",
 )  # fmt: skip
 # Lengths of dashes and gaps in line widths. Dots are reserved for evaluation curves.
-DASHES = ((), (6, 2), (2.5, 1.3), (7, 1.5, 1.2, 1.5), (6, 1.3, 1.2, 1.3, 1.2, 1.3))
+DASHES: tuple[tuple[float, ...], ...] = ((), (6, 2), (2.5, 1.3), (7, 1.5, 1.2, 1.5), (6, 1.3, 1.2, 1.3, 1.2, 1.3))
 
 
 def ramp(count: int) -> list[str]:

@@ -152,10 +152,11 @@ def _choose_looks(runs: list[LoggedRun], groups: list[str], keys: list[str]) -> 
                 for group, number, other in zip(groups, numbers, others, strict=True)
             ]
     unique = list(dict.fromkeys(groups))
+    styles: dict[str, tuple[str, tuple[float, ...]]]
     if len(unique) <= len(CATEGORIES):
         styles = {group: (CATEGORIES[index], ()) for index, group in enumerate(unique)}
     else:
         # Too many groups for distinct colours: an ordered scale, neighbours with different dashes.
-        shades = ramp(len(unique))
-        styles = {group: (shades[index], DASHES[index % 3]) for index, group in enumerate(unique)}
+        colors = ramp(len(unique))
+        styles = {group: (colors[index], DASHES[index % 3]) for index, group in enumerate(unique)}
     return [Look(group, *styles[group]) for group in groups]

@@ -138,9 +138,11 @@ def write_merged(run: Run, folder: Path, dtype: str = "auto") -> MergedModel:
 
 def trained_template(run: Run, fmt: Format) -> str:
     """The chat template saved beside the adapter, else the format's own with its variables pinned."""
-    saved = run.adapter / "chat_template.jinja" if run.adapter else None
-    finished = saved is not None and not saved.parent.name.startswith("checkpoint-")
-    return saved.read_text(encoding="utf-8") if finished and saved.is_file() else fmt.pinned_template()
+    if run.adapter is not None and not run.adapter.name.startswith("checkpoint-"):
+        saved = run.adapter / "chat_template.jinja"
+        if saved.is_file():
+            return saved.read_text(encoding="utf-8")
+    return fmt.pinned_template()
 
 
 def served_format(run: Run, fmt: Format) -> Format:
@@ -163,12 +165,12 @@ def conversations_of(run: Run, count: int) -> list[dict[str, Any]]:
     """The first `count` conversations of the run's data, where it can be read, and `BUILTIN_CONVERSATIONS`."""
     from finetune.reading.conversations import load_conversations
 
-    conversations = []
+    conversations: list[dict[str, Any]] = []
     if run.experiment is not None:
         # The data may have moved, or the Hub may be out of reach.
         with contextlib.suppress(UserError, OSError):
             dataset = run.experiment.config["flags"]["dataset"]
-            conversations = load_conversations(dataset, limit=count, strict=False).conversations[:count]
+            conversations += load_conversations(dataset, limit=count, strict=False).conversations[:count]
     return [*conversations, *BUILTIN_CONVERSATIONS]
 
 

@@ -89,7 +89,7 @@ def known_format(fmt: Format, tokenizer: PreTrainedTokenizerBase) -> Format:
 
 def _renderings(fmt: Format, tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
     """A few conversations that distinguish templates, as text; None where the template refuses one."""
-    texts = []
+    texts: list[str | None] = []
     for messages, tools in _PROBES:
         try:
             texts.append(render_messages(clean_messages(messages, fmt), tools, fmt, tokenizer, True))
