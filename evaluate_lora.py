@@ -55,7 +55,6 @@ def main(argv: list[str] | None = None) -> int:
 
     # 1. Read the rows and find the run before anything slow is imported, so that mistakes show at once.
     from finetune.evaluation import bfcl
-    from finetune.evaluation.folder import alone_in, made
     from finetune.evaluation.items import load_items
     from finetune.runs.find import find_run
 

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     console = start_console_log()
     settings, stopped_run, checkpoint = find_stopped_run(settings)
     check_tracker(settings.report_to)
-    check_upload(settings.push_to_hub)
+    check_upload(settings.push_to_hub, settings.model)
     distributed.refuse_sharding()
     data = load_data(settings)
     eval_fingerprint = data.held_out and data.held_out.fingerprint
@@ -80,11 +80,11 @@ def main(argv: list[str] | None = None) -> int:
         if distributed.rank() == 0:
             from finetune.runs.saving import save_final_model
 
-            final_model = save_final_model(experiment, model, tokenizer, fmt, end_of_turn_ids)
+            save_final_model(experiment, model, tokenizer, fmt, end_of_turn_ids)
             experiment.ended("finished")
     trainer.stop_callback.restore()
     if distributed.rank() == 0:
-        finish(experiment, final_model, settings.push_to_hub)
+        finish(experiment, settings.push_to_hub)
     distributed.end()
     return 0
 
@@ -125,21 +125,21 @@ def check_tracker(name: str) -> None:
         raise UserError(f"--report_to {name}: {name} is not installed; run: pip install {name}")
 
 
-def check_upload(repository: str | None) -> None:
+def check_upload(repository: str | None, model: str) -> None:
     """UserError when the upload at the end of the run could not succeed."""
     if repository is None:
         return
-    from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    from finetune.models.hub import hub_token
+    from finetune.models.hub import check_public_base, hub_token
 
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
         raise UserError(f"--push_to_hub {repository} is not a repository name; write OWNER/NAME") from error
-    if not (hub_token() or get_token()):
+    check_public_base(model, f"--push_to_hub {repository}", "name its Hub id with --model, or omit --push_to_hub")
+    if not hub_token():
         raise UserError(f"--push_to_hub {repository}: there is no token; set HF_TOKEN to one with write access")
 
 
@@ -262,15 +262,15 @@ def train(trainer: SandwichTrainer, experiment: Experiment, checkpoint: Path | N
     return False
 
 
-def finish(experiment: Experiment, final_model: Path, repository: str | None) -> None:
+def finish(experiment: Experiment, repository: str | None) -> None:
     """Print the experiment folder and upload the adapter if the user wants it."""
-    from finetune.runs.saving import push_to_hub
-
     loss = experiment.config["result"]["final_loss"] or math.nan
     log.info("finished: loss %.4f in %d steps", loss, experiment.config["steps"])
     print(experiment.folder)
     if repository:
-        log.info("uploaded: %s", push_to_hub(final_model, repository))
+        from finetune.export.hub import publish
+
+        log.info("uploaded: %s", publish(experiment.folder, repository))
 
 
 if __name__ == "__main__":

@@ -40,10 +40,10 @@ def build_parser() -> FlagParser:
 
 def check_outputs(outputs: list[Path], logs: list[Path]) -> None:
     """UserError when an output would overwrite another one or a run's own files, as `-s */training_log.csv` does."""
-    run_files = {path.resolve() for log in logs for path in (log, log.with_name(curves.CONFIG_NAME))}
+    run_files = {path.resolve() for log in logs for path in (log, log.with_name(curves.CONFIG))}
     taken: set[Path] = set()
     for path in outputs:
-        if path.resolve() in run_files or path.name in (curves.LOG_NAME, curves.CONFIG_NAME):
+        if path.resolve() in run_files or path.name in (curves.LOG, curves.CONFIG):
             raise UserError(f"{path} belongs to a run and would be overwritten; choose another output file")
         if path.resolve() in taken:
             raise UserError(f"{path} is given for two outputs; choose different files")
@@ -61,10 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.output:
         check_picture_type(args.output)
 
-    from finetune.charts.run_labels import compare
+    from finetune.charts.run_labels import compare_runs
     from finetune.charts.tables import print_table, write_summary
 
-    comparison = compare([curves.read_run(log) for log in logs])
+    comparison = compare_runs([curves.read_run(log) for log in logs])
     table = [curves.summarize(run) for run in comparison.runs]
     print_table(table)
 

@@ -17,7 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from finetune.errors import UserError
 from finetune.models.bundled import cache_dir
+from finetune.models.hub import hub_token
 
 ROOT = Path(__file__).resolve().parent.parent
 PINS = ("requirements_lora.txt", "requirements_unsloth.txt")
@@ -97,7 +99,7 @@ def examine() -> Checkup:
     _device(checkup, torch, installed)
     if torch and "error" not in torch and "unsloth" in installed:
         _unsloth(checkup, probe(PROBE), installed["unsloth"])
-    checkup.lines.append(("HF token", hub_token()))
+    checkup.lines.append(("HF token", token_source()))
     _folders(checkup)
     return checkup
 
@@ -238,15 +240,15 @@ def _unsloth(checkup: Checkup, answer: dict[str, Any], version: str) -> None:
         checkup.hints.append((f"no 4-bit models: {error}", "train with --no-load_in_4bit, or reinstall bitsandbytes"))
 
 
-def hub_token() -> str:
+def token_source() -> str:
     """Where a Hugging Face token was found; never the token."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        if os.environ.get(name, "").strip():
-            return f"present (from {name})"
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    if Path(os.environ.get("HF_TOKEN_PATH", home / "token")).is_file():
-        return "present (from hf auth login)"
-    return "none (only gated and private models need one: set HF_TOKEN)"
+    try:
+        token = hub_token()
+    except UserError as error:
+        return str(error)
+    if token is None:
+        return "none (only gated and private models need one: set HF_TOKEN)"
+    return f"present (from {'HF_TOKEN' if os.environ.get('HF_TOKEN', '').strip() else 'hf auth login'})"
 
 
 def _folders(checkup: Checkup) -> None:

@@ -10,11 +10,12 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from math import isfinite
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from finetune.errors import NO_SPACE, UserError, no_room
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 
 def current_umask() -> int:
@@ -181,10 +182,12 @@ def acquire_lock(path: Path, busy: str, *, timeout: float = 0) -> FileLock | Non
 
     timeout  seconds to wait, -1 for ever. Raises UserError(busy) when another process still holds it then.
     """
-    lock = FileLock(path)
+    import filelock  # `--doctor` runs where nothing is installed
+
+    lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=timeout)
-    except Timeout as error:
+    except filelock.Timeout as error:
         raise UserError(busy) from error
     except (OSError, NotImplementedError) as error:  # some network file systems
         if getattr(error, "filename", None):

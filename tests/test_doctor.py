@@ -108,17 +108,20 @@ def test_a_probe_that_dies_or_prints_nonsense_is_an_error_not_a_crash():
     assert doctor.probe("print('noise'); print('\\nPROBE{\"a\": 1}')") == {"a": 1}
 
 
-@pytest.mark.parametrize("where", ["HF_TOKEN", "file", "nowhere"])
-def test_hub_token_is_found_and_never_shown(monkeypatch, tmp_path, where):
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    if where == "HF_TOKEN":
-        monkeypatch.setenv("HF_TOKEN", "hf_abc")
-    elif where == "file":
-        (tmp_path / "token").write_text("hf_abc", encoding="utf-8")
-    found = doctor.hub_token()
-    assert found.startswith("none" if where == "nowhere" else "present") and "hf_abc" not in found
+@pytest.mark.parametrize(
+    ("variable", "stored", "expected"),
+    [
+        ("hf_abc", None, "present (from HF_TOKEN)"),
+        ("", "hf_abc", "present (from hf auth login)"),
+        ("", None, "none"),
+        ("hf_a bc", None, "the Hugging Face token contains white space"),
+    ],
+)
+def test_token_source_never_shows_the_token(monkeypatch, variable, stored, expected):
+    monkeypatch.setenv("HF_TOKEN", variable)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: stored)
+    found = doctor.token_source()
+    assert found.startswith(expected) and "hf_a" not in found
 
 
 def test_an_unwritable_folder_is_in_the_way(monkeypatch, tmp_path):

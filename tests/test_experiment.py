@@ -312,7 +312,7 @@ def test_processes_in_a_folder_without_locks(tmp_path, monkeypatch):
         raise NotImplementedError("FileSystem does not appear to support flock")
 
     monkeypatch.setattr(distributed, "_group", object())
-    monkeypatch.setattr("finetune.files.FileLock.acquire", acquire)
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
     assert not distributed.lock(tmp_path)
 
 

@@ -376,7 +376,7 @@ def test_a_sweep_in_a_folder_without_locks(tmp_path, monkeypatch):
     def acquire(self, **rest):
         raise NotImplementedError("FileSystem does not appear to support flock")
 
-    monkeypatch.setattr("finetune.files.FileLock.acquire", acquire)
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
     opened(tmp_path / "s", points(4, 8)).close()
     opened(tmp_path / "s", points(4, 8)).close()
 

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from finetune.charts.curves import COLUMNS, Run, read_run, summarize
+from finetune.charts.curves import COLUMNS, LoggedRun, read_run, summarize
 from finetune.charts.repeats import mean_and_spread, merge_repeats
-from finetune.charts.run_labels import compare
+from finetune.charts.run_labels import compare_runs
 from finetune.sweep import summary
 from finetune.sweep.grid import make_points
 from finetune.sweep.runs import open_sweep
@@ -24,12 +24,12 @@ def made(losses, eval_losses=None, status="finished", **flags):
     if eval_losses:
         rows.loc[len(losses) - len(eval_losses) :, "eval_loss"] = eval_losses
     name = "_".join(f"{key}{value}" for key, value in flags.items())
-    return Run(Path("s") / name, rows, {"status": status, "flags": flags})
+    return LoggedRun(Path("s") / name, rows, {"status": status, "flags": flags})
 
 
 def test_repeats_become_their_mean_and_a_band():
     runs = [made([3, 2, 1], [1.0], rank=8, seed=1), made([5, 4, 3, 9], [2.0], rank=8, seed=2), made([7, 7], rank=4)]
-    merged, bands = merge_repeats(compare(runs))
+    merged, bands = merge_repeats(compare_runs(runs))
     assert [len(band.runs) for band in bands] == [2]
     assert [look.group for look in merged.looks] == ["rank=4", "rank=8  mean of 2 seeds"]
     xs, ys = merged.runs[1].points("step", "loss")
@@ -42,7 +42,7 @@ def test_repeats_become_their_mean_and_a_band():
 
 def test_a_run_that_broke_off_keeps_its_own_curve():
     runs = [made([3, 2], rank=8, seed=1), made([5, 4], rank=8, seed=2), made([9], rank=8, seed=3, status="failed")]
-    merged, bands = merge_repeats(compare([*runs, made([1], rank=4, seed=1)]))
+    merged, bands = merge_repeats(compare_runs([*runs, made([1], rank=4, seed=1)]))
     assert [len(band.runs) for band in bands] == [2]
     assert len(merged.runs) == 3
 
@@ -53,7 +53,7 @@ def test_the_best_is_the_lowest_mean_of_evaluation_losses():
         made([2.0], [0.4], rank=8, seed=1), made([2.0], [0.4], rank=8, seed=2),  # mean 0.4
         made([0.1], [0.01], rank=16, seed=1), made([0.1], rank=16, seed=2, status="failed"),
     ]  # fmt: skip
-    best = find_best(compare(runs))
+    best = find_best(compare_runs(runs))
     assert (best.setting, best.metric, best.values) == ("rank=8", "eval_loss", [0.4, 0.4])
     assert "0.4000 ± 0.0000 over 2 seeds" in best.text()
 
@@ -61,13 +61,13 @@ def test_the_best_is_the_lowest_mean_of_evaluation_losses():
 def test_without_evaluation_the_last_tenth_of_the_losses_decides():
     steady = made([2.0] * 19 + [1.0], rank=4)  # the last two: mean 1.5
     lucky = made([2.0] * 18 + [2.9, 0.5], rank=8)  # the last two: mean 1.7, though its last one is the lowest
-    best = find_best(compare([steady, lucky]))
+    best = find_best(compare_runs([steady, lucky]))
     assert (best.setting, best.metric, best.values) == ("rank=4", "training loss", [1.5])
 
 
 def test_no_best_among_failures_and_no_numbers():
     runs = [made([1.0], rank=4, status="failed"), made([float("nan")], rank=8), made([float("inf")], rank=16)]
-    assert find_best(compare(runs)) is None
+    assert find_best(compare_runs(runs)) is None
 
 
 def test_what_diverged_by_its_end_is_not_the_best(tmp_path):
@@ -85,13 +85,13 @@ def test_what_diverged_by_its_end_is_not_the_best(tmp_path):
         (tmp_path / name / "training_log.csv").write_text("\n".join(["step,loss,eval_loss", *lines, ""]))
         runs.append(read_run(tmp_path / name / "training_log.csv"))
         runs[-1].config |= {"status": "finished", "flags": {"rank": rank}}
-    best = find_best(compare(runs))
+    best = find_best(compare_runs(runs))
     assert (best.setting, best.metric, best.values) == ("rank=5", "eval_loss", [1.3])
-    assert find_best(compare(runs[1:4])) is None
+    assert find_best(compare_runs(runs[1:4])) is None
     table = {run.folder.name: summarize(run) for run in runs}
     assert table["diverged"]["final_loss"] == float("inf")
     assert (table["diverged"]["min_loss"], table["diverged"]["best_eval_loss"]) == (1.0, 0.5)
-    assert "eval_loss is no number in 1 rows" in table["evaluation_alone"]["notes"]
+    assert "eval_loss is not finite in 1 rows" in table["evaluation_alone"]["notes"]
 
 
 def test_repeats_are_told_by_what_the_sweep_varies_not_by_what_a_command_writes_down(tmp_path):
@@ -103,7 +103,7 @@ def test_repeats_are_told_by_what_the_sweep_varies_not_by_what_a_command_writes_
         run.status = "finished"
         (folder / "training_log.csv").write_text(f"step,loss\n1,{loss}\n")
         (folder / "experiment_config.json").write_text('{"status": "finished", "flags": {"rank": 1}}')
-    best = find_best(compare([summary.as_curve(sweep, run) for run in sweep.runs]))
+    best = find_best(compare_runs([summary.as_curve(sweep, run) for run in sweep.runs]))
     assert (best.setting, best.values) == ("a.jsonl", [4.0, 2.0])
     sweep.close()
 

@@ -428,6 +428,7 @@ def test_data_without_trained_rows_is_refused(tmp_path):
         (("--model", "smollm2-135m", "--report_to", "trackio"), "trackio"),
         (("--model", "smollm2-135m", "--push_to_hub", "not a repo"), "write OWNER/NAME"),
         (("--model", "smollm2-135m", "--push_to_hub", "me/adapter"), "there is no token; set HF_TOKEN"),
+        (("--model", ".", "--push_to_hub", "me/adapter"), "the base model . is a local path"),
         (("--model", "smollm2-135m", "--format", "chatml", "--optim", "adamw_tor"), "did you mean adamw_torch?"),
         (
             ("--model", "smollm2-135m", "--format", "chatml", "--eval_dataset", "empty.jsonl"),

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.charts.boxes import boxes_unremarked
 from finetune.evaluation.folder import FILE_PREFIXES
 from finetune.evaluation.metrics import METRICS, metric_names
 from finetune.evaluation.scoring import BROKEN, NO_CALL, UNDECLARED
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 MAX_PICTURED_TOOLS = 60  # more are unreadable, and a picture has at most 65,535 pixels a side
 OTHERS = "(other tools)"
-BLUE, ORANGE = "#0072B2", "#E69F00"  # Okabe-Ito: safe for colour-blind readers
 
 Scores = dict[str, dict[str, Any]]
 
@@ -169,7 +167,7 @@ def _save(figure: Figure, path: Path) -> Path:
     from matplotlib import pyplot as plt
 
     try:
-        with open_atomic(path) as file, boxes_unremarked():
+        with open_atomic(path) as file, missing_glyphs_ignored():
             figure.savefig(file, format="png", dpi=130, bbox_inches="tight")
     finally:
         plt.close(figure)

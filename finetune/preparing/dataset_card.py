@@ -7,13 +7,14 @@ import re
 from collections import Counter
 from typing import Any
 
-from finetune.charts.boxes import boxes_unremarked
+from finetune.charts.fonts import missing_glyphs_ignored
+from finetune.charts.palette import BLUE, GREEN, ORANGE
 from finetune.preparing.checks import called_tool
 from finetune.preparing.preparation import Options, Prepared
 from finetune.preparing.splits import SPLITS, request_text
 
 # Okabe and Ito's palette: told apart with any colour vision
-COLOURS = {"train": "#0072B2", "validation": "#E69F00", "test": "#009E73"}
+COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
 SHOWN_TOOLS = 40
 
 
@@ -168,6 +169,6 @@ def _figure(width: float, height: float):
 
 def _png(figure) -> bytes:
     buffer = io.BytesIO()
-    with boxes_unremarked():
+    with missing_glyphs_ignored():
         figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()

@@ -6,6 +6,7 @@ import csv
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,17 +138,32 @@ class RunLog:
         self.counters = Counters(**state)
 
 
-def read_rows(path: Path) -> list[list[str]]:
-    """The complete rows of a log, cells in the order of COLUMNS; a line that a kill or a crash spoilt is left out.
+@dataclass(frozen=True)
+class LogRows:
+    """A training_log.csv as text: `rows` are its complete rows, cells in the order of COLUMNS, "" for a missing one."""
 
-    The log of another version of this program may lack a column, whose cells are empty then.
-    """
+    rows: list[list[str]]
+    header: Sequence[str]
+    unreadable: int = 0  # complete lines that are not rows
+    is_cut: bool = False  # whether the last line lacks its line end
+
+
+def read_log(path: Path) -> LogRows:
+    """The rows of a log, without the lines that a kill or a crash damaged. Raises OSError."""
     text = path.read_text(encoding="utf-8-sig", errors="replace")
-    complete = text[: text.rfind("\n") + 1].splitlines()
-    # Every cell is a number, so none is quoted: a stray quote must not swallow the rows behind it.
-    header, *lines = [line.split(",") for line in complete] or [[]]
-    rows = [dict(zip(header, cells, strict=True)) for cells in lines if len(cells) == len(header)]
-    return [[row.get(name, "") for name in COLUMNS] for row in rows if _STEP.fullmatch(row.get("step", ""))]
+    complete, _, rest = text.rpartition("\n")
+    # Every cell is a number, so none is quoted: a stray quote must not swallow the following rows.
+    header, *lines = [line.split(",") for line in complete.splitlines()] or [[]]
+    places = [header.index(name) if name in header else None for name in COLUMNS]
+    complete_lines = (cells for cells in lines if len(cells) == len(header))
+    rows = [["" if place is None else cells[place] for place in places] for cells in complete_lines]
+    kept = [row for row in rows if _STEP.fullmatch(row[0])]
+    return LogRows(kept, header, unreadable=len(lines) - len(kept), is_cut=bool(rest.strip()))
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """The complete rows of a log, cells in the order of COLUMNS."""
+    return read_log(path).rows
 
 
 def peak_memory_gb() -> float:

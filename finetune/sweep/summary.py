@@ -9,8 +9,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from finetune.charts import curves
-from finetune.charts.curves import Run
-from finetune.charts.run_labels import Comparison, compare
+from finetune.charts.curves import LoggedRun
+from finetune.charts.run_labels import Comparison, compare_runs
 from finetune.charts.tables import print_table, write_summary
 from finetune.runs.experiment import LOG
 from finetune.sweep.runs import FINISHED, WAITING, Sweep, SweepRun
@@ -40,7 +40,7 @@ def write_results(sweep: Sweep) -> Best | None:
     runs = {str(sweep.run_folder(run)): run for run in sweep.runs if run.status != WAITING or run.attempts}
     if not runs:
         return None
-    comparison = compare([as_curve(sweep, run) for run in runs.values()])
+    comparison = compare_runs([as_curve(sweep, run) for run in runs.values()])
     table = []
     for curve in comparison.runs:
         run = runs[str(curve.folder)]
@@ -60,7 +60,7 @@ def write_results(sweep: Sweep) -> Best | None:
     return best
 
 
-def as_curve(sweep: Sweep, run: SweepRun) -> Run:
+def as_curve(sweep: Sweep, run: SweepRun) -> LoggedRun:
     """The run's folder as the charts read it, with the sweep's own word for its flags and its fate.
 
     A run that left no folder is there with them, and what a --command writes down need not name what is varied.
@@ -79,7 +79,7 @@ def find_best(comparison: Comparison) -> Best | None:
     """
     finished = [run for run in comparison.runs if run.status == FINISHED and _ends_in_numbers(run)]
     evaluated = bool(finished) and all(run.rows["eval_loss"].notna().any() for run in finished)
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[LoggedRun]] = {}
     for run, look in zip(comparison.runs, comparison.looks, strict=True):
         groups.setdefault(look.group, []).append(run)
     candidates = []
@@ -91,13 +91,13 @@ def find_best(comparison: Comparison) -> Best | None:
     return min(candidates, key=lambda one: mean(one.values), default=None)
 
 
-def _ends_in_numbers(run: Run) -> bool:
+def _ends_in_numbers(run: LoggedRun) -> bool:
     """Whether the run has logged losses, and those that decide about it are numbers."""
     losses, evaluations = run.rows["loss"].dropna(), run.rows["eval_loss"].dropna()
     return bool(len(losses)) and math.isfinite(_loss(run, False)) and math.isfinite(evaluations.iloc[-1:].sum())
 
 
-def _loss(run: Run, evaluated: bool) -> float:
+def _loss(run: LoggedRun, evaluated: bool) -> float:
     if evaluated:
         return float(run.rows["eval_loss"].min())
     losses: Any = run.rows["loss"].dropna()
