@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = flags_of_a_run.resumed(settings, resumed.config["flags"], str(resumed.folder))
         settings.revision = resumed.config.get("base_model_revision") or settings.revision
         if not settings.dry_run:
-            distributed.hold(resumed.folder)
+            distributed.lock_run(resumed.folder)
         log.info("resuming %s at %s", resumed.folder, checkpoint.name)
     elif not settings.dry_run:
         check_writable(settings.experiments_dir, make=False)
@@ -180,10 +180,10 @@ def main(argv: list[str] | None = None) -> int:
         if not is_main:
             experiment = Experiment(Path(folder), config, writes=False)
 
-    with experiment.end_recorded():
+    with experiment.record_outcome():
         if is_main:
             if resumed is None:
-                distributed.hold(experiment.folder)
+                distributed.lock_run(experiment.folder)
             log_to_file(experiment.folder / "training.log")
         groups = tool_sets(train.conversations, rows.rows) if settings.order == "group_tools" else None
         trainer = make_trainer(settings, experiment, model, tokenizer, rows, eval_rows, loaded, console, groups)

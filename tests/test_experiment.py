@@ -111,7 +111,7 @@ def test_resume_finds_the_newest_checkpoint(tmp_path):
         assert checkpoint.name == "checkpoint-10"
     assert find_resumable(str(finished.folder / "checkpoint-9"), tmp_path)[1].name == "checkpoint-9"
     empty = make_run(tmp_path, "failed", [])
-    with pytest.raises(UserError, match="no checkpoint that is whole"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         find_resumable(str(empty.folder), tmp_path)
     with pytest.raises(UserError, match="not a run folder"):
         (tmp_path / "other" / "checkpoint-1").mkdir(parents=True)
@@ -139,9 +139,9 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, name, cut):
 @pytest.mark.parametrize(
     ("name", "text", "why"),
     [
-        ("trainer_state.json", "[]", "not whole"), (COUNTERS, "3", "not whole"),
+        ("trainer_state.json", "[]", "not complete"), (COUNTERS, "3", "not complete"),
         ("trainer_state.json", '{"global_step": 7}', "of step 7: the folder was renamed"),
-        ("trainer_state.json", "{}", "not whole"),
+        ("trainer_state.json", "{}", "not complete"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_that_holds_something_else_is_passed_over(tmp_path, name, text, why):
@@ -218,7 +218,7 @@ def test_a_process_that_takes_over_writes_each_row_once(tmp_path, written):
                 log.flush()
     with path.open("a") as file:
         file.write("4,0.4,0.")
-    second.take_over(path, 3)
+    second.become_writer(path, 3)
     second.flush()
     assert [row[0] for row in read_rows(path)] == ["1", "2", "3"]
     assert path.read_text().endswith("\n")
@@ -252,7 +252,7 @@ def test_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 )
 def test_however_a_run_ends_its_config_says_so(tmp_path, error, status, raised):
     run = make_run(tmp_path, "running", [2])
-    with pytest.raises(raised) as caught, run.end_recorded():
+    with pytest.raises(raised) as caught, run.record_outcome():
         raise error
     assert (Experiment.open(run.folder).config["status"], "ended" in run.config) == (status, True)
     if raised is OSError:
@@ -261,21 +261,21 @@ def test_however_a_run_ends_its_config_says_so(tmp_path, error, status, raised):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch, processes):
-    monkeypatch.setattr(distributed, "SECONDS_TO_END", 0)
+    monkeypatch.setattr(distributed, "LOCK_TIMEOUT_SECONDS", 0)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     other = FileLock(tmp_path / distributed.LOCK)
     other.acquire()
     with pytest.raises(UserError, match="another process is training this run"):
-        distributed.hold(tmp_path)
+        distributed.lock_run(tmp_path)
     other.release()
-    distributed.hold(tmp_path)
+    distributed.lock_run(tmp_path)
     if processes == 1:
         with pytest.raises(Timeout):
             other.acquire(timeout=0)
     else:  # it is taken when the processes have found each other
         other.acquire(timeout=0)
         monkeypatch.setenv("RANK", "1")
-        distributed.hold(tmp_path)  # the first one's business
+        distributed.lock_run(tmp_path)  # the first one's business
         other.release()
 
 
@@ -303,7 +303,7 @@ def test_more_processes_than_gpus(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    with pytest.raises(UserError, match=r"process 3 of this machine has no GPU: .*--nproc_per_node 2"):
+    with pytest.raises(UserError, match=r"process 3 of this machine has no GPU: .*--nproc_per_node must be <= 2"):
         distributed.start()
 
 
@@ -313,7 +313,7 @@ def test_processes_in_a_folder_without_locks(tmp_path, monkeypatch):
 
     monkeypatch.setattr(distributed, "_group", object())
     monkeypatch.setattr("finetune.files.FileLock.acquire", acquire)
-    assert not distributed.lock(tmp_path)
+    assert not distributed.wait_for_lock(tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has POSIX shells and devices")
@@ -353,7 +353,7 @@ def test_a_full_disk_that_a_message_of_ours_tells_is_no_refusal_either(tmp_path,
             raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
     assert write() == 1
-    assert "file: Disk quota exceeded; make room" in capsys.readouterr().err
+    assert "file: Disk quota exceeded; free some space" in capsys.readouterr().err
     assert one_line_errors(fail)(UserError("row 3 says: No space left on device")) == 2
 
 
