@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    before, after = grid.split_words(argv)
+    before, after = grid.split_arguments(argv)
     args, unknown = build_parser().parse_known_args([underscored(word) for word in before])
     if unknown or args.words:
         word = [*unknown, *args.words][0]
@@ -121,14 +121,14 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.experiments_dir / (args.name or default_name(points, identity))
     if args.dry_run:
         for point in points:
-            print(f"{folder / point.name}: train_lora.py {shlex.join(point.words())}")
+            print(f"{folder / point.name}: train_lora.py {shlex.join(point.arguments())}")
         return 0
 
     # 2. The folder: a new one, or the same sweep again.
     from rich.console import Console
 
     from finetune.logs import log_to_file, start_logging
-    from finetune.sweep.ray_runner import require_ray
+    from finetune.sweep.ray_session import require_ray
     from finetune.sweep.runs import FAILED, INTERRUPTED, RUNNING, SWEEP_LOG, WAITING, now, open_sweep
 
     require_ray()
@@ -177,7 +177,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_all(sweep: Any, options: Any, asha_flags: argparse.Namespace | None, console: Any) -> None:
     """Start Ray, run every run that is not done."""
-    from finetune.sweep.ray_runner import RayRunner, ray_session
+    from finetune.sweep.ray_runner import RayRunner
+    from finetune.sweep.ray_session import ray_session
     from finetune.sweep.table import LiveTable
 
     # stdout is for the sweep's folder alone; Ray prints there that a machine is gone.
@@ -193,9 +194,9 @@ def run_all(sweep: Any, options: Any, asha_flags: argparse.Namespace | None, con
 
 
 def run_options(args: argparse.Namespace) -> Any:
-    from finetune.sweep.ray_runner import Options
+    from finetune.sweep.ray_session import SweepOptions
 
-    return Options(
+    return SweepOptions(
         address=None if args.address == "local" else args.address,  # Ray's own word for what is done without a flag
         gpus_per_run=args.gpus_per_run, cpus_per_run=args.cpus_per_run, transport=args.transport,
         scratch=args.scratch and str(Path(args.scratch).absolute()),  # a worker's own folder is a copy of Ray's

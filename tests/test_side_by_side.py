@@ -27,7 +27,7 @@ def options(**changes):
 @pytest.mark.parametrize("at_once", range(1, 9))
 def test_n_runs_of_an_nth_fit_on_a_card(at_once, tmp_path):
     words = side_by_side.words_of(options(flags=["--lr", "1e-4"]), at_once, tmp_path, "s", 8)[2:]
-    before, after = grid.split_words(words)
+    before, after = grid.split_arguments(words)
     args = sweep_lora.build_parser().parse_args(before)
     assert 1 / at_once - 0.001 < args.gpus_per_run <= 1 / at_once
     assert args.cpus_per_run is None
@@ -40,7 +40,7 @@ def test_n_runs_of_an_nth_fit_on_a_card(at_once, tmp_path):
 
 def test_on_a_cpu_the_cores_are_shared_out_and_no_card_is_asked_for(tmp_path):
     words = side_by_side.words_of(options(cuda=False), 4, tmp_path, "s", 4)[2:]
-    args = sweep_lora.build_parser().parse_args(grid.split_words(words)[0])
+    args = sweep_lora.build_parser().parse_args(grid.split_arguments(words)[0])
     assert (args.gpus_per_run, args.cpus_per_run) == (0, 4)
 
 

@@ -100,7 +100,7 @@ def find_run(path: str | Path) -> Run:
     if (path / "adapter_config.json").is_file():
         return Run(path, _open_trained(path.parent) if (path.parent / CONFIG).is_file() else None, path)
     if not (path / "config.json").is_file():
-        raise UserError(f"{path} is not a run folder, an adapter or a model; name one of them")
+        raise UserError(f"{path} is neither a run folder, an adapter nor a model; name one of them")
     run = path.resolve().parents[1] if path.resolve().parent.name == "exports" else None
     return Run(path, _open_trained(run) if run and (run / CONFIG).is_file() else None, None)
 
