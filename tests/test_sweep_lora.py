@@ -22,7 +22,6 @@ pytest.importorskip("ray")
 
 import sweep_lora
 from finetune.sweep.stopping import FINISHED_FIRST
-from tests.test_train_lora import rows, tiny_model  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parent.parent
 STUB = ROOT / "tests" / "sweep_stub.py"
@@ -81,14 +80,14 @@ def test_machine_dies_and_another_joins(cluster, tmp_path):
     steps = 120
     command = write_plan(tmp_path / "plan", steps=steps, seconds=0.4)
     doomed = cluster.add_node(num_cpus=2, object_store_memory=STORE, resources={"doomed": 1})
-    words = arguments(Path("e"), command, "--address", cluster.address, "--transport", "ray", "--scratch",
+    argv = arguments(Path("e"), command, "--address", cluster.address, "--transport", "ray", "--scratch",
                       str(tmp_path / "scratch"), "--retries", "1", "--rank", "1", "2", "3", "4", "5", "6")  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "sweep_lora.py"), *words, "--", "--dataset", "rows.jsonl"], cwd=tmp_path,
+        [sys.executable, str(ROOT / "sweep_lora.py"), *argv, "--", "--dataset", "rows.jsonl"], cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     folder = tmp_path / "e"
-    # Every run has brought back a checkpoint, so whichever of them are on the doomed machine have something to go on.
+    # Every run has sent back a checkpoint, so those on the doomed machine can resume.
     wait_for(lambda: len({path.parent for path in folder.glob("s/rank*/checkpoint-*")}) == 6, process)
     cluster.remove_node(doomed, allow_graceful=False)
     cluster.add_node(num_cpus=2, object_store_memory=STORE)
@@ -129,8 +128,8 @@ def coordinators_of(cluster):
 def test_killed_coordinator_is_restarted(cluster, tmp_path):
     """As the kernel does when memory runs out. No run is lost or restarted, and Ctrl-C still reaches every run."""
     command = write_plan(tmp_path / "plan", steps=400, seconds=0.1)
-    words = arguments(tmp_path, command, "--address", cluster.address, "--rank", "1", "2")
-    process = subprocess.Popen([sys.executable, str(ROOT / "sweep_lora.py"), *words], stderr=subprocess.PIPE, text=True)
+    argv = arguments(tmp_path, command, "--address", cluster.address, "--rank", "1", "2")
+    process = subprocess.Popen([sys.executable, str(ROOT / "sweep_lora.py"), *argv], stderr=subprocess.PIPE, text=True)
     wait_for(lambda: len(list(tmp_path.glob("s/rank*/checkpoint-*"))) >= 4, process)
     (coordinator,) = coordinators_of(cluster)
     coordinator.kill()
@@ -154,9 +153,9 @@ def test_failing_runs_stop_no_other(cluster, tmp_path, capsys):
         "rank5": {"at": 3, "times": 1, "how": "preempted"},
     }
     command = write_plan(tmp_path / "plan", runs=runs)
-    words = arguments(tmp_path, command, "--address", cluster.address, "--retries", "2",
+    argv = arguments(tmp_path, command, "--address", cluster.address, "--retries", "2",
                       "--rank", "1", "2", "3", "4", "5", "6")  # fmt: skip
-    assert sweep_lora.main(words) == 1
+    assert sweep_lora.main(argv) == 1
     said = capsys.readouterr()
     records = {run["name"]: run for run in sweep_of(tmp_path)["runs"]}
     kinds = {name: [attempt["outcome"] for attempt in run["attempts"]] for name, run in records.items()}
@@ -185,19 +184,19 @@ def test_failing_runs_stop_no_other(cluster, tmp_path, capsys):
     # The same command again: what has finished is not repeated, what has failed gets another chance.
     before = {name: len(starts(tmp_path, name)) for name in runs | {"rank6": 0}}
     (tmp_path / "plan" / "plan.json").write_text(json.dumps({"steps": 3, "seconds": 0.0}))
-    assert sweep_lora.main(words) == 0
+    assert sweep_lora.main(argv) == 0
     after = {name: len(starts(tmp_path, name)) for name in before}
     assert {name for name in before if after[name] > before[name]} == {"rank2", "rank3"}
     assert sweep_of(tmp_path)["status"] == "finished"
 
 
 def test_asha_stops_hopeless_runs(cluster, tmp_path):
-    """One run at a time, the good ones first: of those that come later, ASHA lets none of the worse ones go on."""
+    """One run at a time, the good ones first, so that ASHA stops the worse ones that follow."""
     runs = {f"rank{rank}": {"loss": float(rank)} for rank in range(1, 7)}
     command = write_plan(tmp_path / "plan", steps=12, seconds=0.4, runs=runs)
-    words = arguments(tmp_path, command, "--address", cluster.address, "--scheduler", "asha", "--asha_grace", "20",
+    argv = arguments(tmp_path, command, "--address", cluster.address, "--scheduler", "asha", "--asha_grace", "20",
                       "--asha_reduction", "2", "--cpus_per_run", "4", "--rank", *"123456")  # fmt: skip
-    assert sweep_lora.main([*words, "--", "--max_steps", "12"]) == 0
+    assert sweep_lora.main([*argv, "--", "--max_steps", "12"]) == 0
     sweep = sweep_of(tmp_path)
     status = {run["name"]: run["status"] for run in sweep["runs"]}
     stopped = [name for name, what in status.items() if what == "stopped early"]
@@ -215,18 +214,18 @@ def test_asha_stops_hopeless_runs(cluster, tmp_path):
     assert sweep["best"]["setting"] == "rank=1"
     # Stopped runs are done: the same command again starts nothing.
     before = {name: starts(tmp_path, name) for name in status}
-    assert sweep_lora.main([*words, "--", "--max_steps", "12"]) == 0
+    assert sweep_lora.main([*argv, "--", "--max_steps", "12"]) == 0
     assert {name: starts(tmp_path, name) for name in status} == before
 
 
 def test_queued_runs_with_seeds(cluster, tmp_path, monkeypatch):
-    """Started with a relative path, as people do, on a cluster that sends results back."""
+    """With a relative path, on a cluster that sends results back."""
     monkeypatch.chdir(tmp_path)
     ranks = [str(rank) for rank in range(1, 5)]
     command = write_plan(tmp_path / "plan", steps=2)
-    words = arguments("e", command, "--address", cluster.address, "--transport", "ray", "--scratch",
+    argv = arguments("e", command, "--address", cluster.address, "--transport", "ray", "--scratch",
                       str(tmp_path / "scratch"), "--seeds", "3", "--rank", *ranks)  # fmt: skip
-    assert sweep_lora.main(words) == 0
+    assert sweep_lora.main(argv) == 0
     folder = tmp_path / "e"
     sweep = sweep_of(folder)
     assert len(sweep["runs"]) == 12
@@ -241,8 +240,8 @@ def test_queued_runs_with_seeds(cluster, tmp_path, monkeypatch):
 def test_ctrl_c_and_resume(tmp_path):
     """On a Ray of the sweep's own. The signal goes to the whole process group, as a terminal sends it."""
     command = write_plan(tmp_path / "plan", steps=400, seconds=0.05)
-    words = [sys.executable, str(ROOT / "sweep_lora.py"), *arguments(tmp_path, command, "--rank", "1", "2", "3", "4")]
-    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    argv = [sys.executable, str(ROOT / "sweep_lora.py"), *arguments(tmp_path, command, "--rank", "1", "2", "3", "4")]
+    process = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)  # fmt: skip
     wait_for(lambda: any(len(path.read_text().splitlines()) > 5 for path in tmp_path.glob("s/*/*.csv")), process)
     assert {name.removeprefix("::ffff:") for name in listening(process.pid)} == {"127.0.0.1"}
@@ -257,7 +256,7 @@ def test_ctrl_c_and_resume(tmp_path):
     assert sweep_of(tmp_path)["status"] == "interrupted"
 
     (tmp_path / "plan" / "plan.json").write_text(json.dumps({"steps": 12, "seconds": 0.0}))
-    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    result = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     for name in started:
         first, second = starts(tmp_path, name)
@@ -273,10 +272,10 @@ def test_closed_terminal_stops_the_sweep(tmp_path):
     import pty
 
     command = write_plan(tmp_path / "plan", steps=400, seconds=0.05)
-    words = [sys.executable, str(ROOT / "sweep_lora.py"), *arguments(tmp_path, command, "--rank", "1", "2", "3", "4")]
+    argv = [sys.executable, str(ROOT / "sweep_lora.py"), *arguments(tmp_path, command, "--rank", "1", "2", "3", "4")]
     child, terminal = pty.fork()
     if child == 0:
-        os.execv(words[0], words)
+        os.execv(argv[0], argv)
     deadline = time.monotonic() + 600
     while not any(len(path.read_text().splitlines()) > 5 for path in tmp_path.glob("s/*/*.csv")):
         assert time.monotonic() < deadline
@@ -313,18 +312,29 @@ def stubs_of(folder):
     plan = str(folder / "plan" / "plan.json")
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if plan in words and str(STUB) in words:
-            found.append(words)
+        argv = process.info["cmdline"] or []
+        if plan in argv and str(STUB) in argv:
+            found.append(argv)
     return found
 
 
 @pytest.mark.slow
-def test_sweep_of_train_lora(rows, tiny_model, tmp_path):  # noqa: F811
-    words = ["--rank", "4", "8", "--experiments_dir", str(tmp_path), "--name", "s", "--", "--model", str(tiny_model),
+def test_sweep_of_train_lora(tmp_path):
+    from transformers import AutoTokenizer
+
+    from finetune.models.bundled import smollm2_dir
+    from tests.tiny import tiny_llama
+
+    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())
+    tokenizer.save_pretrained(model)
+    tiny_llama(tokenizer, hidden_size=32, intermediate_size=64, max_position_embeddings=8192).save_pretrained(model)
+    sample = (ROOT / "data" / "samples" / "gennx_train.jsonl").read_text(encoding="utf-8")
+    rows.write_text("".join(sample.splitlines(keepends=True)[:12]), encoding="utf-8")
+    argv = ["--rank", "4", "8", "--experiments_dir", str(tmp_path), "--name", "s", "--", "--model", str(model),
              "--dataset", str(rows), "--format", "chatml", "--max_steps", "2", "--eval_fraction", "0.2"]  # fmt: skip
     result = subprocess.run(
-        [sys.executable, str(ROOT / "sweep_lora.py"), *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, str(ROOT / "sweep_lora.py"), *argv], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     for rank in (4, 8):

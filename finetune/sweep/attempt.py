@@ -61,7 +61,7 @@ def run_attempt(task: dict[str, Any], call: Call) -> dict[str, Any]:
 def _run(task: dict[str, Any], call: Call, attempt: dict[str, Any]) -> dict[str, Any]:
     workspace = open_workspace(task)
     attempt["transport"] = "shared folder" if workspace.shared else "Ray"
-    if call("report", {"run": task["name"], **attempt}):
+    if call("report", {"run": task["name"], **attempt})[0]:
         return {"outcome": INTERRUPTED, "step": None, "lines": []}
     sync = FileSync(workspace, task["name"], call)
     sync.fetch(task["inputs"])
@@ -77,12 +77,11 @@ def _run(task: dict[str, Any], call: Call, attempt: dict[str, Any]) -> dict[str,
         file.flush()
         begin = file.tell()
         process = start(command, workspace.cwd, file, task)
-        stopped = ""
         try:
             stopped = watch(process, folder / LOG, log, task, attempt, call, sync)
         finally:
             if process.poll() != 0:  # what a finished run has left running, an upload say, may take its time
-                end_tree(process, task["patience"] if stopped and not call("in_a_hurry") else SECONDS_TO_END)
+                end_tree(process, SECONDS_TO_END)
     sync.send_changed(ended=True)
     code, lines = last_lines(process.returncode, log, begin)
     end = outcome_of(code, lines, stopped)
@@ -134,7 +133,7 @@ def watch(
 
     A run hangs, and is stopped, when neither `log` nor `output` grows for task["hang_minutes"] (0: never).
     """
-    stopped, deadline, seen, log_size = "", math.inf, 0, -1
+    stopped, hurry, deadline, seen, log_size = "", False, math.inf, 0, -1
     last_growth, total_size = time.monotonic(), -1
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -148,8 +147,10 @@ def watch(
                 seen = rows[-1]["step"] if rows else seen
         reason = ""
         if rows or not ended:  # every report describes the attempt: a restarted coordinator has forgotten the first
-            reason = call("report", {"run": task["name"], **attempt, "rows": rows})
+            reason, hurry = call("report", {"run": task["name"], **attempt, "rows": rows})
         if ended:
+            if stopped and process.returncode and not hurry:  # a trainer behind a shell script saves a checkpoint too
+                end_tree(process, task["patience"])
             return stopped
         with contextlib.suppress(OSError):  # the output may have been deleted
             if (size := log_size + output.stat().st_size) != total_size:
@@ -160,7 +161,7 @@ def watch(
             stopped, deadline = reason, time.monotonic() + task["patience"]
             process.terminate()  # train_lora.py finishes its step and saves a checkpoint
         sync.send_changed()
-        if stopped and (time.monotonic() > deadline or call("in_a_hurry")):
+        if stopped and (hurry or time.monotonic() > deadline):
             end_tree(process, 0)
 
 

@@ -25,12 +25,10 @@ class Coordinator:
         self.stop_reasons: dict[str, str] = {}
         self.hurry = False
 
-    # --- reports and orders -------------------------------------------------------------------------------------------
-
-    def report(self, report: dict[str, Any]) -> str:
-        """Store the report for the sweep; returns why this run must stop, or ""."""
+    def report(self, report: dict[str, Any]) -> tuple[str, bool]:
+        """Store the report for the sweep; returns why this run must stop, or "", and whether at once."""
         self.reports.append(report)
-        return self.stop_reasons.get(ALL_RUNS) or self.stop_reasons.get(report["run"], "")
+        return self.stop_reasons.get(ALL_RUNS) or self.stop_reasons.get(report["run"], ""), self.hurry
 
     def exchange(self, stop_reasons: dict[str, str], hurry: bool = False) -> list[dict[str, Any]]:
         """Take the sweep's orders; returns all reports since the last call, oldest first.
@@ -41,11 +39,6 @@ class Coordinator:
         self.stop_reasons, self.hurry = stop_reasons, hurry
         reports, self.reports = self.reports, []
         return reports
-
-    def in_a_hurry(self) -> bool:
-        return self.hurry
-
-    # --- files --------------------------------------------------------------------------------------------------------
 
     def write(self, name: str, offset: int, data: bytes, last: bool) -> None:
         """Write one chunk of a file, which gets its name with the last chunk."""

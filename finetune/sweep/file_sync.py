@@ -82,11 +82,10 @@ class FileSync:
                 self.sent[parent] = (0, 0)  # a checkpoint, which need not be sent back
 
     def _fetch_input(self, name: str, digest: str) -> None:
-        if Path(name).is_absolute():
-            if not Path(name).is_file():
-                raise UserError(f"{name} is not on this machine; put it below the folder the sweep is started in")
+        path = Path(os.path.normpath(name))
+        if path.is_absolute() and path.is_file():
             return
-        if os.path.normpath(name).startswith(".."):  # it would be written above the scratch folder
+        if path.is_absolute() or path.parts[0] == "..":  # the latter would be written above the scratch folder
             raise UserError(f"{name} lies outside the folder the sweep is started in; move it there, or start above it")
         target = self.workspace.cwd / name
         mark = target.with_name(f".{target.name}.{digest[:16]}")

@@ -102,8 +102,6 @@ class RayRunner:
                 self._save()
         self._save()
 
-    # --- attempts -----------------------------------------------------------------------------------------------------
-
     def _submit(self, run: SweepRun) -> None:
         gpus = self.gpus
         if 0 < gpus < 1 and run.attempts and run.attempts[-1]["outcome"] in (OUT_OF_MEMORY, KILLED):
@@ -155,8 +153,6 @@ class RayRunner:
             "lines": [line],
         }  # fmt: skip
 
-    # --- reports ------------------------------------------------------------------------------------------------------
-
     def _take_reports(self) -> None:
         for report in self.ray.get(self.coordinator.exchange.remote(self.stop_reasons, self.signals > 1)):
             run = self.by_name[report["run"]]
@@ -190,8 +186,6 @@ class RayRunner:
             for row in new_rows(path, 0) if path.exists() else ():
                 if self.asha.should_stop(run.name, percent(run, row), row, replay=True):
                     break
-
-    # --- stopping -----------------------------------------------------------------------------------------------------
 
     def _stop_all(self, hurry: bool) -> None:
         log.warning("stopping now" if hurry else "stopping: runs save a checkpoint first; interrupt again to stop now")

@@ -143,18 +143,24 @@ def open_sweep(folder: Path, points: list[Point], *, identity: str, argv: list[s
 
 
 def _restore_progress(path: Path, config: dict[str, Any], runs: list[SweepRun]) -> None:
-    """Fill in what an earlier start of the same sweep has done."""
+    """Set the status and the attempts of runs that an earlier start of the same sweep has made. Raises UserError."""
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
-        digests, config["started"] = dict(old["data"]), str(old["started"])
-        command_line = " ".join(map(str, old["argv"]))
-        records = {
-            str(record["name"]): (str(record["status"]), [_attempt(one) for one in record["attempts"]])
-            for record in old["runs"]
-        }
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        identity, digests, command_line = old["id"], dict(old["data"]), " ".join(map(str, old["argv"]))
+        config["started"] = str(old["started"])
+        records = {record["name"]: record for record in old["runs"]}
+        for run in runs:
+            record = records.get(run.name, {"status": WAITING, "attempts": []})
+            run.attempts = list(record["attempts"])
+            run.best_step = max((int(attempt["step"] or 0) for attempt in run.attempts), default=0)
+            # The run's own folder decides: the sweep may have been killed before it could save this, and a user deletes
+            # a run's folder to have it run again.
+            folder, done = path.parent / run.name, record["status"] in DONE
+            if (done and folder.is_dir()) or folder_status(folder) == FINISHED:
+                run.status = record["status"] if done else FINISHED
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}; start another sweep with --name") from error
-    if old.get("id") != config["id"]:
+    if identity != config["id"]:
         raise UserError(f"{path.parent} holds another sweep (sweep_lora.py {command_line}); choose another --name")
     for name, digest in config["data"].items():
         if digests.get(name, digest) != digest:
@@ -162,21 +168,6 @@ def _restore_progress(path: Path, config: dict[str, Any], runs: list[SweepRun]) 
                 f"{name} has changed since sweep {path.parent} began, so its runs would not be comparable; "
                 "start another sweep with --name"
             )
-    for run in runs:
-        status, run.attempts = records.get(run.name, (WAITING, []))
-        run.best_step = max((attempt["step"] or 0 for attempt in run.attempts), default=0)
-        # The run's own folder decides: the sweep may have been killed before it could save this, and a user deletes
-        # a run's folder to have it run again.
-        folder = path.parent / run.name
-        if (status in DONE and folder.is_dir()) or folder_status(folder) == FINISHED:
-            run.status = status if status in DONE else FINISHED
-
-
-def _attempt(record: Any) -> dict[str, Any]:
-    """An attempt of sweep.json with the fields that are used later in their types; TypeError and others if damaged."""
-    lines = [str(line) for line in record["lines"]]
-    step = None if record["step"] is None else int(record["step"])
-    return {**record, "outcome": str(record["outcome"]), "step": step, "lines": lines}
 
 
 def archive_broken(folder: Path) -> None:
