@@ -208,6 +208,20 @@ def test_adapter_arrives_before_the_finished_config(site):
     assert arrived.index("rank4/.incoming/final_model/adapter") < arrived.index("finished")
 
 
+def test_log_arrives_before_its_checkpoint(site):
+    """A machine that dies between the two would otherwise leave a resumed run without the rows in between."""
+    logged = []
+
+    def on_call(method, *arguments):
+        if method == "publish" and "checkpoint" in arguments[1]:
+            rows = (site.folder / "rank4" / "training_log.csv").read_text().splitlines()
+            logged.append(arguments[1].rpartition("-")[2] in {row.split(",")[0] for row in rows})
+
+    site.attempt("one", on_call=on_call, steps=5, seconds=0.1)
+    assert len(logged) >= 2
+    assert all(logged)
+
+
 def test_exit_status_0_without_a_finished_run_fails(site, monkeypatch):
     """A wrapper that hides an exit status must not make a failed run a finished one, which is never repeated."""
     monkeypatch.setattr("finetune.sweep.attempt.program", lambda task, workspace: ["sh", "-c", "echo nothing done"])

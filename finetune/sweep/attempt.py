@@ -31,6 +31,11 @@ MAX_LINE_LENGTH = 500
 MAX_LOG_BYTES = 16_384  # of the end of a log, where the last lines are looked for
 SECONDS_TO_END = 5.0  # for a process that is told to end and needs no time for a checkpoint
 OUT_OF_MEMORY, KILLED, HUNG, PREEMPTED = "out of memory", "killed", "hung", "preempted"
+EXIT_OUTCOMES = {
+    0: FINISHED, 2: REFUSED,
+    -9: KILLED, 137: KILLED,  # by the kernel when memory ran out, or by a user
+    -2: PREEMPTED, -15: PREEMPTED, 130: PREEMPTED, 143: PREEMPTED,  # SIGINT or SIGTERM from outside the sweep
+}  # fmt: skip
 _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryError|ALLOC_FAILED", re.IGNORECASE)
 # torchrun ends with status 1 whatever its processes ended with, and prints theirs after their own last lines.
 _ELASTIC = "torch/distributed/elastic/"
@@ -179,20 +184,11 @@ def new_rows(log: Path, after: int) -> list[dict[str, Any]]:
 
 def outcome_of(code: int, lines: list[str], stopped: str) -> dict[str, Any]:
     """outcome, exit_code, lines of an ended process. `stopped`: why the sweep stopped it, or ""."""
-    if code == 0:
-        kind = FINISHED
-    elif stopped:
-        kind = stopped if stopped in (STOPPED, HUNG) else INTERRUPTED
-    elif any(_OUT_OF_MEMORY.search(line) for line in lines):
+    kind = EXIT_OUTCOMES.get(code, FAILED)
+    if code and stopped:
+        kind = stopped
+    elif code and any(_OUT_OF_MEMORY.search(line) for line in lines):
         kind = OUT_OF_MEMORY
-    elif code == 2:
-        kind = REFUSED
-    elif code in (-9, 137):
-        kind = KILLED  # by the kernel when memory ran out, or by a user
-    elif code in (130, 143, -15, -2):
-        kind = PREEMPTED  # SIGTERM or SIGINT from outside the sweep
-    else:
-        kind = FAILED
     return {"outcome": kind, "exit_code": code, "lines": [] if kind in (FINISHED, STOPPED) else lines}
 
 

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.runs.experiment import CHECKPOINT, CONFIG, FINAL, folder_status, list_checkpoints
+from finetune.runs.experiment import CHECKPOINT, CONFIG, FINAL, LOG, folder_status, list_checkpoints
 from finetune.sweep.runs import FINISHED, TOKEN
 
 CHUNK_BYTES = 8 << 20
@@ -107,8 +107,9 @@ class FileSync:
             self._send_log()
         if not self.folder.is_dir():
             return
-        # Folders first: a config that says "finished" must not arrive before the adapter.
-        for path in sorted(self.folder.iterdir(), key=lambda path: (path.is_file(), path.name)):
+        # If this machine dies between two files, the run resumes from what has arrived: so its log comes before the
+        # checkpoints, whose rows are in it, and a config that says "finished" after the adapter.
+        for path in sorted(self.folder.iterdir(), key=lambda path: (path.name != LOG, path.is_file(), path.name)):
             if path.name.startswith("."):
                 continue
             with contextlib.suppress(FileNotFoundError):  # an old checkpoint that is deleted while it is read
