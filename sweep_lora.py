@@ -145,21 +145,21 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
 
     # 1. Decide which runs there are, and check their flags.
-    before, after = grid.split_words(argv)
+    before, after = grid.split_arguments(argv)
     args = parse_arguments(before)
     points = make_points(args, after)
     identity = grid.fingerprint(points, {"command": args.command, "asha": args.asha})
     folder = args.experiments_dir / (args.name or default_name(points, identity))
     if args.dry_run:
         for point in points:
-            print(f"{folder / point.name}: train_lora.py {shlex.join(point.words())}")
+            print(f"{folder / point.name}: train_lora.py {shlex.join(point.arguments())}")
         return 0
 
     # 2. Create the folder, or open it to resume the sweep.
     from rich.console import Console
 
     from finetune.logs import log_to_file, start_logging
-    from finetune.sweep.ray_runner import require_ray
+    from finetune.sweep.ray_session import require_ray
     from finetune.sweep.runs import FAILED, INTERRUPTED, RUNNING, SWEEP_LOG, WAITING, now, open_sweep
 
     require_ray()
@@ -208,7 +208,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_all(sweep: Any, options: Any, args: argparse.Namespace, console: Any) -> None:
     """Start Ray and train every run that is not finished."""
-    from finetune.sweep.ray_runner import RayRunner, ray_session
+    from finetune.sweep.ray_runner import RayRunner
+    from finetune.sweep.ray_session import ray_session
     from finetune.sweep.table import LiveTable
 
     # Ray prints lost machines to stdout, which is for the sweep's folder.
@@ -224,9 +225,9 @@ def run_all(sweep: Any, options: Any, args: argparse.Namespace, console: Any) ->
 
 def run_options(args: argparse.Namespace) -> Any:
     """The options of the Ray runner."""
-    from finetune.sweep.ray_runner import Options
+    from finetune.sweep.ray_session import SweepOptions
 
-    return Options(
+    return SweepOptions(
         address=None if args.address == "local" else args.address,  # Ray's own name for the default
         gpus_per_run=args.gpus_per_run, cpus_per_run=args.cpus_per_run, transport=args.transport,
         scratch=args.scratch and str(Path(args.scratch).absolute()),  # workers have another working folder

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     experiment = record.open_experiment(settings, config, stopped_run)
 
     # 4. Train and save.
-    with experiment.end_recorded():
+    with experiment.record_outcome():
         trainer = prepare_training(settings, experiment, data, fmt, tokenizer, loaded, model, console)
         if not train(trainer, experiment, checkpoint):
             return 130
@@ -111,7 +111,7 @@ def find_stopped_run(settings: Settings) -> tuple[Settings, Experiment | None, P
     settings = resumed(settings, run.config["flags"], str(run.folder))
     settings.revision = run.config.get("base_model_revision") or settings.revision
     if not settings.dry_run:
-        distributed.hold(run.folder)
+        distributed.lock_run(run.folder)
     log.info("resuming %s at %s", run.folder, checkpoint.name)
     return settings, run, checkpoint
 
@@ -236,7 +236,7 @@ def prepare_training(
     is_main = distributed.rank() == 0
     if is_main:
         if settings.resume is None:
-            distributed.hold(experiment.folder)
+            distributed.lock_run(experiment.folder)
         log_to_file(experiment.folder / "training.log")
     groups = tool_sets(data.train.conversations, data.rows.rows) if settings.order == "group_tools" else None
     trainer = make_trainer(settings, experiment, model, tokenizer, data.rows, data.eval_rows, loaded, console, groups)

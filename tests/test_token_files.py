@@ -140,7 +140,7 @@ def test_the_file_that_is_read_is_not_replaced_and_deep_arguments_are_an_error(t
     assert prepare_data.main(["parse", "--format", "chatml", str(source), str(source)]) == 2
     assert "is the file that is read" in capsys.readouterr().err and source.read_bytes() == before
     assert prepare_data.main(["parse", "--format", "chatml", str(source), str(tmp_path)]) == 2
-    assert "name a file you may replace" in capsys.readouterr().err
+    assert "choose another file" in capsys.readouterr().err
     assert prepare_data.main(["parse", "--format", "chatml", str(source), str(tmp_path / "out.jsonl")]) == 0
     (row,) = read(tmp_path / "out.jsonl")
     assert row["tool_calls"] == [] and "deep" in row["errors"][0] and row["content"] == text

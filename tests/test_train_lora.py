@@ -163,7 +163,7 @@ def test_killed_run_resumes_to_the_same_bytes(rows, tiny_model, tmp_path):
 
     result = run("--resume", killed / "run")
     assert result.returncode == 0, result.stderr
-    assert "checkpoint-6 is passed over: its optimizer.pt is not whole" in result.stderr
+    assert "checkpoint-6: its optimizer.pt is not complete" in result.stderr
     assert config_of(killed / "run")["status"] == "finished"
     adapters = [(d / "run" / "final_model" / "adapter_model.safetensors").read_bytes() for d in (complete, killed)]
     assert adapters[0] == adapters[1]

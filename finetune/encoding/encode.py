@@ -23,7 +23,7 @@ from finetune.encoding.rows import Chunk, Flags, encode_chunk
 from finetune.errors import UserError
 from finetune.progress import progress_bar
 from finetune.reading.normalize import conversations_fingerprint
-from finetune.torchless import leave_torch_out
+from finetune.torchless import hide_torch
 
 REPORTED = 100  # left-out rows named in the report; `EncodedRows.left_out` has all
 CHUNK = 64  # rows per unit of work
@@ -114,7 +114,7 @@ def _start_worker(payload: bytes, torchless: bool) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if torchless:
-        leave_torch_out()
+        hide_torch()
     _WORKER = pickle.loads(payload)
 
 

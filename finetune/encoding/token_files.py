@@ -21,7 +21,7 @@ from finetune.reading.row_files import Unreadable
 from finetune.reading.sources import Spec, data_suffix, parse_spec, read_rows, refuse_same_file
 from finetune.reading.text_shapes import RowError
 from finetune.reading.tool_schemas import normalize_tools
-from finetune.torchless import let_torch_in
+from finetune.torchless import unhide_torch
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False):
@@ -31,7 +31,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False):
 
     path = resolve_model(name)
     if trust_remote_code:
-        let_torch_in()
+        unhide_torch()
     import transformers
 
     verbosity = transformers.logging.get_verbosity()

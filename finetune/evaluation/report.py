@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.charts.fonts import missing_glyphs_ignored
+from finetune.charts.palette import BLUE, ORANGE
 from finetune.evaluation.folder import FILE_PREFIXES
 from finetune.evaluation.metrics import METRICS, metric_names
 from finetune.evaluation.scoring import BROKEN, NO_CALL, UNDECLARED
