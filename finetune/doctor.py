@@ -37,7 +37,7 @@ import json, sys
 out = {}
 try:
     from finetune.errors import UserError
-    from finetune.model import default_dtype, import_unsloth
+    from finetune.models.loading import default_dtype, import_unsloth
     import_unsloth()
     import torch
     from unsloth.device_type import DEVICE_TYPE
