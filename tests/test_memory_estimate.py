@@ -17,7 +17,7 @@ from finetune.memory.estimate import (
     nf4_bytes,
     optimizer_bytes,
 )
-from finetune.memory.plan import GPU_SIZES_GB, MemoryPlan, command_line, usable_bytes
+from finetune.memory.plan import GPU_SIZES_GB, LADDER, MemoryPlan, command_line, suggest, usable_bytes
 from finetune.memory.sizes import (
     Matrix,
     dense_sizes,
@@ -26,7 +26,6 @@ from finetune.memory.sizes import (
     sizes_of_model,
     sizes_of_name,
 )
-from finetune.memory.suggest import LADDER, suggest
 from finetune.models.bundled import smollm2_dir
 from tests.helpers import lazy
 
@@ -313,7 +312,7 @@ def test_described_settings_fit_and_are_suggested(gpu_gb, rank, rows, length):
     workload = Workload(tokens=rows * length, longest=length, rank=rank, optim="paged_adamw_8bit")
     assert fits(mistral, workload, usable_bytes(gpu_gb))
     assert (rank, length, rows) in LADDER
-    suggested = suggest(mistral, gpu_gb, like=workload).plan.workload
+    suggested = suggest(mistral, gpu_gb, like=workload)[0].workload
     assert suggested.tokens >= workload.tokens and suggested.rank >= rank
 
 
@@ -321,12 +320,12 @@ def test_described_settings_fit_and_are_suggested(gpu_gb, rank, rows, length):
 def test_suggestions_fit_their_gpu_and_grow_with_it(billions):
     sizes, before = sizes_of_billions(billions), {}
     for gpu_gb in GPU_SIZES_GB:
-        one = suggest(sizes, gpu_gb)
-        if not one.plan.fits:
-            assert not before and not one.flags and one.plan.peak > usable_bytes(gpu_gb)
+        plan, flags = suggest(sizes, gpu_gb)
+        if not plan.fits:
+            assert not before and not flags and plan.peak > usable_bytes(gpu_gb)
             continue
-        assert one.plan.peak <= usable_bytes(gpu_gb)
-        workload = one.plan.workload
+        assert plan.peak <= usable_bytes(gpu_gb)
+        workload = plan.workload
         assert not (workload.load_in_4bit and False in before)  # 16-bit weights on every larger GPU too
         assert (workload.tokens, workload.rank) >= before.get(workload.load_in_4bit, (0, 0))
         before[workload.load_in_4bit] = (workload.tokens, workload.rank)
@@ -336,7 +335,7 @@ def test_suggestions_fit_their_gpu_and_grow_with_it(billions):
 @pytest.mark.parametrize("step_rows", [1, 6, 16, 17])
 def test_suggestion_keeps_the_rows_of_a_step(step_rows):
     for gpu_gb in GPU_SIZES_GB:
-        flags = suggest(LLAMA3_8B, gpu_gb, step_rows=step_rows).flags
+        _, flags = suggest(LLAMA3_8B, gpu_gb, step_rows=step_rows)
         assert not flags or flags["batch_size"] * flags["grad_accum"] == step_rows
 
 
@@ -374,11 +373,11 @@ def test_reductions_reduce_and_increases_increase(device):
 
 def test_fitting_applies_harmless_changes_first():
     workload = Workload(tokens=16 * 8192, longest=8192, rank=64, load_in_4bit=False, gradient_checkpointing=False)
-    fitting = MemoryPlan(LLAMA3_8B, workload, usable_bytes(24)).fitted()
-    assert fitting.plan.fits and fitting.plan.peak <= usable_bytes(24)
-    assert fitting.changes[0].what == "smaller passes"
-    assert fitting.plan.workload.rank == 64 and fitting.plan.workload.longest == 8192  # the result stays the same
-    assert not MemoryPlan(LLAMA3_70B, workload, usable_bytes(8)).fitted().plan.fits
+    plan, changes = MemoryPlan(LLAMA3_8B, workload, usable_bytes(24)).fitted()
+    assert plan.fits and plan.peak <= usable_bytes(24)
+    assert changes[0].what == "smaller passes"
+    assert plan.workload.rank == 64 and plan.workload.longest == 8192  # the result stays the same
+    assert not MemoryPlan(LLAMA3_70B, workload, usable_bytes(8)).fitted()[0].fits
 
 
 def test_suggested_flags_are_flags_of_train_lora():
@@ -387,7 +386,7 @@ def test_suggested_flags_are_flags_of_train_lora():
     workload = Workload(tokens=4096, longest=2048, load_in_4bit=False, gradient_checkpointing=False)
     larger = MemoryPlan(LLAMA3_8B, workload.replace(load_in_4bit=True, gradient_checkpointing=True))
     changes = [*MemoryPlan(LLAMA3_8B, workload).reductions(), *larger.increases()]
-    flags = [change.flags for change in changes] + [suggest(LLAMA3_8B, 24).flags]
+    flags = [change.flags for change in changes] + [suggest(LLAMA3_8B, 24)[1]]
     assert len(flags) > 10
     for one in flags:
         parsed = settings.parse(command_line(one).split())

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from finetune.memory.devices import MIN_UNSLOTH_CAPABILITY, Gpu, NoDriver, open_driver
-from finetune.memory.plan import USABLE_SHARE, command_line
+from finetune.memory.plan import USABLE_SHARE, command_line, suggest
 from finetune.memory.sizes import sizes_of_billions
-from finetune.memory.suggest import suggest
 from finetune.memory.tables import new_table
 
 COMMON_SIZES_BILLIONS = (0.5, 1.5, 3.0, 7.0, 8.0, 14.0, 32.0, 70.0)
@@ -30,14 +27,12 @@ def print_checkup(console: Console) -> None:
     if not gpus:
         print_without_gpu(console, "the NVIDIA driver finds no GPU")
         return
-    build = torch_build()
-    console.print(f"Driver {version}, CUDA up to {cuda}; torch: {build}", highlight=False)
+    console.print(f"Driver {version}, CUDA up to {cuda}", highlight=False)
     console.print(gpus_table(gpus))
     for gpu in gpus:
         for line in verdict(gpu):
             console.print(line, highlight=False, soft_wrap=True)
-    if build == "CPU build":
-        console.print("The GPUs are not used: the installed torch is a CPU build. See: python train_lora.py --doctor")
+    console.print("Whether the installed torch can use them: python train_lora.py --doctor", highlight=False)
 
 
 def print_without_gpu(console: Console, reason: str) -> None:
@@ -50,16 +45,6 @@ def print_without_gpu(console: Console, reason: str) -> None:
         "python gpu_memory.py estimate --model MODEL --device cpu --quantization 16bit --dtype float32",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-
-
-def torch_build() -> str:
-    """What the installed torch was built for, from its version's suffix; importing it would take seconds."""
-    try:
-        version = metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        return "not installed"
-    local = version.partition("+")[2]
-    return "CPU build" if local == "cpu" else f"{version}, CUDA" if not local or local.startswith("cu") else version
 
 
 def gpus_table(gpus: list[Gpu]) -> Table:
@@ -92,12 +77,12 @@ def verdict(gpu: Gpu) -> list[str]:
         lines.append(f"{name} has no bfloat16: runs use float16 and memory-efficient attention, and are slower.")
     gpu_gb = min(gpu.memory_total_gb * 1e9, gpu.memory_free_gb * 1e9 / USABLE_SHARE) / 2**30
     suggestions = {billions: suggest(sizes_of_billions(billions), gpu_gb) for billions in COMMON_SIZES_BILLIONS}
-    fitting = {billions: one for billions, one in suggestions.items() if one.plan.fits}
+    fitting = {billions: one for billions, one in suggestions.items() if one[0].fits}
     if fitting:
         largest = max(fitting)
         lines.append(f"{name} can now train models of up to about {largest:g} B parameters; that size with:")
-        lines.append(f"  {command_line(fitting[largest].flags)}")
-        in_16_bit = [billions for billions, one in fitting.items() if not one.plan.workload.load_in_4bit]
+        lines.append(f"  {command_line(fitting[largest][1])}")
+        in_16_bit = [billions for billions, (plan, _) in fitting.items() if not plan.workload.load_in_4bit]
         if in_16_bit:
             lines.append(
                 f"Models of up to about {max(in_16_bit):g} B fit with 16-bit weights and rows of 4,096 tokens."

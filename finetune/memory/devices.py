@@ -50,7 +50,7 @@ class Driver:
 
     @property
     def version(self) -> str:
-        return _text(self.nvml.nvmlSystemGetDriverVersion())
+        return self.nvml.nvmlSystemGetDriverVersion()
 
     @property
     def cuda_version(self) -> str:
@@ -70,7 +70,7 @@ class Driver:
         nvml = self.nvml
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            self.names[index] = _text(nvml.nvmlDeviceGetName(handle))
+            self.names[index] = nvml.nvmlDeviceGetName(handle)
             memory = self._optional(nvml.nvmlDeviceGetMemoryInfo, handle)
             rates = self._optional(nvml.nvmlDeviceGetUtilizationRates, handle)
             power = self._optional(nvml.nvmlDeviceGetPowerUsage, handle)
@@ -126,7 +126,3 @@ def open_driver() -> Iterator[Driver]:
     finally:
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else value

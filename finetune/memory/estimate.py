@@ -155,7 +155,7 @@ def layer_bytes(sizes: Sizes, workload: Workload) -> float:
     width, h, q, kv = BYTES[workload.dtype], sizes.hidden, sizes.query, sizes.key_value
     on_cpu = workload.device == "cpu"
     adapted = sizes.adapted(workload.target_modules)
-    lora = sum(m.copies * m.experts for m in adapted) / sizes.layers * workload.rank
+    lora: float = sum(m.copies * m.experts for m in adapted) / sizes.layers * workload.rank
     before_norms = sizes.norms * h + ((q + kv) if sizes.qk_norm else 0)
     mlp = (2 if _recomputes_mlp(sizes, workload) else 4) * sizes.intermediate
     if sizes.routed:  # each expert of a token has its own input, output and output of LoRA's A

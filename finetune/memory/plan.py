@@ -1,11 +1,11 @@
-"""MemoryPlan: what a run takes, whether it fits, and which flags make it fit."""
+"""MemoryPlan: what a run takes, whether it fits, and which flags make it fit; suggested flags for GPUs."""
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,12 @@ GPU_SIZES_GB = (6, 8, 10, 12, 16, 24, 48, 80)
 USABLE_SHARE = 0.94
 MAX_ROW_TOKENS = 1 << 20
 MAX_ROWS_PER_PASS = 4096
+# Suggested (rank, tokens of the longest row, rows per pass), from small to large. The described system for 12 GB uses
+# the third and recommends the second for 10 GB and the fifth for 16 GB.
+LADDER = ((4, 512, 1), (4, 1024, 1), (8, 2048, 1), (16, 4096, 1), (16, 4096, 2), (16, 8192, 2), (32, 8192, 4),
+          (64, 8192, 8), (64, 16_384, 8))  # fmt: skip
+# Quantization costs quality and time, so a GPU that fits this step with 16-bit weights gets 16-bit weights.
+FIRST_16_BIT_STEP = 3
 MIN_USEFUL_SAVING = 0.01  # of the missing bytes; a change that saves less is skipped
 
 
@@ -40,19 +46,6 @@ class Change:
     flags: dict[str, Any]
     plan: MemoryPlan
     effect: str
-
-
-@dataclass
-class Fitting:
-    """A plan after the `changes` that were needed to fit it; `plan.fits` is False if none were enough."""
-
-    plan: MemoryPlan
-    changes: list[Change] = field(default_factory=list)
-
-    @property
-    def flags(self) -> dict[str, Any]:
-        """The flags of all changes; later changes override earlier ones."""
-        return {name: value for change in self.changes for name, value in change.flags.items()}
 
 
 @dataclass(frozen=True)
@@ -150,20 +143,18 @@ class MemoryPlan:
         """`workload` after the change; None: the flags are fields of the workload."""
         return Change(what, flags, self.with_workload(workload or self.workload.replace(**flags)), effect)
 
-    def fitted(self) -> Fitting:
-        """The plan with reductions applied until it fits `capacity`, each as long as it helps, in their order."""
+    def fitted(self) -> tuple[MemoryPlan, list[Change]]:
+        """The plan with reductions applied until it fits `capacity`, each as long as it helps, and these changes."""
         assert self.capacity is not None
-        fitting = Fitting(self)
-        while not fitting.plan.fits:
-            missing = fitting.plan.peak - self.capacity
-            for change in fitting.plan.reductions():
-                if fitting.plan.peak - change.plan.peak > MIN_USEFUL_SAVING * missing:
-                    fitting.plan = change.plan
-                    fitting.changes.append(change)
-                    break
-            else:
+        plan, changes = self, []
+        while not plan.fits:
+            missing = plan.peak - self.capacity
+            useful = (one for one in plan.reductions() if plan.peak - one.plan.peak > MIN_USEFUL_SAVING * missing)
+            if (change := next(useful, None)) is None:
                 break
-        return fitting
+            plan = change.plan
+            changes.append(change)
+        return plan, changes
 
     def as_config(self) -> dict[str, Any]:
         """The `memory` entry of experiment_config.json; sizes in GB (10^9 bytes).
@@ -179,6 +170,37 @@ class MemoryPlan:
         entry["predicted_gb"] = round(measurable_bytes(parts, self.workload.device) / 1e9, 3)
         entry["parts"] = {name: round(size / 1e9, 4) for name, size in parts.items()}
         return {**entry, "plan": dataclasses.asdict(self.workload)}
+
+
+def suggest(
+    sizes: Sizes, gpu_gb: float, *, step_rows: int = 16, like: Workload | None = None
+) -> tuple[MemoryPlan, dict[str, Any]]:
+    """The largest settings of LADDER that fit a GPU, with 16-bit weights where these fit, and their flags.
+
+    step_rows: rows per optimizer step, which the flags keep. like: optimizer, dtype and target modules to keep. Where
+    nothing fits, the plan is the smallest and there are no flags.
+    """
+    base = like or Workload(tokens=0)
+    for in_4bit, ladder in ((False, LADDER[FIRST_16_BIT_STEP:]), (True, LADDER)):
+        for rank, length, rows in reversed(ladder):
+            if (sizes.max_positions and length > sizes.max_positions and length > LADDER[0][1]) or step_rows % rows:
+                continue
+            workload = base.replace(
+                device="cuda", rank=rank, tokens=rows * length, longest=length, trained=None, load_in_4bit=in_4bit,
+                gradient_checkpointing=True,
+            )  # fmt: skip
+            plan = MemoryPlan(sizes, workload, usable_bytes(gpu_gb))
+            if plan.fits:
+                return plan, {
+                    "load_in_4bit": in_4bit, "rank": rank, "max_seq_length": length, "batch_size": rows,
+                    "grad_accum": step_rows // rows, "tokens_per_pass": rows * length,
+                }  # fmt: skip
+    return plan, {}
+
+
+def merged_flags(changes: Iterable[Change]) -> dict[str, Any]:
+    """The flags of all changes; later changes override earlier ones."""
+    return {name: value for change in changes for name, value in change.flags.items()}
 
 
 def command_line(flags: dict[str, Any]) -> str:

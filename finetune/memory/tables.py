@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from finetune.memory.devices import Gpu
-from finetune.memory.plan import GPU_SIZES_GB, MemoryPlan, command_line
-from finetune.memory.suggest import Suggestion, suggest
+from finetune.memory.plan import GPU_SIZES_GB, MemoryPlan, command_line, merged_flags, suggest
+
+Suggestions = dict[int, tuple[MemoryPlan, dict[str, Any]]]  # GPU size in GB -> what `suggest` returns
 
 PART_LABELS = {
     "weights": "weights of the layers",
@@ -82,22 +83,22 @@ def changes_table(plan: MemoryPlan) -> Table:
     return table
 
 
-def suggestions_table(suggestions: Sequence[Suggestion]) -> Table:
+def suggestions_table(suggestions: Suggestions) -> Table:
     """Flags for GPUs of common sizes."""
     table = new_table(("GPU", "peak GB", "flags"), right=("GPU", "peak GB"),
                       title="Flags for GPUs of common sizes", title_style="bold")  # fmt: skip
-    for one in suggestions:
-        flags = command_line(one.flags) if one.plan.fits else "does not fit: use a smaller model"
-        table.add_row(gpu_size(one.gpu_gb), f"{one.plan.peak / 1e9:.1f}", flags)
+    for gpu_gb, (plan, flags) in suggestions.items():
+        text = command_line(flags) if plan.fits else "does not fit: use a smaller model"
+        table.add_row(gpu_size(gpu_gb), f"{plan.peak / 1e9:.1f}", text)
     return table
 
 
-def suggestions_for(plan: MemoryPlan, step_rows: int) -> list[Suggestion]:
+def suggestions_for(plan: MemoryPlan, step_rows: int) -> Suggestions:
     """Suggestions for GPUs of common sizes that keep the plan's settings; for a CPU plan the defaults of a GPU."""
     like = plan.workload
     if like.device == "cpu":
         like = like.replace(optim="adamw_8bit", dtype="bfloat16")
-    return [suggest(plan.sizes, gpu_gb, step_rows=step_rows, like=like) for gpu_gb in GPU_SIZES_GB]
+    return {gpu_gb: suggest(plan.sizes, gpu_gb, step_rows=step_rows, like=like) for gpu_gb in GPU_SIZES_GB}
 
 
 def print_estimate(console: Console, plan: MemoryPlan, model: str, place: str, step_rows: int = 16) -> None:
@@ -124,13 +125,12 @@ def verdict(plan: MemoryPlan, capacity: float, place: str) -> list[str]:
         lines = [f"Fits {place}: {gb(plan.peak)} of {gb(capacity)}, {gb(capacity - plan.peak)} left."]
     else:
         lines = [f"Does not fit {place}: {gb(plan.peak)} needed, {gb(capacity)} available."]
-        fitting = plan.fitted()
-        peak = gb(fitting.plan.peak)
-        if fitting.plan.fits:
-            changes = "; ".join(dict.fromkeys(change.what for change in fitting.changes))
-            lines.append(f"Fits with {command_line(fitting.flags)} ({peak}): {changes}.")
+        fitted, changes = plan.fitted()
+        if fitted.fits:
+            names = "; ".join(dict.fromkeys(change.what for change in changes))
+            lines.append(f"Fits with {command_line(merged_flags(changes))} ({gb(fitted.peak)}): {names}.")
         else:
-            lines.append(f"No change makes it fit (at best {peak}): use a smaller model or a larger GPU.")
+            lines.append(f"No change makes it fit (at best {gb(fitted.peak)}): use a smaller model or a larger GPU.")
     if length := plan.max_row_tokens(rows):
         with_rows = "" if rows == 1 else f" with {rows} rows per pass"
         lines.append(f"Largest: rows of {length:,} tokens{with_rows}, or {plan.max_rows_per_pass():,} rows of "
@@ -171,15 +171,15 @@ def as_json(plan: MemoryPlan, place: str, step_rows: int) -> dict[str, Any]:
         "smallest_card_gb": plan.smallest_gpu_gb if plan.workload.device == "cuda" else None,
         "changes": [{"change": change.what, "flags": change.flags, "total_gb": in_gb(change.plan.peak)}
                     for change in (*plan.reductions(), *plan.increases())],
-        "cards": [{"card_gb": one.gpu_gb, "fits": one.plan.fits, "total_gb": in_gb(one.plan.peak), "flags": one.flags}
-                  for one in suggestions_for(plan, step_rows)],
+        "cards": [{"card_gb": gpu_gb, "fits": one.fits, "total_gb": in_gb(one.peak), "flags": flags}
+                  for gpu_gb, (one, flags) in suggestions_for(plan, step_rows).items()],
     }  # fmt: skip
     if plan.capacity is not None:
-        fitting = plan.fitted()
+        fitted, changes = plan.fitted()
         result["card"] = {
             "name": place, "usable_gb": in_gb(plan.capacity), "fits": plan.fits,
             "largest_max_seq_length": plan.max_row_tokens(),
             "largest_rows_per_pass": plan.max_rows_per_pass(),
-            "to_fit": fitting.flags if fitting.plan.fits else None,
+            "to_fit": merged_flags(changes) if fitted.fits else None,
         }  # fmt: skip
     return result

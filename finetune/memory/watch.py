@@ -24,7 +24,7 @@ COLUMNS = (
     "time", "index", "name", "status", "memory_used_gb", "memory_free_gb", "memory_total_gb", "utilization_percent",
     "temperature_c", "power_w",
 )  # fmt: skip
-TEXT_COLUMNS = ("time", "name", "status")
+NUMBER_COLUMNS = [column for column in COLUMNS if column not in ("time", "name", "status")]
 INTEGER_COLUMNS = ("index", "utilization_percent", "temperature_c")
 SUFFIXES = (".json", ".jsonl", ".csv")
 RECORD_START = '{"time": "'
@@ -94,7 +94,7 @@ def _as_text(records: list[dict[str, Any]], kind: str) -> str:
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The records of a log without one that is cut off at its end. Raises UserError for any other file."""
     path = Path(path)
-    kind, not_a_log = path.suffix.lower(), f"{path} is not a log of gpu_memory.py; choose another --output"
+    kind, not_a_log = path.suffix.lower(), f"{path} is not a log of gpu_memory.py (fix it, or choose another --output)"
     if path.exists() and not path.is_file():  # reading a device may never end
         raise UserError(f"cannot read {path}: not a regular file")
     try:
@@ -114,46 +114,30 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            values = _from_csv(line) if kind == ".csv" else json.loads(line)
-        except (csv.Error, ValueError, RecursionError) as error:
-            if kind == ".csv":
-                raise UserError(f"{path}, record {number}: {error}; fix or remove that line") from error
+            values = next(csv.DictReader([line], COLUMNS)) if kind == ".csv" else json.loads(line)
+            records.append(_checked(values))
+        except json.JSONDecodeError as error:
             if number == len(lines) and (line.startswith(RECORD_START) or RECORD_START.startswith(line)):
                 break
             raise UserError(not_a_log) from error
-        if not isinstance(values, dict) or not set(COLUMNS) <= values.keys():
-            raise UserError(not_a_log)
-        try:
-            records.append(_checked(values))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}, record {number}: {error}; fix or remove that line") from error
+        except (csv.Error, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise UserError(f"{not_a_log}: record {number}: {error}") from error
     return records
 
 
-def _from_csv(line: str) -> dict[str, Any]:
-    cells = next(csv.reader([line]))
-    if len(cells) != len(COLUMNS):
-        raise ValueError(f"{len(cells)} cells instead of {len(COLUMNS)}")
-    return dict(zip(COLUMNS, cells, strict=True))
-
-
 def _checked(values: dict[str, Any]) -> dict[str, Any]:
-    """The record with its numbers converted, "" to None; raises TypeError or ValueError for a value of a wrong kind."""
-    if not 1970 <= datetime.fromisoformat(values["time"]).year < 3000:  # what Matplotlib's axis can show
-        raise ValueError(f"time is {values['time']!r}")
+    """The record with its numbers converted, "" to None; raises an exception for a missing or wrong value."""
+    if len(values) < len(COLUMNS) or None in values or not 1970 <= datetime.fromisoformat(values["time"]).year < 3000:
+        raise ValueError(f"malformed record of {values['time']!r}")  # the years are those of Matplotlib's axis
     str(values["name"]).encode()  # raises for half a surrogate pair, which cannot be written again
-    record = dict(values)
-    for column in COLUMNS:
-        if column in TEXT_COLUMNS:
-            continue
-        value = values[column]
-        try:
-            known = value not in (None, "") or column == "index"
-            record[column] = (int if column in INTEGER_COLUMNS else float)(value) if known else None
-            if known and not abs(record[column]) < MAX_NUMBER:
-                raise ValueError
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{column} is {value!r}") from error
+    record = {column: values[column] for column in COLUMNS}
+    for column in NUMBER_COLUMNS:
+        if column == "index" or record[column] not in (None, ""):
+            record[column] = (int if column in INTEGER_COLUMNS else float)(record[column])
+            if not abs(record[column]) < MAX_NUMBER:
+                raise ValueError(f"{column} is {record[column]!r}")
+        else:
+            record[column] = None
     return record
 
 

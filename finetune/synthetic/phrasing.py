@@ -82,7 +82,8 @@ def sample(spec: dict[str, Any], split: str, rng: random.Random, lists: Sequence
         value = rng.choice(choice)
         return Value(str(value), value)
     if "list" in spec:
-        wanted, values = rng.randint(*spec["length"]), []
+        wanted = rng.randint(*spec["length"])
+        values: list[Any] = []
         while len(values) < wanted:
             value = sample(spec["list"], split, rng, lists).value
             if value not in values:

@@ -178,8 +178,8 @@ def choose_tokens_per_pass(
         return estimated
     optim = with_known_optimizer(workload).optim
     optimizer = optimizer_bytes(optim, sizes.adapted(workload.target_modules), workload.rank)
-    fitting = measured.tokens(BUDGET_SHARE[workload.device] * free_memory() - optimizer)
-    tokens = min(max(fitting, MIN_DEFAULT_TOKENS_PER_PASS), MAX_DEFAULT_TOKENS_PER_PASS, limit)
+    room = BUDGET_SHARE[workload.device] * free_memory() - optimizer - measured.fixed
+    tokens = min(max(int(room / measured.per_token), MIN_DEFAULT_TOKENS_PER_PASS), MAX_DEFAULT_TOKENS_PER_PASS, limit)
     log.info("measured: a pass takes %.2f GB plus %.0f kB per token; tokens per pass: %s",
              measured.fixed / 1e9, measured.per_token / 1e3, f"{tokens:,}")  # fmt: skip
     return tokens

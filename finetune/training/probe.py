@@ -23,10 +23,6 @@ class PassMemory:
     fixed: float
     per_token: float
 
-    def tokens(self, room: float) -> int:
-        """Tokens of the largest pass that fits `room` bytes."""
-        return max(0, int((room - self.fixed) / self.per_token))
-
 
 def measure_pass(runner: PassRunner, sizes: tuple[int, int]) -> PassMemory | None:
     """The memory of a pass, from two passes of these sizes: random tokens, all trained.
@@ -58,7 +54,7 @@ def measure_pass(runner: PassRunner, sizes: tuple[int, int]) -> PassMemory | Non
 
 def random_pass(runner: PassRunner, tokens: int) -> Callable[[], None]:
     """A function that runs one row of random tokens forward and backward; a single row is never split."""
-    ids = np.random.default_rng(0).integers(0, runner.head.weight.shape[0], tokens + 1)
+    ids = np.random.default_rng(0).integers(0, runner.head.weight.shape[0], tokens + 1).tolist()
     row = make_row(ids, ids)
 
     def run() -> None:
