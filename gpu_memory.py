@@ -83,8 +83,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def estimate(args: argparse.Namespace) -> int:
     """Print memory by part, the total against the GPU, what to change, and flags for common GPUs."""
-    from finetune.memory import advice, sizes, tables
-    from finetune.memory.estimate import Plan
+    from finetune.memory import sizes, tables
+    from finetune.memory.estimate import Workload
+    from finetune.memory.plan import MemoryPlan
 
     if args.model:
         shape = sizes.sizes_of_name(args.model, args.revision, args.trust_remote_code)
@@ -99,7 +100,7 @@ def estimate(args: argparse.Namespace) -> int:
         raise UserError(f"--last_layers {args.last_layers}: the model has {shape.layers} decoder layers")
     on_cpu = args.device == "cpu"
     tokens = max(args.tokens_per_pass or args.batch_size * args.seq_length, args.seq_length)
-    plan = Plan(
+    workload = Workload(
         tokens=tokens,
         longest=args.seq_length,
         trained=max(1, round(tokens * args.trained_share)),
@@ -112,32 +113,31 @@ def estimate(args: argparse.Namespace) -> int:
         optim=("adamw_torch" if on_cpu else "adamw_8bit") if args.optim == "auto" else args.optim,
         device=args.device,
     )
-    card = card_to_fit(args)
+    place, capacity = card_to_fit(args) or ("", None)
+    plan = MemoryPlan(shape, workload, capacity)
     step_rows = args.batch_size * args.grad_accum if args.grad_accum else max(16, args.batch_size)
     if args.json:
-        suggestions = [advice.suggest(shape, gb, step_rows=step_rows, like=plan) for gb in advice.CARDS_GB]
-        print(json.dumps(tables.as_json(shape, plan, suggestions, card), indent=2))
+        print(json.dumps(tables.as_json(plan, place, step_rows), indent=2))
         return 0
-    name, capacity = card or ("", None)
     model = args.model or f"a model of {args.model_size:g} B"
-    tables.print_estimate(tables.wide_console(), shape, plan, model, capacity, name, step_rows=step_rows)
+    tables.print_estimate(tables.wide_console(), plan, model, place, step_rows)
     return 0
 
 
 def card_to_fit(args: argparse.Namespace) -> tuple[str, float] | None:
     """(name, usable bytes) of --card, else of this machine's first GPU, else None; on a CPU, of the main memory."""
-    from finetune.memory import advice
     from finetune.memory.devices import NoDriver, open_driver
+    from finetune.memory.plan import usable_bytes
 
     if args.card:
-        return f"a {args.card:g} GB card", advice.usable(args.card)
+        return f"a {args.card:g} GB card", usable_bytes(args.card)
     if args.device == "cpu":
         import psutil
 
         return "this machine's free memory", psutil.virtual_memory().available
     try:
         with open_driver() as driver:
-            card = next((c for c in driver.cards() if c.memory_total_gb), None)
+            card = next((c for c in driver.gpus() if c.memory_total_gb), None)
     except (NoDriver, UserError):
         return None
     return (f"{card.name}, {card.memory_total_gb:.1f} GB", 0.98 * card.memory_total_gb * 1e9) if card else None
@@ -158,7 +158,7 @@ def monitor(args: argparse.Namespace) -> int:
 
     from finetune.memory.devices import NoDriver, open_driver
     from finetune.memory.tables import wide_console
-    from finetune.memory.watch import CardLog, draw, read_log, watch
+    from finetune.memory.watch import GpuLog, draw, read_log, watch
 
     if args.plot and not args.output:
         raise UserError(f"--plot {args.plot}: the picture is drawn from a log; add --output")
@@ -167,9 +167,9 @@ def monitor(args: argparse.Namespace) -> int:
     before = [signal.signal(number, signal.default_int_handler) for number in stops]
     try:
         with open_driver() as driver:
-            if not driver.cards():
-                raise NoDriver("the NVIDIA driver sees no GPU")
-            log = CardLog(args.output) if args.output else None
+            if not driver.gpus():
+                raise NoDriver("the NVIDIA driver finds no GPU")
+            log = GpuLog(args.output) if args.output else None
             watch(driver, log, wide_console(), interval=args.interval, samples=args.samples)
     except NoDriver as reason:
         print(f"Nothing to watch: {reason}.")

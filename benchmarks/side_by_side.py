@@ -109,7 +109,7 @@ def card_memory(card: int | None) -> Iterator[dict[str, float]]:
     def watch() -> None:
         with contextlib.suppress(NoDriver, UserError), open_driver() as driver:
             while not over.is_set():
-                used = next((one.memory_used_gb for one in driver.cards() if one.index == card), None)
+                used = next((one.memory_used_gb for one in driver.gpus() if one.index == card), None)
                 if used is not None:
                     peak["gb"] = max(used, peak.get("gb", 0.0))
                 over.wait(SECONDS_BETWEEN_READINGS)
