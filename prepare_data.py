@@ -201,7 +201,7 @@ def _tokenizer_and_format(args) -> tuple:
 
 
 def _prepare(args) -> int:
-    from finetune.preparing.preparation import Options, prepare
+    from finetune.preparing.preparation import PrepareOptions, prepare
     from finetune.preparing.preparation_report import print_prepared
     from finetune.preparing.writing import WRITTEN, refuse_to_replace, write_prepared
     from finetune.reading.sources import refuse_same_file
@@ -213,8 +213,8 @@ def _prepare(args) -> int:
     for name in WRITTEN:
         refuse_same_file(args.inputs, Path(args.output, name))
     refuse_to_replace(args.output, overwrite=args.overwrite)
-    names = Options.__dataclass_fields__
-    options = Options(**{name: value for name, value in vars(args).items() if name in names} | _reading(args))
+    names = PrepareOptions.__dataclass_fields__
+    options = PrepareOptions(**{name: value for name, value in vars(args).items() if name in names} | _reading(args))
     tokenizer, fmt = _tokenizer_and_format(args) if args.tokenizer else (None, None)
     rows = None
     if args.sql is not None:

@@ -90,7 +90,7 @@ def test_whether_a_message_is_trained_by_any_of_its_names(key):
     ],
 )  # fmt: skip
 def test_a_text_under_another_name_is_not_lost(message):
-    with pytest.raises(RowError, match=rf"message 2 .* has no content, but {list(message)[-1]}; call it content"):
+    with pytest.raises(RowError, match=rf"message 2 .* has no content but a key {list(message)[-1]}; rename it"):
         normalize_row(chat(message))
     kept = message | {"content": "said"}
     assert normalize_row(chat(kept))["messages"][1]["content"] == "said"
@@ -132,16 +132,19 @@ def test_legacy_function_call():
     [
         ({"id": 1}, "has no messages"),
         ({"messages": []}, "messages is empty"),
-        ({"messages": "hello"}, "messages are text that is no JSON"),
+        ({"messages": "hello"}, "messages: not valid JSON"),
         ({"messages": {"role": "user"}}, "not a list"),
         ({"messages": ["hi"]}, "message 1 is a JSON string"),
         ({"messages": [{"role": "narrator", "content": "x"}]}, "role 'narrator'"),
         ({"messages": [{"content": "x"}]}, "role None"),
         (chat({"role": "assistant", "tool_calls": [{"arguments": {}}]}), "no name"),
-        (chat({"role": "assistant", "tool_calls": "[{"}), "tool_calls are no JSON"),
+        (chat({"role": "assistant", "tool_calls": "[{"}), "tool_calls: not valid JSON"),
         (chat({"role": "assistant", "content": [{"type": "image_url", "image_url": "x"}]}), "only text"),
         (chat({"role": "assistant", "content": "half \ud83d"}), "surrogate"),
-        (chat({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}), "no word"),
+        (
+            chat({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}),
+            "cannot represent",
+        ),
         (Unreadable("is not JSON: x", "{"), "is not JSON"),
         (chat({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": DEEP}}]}), "deeper than 64"),
         (chat({"role": "assistant", "content": "x"}, tools=[{"name": "f", "parameters": {"x": DEEP}}]), "deeper"),
@@ -380,8 +383,8 @@ def test_a_bad_row_is_named_every_time(tmp_path):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"instruction": "i", "output": "o", "history": 7}, "history is no list"),
-        ({"instruction": "i", "output": "o", "history": "text"}, "history is no list"),
+        ({"instruction": "i", "output": "o", "history": 7}, "history is not a list"),
+        ({"instruction": "i", "output": "o", "history": "text"}, "history is not a list"),
         ({"question": "q", "answers": {"a": "b"}, "correct_answer": ["a"]}, "no text under the correct_answer"),
         ({"question": [[{"role": "user", "content": "q"}]], "function": [LAMP], "ground_truth": [{"f": 5}]}, "without"),
         (chat({"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}), r"message 2 \(user\) has tool_calls"),
@@ -390,7 +393,7 @@ def test_a_bad_row_is_named_every_time(tmp_path):
             r"message 2 \(tool\) has function_call",
         ),
         (chat({"role": "assistant", "content": "x", "reasoning_content": ["a"]}), "reasoning_content is a JSON array"),
-        ({"prompt": "q", "completion": 1e400}, "no word for"),
+        ({"prompt": "q", "completion": 1e400}, "cannot represent"),
     ],
 )
 def test_what_would_crash_or_be_lost_is_refused_with_a_reason(row, reason):
@@ -532,7 +535,7 @@ def test_no_call_and_no_arguments_are_lost_for_where_they_stand(message):
 @pytest.mark.parametrize(
     ("message", "wanted"),
     [
-        ({"function_call": "set_lamp"}, "function_call is no JSON"),
+        ({"function_call": "set_lamp"}, "function_call: not valid JSON"),
         ({"tool_calls": [{"name": "f", "arguments": {"a": 1}, "parameters": {"a": 2}}]}, "two arguments that differ"),
         ({"tool_calls": [{"name": "f", "function": {"name": "g"}}]}, "two names, g and f"),
     ],

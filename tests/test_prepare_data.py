@@ -59,7 +59,7 @@ BAD = [
     (chat(lamp_call({"level": 3}), tools=[LAMP]), "'room' is a required property"),
     (chat(lamp_call({"room": "x"}), tools=[]), "not declared"),
     (chat({"role": "assistant", "content": ""}), "says and calls nothing"),
-    (many_rows()[4], "the same as"),
+    (many_rows()[4], "duplicate of"),
     ({"prompt": "half \ud83d", "completion": "x"}, "surrogate"),
 ]
 
@@ -139,7 +139,7 @@ def test_near_duplicates_stay_together_or_go_with_dedupe(tmp_path):
     assert len(alike) == 1
     assert prepare_data.main([str(source), "--output", str(tmp_path / "b"), "--dedupe"]) == 0
     rejected = read(tmp_path / "b" / "rejected.jsonl")
-    assert len(rejected) == 19 and all("nearly the same as" in row["reason"] for row in rejected)
+    assert len(rejected) == 19 and all("near-duplicate of" in row["reason"] for row in rejected)
     assert prepare_data.main([str(source), "--output", str(tmp_path / "c"), "--dedupe", "--strict"]) == 2
     assert not (tmp_path / "c").exists()
 

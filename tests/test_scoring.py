@@ -231,7 +231,7 @@ def test_a_schema_is_read_in_the_draft_that_it_names_and_fetches_nothing(monkeyp
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("fetched"))
     foreign = ToolSchemas([tool(properties={"p": {"$ref": "http://127.0.0.1:9/schema.json"}})])
     assert foreign.is_valid({"name": "f", "arguments": {"p": 1}}) is None
-    assert "cannot be followed" in foreign.problems({"name": "f", "arguments": {"p": 1}})[0]
+    assert "cannot be evaluated" in foreign.problems({"name": "f", "arguments": {"p": 1}})[0]
 
 
 def test_every_assistant_turn_is_an_item_of_its_kind():

@@ -31,7 +31,7 @@ def write(path, text: str):
     "url", ["postgresql://u:hush@host/db", "https://u:hush@host/rows.jsonl", "s3://k:hush@bucket/r*2", "hf://x:hush@y"]
 )
 def test_a_url_is_refused_without_its_password(url):
-    with pytest.raises(UserError, match="a URL is no source of rows") as caught:
+    with pytest.raises(UserError, match="URLs cannot be read") as caught:
         parse_spec(url)
     assert "hush" not in str(caught.value)
 
@@ -156,21 +156,21 @@ def test_json_columns_written_by_the_datasets_library_are_exact(tmp_path):
     ("name", "data", "message"),
     [
         ("r.jsonl.gz", b"no gzip", "gzip file is damaged"),
-        ("r.parquet", b"no parquet", "no Parquet file"),
+        ("r.parquet", b"no parquet", "not a Parquet file"),
         ("r.json", b"{]", "is not JSON"),
         ("r.json", b"3", "holds a JSON number"),
         ("r.csv", b"a,a\n1,2\n", "name each column once"),
         ("r.csv", b"", "name each column once"),
         ("r.csv", b"a,b\n\xff,2\n", "not UTF-8"),
-        ("r.csv", b'prompt,completion\na,"b\nc,d\n', "line 3 is no CSV"),  # the open quote would swallow a row
-        ("r.csv", b'prompt,completion\n"a"b,c\n', "line 2 is no CSV"),
-        ("r.csv", b"a,b\r1,2\r", "is no CSV"),
+        ("r.csv", b'prompt,completion\na,"b\nc,d\n', "line 3 is not valid CSV"),  # the open quote would swallow a row
+        ("r.csv", b'prompt,completion\n"a"b,c\n', "line 2 is not valid CSV"),
+        ("r.csv", b"a,b\r1,2\r", "is not valid CSV"),
         ("r.csv", "prompt\tcompletion\n".encode("utf-16"), "not UTF-8"),
         ("r.json", b"", "is not JSON"),
         ("r.json", b'{"train": [{"prompt": "q"}], "test": [{"prompt": "q"}]}', "several lists of objects"),
         ("r.json", "[]".encode("utf-16"), "not UTF-8"),
         ("r.jsonl", '{"prompt": "q"}\n'.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
-        ("r.txt", b"x", "unknown kind of file"),
+        ("r.txt", b"x", "unknown type of file"),
     ],
 )
 def test_damaged_files_end_in_one_line(tmp_path, name, data, message):
@@ -182,7 +182,7 @@ def test_damaged_files_end_in_one_line(tmp_path, name, data, message):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (pa.table([["q"], ["a"], ["b"]], names=["prompt", "completion", "completion"]), "names a column twice"),
+        (pa.table([["q"], ["a"], ["b"]], names=["prompt", "completion", "completion"]), "duplicate column name"),
         (pa.table({"prompt": pa.array([2**62], pa.timestamp("us"))}), "values that cannot be read"),
     ],
 )
@@ -281,7 +281,7 @@ def test_weights_repeat_and_sample(tmp_path):
         5,
         5,
     )
-    with pytest.raises(UserError, match="no number above 0"):
+    with pytest.raises(UserError, match="must be > 0 and <= 1000"):
         load_conversations(f"{a}*0")
 
 
@@ -334,4 +334,4 @@ def test_a_broken_cell_of_parquet_costs_its_row_and_no_other(tmp_path):
     rows = [row for _, _, row in read_rows(path)]
     assert rows[0]["cells"] == {"a": 1, "b": 2}
     assert [isinstance(row, Unreadable) for row in rows[1:]] == [True, True]
-    assert "twice" in rows[1].reason and "cannot be read" in rows[2].reason
+    assert "duplicate key" in rows[1].reason and "cannot be read" in rows[2].reason

@@ -62,7 +62,7 @@ def test_sqlite_table_and_query(sqlite_url):
     ("kwargs", "message"),
     [
         ({"table": "none"}, "no such table"),
-        ({"table": "x; DROP TABLE query_logs"}, "no plain table name"),
+        ({"table": "x; DROP TABLE query_logs"}, "not a plain table name"),
         ({"query": "SELEC 1"}, "syntax error"),
     ],
 )
@@ -97,7 +97,7 @@ def test_a_query_cannot_change_an_sqlite_file(sqlite_url):
 
 def test_a_column_that_comes_twice_is_named(sqlite_url):
     query = "SELECT a.query, b.query FROM query_logs a JOIN query_logs b ON a.id = b.id"
-    with pytest.raises(UserError, match="the column query twice"):
+    with pytest.raises(UserError, match="two columns query"):
         list(read_sql(sqlite_url, query=query))
 
 

@@ -214,7 +214,7 @@ def test_arguments_under_a_key_that_is_not_read_are_no_empty_object():
         {"name": "f", "args": {"a": 1}, "id": "x"},
         {"type": "tool_use", "function": {"name": "f", "input": "1"}},
     ):
-        with pytest.raises(RowError, match=r"call of f has no arguments, but (args|input)"):
+        with pytest.raises(RowError, match=r"call of f has no arguments but (args|input)"):
             called(call, notes)
     assert calls(called({"name": "f", "arguments": None, "parameters": {"a": 1}}, notes)) == [("f", {"a": 1})]
     assert not [note for note in notes if "calls" in note]
