@@ -30,6 +30,21 @@ def validator_of(schema_text: str) -> tuple[Any, str | None]:
     return kind(schema, registry=referencing.Registry()), None
 
 
+def schema_errors(schema: Any, arguments: dict[str, Any]) -> tuple[list[Any], str | None]:
+    """(validation errors, None), or ([], why the schema cannot be used)."""
+    validator, broken = validator_of(json.dumps(schema))
+    if validator is None:
+        return [], f"not a valid JSON Schema: {broken}"
+    errors: list[Any] = []
+    try:
+        for error in validator.iter_errors(arguments):
+            errors.append(error)
+    except Exception as failure:  # an unresolvable $ref or an invalid regular expression in the schema
+        if not errors:
+            return [], f"cannot be evaluated: {' '.join(str(failure).split())[:200]}"
+    return errors, None
+
+
 class ToolSchemas:
     """The declared tools of an item, for checking calls against them."""
 
@@ -42,11 +57,8 @@ class ToolSchemas:
 
     def is_valid(self, call: dict[str, Any]) -> bool | None:
         """Whether the arguments satisfy the tool's JSON Schema; None when the schema cannot be used."""
-        validator, _ = validator_of(json.dumps(self.parameters[call["name"]]))
-        try:
-            return None if validator is None else validator.is_valid(call["arguments"])
-        except Exception:  # an unresolvable $ref or an invalid regular expression in the schema
-            return None
+        errors, broken = schema_errors(self.parameters[call["name"]], call["arguments"])
+        return None if broken else not errors
 
     def problems(self, call: dict[str, Any]) -> list[str]:
         """All problems of a call, one line each, for a person or for the model to read."""
@@ -54,15 +66,12 @@ class ToolSchemas:
         if name not in self.parameters:
             return [f"no tool is called {name!r}; declared: {', '.join(self.parameters) or 'none'}"]
         found = [f"unknown argument {path}" for path in self.unknown_arguments(call)]
-        validator, _ = validator_of(json.dumps(self.parameters[name]))
-        if validator is None:
-            return [*found, f"the parameters of {name} are not a valid JSON Schema, so its arguments cannot be checked"]
-        try:
-            for error in validator.iter_errors(call["arguments"]):
-                if error.validator not in ("additionalProperties", "unevaluatedProperties") or not found:
-                    found.append(f"{error.json_path.removeprefix('$').lstrip('.') or 'arguments'}: {error.message}")
-        except Exception as error:  # as above
-            found.append(f"the schema of {name} cannot be evaluated: {' '.join(str(error).split())}")
+        errors, broken = schema_errors(self.parameters[name], call["arguments"])
+        if broken:
+            return [*found, f"the arguments of {name} cannot be checked; its schema: {broken}"]
+        for error in errors:
+            if error.validator not in ("additionalProperties", "unevaluatedProperties") or not found:
+                found.append(f"{error.json_path.removeprefix('$').lstrip('.') or 'arguments'}: {error.message}")
         return found
 
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from finetune.encoding.rows import empty_answer
-from finetune.json_schema import validator_of
+from finetune.json_schema import schema_errors
 from finetune.reading.calls_in_text import call_tag
 
 
@@ -140,19 +140,12 @@ def _check_call(function: dict[str, Any], number: int, schemas: dict[str, Any]) 
         return
     if not schemas[name]:
         return
-    validator, broken = validator_of(json.dumps(schemas[name]))
+    errors, broken = schema_errors(schemas[name], arguments)
     if broken:
-        yield Problem("broken schema", f"the parameters of tool {name} are not a valid JSON Schema: {broken}")
-        return
-    try:
-        error = next(iter(validator.iter_errors(arguments)), None)
-    except Exception as failure:  # an unresolvable $ref or an invalid regular expression in the schema
-        reason = str(failure).splitlines()[0][:200]
-        yield Problem("broken schema", f"the parameters of tool {name} cannot be checked: {reason}")
-        return
-    if error is not None:
-        where = "/".join(map(str, error.absolute_path)) or "arguments"
-        text = f"message {number}: call of {name}, {where}: {error.message[:300]}"
+        yield Problem("broken schema", f"the parameters of tool {name}: {broken}")
+    elif errors:
+        where = "/".join(map(str, errors[0].absolute_path)) or "arguments"
+        text = f"message {number}: call of {name}, {where}: {errors[0].message[:300]}"
         yield Problem("arguments against the schema", text)
 
 

@@ -94,10 +94,10 @@ def _json_schema(parameters: dict[str, Any], notes: Counter) -> dict[str, Any]:
             "properties": {name: _translated(schema) for name, schema in parameters.items()},
             "required": [name for name, schema in parameters.items() if not _is_optional(schema)],
         }
-    if _has_other_types(parameters):
+    translated = _translated(parameters)
+    if translated != parameters:
         notes["tool with foreign type names translated to JSON Schema"] += 1
-        return _translated(parameters)
-    return parameters
+    return translated
 
 
 def _describes_parameter(value: Any) -> bool:
@@ -110,19 +110,6 @@ def _describes_parameter(value: Any) -> bool:
 def _is_optional(schema: dict[str, Any]) -> bool:
     kind = schema.get("type")
     return "default" in schema or (isinstance(kind, str) and "optional" in kind.lower())
-
-
-def _has_other_types(schema: Any) -> bool:
-    """Whether a schema or a part of it has a type that JSON Schema does not know."""
-    if isinstance(schema, list):
-        return any(map(_has_other_types, schema))
-    if not isinstance(schema, dict):
-        return False
-    kind, properties = schema.get("type"), schema.get("properties")
-    if isinstance(kind, str) and kind not in _JSON_TYPES:
-        return True
-    inner = [schema.get(key) for key in _SUBSCHEMAS]
-    return _has_other_types(inner + (list(properties.values()) if isinstance(properties, dict) else []))
 
 
 def _translated(schema: Any) -> Any:
