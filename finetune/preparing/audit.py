@@ -39,10 +39,10 @@ class Audit:
     def add_rejected(self, rejected: Iterable[Rejected]) -> None:
         """Count rows that cannot be read as conversations as refused."""
         for row in rejected:
-            self.rows += 1
             self._refuse(row.reason)
 
     def _refuse(self, reason: str) -> None:
+        self.rows += 1
         self.status["refused"] += 1
         self.reasons[reason] += 1
 
@@ -52,11 +52,11 @@ class Audit:
         """Encode one row and check what its labels train."""
         from finetune.encoding.rows import encode_answers
 
-        self.rows += 1
         encoded = encode_answers(conversation, tokenizer, fmt, train_on=train_on, **flags)
         if encoded.status == "refused":
             self._refuse(encoded.reason)
             return
+        self.rows += 1
         self.status[encoded.status] += 1
         self.escaped += encoded.escaped
         texts = [text for sequence in encoded.sequences for text in self._check(sequence, name, ends, tokenizer)]
@@ -97,16 +97,11 @@ class Audit:
 
     def _parse_back(self, text: str, message: dict[str, Any], tools: list[dict[str, Any]], fmt, name: str) -> None:
         """Parse a trained text and compare the calls with those of its message."""
-        expected = [call["function"] for call in message.get("tool_calls", ())]
-        found = fmt.parse(text, tools).tool_calls
-        if [_name_and_arguments(call) for call in found] == [_name_and_arguments(call) for call in expected]:
+        expected = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls", ())]
+        if [(call["name"], call["arguments"]) for call in fmt.parse(text, tools).tool_calls] == expected:
             self.read_back += 1
         else:
             _add_row(self.warnings, "a trained turn that is parsed as other calls", name)
-
-
-def _name_and_arguments(call: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    return call["name"], call["arguments"]
 
 
 def _add_row(table: dict[str, list[str]], kind: str, name: str) -> None:

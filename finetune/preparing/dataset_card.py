@@ -60,20 +60,16 @@ def card(result: Prepared, options: PrepareOptions, command: str) -> str:
     """The dataset card in Markdown; its front matter lets the folder be loaded from the Hub with its splits."""
     from huggingface_hub import DatasetCard, DatasetCardData
 
-    counts = result.loaded.counts
+    sources = result.loaded.counts["sources"]
     files = [{"split": name, "path": f"{name}.jsonl"} for name in SPLITS if result.splits[name]]
     filled = DatasetCard.from_template(
         DatasetCardData(configs=[{"config_name": "default", "data_files": files}]),
         template_str=Path(__file__).with_name("dataset_card.md.jinja").read_text(encoding="utf-8"),
-        command=" ".join(command.split()),
-        counts=counts,
-        kept=result.kept,
-        rejected=len(result.rejected),
-        sources=[(_cell(source), numbers["read"], numbers["used"]) for source, numbers in counts["sources"].items()],
+        result=result,
         options=options,
-        unit=result.unit,
+        command=" ".join(command.split()),
+        sources=[(_cell(name), numbers["read"], numbers["used"]) for name, numbers in sources.items()],
         lengths=length_summary(result),
-        near_duplicates=result.near_duplicates,
         shared_requests=shared_requests(result),
         splits=list(SPLITS),
         tools=[
@@ -81,7 +77,6 @@ def card(result: Prepared, options: PrepareOptions, command: str) -> str:
         ],
         mappings=[(_cell(text), number) for text, number in result.loaded.mappings.most_common()],
         notes=_count_rows(result.loaded.notes),
-        turns_removed=result.turns_removed,
         reasons=_count_rows(Counter(reason_kind(row.reason) for row in result.rejected)),
         warnings=_count_rows({kind: len(rows) for kind, rows in result.warnings.items()}),
     )

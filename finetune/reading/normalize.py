@@ -92,8 +92,8 @@ def conversations_fingerprint(conversations: Iterable[dict[str, Any]]) -> str:
 def _conversation(
     raw: dict[str, Any], column_map: dict[str, str] | None, tools: list[dict[str, Any]], notes: Counter
 ) -> dict[str, Any]:
-    row = detect_shape(raw, column_map)
-    messages, raw_tools, system = row.shape.read(row.fields)
+    shape, fields, _ = detect_shape(raw, column_map)
+    messages, raw_tools, system = shape.read(fields)
     declared = normalize_tools(raw_tools, notes)
     messages = decode_json(messages, "messages")
     if not isinstance(messages, list):
@@ -255,9 +255,11 @@ def _call_turn(content: str, number: int, tools: list[dict[str, Any]], notes: Co
 
 
 def _tool_calls(message: Message, number: int, notes: Counter) -> list[dict[str, Any]]:
+    calls, legacy = message.get("tool_calls"), message.get("function_call")
+    if calls in _EMPTY and legacy in _EMPTY:
+        return []
     with _in_message(number):
-        calls = decode_json(message.get("tool_calls"), "tool_calls")
-        legacy = decode_json(message.get("function_call"), "function_call")
+        calls, legacy = decode_json(calls, "tool_calls"), decode_json(legacy, "function_call")
     if legacy not in _EMPTY:
         notes["function_call not read: tool_calls stand beside it" if calls else "function_call -> tool_calls"] += 1
         calls = calls or [legacy]

@@ -56,15 +56,6 @@ class Shape:
     guard: Callable[[Fields], bool] = lambda fields: True
 
 
-@dataclass(frozen=True)
-class ShapedRow:
-    """A row whose shape is known: its fields, and {column: field} of the columns that are read."""
-
-    shape: Shape
-    fields: Fields
-    columns: dict[str, str]
-
-
 def parse_map(pairs: Iterable[str] | None) -> dict[str, str]:
     """`["question=prompt"]` -> {"question": "prompt"}. Raises UserError naming the known fields."""
     result = {}
@@ -78,8 +69,8 @@ def parse_map(pairs: Iterable[str] | None) -> dict[str, str]:
     return result
 
 
-def detect_shape(raw: dict[str, Any], column_map: dict[str, str] | None = None) -> ShapedRow:
-    """Match columns to fields and find the shape. Raises RowError when no shape matches."""
+def detect_shape(raw: dict[str, Any], column_map: dict[str, str] | None = None) -> tuple[Shape, Fields, dict[str, str]]:
+    """(shape, fields, {column: field} of the columns matched to fields). Raises RowError when no shape matches."""
     columns: dict[str, str] = {}
     for column, name in (column_map or {}).items():
         if raw.get(column) is not None and name not in columns.values():  # of two columns the first is read
@@ -93,8 +84,7 @@ def detect_shape(raw: dict[str, Any], column_map: dict[str, str] | None = None) 
     fields = {name: raw[column] for column, name in columns.items()}
     for shape in SHAPES:
         if shape.needs <= fields.keys() and shape.guard(fields):
-            read = shape.needs | shape.used | {"tools", "system"}
-            return ShapedRow(shape, fields, {column: name for column, name in columns.items() if name in read})
+            return shape, fields, columns
     raise RowError(
         f"has no messages (its columns: {', '.join(raw) or 'none'}); give messages, a prompt and a completion, or a "
         "text with 'User:' and 'Assistant:', or name the columns with prepare_data.py --map COLUMN=FIELD"
@@ -108,10 +98,12 @@ def _is_usable(raw: dict[str, Any], column: str) -> bool:
 
 def describe(raw: dict[str, Any], column_map: dict[str, str] | None = None) -> str:
     """`prompt and completion: question -> prompt, answer -> completion; not read: id`."""
-    row = detect_shape(raw, column_map)
-    unread = [column for column in raw if column not in row.columns and raw[column] is not None]
-    read = ", ".join(column if column == name else f"{column} -> {name}" for column, name in row.columns.items())
-    return f"{row.shape.name}: {read}" + (f"; not read: {', '.join(unread)}" if unread else "")
+    shape, _, matched = detect_shape(raw, column_map)
+    fields = shape.needs | shape.used | {"tools", "system"}
+    columns = {column: name for column, name in matched.items() if name in fields}
+    unread = [column for column in raw if column not in columns and raw[column] is not None]
+    read = ", ".join(column if column == name else f"{column} -> {name}" for column, name in columns.items())
+    return f"{shape.name}: {read}" + (f"; not read: {', '.join(unread)}" if unread else "")
 
 
 def _is_preference(fields: Fields) -> bool:

@@ -29,6 +29,8 @@ def normalize_tools(value: Any, notes: Counter | None = None) -> list[dict[str, 
     Key order and unknown keys are kept. The tools may be shared between rows: never change them in place.
     Raises RowError naming the tool that cannot be read.
     """
+    if value is None:
+        return []
     tools, changed = _tools_of_text(value) if isinstance(value, str) else _tools(value)
     if notes is not None:
         notes.update(changed)
@@ -44,8 +46,8 @@ def _tools_of_text(text: str) -> tuple[list[dict[str, Any]], Counter]:
 def _tools(value: Any) -> tuple[list[dict[str, Any]], Counter]:
     """(canonical tools, notes)."""
     notes: Counter = Counter()
-    if value is None:
-        return [], notes
+    if value is None:  # blank text
+        value = []
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
