@@ -31,10 +31,10 @@ def validator_of(schema_text: str) -> tuple[Any, str | None]:
 
 
 def schema_errors(schema: Any, arguments: dict[str, Any]) -> tuple[list[Any], str | None]:
-    """(validation errors, None), or ([], why the schema cannot be used)."""
+    """(validation errors, None), or ([], "is not a valid JSON Schema: …" or "cannot be evaluated: …")."""
     validator, broken = validator_of(json.dumps(schema))
     if validator is None:
-        return [], f"not a valid JSON Schema: {broken}"
+        return [], f"is not a valid JSON Schema: {broken}"
     errors: list[Any] = []
     try:
         for error in validator.iter_errors(arguments):
@@ -68,7 +68,7 @@ class ToolSchemas:
         found = [f"unknown argument {path}" for path in self.unknown_arguments(call)]
         errors, broken = schema_errors(self.parameters[name], call["arguments"])
         if broken:
-            return [*found, f"the arguments of {name} cannot be checked; its schema: {broken}"]
+            return [*found, f"cannot check the arguments of {name}: its schema {broken}"]
         for error in errors:
             if error.validator not in ("additionalProperties", "unevaluatedProperties") or not found:
                 found.append(f"{error.json_path.removeprefix('$').lstrip('.') or 'arguments'}: {error.message}")

@@ -142,7 +142,7 @@ def _check_call(function: dict[str, Any], number: int, schemas: dict[str, Any]) 
         return
     errors, broken = schema_errors(schemas[name], arguments)
     if broken:
-        yield Problem("broken schema", f"the parameters of tool {name}: {broken}")
+        yield Problem("broken schema", f"the schema of tool {name} {broken}")
     elif errors:
         where = "/".join(map(str, errors[0].absolute_path)) or "arguments"
         text = f"message {number}: call of {name}, {where}: {errors[0].message[:300]}"
