@@ -186,9 +186,9 @@ def prepare(args: argparse.Namespace) -> int:
     for name in WRITTEN:
         refuse_same_file(args.inputs, Path(args.output, name))
     refuse_to_replace(args.output, overwrite=args.overwrite)
-    names = preparation.Options.__dataclass_fields__
+    names = preparation.PrepareOptions.__dataclass_fields__
     given = {name: value for name, value in vars(args).items() if name in names}
-    options = preparation.Options(**given | reading_options(args))
+    options = preparation.PrepareOptions(**given | reading_options(args))
     tokenizer, fmt = load_tokenizer_and_format(args) if args.tokenizer else (None, None)
     rows = None
     if args.sql is not None:

@@ -17,9 +17,8 @@ from finetune.errors import UserError
 from finetune.files import json_line, open_atomic
 from finetune.progress import progress_bar
 from finetune.reading.normalize import normalize_row
-from finetune.reading.row_files import Unreadable
+from finetune.reading.row_files import RowError, Unreadable
 from finetune.reading.sources import Spec, data_suffix, parse_spec, read_rows, refuse_same_file
-from finetune.reading.text_shapes import RowError
 from finetune.reading.tool_schemas import normalize_tools
 from finetune.torchless import unhide_torch
 
