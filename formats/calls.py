@@ -194,5 +194,6 @@ def read_call_list(text: str, opening: str, closing: str) -> Parsed:
         return [call_from_object(item, "arguments", "parameters") for item in value], end
 
     parsed = read_tagged(text, opening, closing, body)
-    parsed.tool_calls = [call for calls in parsed.tool_calls for call in calls]
+    lists: list[Any] = parsed.tool_calls
+    parsed.tool_calls = [call for calls in lists for call in calls]
     return parsed

@@ -133,7 +133,7 @@ def test_parse_writes_one_line_per_row(tmp_path, capsys):
     assert rows[3] == {"content": "hello", "tool_calls": [], "errors": []}
 
 
-def test_the_file_that_is_read_is_not_replaced_and_deep_arguments_are_an_error(tmp_path, capsys):
+def test_parse_refuses_its_source_and_deep_arguments(tmp_path, capsys):
     text = '<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 990 + "]" * 990 + "}}</tool_call>"
     source = write_jsonl(tmp_path / "t.jsonl", [{"text": text}])
     before = source.read_bytes()
