@@ -1,6 +1,6 @@
 """Control tokens inside contents are escaped in the text itself, equally for training, evaluation and chat.
 
-A zero-width space (U+200B) behind the first character of a control string makes any tokenizer and any template read it
+A zero-width space (U+200B) after the first character of a control string makes any tokenizer and any template read it
 as text. Splitting special tokens in the tokenizer would not help, because a server tokenises complete prompts.
 """
 

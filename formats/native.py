@@ -53,7 +53,7 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
 
 
 def _ends_of_turn(tokenizer: Any, kwargs: dict[str, Any]) -> tuple[str, ...]:
-    """The first added token behind an answer, for a plain answer and for one with a call."""
+    """The first added token after an answer, for a plain answer and for one with a call."""
     answers = [(ANSWER, ANSWER["content"]), (call_message({"a": "vq0zk"}), "vq0zk")]
     added = sorted(added_tokens(tokenizer), key=len, reverse=True)
     ends: list[str] = []

@@ -29,7 +29,7 @@ class Piece(NamedTuple):
 
 
 class Skeleton(NamedTuple):
-    """Indices of messages in the order of the text, and the template text before, between and behind their contents."""
+    """Indices of messages in the order of the text, and the template text before, between and after their contents."""
 
     order: list[int]
     pieces: list[Piece]

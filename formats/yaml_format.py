@@ -2,7 +2,7 @@
 
     start: "<call>"         before a call
     separator: "|"          between the function's name and its arguments (a JSON object)
-    end: "</call>"          behind a call
+    end: "</call>"          after a call
     tools: system           where the tools go: system, first_user or last_user
 
 Turns are laid out by the template of another format; calls become part of the assistant's text there.

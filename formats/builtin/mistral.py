@@ -24,7 +24,7 @@ _VALID_ID = re.compile(r"[A-Za-z0-9]{9}")
 
 
 def parse(text: str, tools: list[dict] | None = None) -> Parsed:
-    """Both spellings: one JSON list behind `[TOOL_CALLS]`, or `[TOOL_CALLS]name[ARGS]{…}` for every call."""
+    """Both spellings: one JSON list after `[TOOL_CALLS]`, or `[TOOL_CALLS]name[ARGS]{…}` for every call."""
     before, found, rest = text.partition(CALLS)
     if not found:
         return Parsed(content=text.strip())

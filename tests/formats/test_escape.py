@@ -126,7 +126,7 @@ def test_call_ids_are_escaped_and_still_match():
 
 
 def test_words_added_to_a_vocabulary_are_text():
-    """DeepSeek-Coder's tokenizer has "ü" and "ö" among its added tokens; extended vocabularies have whole words."""
+    """DeepSeek-Coder's tokenizer has "ü" and "ö" among its added tokens; extended vocabularies have complete words."""
     tokenizer = parts.fresh_tokenizer("smollm2", None, ("<|mine|>",))
     tokenizer.add_tokens(["ü", "안녕하세요", "<call>"])
     fmt = get_format("chatml", tokenizer)

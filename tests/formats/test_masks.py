@@ -103,7 +103,7 @@ def test_dropped_result_refuses_the_row():
     fmt = get_format("native", tokenizer)
     made = row(user("12:00?"), calls(("clock", {"zone": "UTC"})), result("12:00"), says("Noon."), tools=(CLOCK,))
     encoded = encode(made, tokenizer, fmt)
-    # "12:00" stands in the question too, so looking for the text alone would not notice.
+    # "12:00" is in the question too, so looking for the text alone would not notice.
     assert (encoded.status, encoded.reason) == ("refused", "message 3 (tool): the template drops its text")
 
 

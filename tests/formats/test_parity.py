@@ -38,7 +38,7 @@ def published_text(tokenizer, made, prompt, **kwargs):
         return None
 
 
-@pytest.mark.parametrize("prompt", [False, True], ids=["whole", "prompt"])
+@pytest.mark.parametrize("prompt", [False, True], ids=["complete", "prompt"])
 @pytest.mark.parametrize("name,vocabulary,reference,kwargs", PUBLISHED)
 def test_text_equals_the_published_template(name, vocabulary, reference, kwargs, prompt):
     tokenizer = parts.fresh_tokenizer(vocabulary, parts.reference_template(reference))
