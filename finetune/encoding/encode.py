@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.encoding import cache
 from finetune.encoding.encoded import EncodedRows
 from finetune.encoding.rows import Chunk, Conversation, Flags, encode_chunk
 from finetune.errors import UserError
@@ -66,8 +67,6 @@ def encode_conversations(
     flags = Flags(max_seq_length, train_on, control_tokens, overlong)
     path = None
     if cache_dir is not None:
-        from finetune.encoding import cache
-
         fingerprint = fingerprint or conversations_fingerprint(conversations)
         path = cache.cache_path(cache_dir, fingerprint, tokenizer, fmt, flags)
         if (cached := cache.load(path)) is not None:
