@@ -248,7 +248,7 @@ def test_tools_and_questions_are_read_and_refused_with_their_place(tmp_path):
         ("null", "no tool is declared"), ("[]", "no tool is declared"), ("[" * 100_000, "too deep"),
         (b"\xff[]", "not UTF-8"), ("[" + "1" * 5000 + "]", "no JSON"), ('[{"name": "\\ud800"}]', "surrogate"),
         ('[{"name": "f", "parameters": ' + '{"a": ' * 70 + "{}" + "}" * 71 + "]", "nested deeper"),
-        ('[{"name": "f", "name": "g"}]', "stands twice"),
+        ('[{"name": "f", "name": "g"}]', "duplicate key"),
     ):  # fmt: skip
         file.write_bytes(wrong if isinstance(wrong, bytes) else wrong.encode())
         with pytest.raises(UserError, match=said):
