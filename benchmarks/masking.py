@@ -20,12 +20,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from formats import IGNORE_INDEX  # noqa: E402
+
 MARKERS = ("<|im_start|>user\n", "<|im_start|>assistant\n")
 
 
 def marker_search(input_ids: list[int], instruction: list[int], response: list[int]) -> list[int]:
     """Labels by looking for markers in the ids: trained from behind each `response` to the next `instruction`."""
-    labels = [-100] * len(input_ids)
+    labels = [IGNORE_INDEX] * len(input_ids)
     at = 0
     while at < len(input_ids):
         if input_ids[at : at + len(response)] != response:
@@ -102,8 +104,8 @@ def judge(
     wrong = missed = 0
     for (start, _), label in zip(encoded["offset_mapping"], labels, strict=True):
         inside = any(first <= start < last for first, last in spans)
-        wrong += label != -100 and not inside
-        missed += label == -100 and inside
+        wrong += label != IGNORE_INDEX and not inside
+        missed += label == IGNORE_INDEX and inside
     return wrong, missed
 
 
@@ -141,7 +143,7 @@ def main() -> int:
             return_assistant_tokens_mask=True,
         )
         ids = made["input_ids"]
-        labels = [token if mask else -100 for token, mask in zip(ids, made["assistant_masks"], strict=True)]
+        labels = [token if mask else IGNORE_INDEX for token, mask in zip(ids, made["assistant_masks"], strict=True)]
         return tokenizer.decode(ids), ids, labels
 
     def markers(row: dict) -> tuple[str, list[int], list[int]]:
@@ -172,7 +174,7 @@ def main() -> int:
                 escaped = {"messages": messages, "tools": tools}
             bad, lost = judge(text, ids, labels, truth(escaped, tokenizer, fmt, text), tokenizer)
             wrong, missed = wrong + bad, missed + lost
-            trained += sum(label != -100 for label in labels)
+            trained += sum(label != IGNORE_INDEX for label in labels)
             tokens += len(ids)
         results.append(
             {

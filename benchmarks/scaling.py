@@ -23,6 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from formats import IGNORE_INDEX  # noqa: E402
+
 SHAPE = {
     "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 16384,
@@ -98,7 +100,7 @@ class Measure:
         made = []
         for _ in range(rows):
             ids = np.concatenate([beginning, rng.integers(0, SHAPE["vocab_size"], self.own)])
-            made.append(make_row(ids, np.where(np.arange(len(ids)) >= prefix + self.own // 2, ids, -100)))
+            made.append(make_row(ids, np.where(np.arange(len(ids)) >= prefix + self.own // 2, ids, IGNORE_INDEX)))
         times = []
         for _ in range(self.repeats):
             gc.collect()

@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.throughput_parts import rows as throughput_rows  # noqa: E402
 from benchmarks.throughput_parts.ways import WAYS  # noqa: E402
+from formats import IGNORE_INDEX  # noqa: E402
 
 # Shapes as published in each model's config.json.
 MODELS = {
@@ -232,7 +233,7 @@ def print_table(workload: str, results: dict[str, dict[str, Any]], steps: list) 
     from rich.table import Table
 
     rows = [row for step in steps for row in step]
-    trained = sum(sum(label != -100 for label in labels[1:]) for _, labels in rows)
+    trained = sum(sum(label != IGNORE_INDEX for label in labels[1:]) for _, labels in rows)
     table = Table(title=f"{workload}: {throughput_rows.WORKLOADS[workload]}\n{len(rows)} rows in {len(steps)} steps, "
                         f"{sum(len(ids) for ids, _ in rows):,} tokens, {trained:,} of them trained")  # fmt: skip
     names = ["way", "s/step", "CPU s/step", "rows/s", "tokens/s", "x stock", "x stock (CPU s)", "peak GB", "final loss"]

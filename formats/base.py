@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,16 @@ from formats.rendering import render_template
 
 
 class FormatError(ValueError):
-    """A conversation, tokenizer or format file that cannot be used together; the text says which and what to do."""
+    """A conversation, tokenizer or format file that cannot be used together; the message says why and what to do."""
 
 
 @dataclass
 class Parsed:
-    """Generated text read back.
+    """One parsed turn.
 
-    `content` is the text outside well-formed calls, `tool_calls` a list of {"name", "arguments"}, `errors` one line
-    for everything that looks like a call and is none (its text stays in `content`: nothing is guessed or lost).
+    content     text outside well-formed calls
+    tool_calls  list of {"name", "arguments"}
+    errors      one line for each malformed call; its text stays in `content`
     """
 
     content: str = ""
@@ -31,22 +32,47 @@ class Parsed:
 
 
 @dataclass(frozen=True)
+class Ollama:
+    """How Ollama serves a format (finetune/export/ollama.py).
+
+    template      name of the Go template
+    call_start    text that starts a call; empty: a call starts with "{"
+    parser        one of Ollama's own parsers, when the Go template does not suffice to find calls
+    compact_json  JSON has no spaces after separators
+    stop          stop strings besides `end_of_turn`
+    refused       why Ollama cannot serve the format
+    """
+
+    template: str = ""
+    call_start: str = ""
+    parser: str | None = None
+    compact_json: bool = False
+    stop: tuple[str, ...] = ()
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
 class Format:
     """One chat format.
 
+    name              value of `--format`
     template          Jinja chat template, as `tokenizer.chat_template` takes it
     end_of_turn       strings that end an assistant turn; each must be one token of the tokenizer
-    control_tokens    strings with which the template structures a conversation: neutralised in every content
-    call_markers      strings that `parse` takes for a call: neutralised in assistant contents and arguments only
-    template_kwargs   variables passed to every rendering (pinned: dates, thinking); see `pinned_template`
-    read_calls        the module's `parse`: (text without end of turn, tools or None) -> Parsed
-    adapt             (format, tokenizer) -> format; chooses the variant that the tokenizer's model was trained with
-    thinking          template variable that switches reasoning on for a turn that has `reasoning_content`
-    reasoning         the template takes a lone `</think>` for the end of reasoning (the prompt may open it)
-    untyped           calls carry values without their type: 7 and "7" look alike, a server decides by the schema
-    tokens            strings that must be exactly one token each, besides end_of_turn
-    prepare           messages -> messages, before anything is rendered (Mistral: ids of nine characters)
-    vllm_parser       name for vLLM's --tool-call-parser, None when vLLM has none for it
+    control_tokens    strings with which the template structures a conversation; escaped in every content
+    call_markers      strings that `parse` reads as a call; escaped only where the assistant writes them
+    template_kwargs   variables passed to every rendering (dates, thinking); see `pinned_template`
+    read_calls        (text without end of turn, tools or None) -> Parsed; None: calls are not parsed
+    adapt             (format, tokenizer) -> the variant that the tokenizer's model was trained with
+    detect            (added tokens, chat template of a tokenizer or "") -> why `auto` chooses the format, or None
+    detect_order      `auto` asks formats in ascending order
+    thinking          template variable that enables reasoning for a turn that has `reasoning_content`
+    reasoning         a lone `</think>` ends reasoning, because the prompt may open it
+    untyped           calls carry values without their type: 7 and "7" look alike
+    has_tools         the template has a place for tools and calls
+    tokens            strings that must be exactly one token each, besides `end_of_turn`
+    prepare           messages -> messages, applied before rendering
+    vllm_parser       value of vLLM's --tool-call-parser; None: vLLM has none
+    ollama            how Ollama serves the format; None: it has no Go template
     """
 
     name: str
@@ -55,42 +81,44 @@ class Format:
     control_tokens: tuple[str, ...] = ()
     call_markers: tuple[str, ...] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    read_calls: Callable[..., Parsed] | None = None
+    read_calls: Callable[[str, list[dict] | None], Parsed] | None = None
     adapt: Callable[[Format, Any], Format] | None = None
+    detect: Callable[[Set[str], str], str | None] | None = None
+    detect_order: int = 100
     thinking: str | None = None
-    vllm_parser: str | None = None
     reasoning: bool = False
     untyped: bool = False
+    has_tools: bool = True
     tokens: tuple[str, ...] = ()
     prepare: Callable[[list[dict]], list[dict]] | None = None
+    vllm_parser: str | None = None
+    ollama: Ollama | None = None
 
     def parse(self, text: str, tools: list[dict] | None = None) -> Parsed:
-        """Read one generated turn; everything from the first end-of-turn string on is ignored.
+        """Parse one generated turn; everything from the first end-of-turn string on is ignored.
 
-        `tools` is only needed by formats that write values without their type (qwen-xml).
+        `tools` are only needed by `untyped` formats.
         """
         ends = [at for mark in self.end_of_turn if (at := text.find(mark)) >= 0]
-        if ends:
-            text = text[: min(ends)]
-        reasoning, text = split_reasoning(text, self.reasoning)
+        reasoning, text = split_reasoning(text[: min(ends, default=len(text))], self.reasoning)
         parsed = self.read_calls(text, tools) if self.read_calls else Parsed(content=text.strip())
         parsed.reasoning_content = reasoning
         return parsed
 
     def pinned_template(self) -> str:
-        """The template with its pinned variables baked in: renders the same when a server passes no variables.
+        """The template with `template_kwargs` as defaults: a server that passes no variables renders the same.
 
-        A variable that a caller does pass still wins.
+        A variable that a caller passes overrides its default.
         """
-        lines = [
+        # The template may start with text, so nothing but the newline after a block tag may be stripped.
+        defaults = [
             f"{{%- if {name} is not defined %}}{{%- set {name} = {_jinja_literal(value)} %}}{{%- endif %}}"
             for name, value in self.template_kwargs.items()
         ]
-        # A template's first output may be text: the block tags above strip nothing behind them but their own newline.
-        return "".join(lines) + self.template
+        return "".join(defaults) + self.template
 
     def pinned_in(self, template: str) -> dict[str, Any] | None:
-        """The variables that `pinned_template` has baked into `template`; None when that is another template."""
+        """The variables that `pinned_template` wrote into `template`; None when that is a different template."""
         if not self.template or not template.endswith(self.template):
             return None
         pins = _PIN.findall(template.removesuffix(self.template))
@@ -101,7 +129,7 @@ class Format:
         return found if replace(self, template_kwargs=found).pinned_template() == template else None
 
     def with_kwargs(self, **kwargs: Any) -> Format:
-        """The same format with some pinned variables replaced."""
+        """The same format with some template variables replaced."""
         return replace(self, template_kwargs={**self.template_kwargs, **kwargs})
 
 
@@ -110,30 +138,26 @@ _PIN = re.compile(r"\{%- if (\w+) is not defined %\}\{%- set \1 = (.*?) %\}\{%- 
 
 
 def _jinja_literal(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return json.dumps(value, ensure_ascii=False)
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def read_template(name: str) -> str:
-    """The Jinja file of a format of this package."""
-    return Path(__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8").removesuffix("\n")
+def read_template(module_file: str) -> str:
+    """The Jinja template beside a format's module: same file name, suffix .jinja."""
+    return Path(module_file).with_suffix(".jinja").read_text(encoding="utf-8").removesuffix("\n")
 
 
 def split_reasoning(text: str, lone_end: bool = False) -> tuple[str | None, str]:
-    """(reasoning, rest) of a turn that starts with `<think>…</think>`; (None, text) when it does not.
+    """(reasoning, rest) of a turn that starts with `<think>…</think>`; (None, text) otherwise.
 
-    With `lone_end` the opening tag may be missing: it belongs to the prompt of templates that start the answer so.
+    With `lone_end` the opening tag may be missing, because the prompt already contains it.
     """
     head, closing, tail = text.partition("</think>")
-    if not closing:
-        return None, text
     before, opening, reasoning = head.partition("<think>")
-    if opening and not before.strip():
+    if closing and opening and not before.strip():
         return reasoning.strip(), tail.lstrip("\n")
-    if lone_end and not opening:
+    if closing and lone_end and not opening:
         return head.strip(), tail.lstrip("\n")
-    return None, text  # somebody writes about tags
+    return None, text
 
 
 def place(index: int, role: str = "") -> str:
@@ -148,18 +172,18 @@ def call_of(tool_call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def clean_messages(messages: list[dict[str, Any]], fmt: Format | None = None) -> list[dict[str, Any]]:
-    """Messages as a template shall see them: no None, no empty `tool_calls`, no keys that only training knows.
+    """Messages as templates expect them: no None, no empty `tool_calls`, no `train`; text parts joined to one string.
 
-    Lists of text parts become one string. Raises FormatError for other contents.
+    Raises FormatError for other contents.
     """
     cleaned = []
     for index, message in enumerate(messages):
         copy = {key: value for key, value in message.items() if value is not None and key != "train"}
-        if not copy.get("tool_calls"):
-            copy.pop("tool_calls", None)
         copy["content"] = _as_text(copy.get("content", ""), index)
         if calls := copy.get("tool_calls"):
             copy["tool_calls"] = [_clean_call(call, index) for call in calls]
+        else:
+            copy.pop("tool_calls", None)
         cleaned.append(copy)
     return fmt.prepare(cleaned) if fmt is not None and fmt.prepare else cleaned
 
@@ -175,18 +199,17 @@ def _as_text(content: Any, index: int) -> str:
 
 
 def _clean_call(call: Mapping[str, Any], index: int) -> dict[str, Any]:
-    function = dict(call.get("function", call))
-    arguments = function.get("arguments", {})
+    function = call.get("function", call)
+    name, arguments = function.get("name"), function.get("arguments", {})
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
         except json.JSONDecodeError as error:
-            raise FormatError(f"{place(index)}: arguments of {function.get('name')!r} are no JSON: {error}") from error
-    if not isinstance(arguments, dict) or not isinstance(function.get("name"), str):
+            raise FormatError(f"{place(index)}: arguments of {name!r} are not valid JSON: {error}") from error
+    if not isinstance(arguments, dict) or not isinstance(name, str):
         raise FormatError(f"{place(index)}: a tool call needs a name and arguments that are a JSON object")
-    function = {"name": function["name"], "arguments": arguments}
     rest = {key: value for key, value in call.items() if key not in ("function", "name", "arguments", "type")}
-    return {"type": "function", **rest, "function": function}
+    return {"type": "function", **rest, "function": {"name": name, "arguments": arguments}}
 
 
 def render_messages(
@@ -197,25 +220,18 @@ def render_messages(
     add_generation_prompt: bool = False,
     **kwargs: Any,
 ) -> str:
-    """Text of clean messages, as `apply_chat_template` renders it for a server. Raises whatever the template raises."""
+    """Text of cleaned messages, exactly what `apply_chat_template` renders. Raises whatever the template raises."""
     variables = {**fmt.template_kwargs, **kwargs}
     return render_template(tokenizer, fmt.template, messages, tools or None, add_generation_prompt, **variables)
 
 
 def render(conversation: Mapping[str, Any], fmt: Format, tokenizer: Any, add_generation_prompt: bool = False) -> str:
-    """Text of a whole conversation {"messages", "tools"}; contents are taken as they are (nothing is escaped).
+    """Text of a conversation {"messages", "tools"}; contents are not escaped.
 
     Raises FormatError when the template cannot express the conversation.
     """
+    messages = clean_messages(conversation["messages"], fmt)
     try:
-        return render_messages(
-            clean_messages(conversation["messages"], fmt),
-            conversation.get("tools"),
-            fmt,
-            tokenizer,
-            add_generation_prompt,
-        )
-    except FormatError:
-        raise
+        return render_messages(messages, conversation.get("tools"), fmt, tokenizer, add_generation_prompt)
     except Exception as error:  # templates raise anything: TemplateError, TypeError, UndefinedError …
         raise FormatError(f"format {fmt.name} cannot express this conversation: {error}") from error

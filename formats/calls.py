@@ -1,79 +1,83 @@
-"""Reading calls out of text: the parts that several formats share."""
+"""Parsing calls: what several formats share. Functions raise ValueError with a one-line reason."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
 from formats.base import Parsed
 
+MAX_JSON_DEPTH = 64  # nested objects and lists: checks and templates recurse into them
+_TOO_DEEP = f"the JSON is nested deeper than {MAX_JSON_DEPTH} levels"
+_SPACE = " \t\r\n"
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+
+def _reject_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not valid JSON")
 
 
-def _finite(digits: str) -> float:
+def _finite_float(digits: str) -> float:
     number = float(digits)
     if not isfinite(number):
         raise ValueError(f"the number {digits[:40]} is too large")
     return number
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"duplicate key {key!r}")
     return value
 
 
-# For calls and for training rows: what two readers would read in two ways, or JSON has no word for, is an error.
-STRICT = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
-_SPACE = " \t\r\n"
-DEEPEST = 64  # levels of objects and lists: checks and templates walk them on Python's limited stack
+# For calls and for training rows: rejects what JSON does not have and what two parsers could read differently.
+STRICT = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_finite_float, object_pairs_hook=_unique_keys)
 
 
-def levels(value: Any) -> int:
-    """How deep objects and lists are nested."""
-    number, level = 0, [value]
+def json_depth(value: Any) -> int:
+    """How deep objects and lists are nested; not recursive, so that any depth can be measured."""
+    depth, level = 0, [value]
     while level:
-        number += 1
+        depth += 1
         level = [
             inner
             for outer in level
             for inner in (outer.values() if isinstance(outer, dict) else outer)
             if isinstance(inner, (dict, list))
         ]
-    return number
+    return depth
 
 
-def _usable(value: Any, text: str) -> Any:
-    if text.count("{") + text.count("[") > DEEPEST and isinstance(value, (dict, list)) and levels(value) > DEEPEST:
-        raise ValueError(f"the JSON is nested deeper than {DEEPEST} levels")
-    if "\\u" in text:
-        refuse_halves(value)
-    return value
-
-
-def refuse_halves(value: Any) -> None:
-    """ValueError when a string in `value` holds half a surrogate pair (\\ud83d alone): no file or page can show it."""
+def reject_lone_surrogates(value: Any) -> None:
+    """Raise ValueError when a string in `value` holds a lone surrogate (\\ud83d), which UTF-8 cannot encode."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError("half of a surrogate pair, which is no character") from error
+        raise ValueError("a lone surrogate (half of a \\u pair) is not a character") from error
+
+
+def _checked(value: Any, text: str) -> Any:
+    brackets = text.count("{") + text.count("[")
+    if brackets > MAX_JSON_DEPTH and isinstance(value, (dict, list)) and json_depth(value) > MAX_JSON_DEPTH:
+        raise ValueError(_TOO_DEEP)
+    if "\\u" in text:
+        reject_lone_surrogates(value)
+    return value
 
 
 def skip_space(text: str, at: int) -> int:
-    """The first position from `at` on that is no JSON whitespace."""
+    """The first position >= `at` that is not JSON white space."""
     while at < len(text) and text[at] in _SPACE:
         at += 1
     return at
 
 
 def read_json(text: str, at: int) -> tuple[Any, int]:
-    """(value, position behind it) of the JSON object or list at `at`. Raises ValueError with a one-line reason."""
+    """(value, end position) of the JSON object or list at `at`."""
     at = skip_space(text, at)
     if at >= len(text):
         raise ValueError("the text ends where JSON should start")
@@ -84,22 +88,22 @@ def read_json(text: str, at: int) -> tuple[Any, int]:
     except json.JSONDecodeError as error:
         if error.pos >= len(text) or error.msg.startswith("Unterminated"):
             raise ValueError("the JSON is cut off") from error
-        raise ValueError(f"wrong JSON: {error.msg} at character {error.pos}") from error
+        raise ValueError(f"invalid JSON: {error.msg} at character {error.pos}") from error
     except RecursionError as error:
-        raise ValueError(f"the JSON is nested deeper than {DEEPEST} levels") from error
-    return _usable(value, text[at:end]), end
+        raise ValueError(_TOO_DEEP) from error
+    return _checked(value, text[at:end]), end
 
 
 def read_value(text: str) -> Any:
-    """The JSON value that the whole of `text` is. Raises ValueError."""
+    """The JSON value that `text` consists of."""
     try:
-        return _usable(STRICT.decode(text), text)
+        return _checked(STRICT.decode(text), text)
     except RecursionError as error:
-        raise ValueError(f"the JSON is nested deeper than {DEEPEST} levels") from error
+        raise ValueError(_TOO_DEEP) from error
 
 
 def read_arguments(text: str, at: int, name: str) -> tuple[dict[str, Any], int]:
-    """(arguments, position behind them) of the call of `name` whose JSON object stands at `at`."""
+    """(arguments, end position) of the call of `name` whose JSON object starts at `at`."""
     if not name.strip():
         raise ValueError("the function has no name")
     value, end = read_json(text, at)
@@ -108,8 +112,18 @@ def read_arguments(text: str, at: int, name: str) -> tuple[dict[str, Any], int]:
     return value, end
 
 
+def read_named_call(text: str, at: int, separator: str) -> tuple[dict[str, Any], int]:
+    """(call, end position) of a name, `separator` and a JSON object of arguments."""
+    close = text.find(separator, at)
+    if close < 0:
+        raise ValueError("the function's name is cut off")
+    name = text[at:close]
+    arguments, end = read_arguments(text, close + len(separator), name)
+    return {"name": name, "arguments": arguments}, end
+
+
 def call_from_object(value: Any, *keys: str) -> dict[str, Any]:
-    """{"name", "arguments"} of a decoded call object whose arguments stand under one of `keys`."""
+    """{"name", "arguments"} of a decoded call object that has its arguments under one of `keys`."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"].strip():
         raise ValueError('a call must be an object with a "name"')
     for key in keys:
@@ -118,12 +132,16 @@ def call_from_object(value: Any, *keys: str) -> dict[str, Any]:
     raise ValueError(f'call of {value["name"]!r} has no object "{keys[0]}"')
 
 
-def read_tagged(text: str, opening: str, closing: str, read_body) -> Parsed:
+def call_error(parsed: Parsed, error: Exception) -> str:
+    """The error line of the call that follows those in `parsed`."""
+    return f"call {len(parsed.tool_calls) + len(parsed.errors) + 1}: {error}"
+
+
+def read_tagged(text: str, opening: str, closing: str, read_body: Callable[[str, int], tuple[Any, int]]) -> Parsed:
     """Calls between `opening` and `closing` (which may be empty) anywhere in `text`.
 
-    `read_body(text, at)` reads one call behind an opening tag and returns (call, position behind it), or raises
-    ValueError; the closing tag must follow. Searching goes on behind a broken call's closing tag, or its opening
-    tag when it has none.
+    `read_body(text, at)` returns (call, end position) of one call after its opening tag, or raises ValueError. After
+    a malformed call, parsing continues after its closing tag, or at the next opening tag if that comes first.
     """
     parsed, kept, at = Parsed(), [], 0
     last_close = text.rfind(closing)
@@ -131,22 +149,21 @@ def read_tagged(text: str, opening: str, closing: str, read_body) -> Parsed:
         kept.append(text[at:start])
         try:
             call, end = read_body(text, start + len(opening))
-            if not text.startswith(closing, end):  # which may itself begin with white space
+            if not text.startswith(closing, end):  # the closing tag may itself start with white space
                 end = skip_space(text, end)
             if not text.startswith(closing, end):
                 raise ValueError(f"{closing} is missing" if end >= len(text) else f"text before {closing}")
         except ValueError as error:
-            parsed.errors.append(f"call {len(parsed.tool_calls) + len(parsed.errors) + 1}: {error}")
+            parsed.errors.append(call_error(parsed, error))
             close = text.find(closing, start) if closing and start <= last_close else -1
             reopen = text.find(opening, start + len(opening))
-            end = len(text) if close < 0 else close + len(closing)
-            if 0 <= reopen < end:
-                end = reopen
-            kept.append(text[start:end])
-            at = end
-            continue
-        parsed.tool_calls.append(call)
-        at = end + len(closing)
+            at = len(text) if close < 0 else close + len(closing)
+            if 0 <= reopen < at:
+                at = reopen
+            kept.append(text[start:at])
+        else:
+            parsed.tool_calls.append(call)
+            at = end + len(closing)
     kept.append(text[at:])
     parsed.content = "".join(kept).strip()
     return parsed
@@ -164,16 +181,7 @@ def parse_hermes(text: str, tools: list[dict] | None = None) -> Parsed:
 
 def parse_function_tag(text: str, tools: list[dict] | None = None) -> Parsed:
     """`<function=NAME>{…}</function>`, any number of them, text around them."""
-
-    def body(source: str, at: int) -> tuple[dict[str, Any], int]:
-        close = source.find(">", at)
-        if close < 0:
-            raise ValueError("the function's name is cut off")
-        name = source[at:close]
-        arguments, end = read_arguments(source, close + 1, name)
-        return {"name": name, "arguments": arguments}, end
-
-    return read_tagged(text, "<function=", "</function>", body)
+    return read_tagged(text, "<function=", "</function>", lambda source, at: read_named_call(source, at, ">"))
 
 
 def read_call_list(text: str, opening: str, closing: str) -> Parsed:
@@ -186,5 +194,6 @@ def read_call_list(text: str, opening: str, closing: str) -> Parsed:
         return [call_from_object(item, "arguments", "parameters") for item in value], end
 
     parsed = read_tagged(text, opening, closing, body)
-    parsed.tool_calls = [call for calls in parsed.tool_calls for call in calls]
+    lists: list[Any] = parsed.tool_calls
+    parsed.tool_calls = [call for calls in lists for call in calls]
     return parsed

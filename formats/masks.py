@@ -1,35 +1,34 @@
-"""The one file that writes labels.
+"""The only file that writes labels.
 
-A mask is never searched for. For the assistant turn at index i
+Masks are not found by searching. For the assistant turn at index i
 
     prompt = what a server feeds:  render(messages[:i], tools, add_generation_prompt=True)
     upto   = render(messages[:i + 1], tools)
 
-and the trained text is what `upto` has behind `prompt`, up to and including the end-of-turn token. The ids in front of
-it are the ids of `prompt`, so training and serving see the same tokens. Where a template renders the past differently
-once the conversation goes on (hybrid reasoning, tools at the last user turn), the sequence is closed and a new one is
-started: a conversation becomes several sequences, each exactly as served.
+and the trained text is what `upto` adds to `prompt`, up to and including the end-of-turn token. The ids before it are
+the ids of `prompt`, so training and serving see the same tokens. Where a template renders past turns differently later
+on (hybrid reasoning, tools at the last user turn), the sequence is closed and a new one is started: a conversation
+becomes several sequences, each exactly as served.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from formats.base import Format, FormatError, clean_messages, place, render_messages
 from formats.escape import escape_conversation
 from formats.losses import lost_in_answer, lost_in_prompt
-from formats.rendering import JsonOnce
 from formats.roles import token_roles
-from formats.tokens import Tokenized, Tokens, check_tokenizer, tokens_of
+from formats.tokens import Tokenized, check_tokenizer, tokens_of
 
-IGNORED = -100
+IGNORE_INDEX = -100  # label of a token that is not trained; PyTorch's default
 
 
 @dataclass
 class Sequence:
-    """One row for the trainer: `input_ids` and `labels` (the id where trained, else -100), equally long, unshifted."""
+    """One row for the trainer: `input_ids` and `labels` (the id where trained, else IGNORE_INDEX), not shifted."""
 
     text: str
     input_ids: list[int]
@@ -42,8 +41,8 @@ class Encoded:
     """A conversation's sequences, or the reason why there are none.
 
     status      "ok" (one sequence), "split" (several, the template does not keep its prefix), "refused" (none)
-    escaped     number of control strings neutralised in the contents
-    warnings    what the template legitimately leaves out (reasoning it has no place for)
+    escaped     number of control strings escaped in the contents
+    warnings    what the template legitimately omits (reasoning that it has no place for)
     """
 
     status: str
@@ -51,10 +50,6 @@ class Encoded:
     sequences: list[Sequence] = field(default_factory=list)
     escaped: int = 0
     warnings: list[str] = field(default_factory=list)
-
-
-class _Refusal(Exception):
-    pass
 
 
 def encode(
@@ -73,26 +68,24 @@ def encode(
     """
     if train_on not in ("all", "last"):
         raise FormatError(f"train_on must be all or last, not {train_on!r}")
-    tokens = tokens_of(tokenizer)
-    ends = _end_ids(tokens, fmt)
+    ends = _end_ids(tokenizer, fmt)
+    turns = _trained_turns(conversation["messages"], train_on)
+    escaped = 0
     try:
         messages = clean_messages(conversation["messages"], fmt)
         tools = list(conversation.get("tools") or [])
-        messages, tools, found = escape_conversation(messages, tools, tokenizer, fmt, control_tokens, tokens=tokens)
+        messages, tools, found = escape_conversation(messages, tools, tokenizer, fmt, control_tokens)
+        escaped = len(found)
+        if not turns:
+            raise FormatError("no assistant message to train")
+        encoder = _Encoder(messages, tools, tokenizer, fmt, ends, check_spelling=control_tokens == "escape")
+        sequences = encoder.encode(turns)
     except FormatError as error:
-        return Encoded("refused", str(error))
-    turns = _trained_turns(conversation["messages"], train_on)
-    if not turns:
-        return Encoded("refused", "no assistant message to train", escaped=len(found))
-    warnings: list[str] = []
-    try:
-        with JsonOnce(tools):
-            sequences = _sequences(messages, tools, turns, tokens, fmt, ends, warnings, control_tokens == "escape")
-    except _Refusal as refusal:
-        return Encoded("refused", str(refusal), escaped=len(found))
-    status = "ok" if len(sequences) == 1 else "split"
-    reason = None if status == "ok" else f"the template changes earlier turns: {len(sequences)} sequences"
-    return Encoded(status, reason, sequences, len(found), warnings)
+        return Encoded("refused", str(error), escaped=escaped)
+    if len(sequences) == 1:
+        return Encoded("ok", None, sequences, escaped, encoder.warnings)
+    reason = f"the template changes earlier turns: {len(sequences)} sequences"
+    return Encoded("split", reason, sequences, escaped, encoder.warnings)
 
 
 def encode_prompt(
@@ -103,27 +96,25 @@ def encode_prompt(
     *,
     control_tokens: str = "escape",
 ) -> list[int]:
-    """Ids a server feeds before the model answers `messages`; the contents are neutralised as in training.
+    """Ids that a server feeds before the model answers `messages`; the contents are escaped as in training.
 
-    Raises FormatError when the template cannot express the messages, or loses one of them.
+    Raises FormatError when the template cannot express the messages, or drops one of them.
     """
     cleaned, tools, _ = escape_conversation(
         clean_messages(messages, fmt), list(tools or []), tokenizer, fmt, control_tokens
     )
-    try:
-        text = _prompt(cleaned, tools, fmt, tokenizer)
-        if lost := lost_in_prompt(cleaned, tools, text, fmt, tokenizer):
-            raise _Refusal(lost)
-    except _Refusal as refusal:
-        raise FormatError(str(refusal)) from refusal
-    return list(tokens_of(tokenizer).ids(text))
+    text = _prompt(cleaned, tools, fmt, tokenizer)
+    if lost := lost_in_prompt(cleaned, tools, text, fmt, tokenizer):
+        raise FormatError(lost)
+    return list(tokens_of(tokenizer).tokenized(text).ids)
 
 
-def _end_ids(tokens: Tokens, fmt: Format) -> set[int]:
+def _end_ids(tokenizer: Any, fmt: Format) -> set[int]:
+    known = tokens_of(tokenizer).end_ids
     key = (fmt.name, fmt.end_of_turn, fmt.tokens)
-    if key not in tokens.end_ids:
-        tokens.end_ids[key] = set(check_tokenizer(tokens.tokenizer, fmt))
-    return tokens.end_ids[key]
+    if key not in known:
+        known[key] = set(check_tokenizer(tokenizer, fmt))
+    return known[key]
 
 
 def _trained_turns(messages: list[dict[str, Any]], train_on: str) -> list[int]:
@@ -133,131 +124,138 @@ def _trained_turns(messages: list[dict[str, Any]], train_on: str) -> list[int]:
     return [index for index in turns if messages[index].get("train", True) is not False]
 
 
-def _sequences(
-    messages: list[dict],
-    tools: list[dict],
-    turns: list[int],
-    tokens: Tokens,
-    fmt: Format,
-    ends: set[int],
-    warnings: list[str],
-    spelled: bool,
-) -> list[Sequence]:
-    """With `spelled` a control token that no text spells refuses the row: no content may have become one."""
-    sequences: list[Sequence] = []
-    placed = None  # the open sequence's tokens and their places in its text
-    last, served = -1, fmt
-    for index in turns:
-        prompt, upto, completion, kwargs = _turn(messages, tools, index, tokens.tokenizer, fmt, warnings)
-        prompt_tokens = tokens.tokenized(prompt, placed)
-        whole = tokens.continued(prompt, completion, prompt_tokens)
-        prompt_ids = prompt_tokens.ids
-        answer_ids = whole.ids[len(prompt_ids) :]
-        if not answer_ids or answer_ids[-1] not in ends:
-            raise _Refusal(f"{place(index, 'assistant')}: its last token is not the end of the turn")
-        if spelled and whole.stray:
-            raise _Refusal(f"a content turns into the control token {whole.stray[0]} although it does not spell it")
-        done = sequences[-1] if sequences else None
-        if done is not None and prompt_ids[: len(done.input_ids)] == done.input_ids:
-            labels = done.labels + [IGNORED] * (len(prompt_ids) - len(done.labels))
-        else:
-            if done is not None:
-                done.roles = token_roles(done.text, placed, messages[: last + 1], tools, served, tokens.tokenizer)
-            done = Sequence("", [], [])
-            sequences.append(done)
-            labels = [IGNORED] * len(prompt_ids)
-        done.text = prompt + completion
-        done.input_ids = whole.ids
-        done.labels = labels + answer_ids
-        placed = whole
-        last, served = index, fmt.with_kwargs(**kwargs) if kwargs else fmt
-    done = sequences[-1]
-    text = upto if last == len(messages) - 1 else _all(messages, tools, tokens.tokenizer, served)
-    placed, last = _append_tail(done, placed, last, text, tokens, len(messages))
-    if spelled and placed.stray:
-        raise _Refusal(f"a content turns into the control token {placed.stray[0]} although it does not spell it")
-    done.roles = token_roles(done.text, placed, messages[: last + 1], tools, served, tokens.tokenizer)
-    return sequences
+class _Turn(NamedTuple):
+    """An assistant turn: `upto` starts with `prompt + completion`; `fmt` has the variables it was rendered with."""
+
+    prompt: str
+    completion: str
+    upto: str
+    fmt: Format
 
 
-def _append_tail(
-    sequence: Sequence, placed: Tokenized, last: int, text: str | None, tokens: Tokens, count: int
-) -> tuple[Tokenized, int]:
-    """Add, untrained, what the whole conversation's text has behind the last trained turn (a newline, later turns).
+@dataclass
+class _Encoder:
+    """Encodes one conversation, whose messages are cleaned and escaped.
 
-    Returns the tokens and the number of the last of its `count` messages that the sequence now holds.
+    check_spelling  refuse the row when a token sequence has a control token that its text does not spell
     """
-    if text is None or text == sequence.text or not text.startswith(sequence.text):
-        return placed, last
-    whole = tokens.tokenized(text, placed)
-    if whole.ids[: len(sequence.input_ids)] != sequence.input_ids:
-        return placed, last
-    sequence.text = text
-    sequence.labels = sequence.labels + [IGNORED] * (len(whole.ids) - len(sequence.labels))
-    sequence.input_ids = whole.ids
-    return whole, count - 1
+
+    messages: list[dict]
+    tools: list[dict]
+    tokenizer: Any
+    fmt: Format
+    ends: set[int]
+    check_spelling: bool
+    warnings: list[str] = field(default_factory=list)
+
+    def encode(self, turns: list[int]) -> list[Sequence]:
+        """The sequences that train the assistant messages `turns`. Raises FormatError with the reason of refusal."""
+        tokens = tokens_of(self.tokenizer)
+        sequences: list[Sequence] = []
+        tokenized, turn, last = Tokenized(), None, -1
+        for index in turns:
+            previous, previous_tokenized, previous_index = turn, tokenized, last
+            turn, last = self._turn(index), index
+            prompt_ids = tokens.tokenized(turn.prompt).ids
+            tokenized = tokens.continued(turn.prompt, turn.completion, prompt_ids)
+            answer_ids = tokenized.ids[len(prompt_ids) :]
+            if not answer_ids or answer_ids[-1] not in self.ends:
+                raise FormatError(f"{place(index, 'assistant')}: its last token is not the end of the turn")
+            self._check_spelling(tokenized)
+            labels: list[int] = []
+            if previous is not None:
+                if prompt_ids[: len(sequences[-1].input_ids)] == sequences[-1].input_ids:
+                    labels = sequences.pop().labels
+                else:
+                    self._add_roles(sequences[-1], previous_tokenized, previous_index, previous.fmt)
+            labels = labels + [IGNORE_INDEX] * (len(prompt_ids) - len(labels)) + answer_ids
+            sequences.append(Sequence(turn.prompt + turn.completion, tokenized.ids, labels))
+        assert turn is not None
+        last, tokenized = self._append_rest(sequences[-1], turn, last, tokenized)
+        self._check_spelling(tokenized)
+        self._add_roles(sequences[-1], tokenized, last, turn.fmt)
+        return sequences
+
+    def _append_rest(self, sequence: Sequence, turn: _Turn, last: int, tokenized: Tokenized) -> tuple[int, Tokenized]:
+        """Append, untrained, what the complete conversation has after the last trained turn: a newline, later turns.
+
+        Returns the index of the last message that the sequence now contains, and its tokens.
+        """
+        text, end = turn.upto, len(self.messages) - 1
+        if last != end:
+            try:
+                text = render_messages(self.messages, self.tools, turn.fmt, self.tokenizer)
+            except Exception:  # later turns that the template cannot render are not needed
+                return last, tokenized
+        if text == sequence.text or not text.startswith(sequence.text):
+            return last, tokenized
+        complete = tokens_of(self.tokenizer).tokenized(text)
+        trained = len(sequence.input_ids)
+        if complete.ids[:trained] != sequence.input_ids:
+            return last, tokenized
+        sequence.text, sequence.input_ids = text, complete.ids
+        sequence.labels = sequence.labels + [IGNORE_INDEX] * (len(complete.ids) - trained)
+        return end, complete
+
+    def _check_spelling(self, tokenized: Tokenized) -> None:
+        if self.check_spelling and tokenized.unspelled:
+            raise FormatError(
+                f"a content becomes the control token {tokenized.unspelled[0]} although it does not spell it"
+            )
+
+    def _add_roles(self, sequence: Sequence, tokenized: Tokenized, last: int, fmt: Format) -> None:
+        messages = self.messages[: last + 1]
+        sequence.roles = token_roles(sequence.text, tokenized, messages, self.tools, fmt, self.tokenizer)
+
+    def _turn(self, index: int) -> _Turn:
+        """The assistant turn at `index`. Raises FormatError when it cannot be trained."""
+        where = place(index, "assistant")
+        past, answer = self.messages[:index], self.messages[index]
+        problem = ""
+        for fmt in _thinking_modes(answer, self.fmt):
+            prompt = _prompt(past, self.tools, fmt, self.tokenizer)
+            try:
+                upto = render_messages(self.messages[: index + 1], self.tools, fmt, self.tokenizer)
+            except Exception as error:
+                raise FormatError(f"{where}: format {fmt.name} cannot express it: {error}") from error
+            if not upto.startswith(prompt):
+                problem = f"{where}: the template does not render it after the prompt that a server feeds"
+                continue
+            completion = upto[len(prompt) :]
+            end = max((at + len(mark) for mark in fmt.end_of_turn if (at := completion.rfind(mark)) >= 0), default=0)
+            if not end:
+                problem = f"{where}: the template renders no end of turn after it"
+                continue
+            completion = completion[:end]
+            lost, warning = lost_in_answer(answer, completion, self.tools, fmt)
+            if lost:
+                problem = f"{where}: {lost}"
+                continue
+            if lost := lost_in_prompt(past, self.tools, prompt, self.fmt, self.tokenizer):
+                raise FormatError(lost)
+            if warning:
+                self.warnings.append(f"{where}: {warning}")
+            return _Turn(prompt, completion, upto, fmt)
+        raise FormatError(problem)
 
 
-def _all(messages: list[dict], tools: list[dict], tokenizer: Any, fmt: Format) -> str | None:
-    try:
-        return render_messages(messages, tools, fmt, tokenizer)
-    except Exception:  # what cannot be rendered behind the last trained turn is not needed
-        return None
-
-
-def _prompt(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any, **kwargs: Any) -> str:
+def _prompt(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any) -> str:
     if not messages:
-        raise _Refusal(
+        raise FormatError(
             f"{place(0, 'assistant')}: nothing comes before it, so no server ever generates it; "
             'set "train": false on it'
         )
     try:
-        return render_messages(messages, tools, fmt, tokenizer, add_generation_prompt=True, **kwargs)
+        return render_messages(messages, tools, fmt, tokenizer, add_generation_prompt=True)
     except Exception as error:  # templates raise anything: TemplateError, TypeError, UndefinedError …
         where = f"{place(len(messages) - 1)} and those before it"
-        raise _Refusal(f"{where}: format {fmt.name} cannot express them: {error}") from error
+        raise FormatError(f"{where}: format {fmt.name} cannot express them: {error}") from error
 
 
-def _turn(
-    messages: list[dict], tools: list[dict], index: int, tokenizer: Any, fmt: Format, warnings: list[str]
-) -> tuple[str, str, str, dict[str, Any]]:
-    """(prompt, upto, completion, variables) of the assistant turn at `index`.
-
-    Raises _Refusal when it cannot be trained.
-    """
-    where = place(index, "assistant")
-    answer = messages[index]
-    problem = ""
-    for kwargs in _thinking_modes(answer, fmt):
-        prompt = _prompt(messages[:index], tools, fmt, tokenizer, **kwargs)
-        try:
-            upto = render_messages(messages[: index + 1], tools, fmt, tokenizer, **kwargs)
-        except Exception as error:
-            raise _Refusal(f"{where}: format {fmt.name} cannot express it: {error}") from error
-        if not upto.startswith(prompt):
-            problem = f"{where}: the template does not render it behind the prompt a server feeds"
-            continue
-        completion = upto[len(prompt) :]
-        end = max((at + len(mark) for mark in fmt.end_of_turn if (at := completion.rfind(mark)) >= 0), default=0)
-        if not end:
-            problem = f"{where}: the template renders no end of turn behind it"
-            continue
-        completion = completion[:end]
-        lost, note = lost_in_answer(answer, completion, prompt, tools, fmt)
-        if lost:
-            problem = f"{where}: {lost}"
-            continue
-        if lost := lost_in_prompt(messages[:index], tools, prompt, fmt, tokenizer):
-            raise _Refusal(lost)
-        if note:
-            warnings.append(f"{where}: {note}")
-        return prompt, upto, completion, kwargs
-    raise _Refusal(problem)
-
-
-def _thinking_modes(answer: dict, fmt: Format) -> list[dict[str, Any]]:
-    """Variables to try, in order. A turn with reasoning is served with thinking switched on, others as pinned."""
+def _thinking_modes(answer: dict, fmt: Format) -> list[Format]:
+    """Variants to try in order: a turn with reasoning is served with thinking on, others as `template_kwargs` say."""
     if fmt.thinking is None:
-        return [{}]
+        return [fmt]
+    thinking = fmt.with_kwargs(**{fmt.thinking: True})
     reasons = bool(answer.get("reasoning_content")) or "</think>" in answer["content"]
-    return [{fmt.thinking: True}] if reasons else [{}, {fmt.thinking: True}]
+    return [thinking] if reasons else [fmt, thinking]

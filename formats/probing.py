@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 USER = {"role": "user", "content": "wq0zk"}
+CALL_NAME = "fq0zk"
+
+
+def call_message(arguments: dict[str, Any] | None = None, call_id: str = "callid000") -> dict[str, Any]:
+    """An assistant message with one call of CALL_NAME."""
+    call = {"type": "function", "id": call_id, "function": {"name": CALL_NAME, "arguments": arguments or {}}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def own_text(tokenizer: Any, messages: list[dict], **kwargs: Any) -> str | None:
-    """The own template's rendering of `messages`, None where it raises or there is no template."""
+    """The own template's rendering of `messages`; None where it raises or there is no template."""
     if not tokenizer.chat_template:
         return None
     try:
@@ -17,16 +24,15 @@ def own_text(tokenizer: Any, messages: list[dict], **kwargs: Any) -> str | None:
         return None
 
 
-def default_system(tokenizer: Any, opening: str, closing: str) -> str:
-    """The system text that the own template puts before a conversation without one, "" for none."""
-    text = own_text(tokenizer, [USER]) or ""
-    before = text.partition(USER["content"])[0]
-    _, found, rest = before.partition(opening)
-    return rest.partition(closing)[0] if found and closing in rest else ""
+def default_system(tokenizer: Any, **kwargs: Any) -> str:
+    """The system text that a ChatML template adds to a conversation without one, "" for none."""
+    before = (own_text(tokenizer, [USER], **kwargs) or "").partition(USER["content"])[0]
+    rest = before.partition("<|im_start|>system\n")[2]
+    return rest.partition("<|im_end|>")[0] if "<|im_end|>" in rest else ""
 
 
 def thinks(tokenizer: Any) -> bool:
-    """True when the own template's prompt depends on `enable_thinking`."""
+    """Whether the own template's prompt depends on `enable_thinking`."""
     prompts = [
         own_text(tokenizer, [USER], add_generation_prompt=True, enable_thinking=value) for value in (True, False)
     ]

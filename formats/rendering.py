@@ -1,69 +1,61 @@
-"""Rendering through `apply_chat_template`'s own rules, without writing the same JSON over and over.
+"""Rendering exactly as `apply_chat_template` does, but faster.
 
-A conversation is rendered twice for every answer, and each time a template writes all tools as JSON again. Here the
-template is compiled with the very settings of Transformers, while a `JsonOnce` is in force every object is written
-once, and `KnownTools` keep their JSON from one conversation to the next. The first renderings of every template are
-compared with `apply_chat_template`; a template or tokenizer for which one differs is rendered by that call alone from
-then on.
+A conversation is rendered twice for every answer. Templates are compiled once with the settings of Transformers, and
+`CachedTools` keep the JSON that templates write of them. The first renderings of every template are compared with
+`apply_chat_template`; a template or tokenizer for which one differs is rendered by that method from then on.
 """
 
 from __future__ import annotations
 
 import json
 import weakref
-from contextvars import ContextVar
 from datetime import datetime
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-PROOFS = 16  # renderings of every template that are compared
+if TYPE_CHECKING:
+    from jinja2 import Environment, Template
 
-_WRITTEN: ContextVar[dict[tuple, tuple[str, Any]] | None] = ContextVar("written", default=None)
+COMPARED_RENDERINGS = 16  # per template
 
 
-class KnownTools(list):
-    """Tools shared by all conversations that carry the same ones; never changed.
+class CachedDict(dict):
+    """A dict that is never changed; `written` holds the JSON that templates wrote of it, by `tojson`'s options."""
 
-    text      their JSON, which tells them from others
-    written   what templates wrote of them, filled by the first conversation
-    """
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.written: dict[tuple, str] = {}
+
+
+class CachedTools(list):
+    """Tools shared by all conversations that carry the same ones, and their JSON as `text`; never changed."""
 
     def __init__(self, tools: list[dict], text: str) -> None:
-        super().__init__(tools)
+        super().__init__(CachedDict({key: _cached(value) for key, value in tool.items()}) for tool in tools)
         self.text = text
-        self.written: dict[tuple, tuple[str, Any]] = {}
+        self.written: dict[tuple, str] = {}
 
 
-class JsonOnce:
-    """While this context is open nobody changes messages and tools, so the JSON of an object stays what it is."""
-
-    def __init__(self, tools: list[dict]) -> None:
-        self._tools = tools if isinstance(tools, KnownTools) else None
-
-    def __enter__(self) -> None:
-        self._written = dict(self._tools.written) if self._tools is not None else {}
-        self._token = _WRITTEN.set(self._written)
-
-    def __exit__(self, *_: Any) -> None:
-        _WRITTEN.reset(self._token)
-        if self._tools is not None and not self._tools.written:
-            own = {id(self._tools)}
-            for tool in self._tools:
-                own |= {id(tool), *map(id, tool.values())}
-            kept = {key: entry for key, entry in self._written.items() if id(entry[1]) in own}
-            self._tools.written.update(kept)
+def _cached(value: Any) -> Any:
+    return CachedDict(value) if isinstance(value, dict) else value
 
 
-def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """Transformers' filter of this name (`transformers.utils.chat_template_utils`)."""
-    written = _WRITTEN.get()
-    if written is None or not isinstance(value, (dict, list)):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    key = (id(value), ensure_ascii, indent, separators and tuple(separators), sort_keys)
-    if key not in written:
-        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-        written[key] = (text, value)  # the object is kept, so that no other one gets its id
-    return written[key][0]
+    options = (ensure_ascii, indent, separators and tuple(separators), sort_keys)
+    written = getattr(value, "written", None)
+    if written is not None and options in written:
+        return written[options]
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    if written is not None:
+        written[options] = text
+    return text
 
 
 def _raise_exception(message: str) -> None:
@@ -72,102 +64,73 @@ def _raise_exception(message: str) -> None:
     raise TemplateError(message)
 
 
-class _Compiled:
-    """One template under one tokenizer: compiled here, or None when only `apply_chat_template` will do."""
-
-    def __init__(self, tokenizer: Any, template: str) -> None:
-        self.proofs = PROOFS
-        own = getattr(type(tokenizer), "apply_chat_template", None)
-        usual = getattr(own, "__module__", "") == "transformers.tokenization_utils_base"
-        self.template = _compile(template) if usual else None
-
-
 @cache
-def _environment_class() -> type:
-    from jinja2.runtime import LoopContext
+def _environment() -> Environment:
+    from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
 
-    of_dicts = frozenset(dir(dict))
-    plain = frozenset((str, int, float, bool, dict, list, tuple))
-
-    class Environment(ImmutableSandboxedEnvironment):
-        """The sandbox, with a short way for what chat templates do thousands of times: `message.role`, `loop.first`.
-
-        Everything else goes the sandbox's own way; the short way gives what that one would.
-        """
-
+    class FastEnvironment(ImmutableSandboxedEnvironment):
         def getattr(self, obj: Any, attribute: str) -> Any:
-            kind = type(obj)
-            if kind is dict:
-                # No attribute of a dict has this name, so the sandbox would look for a key.
-                if attribute in obj and attribute not in of_dicts:
-                    return obj[attribute]
-            elif (kind is Namespace or kind is LoopContext) and not attribute.startswith("_"):
-                value = getattr(obj, attribute, None)
-                if type(value) in plain:  # no method that the sandbox would have to wrap
-                    return value
+            # `message.role`: the sandbox looks for a key as well when the object has no attribute of this name.
+            if isinstance(obj, dict) and attribute in obj and not hasattr(obj, attribute):
+                return obj[attribute]
             return super().getattr(obj, attribute)
 
-    return Environment
-
-
-def _compile(template: str) -> Any:
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import loopcontrols
-
-    environment = _environment_class()(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = FastEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _compile(template: str) -> Template | None:
+    from jinja2.exceptions import TemplateError
+
     try:
-        return environment.from_string(template)
-    except TemplateError:  # {% generation %} and whatever else only Transformers' own environment knows
+        return _environment().from_string(template)
+    except TemplateError:  # {% generation %} and whatever else only Transformers' own environment has
         return None
 
 
-_KNOWN: weakref.WeakKeyDictionary[Any, dict[str, _Compiled]] = weakref.WeakKeyDictionary()
+class _Renderer:
+    """One template of one tokenizer; `template` is None when only `apply_chat_template` renders it correctly."""
+
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        self.comparisons_left = COMPARED_RENDERINGS
+        method = getattr(type(tokenizer), "apply_chat_template", None)
+        overridden = getattr(method, "__module__", "") != "transformers.tokenization_utils_base"
+        self.template = None if overridden else _compile(template)
+
+
+_RENDERERS: weakref.WeakKeyDictionary[Any, dict[str, _Renderer]] = weakref.WeakKeyDictionary()
 
 
 def render_template(
-    tokenizer: Any, template: str, messages: list[dict], tools: list[dict] | None, add_generation_prompt: bool, **kwargs
+    tokenizer: Any,
+    template: str,
+    messages: list[dict],
+    tools: list[dict] | None,
+    add_generation_prompt: bool,
+    **kwargs: Any,
 ) -> str:
     """The text of `tokenizer.apply_chat_template(…, tokenize=False)`. Raises whatever the template raises."""
+    arguments = {"tools": tools, "add_generation_prompt": add_generation_prompt, **kwargs}
+    renderers = _RENDERERS.setdefault(tokenizer, {})
+    if template not in renderers:
+        renderers[template] = _Renderer(tokenizer, template)
+    renderer = renderers[template]
 
-    def served() -> str:
-        return tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            chat_template=template,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-            **kwargs,
-        )
-
-    compiled = _KNOWN.setdefault(tokenizer, {})
-    if template not in compiled:
-        compiled[template] = _Compiled(tokenizer, template)
-    known = compiled[template]
-    if known.template is None or not messages:
-        return served()
-    if not known.proofs:
-        return _own(known, tokenizer, messages, tools, add_generation_prompt, kwargs)
-    text = served()
-    known.proofs -= 1
-    try:
-        alike = _own(known, tokenizer, messages, tools, add_generation_prompt, kwargs) == text
-    except Exception:  # templates raise anything
-        alike = False
-    if not alike:
-        known.template = None
+    compiled = renderer.template if messages else None
+    variables = {"messages": messages, "documents": None, **tokenizer.special_tokens_map, **arguments}
+    if compiled and not renderer.comparisons_left:
+        return compiled.render(variables)
+    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **arguments)
+    if compiled:
+        renderer.comparisons_left -= 1
+        try:
+            equal = compiled.render(variables) == text
+        except Exception:  # templates raise anything
+            equal = False
+        if not equal:
+            renderer.template = None
     return text
-
-
-def _own(known: _Compiled, tokenizer: Any, messages, tools, add_generation_prompt: bool, kwargs: dict) -> str:
-    return known.template.render(
-        messages=messages,
-        tools=tools,
-        documents=None,
-        add_generation_prompt=add_generation_prompt,
-        **{**tokenizer.special_tokens_map, **kwargs},
-    )

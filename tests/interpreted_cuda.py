@@ -28,6 +28,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from formats import IGNORE_INDEX
+
 ROOT = Path(__file__).resolve().parents[1]
 ROTARY_TABLES = ("multi_gpu_cos_cached", "multi_gpu_sin_cached")
 TRITON = ROOT / ".venv" / "triton"  # `make test-slow` puts it there: beside a CPU torch it would break TRL's import
@@ -309,7 +311,7 @@ def gradients(path: str) -> dict[str, Any]:
         tools, turn = ids(40), ids(33)
         for number in range(2):
             row = [*tools, *(turn if group or number else []), *ids(9 + 5 * number + 3 * group)]
-            rows.append(make_row(row, [*[-100] * (len(row) - 6), *row[-6:]]))
+            rows.append(make_row(row, [*[IGNORE_INDEX] * (len(row) - 6), *row[-6:]]))
     scale = 1 / sum(len(row.positions) for row in rows)
     result = {}
     for checkpointing in (False, True):
@@ -358,7 +360,7 @@ def memory(path: str, tokens: int, trained: int, load_in_4bit: bool, gradient_ch
 
     def step(length):
         ids = dice.integers(3, 900, length + 1).tolist()
-        row = make_row(ids, [*[-100] * (length + 1 - trained), *ids[-trained:]])
+        row = make_row(ids, [*[IGNORE_INDEX] * (length + 1 - trained), *ids[-trained:]])
         runner.run([row], 1.0, lambda loss: loss.backward())
 
     step(trained + 8)  # rotary tables, buffers and the gradients are there after it

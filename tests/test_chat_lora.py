@@ -255,7 +255,7 @@ def test_read_tools_and_questions(tmp_path):
         ("null", "no tools are declared"), ("[]", "no tools are declared"), ("[" * 100_000, "too deep"),
         (b"\xff[]", "not UTF-8"), ("[" + "1" * 5000 + "]", "not valid JSON"), ('[{"name": "\\ud800"}]', "surrogate"),
         ('[{"name": "f", "parameters": ' + '{"a": ' * 70 + "{}" + "}" * 71 + "]", "nested deeper"),
-        ('[{"name": "f", "name": "g"}]', "stands twice"),
+        ('[{"name": "f", "name": "g"}]', "duplicate key"),
     ):  # fmt: skip
         file.write_bytes(wrong if isinstance(wrong, bytes) else wrong.encode())
         with pytest.raises(UserError, match=said):

@@ -7,15 +7,15 @@ import random
 
 import pytest
 
-from finetune.export.ollama import PYTHONIC_FORMATS, go_template, known_format, modelfile, stop_strings
+from finetune.export.ollama import go_template, known_format, modelfile, stop_strings
 from formats import FORMATS, FormatError, get_format
 from formats.base import clean_messages, render_messages
 from tests import ollama, parts
 from tests.formats import fuzz
 from tests.formats.cases import ROWS, calls, result, row, says, system, tool, user
 
-SERVED = [name for name in FORMATS if name not in (*PYTHONIC_FORMATS, "native")]
-# Refused by our template, rendered by the Go template: an empty answer, an answer before any question.
+SERVED = [name for name, fmt in FORMATS.items() if fmt.ollama and not fmt.ollama.refused]
+# What our template refuses and a chat had better not: an empty answer, an answer before any question.
 LENIENT = {"empty_answer", "greets_first", "untrained_greeting"}
 TRIMMING = {"llama3", "qwen-xml"}
 THINKING = {"reasoning", "think_in_content", "half_think"}  # reasoning is off under Ollama
@@ -120,9 +120,9 @@ def test_go_template_renders_as_our_own(name):
     assert compared >= (20 if name in ("plain", "mistral-v1") else 40)
 
 
-@pytest.mark.parametrize("name", PYTHONIC_FORMATS)
-def test_pythonic_formats_are_refused(name):
-    with pytest.raises(FormatError, match="reads only JSON calls"):
+@pytest.mark.parametrize("name", ["gemma", "llama3-pythonic"])
+def test_formats_without_json_calls_are_refused(name):
+    with pytest.raises(FormatError, match="Ollama reads calls only where they are JSON"):
         go_template(FORMATS[name])
 
 

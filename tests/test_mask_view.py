@@ -7,7 +7,7 @@ import pytest
 import prepare_data
 from finetune.files import write_jsonl
 from finetune.reading.conversations import normalize_row
-from formats import encode, get_format
+from formats import IGNORE_INDEX, encode, get_format
 from tests import parts
 from tests.rows import GOOD
 
@@ -46,7 +46,7 @@ def test_audit_passes_on_good_rows_and_counts(tmp_path, tokenizer_dir, tokenizer
     assert prepare_data.main(["audit", "--tokenizer", tokenizer_dir, "--format", "chatml", str(source)]) == 0
     shown = capsys.readouterr().out
     trained = sum(
-        label != -100
+        label != IGNORE_INDEX
         for raw in GOOD.values()
         for s in encode(normalize_row(raw), tokenizer, fmt).sequences
         for label in s.labels
@@ -62,27 +62,26 @@ def test_audit_counts_rows_that_cannot_be_read(tmp_path, tokenizer_dir, capsys):
     assert "2 rows" in shown and "refused 1: has no messages" in shown
 
 
+def remove_last_label(labels: list[int], ids: list[int]) -> None:
+    labels[max(i for i, label in enumerate(labels) if label != IGNORE_INDEX)] = IGNORE_INDEX
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda labels, ids: labels.__setitem__(0, ids[0]), "a trained token of the"),
         (lambda labels, ids: labels.__setitem__(-2, 7), "a label that is not its token"),
-        (lambda labels, ids: labels.__setitem__(slice(None), [-100] * len(labels)), "a row without any trained token"),
-        (
-            lambda labels, ids: labels.__setitem__([i for i, x in enumerate(labels) if x != -100][-1], -100),
-            "without its end-of-turn",
-        ),
+        (lambda labels, ids: labels.__setitem__(slice(None), [IGNORE_INDEX] * len(ids)), "without any trained token"),
+        (remove_last_label, "without its end-of-turn"),
     ],
 )
 def test_audit_fails_on_each_kind_of_wrong_mask(tmp_path, tokenizer_dir, monkeypatch, capsys, damage, message):
-    import formats
-
     def wrong(*args, **kwargs):
         encoded = encode(*args, **kwargs)
         damage(encoded.sequences[0].labels, encoded.sequences[0].input_ids)
         return encoded
 
-    monkeypatch.setattr(formats, "encode", wrong)
+    monkeypatch.setattr("finetune.encoding.rows.encode", wrong)
     source = write_jsonl(tmp_path / "rows.jsonl", [GOOD["two turns"]])
     assert prepare_data.main(["audit", "--tokenizer", tokenizer_dir, "--format", "chatml", str(source)]) == 1
     assert message in " ".join(capsys.readouterr().out.split())

@@ -27,6 +27,7 @@ from finetune.memory.sizes import (
     sizes_of_name,
 )
 from finetune.models.bundled import smollm2_dir
+from formats import IGNORE_INDEX
 from tests.helpers import lazy
 
 torch = lazy("torch")
@@ -412,7 +413,7 @@ def test_plan_of_a_run_counts_shared_prefixes_once():
     prefix, rows = list(range(400)), []
     for number in range(8):
         ids = prefix + [1000 + number] * 50
-        rows.append((ids, [-100] * 440 + ids[440:]))
+        rows.append((ids, [IGNORE_INDEX] * 440 + ids[440:]))
 
     def workload(device, *flags):
         flags = settings_of("--batch_size", "8", "--grad_accum", "1", *flags)

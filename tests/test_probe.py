@@ -6,6 +6,7 @@ import pytest
 
 from finetune import settings
 from finetune.memory.sizes import sizes_of_model
+from formats import IGNORE_INDEX
 from tests.helpers import lazy
 
 torch = lazy("torch")
@@ -98,7 +99,7 @@ def test_other_errors_of_a_measured_pass_are_raised(runner, monkeypatch):
 
 def test_cpu_measures_only_when_memory_is_scarce(runner, monkeypatch):
     """16 of the longest rows would be 32,800 tokens; with their prefix shared the run needs 2,800."""
-    rows = [([*range(2000), *[number] * 50], [-100] * 2000 + [number] * 50) for number in range(32)]
+    rows = [([*range(2000), *[number] * 50], [IGNORE_INDEX] * 2000 + [number] * 50) for number in range(32)]
     measured = []
     monkeypatch.setattr(MEASURE_PASS, lambda *args: measured.append(args))
     for allowed, times in ((5_700, 0), (5_300, 1)):

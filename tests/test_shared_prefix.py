@@ -11,6 +11,7 @@ from finetune.passes.attention import Layout, tree_attention
 from finetune.passes.loss import head_loss
 from finetune.passes.plan import make_row, plan_passes
 from finetune.passes.runner import PassRunner, choose_mode
+from formats import IGNORE_INDEX
 
 SMALL = {
     "vocab_size": 300, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 3,
@@ -29,10 +30,10 @@ def some_rows(groups, rows_per_group, prefix=150, seed=0, nested=False):
             middle = turn if nested and number % 2 else np.empty(0, dtype=int)
             own = rng.integers(0, 300, rng.integers(3, 90))
             ids = np.concatenate([shared, middle, own])
-            labels = np.where(np.arange(len(ids)) >= len(ids) - len(own) // 2 - 1, ids, -100)
+            labels = np.where(np.arange(len(ids)) >= len(ids) - len(own) // 2 - 1, ids, IGNORE_INDEX)
             rows.append(make_row(ids, labels))
         ids = shared[: prefix - 20]
-        rows.append(make_row(ids, np.where(np.arange(len(ids)) > 100, ids, -100)))
+        rows.append(make_row(ids, np.where(np.arange(len(ids)) > 100, ids, IGNORE_INDEX)))
     return rows
 
 

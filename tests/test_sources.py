@@ -93,7 +93,7 @@ def test_rows_that_are_not_json_keep_their_number(tmp_path):
     reasons = [raw.reason for _, _, raw in rows[1:-1]]
     for reason, expected in zip(
         reasons,
-        ["is not JSON", "is not UTF-8", "is a JSON array", "stands twice", "NaN", "nested too deeply"],
+        ["is not JSON", "is not UTF-8", "is a JSON array", "duplicate key", "NaN", "nested too deeply"],
         strict=True,
     ):
         assert expected in reason

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.passes.plan import MIN_SHARED, common_prefix, make_row, plan_padded, plan_passes
+from formats import IGNORE_INDEX
 
 
 def row(ids, trained):
-    labels = [token if i in trained else -100 for i, token in enumerate(ids)]
+    labels = [token if i in trained else IGNORE_INDEX for i, token in enumerate(ids)]
     return make_row(ids, labels)
 
 

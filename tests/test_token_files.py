@@ -12,7 +12,7 @@ import pytest
 import prepare_data
 from finetune.files import write_jsonl
 from finetune.reading.conversations import normalize_row
-from formats import encode, get_format
+from formats import IGNORE_INDEX, encode, get_format
 from tests import parts
 from tests.rows import GOOD, LAMP, chat, lamp_call, read
 
@@ -73,7 +73,7 @@ def test_encode_writes_one_exact_line_per_row(tmp_path, tokenizer, tokenizer_dir
 
 def trained_text(sequence: dict, tokenizer) -> str:
     return tokenizer.decode(
-        [i for i, label in zip(sequence["input_ids"], sequence["labels"], strict=True) if label != -100]
+        [i for i, label in zip(sequence["input_ids"], sequence["labels"], strict=True) if label != IGNORE_INDEX]
     )
 
 
@@ -133,7 +133,7 @@ def test_parse_writes_one_line_per_row(tmp_path, capsys):
     assert rows[3] == {"content": "hello", "tool_calls": [], "errors": []}
 
 
-def test_the_file_that_is_read_is_not_replaced_and_deep_arguments_are_an_error(tmp_path, capsys):
+def test_parse_refuses_its_source_and_deep_arguments(tmp_path, capsys):
     text = '<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 990 + "]" * 990 + "}}</tool_call>"
     source = write_jsonl(tmp_path / "t.jsonl", [{"text": text}])
     before = source.read_bytes()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.throughput_parts import rows as throughput_rows
+from formats import IGNORE_INDEX
 
 WAYS = {
     "stock": "Unsloth's trainer as it comes (checkpointing), padded batches",
@@ -58,7 +59,7 @@ def run_way(way: str, task: Namespace) -> dict[str, Any]:
         "final_loss": meter.losses[-1],
         "losses": meter.losses[len(warm) :],
         "tokens_per_step": tokens,
-        "trained_tokens_per_step": sum(sum(label != -100 for label in labels[1:]) for _, labels in rows) / len(steps),
+        "trained_tokens_per_step": sum(label != IGNORE_INDEX for _, row in rows for label in row[1:]) / len(steps),
         "gradient_checkpointing": meter.checkpointing,
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
         **notes,
@@ -164,7 +165,7 @@ def plain(way, steps, task, meter, folder) -> dict[str, Any]:
             gradient_accumulation_steps=task.grad_accum, gradient_checkpointing=task.checkpointing,
         )),
         train_dataset=Dataset.from_dict(columns([row for step in steps for row in step])),
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX),
         callbacks=[meter],
     )  # fmt: skip
     trainer.train()
@@ -204,7 +205,7 @@ def stock(way, steps, task, meter, folder) -> dict[str, Any]:
             dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
         )),
         train_dataset=Dataset.from_dict(columns([row for step in steps for row in step])),
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX),
         callbacks=[meter],
     )  # fmt: skip
     trainer.train()
@@ -232,7 +233,7 @@ def packed(way, steps, task, meter, folder) -> dict[str, Any]:
             rows = step[start : start + task.batch_size]
             packs["input_ids"].append([token for ids, _ in rows for token in ids])
             # The first token of a row is no target: it would be predicted from the row before.
-            packs["labels"].append([label for _, labels in rows for label in [-100, *labels[1:]]])
+            packs["labels"].append([label for _, labels in rows for label in [IGNORE_INDEX, *labels[1:]]])
             packs["seq_lengths"].append([len(ids) for ids, _ in rows])
     trainer = in_order(SFTTrainer)(
         model=model,

@@ -16,7 +16,7 @@ from finetune.chat.model import TUNED, ChatModel
 from finetune.chat.reply import Reply
 from finetune.errors import UserError
 from formats import FormatError
-from formats.calls import refuse_halves
+from formats.calls import reject_lone_surrogates
 
 try:
     import uvicorn
@@ -62,7 +62,7 @@ class ChatRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, body: Any) -> Any:
-        refuse_halves(body)
+        reject_lone_surrogates(body)
         if isinstance(body, dict) and (unknown := body.keys() - cls.model_fields.keys() - IGNORED_FIELDS):
             raise ValueError(f"not supported: {', '.join(sorted(unknown))}")
         return body

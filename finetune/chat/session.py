@@ -15,7 +15,7 @@ from finetune.chat.reply import Reply
 from finetune.chat.tool_command import failure
 from finetune.errors import UserError
 from finetune.files import json_line
-from formats.calls import DEEPEST, levels, refuse_halves
+from formats.calls import MAX_JSON_DEPTH, json_depth, reject_lone_surrogates
 
 if TYPE_CHECKING:
     from finetune.generation.generate import Decoding
@@ -167,11 +167,11 @@ def parse_tools(text: str, where: str = "tools") -> list[dict[str, Any]]:
         value = value["tools"]
     try:
         tools = normalize_tools(value)
-        refuse_halves(tools)
+        reject_lone_surrogates(tools)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
-    if levels(tools) > DEEPEST:
-        raise UserError(f"{where}: nested deeper than {DEEPEST} levels")
+    if json_depth(tools) > MAX_JSON_DEPTH:
+        raise UserError(f"{where}: nested deeper than {MAX_JSON_DEPTH} levels")
     if len({tool["function"]["name"] for tool in tools}) < len(tools):
         raise UserError(f"{where}: two tools have the same name")
     return tools

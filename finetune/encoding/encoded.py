@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from formats import IGNORE_INDEX
+
 
 class Sequences(Sequence):
-    """Read-only list of (input_ids, labels), both lists of int of equal length, cut out of flat arrays when asked."""
+    """Read-only list of (input_ids, labels), both lists of int of equal length, cut out of flat arrays on access."""
 
     def __init__(self, input_ids: np.ndarray, trained: np.ndarray, offsets: np.ndarray):
         self._ids, self._trained, self._offsets = input_ids, trained, offsets
@@ -22,22 +24,22 @@ class Sequences(Sequence):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        start, end = self._offsets[index], self._offsets[index + 1]
-        ids = self._ids[start:end]
-        return ids.tolist(), np.where(self._trained[start:end], ids, -100).tolist()
+        part = slice(self._offsets[index], self._offsets[index + 1])
+        ids = self._ids[part]
+        return ids.tolist(), np.where(self._trained[part], ids, IGNORE_INDEX).tolist()
 
 
 @dataclass
 class EncodedRows:
     """All sequences of a data set in flat arrays.
 
-    input_ids  int32 (tokens,)       the ids of all sequences one after another
-    trained    bool (tokens,)        whether a token's label is its id (else -100)
-    offsets    int64 (sequences+1,)  where each sequence begins and the last one ends
-    rows       int32 (sequences,)    index of the conversation each sequence comes from
-    report     what was read, kept, split, left out and why, tokens by role (JSON-able; see docs/data.md)
-    left_out   (index of the conversation, why) of every conversation or sequence that is not trained
-    turns_removed  how many of its oldest turns a conversation lost, by its index (only with trim_turns)
+    input_ids      int32 (tokens,)       the ids of all sequences, concatenated
+    trained        bool (tokens,)        whether a token's label is its id (else IGNORE_INDEX)
+    offsets        int64 (sequences+1,)  where each sequence starts, and the total
+    rows           int32 (sequences,)    index of the conversation each sequence comes from
+    report         what was read, kept, split, omitted and why, tokens by role (JSON-able; see docs/data.md)
+    left_out       (index of the conversation, reason) of every conversation or sequence that is not trained
+    turns_removed  number of oldest turns removed from a conversation, by its index (only with trim_turns)
     longest_row    index of the conversation with the longest sequence, -1 when there is none
     """
 

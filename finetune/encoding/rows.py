@@ -1,13 +1,18 @@
-"""One row after another to ids and labels: what is refused, what is too long, which oldest turns have to go."""
+"""Rows to ids and labels, one after another: what is refused, what is too long, which oldest turns are removed."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
 
 import numpy as np
+
+from formats import IGNORE_INDEX, Encoded, Format, Sequence, encode
+
+Conversation = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Flags:
 
 @dataclass
 class Chunk:
-    """The result for some consecutive rows; `rows` counts from the first conversation given."""
+    """The result for some consecutive rows; `rows` counts from the first conversation of all."""
 
     ids: list[np.ndarray] = field(default_factory=list)
     trained: list[np.ndarray] = field(default_factory=list)
@@ -33,52 +38,70 @@ class Chunk:
     reasons: Counter = field(default_factory=Counter)
     left_out: list[tuple[int, str]] = field(default_factory=list)
     turns_removed: dict[int, int] = field(default_factory=dict)
-    longest: tuple[int, int] = (0, -1)  # tokens, row; over-long rows count too
+    longest: tuple[int, int] = (0, -1)  # tokens, row; over-long rows included
+
+    def omit(self, row: int, reason: str, detail: str = "") -> None:
+        self.left_out.append((row, reason + detail))
+        self.reasons[reason] += 1
+
+    def add(self, row: int, sequence: Sequence, max_seq_length: int | None) -> bool:
+        """Add one sequence if it fits and trains something; returns whether it was added."""
+        ids = np.asarray(sequence.input_ids, dtype=np.int32)
+        labels = np.asarray(sequence.labels, dtype=np.int32)
+        trained = labels != IGNORE_INDEX
+        if len(ids) != len(labels) or not np.array_equal(labels[trained], ids[trained]):
+            raise AssertionError(f"labels of conversation {row} do not match its ids")
+        if max_seq_length is not None and len(ids) > max_seq_length:
+            self.omit(row, "longer than max_seq_length", f": {len(ids)} > {max_seq_length} tokens")
+            self.counts["sequences_too_long"] += 1
+            return False
+        if not trained.any():
+            self.omit(row, "nothing to train")
+            return False
+        self.ids.append(ids)
+        self.trained.append(trained)
+        self.rows.append(row)
+        self.tokens_by_role.update(sequence.roles)
+        self.trained_by_role.update(compress(sequence.roles, trained.tolist()))
+        return True
 
 
-def encode_chunk(start: int, conversations, tokenizer, fmt, flags: Flags) -> Chunk:
+def encode_chunk(start: int, conversations: Iterable[Conversation], tokenizer: Any, fmt: Format, flags: Flags) -> Chunk:
     """Encode consecutive conversations, the first of which is number `start` of all."""
     chunk = Chunk()
     for row, conversation in enumerate(conversations, start=start):
         encoded = _encode(conversation, tokenizer, fmt, flags)
         if encoded.status == "refused":
-            chunk.left_out.append((row, f"refused: {encoded.reason}"))
-            chunk.reasons[f"refused: {encoded.reason}"] += 1
+            chunk.omit(row, f"refused: {encoded.reason}")
             chunk.counts["refused"] += 1
             continue
-        chunk.longest = max(chunk.longest, (max((len(s.input_ids) for s in encoded.sequences), default=0), row))
-        encoded, removed = _fitted(encoded, conversation, tokenizer, fmt, flags)
-        used = 0
-        for sequence in encoded.sequences:
-            used += _add(chunk, row, sequence, flags)
-        if used:
-            chunk.counts["kept"] += 1
-            chunk.counts["split"] += len(encoded.sequences) > 1
+        chunk.longest = max(chunk.longest, (_longest(encoded), row))
+        encoded, removed = _trimmed(encoded, conversation, tokenizer, fmt, flags)
+        added = [chunk.add(row, sequence, flags.max_seq_length) for sequence in encoded.sequences]
+        if any(added):
+            chunk.counts.update(kept=1, split=int(len(added) > 1), escaped=encoded.escaped)
             if removed:
                 chunk.turns_removed[row] = removed
-            chunk.counts["escaped"] += encoded.escaped
         else:
             chunk.counts["dropped"] += 1
     return chunk
 
 
-def _encode(conversation, tokenizer, fmt, flags: Flags):
+def _encode(conversation: Conversation, tokenizer: Any, fmt: Format, flags: Flags) -> Encoded:
     return encode_answers(conversation, tokenizer, fmt, train_on=flags.train_on, control_tokens=flags.control_tokens)
 
 
-def encode_answers(conversation, tokenizer, fmt, **flags):
-    """`formats.encode`, which expresses whatever a format can; a row with an empty answer is refused here."""
-    from formats import Encoded, encode
-
+def encode_answers(conversation: Conversation, tokenizer: Any, fmt: Format, **flags: str) -> Encoded:
+    """`formats.encode`, but a row with an empty answer is refused, which some formats could express."""
     if empty := empty_answer(conversation):
         return Encoded("refused", empty)
     return encode(conversation, tokenizer, fmt, **flags)
 
 
-def empty_answer(conversation: dict[str, Any]) -> str | None:
-    """The first answer of a canonical conversation in which the assistant says and calls nothing, or None.
+def empty_answer(conversation: Conversation) -> str | None:
+    """A reason to refuse a canonical conversation: its first answer without text and calls; None without one.
 
-    Trained, it teaches to end a turn before it began; as context it stands where a server never puts anything.
+    Training such an answer teaches to end a turn before it began, and no server puts one into a context.
     """
     for number, message in enumerate(conversation["messages"], start=1):
         if message["role"] == "assistant" and not message["content"] and not message.get("tool_calls"):
@@ -86,58 +109,37 @@ def empty_answer(conversation: dict[str, Any]) -> str | None:
     return None
 
 
-def _add(chunk: Chunk, row: int, sequence, flags: Flags) -> int:
-    """Add one sequence if it fits and trains something; returns how many were added (1 or 0)."""
-    ids = np.asarray(sequence.input_ids, dtype=np.int32)
-    labels = np.asarray(sequence.labels, dtype=np.int32)
-    trained = labels != -100
-    if len(ids) != len(labels) or not np.array_equal(labels[trained], ids[trained]):
-        raise AssertionError(f"labels of conversation {row} do not match its ids")
-    if flags.max_seq_length is not None and len(ids) > flags.max_seq_length:
-        reason = "longer than max_seq_length"
-        chunk.left_out.append((row, f"{reason}: {len(ids)} > {flags.max_seq_length} tokens"))
-        chunk.counts["sequences_too_long"] += 1
-    elif not trained.any():
-        reason = "nothing to train"
-        chunk.left_out.append((row, reason))
-    else:
-        chunk.ids.append(ids)
-        chunk.trained.append(trained)
-        chunk.rows.append(row)
-        chunk.tokens_by_role.update(sequence.roles)
-        chunk.trained_by_role.update(compress(sequence.roles, trained.tolist()))
-        return 1
-    chunk.reasons[reason] += 1
-    return 0
+def _trimmed(
+    encoded: Encoded, conversation: Conversation, tokenizer: Any, fmt: Format, flags: Flags
+) -> tuple[Encoded, int]:
+    """With trim_turns: (encoded, turns removed) without as few of the oldest turns as make every sequence fit.
 
-
-def _fitted(encoded, conversation, tokenizer, fmt, flags: Flags):
-    """With trim_turns: the conversation without as few of its oldest turns as make every sequence fit.
-
-    Returns (encoded, turns removed); the conversation as it is when nothing is to be done or nothing helps.
+    The input and 0 when nothing has to be removed or nothing helps.
     """
     limit = flags.max_seq_length
-    if limit is None or flags.overlong != "trim_turns" or _fits(encoded, limit):
+    if limit is None or flags.overlong != "trim_turns" or _longest(encoded) <= limit:
         return encoded, 0
     first, last = 1, len(turn_starts(conversation["messages"])) - 1  # how many turns may go: at least one stays
-    best = None
+    best = encoded, 0
     while first <= last:
         middle = (first + last) // 2
         trial = _encode(without_oldest_turns(conversation, middle), tokenizer, fmt, flags)
-        if trial.status != "refused" and _fits(trial, limit):
+        if trial.status != "refused" and _longest(trial) <= limit:
             best, last = (trial, middle), middle - 1
         else:
             first = middle + 1
-    return best or (encoded, 0)
+    return best
 
 
-def _fits(encoded, limit: int) -> bool:
-    return all(len(sequence.input_ids) <= limit for sequence in encoded.sequences)
+def _longest(encoded: Encoded) -> int:
+    return max((len(sequence.input_ids) for sequence in encoded.sequences), default=0)
 
 
 def turn_starts(messages: list[dict[str, Any]]) -> list[int]:
-    """Indices at which whole turns begin: each user message after something else. What is before the first one (an
-    assistant's greeting) belongs to the first turn; leading system messages belong to none."""
+    """Indices at which turns start: each user message after something else.
+
+    What precedes the first one (an assistant's greeting) belongs to the first turn; leading system messages to none.
+    """
     begin = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
     starts, user_seen = [begin], False
     for index in range(begin, len(messages)):
@@ -148,9 +150,8 @@ def turn_starts(messages: list[dict[str, Any]]) -> list[int]:
     return starts
 
 
-def without_oldest_turns(conversation: dict[str, Any], number: int) -> dict[str, Any]:
+def without_oldest_turns(conversation: Conversation, number: int) -> Conversation:
     """The conversation without its `number` oldest turns; leading system messages and tools stay."""
     messages = conversation["messages"]
     starts = turn_starts(messages)
-    head = messages[: starts[0]]
-    return conversation | {"messages": head + messages[starts[number] :]}
+    return conversation | {"messages": messages[: starts[0]] + messages[starts[number] :]}

@@ -1,13 +1,13 @@
 """Files that anybody can check with tools of their own: conversations as text, ids and labels; texts as calls.
 
-`encode_file` and `parse_file` write exactly one line per input row, in order, whatever the row holds.
+`encode_file` and `parse_file` write exactly one line per input row, in order, whatever the row contains.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -21,9 +21,10 @@ from finetune.reading.row_files import RowError, Unreadable
 from finetune.reading.sources import Spec, data_suffix, parse_spec, read_rows, refuse_same_file
 from finetune.reading.tool_schemas import normalize_tools
 from finetune.torchless import unhide_torch
+from formats import Encoded, Format, choose_format, encode, get_format
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False):
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """A tokenizer by folder, Hub id or the bundled model's name; needs no torch. Raises UserError."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from finetune.models.bundled import resolve_model
@@ -47,56 +48,54 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False):
         transformers.logging.set_verbosity(verbosity)
 
 
-def load_format(name: str, tokenizer):
-    """(Format, why) for a format's name, a YAML file, `native` or `auto`. Raises FormatError."""
-    from formats import choose_format, get_format
-
-    if name == "auto":
-        return choose_format(tokenizer)
-    return get_format(name, tokenizer), "asked for"
+def load_format(name: str, tokenizer: Any) -> tuple[Format, str]:
+    """(format, why) for a format's name, a YAML file, `native` or `auto`. Raises FormatError."""
+    return choose_format(tokenizer) if name == "auto" else (get_format(name, tokenizer), "asked for")
 
 
-def encode_row(raw: Any, tokenizer, fmt, *, column_map=None, tools=None, **flags) -> dict[str, Any]:
-    """{"status", "reason", "sequences"} of one raw row; what cannot be used is refused with its reason."""
-    from formats import encode
-
+def _encode_row(raw: Any, tokenizer: Any, fmt: Format, column_map: Any, tools: Any, **flags: str) -> Encoded:
+    """Encode one raw row; what cannot be used is refused with its reason."""
     try:
         conversation = normalize_row(raw, column_map=column_map, tools=tools)
     except RowError as error:
-        return {"status": "refused", "reason": str(error), "sequences": []}
-    encoded = encode(conversation, tokenizer, fmt, **flags)
-    sequences = [{"text": s.text, "input_ids": list(s.input_ids), "labels": list(s.labels)} for s in encoded.sequences]
-    return {"status": encoded.status, "reason": encoded.reason, "sequences": sequences}
+        return Encoded("refused", str(error))
+    return encode(conversation, tokenizer, fmt, **flags)
 
 
 def encode_file(
-    source: str | Path, target: str | Path, tokenizer, fmt, *, column_map=None, tools=None, **flags
+    source: str | Path,
+    target: str | Path,
+    tokenizer: Any,
+    fmt: Format,
+    *,
+    column_map: Any = None,
+    tools: Any = None,
+    **flags: str,
 ) -> Counter:
     """Write `{"row", "status", "reason", "sequences": [{"text", "input_ids", "labels"}]}` per row; counts by status.
 
-    `row` is the row's number from 1 (for JSON Lines its line). flags go to formats.encode (train_on, control_tokens).
+    `row` is the row's number from 1 (for JSON Lines its line). `flags` go to formats.encode (train_on, control_tokens).
     """
     counts: Counter = Counter()
     spec = _unweighted(source)
-    refuse_same_file([spec], target)
-    with _lines_to(target) as write, progress_bar("rows", _rows_in(spec)) as advance:
+    with _rewritten(spec, target) as write, progress_bar("rows", _row_count(spec)) as advance:
         for _, number, raw in read_rows(spec):
-            result = encode_row(raw, tokenizer, fmt, column_map=column_map, tools=tools, **flags)
-            counts[result["status"]] += 1
-            write({"row": number, **result})
+            encoded = _encode_row(raw, tokenizer, fmt, column_map, tools, **flags)
+            counts[encoded.status] += 1
+            sequences = [{"text": s.text, "input_ids": s.input_ids, "labels": s.labels} for s in encoded.sequences]
+            write({"row": number, "status": encoded.status, "reason": encoded.reason, "sequences": sequences})
             advance(1)
     return counts
 
 
-def parse_file(source: str | Path, target: str | Path, fmt) -> Counter:
-    """Read the field `text` of each row and write `{"content", "tool_calls", "errors"}`; counts by outcome.
+def parse_file(source: str | Path, target: str | Path, fmt: Format) -> Counter:
+    """Parse the field `text` of each row and write `{"content", "tool_calls", "errors"}`; counts by outcome.
 
-    `reasoning_content` is added where the text holds some. A row without text gets an error in its line.
+    `reasoning_content` is added where the text has some. A row without text gets an error in its line.
     """
     counts: Counter = Counter()
     spec = _unweighted(source)
-    refuse_same_file([spec], target)
-    with _lines_to(target) as write:
+    with _rewritten(spec, target) as write:
         for _, number, raw in read_rows(spec):
             result: dict[str, Any] = {"content": "", "tool_calls": [], "errors": []}
             if isinstance(raw, Unreadable):
@@ -112,43 +111,47 @@ def parse_file(source: str | Path, target: str | Path, fmt) -> Counter:
     return counts
 
 
-def _parsed(text: str, tools: Any, fmt) -> dict[str, Any]:
+def _parsed(text: str, tools: Any, fmt: Format) -> dict[str, Any]:
     try:
         parsed = fmt.parse(text, normalize_tools(tools))
-    except ValueError as error:  # of the row's own tools
+    except ValueError as error:  # the row's own tools are malformed
         return {"content": text, "errors": [str(error)]}
-    result = {"content": parsed.content, "tool_calls": parsed.tool_calls, "errors": parsed.errors}
-    if parsed.reasoning_content is not None:
-        result["reasoning_content"] = parsed.reasoning_content
+    result = vars(parsed).copy()
+    if parsed.reasoning_content is None:
+        del result["reasoning_content"]
     return result
 
 
 def encoded_rows(
-    specs: list[str], tokenizer, fmt, *, first: int = 1, number: int = 5, column_map=None, tools=None, **flags
+    specs: list[str],
+    tokenizer: Any,
+    fmt: Format,
+    *,
+    first: int = 1,
+    number: int = 5,
+    column_map: Any = None,
+    tools: Any = None,
+    **flags: str,
 ) -> Iterator[dict[str, Any]]:
     """{"title", "reason", "sequences": [(input_ids, labels, roles)]} of `number` rows, counted over all sources.
 
-    Raises UserError when there is not one.
+    Raises UserError when there is no row `first`.
     """
-    from formats import encode
-
     rows = (row for spec in specs for row in read_rows(_unweighted(spec)))
-    found = 0
+    found = False
     for source, row, raw in islice(rows, first - 1, first - 1 + number):
-        found += 1
-        entry: dict[str, Any] = {"title": f"{source}, row {row}", "reason": None, "sequences": []}
-        try:
-            encoded = encode(normalize_row(raw, column_map=column_map, tools=tools), tokenizer, fmt, **flags)
-        except RowError as error:
-            yield entry | {"reason": f"refused: {error}"}
-            continue
-        reason = f"{encoded.status}: {encoded.reason}" if encoded.reason else None
-        yield entry | {"reason": reason, "sequences": [(s.input_ids, s.labels, s.roles) for s in encoded.sequences]}
+        found = True
+        encoded = _encode_row(raw, tokenizer, fmt, column_map, tools, **flags)
+        yield {
+            "title": f"{source}, row {row}",
+            "reason": f"{encoded.status}: {encoded.reason}" if encoded.reason else None,
+            "sequences": [(s.input_ids, s.labels, s.roles) for s in encoded.sequences],
+        }
     if not found:
-        raise UserError(f"{', '.join(specs)}: there is no row {first}; begin with an earlier --first")
+        raise UserError(f"{', '.join(specs)}: there is no row {first}; use a smaller --first")
 
 
-def _rows_in(spec: Spec) -> int:
+def _row_count(spec: Spec) -> int:
     """How many rows a progress bar should expect: the lines of a JSON Lines file, else unknown (0)."""
     path = spec.path
     if path is None or data_suffix(path) not in (".jsonl", ".ndjson") or path.suffix == ".gz" or not path.is_file():
@@ -160,12 +163,13 @@ def _rows_in(spec: Spec) -> int:
 def _unweighted(source: str | Path) -> Spec:
     spec = parse_spec(source)
     if spec.weight != 1:
-        raise UserError(f"{spec.text}: weights belong to training; here every row is read exactly once")
+        raise UserError(f"{spec.text}: weights are for training; here every row is read exactly once")
     return spec
 
 
 @contextmanager
-def _lines_to(target: str | Path) -> Iterator:
-    """Yield write(row); the lines take `target`'s place only when all are written."""
+def _rewritten(spec: Spec, target: str | Path) -> Iterator[Callable[[dict[str, Any]], int]]:
+    """Yield write(row); `target` is replaced only when all lines are written, and never when it is the source."""
+    refuse_same_file([spec], target)
     with open_atomic(target) as file:
         yield lambda row: file.write(json_line(row).encode("utf-8"))

@@ -20,13 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATES = Path(__file__).with_name("ollama_templates")
-PYTHONIC_FORMATS = ("llama3-pythonic", "gemma")
-# How Ollama finds calls in an answer: by the text they start with (default "{"), or with one of its own parsers.
-CALL_TAGS = {
-    "chatml": "<tool_call>", "qwen": "<tool_call>", "llama3-function": "<function=", "kanana": "<function=",
-    "mistral": "[TOOL_CALLS]", "phi4-mini": "<|tool_call|>",
-}  # fmt: skip
-PARSERS = {"qwen-xml": "qwen3-coder", "mistral-v13": "ministral"}
 
 
 @target("ollama", marker="Modelfile", help="a GGUF file and its Modelfile")
@@ -44,26 +37,22 @@ def export_ollama(job: Job) -> Callable[[Path], None]:
 
 
 def go_template(fmt: Format) -> str:
-    """The format's template for Ollama, which adds the start token itself. Raises FormatError where there is none."""
-    family = "mistral" if fmt.name.startswith("mistral") else fmt.name
-    if family in PYTHONIC_FORMATS:
-        raise FormatError(
-            f"format {fmt.name} cannot be served by Ollama, which reads only JSON calls: this format writes them as a "
-            "Python list; use --to vllm or --to gguf"
-        )
-    path = TEMPLATES / f"{family}.gotmpl"
-    if not path.is_file():
+    """The format's template for Ollama, which adds the start token itself. Raises FormatError with a reason."""
+    ollama = fmt.ollama
+    if ollama is None:
         raise FormatError(f"format {fmt.name} has no template for Ollama; use --to vllm or --to gguf")
-    pinned = {**fmt.template_kwargs, **({"end": fmt.end_of_turn[0]} if family == "mistral" else {})}
+    if ollama.refused:
+        raise FormatError(f"format {fmt.name} cannot be served by Ollama: {ollama.refused}; use --to vllm or --to gguf")
+    body = (TEMPLATES / f"{ollama.template}.gotmpl").read_text(encoding="utf-8").strip()
+    pinned = {**fmt.template_kwargs, **({"end": fmt.end_of_turn[0]} if "$end" in body else {})}
     variables = "".join(
         f"{{{{ ${name} := {json.dumps(value, ensure_ascii=False)} }}}}"
         for name, value in pinned.items()
         if isinstance(value, (str, bool))
     )
-    # Ollama takes the first text in the first `if .ToolCalls` as the start of a call; this one is never rendered.
-    tag = f"{{{{ if and false .ToolCalls }}}}{CALL_TAGS[family]}{{{{ end }}}}" if family in CALL_TAGS else ""
-    separators = (",", ":") if family == "chatml" else (", ", ": ")
-    body = path.read_text(encoding="utf-8").strip()
+    # Ollama takes the first text inside the first `if .ToolCalls` for the start of a call; this one never writes it.
+    tag = f"{{{{ if and false .ToolCalls }}}}{ollama.call_start}{{{{ end }}}}" if ollama.call_start else ""
+    separators = (",", ":") if ollama.compact_json else (", ", ": ")
     return definitions(body, *separators) + variables + tag + body
 
 
@@ -131,8 +120,8 @@ def modelfile(fmt: Format, weights: str, *, context: int | None = None) -> str:
     if '"""' in template:
         raise FormatError(f'format {fmt.name}: a Modelfile cannot contain a template with """')
     lines = [f"FROM ./{weights}", f'TEMPLATE """{template}"""']
-    if parser := PARSERS.get(fmt.name if fmt.name in PARSERS else f"mistral-{fmt.template_kwargs.get('version')}"):
-        lines.append(f"PARSER {parser}")
+    if fmt.ollama and fmt.ollama.parser:
+        lines.append(f"PARSER {fmt.ollama.parser}")
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stop_strings(fmt)]
     lines.append("PARAMETER temperature 0")
     if context:
@@ -141,6 +130,5 @@ def modelfile(fmt: Format, weights: str, *, context: int | None = None) -> str:
 
 
 def stop_strings(fmt: Format) -> list[str]:
-    """Every end of turn, and for a format without control tokens the labels that start the next turn."""
-    labels = ["\nUser:", "\nAssistant:", "\nSystem:"] if fmt.name == "plain" else []
-    return [*fmt.end_of_turn, *labels]
+    """Every end of turn, and for a format without control tokens the words that start somebody else's turn."""
+    return [*fmt.end_of_turn, *(fmt.ollama.stop if fmt.ollama else ())]

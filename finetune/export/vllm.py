@@ -26,7 +26,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # valid values of --max-lor
 
 def parser_of(fmt: Format) -> str | None:
     """--tool-call-parser for a format: one of vLLM's own or the plugin; None for a format without calls."""
-    return fmt.vllm_parser or (PLUGIN_NAME if fmt.read_calls and fmt.name != "plain" else None)
+    return fmt.vllm_parser or (PLUGIN_NAME if fmt.read_calls and fmt.has_tools else None)
 
 
 def max_lora_rank(rank: int) -> int:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-IGNORE = -100
+from formats import IGNORE_INDEX
+
 # A branch below this many tokens costs more in extra attention calls than the recomputed tokens do.
 MIN_SHARED = 32
 # On a CPU rows that share no more than LITTLE tokens with a pass this full begin the next one: computing those again
@@ -46,7 +47,7 @@ def make_row(input_ids: Sequence[int], labels: Sequence[int]) -> Row:
     """
     ids = np.asarray(input_ids, dtype=np.int32)
     next_labels = np.asarray(labels, dtype=np.int32)[1:]
-    positions = np.flatnonzero(next_labels != IGNORE).astype(np.int32)
+    positions = np.flatnonzero(next_labels != IGNORE_INDEX).astype(np.int32)
     if len(positions) == 0:
         raise ValueError("no token of this row is trained")
     return Row(ids[: positions[-1] + 1], positions, next_labels[positions], len(ids))

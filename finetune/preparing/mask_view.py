@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune.files import write_text_atomic
+from formats import IGNORE_INDEX
 
 
 def trained_spans(labels: Sequence[int]) -> Iterator[tuple[int, int, bool]]:
     """(start, end, whether trained) of each longest span of tokens that are all trained or all not."""
     end = 0
-    for trained, group in groupby(label != -100 for label in labels):
+    for trained, group in groupby(label != IGNORE_INDEX for label in labels):
         start, end = end, end + sum(1 for _ in group)
         yield start, end, trained
 
@@ -58,7 +59,7 @@ def print_sequence(console, input_ids: Sequence[int], labels: Sequence[int], tok
 
 
 def _token_counts(labels: Sequence[int]) -> str:
-    return f"{len(labels)} tokens, {sum(label != -100 for label in labels)} trained"
+    return f"{len(labels)} tokens, {sum(label != IGNORE_INDEX for label in labels)} trained"
 
 
 def _visible(text: str) -> str:

@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from finetune.reading.row_files import RowError, decode_json, json_type, strict_json
-from formats import qwen_xml
+from formats.builtin import qwen_xml
 from formats.pythonic import read_literal
 
 _OPENING = re.compile(

@@ -16,7 +16,7 @@ from finetune.reading.row_files import RowError, Unreadable, decode_json, json_t
 from finetune.reading.shapes import detect_shape
 from finetune.reading.text_shapes import as_text, hermes_system, tool_responses
 from finetune.reading.tool_schemas import normalize_tools
-from formats.calls import DEEPEST, levels
+from formats.calls import MAX_JSON_DEPTH, json_depth
 
 Message = dict[str, Any]
 _ROLE_NAMES = {
@@ -65,11 +65,11 @@ def normalize_row(
         raise RowError(f"is a JSON {json_type(raw)}, not an object")
     try:
         conversation = _conversation(raw, column_map, tools or [], Counter() if notes is None else notes)
-        if levels(conversation) > DEEPEST:
+        if json_depth(conversation) > MAX_JSON_DEPTH:
             raise RecursionError
         conversation_text(conversation)
     except RecursionError as error:
-        raise RowError(f"is nested deeper than {DEEPEST} levels") from error
+        raise RowError(f"is nested deeper than {MAX_JSON_DEPTH} levels") from error
     return conversation
 
 

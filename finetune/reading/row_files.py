@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from finetune.errors import UserError
-from formats.calls import DEEPEST, STRICT, levels
+from formats.calls import MAX_JSON_DEPTH, STRICT, json_depth
 
 ROW_LISTS = ("data", "rows", "train", "examples")  # keys under which a JSON document may hold its rows
 UTF_8_MARK = b"\xef\xbb\xbf"
@@ -79,8 +79,8 @@ def read_json_row(line: bytes) -> dict[str, Any] | Unreadable:
         return Unreadable(f"is not JSON: {_reason(error)}", text)
     if not isinstance(row, dict):
         return Unreadable(f"is a JSON {json_type(row)}, not an object", text)
-    if text.count("{") + text.count("[") > DEEPEST and levels(row) > DEEPEST:
-        return Unreadable(f"is nested deeper than {DEEPEST} levels", text)
+    if text.count("{") + text.count("[") > MAX_JSON_DEPTH and json_depth(row) > MAX_JSON_DEPTH:
+        return Unreadable(f"is nested deeper than {MAX_JSON_DEPTH} levels", text)
     return row
 
 

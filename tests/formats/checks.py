@@ -6,7 +6,7 @@ import json
 import unicodedata
 from typing import Any
 
-from formats import Encoded, Format
+from formats import IGNORE_INDEX, Encoded, Format
 from formats.base import clean_messages
 from formats.escape import escape_conversation
 
@@ -14,10 +14,10 @@ from formats.escape import escape_conversation
 def spans(labels: list[int]) -> list[tuple[int, int]]:
     """(start, end) of each run of trained tokens."""
     found, start = [], None
-    for index, label in enumerate([*labels, -100]):
-        if label != -100 and start is None:
+    for index, label in enumerate([*labels, IGNORE_INDEX]):
+        if label != IGNORE_INDEX and start is None:
             start = index
-        elif label == -100 and start is not None:
+        elif label == IGNORE_INDEX and start is not None:
             found.append((start, index))
             start = None
     return found
@@ -72,7 +72,8 @@ def assert_exact(row: dict, encoded: Encoded, tokenizer: Any, fmt: Format, contr
     turn = 0
     for sequence in encoded.sequences:
         assert len(sequence.input_ids) == len(sequence.labels) == len(sequence.roles)
-        assert all(label in (-100, token) for label, token in zip(sequence.labels, sequence.input_ids, strict=True))
+        pairs = zip(sequence.labels, sequence.input_ids, strict=True)
+        assert all(label in (IGNORE_INDEX, token) for label, token in pairs)
         for start, end in spans(sequence.labels):
             index = trained[turn]
             assert sequence.input_ids[:start] in prompts[index], f"turn {index}: not what a server feeds"
@@ -86,6 +87,6 @@ def assert_exact(row: dict, encoded: Encoded, tokenizer: Any, fmt: Format, contr
                 same = exact_calls(answer.tool_calls) == exact_calls(wanted) if not fmt.untyped else True
                 assert same, f"turn {index}: {answer.tool_calls} is trained for {wanted}"
             turn += 1
-        outside = {role for role, label in zip(sequence.roles, sequence.labels, strict=True) if label != -100}
+        outside = {role for role, label in zip(sequence.roles, sequence.labels, strict=True) if label != IGNORE_INDEX}
         assert outside <= {"assistant"}, f"trained tokens of {outside}"
     assert turn == len(trained), f"{turn} of {len(trained)} turns are trained"

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
-from formats.base import Format, Parsed, read_template
+from formats.base import Format, Ollama, Parsed, read_template
 from formats.calls import read_tagged, read_value, skip_space
-from formats.probing import USER, own_text, thinks
-
-TEMPLATE = read_template("qwen_xml")
-END_OF_TURN = ("<|im_end|>",)
-CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<tool_response>", "</tool_response>")
-CALL_MARKERS = ("<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>")
-TEMPLATE_KWARGS = {
-    "python_words": False,
-    "thinks_by_default": True,
-    "keeps_thinking": False,
-    "effort": "",
-    "reads_tags": True,
-    "enable_thinking": False,  # the empty block belongs to the prompt; turns with reasoning switch it on
-}
+from formats.probing import USER, call_message, default_system, own_text, thinks
 
 
 def parse(text: str, tools: list[dict] | None = None) -> Parsed:
-    """Values get the type their tool's schema declares; without a schema, a text that is exactly how JSON writes a
-    number, a boolean, null, an object or a list is that value, and everything else is a string."""
+    """Values get the type that their tool's schema declares.
+
+    Without a schema, a text that is exactly what JSON writes for a number, a boolean, null, an object or a list is that
+    value; everything else is a string.
+    """
     types = declared_properties(tools)
     return read_tagged(text, "<tool_call>", "</tool_call>", lambda source, at: read_call(source, at, types))
 
 
 def declared_properties(tools: list[dict] | None) -> dict[str, dict[str, Any]]:
-    """{tool's name: {parameter: its schema}} of what the tools declare; a schema of another shape declares nothing."""
+    """{tool's name: {parameter: its schema}}; a schema that is not an object with properties declares nothing."""
     types = {}
     for tool in tools or []:
         function = tool.get("function", tool)
@@ -43,7 +34,7 @@ def declared_properties(tools: list[dict] | None) -> dict[str, dict[str, Any]]:
 
 
 def read_call(source: str, at: int, types: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], int]:
-    """({"name", "arguments"}, position behind it) of the `<function=…>` block at `at`. Raises ValueError."""
+    """(call, end position) of the `<function=…>` block at `at`. Raises ValueError."""
     name, at = _tag(source, skip_space(source, at), "<function=")
     if not name.strip():
         raise ValueError("the function has no name")
@@ -55,7 +46,7 @@ def read_call(source: str, at: int, types: dict[str, dict[str, Any]]) -> tuple[d
         if end < 0:
             raise ValueError(f"parameter {key!r} is cut off")
         if key in arguments:
-            raise ValueError(f"the parameter {key!r} stands twice")
+            raise ValueError(f"duplicate parameter {key!r}")
         raw = source[at:end].removeprefix("\n").removesuffix("\n")
         arguments[key] = _typed(raw, types.get(name, {}).get(key))
         at = skip_space(source, end + len("</parameter>"))
@@ -73,7 +64,7 @@ _KINDS = {dict: "object", list: "array", bool: "boolean", type(None): "null", st
 
 
 def _declared_types(schema: Any) -> set[str]:
-    """The JSON types that a parameter's schema allows, empty when it does not say."""
+    """The JSON types that a parameter's schema allows; empty when it has none."""
     if not isinstance(schema, dict):
         return set()
     kind = schema.get("type")
@@ -97,49 +88,61 @@ def _typed(raw: str, schema: Any) -> Any:
         return raw
     kind = _KINDS.get(type(value), "number")
     if kind == "string":
-        return raw  # strings are written without quotes, so these quotes are the string's own
+        return raw  # strings are written without quotes, so these quotes belong to the text
     if declared and not (kind in declared or (kind == "number" and "integer" in declared)):
         return raw
     return value if declared or json.dumps(value, ensure_ascii=False) == raw else raw
 
 
 def adapt(fmt: Format, tokenizer: Any) -> Format:
-    """As the own template does: its words for true and null, its default for thinking, its handling of the past."""
-    call = {"type": "function", "id": "callid000", "function": {"name": "fq0zk", "arguments": {"a": True}}}
-    said = {"role": "assistant", "content": "aq0zk"}
-    written = own_text(tokenizer, [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]) or ""
-    if "<parameter=a>\n" not in written:
+    """As the own template does: its words for true and null, its default for thinking, how it renders past turns."""
+
+    def text(*messages: dict, **kwargs: Any) -> str:
+        return own_text(tokenizer, list(messages), **kwargs) or ""
+
+    call = text(USER, call_message({"a": True}))
+    if "<parameter=a>\n" not in call:
         return fmt
-    past = own_text(tokenizer, [USER, said, USER], enable_thinking=False) or ""
-    tagged = (
-        own_text(tokenizer, [USER, {"role": "assistant", "content": "<think>\nrq0zk\n</think>\n\naq0zk"}, USER]) or ""
+    past = text(USER, {"role": "assistant", "content": "aq0zk"}, USER, enable_thinking=False)
+    tagged = text(USER, {"role": "assistant", "content": "<think>\nrq0zk\n</think>\n\naq0zk"}, USER)
+    prompt = text(USER, add_generation_prompt=True)
+    adapted = fmt.with_kwargs(
+        python_words="\nTrue\n" in call,
+        thinks_by_default=prompt.endswith("<think>\n"),
+        keeps_thinking="</think>\n\naq0zk" in past,
+        effort=default_system(tokenizer, add_generation_prompt=True),
+        reads_tags="rq0zk" not in tagged,
     )
-    prompt = own_text(tokenizer, [USER], add_generation_prompt=True) or ""
-    before = prompt.partition(USER["content"])[0]
-    effort = before.partition("<|im_start|>system\n")[2].partition("<|im_end|>")[0]
-    kwargs = {
-        "python_words": "\nTrue\n" in written,
-        "thinks_by_default": prompt.endswith("<think>\n"),
-        "keeps_thinking": "</think>\n\naq0zk" in past,
-        "effort": effort,
-        "reads_tags": "rq0zk" not in tagged,
-    }
-    adapted = fmt.with_kwargs(**kwargs)
     return adapted if thinks(tokenizer) else replace(adapted, thinking=None)
+
+
+def detect(added: Set[str], template: str) -> str | None:
+    matches = {"<|im_start|>", "<|im_end|>"} <= added and "<parameter=" in template
+    return "the tokenizer has <|im_start|>, and its template writes calls as XML" if matches else None
 
 
 FORMAT = Format(
     "qwen-xml",
-    TEMPLATE,
-    END_OF_TURN,
-    CONTROL_TOKENS,
-    CALL_MARKERS,
-    TEMPLATE_KWARGS,
-    parse,
-    adapt,
+    read_template(__file__),
+    end_of_turn=("<|im_end|>",),
+    control_tokens=("<|im_start|>", "<|im_end|>", "<tool_response>", "</tool_response>"),
+    call_markers=("<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>"),
+    template_kwargs={
+        "python_words": False,
+        "thinks_by_default": True,
+        "keeps_thinking": False,
+        "effort": "",
+        "reads_tags": True,
+        "enable_thinking": False,  # the empty block belongs to the prompt; turns with reasoning switch it on
+    },
+    read_calls=parse,
+    adapt=adapt,
+    detect=detect,
+    detect_order=20,
     thinking="enable_thinking",
-    vllm_parser="qwen3_coder",
     reasoning=True,
     untyped=True,
     tokens=("<|im_start|>", "<|im_end|>"),
+    vllm_parser="qwen3_coder",
+    ollama=Ollama("qwen-xml", parser="qwen3-coder"),
 )
