@@ -11,8 +11,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args
 
-from finetune.config_files import read_data
 from finetune.errors import UserError
+from finetune.files import read_data
 from finetune.flag_types import (
     Flag,
     FlagParser,

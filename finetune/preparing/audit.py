@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.preparing.mask_view import trained_spans
-from finetune.reading.conversations import Rejected
+from finetune.reading.load_result import Rejected
 
 
 @dataclass

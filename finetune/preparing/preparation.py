@@ -11,7 +11,8 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.preparing.checks import check_conversation, exact_key
 from finetune.preparing.splits import SPLITS, near_duplicate_groups, parse_ratios, split_conversations
-from finetune.reading.conversations import LoadResult, Rejected, SourceRow, load_conversations
+from finetune.reading.conversations import load_conversations
+from finetune.reading.load_result import LoadResult, Rejected, SourceRow
 from finetune.reading.sources import parse_spec
 
 

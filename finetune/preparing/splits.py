@@ -15,7 +15,7 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.preparing.checks import called_tool
-from finetune.reading.conversations import LoadResult
+from finetune.reading.load_result import LoadResult
 
 SPLITS = ("train", "validation", "test")
 MIN_SIMILARITY = 0.8  # Jaccard similarity of shingles from which two requests count as near-duplicates

@@ -18,7 +18,7 @@ from finetune.files import write_to_cache
 from finetune.reading.sources import Spec, files_of
 
 if TYPE_CHECKING:
-    from finetune.reading.conversations import LoadResult
+    from finetune.reading.load_result import LoadResult
 
 FIELDS = ("counts", "mappings", "notes", "fingerprint")  # of a LoadResult
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from finetune import settings
 from finetune.charts.run_labels import value_text
-from finetune.config_files import read_data
 from finetune.errors import UserError
+from finetune.files import read_data
 from finetune.settings import BY_NAME, FLAGS, Settings
 
 # Flags of train_lora.py that the sweep sets itself.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from finetune.encoding.encoded import EncodedRows
-    from finetune.reading.conversations import LoadResult
+    from finetune.reading.load_result import LoadResult
     from formats import Format
 
 MAX_DROPPED_FRACTION = 0.5  # of the rows; a run that loses more would not train what it was meant to
