@@ -56,7 +56,8 @@ def load_conversations(
         return LoadResult(LazyList(len(entry["origins"]), read_again), **entry, **counters)
     result = _read_all(parsed, None, True, **options)
     if path is not None and entry_path(cache_dir, parsed, options) == path:  # else a file changed while it was read
-        save_entry(path, result)
+        fields = ("origins", "counts", "mappings", "notes", "fingerprint")
+        save_entry(path, **{name: getattr(result, name) for name in fields})
     return result
 
 

@@ -11,16 +11,12 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune.files import write_to_cache
 from finetune.reading.sources import Spec, files_of
-
-if TYPE_CHECKING:
-    from finetune.reading.load_result import LoadResult
-
-FIELDS = ("counts", "mappings", "notes", "fingerprint")  # of a LoadResult
 
 
 class LazyList(Sequence):
@@ -56,7 +52,7 @@ def entry_path(cache_dir: str | Path, specs: list[Spec], options: dict[str, Any]
 
 
 def load_entry(path: Path) -> dict[str, Any] | None:
-    """{"origins", …FIELDS} of an entry; None if it is missing or damaged."""
+    """The fields of an entry, as given to `save_entry`; None if it is missing or damaged."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
         if hashlib.sha256(entry["text"].encode()).hexdigest() != entry["check"]:
@@ -68,11 +64,10 @@ def load_entry(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def save_entry(path: Path, loaded: LoadResult) -> None:
-    """Store all fields of a result but its conversations. Raises UserError."""
-    sources = groupby(loaded.origins, key=lambda origin: origin[0])
-    origins = [(source, [row for _, row in group]) for source, group in sources]
-    text = json.dumps({"origins": origins, **{name: getattr(loaded, name) for name in FIELDS}}, ensure_ascii=False)
+def save_entry(path: Path, *, origins: list[tuple[str, int]], **fields: Any) -> None:
+    """Store the origins and other fields of a result. Raises UserError."""
+    grouped = [(source, [row for _, row in group]) for source, group in groupby(origins, key=itemgetter(0))]
+    text = json.dumps({"origins": grouped, **fields}, ensure_ascii=False)
     check = hashlib.sha256(text.encode()).hexdigest()
     write_to_cache(path, json.dumps({"check": check, "text": text}, ensure_ascii=False).encode())
 
