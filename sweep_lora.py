@@ -1,19 +1,27 @@
-"""Many runs of train_lora.py side by side, on this machine or on a Ray cluster, and one chart of them all."""
+"""Train many runs of train_lora.py in parallel, on this machine or on a Ray cluster, and compare them."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import logging
+import math
 import shlex
 import sys
-from math import inf
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, one_line_errors
-from finetune.flag_types import folder_name, not_negative, positive, text
-from finetune.settings import FLAGS, underscored
+from finetune.flag_types import (
+    FlagParser,
+    folder_name,
+    nonnegative_float,
+    nonnegative_int,
+    number_type,
+    positive_int,
+    text,
+)
+from finetune.settings import FLAGS
 from finetune.sweep import grid
 
 log = logging.getLogger("sandwich")
@@ -25,131 +33,154 @@ examples:
   python sweep_lora.py --sweep my_sweep.yaml --dry_run            what would be run
   python sweep_lora.py --rank 8 64 --address auto -- --config configs/gennx_qlora.yaml        on a Ray cluster
   python sweep_lora.py --lr 1e-5 1e-4 1e-3 --scheduler asha -- --dataset train.jsonl --eval_steps 20 --eval_fraction 0.1
-The same command again goes on with what is missing, and repeats nothing that has finished.
+Rerun the same command to resume a sweep; finished runs are not repeated.
 """
 ASHA = "asha"
+SWEPT_FLAGS = [flag for flag in FLAGS if not flag.action and flag.name not in grid.RESERVED]
+
+# Ray counts in units of 0.0001.
+cpu_count = number_type(float, lambda n: n == 0 or 0.0001 <= n < math.inf, "a number >= 0.0001, or 0")
+gpu_count = number_type(
+    float, lambda n: n == 0 or 0.0001 <= n <= 1 or (1 < n < math.inf and n.is_integer()),
+    "0, a number >= 0.0001 and <= 1, or an integer",
+)  # fmt: skip
+percentage = number_type(float, lambda value: 0 < value < 100, "a number > 0 and < 100")
+reduction_factor = number_type(float, lambda value: 1 < value < math.inf, "a number > 1")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The sweep's own flags, and behind them every flag of train_lora.py that a run may have, with several values."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+def program(word: str) -> list[str]:
+    """A program with its first arguments, split as a shell would."""
+    try:
+        arguments = shlex.split(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a command line, not {word!r} ({error})") from None
+    if not arguments:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return arguments
+
+
+def build_parser() -> FlagParser:
+    """The sweep's own flags, and every flag of train_lora.py that a run may have, with several values."""
+    parser = FlagParser(
+        description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
         usage="sweep_lora.py [--FLAG VALUE ...] [flags of the sweep] -- [flags of every run]",
     )  # fmt: skip
+    # fmt: off
     add = parser.add_argument
     add("--sweep", metavar="FILE", help="YAML with train, grid, runs, random, seeds (docs/sweeps.md)")
-    add(
-        "--seeds", type=positive(int), metavar="N", help="repeat each run with N seeds; the chart shows mean and spread"
-    )
-    add("--name", help="name of the sweep's folder; default: from the model, what varies and a hash of all runs")
-    add("--experiments_dir", type=Path, default=Path("experiments"), metavar="DIR",
-        help="where the sweep's folder is made (default: experiments)")  # fmt: skip
-    add("--dry_run", action="store_true", help="print the runs, check their flags, run nothing")
-    add("--retries", type=not_negative(int), default=2, metavar="N",
-        help="tries after a failure that gets no further, from the last checkpoint (default: 2)")  # fmt: skip
-    add("--hang_minutes", type=not_negative(float), default=60.0, metavar="N",
-        help="end and try again a run that neither logs nor prints for N minutes; 0: never (default: 60)")  # fmt: skip
+    add("--seeds", type=positive_int, metavar="N",
+        help="repeat each run with N seeds; the chart shows mean and spread")
+    add("--name", type=folder_name, help="name of the sweep's folder; default: from the model, the varied flags and "
+        "a hash of all runs")
+    add("--experiments_dir", type=Path, default=Path("experiments"), metavar="DIR", help="parent of the sweep's folder")
+    add("--dry_run", action="store_true", help="print the runs and check their flags, without running them")
+    add("--retries", type=nonnegative_int, default=2, metavar="N",
+        help="retries from the last checkpoint after a failure that makes no progress")
+    add("--hang_minutes", type=nonnegative_float, default=60.0, metavar="N",
+        help="stop and retry a run that neither logs nor prints for N minutes; 0: never")
     add("--address", type=text, help="a Ray cluster (auto, or host:port); default: Ray on this machine alone")
-    add("--gpus_per_run", type=_gpus, metavar="N",
-        help="GPUs of a run: 0.5 puts two on a card, 2 starts torchrun (default: 1 where there are any)")  # fmt: skip
-    add("--cpus_per_run", type=_part, metavar="N",
-        help="CPU cores of a run; fewer put several side by side, faster but each with its own memory "
-             "(default: 1 beside a GPU, else all cores of a machine)")  # fmt: skip
+    add("--gpus_per_run", type=gpu_count, metavar="N",
+        help="GPUs per run: 0.5 puts two runs on a GPU, 2 starts torchrun (default: 1 if there are any)")
+    add("--cpus_per_run", type=cpu_count, metavar="N", help="CPU cores per run; with fewer, several runs share a "
+        "machine, which is faster but takes memory for each (default: 1 with a GPU, else all cores of a machine)")
     add("--transport", choices=("auto", "shared", "ray"), default="auto",
-        help="how results come from other machines (default: auto: through a shared folder, else Ray)")  # fmt: skip
-    add(
-        "--scratch", metavar="DIR", help="where other machines work when the folder is not shared (default: their /tmp)"
-    )
-    add("--asha_grace", type=_percent, default=10.0, metavar="PERCENT",
-        help="with --scheduler asha: no run is stopped before this share of its steps (default: 10)")  # fmt: skip
-    add("--asha_reduction", type=_reduction, default=3.0, metavar="N",
-        help="with --scheduler asha: the best 1/N go on at each rung (default: 3)")  # fmt: skip
-    add("--command", type=_program, default=[], metavar="PROGRAM",
-        help="run this instead of train_lora.py, with the same flags behind it")  # fmt: skip
+        help="how results come from other machines (default: auto, a shared folder if there is one, else Ray)")
+    add("--scratch", metavar="DIR",
+        help="working folder on other machines when the sweep's folder is not shared (default: their /tmp)")
+    add("--asha_grace", type=percentage, default=10.0, metavar="PERCENT",
+        help="with --scheduler asha: percentage of its steps before which no run is stopped")
+    add("--asha_reduction", type=reduction_factor, default=3.0, metavar="N",
+        help="with --scheduler asha: the best 1/N continue at each rung")
+    add("--command", type=program, default=[], metavar="PROGRAM",
+        help="run this instead of train_lora.py, with the same flags")
     group = parser.add_argument_group(
         "values to try",
-        "every flag of train_lora.py, see its --help; on or off for a switch, a,b for one list, default",
-    )
-    for flag in FLAGS:
-        if flag.name == "scheduler":
-            group.add_argument("--scheduler", nargs="+", action="extend", default=argparse.SUPPRESS, metavar="VALUE",
-                               help="asha: stop hopeless runs early (Ray Tune); or schedules to try")  # fmt: skip
-        elif not flag.action and flag.name not in grid.RESERVED:
-            group.add_argument(f"--{flag.name}", nargs="*" if flag.is_switch else "+", action="extend",
-                               default=argparse.SUPPRESS, metavar="VALUE", help=argparse.SUPPRESS)  # fmt: skip
-    parser.add_argument("words", nargs="*", metavar="-- FLAGS", help="flags that every run is given")
+        "every flag of train_lora.py, see its --help; on or off for a switch, a,b for one list, default")
+    for flag in SWEPT_FLAGS:
+        shown = "asha: stop poor runs early (Ray Tune); or schedules to try"
+        group.add_argument(f"--{flag.name}", nargs="*" if flag.is_switch else "+", action="extend", metavar="VALUE",
+                           default=argparse.SUPPRESS, help=shown if flag.name == "scheduler" else argparse.SUPPRESS)
+    parser.add_argument("words", nargs="*", metavar="-- FLAGS", help="flags of every run")
+    # fmt: on
     return parser
 
 
-@one_line_errors
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    before, after = grid.split_words(argv)
-    args, unknown = build_parser().parse_known_args([underscored(word) for word in before])
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The arguments before the `--`. `scheduler` has no "asha" any more, which is in `asha`."""
+    args, unknown = build_parser().parse_known_args(arguments)
     if unknown or args.words:
-        word = [*unknown, *args.words][0]
-        raise UserError(f"{word!r} is no flag of the sweep; flags of every run, such as --config, stand behind a --")
-
-    # 1. Which runs. Every value is checked before anything is started.
+        wrong = [*unknown, *args.words][0]
+        raise UserError(f"{wrong!r} is not a flag of the sweep; put flags of every run, such as --config, after a --")
     schedulers = getattr(args, "scheduler", [])
-    asha = ASHA in schedulers
-    if asha:
+    args.asha = ASHA in schedulers
+    if args.asha:
         from finetune.sweep.stopping import rungs
 
         rungs(args.asha_grace, args.asha_reduction)
         args.scheduler = [name for name in schedulers if name != ASHA]
         if not args.scheduler:
             del args.scheduler
-    given = [flag.name for flag in FLAGS if not flag.action and flag.name not in grid.RESERVED]
-    values = {name: grid.grid_values(name, getattr(args, name)) for name in given if hasattr(args, name)}
+    return args
+
+
+def make_points(args: argparse.Namespace, arguments_of_every_run: list[str]) -> list[grid.Point]:
+    """All runs of the sweep, with every value checked."""
+    names = [flag.name for flag in SWEPT_FLAGS if hasattr(args, flag.name)]
+    values = {name: grid.grid_values(name, getattr(args, name)) for name in names}
     file = grid.read_file(args.sweep) if args.sweep else {}
-    recipe, given = grid.fixed_flags(after)
+    recipe, given = grid.fixed_flags(arguments_of_every_run)
     values = file.get("grid", {}) | values
-    random = file.get("random") or {"flags": {}}
+    random = file.get("random")
     for name in given:
-        if name in values or name in random["flags"]:
+        if name in values or (random and name in random["flags"]):
             raise UserError(f"--{name} after the --: the sweep varies it; keep one of the two")
-    points = grid.make_points(
-        file.get("train", {}) | recipe | given, values, runs=file.get("runs", []), draws=grid.draw(file.get("random")),
+    return grid.make_points(
+        file.get("train", {}) | recipe | given, values, runs=file.get("runs", []), draws=grid.draw(random),
         seeds=args.seeds or file.get("seeds"),
     )  # fmt: skip
-    try:
-        folder_name("default" if args.name is None else args.name)
-    except ValueError:
-        raise UserError(f"--name {args.name!r}: give a {folder_name.__name__}; --experiments_dir says where") from None
-    identity = grid.fingerprint(points, {"command": args.command, "asha": asha})
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+
+    # 1. Decide which runs there are, and check their flags.
+    before, after = grid.split_arguments(argv)
+    args = parse_arguments(before)
+    points = make_points(args, after)
+    identity = grid.fingerprint(points, {"command": args.command, "asha": args.asha})
     folder = args.experiments_dir / (args.name or default_name(points, identity))
     if args.dry_run:
         for point in points:
-            print(f"{folder / point.name}: train_lora.py {shlex.join(point.words())}")
+            print(f"{folder / point.name}: train_lora.py {shlex.join(point.arguments())}")
         return 0
 
-    # 2. The folder: a new one, or the same sweep again.
+    # 2. Create the folder, or open it to resume the sweep.
     from rich.console import Console
 
     from finetune.logs import log_to_file, start_logging
-    from finetune.sweep.ray_runner import require_ray
+    from finetune.sweep.ray_session import require_ray
     from finetune.sweep.runs import FAILED, INTERRUPTED, RUNNING, SWEEP_LOG, WAITING, now, open_sweep
 
     require_ray()
     console = Console(stderr=True)
     start_logging(console)
     options = run_options(args)
-    sweep = open_sweep(folder, points, identity=identity, argv=argv, settings=vars(options) | {"asha": asha})
+    sweep = open_sweep(folder, points, identity=identity, argv=argv, settings=vars(options) | {"asha": args.asha})
     log_to_file(folder / SWEEP_LOG)
     log.info("sweep %s: %d runs, %d of them done", folder, len(points), len(points) - sweep.count(WAITING))
     try:
-        # 3. Run what is missing.
+        # 3. Train the runs that are not finished.
         if sweep.count(WAITING):
-            run_all(sweep, options, args if asha else None, console)
+            run_all(sweep, options, args, console)
 
-        # 4. Table, picture, best run.
+        # 4. Write the table and the picture, find the best run.
         from finetune.sweep.summary import write_results
 
         best = write_results(sweep)
         status = INTERRUPTED if sweep.count(INTERRUPTED, WAITING) else FAILED if sweep.count(FAILED) else "finished"
         sweep.save(status=status, ended=now(), best=vars(best) if best else None)
-    except BaseException as error:  # Ray that cannot be started, a second Ctrl-C: nobody runs this any more
+    except BaseException as error:  # Ray cannot be started, or a second Ctrl-C: nothing is running any more
         untouched = sweep.new and all(run.status == WAITING and not run.attempts for run in sweep.runs)
         if untouched and isinstance(error, UserError):
             sweep.discard()
@@ -162,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         sweep.close()
     for run in sweep.runs:
         if run.status == FAILED:
-            log.warning("failed: %s after %d tries: %s; all of it in %s", run.name, len(run.attempts),
+            log.warning("failed: %s after %d attempts: %s; full log in %s", run.name, len(run.attempts),
                         " | ".join(run.attempts[-1]["lines"][-3:]), sweep.log_path(run))  # fmt: skip
     if best:
         log.info("%s", best.text())
@@ -170,94 +201,45 @@ def main(argv: list[str] | None = None) -> int:
             log.info("(training loss favours large ranks; --eval_fraction or --eval_dataset gives a fair comparison)")
     print(folder)
     if status == INTERRUPTED:
-        log.warning("interrupted; the same command again goes on")
+        log.warning("interrupted; rerun the same command to resume")
         return 130
     return 1 if status == FAILED else 0
 
 
-def run_all(sweep: Any, options: Any, asha_flags: argparse.Namespace | None, console: Any) -> None:
-    """Start Ray, run every run that is not done."""
-    from finetune.sweep.ray_runner import RayRunner, ray_session
+def run_all(sweep: Any, options: Any, args: argparse.Namespace, console: Any) -> None:
+    """Start Ray and train every run that is not finished."""
+    from finetune.sweep.ray_runner import RayRunner
+    from finetune.sweep.ray_session import ray_session
     from finetune.sweep.table import LiveTable
 
-    # stdout is for the sweep's folder alone; Ray prints there that a machine is gone.
+    # Ray prints lost machines to stdout, which is for the sweep's folder.
     with contextlib.redirect_stdout(sys.stderr), ray_session(options) as ray:
         asha = None
-        if asha_flags is not None:
+        if args.asha:
             from finetune.sweep.stopping import Asha
 
-            flags = [run.point.settings() for run in sweep.runs]
-            metric = "eval_loss" if all(one.eval_dataset or one.eval_fraction for one in flags) else "loss"
-            asha = Asha(sweep.folder, metric=metric, grace=asha_flags.asha_grace, reduction=asha_flags.asha_reduction)
+            metric = "eval_loss" if all(run.point.settings().has_eval for run in sweep.runs) else "loss"
+            asha = Asha(sweep.folder, metric=metric, grace=args.asha_grace, reduction=args.asha_reduction)
         RayRunner(ray, sweep, options, LiveTable(console, len(sweep.runs)), asha).run()
 
 
 def run_options(args: argparse.Namespace) -> Any:
-    from finetune.sweep.ray_runner import Options
+    """The options of the Ray runner."""
+    from finetune.sweep.ray_session import SweepOptions
 
-    return Options(
-        address=None if args.address == "local" else args.address,  # Ray's own word for what is done without a flag
+    return SweepOptions(
+        address=None if args.address == "local" else args.address,  # Ray's own name for the default
         gpus_per_run=args.gpus_per_run, cpus_per_run=args.cpus_per_run, transport=args.transport,
-        scratch=args.scratch and str(Path(args.scratch).absolute()),  # a worker's own folder is a copy of Ray's
+        scratch=args.scratch and str(Path(args.scratch).absolute()),  # workers have another working folder
         retries=args.retries, command=tuple(args.command), hang_minutes=args.hang_minutes,
     )  # fmt: skip
 
 
 def default_name(points: list[grid.Point], identity: str) -> str:
-    """`sweep_<model>_<what varies>_<hash>`: the same runs have the same folder, however they were written down."""
+    """`sweep_<model>_<varied flags>_<hash>`: the same runs have the same folder, however they are written."""
     varied = list(dict.fromkeys(name for point in points for name in point.varied))
     model = grid.run_label({"model": points[0].settings().model})
     return "_".join(["sweep", model, *varied[:4], identity])
-
-
-def _program(word: str) -> list[str]:
-    words = shlex.split(word)
-    if not words:
-        raise ValueError
-    return words
-
-
-_program.__name__ = "command line"
-
-
-def _part(word: str) -> float:
-    value = not_negative(float)(word)
-    if 0 < value < 0.0001:
-        raise argparse.ArgumentTypeError(f"{word}: Ray counts ten-thousandths, and nothing below")
-    return value
-
-
-_part.__name__ = "non-negative number"
-
-
-def _gpus(word: str) -> float:
-    value = _part(word)
-    if value > 1 and not value.is_integer():
-        raise argparse.ArgumentTypeError(f"{word}: above 1 it must be a whole number")
-    return value
-
-
-_gpus.__name__ = "non-negative number"
-
-
-def _percent(word: str) -> float:
-    value = float(word)
-    if not 0 < value < 100:
-        raise argparse.ArgumentTypeError(f"{word} is not between 0 and 100")
-    return value
-
-
-_percent.__name__ = "percentage"
-
-
-def _reduction(word: str) -> float:
-    value = float(word)
-    if not 1 < value < inf:
-        raise argparse.ArgumentTypeError(f"{word} is not a number above 1")
-    return value
-
-
-_reduction.__name__ = "number above 1"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from finetune.errors import one_line_errors  # noqa: E402
 from finetune.files import write_text_atomic  # noqa: E402
-from finetune.flag_types import positive  # noqa: E402
+from finetune.flag_types import positive_int  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,9 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter on top of it; default: the model alone")
     parser.add_argument("--format", default="chatml")
     parser.add_argument("--dataset", action="append", metavar="ROWS", help="default: the English held-out sample rows")
-    parser.add_argument("--limit", type=positive(int), default=24, help="only the first N rows (default: 24)")
-    parser.add_argument("--batch_size", type=positive(int), default=32, help="of the two batched ways (default: 32)")
-    parser.add_argument("--max_new_tokens", type=positive(int), help="default: as evaluate_lora.py takes it")
+    parser.add_argument("--limit", type=positive_int, default=24, help="only the first N rows (default: 24)")
+    parser.add_argument("--batch_size", type=positive_int, default=32, help="of the two batched ways (default: 32)")
+    parser.add_argument("--max_new_tokens", type=positive_int, help="default: as evaluate_lora.py takes it")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
     return parser
 
@@ -54,14 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from finetune.evaluation.items import load_items
-    from finetune.evaluation.run import make_prompts, room_for_answers
+    from finetune.evaluation.run import answer_token_limit, make_prompts
     from finetune.generation.generate import Decoding
     from formats import check_tokenizer, get_format
 
     model, tokenizer = load(args.model, args.adapter)
     fmt = get_format(args.format, tokenizer)
     items = load_items(args.dataset or [ROOT / "data" / "samples" / "gennx_heldout.jsonl"], limit=args.limit)
-    longest = args.max_new_tokens or room_for_answers(items, tokenizer)
+    longest = args.max_new_tokens or answer_token_limit(items, tokenizer)
     prompts = make_prompts(items, tokenizer, fmt).input_ids
     decoding = Decoding(tuple(check_tokenizer(tokenizer, fmt)), longest, args.batch_size)
     results = measure(model, prompts, decoding)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from finetune.errors import one_line_errors  # noqa: E402
 from finetune.files import write_text_atomic  # noqa: E402
-from finetune.memory.estimate import Plan  # noqa: E402
+from finetune.memory.estimate import Workload  # noqa: E402
 from finetune.memory.sizes import Matrix, Sizes  # noqa: E402
 
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
@@ -170,7 +170,7 @@ def run(name: str, case: Case) -> dict[str, Any]:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown: measured, predicted by the estimator as it is now, and the difference."""
-    from finetune.memory.estimate import estimate, measured_part
+    from finetune.memory.estimate import estimate, measurable_bytes
 
     lines = ["| case | parameters | tokens in a pass | measured GB | predicted GB | difference |",
              "| --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
@@ -179,7 +179,7 @@ def table(records: list[dict[str, Any]]) -> str:
             lines.append(f"| {record['case']} | | | failed: {record['failed']} | | |")
             continue
         plan, sizes = plan_of(record), sizes_of(record)
-        predicted = measured_part(estimate(sizes, plan), plan.device) / 1e9
+        predicted = measurable_bytes(estimate(sizes, plan), plan.device) / 1e9
         lines.append(
             f"| {record['case']} | {sizes.parameters / 1e6:.0f} M | {plan.tokens:,} | {record['measured_gb']:.2f} | "
             f"{predicted:.2f} | {predicted / record['measured_gb'] - 1:+.0%} |"
@@ -220,9 +220,9 @@ if __name__ == "__main__":
     sys.exit(main())
 
 
-def plan_of(record: dict[str, Any]) -> Plan:
+def plan_of(record: dict[str, Any]) -> Workload:
     """The plan in a `memory` entry of experiment_config.json or in a record of benchmarks/memory.py."""
-    return Plan(**{**record["plan"], "target_modules": tuple(record["plan"]["target_modules"])})
+    return Workload(**{**record["plan"], "target_modules": tuple(record["plan"]["target_modules"])})
 
 
 def sizes_of(record: dict[str, Any]) -> Sizes:

@@ -72,9 +72,9 @@ def main() -> None:
     from finetune.encoding.token_files import load_format, load_tokenizer
     from finetune.files import write_jsonl
     from finetune.reading.conversations import load_conversations
-    from finetune.torchless import leave_torch_out
+    from finetune.torchless import hide_torch
 
-    leave_torch_out()
+    hide_torch()
     with tempfile.TemporaryDirectory() as folder:
         path = write_jsonl(
             Path(folder) / "rows.jsonl", make_rows(args.rows, max(60, (args.tokens - 620) * 3 // 5), seed=0)

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from finetune.errors import UserError, one_line_errors  # noqa: E402
 from finetune.files import write_text_atomic  # noqa: E402
-from finetune.flag_types import positive  # noqa: E402
+from finetune.flag_types import positive_int  # noqa: E402
 from finetune.runs.run_log import COLUMNS, read_rows  # noqa: E402
 
 RANKS = (4, 8, 16, 32, 64, 12, 24, 48)
@@ -109,7 +109,7 @@ def card_memory(card: int | None) -> Iterator[dict[str, float]]:
     def watch() -> None:
         with contextlib.suppress(NoDriver, UserError), open_driver() as driver:
             while not over.is_set():
-                used = next((one.memory_used_gb for one in driver.cards() if one.index == card), None)
+                used = next((one.memory_used_gb for one in driver.gpus() if one.index == card), None)
                 if used is not None:
                     peak["gb"] = max(used, peak.get("gb", 0.0))
                 over.wait(SECONDS_BETWEEN_READINGS)
@@ -249,9 +249,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="Hub id or folder (default: smollm2-135m, bundled)")
-    add("--at_once", type=positive(int), nargs="+", metavar="N", help="default: 2 4 on a GPU, 2 on a CPU")
-    add("--steps", type=positive(int), metavar="N", help="of each run (default: 100 on a GPU, 8 on a CPU)")
-    add("--repeats", type=positive(int), default=3, metavar="N", help="of each way, in turn (default: 3)")
+    add("--at_once", type=positive_int, nargs="+", metavar="N", help="default: 2 4 on a GPU, 2 on a CPU")
+    add("--steps", type=positive_int, metavar="N", help="of each run (default: 100 on a GPU, 8 on a CPU)")
+    add("--repeats", type=positive_int, default=3, metavar="N", help="of each way, in turn (default: 3)")
     add("--json", type=Path, default=Path("side_by_side.json"), metavar="FILE",
         help="records, written after every sweep (default: side_by_side.json)")  # fmt: skip
     add("--show", type=Path, metavar="FILE", help="measure nothing, print what a file says")

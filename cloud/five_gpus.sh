@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Five ranks on five GPUs with nothing but a shell; run it from the checkout, after `make install`. Flags given to this
-# script go to all five runs:  cloud/five_gpus.sh --config configs/gennx_qlora.yaml --dataset my_rows.jsonl
-# Ctrl-C or kill ends all five; a run that has begun its steps saves a checkpoint first.
-set -muo pipefail   # m: a Ctrl-C reaches this script alone, which tells the five
+# Five ranks on five GPUs without a cluster; run it from the checkout, after `make install`. The arguments of this script
+# are passed to all five runs:  cloud/five_gpus.sh --config configs/gennx_qlora.yaml --dataset my_rows.jsonl
+# Ctrl-C or kill ends all five; a run that has started training saves a checkpoint first.
+set -muo pipefail   # m: only this script receives a Ctrl-C, and signals the five
 PY=${PY:-.venv/bin/python}; RUNS=${RUNS:-experiments/five_gpus_$(date +%Y%m%d_%H%M%S)}; mkdir -p "$RUNS"
 jobs=(); failed=0
 trap 'trap "" INT TERM HUP; kill "${jobs[@]}" 2>/dev/null; wait; exit 130' INT TERM HUP

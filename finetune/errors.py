@@ -1,4 +1,4 @@
-"""Failures a user can cause end in one line and exit code 2; a traceback is for bugs only."""
+"""Errors that a user can cause end in one line and exit status 2; a traceback is for bugs only."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from formats import FormatError
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Errors of a path that the user gave. A disk or a network that fails is not one: a sweep tries such a run again.
+_BAD_PATH = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.EINVAL,
+)  # fmt: skip
 
 
 class UserError(Exception):
@@ -20,70 +28,61 @@ class UserError(Exception):
 
 
 def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Decorate a script's `main`: UserError and FormatError become `error: …` on stderr and exit status 2.
+    """Decorate a script's `main`: errors that a user can cause become one `error: …` line on stderr.
 
-    So does what the system says of a file (a name that is too long, a folder one may not look into). A full disk is one
-    line too, with exit status 1: it is no refusal, and a sweep tries the run again. Ctrl-C becomes
-    exit status 130 and a closed pipe (`| head`) a quiet exit, both without a traceback.
+    UserError, FormatError and system errors of a path: exit status 2. A full disk: 1, so that a sweep tries the run
+    again. Ctrl-C: 130. A closed pipe (`| head`): no message and the status of `main`.
     """
 
     @functools.wraps(main)
-    def wrapped(*args, **kwargs) -> int:
+    def wrapped(*args: Any, **kwargs: Any) -> int:
         code = 0
-        for name in ("stdout", "stderr"):  # closed by whoever started us (>&-): Python has None in their place
+        for name in ("stdout", "stderr"):  # None where the caller has closed it (>&-)
             if getattr(sys, name) is None:
                 setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):
-            # A pipe on Windows and the C locale know few letters; what they lack must not end a run that went well.
+            # A pipe on Windows and the C locale cannot encode every letter; that must not fail a finished run.
             if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
                 stream.reconfigure(errors="backslashreplace")
         try:
             code = main(*args, **kwargs) or 0
-            sys.stdout.flush()  # or Python does it when nobody can catch what comes of it
+            sys.stdout.flush()  # an error of Python's own flush at exit could not be caught
             return code
         except (UserError, FormatError) as error:
             full = error.__cause__ is not None and no_room(error.__cause__)
-            return _failed(str(error), code=1 if full else 2)
+            return _report(str(error), code=1 if full else 2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:
-            _leave_stdout()
+            _discard_stdout()
             return code
         except OSError as error:
             if error.errno in NO_SPACE:
                 if error.filename is None:
-                    _leave_stdout()
-                return _failed(f"{error.filename or 'a file'}: {error.strerror}; make room and start again", code=1)
-            if error.filename is None or error.errno not in _NAMED_WRONGLY:
+                    _discard_stdout()
+                return _report(f"{error.filename or 'a file'}: {error.strerror}; free some space and retry", code=1)
+            if error.filename is None or error.errno not in _BAD_PATH:
                 raise
-            return _failed(f"{error.filename}: {error.strerror or error}; check its name and rights")
+            return _report(f"{error.filename}: {error.strerror or error}; check its name and permissions")
 
     return wrapped
 
 
-def _leave_stdout() -> None:
-    """Python flushes stdout once more at exit; point it at nothing so that flush cannot fail again."""
-    with contextlib.suppress(OSError, ValueError):  # a test's stdout is no file
+def _discard_stdout() -> None:
+    """Redirect stdout to the null device, so that Python's flush at exit cannot fail again."""
+    with contextlib.suppress(OSError, ValueError):  # a test's stdout has no file descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _failed(reason: str, code: int = 2) -> int:
+def _report(reason: str, code: int = 2) -> int:
     reason = re.sub(r"(?<=://)[^/\s@]*@", "***@", reason)  # a password in a URL
     print(f"error: {' '.join(reason.split())}", file=sys.stderr)
     return code
 
 
 def no_room(error: BaseException) -> bool:
-    """Whether a disk or a quota was full; the libraries that write weights have errors of their own for that."""
+    """Whether the error means a full disk or quota; safetensors and torch raise errors of their own for that."""
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         return True
     return bool(re.search(r"os error (27|28|122)\b|No space left|file write failed|File too large", str(error)))
-
-
-# What comes of the name that a user gave; a disk or a network that fails is no refusal, and a sweep tries it again.
-_NAMED_WRONGLY = (
-    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP,
-    errno.EINVAL,
-)  # fmt: skip
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, file locks, JSON Lines."""
+"""Atomic writes of files and folders, file locks, JSON Lines, and the YAML and JSON files that a user writes."""
 
 from __future__ import annotations
 
@@ -10,63 +10,61 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from math import isfinite
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from finetune.errors import NO_SPACE, UserError, no_room
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 
 def current_umask() -> int:
-    """The process's umask, which the system only tells when it is set."""
+    """The process's umask; the system returns it only when it is set."""
     value = os.umask(0)
     os.umask(value)
     return value
 
 
-def _remove_empty(folders: list[Path]) -> None:
-    with contextlib.suppress(OSError):  # one that something else was put into stays, and so do those above it
-        for folder in folders:
-            folder.rmdir()
-
-
 @contextlib.contextmanager
 def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
-    """A file beside `path` that takes its place when all is written, so that a reader never sees half of it.
+    """Yield a temporary file beside `path` that replaces it on success; readers never see a partial file.
 
-    Raises UserError when the folder cannot be written to or is full; after any error `path` is as it was, and so are
-    the folders above it. A device or a pipe (/dev/null, /dev/stdout) is written to, never replaced.
+    After an error `path` is as it was, and folders created for it are removed again. A device or a pipe (/dev/null,
+    /dev/stdout) is written to, never replaced. Raises UserError when the folder is not writable or the disk is full.
     """
     path = Path(path)
     try:
-        special = path.exists() and not path.is_file() and not path.is_dir()
-        if special:
-            handle = os.open(path, os.O_WRONLY)
+        if path.exists() and not path.is_file() and not path.is_dir():
+            file, temporary = path.open("wb"), None
         else:
-            path = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link stays one
-            missing = [folder for folder in path.parents if not folder.exists()]
+            path = Path(os.path.realpath(path)) if path.is_symlink() else path  # the link itself stays
+            created = [folder for folder in path.parents if not folder.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+            file = os.fdopen(handle, "wb")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose a folder you may write to") from error
-    if special:
-        with os.fdopen(handle, "wb") as file:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose a writable folder") from error
+    if temporary is None:
+        with file:
             yield file
         return
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             yield file
-        # mkstemp makes 0600 files; give the result the permissions an ordinary open() would have given it.
-        os.chmod(temporary, 0o666 & ~current_umask())
+        os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes 0600 files
         try:
             os.replace(temporary, path)
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}; name a file you may replace") from error
+            raise UserError(f"cannot write {path}: {error.strerror or error}; choose another file") from error
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
-        _remove_empty(missing)
+        with contextlib.suppress(OSError):  # not empty: another process has written into it
+            for folder in created:
+                folder.rmdir()
         if isinstance(error, OSError) and error.errno in NO_SPACE:
-            raise UserError(f"cannot write {path}: {error.strerror}; make room or name another folder") from error
+            raise UserError(
+                f"cannot write {path}: {error.strerror}; free some space or choose another folder"
+            ) from error
         raise
 
 
@@ -78,7 +76,7 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> Path:
 
 
 def write_together(files: dict[Path, bytes]) -> None:
-    """Write several files as `open_atomic` does, none of them in its place before all are written."""
+    """Write several files as `open_atomic` does; none replaces its path before all are written."""
     with contextlib.ExitStack() as stack:
         for path, data in files.items():
             file = stack.enter_context(open_atomic(path))
@@ -87,7 +85,7 @@ def write_together(files: dict[Path, bytes]) -> None:
 
 
 def write_to_cache(path: str | Path, data: bytes) -> None:
-    """`write_bytes_atomic` into a folder that the user never named; UserError says how another one is named."""
+    """`write_bytes_atomic` into the cache folder; a UserError says how to choose another one."""
     try:
         write_bytes_atomic(path, data)
     except UserError as error:
@@ -97,38 +95,33 @@ def write_to_cache(path: str | Path, data: bytes) -> None:
 def write_text_atomic(path: str | Path, text: str) -> Path:
     """`write_bytes_atomic` for UTF-8 text with "\\n" line ends on every system.
 
-    A path that is no text stands in a string as half surrogate pairs, which UTF-8 cannot hold: they become escapes.
+    Lone surrogates (Python's form of a file name that is not UTF-8) are written as escapes.
     """
     return write_bytes_atomic(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def json_line(row: dict[str, Any]) -> str:
-    """One line of JSON Lines, readable in any language; half a surrogate pair, which UTF-8 cannot hold, as an escape.
+    """One line of JSON Lines, not escaped to ASCII; lone surrogates, which UTF-8 cannot hold, become escapes.
 
-    Values that JSON has no word for (dates and NaN of a Parquet file or a database) are written as text.
+    Values that JSON does not have (dates and NaN of a Parquet file or a database) are written as text.
     """
     try:
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str)
     except ValueError:
-        row = _without_nan(row)
-        line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
-    try:
-        line.encode("utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(row, default=str) + "\n"
-    return line
+        line = json.dumps(_nan_as_text(row), ensure_ascii=False, default=str)
+    return line.encode("utf-8", errors="backslashreplace").decode("utf-8") + "\n"
 
 
-def _without_nan(value: Any) -> Any:
+def _nan_as_text(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
+        return {key: _nan_as_text(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_without_nan(inner) for inner in value]
+        return [_nan_as_text(inner) for inner in value]
     return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:
-    """Write rows as JSON Lines in UTF-8, aside first and renamed into place."""
+    """Write rows as JSON Lines, atomically; returns the path."""
     return write_text_atomic(path, json_lines(rows))
 
 
@@ -142,10 +135,10 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `target`; it is renamed to `target` on success and deleted on an error.
 
     replace  True: an existing `target` is deleted once the new folder is in its place. False: a `target` that another
-             process has made meanwhile is kept, and this one is discarded.
+             process has created meanwhile is kept, and this one is discarded.
 
-    Files and folders get the permissions of the umask. Raises UserError when the folder above cannot be written to or
-    the disk is full.
+    Files and folders get the permissions of the umask. Raises UserError when the parent folder is not writable or the
+    disk is full.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -179,12 +172,14 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
 def acquire_lock(path: Path, busy: str, *, timeout: float = 0) -> FileLock | None:
     """The file lock at `path`, held by this process; None on a file system without locks.
 
-    timeout  seconds to wait, -1 for ever. Raises UserError(busy) when another process still holds it then.
+    timeout  seconds to wait, -1: without limit. Raises UserError(busy) when another process still holds it then.
     """
-    lock = FileLock(path)
+    import filelock  # `--doctor` runs where nothing is installed
+
+    lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=timeout)
-    except Timeout as error:
+    except filelock.Timeout as error:
         raise UserError(busy) from error
     except (OSError, NotImplementedError) as error:  # some network file systems
         if getattr(error, "filename", None):
@@ -199,3 +194,38 @@ def release_lock(lock: FileLock | None) -> None:
         with contextlib.suppress(OSError):  # Windows: another process has opened it
             Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+def read_data(kind: str, path: str | Path) -> Any:
+    """The content of a YAML or JSON file; UserError, naming `kind` and the file, when it cannot be read."""
+    path = Path(path)
+    is_json = path.suffix.lower() == ".json"
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+        return json.loads(content, object_pairs_hook=_without_duplicates) if is_json else _parse_yaml(content)
+    except OSError as error:
+        raise UserError(f"cannot read {kind} {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{kind} {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except Exception as error:
+        raise UserError(f"{kind} {path} is not valid {'JSON' if is_json else 'YAML'}: {error}") from error
+
+
+def _parse_yaml(content: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            _without_duplicates([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(content, Loader)
+
+
+def _without_duplicates(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    mapping: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in mapping:
+            raise ValueError(f"duplicate key {key!r}; keep one of them")
+        mapping[key] = value
+    return mapping

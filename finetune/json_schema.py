@@ -1,4 +1,4 @@
-"""The one way in which arguments are checked against a tool's JSON Schema."""
+"""Checks of arguments against a tool's JSON Schema."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 @lru_cache(maxsize=4096)
 def validator_of(schema_text: str) -> tuple[Any, str | None]:
-    """(jsonschema validator, None) of a schema as JSON text, or (None, why it is no JSON Schema).
+    """(jsonschema validator, None) of a schema as JSON text, or (None, why it is not a valid JSON Schema).
 
-    The draft is the one that its "$schema" names (tools of MCP servers say draft-07), else 2020-12. Cached, because a
+    The draft is the one that "$schema" names (tools of MCP servers name draft-07), else 2020-12. Cached, because a
     data set repeats its tools in every row.
     """
     import jsonschema
@@ -26,8 +26,23 @@ def validator_of(schema_text: str) -> tuple[Any, str | None]:
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:
         return None, error.message[:200]
-    # An empty registry: a "$ref" must not make this machine fetch addresses.
+    # The empty registry keeps a "$ref" from fetching URLs.
     return kind(schema, registry=referencing.Registry()), None
+
+
+def schema_errors(schema: Any, arguments: dict[str, Any]) -> tuple[list[Any], str | None]:
+    """(validation errors, None), or ([], "is not a valid JSON Schema: …" or "cannot be evaluated: …")."""
+    validator, broken = validator_of(json.dumps(schema))
+    if validator is None:
+        return [], f"is not a valid JSON Schema: {broken}"
+    errors: list[Any] = []
+    try:
+        for error in validator.iter_errors(arguments):
+            errors.append(error)
+    except Exception as failure:  # an unresolvable $ref or an invalid regular expression in the schema
+        if not errors:
+            return [], f"cannot be evaluated: {' '.join(str(failure).split())[:200]}"
+    return errors, None
 
 
 class ToolSchemas:
@@ -37,32 +52,26 @@ class ToolSchemas:
         self.parameters = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
 
     def unknown_arguments(self, call: dict[str, Any]) -> list[str]:
-        """Paths of arguments that the tool's schema does not know; the tool must be declared."""
+        """Paths of arguments that the tool's schema does not declare; the tool itself must be declared."""
         return list(_unknown(self.parameters[call["name"]], call["arguments"], ""))
 
     def is_valid(self, call: dict[str, Any]) -> bool | None:
-        """Whether the arguments satisfy the tool's JSON Schema; None when the schema itself is none."""
-        validator, _ = validator_of(json.dumps(self.parameters[call["name"]]))
-        try:
-            return None if validator is None else validator.is_valid(call["arguments"])
-        except Exception:  # an unresolvable $ref or a wrong regular expression inside the schema
-            return None
+        """Whether the arguments satisfy the tool's JSON Schema; None when the schema cannot be used."""
+        errors, broken = schema_errors(self.parameters[call["name"]], call["arguments"])
+        return None if broken else not errors
 
     def problems(self, call: dict[str, Any]) -> list[str]:
-        """What is wrong with a call, one line each, for a person or for the model to read; empty when nothing is."""
+        """All problems of a call, one line each, for a person or for the model to read."""
         name = call["name"]
         if name not in self.parameters:
             return [f"no tool is called {name!r}; declared: {', '.join(self.parameters) or 'none'}"]
-        found = [f"the schema knows no argument {path}" for path in self.unknown_arguments(call)]
-        validator, _ = validator_of(json.dumps(self.parameters[name]))
-        if validator is None:
-            return [*found, f"the parameters of {name} are no JSON Schema, so its arguments cannot be checked"]
-        try:
-            for error in validator.iter_errors(call["arguments"]):
-                if error.validator not in ("additionalProperties", "unevaluatedProperties") or not found:
-                    found.append(f"{error.json_path.removeprefix('$').lstrip('.') or 'arguments'}: {error.message}")
-        except Exception as error:  # as above
-            found.append(f"the schema of {name} cannot be followed: {' '.join(str(error).split())}")
+        found = [f"unknown argument {path}" for path in self.unknown_arguments(call)]
+        errors, broken = schema_errors(self.parameters[name], call["arguments"])
+        if broken:
+            return [*found, f"cannot check the arguments of {name}: its schema {broken}"]
+        for error in errors:
+            if error.validator not in ("additionalProperties", "unevaluatedProperties") or not found:
+                found.append(f"{error.json_path.removeprefix('$').lstrip('.') or 'arguments'}: {error.message}")
         return found
 
 
@@ -70,28 +79,29 @@ def _unknown(schema: Any, value: Any, path: str) -> Iterator[str]:
     if not isinstance(schema, dict):
         return
     if isinstance(value, list):
-        for at, element in enumerate(value):
-            yield from _unknown(schema.get("items"), element, f"{path}[{at}]")
+        for index, element in enumerate(value):
+            yield from _unknown(schema.get("items"), element, f"{path}[{index}]")
     if not isinstance(value, dict):
         return
     properties, extra = schema.get("properties"), schema.get("additionalProperties")
     declared = properties if isinstance(properties, dict) else {}
-    # A schema without properties of its own leaves the names open, unless it says that there are none.
-    closed = extra is False or (extra is None and isinstance(properties, dict))
+    # A schema without properties allows any name, unless it says that there are none.
+    is_closed = extra is False or (extra is None and isinstance(properties, dict))
     for key, inner in value.items():
-        at = f"{path}.{key}".lstrip(".")
+        inner_path = f"{path}.{key}".lstrip(".")
         if key in declared:
-            yield from _unknown(declared[key], inner, at)
-        elif closed and not _names_elsewhere(schema):
-            yield at
+            yield from _unknown(declared[key], inner, inner_path)
+        elif is_closed and not _declares_elsewhere(schema):
+            yield inner_path
         else:
-            yield from _unknown(extra, inner, at)
+            yield from _unknown(extra, inner, inner_path)
 
 
-def _names_elsewhere(schema: dict[str, Any]) -> bool:
-    """Whether other places of a schema may name properties; a branch that only says what is required does not."""
-    lists = [schema[word] for word in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(word), list)]
-    branches = [one for branch in lists for one in branch]
-    return any(word in schema for word in ("$ref", "patternProperties")) or any(
-        not isinstance(one, dict) or one.keys() - {"required", "title", "description"} for one in branches
+def _declares_elsewhere(schema: dict[str, Any]) -> bool:
+    """Whether a schema may declare properties by reference, by pattern or in a branch that does more than require."""
+    lists = [schema[key] for key in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(key), list)]
+    return any(key in schema for key in ("$ref", "patternProperties")) or any(
+        not isinstance(branch, dict) or branch.keys() - {"required", "title", "description"}
+        for branches in lists
+        for branch in branches
     )

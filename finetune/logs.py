@@ -1,4 +1,4 @@
-"""One logger, two places: short lines on the screen, all of it with dates in the run's training.log."""
+"""One logger, two outputs: short lines on the console, all of them with dates in the run's training.log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger("sandwich")
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints above a live progress bar; long lines are left to the terminal, so that a log file keeps them whole."""
+    """Prints above a live progress bar; long lines are wrapped by the terminal alone, so a log file has them in one."""
 
     def __init__(self, console: Console):
         super().__init__()
@@ -28,14 +28,14 @@ class ConsoleHandler(logging.Handler):
 
 
 def start_logging(console: Console) -> None:
-    """Show messages on the console and keep them until a run folder exists to hold them."""
+    """Print messages on the console, and buffer them for the run folder's log until `log_to_file`."""
     log.setLevel(logging.INFO)
     log.propagate = False
-    logging.raiseExceptions = False  # training.log on a full disk: the error of the run itself is the one to show
+    logging.raiseExceptions = False  # training.log on a full disk: the run's own error is the one to show
     log.handlers.clear()
     log.addHandler(ConsoleHandler(console))
     log.addHandler(logging.handlers.MemoryHandler(100_000, flushLevel=logging.CRITICAL + 1))
-    # Libraries: their advice is about code the user does not see; what matters is checked and said here.
+    # Advice of libraries is about code that the user does not see.
     warnings.filterwarnings("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -45,7 +45,7 @@ def start_logging(console: Console) -> None:
 
 
 def log_to_file(path: Path) -> None:
-    """Write everything said so far, and from now on, into training.log (appended to when a run is resumed)."""
+    """Append all messages so far, and from now on, to the file."""
     file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in list(log.handlers):

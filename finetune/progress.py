@@ -1,4 +1,4 @@
-"""A progress bar with the time left on stderr: drawn where a person looks, a line now and then where a log does."""
+"""A progress bar with the time left, on stderr: drawn on a terminal, one line every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from contextlib import contextmanager
 SECONDS_BETWEEN_LINES = 15
 
 
+def say(text: str) -> None:
+    """Print a status line to stderr; stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
-def progress_bar(description: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(n)`; bar and lines go to stderr, so that stdout stays for results. A total of 0 is unknown."""
+def progress_bar(description: str, total: int, *, shown: bool = True) -> Iterator[Callable[..., None]]:
+    """Yield `advance(n=1)`. total  0: unknown. shown  False: print nothing."""
     if not shown:
         yield lambda n=1: None
     elif sys.stderr.isatty():
@@ -24,10 +29,10 @@ def progress_bar(description: str, total: int, *, shown: bool = True) -> Iterato
             task = progress.add_task(description, total=total or None)
             yield lambda n=1: progress.advance(task, n)
     else:
-        yield _lines(description, total)
+        yield _print_lines(description, total)
 
 
-def _lines(description: str, total: int) -> Callable[[int], None]:
+def _print_lines(description: str, total: int) -> Callable[..., None]:
     started = last = time.monotonic()
     done = 0
 
@@ -38,7 +43,7 @@ def _lines(description: str, total: int) -> Callable[[int], None]:
         if now - last >= SECONDS_BETWEEN_LINES and done:
             last = now
             left = (now - started) / done * (total - done)
-            known = f" of {total:,}, {left:.0f} s left" if total else ""
-            print(f"{description}: {done:,}{known}", file=sys.stderr, flush=True)
+            suffix = f" of {total:,}, {left:.0f} s left" if total else ""
+            print(f"{description}: {done:,}{suffix}", file=sys.stderr, flush=True)
 
     return advance

@@ -1,7 +1,7 @@
 """Keeping torch out of processes that only turn text into tokens.
 
-Transformers imports torch wherever it finds it, also to load a tokenizer; that takes seconds of every command and of
-every worker process. A process that has called `leave_torch_out` gets the tokenizers without it.
+Transformers imports torch wherever it is installed, even to load a tokenizer, which takes seconds in every command and
+worker process. A process that has called `hide_torch` gets the tokenizers without it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import sys
 
 
-def leave_torch_out() -> None:
-    """For the rest of this process torch counts as not installed; without effect where it is loaded already."""
+def hide_torch() -> None:
+    """Make torch count as not installed in this process; no effect once it is imported."""
     sys.modules.setdefault("torch", None)
 
 
-def let_torch_in() -> None:
-    """Undo `leave_torch_out`, for what does need torch; Transformers must not have been imported in between."""
+def unhide_torch() -> None:
+    """Undo `hide_torch`; Transformers must not have been imported in between."""
     if sys.modules.get("torch", "") is None:
         del sys.modules["torch"]

@@ -38,7 +38,7 @@ class Ollama:
     template      name of the Go template
     call_start    text that starts a call; empty: a call starts with "{"
     parser        one of Ollama's own parsers, when the Go template does not suffice to find calls
-    compact_json  JSON has no spaces behind separators
+    compact_json  JSON has no spaces after separators
     stop          stop strings besides `end_of_turn`
     refused       why Ollama cannot serve the format
     """
@@ -110,7 +110,7 @@ class Format:
 
         A variable that a caller passes overrides its default.
         """
-        # The template may start with text, so nothing but the newline behind a block tag may be stripped.
+        # The template may start with text, so nothing but the newline after a block tag may be stripped.
         defaults = [
             f"{{%- if {name} is not defined %}}{{%- set {name} = {_jinja_literal(value)} %}}{{%- endif %}}"
             for name, value in self.template_kwargs.items()

@@ -140,8 +140,8 @@ def call_error(parsed: Parsed, error: Exception) -> str:
 def read_tagged(text: str, opening: str, closing: str, read_body: Callable[[str, int], tuple[Any, int]]) -> Parsed:
     """Calls between `opening` and `closing` (which may be empty) anywhere in `text`.
 
-    `read_body(text, at)` returns (call, end position) of one call behind its opening tag, or raises ValueError. After
-    a malformed call, parsing continues behind its closing tag, or at the next opening tag if that comes first.
+    `read_body(text, at)` returns (call, end position) of one call after its opening tag, or raises ValueError. After
+    a malformed call, parsing continues after its closing tag, or at the next opening tag if that comes first.
     """
     parsed, kept, at = Parsed(), [], 0
     last_close = text.rfind(closing)
@@ -194,5 +194,6 @@ def read_call_list(text: str, opening: str, closing: str) -> Parsed:
         return [call_from_object(item, "arguments", "parameters") for item in value], end
 
     parsed = read_tagged(text, opening, closing, body)
-    parsed.tool_calls = [call for calls in parsed.tool_calls for call in calls]
+    lists: list[Any] = parsed.tool_calls
+    parsed.tool_calls = [call for calls in lists for call in calls]
     return parsed

@@ -1,6 +1,6 @@
 """Control tokens inside contents are escaped in the text itself, equally for training, evaluation and chat.
 
-A zero-width space (U+200B) behind the first character of a control string makes any tokenizer and any template read it
+A zero-width space (U+200B) after the first character of a control string makes any tokenizer and any template read it
 as text. Splitting special tokens in the tokenizer would not help, because a server tokenises complete prompts.
 """
 
@@ -58,20 +58,14 @@ class Escaper:
         """(tools, what was escaped); most rows repeat the tools of an earlier one, which are found by their JSON."""
         if not tools:
             return tools, []
-        try:
-            text = json.dumps(tools, ensure_ascii=False)
-        except (TypeError, ValueError):  # Python objects that a template may be able to print
-            found: list[str] = []
-            return self._escaped_tools(tools, found), found
+        text = json.dumps(tools, ensure_ascii=False)
         if text not in self._tools:
             if len(self._tools) >= CACHED_TOOL_LISTS:
                 self._tools.clear()
-            found = []
-            self._tools[text] = CachedTools(self._escaped_tools(json.loads(text), found), text), found
+            found: list[str] = []
+            escaped = [self._escaped(tool, self.everywhere, f"tool {n}", found) for n, tool in enumerate(tools, 1)]
+            self._tools[text] = CachedTools(escaped, text), found
         return self._tools[text]
-
-    def _escaped_tools(self, tools: list[dict], found: list[str]) -> list[dict]:
-        return [self._escaped(tool, self.everywhere, f"tool {n}", found) for n, tool in enumerate(tools, start=1)]
 
     def undo(self, value: Any) -> Any:
         """`value` without the marks inside control strings; other zero-width spaces stay."""

@@ -177,7 +177,7 @@ class _Encoder:
         return sequences
 
     def _append_rest(self, sequence: Sequence, turn: _Turn, last: int, tokenized: Tokenized) -> tuple[int, Tokenized]:
-        """Append, untrained, what the complete conversation has behind the last trained turn: a newline, later turns.
+        """Append, untrained, what the complete conversation has after the last trained turn: a newline, later turns.
 
         Returns the index of the last message that the sequence now contains, and its tokens.
         """
@@ -219,12 +219,12 @@ class _Encoder:
             except Exception as error:
                 raise FormatError(f"{where}: format {fmt.name} cannot express it: {error}") from error
             if not upto.startswith(prompt):
-                problem = f"{where}: the template does not render it behind the prompt a server feeds"
+                problem = f"{where}: the template does not render it after the prompt that a server feeds"
                 continue
             completion = upto[len(prompt) :]
             end = max((at + len(mark) for mark in fmt.end_of_turn if (at := completion.rfind(mark)) >= 0), default=0)
             if not end:
-                problem = f"{where}: the template renders no end of turn behind it"
+                problem = f"{where}: the template renders no end of turn after it"
                 continue
             completion = completion[:end]
             lost, warning = lost_in_answer(answer, completion, self.tools, fmt)

@@ -19,8 +19,9 @@ def register(fmt: Format) -> None:
 
     Raises FormatError for a name that another format has.
     """
-    if FORMATS.setdefault(fmt.name, fmt) != fmt or fmt.name == "auto":
+    if fmt.name == "auto" or FORMATS.get(fmt.name, fmt) != fmt:
         raise FormatError(f"cannot register format {fmt.name!r}: the name is taken; choose another one")
+    FORMATS[fmt.name] = fmt
 
 
 @cache

@@ -120,16 +120,15 @@ def render_template(
         renderers[template] = _Renderer(tokenizer, template)
     renderer = renderers[template]
 
-    def render_here() -> str:
-        return renderer.template.render(messages=messages, documents=None, **tokenizer.special_tokens_map | arguments)
-
-    if messages and renderer.template and not renderer.comparisons_left:
-        return render_here()
+    compiled = renderer.template if messages else None
+    variables = {"messages": messages, "documents": None, **tokenizer.special_tokens_map, **arguments}
+    if compiled and not renderer.comparisons_left:
+        return compiled.render(variables)
     text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **arguments)
-    if messages and renderer.template:
+    if compiled:
         renderer.comparisons_left -= 1
         try:
-            equal = render_here() == text
+            equal = compiled.render(variables) == text
         except Exception:  # templates raise anything
             equal = False
         if not equal:

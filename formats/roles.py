@@ -29,7 +29,7 @@ class Piece(NamedTuple):
 
 
 class Skeleton(NamedTuple):
-    """Indices of messages in the order of the text, and the template text before, between and behind their contents."""
+    """Indices of messages in the order of the text, and the template text before, between and after their contents."""
 
     order: list[int]
     pieces: list[Piece]
@@ -146,7 +146,8 @@ def _make_skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokeniz
         opening = _answer_opening(fmt, tokenizer)
     if text is None:
         return None
-    order = sorted(placeholders, key=lambda index: text.find(placeholders[index]))
+    positions = {index: text.find(placeholder) for index, placeholder in placeholders.items()}
+    order = sorted(positions, key=positions.__getitem__)
     headers = []
     for index in order:
         header, found, text = text.partition(placeholders[index])

@@ -106,7 +106,7 @@ class Tokens:
         joined = self.tokenized(prompt + text)
         if joined.ids[: len(prompt_ids)] == prompt_ids:
             return joined
-        # Behind an anchor, so that the tokenizer does not treat it as the start of a text.
+        # After an anchor, so that the tokenizer does not treat it as the start of a text.
         anchor = self.anchors[0] if self.anchors else ""
         alone = self.tokenized(anchor + text)
         numbers = range(1 if anchor else 0, len(alone.ids))

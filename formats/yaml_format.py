@@ -2,7 +2,7 @@
 
     start: "<call>"         before a call
     separator: "|"          between the function's name and its arguments (a JSON object)
-    end: "</call>"          behind a call
+    end: "</call>"          after a call
     tools: system           where the tools go: system, first_user or last_user
 
 Turns are laid out by the template of another format; calls become part of the assistant's text there.
@@ -15,55 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from formats.base import Format, FormatError, Parsed
+from formats.base import Format, FormatError, Parsed, read_template
 from formats.calls import read_named_call, read_tagged
 
 TOOL_PLACES = ("system", "first_user", "last_user")
 KEYS = ("start", "separator", "end", "tools")
 
 # Rewrites the messages so that calls and tools are plain text; the template below it renders them.
-_PREAMBLE = """\
-{%- set own = namespace(messages=[], tools='', at=-1) %}
-{%- if tools %}
-    {%- set own.tools = 'You have access to the following functions:' %}
-    {%- for tool in tools %}
-        {%- set own.tools = own.tools + '\\n' + tool.function | tojson %}
-    {%- endfor %}
-    {%- set own.tools = own.tools + HINT %}
-    {%- for message in messages %}
-        {%- if message.role == ROLE and (LAST or own.at < 0) %}
-            {%- set own.at = loop.index0 %}
-        {%- endif %}
-    {%- endfor %}
-    {%- if own.at < 0 and ROLE == 'system' %}
-        {%- set own.messages = [{'role': 'system', 'content': own.tools}] %}
-    {%- endif %}
-{%- endif %}
-{%- for message in messages %}
-    {%- set text = namespace(value=message.content) %}
-    {%- if loop.index0 == own.at %}
-        {%- if ROLE == 'system' %}
-            {%- set text.value = text.value + ('\\n\\n' if text.value else '') + own.tools %}
-        {%- else %}
-            {%- set text.value = own.tools + '\\n\\n' + text.value %}
-        {%- endif %}
-    {%- endif %}
-    {%- for call in message.tool_calls or [] %}
-        {%- set text.value = text.value + START + call.function.name + SEPARATOR %}
-        {%- set text.value = text.value + call.function.arguments | tojson + END %}
-    {%- endfor %}
-    {%- set made = {'role': message.role, 'content': text.value} %}
-    {%- if message.reasoning_content is string %}
-        {%- set made = dict(made, reasoning_content=message.reasoning_content) %}
-    {%- endif %}
-    {%- if message.tool_call_id is string %}
-        {%- set made = dict(made, tool_call_id=message.tool_call_id) %}
-    {%- endif %}
-    {%- set own.messages = own.messages + [made] %}
-{%- endfor %}
-{%- set messages = own.messages %}
-{%- set tools = none %}
-"""
+PREAMBLE = read_template(__file__) + "\n"
 
 
 @dataclass(frozen=True)
@@ -133,4 +92,4 @@ def _preamble(given: dict[str, str]) -> str:
         "END": given["end"],
     }
     literals = {name: json.dumps(value, ensure_ascii=False) for name, value in variables.items()}
-    return "".join(f"{{%- set {name} = {value} %}}\n" for name, value in literals.items()) + _PREAMBLE
+    return "".join(f"{{%- set {name} = {value} %}}\n" for name, value in literals.items()) + PREAMBLE

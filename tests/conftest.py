@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from tests import parts
+from tests.training_runs import conversation, write_rows, write_tiny_model
 
 # Files whose tests take longest. Two workers take a file each; begun last, one of these would leave a worker idle.
 LONG = ("test_sweep_lora.py", "test_train_lora.py", "test_export_lora.py", "test_evaluate_lora.py", "test_chat_lora.py",
@@ -27,3 +28,15 @@ def shared_tokenizers_stay_as_they_are():
     """A test that changes a shared tokenizer would fail another one, in another file, in some orders only."""
     yield
     assert not parts.changed_tokenizers(), "this test, or what it calls, changes a tokenizer that tests share"
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """A file of twelve conversations, each with one tool call."""
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", [conversation(i) for i in range(12)])
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The folder of a tiny model with random weights."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny_model"))

@@ -1,4 +1,4 @@
-"""A small finished run for the export tests: a random Llama under a real tokenizer, and an adapter that changes it."""
+"""A small finished run for the export tests: a random Llama with a real tokenizer, and a random adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.tiny import tiny_llama
 
 
 def make_run(folder: Path, format_name: str = "chatml", tokenizer_name: str = "smollm2", *, data: bool = True) -> Path:
-    """A run folder as train_lora.py leaves it, written by the same code; returns its path."""
+    """A run folder as train_lora.py writes it; returns its path."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM

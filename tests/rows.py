@@ -1,9 +1,11 @@
-"""A tool and a conversation that several tests of rows use."""
+"""Raw rows, and helpers to read them, that several test modules use."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+
+from finetune.reading.normalize import normalize_row
 
 LAMP = {
     "name": "set_lamp",
@@ -22,6 +24,11 @@ def chat(*messages: dict, tools=None) -> dict:
     return {"messages": [{"role": "user", "content": "Dim the kitchen"}, *messages], "tools": tools}
 
 
+def last_message(raw: dict, **kwargs) -> dict:
+    """The last message of a row after normalising."""
+    return normalize_row(raw, **kwargs)["messages"][-1]
+
+
 def calls(message: dict) -> list[tuple[str, dict]]:
     """(name, arguments) of each call of a canonical message."""
     return [(call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]]
@@ -31,7 +38,7 @@ ANSWER = {"role": "assistant", "content": "Done."}
 
 
 def lamp_call(arguments, name: str = "set_lamp") -> dict:
-    """An assistant message that calls the lamp's tool."""
+    """An assistant message that calls the lamp tool."""
     return {"role": "assistant", "content": None, "tool_calls": [{"name": name, "arguments": arguments}]}
 
 

@@ -1,7 +1,7 @@
-"""Stands in for train_lora.py in tests of sweeps: the same flags, signals, exit codes and folder, and no model.
+"""Replaces train_lora.py in tests of sweeps: the same flags, signals, exit codes and folder, without a model.
 
-Its first word is a plan: {"steps", "seconds" (of a step), "runs": {name: {"at", "times", "how", "loss"}}}. Each start
-appends the step that it begins at to NAME.tries beside the plan.
+Its first argument is a plan: {"steps", "seconds" (per step), "runs": {name: {"at", "times", "how", "loss"}}}. Each
+start appends the step that it begins at to NAME.tries beside the plan.
 """
 
 import json
@@ -17,19 +17,19 @@ COLUMNS = (
 )
 plan_path = Path(sys.argv[1])
 plan = json.loads(plan_path.read_text())
-words = sys.argv[2:]
+arguments = sys.argv[2:]
 stopped = []
 signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
 
 
 def value(name):
-    return words[words.index(name) + 1] if name in words else None
+    return arguments[arguments.index(name) + 1] if name in arguments else None
 
 
 def write(path, text):
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text)
-    os.replace(aside, path)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def config(folder, status):
@@ -43,7 +43,7 @@ if value("--resume"):
     folder = Path(value("--resume"))
     step = max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
     header, *rows = (folder / "training_log.csv").read_text().splitlines(keepends=True)
-    # Rows behind the checkpoint are cut off, as train_lora.py does: they are logged again.
+    # As train_lora.py does: rows after the checkpoint are dropped and logged again.
     kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
     write(folder / "training_log.csv", "".join([header, *kept]))
 else:
@@ -68,7 +68,7 @@ while step < plan["steps"]:
         if mine["how"] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if mine["how"] == "hung":
-            time.sleep(3600)  # a signal is heard of and not obeyed
+            time.sleep(3600)  # SIGTERM is received and ignored
         if mine["how"] == "preempted":
             raise SystemExit(143)
         raise SystemExit(2 if mine["how"] == "refused" else 1)

@@ -1,4 +1,4 @@
-"""BFCL's rows, its own checker imported alone, and how far our verdicts agree with it."""
+"""BFCL's rows, its checker, and how often our verdicts agree with it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS = {"simple_python": 400, "multiple": 200, "parallel": 200, "parallel_multip
         "live_multiple": 1053, "irrelevance": 240}  # fmt: skip
 
 
-def test_suite_names():
+def test_parse_suite():
     assert parse_suite("bfcl:simple_python, irrelevance") == ["simple_python", "irrelevance"]
     assert parse_suite("bfcl") == list(CATEGORIES)
     with pytest.raises(UserError, match="no category 'simple'"):
@@ -30,13 +30,13 @@ def test_suite_names():
 
 @needs_bfcl
 @pytest.mark.parametrize(("category", "rows"), ROWS.items())
-def test_rows_become_items(category, rows):
+def test_load_items_of_a_category(category, rows):
     items = load_items([category])
     assert len(items) == rows
     assert {item.kind for item in items} == {CALL if category in WITH_ANSWERS else IRRELEVANT}
     assert all(item.messages[-1]["role"] == "user" for item in items)
     types = {item.tools[0]["function"]["parameters"]["type"] for item in items if item.tools}
-    assert types == {"object"}  # BFCL itself writes "dict"
+    assert types == {"object"}  # BFCL writes "dict"
     assert len(load_items([category], limit=3)) == 3
 
 
@@ -46,7 +46,7 @@ def test_rows_become_items(category, rows):
     [("simple_python", 0.99), ("multiple", 0.99), ("parallel", 0.99), ("parallel_multiple", 0.97),
      ("live_simple", 0.96), ("live_multiple", 0.96)],
 )  # fmt: skip
-def test_both_judges_accept_right_calls_and_refuse_wrong_ones(category, accepted):
+def test_verdicts_agree_with_the_checker(category, accepted):
     items = load_items([category], limit=200)
     theirs, ours, agree = 0, 0, 0
     judged = 0
@@ -101,7 +101,7 @@ CHANGES = (_no_call, _one_more, _wrong_name, _invented_argument, _wrong_text)
 
 
 @needs_bfcl
-def test_verdicts_of_the_suite():
+def test_verdict_with_and_without_calls():
     (item,) = load_items(["simple_python"], limit=1)
     right = [{"name": "calculate_triangle_area", "arguments": {"base": 10, "height": 5}}]
     for made, errors, valid in ((right, [], True), (right * 2, [], False), (right, ["call 2: cut off"], False)):

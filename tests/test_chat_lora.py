@@ -1,4 +1,4 @@
-"""Talking: what is shown while it is written, calls and their results, the terminal, the page, the server."""
+"""Chat: streamed text, calls and their results, questions, terminal, page, server."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from finetune.chat.questions import answer_all, read_questions, start
+from finetune.chat.questions import answer_all, read_questions, start_session
 from finetune.chat.reply import LiveText, Reply, read_reply
-from finetune.chat.session import Conversation, Talk, read_tools
+from finetune.chat.session import ChatAgent, ChatSession, ToolResult, read_tools
 from finetune.chat.tool_command import ToolCommand, parse_tool_command
 from finetune.errors import UserError
 from formats import FORMATS
-from tests import parts, talker
+from tests import chat_model, parts
 from tests.browser import CHROMIUM, REASON
 from tests.rows import LAMP
 from tests.scripts import ROOT, run_script
@@ -54,7 +54,7 @@ TEXTS = (
 
 
 @pytest.mark.parametrize("name", sorted(name for name, fmt in FORMATS.items() if fmt.read_calls or fmt.template))
-def test_what_is_shown_while_it_is_written_is_the_parsed_content(name):
+def test_live_text_adds_up_to_the_parsed_content(name):
     fmt, tokenizer, rng = FORMATS[name], parts.tokenizer("smollm2"), random.Random(name)
     for text in TEXTS:
         live, shown, at = LiveText(tokenizer, fmt), [], 0
@@ -73,7 +73,7 @@ def read_parsed(text, tokenizer, fmt):
     return unescaped(fmt.parse(text), tokenizer, fmt)
 
 
-def test_plain_text_is_shown_at_once_and_reasoning_that_the_prompt_opened_is_not():
+def test_live_text_shows_text_but_not_reasoning():
     tokenizer = parts.tokenizer("smollm2")
     live = LiveText(tokenizer, FORMATS["chatml"])
     assert [live.feed(piece) for piece in ("The", " hall", " is <", "b>dark", ".")] == [
@@ -88,25 +88,25 @@ def test_plain_text_is_shown_at_once_and_reasoning_that_the_prompt_opened_is_not
     assert live.finish()[1].reasoning_content == "dark"
 
 
-def test_faults_of_calls_are_named():
+def test_read_reply_names_problems_of_calls():
     tokenizer, fmt = parts.tokenizer("smollm2"), FORMATS["chatml"]
 
     def problems(name, arguments):
         text = "<tool_call>\n" + json.dumps({"name": name, "arguments": arguments}) + "\n</tool_call>"
-        return read_reply(text, talker.TOOLS, tokenizer, fmt).problems[0]
+        return read_reply(text, chat_model.TOOLS, tokenizer, fmt).problems[0]
 
     assert problems("set_lamp", {"room": "hall", "level": 3}) == []
     assert problems("sing", {}) == ["no tool is called 'sing'; declared: set_lamp"]
-    assert problems("set_lamp", {"room": "hall", "colour": "red"}) == ["the schema knows no argument colour"]
+    assert problems("set_lamp", {"room": "hall", "colour": "red"}) == ["unknown argument colour"]
     assert sorted(problems("set_lamp", {"level": "3"})) == [
         "arguments: 'room' is a required property",
         "level: '3' is not of type 'integer'",
     ]
-    broken = read_reply(talker.BROKEN, talker.TOOLS, tokenizer, fmt)
-    assert broken.parse_errors and broken.content == talker.BROKEN  # never hidden
+    broken = read_reply(chat_model.BROKEN, chat_model.TOOLS, tokenizer, fmt)
+    assert broken.parse_errors and broken.content == chat_model.BROKEN  # not hidden
 
 
-# --- the user's program
+# --- the tool command
 
 
 def program(tmp_path: Path, body: str) -> tuple[str, ...]:
@@ -115,7 +115,7 @@ def program(tmp_path: Path, body: str) -> tuple[str, ...]:
     return (sys.executable, str(path))
 
 
-def test_program_gets_the_call_on_stdin_and_no_shell(tmp_path):
+def test_tool_command_passes_the_call_on_stdin(tmp_path):
     argv = program(tmp_path, "call = json.load(sys.stdin)\nprint(json.dumps({'got': call, 'argv': sys.argv[1:]}))")
     call = {"name": "set_lamp", "arguments": {"room": "부엌; rm -rf $HOME", "level": 3}}
     given = json.loads(ToolCommand((*argv, "$(whoami)", "a;b"))(call))
@@ -132,41 +132,47 @@ def test_program_gets_the_call_on_stdin_and_no_shell(tmp_path):
         ("sys.stderr.write('é' * 3_000_000 + chr(10) + 'the lamp is broken'); sys.exit(3)", "status 3: the lamp is"),
     ],
 )
-def test_failure_of_a_program_is_a_result_that_says_so(tmp_path, body, said):
+def test_tool_command_failure_is_a_result(tmp_path, body, said):
     assert said in json.loads(ToolCommand(program(tmp_path, body))({"name": "a", "arguments": {}}))["error"]
 
 
-def test_program_that_cannot_start_or_hangs_with_a_child(tmp_path):
-    assert "cannot be started" in ToolCommand((str(tmp_path / "none"),))({"name": "a", "arguments": {}})
-    # The child inherits the pipes: killing only its parent would leave us waiting for it.
-    child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).wait()"
-    result = ToolCommand(program(tmp_path, child), timeout=2.0)({"name": "a", "arguments": {}})
-    assert "longer than 2 s" in json.loads(result)["error"]
-
-
-def test_program_that_leaves_a_child_behind_or_never_reads(tmp_path):
-    """The child outlives its parent and holds the pipes: it is ended with the time, whoever its parent is by then."""
-    child = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
-    body = f"subprocess.Popen([sys.executable, '-c', {child!r}], cwd={str(tmp_path)!r})\nprint('started')"
+def test_tool_command_that_cannot_start_or_hangs(tmp_path):
+    assert "cannot start" in ToolCommand((str(tmp_path / "none"),))({"name": "a", "arguments": {}})
+    started = tmp_path / "pid"
+    child = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    body = f"subprocess.Popen([sys.executable, '-c', {child!r}]).wait()"
     result = ToolCommand(program(tmp_path, body), timeout=2.0)({"name": "a", "arguments": {}})
     assert "longer than 2 s" in json.loads(result)["error"]
     if hasattr(os, "killpg"):
-        with pytest.raises(ProcessLookupError):
+        with pytest.raises(ProcessLookupError):  # the child was killed as well
             for _ in range(50):
-                os.kill(int((tmp_path / "pid").read_text("utf-8")), 0)
+                os.kill(int(started.read_text("utf-8")), 0)
                 time.sleep(0.1)
+
+
+def test_tool_command_leaves_a_background_child(tmp_path):
+    """The child outlives the program and has inherited its stdout; the result is there at once."""
+    body = """
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid)
+"""
+    pid = ToolCommand(program(tmp_path, body))({"name": "a", "arguments": {}})
+    os.kill(int(pid), signal.SIGTERM)  # still running
+
+
+def test_tool_command_that_does_not_read_its_input(tmp_path):
     unread = ToolCommand(program(tmp_path, "sys.stdout.buffer.write(b'caf\\xe9')"))
     assert unread({"name": "a", "arguments": {"text": "x" * 1_000_000}}) == "caf\ufffd"
 
 
-def test_words_of_the_tool_command():
+def test_parse_tool_command():
     assert parse_tool_command(None) is None
     program = shlex.quote(sys.executable)
     assert parse_tool_command(f"{program} 'a b' --x=1 ; rm").argv == (sys.executable, "a b", "--x=1", ";", "rm")
-    with pytest.raises(UserError, match="no program no-such-program can be run"):
+    with pytest.raises(UserError, match="cannot run no-such-program"):
         parse_tool_command("no-such-program --x")
     for wrong in ("", "'open"):
-        with pytest.raises(UserError, match="--tool-command"):
+        with pytest.raises(UserError, match="--tool_command"):
             parse_tool_command(wrong)
 
 
@@ -174,16 +180,16 @@ def test_words_of_the_tool_command():
 
 
 class Scripted:
-    """A speaker that gives prepared answers, where only the order of things is the point."""
+    """A model with prepared answers."""
 
     name, sides, fmt = "scripted", ("tuned",), FORMATS["chatml"]
 
     def __init__(self, *replies: Reply):
         self.replies, self.seen = list(replies), []
 
-    def answer(self, messages, tools, decoding, side="tuned", on_text=None):
+    def stream(self, messages, tools, decoding, side="tuned"):
         self.seen.append(messages)
-        return self.replies.pop(0)
+        yield self.replies.pop(0)
 
 
 def calling(*names: str, problems: list[str] | None = None) -> Reply:
@@ -191,15 +197,16 @@ def calling(*names: str, problems: list[str] | None = None) -> Reply:
     return Reply("…", tool_calls=made, problems=[problems or []] * len(made))
 
 
-def test_calls_are_carried_out_in_order_until_the_answer():
+def test_agent_executes_calls_in_order():
     ran = []
-    speaker = Scripted(calling("a", "b"), calling("c", problems=["no tool is called 'c'"]), Reply("Done.", "Done."))
-    conversation = Conversation("Be brief.")
-    conversation.say("go")
-    talk = Talk(speaker, None, lambda call: ran.append(call["name"]) or f"did {call['name']}")
-    made = list(talk.answer(conversation))
-    assert ran == ["a", "b"]  # a call that its schema refuses never reaches the program
-    assert [m.tool_calls if isinstance(m, Reply) else m[1] for m in made][1:3] == ["did a", "did b"]
+    model = Scripted(calling("a", "b"), calling("c", problems=["no tool is called 'c'"]), Reply("Done.", "Done."))
+    conversation = ChatSession("Be brief.")
+    conversation.add_user("go")
+    agent = ChatAgent(model, None, lambda call: ran.append(call["name"]) or f"did {call['name']}")
+    made = list(agent.answer(conversation))
+    assert ran == ["a", "b"]  # a call that does not fit its schema is not executed
+    assert [event.result for event in made if isinstance(event, ToolResult)][:2] == ["did a", "did b"]
+    assert [type(event) for event in made] == [Reply, ToolResult, ToolResult, Reply, ToolResult, Reply]
     assert [turn["role"] for turn in conversation.messages] == [
         "system", "user", "assistant", "tool", "tool", "assistant", "tool", "assistant",
     ]  # fmt: skip
@@ -207,48 +214,48 @@ def test_calls_are_carried_out_in_order_until_the_answer():
     assert ids == ["call_1", "call_2", "call_3"]
     assert [t["tool_call_id"] for t in conversation.turns if t["role"] == "tool"] == ids
     assert "no tool is called" in json.loads(conversation.turns[5]["content"])["error"]
-    assert not conversation.waiting
+    assert not conversation.pending
 
 
-def test_rounds_of_calls_are_limited():
-    conversation = Conversation()
-    conversation.say("go")
-    speaker = Scripted(*(calling("a") for _ in range(9)))
-    list(Talk(speaker, None, lambda call: "again", max_rounds=2).answer(conversation))
-    assert len(speaker.seen) == 3 and len(conversation.waiting) == 1
+def test_agent_limits_the_rounds_of_calls():
+    conversation = ChatSession()
+    conversation.add_user("go")
+    model = Scripted(*(calling("a") for _ in range(9)))
+    list(ChatAgent(model, None, lambda call: "again", max_rounds=2).answer(conversation))
+    assert len(model.seen) == 3 and len(conversation.pending) == 1
 
 
-def test_saved_conversation_is_a_row_that_training_reads(tmp_path):
+def test_saved_session_is_a_row_for_training(tmp_path):
     from finetune.reading.conversations import load_conversations
 
-    conversation = Conversation("Be brief.", talker.TOOLS)
+    conversation = ChatSession("Be brief.", chat_model.TOOLS)
     with pytest.raises(UserError, match="nothing to save"):
         conversation.save(tmp_path / "chat.jsonl")
-    conversation.say("Dim")
-    conversation.take(Reply("", tool_calls=[talker.CALL], problems=[[]]))
-    conversation.result(talker.RESULT)
-    conversation.take(Reply("Done.", "Done."))
+    conversation.add_user("Dim")
+    conversation.add_reply(Reply("", tool_calls=[chat_model.CALL], problems=[[]]))
+    conversation.add_result(chat_model.RESULT)
+    conversation.add_reply(Reply("Done.", "Done."))
     path = tmp_path / "chat.jsonl"
     path.write_bytes(b'{"question": "2+2?", "answer": "4"}')  # a last line without its end
     conversation.save(path)
     read = load_conversations([path]).conversations
-    assert len(read) == 2 and read[1]["tools"] == talker.TOOLS
+    assert len(read) == 2 and read[1]["tools"] == chat_model.TOOLS
     assert [m["role"] for m in read[1]["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
 
 
-def test_tools_and_questions_are_read_and_refused_with_their_place(tmp_path):
+def test_read_tools_and_questions(tmp_path):
     file = tmp_path / "tools.json"
-    for written in ([LAMP], {"tools": [LAMP]}, talker.TOOLS):
+    for written in ([LAMP], {"tools": [LAMP]}, chat_model.TOOLS):
         file.write_text(json.dumps(written), encoding="utf-8")
-        assert read_tools(file) == talker.TOOLS
+        assert read_tools(file) == chat_model.TOOLS
     file.write_text(json.dumps({"messages": [], "tools": [LAMP]}) + "\n" + json.dumps({"messages": []}), "utf-8")
-    assert read_tools(file) == talker.TOOLS
+    assert read_tools(file) == chat_model.TOOLS
     for wrong, said in (
-        ("{", "no JSON"), ("[{}]", "no name"), (json.dumps([LAMP, LAMP]), "same name"), ("5", "not a list"),
-        ("null", "no tool is declared"), ("[]", "no tool is declared"), ("[" * 100_000, "too deep"),
-        (b"\xff[]", "not UTF-8"), ("[" + "1" * 5000 + "]", "no JSON"), ('[{"name": "\\ud800"}]', "surrogate"),
+        ("{", "not valid JSON"), ("[{}]", "no name"), (json.dumps([LAMP, LAMP]), "same name"), ("5", "not a list"),
+        ("null", "no tools are declared"), ("[]", "no tools are declared"), ("[" * 100_000, "too deep"),
+        (b"\xff[]", "not UTF-8"), ("[" + "1" * 5000 + "]", "not valid JSON"), ('[{"name": "\\ud800"}]', "surrogate"),
         ('[{"name": "f", "parameters": ' + '{"a": ' * 70 + "{}" + "}" * 71 + "]", "nested deeper"),
-        ('[{"name": "f", "name": "g"}]', "stands twice"),
+        ('[{"name": "f", "name": "g"}]', "duplicate key"),
     ):  # fmt: skip
         file.write_bytes(wrong if isinstance(wrong, bytes) else wrong.encode())
         with pytest.raises(UserError, match=said):
@@ -275,10 +282,10 @@ def test_tools_and_questions_are_read_and_refused_with_their_place(tmp_path):
         ('{"query": "seven", "answers": "[{\\"name\\": \\"f\\", \\"arguments\\": {}}]"}', "S", "seven", 0),
     ],
 )
-def test_a_line_of_questions_loses_neither_tools_nor_a_part_of_its_text(line, system, asked, tools, tmp_path):
+def test_start_session_keeps_text_and_tools(line, system, asked, tools, tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text(line, encoding="utf-8")
-    conversation = start(*read_questions(path), "S", [])
+    conversation = start_session(*read_questions(path), "S", [])
     assert conversation.messages == [{"role": "system", "content": system}, {"role": "user", "content": asked}]
     assert len(conversation.tools) == tools
 
@@ -286,43 +293,43 @@ def test_a_line_of_questions_loses_neither_tools_nor_a_part_of_its_text(line, sy
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("[" * 20_000, "no JSON"),
-        ('{"question": ' + "1" * 5000 + "}", "no JSON"),
+        ("[" * 20_000, "not valid JSON"),
+        ('{"question": ' + "1" * 5000 + "}", "not valid JSON"),
         ('{"a": 1}', "neither text"),
         ('"a\\ud800"', "surrogate"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "no user message"),
         ('{"messages": [{"role": "user", "content": "x"}], "tools": 5}', "not a list"),
     ],
 )
-def test_a_question_that_cannot_be_read_is_named_by_its_line(line, said, tmp_path):
+def test_read_questions_names_the_line(line, said, tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text('"fine"\n\n' + line, encoding="utf-8")
     with pytest.raises(UserError, match=f"q.jsonl, line 3: .*{said}"):
         read_questions(path)
 
 
-def test_a_question_without_room_is_named_before_any_is_answered(talk, tmp_path):
+def test_question_without_room_is_refused_first(agent, tmp_path):
     output = tmp_path / "out.txt"
     with pytest.raises(UserError, match=r"question 2: the conversation has 1,\d+ tokens"):
-        answer_all(talk, [talker.REQUEST, "lamp " * 1100], "", talker.TOOLS, ["tuned"], output)
+        answer_all(agent, [chat_model.REQUEST, "lamp " * 1100], "", chat_model.TOOLS, ["tuned"], output)
     assert not output.exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--web", "--serve"], "cannot go together"),
+        (["--web", "--serve"], "exclude each other"),
         (["--prompt", "x", "--compare", "--base"], "--compare needs"),
-        (["--compare"], "at the keyboard"),
+        (["--compare"], "in the terminal"),
         (["--output", "x.jsonl"], "use /save"),
         (["--web", "--host", "0.0.0.0"], "SANDWICH_WEB_PASSWORD"),
         (["--web", "--share"], "SANDWICH_WEB_PASSWORD"),
         (["--tools", "none.json"], "none.json"),
-        (["--serve", "--tool-command", "x"], "the client carries out"),
+        (["--serve", "--tool-command", "x"], "the client runs the calls"),
         (["--prompt", "caf\udce9"], "--prompt is not UTF-8"),
     ],
 )
-def test_flags_that_do_not_go_together(flags, said, capsys, monkeypatch):
+def test_script_refuses_conflicting_flags(flags, said, capsys, monkeypatch):
     import chat_lora
 
     monkeypatch.delenv("SANDWICH_WEB_PASSWORD", raising=False)
@@ -331,56 +338,66 @@ def test_flags_that_do_not_go_together(flags, said, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "http"])
-def test_a_port_that_is_none(port, capsys):
+def test_script_refuses_an_invalid_port(port, capsys):
     import chat_lora
 
     with pytest.raises(SystemExit) as stop:
         chat_lora.main(["m", "--serve", "--port", port])
-    assert stop.value.code == 2 and "invalid port value" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--port: must be" in capsys.readouterr().err
 
 
-# --- a model that has learned one conversation
+# --- a model that has memorised one conversation
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
-    return talker.talker(tmp_path_factory.mktemp("talker"))
+    return chat_model.trained_adapter(tmp_path_factory.mktemp("chat_model"))
 
 
 @pytest.fixture(scope="module")
-def talk(adapter) -> Talk:
-    """Without Unsloth, whose import would change the models of other tests; the script's own tests have it."""
+def agent(adapter) -> ChatAgent:
+    """Without Unsloth, whose import would change the models of other tests; tests of the script use it."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from finetune.chat.speaker import Speaker
+    from finetune.chat.model import ChatModel
     from finetune.generation.generate import Decoding
     from formats import get_format
 
     tokenizer = AutoTokenizer.from_pretrained(adapter.parent / "base")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(adapter.parent / "base"), adapter).eval()
-    speaker = Speaker(model, tokenizer, get_format("chatml", tokenizer), "talker")
-    return Talk(speaker, Decoding(speaker.stop_ids, max_new_tokens=48))
+    model = ChatModel(model, tokenizer, get_format("chatml", tokenizer), "memorised")
+    return ChatAgent(model, Decoding(model.stop_ids, max_new_tokens=48))
 
 
-def test_an_answer_is_the_one_that_evaluation_generates(talk):
+def test_answer_equals_that_of_the_evaluation(agent):
     from finetune.generation.generate import generate
 
-    speaker, messages = talk.speaker, talker.conversation()[:1]
-    shown: list[str] = []
-    reply = speaker.answer(messages, talker.TOOLS, talk.decoding, on_text=shown.append)
-    assert (reply.tool_calls, reply.problems, reply.finish_reason) == ([talker.CALL], [[]], "stop")
-    assert "".join(shown) == reply.content == ""
-    evaluated = generate(speaker.model, [speaker.prompt_ids(messages, talker.TOOLS)], decoding=talk.decoding).results[0]
-    assert speaker.tokenizer.decode(evaluated.input_ids) == reply.text
-    base = speaker.answer(messages, talker.TOOLS, talk.decoding, "base", shown.append)
-    assert "".join(shown) == base.content == talker.BASE_SAYS
+    model, messages, tools = agent.model, chat_model.conversation()[:1], chat_model.TOOLS
+    *shown, reply = model.stream(messages, tools, agent.decoding)
+    assert (reply.tool_calls, reply.problems, reply.finish_reason) == ([chat_model.CALL], [[]], "stop")
+    assert shown == [] and reply.content == ""
+    evaluated = generate(model.model, [model.prompt_ids(messages, tools)], decoding=agent.decoding).results[0]
+    assert model.tokenizer.decode(evaluated.input_ids) == reply.text
+    *shown, base = model.stream(messages, tools, agent.decoding, "base")
+    assert len(shown) > 1 and "".join(shown) == base.content == chat_model.BASE_ANSWER
     with pytest.raises(UserError, match="room for 1,024"):
-        speaker.prompt_ids([{"role": "user", "content": "lamp " * 1100}], [])
+        model.prompt_ids([{"role": "user", "content": "lamp " * 1100}], [])
 
 
-def typed(talk: Talk, lines: list[str], keyboard: bool = True, tools=talker.TOOLS) -> tuple[str, Conversation]:
-    """What the terminal shows when these lines are typed (or piped)."""
+def test_closing_a_stream_stops_the_generation(agent):
+    """The lock is released at once, and the next answer is complete."""
+    messages = chat_model.conversation()[:1]
+    events = agent.model.stream(messages, chat_model.TOOLS, agent.decoding, "base")
+    assert chat_model.BASE_ANSWER.startswith(next(events))
+    events.close()
+    assert not agent.model.lock.locked()
+    *_, reply = agent.model.stream(messages, chat_model.TOOLS, agent.decoding, "base")
+    assert reply.content == chat_model.BASE_ANSWER
+
+
+def typed(agent: ChatAgent, lines: list[str], keyboard: bool = True, tools=chat_model.TOOLS) -> tuple[str, ChatSession]:
+    """(what the terminal shows when these lines are typed or piped, the conversation)."""
     from rich.console import Console
 
     from finetune.chat.terminal import Terminal
@@ -393,81 +410,92 @@ def typed(talk: Talk, lines: list[str], keyboard: bool = True, tools=talker.TOOL
         except StopIteration:
             raise EOFError from None
 
-    conversation = Conversation("", list(tools))
-    terminal = Terminal(talk, conversation, Console(file=out, width=200), read)
+    conversation = ChatSession("", list(tools))
+    terminal = Terminal(agent, conversation, Console(file=out, width=200), read)
     terminal.keyboard = keyboard
     terminal.run()
     return out.getvalue(), conversation
 
 
-def test_terminal_shows_calls_takes_results_and_compares(talk, tmp_path):
+def test_terminal_commands(agent, tmp_path):
     saved = tmp_path / "my chats.jsonl"
     text, conversation = typed(
-        talk, [talker.REQUEST, talker.RESULT, "/base", "/raw", f"/save {saved}", "/tools", "/nix"]
+        agent, [chat_model.REQUEST, chat_model.RESULT, "/base", "/raw", f"/save {saved}", "/tools", "/nix"]
     )
     assert 'call  set_lamp(room="hall", level=3)' in text
-    assert text.index("call  set_lamp") < text.index(talker.DONE) < text.index(talker.BASE_SAYS)
-    assert f'"{talker.DONE}"' in text  # /raw
-    assert "set_lamp(room, level)  Dim a lamp." in text and "there is no command /nix" in text
+    assert text.index("call  set_lamp") < text.index(chat_model.DONE) < text.index(chat_model.BASE_ANSWER)
+    assert f'"{chat_model.DONE}"' in text  # /raw
+    assert "set_lamp(room, level)  Dim a lamp." in text and "unknown command /nix" in text
     assert [turn["role"] for turn in conversation.turns] == ["user", "assistant", "tool", "assistant"]
     assert json.loads(saved.read_text("utf-8"))["messages"] == conversation.messages
-    assert "No closing quotation" in typed(talk, ['/tools "half.json'])[0]
-    text, conversation = typed(talk, [talker.REQUEST, "", "/system Be brief.", "/reset", "/base", "/system"])
+    assert "No closing quotation" in typed(agent, ['/tools "half.json'])[0]
+    text, conversation = typed(agent, [chat_model.REQUEST, "", "/system Be brief.", "/reset", "/base", "/system"])
     assert conversation.turns == [] and conversation.system == "Be brief."
     assert "nothing has been answered yet" in text and "system: Be brief." in text
 
 
-def test_terminal_never_hides_what_is_no_call(talk):
-    text, _ = typed(talk, [talker.BROKEN_REQUEST])
+def test_terminal_shows_broken_calls(agent):
+    text, _ = typed(agent, [chat_model.BROKEN_REQUEST])
     assert "not a call: call 1:" in text and '{"name":"set_lamp","arguments":{"room":' in text
 
 
-def test_terminal_over_a_pipe_takes_results_by_a_command(talk):
-    text, conversation = typed(talk, [talker.REQUEST, f"/result {talker.RESULT}"], keyboard=False)
-    assert talker.DONE in text and not conversation.waiting
+def test_terminal_takes_results_over_a_pipe(agent):
+    text, conversation = typed(agent, [chat_model.REQUEST, f"/result {chat_model.RESULT}"], keyboard=False)
+    assert chat_model.DONE in text and not conversation.pending
 
 
-def test_ctrl_c_stops_an_answer_at_the_keyboard_and_the_program_over_a_pipe(talk, monkeypatch):
+def test_terminal_ctrl_c(agent, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(talk.speaker), "answer", interrupted)
-    text, conversation = typed(talk, [talker.REQUEST])
-    assert "stopped; message and answer are not kept" in text and conversation.turns == []
+    monkeypatch.setattr(type(agent.model), "stream", interrupted)
+    text, conversation = typed(agent, [chat_model.REQUEST])
+    assert "stopped; the message and its answer are not kept" in text and conversation.turns == []
     with pytest.raises(KeyboardInterrupt):
-        typed(talk, [talker.REQUEST], keyboard=False)
+        typed(agent, [chat_model.REQUEST], keyboard=False)
 
 
-def test_bytes_over_a_pipe_that_are_no_text(monkeypatch):
-    from finetune.chat.terminal import _pipe_reader
+def piped(agent: ChatAgent, data: bytes, monkeypatch) -> tuple[str, ChatSession]:
+    """The same with the terminal's own reader of stdin."""
+    from rich.console import Console
 
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    from finetune.chat.terminal import Terminal
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+    out, conversation = io.StringIO(), ChatSession()
+    Terminal(agent, conversation, Console(file=out, width=200)).run()
+    return out.getvalue(), conversation
+
+
+def test_terminal_reads_a_pipe(monkeypatch):
+    answers = Reply("One.", "One."), Reply("Two.", "Two.")
+    _, conversation = piped(ChatAgent(Scripted(*answers), None), b"a\\\nb\r\n\n//c\\", monkeypatch)
+    assert [turn["content"] for turn in conversation.turns] == ["a\nb", "One.", "/c", "Two."]
     with pytest.raises(UserError, match="not UTF-8"):
-        _pipe_reader()("> ")
+        piped(ChatAgent(Scripted(), None), b"caf\xe9\n", monkeypatch)
 
 
-def test_a_message_that_cannot_be_answered_is_not_kept(talk):
-    text, conversation = typed(talk, ["lamp " * 1100, talker.REQUEST])
+def test_terminal_drops_a_message_without_an_answer(agent):
+    text, conversation = typed(agent, ["lamp " * 1100, chat_model.REQUEST])
     assert "error: the conversation has" in text and "call  set_lamp" in text
     assert [turn["role"] for turn in conversation.turns] == ["user", "assistant"]
 
 
-def test_the_terminal_cannot_be_driven_by_a_model():
-    from finetune.chat.terminal import printable
+def test_terminal_prints_no_control_characters():
+    """Not in calls, results, errors or text."""
+    call = {"name": "set\x1b[2J", "arguments": {"room": "a\x9b2J\r"}}
+    model = Scripted(Reply("…", tool_calls=[call], problems=[[]]), Reply("", parse_errors=["no \x1b[31m"]))
+    text, _ = typed(ChatAgent(model, None, lambda call: "done\x1b]0;title\x07"), ["go"], tools=[])
+    assert "set\ufffd[2J" in text and "-> done\ufffd]0;title\ufffd" in text
+    assert not {"\x1b", "\x9b", "\x07", "\r"} & set(text)
 
-    assert printable("a\x1b[2Jb\x9bc\r\n\td") == "a\ufffd[2Jb\ufffdc\ufffd\n\td"
-    call = {"name": "set\x1b[2J", "arguments": {"room": "a\x9b2J"}}  # nor by its calls, nor by a program's result
-    speaker = Scripted(Reply("…", tool_calls=[call], problems=[[]]), Reply("", parse_errors=["no \x1b[31m"]))
-    text, _ = typed(Talk(speaker, None, lambda call: "done\x1b]0;title\x07"), ["go"], tools=[])
-    assert "set\ufffd[2J" in text and "-> done\ufffd]0;title" in text and not {"\x1b", "\x9b", "\x07"} & set(text)
 
-
-def test_tools_whose_parameters_are_no_schema_are_shown_and_said_to_be_none(tmp_path):
+def test_terminal_shows_tools_with_an_invalid_schema(tmp_path):
     file = tmp_path / "tools.json"
     broken = [{"name": "f", "parameters": {"properties": [{"name": "a"}]}}, {"name": "g", "parameters": {"type": 5}}]
     file.write_text(json.dumps([*broken, LAMP]), encoding="utf-8")
-    text, conversation = typed(Talk(Scripted(), None), [f"/tools {file}"], tools=[])
-    assert text.count("are no JSON Schema") == 2 and "3 tools declared" in text and "set_lamp(room, level)" in text
+    text, conversation = typed(ChatAgent(Scripted(), None), [f"/tools {file}"], tools=[])
+    assert text.count("are not a JSON Schema") == 2 and "3 tools declared" in text and "set_lamp(room, level)" in text
     assert len(conversation.tools) == 3
 
 
@@ -475,36 +503,36 @@ def chat(*arguments: str | Path, given: str = "", cwd: Path = ROOT) -> subproces
     return run_script("chat_lora.py", *arguments, given=given, cwd=cwd, timeout=300)
 
 
-def test_the_command_answers_a_file_of_questions_by_both(adapter, tmp_path):
+def test_script_answers_a_file_of_questions(adapter, tmp_path):
     (tmp_path / "tools.json").write_text(json.dumps([LAMP]), encoding="utf-8")
-    (tmp_path / "q.txt").write_text(f"{talker.REQUEST}\n{talker.BROKEN_REQUEST}\n", encoding="utf-8")
+    (tmp_path / "q.txt").write_text(f"{chat_model.REQUEST}\n{chat_model.BROKEN_REQUEST}\n", encoding="utf-8")
     flags = ["--tools", "tools.json", "--max_new_tokens", "48", "--questions", "q.txt", "--compare"]
     done = chat(adapter, *flags, "--output", "out.jsonl", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
     assert [(line["row"], line["side"]) for line in lines] == [(1, "base"), (1, "tuned"), (2, "base"), (2, "tuned")]
-    assert lines[0]["content"] == talker.BASE_SAYS
-    assert lines[1]["tool_calls"] == [{**talker.CALL, "problems": []}]
-    assert lines[3]["parse_errors"] and lines[3]["content"] == talker.BROKEN
+    assert lines[0]["content"] == chat_model.BASE_ANSWER
+    assert lines[1]["tool_calls"] == [{**chat_model.CALL, "problems": []}]
+    assert lines[3]["parse_errors"] and lines[3]["content"] == chat_model.BROKEN
     again = chat(adapter, *flags, "--output", "out.jsonl", cwd=tmp_path)
     assert again.returncode == 2 and "exists already" in again.stderr
 
 
-def test_the_command_over_a_pipe_with_a_program_for_the_calls(adapter, tmp_path):
+def test_script_over_a_pipe_with_a_tool_command(adapter, tmp_path):
     (tmp_path / "tools.json").write_text(json.dumps([LAMP]), encoding="utf-8")
-    argv = program(tmp_path, f"print('{talker.RESULT}')")
+    argv = program(tmp_path, f"print('{chat_model.RESULT}')")
     command = " ".join(f'"{word}"' for word in argv)
     flags = ["--tools", tmp_path / "tools.json", "--max_new_tokens", "48", "--tool-command", command]
-    done = chat(adapter, *flags, given=talker.REQUEST + "\n", cwd=tmp_path)
+    done = chat(adapter, *flags, given=chat_model.REQUEST + "\n", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n") == [
-        'call  set_lamp(room="hall", level=3)', f"  -> {talker.RESULT}", talker.DONE, "",
+        'call  set_lamp(room="hall", level=3)', f"  -> {chat_model.RESULT}", chat_model.DONE, "",
     ]  # fmt: skip
 
 
-def test_the_adapter_folded_into_the_weights_makes_the_same_call(adapter, tmp_path):
+def test_script_with_a_merged_adapter(adapter, tmp_path):
     (tmp_path / "tools.json").write_text(json.dumps([LAMP]), encoding="utf-8")
-    done = chat(adapter, "--mode", "merged", "--tools", tmp_path / "tools.json", "--prompt", talker.REQUEST)
+    done = chat(adapter, "--mode", "merged", "--tools", tmp_path / "tools.json", "--prompt", chat_model.REQUEST)
     assert (done.returncode, done.stdout) == (0, 'set_lamp(room="hall", level=3)\n'), done.stderr
 
 
@@ -518,12 +546,13 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def client(talk):
+def client(agent):
+    """An OpenAI client of a running server."""
     openai, uvicorn = pytest.importorskip("openai"), pytest.importorskip("uvicorn")
     from finetune.chat.serve import build_app
 
     port = free_port()
-    app = build_app(talk.speaker, talk.decoding)
+    app = build_app(agent.model, agent.decoding)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -535,73 +564,93 @@ def client(talk):
     thread.join(20)
 
 
-def test_requests_that_cannot_be_served_are_refused_and_never_end_in_a_status_of_500(talk):
+def test_server_refuses_invalid_requests(agent):
     pytest.importorskip("fastapi", reason="pip install -r requirements_optional.txt")
     from starlette.testclient import TestClient
 
     from finetune.chat.serve import build_app
 
-    client = TestClient(build_app(talk.speaker, talk.decoding), raise_server_exceptions=False)
-    asked = {"messages": talker.conversation()[:1]}
+    client = TestClient(build_app(agent.model, agent.decoding), raise_server_exceptions=False)
+    asked = {"messages": chat_model.conversation()[:1]}
     for wrong in (
         {"max_tokens": "abc"}, {"max_tokens": -5}, {"max_tokens": 1.5}, {"max_tokens": True}, {"temperature": -1},
         {"temperature": "hot"}, {"top_p": 5}, {"seed": "x"}, {"frequency_penalty": "x"}, {"stop": ["x"]},
         {"response_format": "json"}, {"messages": "x"}, {"messages": [5]}, {"messages": []}, {"tools": [5]},
-        {"messages": [{"role": "user", "content": "\ud800"}]}, {"tools": "x"},
+        {"messages": [{"role": "user", "content": "\ud800"}]}, {"tools": "x"}, {"top_k": 5}, {"n": 2},
     ):  # fmt: skip
         for stream in (False, True):
             content = json.dumps({**asked, **wrong, "stream": stream})
             headers = {"content-type": "application/json"}
             answer = client.post("/v1/chat/completions", content=content, headers=headers)
-            assert answer.status_code in (400, 422), (wrong, answer.text)
-    fine = client.post("/v1/chat/completions", json={**asked, "max_tokens": 3, "temperature": 0, "seed": 1, "top_p": 1})
+            assert answer.status_code == 400 and answer.json()["detail"], (wrong, answer.text)
+    ignored = {"user": "me", "n": 1, "response_format": {"type": "text"}, "parallel_tool_calls": True, "stop": None}
+    numbers = {"max_tokens": 3, "temperature": 0, "seed": 1, "top_p": 1, "frequency_penalty": 0.5}
+    fine = client.post("/v1/chat/completions", json={**asked, **ignored, **numbers})
     assert fine.status_code == 200 and fine.json()["choices"][0]["finish_reason"] == "length"
+    assert client.get("/health").json() == {"status": "ok"} and client.get("/docs").status_code == 404
 
 
-def test_openai_client_round_trip(client):
+def test_server_samples_with_the_seed(agent):
+    pytest.importorskip("fastapi", reason="pip install -r requirements_optional.txt")
+    from starlette.testclient import TestClient
+
+    from finetune.chat.serve import build_app
+
+    client = TestClient(build_app(agent.model, agent.decoding))
+    asked = {"messages": chat_model.conversation()[:1], "temperature": 50, "max_tokens": 8}
+
+    def content(**more) -> str:
+        return client.post("/v1/chat/completions", json=asked | more).json()["choices"][0]["message"]["content"]
+
+    assert content(seed=1) == content(seed=1) != content(seed=2)
+    assert content(seed=1, top_p=1e-9) == content(temperature=0)
+    assert content() != content()
+
+
+def test_server_round_trip(client):
     assert [model.id for model in client.models.list()] == ["tuned", "base"]
-    messages = [{"role": "user", "content": talker.REQUEST}]
-    choice = client.chat.completions.create(model="tuned", messages=messages, tools=talker.TOOLS).choices[0]
+    messages = [{"role": "user", "content": chat_model.REQUEST}]
+    choice = client.chat.completions.create(model="tuned", messages=messages, tools=chat_model.TOOLS).choices[0]
     assert choice.finish_reason == "tool_calls" and not choice.message.content
     (call,) = choice.message.tool_calls
-    assert call.function.name == "set_lamp" and json.loads(call.function.arguments) == talker.CALL["arguments"]
-    messages += [choice.message, {"role": "tool", "tool_call_id": call.id, "content": talker.RESULT}]
-    answer = client.chat.completions.create(model="tuned", messages=messages, tools=talker.TOOLS)
-    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (talker.DONE, "stop")
+    assert call.function.name == "set_lamp" and json.loads(call.function.arguments) == chat_model.CALL["arguments"]
+    messages += [choice.message, {"role": "tool", "tool_call_id": call.id, "content": chat_model.RESULT}]
+    answer = client.chat.completions.create(model="tuned", messages=messages, tools=chat_model.TOOLS)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (chat_model.DONE, "stop")
     assert answer.usage.completion_tokens > 1
-    base = client.chat.completions.create(model="base", messages=messages[:1], tools=talker.TOOLS)
-    assert base.choices[0].message.content == talker.BASE_SAYS
+    base = client.chat.completions.create(model="base", messages=messages[:1], tools=chat_model.TOOLS)
+    assert base.choices[0].message.content == chat_model.BASE_ANSWER
 
 
-def test_openai_client_streams(client):
+def test_server_streams(client):
     def streamed(messages, **more):
         stream = client.chat.completions.create(
-            model="tuned", messages=messages, tools=talker.TOOLS, stream=True, **more
+            model="tuned", messages=messages, tools=chat_model.TOOLS, stream=True, **more
         )
         chunks = list(stream)
         text = "".join(c.choices[0].delta.content or "" for c in chunks)
         calls = [call for c in chunks for call in c.choices[0].delta.tool_calls or []]
         return text, calls, chunks[-1].choices[0].finish_reason, sum(bool(c.choices[0].delta.content) for c in chunks)
 
-    turns = talker.conversation()
+    turns = chat_model.conversation()
     text, calls, reason, _ = streamed(turns[:1])
     assert (text, reason, [c.function.name for c in calls]) == ("", "tool_calls", ["set_lamp"])
-    assert json.loads(calls[0].function.arguments) == talker.CALL["arguments"]
+    assert json.loads(calls[0].function.arguments) == chat_model.CALL["arguments"]
     sent = [dict(turn) for turn in turns[:3]]
-    function = {"name": "set_lamp", "arguments": json.dumps(talker.CALL["arguments"])}  # as clients write them
+    function = {"name": "set_lamp", "arguments": json.dumps(chat_model.CALL["arguments"])}  # as clients write them
     sent[1]["tool_calls"] = [{"id": "call_1", "type": "function", "function": function}]
     text, calls, reason, pieces = streamed(sent)
-    assert (text, calls, reason) == (talker.DONE, [], "stop") and pieces > 1
-    text, calls, _, _ = streamed([{"role": "user", "content": talker.BROKEN_REQUEST}])
-    assert text == talker.BROKEN and not calls  # a broken call is not hidden
+    assert (text, calls, reason) == (chat_model.DONE, [], "stop") and pieces > 1
+    text, calls, _, _ = streamed([{"role": "user", "content": chat_model.BROKEN_REQUEST}])
+    assert text == chat_model.BROKEN and not calls  # not hidden
     text, _, reason, _ = streamed(sent, max_completion_tokens=2)
-    assert reason == "length" and len(text) < len(talker.DONE)
+    assert reason == "length" and len(text) < len(chat_model.DONE)
 
 
-def test_openai_client_is_told_what_is_not_served(client):
+def test_server_says_what_is_not_supported(client):
     import openai
 
-    ask = {"model": "tuned", "messages": [{"role": "user", "content": "Hi"}], "tools": talker.TOOLS}
+    ask = {"model": "tuned", "messages": [{"role": "user", "content": "Hi"}], "tools": chat_model.TOOLS}
     for wrong in (
         {"tool_choice": "required"},
         {"response_format": {"type": "json_object"}},
@@ -618,8 +667,8 @@ def test_openai_client_is_told_what_is_not_served(client):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent as a signal")
-def test_openai_client_round_trip_through_llama_cpp(adapter, tmp_path):
-    """Adapter -> GGUF -> `--serve`: llama.cpp renders, answers and reads the call; Ctrl-C ends it with 130."""
+def test_gguf_server_round_trip(adapter, tmp_path):
+    """Adapter -> GGUF -> `--serve`: llama.cpp renders, answers and parses the call; Ctrl-C ends it with 130."""
     openai = pytest.importorskip("openai")
     pytest.importorskip("xllamacpp")
     from finetune.export.gguf import tools_folder
@@ -627,28 +676,28 @@ def test_openai_client_round_trip_through_llama_cpp(adapter, tmp_path):
     if not (tools_folder() / "convert_hf_to_gguf.py").is_file():
         pytest.skip("llama.cpp's tools are not installed: make install-test")
     script = [sys.executable, str(ROOT / "export_lora.py"), str(adapter), "--to", "gguf", "--dtype", "float32",
-              "--quantization", "f16", "--output", str(tmp_path / "gguf"), "--name", "talker"]  # fmt: skip
+              "--quantization", "f16", "--output", str(tmp_path / "gguf"), "--name", "memorised"]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     subprocess.run(script, env=environment, check=True, timeout=600)
     port = free_port()
-    script = [sys.executable, str(ROOT / "chat_lora.py"), str(tmp_path / "gguf" / "talker-f16.gguf"), "--serve"]
+    script = [sys.executable, str(ROOT / "chat_lora.py"), str(tmp_path / "gguf" / "memorised-f16.gguf"), "--serve"]
     with subprocess.Popen([*script, "--port", str(port)], env=environment, stderr=subprocess.PIPE, text=True) as server:
         try:
-            assert "llama.cpp serves talker-f16.gguf" in server.stderr.readline()
+            assert "llama.cpp serves memorised-f16.gguf" in server.stderr.readline()
             with pytest.raises(subprocess.CalledProcessError) as taken:
                 subprocess.run([*script, "--port", str(port)], env=environment, check=True, capture_output=True)
             assert taken.value.returncode == 2 and b"choose another --port" in taken.value.stderr
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-            ask = {"model": "talker", "tools": talker.TOOLS, "temperature": 0, "max_tokens": 48}
-            messages = [{"role": "user", "content": talker.REQUEST}]
+            ask = {"model": "memorised", "tools": chat_model.TOOLS, "temperature": 0, "max_tokens": 48}
+            messages = [{"role": "user", "content": chat_model.REQUEST}]
             choice = client.chat.completions.create(messages=messages, **ask).choices[0]
             assert choice.finish_reason == "tool_calls"
             (call,) = choice.message.tool_calls
             assert call.function.name == "set_lamp"
-            assert json.loads(call.function.arguments) == talker.CALL["arguments"]
-            messages += [choice.message, {"role": "tool", "tool_call_id": call.id, "content": talker.RESULT}]
+            assert json.loads(call.function.arguments) == chat_model.CALL["arguments"]
+            messages += [choice.message, {"role": "tool", "tool_call_id": call.id, "content": chat_model.RESULT}]
             answer = client.chat.completions.create(messages=messages, **ask).choices[0]
-            assert (answer.message.content, answer.finish_reason) == (talker.DONE, "stop")
+            assert (answer.message.content, answer.finish_reason) == (chat_model.DONE, "stop")
         finally:
             server.send_signal(signal.SIGINT)
         assert server.wait(30) == 130
@@ -658,36 +707,36 @@ def test_openai_client_round_trip_through_llama_cpp(adapter, tmp_path):
 
 
 @contextlib.contextmanager
-def opened(talk: Talk):
+def opened(agent: ChatAgent):
     pytest.importorskip("gradio")
     from finetune.chat.web import open_page
 
     port = free_port()
-    page = open_page(talk, "", talker.TOOLS, "127.0.0.1", port)
+    page = open_page(agent, "", chat_model.TOOLS, "127.0.0.1", port)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
         page.close(verbose=False)
 
 
-def test_page_through_its_client(talk, monkeypatch):
+def test_page_through_the_gradio_client(agent, monkeypatch):
     monkeypatch.delenv("SANDWICH_WEB_PASSWORD", raising=False)
-    with opened(talk) as url:
+    with opened(agent) as url:
         from gradio_client import Client
 
         client = Client(url, verbose=False)
-        settings = (json.dumps(talker.TOOLS), "", 0, 48)
-        _, base, tuned = client.predict(talker.REQUEST, *settings, api_name="/ask")
-        assert said(base) == [talker.REQUEST, talker.BASE_SAYS]
+        settings = (json.dumps(chat_model.TOOLS), "", 0, 48)
+        _, base, tuned = client.predict(chat_model.REQUEST, *settings, api_name="/ask")
+        assert said(base) == [chat_model.REQUEST, chat_model.BASE_ANSWER]
         card = tuned[-1]
         assert card["metadata"]["title"] == "call: set_lamp" and '"room": "hall"' in said([card])[0]
         assert "arguments fit the schema" in said([card])[0]
-        _, base, tuned = client.predict(talker.RESULT, "tuned", *settings, api_name="/give_result")
-        assert said(tuned)[-1] == talker.DONE and len(base) == 2
+        _, base, tuned = client.predict(chat_model.RESULT, "tuned", *settings, api_name="/give_result")
+        assert said(tuned)[-1] == chat_model.DONE and len(base) == 2
         client.predict(api_name="/reset")
-        _, _, tuned = client.predict(talker.BROKEN_REQUEST, *settings, api_name="/ask")
-        assert tuned[-1]["metadata"]["title"] == "not a call" and talker.BROKEN in said(tuned)[-1]
-        with pytest.raises(Exception, match="no JSON"):
+        _, _, tuned = client.predict(chat_model.BROKEN_REQUEST, *settings, api_name="/ask")
+        assert tuned[-1]["metadata"]["title"] == "not a call" and chat_model.BROKEN in said(tuned)[-1]
+        with pytest.raises(Exception, match="not valid JSON"):
             client.predict("x", "{", *settings[1:], api_name="/ask")
 
 
@@ -695,9 +744,9 @@ def said(messages: list[dict]) -> list[str]:
     return [m["content"] if isinstance(m["content"], str) else m["content"][0]["text"] for m in messages]
 
 
-def test_page_asks_for_the_password(talk, monkeypatch):
+def test_page_asks_for_the_password(agent, monkeypatch):
     monkeypatch.setenv("SANDWICH_WEB_PASSWORD", "bread and butter")
-    with opened(talk) as url:
+    with opened(agent) as url:
         from gradio_client import Client
 
         for wrong in (None, ("me", "bread")):
@@ -706,8 +755,8 @@ def test_page_asks_for_the_password(talk, monkeypatch):
         assert Client(url, auth=("anyone", "bread and butter"), verbose=False)
 
 
-def test_the_public_tunnel_is_off_unless_it_is_asked_for(talk, monkeypatch):
-    """The tunnel itself needs Gradio's servers, so only what is asked of gradio is looked at."""
+def test_page_uses_the_public_tunnel_only_on_request(agent, monkeypatch):
+    """The tunnel needs Gradio's servers, so only the arguments of `launch` are checked."""
     gradio = pytest.importorskip("gradio")
     import chat_lora
 
@@ -718,7 +767,7 @@ def test_the_public_tunnel_is_off_unless_it_is_asked_for(talk, monkeypatch):
         raise OSError
 
     monkeypatch.setattr(gradio.Blocks, "launch", launch)
-    monkeypatch.setattr("finetune.chat.speaker.load_speaker", lambda *_, **__: talk.speaker)
+    monkeypatch.setattr("finetune.chat.model.load_chat_model", lambda *_, **__: agent.model)
     monkeypatch.setattr("finetune.logs.start_logging", lambda _: None)
     monkeypatch.setenv("SANDWICH_WEB_PASSWORD", "bread and butter")
     for flags in ([], ["--share"]):
@@ -727,11 +776,11 @@ def test_the_public_tunnel_is_off_unless_it_is_asked_for(talk, monkeypatch):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=REASON)
-def test_page_in_a_real_browser(talk, tmp_path, monkeypatch):
+def test_page_in_a_real_browser(agent, tmp_path, monkeypatch):
     playwright = pytest.importorskip("playwright.sync_api")
     monkeypatch.delenv("SANDWICH_WEB_PASSWORD", raising=False)
     picture = Path(os.environ.get("SANDWICH_SCREENSHOT", tmp_path / "chat_web.png"))
-    with opened(talk) as url, playwright.sync_playwright() as driver:
+    with opened(agent) as url, playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         try:
             page = browser.new_page(viewport={"width": 1200, "height": 900})
@@ -741,14 +790,14 @@ def test_page_in_a_real_browser(talk, tmp_path, monkeypatch):
                 lambda request: request.url.startswith((url, "data:", "blob:")) or elsewhere.append(request.url),
             )
             page.goto(url)
-            page.get_by_label("Message", exact=True).fill(talker.REQUEST)
+            page.get_by_label("Message", exact=True).fill(chat_model.REQUEST)
             page.get_by_role("button", name="Send").click()
             page.get_by_text("call: set_lamp").wait_for(timeout=120_000)
             page.get_by_text("arguments fit the schema").wait_for()  # seen without a click
-            page.get_by_text(talker.BASE_SAYS).wait_for(timeout=120_000)
-            page.get_by_label("Result of the call that waits").fill(talker.RESULT)
+            page.get_by_text(chat_model.BASE_ANSWER).wait_for(timeout=120_000)
+            page.get_by_label("Result of the pending call").fill(chat_model.RESULT)
             page.get_by_role("button", name="Give the result").click()
-            page.get_by_text(talker.DONE).wait_for(timeout=120_000)
+            page.get_by_text(chat_model.DONE).wait_for(timeout=120_000)
             page.screenshot(path=str(picture))
             assert elsewhere == []  # nothing is fetched from other hosts
         finally:

@@ -1,4 +1,4 @@
-"""Problems are found where they are and named; near-duplicates stay together; splits are fair, whole and seeded."""
+"""Checks name the problem and its place; near-duplicates stay together; splits have the given shares."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def result(call_id: str) -> dict:
     return {"role": "tool", "content": call_id, "tool_call_id": call_id}
 
 
-def test_a_good_conversation_has_no_problem():
+def test_good_conversation_has_no_problem():
     assert problems(TWO, result("a"), result("b"), SAY) == {}
     assert problems(call(id="a"), {"role": "tool", "content": "1", "tool_call_id": "a", "name": "set_lamp"}, SAY) == {}
 
@@ -62,7 +62,7 @@ def test_errors(messages, kind):
     assert problems(*messages).get(kind) is True
 
 
-CALLS_IN_OTHER_WORDS = (
+CALLS_IN_OTHER_NOTATIONS = (
     '<|python_tag|>set_lamp.call(room="hall")', "[set_lamp(room='hall')]", 'set_lamp(room="hall")',
     "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>set_lamp",
     '[{"name": "set_lamp", "arguments": {"room": 1}}]',
@@ -71,7 +71,7 @@ CALLS_IN_OTHER_WORDS = (
 
 
 @pytest.mark.parametrize("text", ["I called set_lamp (as you see).", "Use set_lamp(room) for it.", '{"name": "Ada"}'])
-def test_talk_of_a_tool_is_no_call(text):
+def test_mention_of_a_tool_is_not_a_call(text):
     assert problems({"role": "assistant", "content": text}) == {}
 
 
@@ -85,21 +85,21 @@ def test_talk_of_a_tool_is_no_call(text):
         ([call(), {"role": "tool", "content": "1"}, ASK, SAY], "result without an answer"),
         ([call(), ASK, SAY], "call without a result"),
         ([TWO, result("b"), result("a"), SAY], "results in another order than their calls"),
-        *(([{"role": "assistant", "content": text}], "call left in the text") for text in CALLS_IN_OTHER_WORDS),
+        *(([{"role": "assistant", "content": text}], "call left in the text") for text in CALLS_IN_OTHER_NOTATIONS),
     ],
 )
 def test_warnings(messages, kind):
     assert problems(*messages).get(kind) is False
 
 
-def test_the_problem_names_message_tool_and_value():
+def test_problem_names_message_tool_and_value():
     row = normalize_row(chat(SAY, ASK, call(arguments={"room": "a", "level": "3"}), tools=[LAMP]))
     assert [p.text for p in check_conversation(row)] == [
         "message 4: call of set_lamp, level: '3' is not of type 'integer'"
     ]
 
 
-def test_broken_schemas_and_double_tools_are_errors_not_crashes():
+def test_broken_schemas_and_duplicate_tools_are_errors():
     broken = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": 7}}}}
     assert problems(call("f", {}), tools=[broken]) == {"broken schema": True}
     dangling = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}}}
@@ -107,13 +107,13 @@ def test_broken_schemas_and_double_tools_are_errors_not_crashes():
     assert problems(SAY, tools=[LAMP, LAMP]) == {"tool declared twice": True}
 
 
-def test_a_schema_makes_nobody_fetch_an_address(monkeypatch):
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("fetched an address out of a row"))
+def test_schema_reference_is_not_fetched(monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("fetched a URL from a row"))
     remote = {"type": "object", "properties": {"a": {"$ref": "http://127.0.0.1:9/schema.json"}}}
     assert problems(call("f", {"a": 1}), tools=[{"name": "f", "parameters": remote}]) == {"broken schema": True}
 
 
-def test_defs_and_formats_of_json_schema_work():
+def test_schema_definitions_are_resolved():
     tool = {
         "name": "f",
         "parameters": {
@@ -126,7 +126,7 @@ def test_defs_and_formats_of_json_schema_work():
     assert problems(call("f", {"a": 4}), tools=[tool]) == {"arguments against the schema": True}
 
 
-def test_a_schema_is_read_by_the_draft_that_it_names():
+def test_schema_draft_is_the_one_it_names():
     pair = {"type": "array", "items": [{"type": "number"}, {"type": "string"}]}
     parameters = {"$schema": "http://json-schema.org/draft-07/schema#", "type": "object", "properties": {"a": pair}}
     tool = {"name": "f", "parameters": parameters}
@@ -155,7 +155,7 @@ def asking(text: str, tool: str | None = None) -> dict:
 BASE = "Please create a rectangular beam section with a width of three hundred and a height of six hundred millimetres"
 
 
-def test_near_duplicates_share_a_group_and_others_do_not():
+def test_near_duplicates_share_a_group():
     texts = [
         BASE,
         BASE + " now",
@@ -169,7 +169,7 @@ def test_near_duplicates_share_a_group_and_others_do_not():
     assert near_duplicate_groups([asking(""), asking(" "), asking("")]) == [0, 1, 2]
 
 
-def test_groups_are_those_of_comparing_every_pair():
+def test_groups_equal_comparison_of_all_pairs():
     rng = random.Random(7)
     words = BASE.split()
     texts = []
@@ -189,11 +189,11 @@ def test_groups_are_those_of_comparing_every_pair():
             if len(sets[i] & sets[j]) >= 0.8 * len(sets[i] | sets[j]):
                 parent[max(find(i), find(j))] = min(find(i), find(j))
     expected = [find(i) for i in range(len(texts))]
-    assert 5 < len(set(expected)) < 145  # the data has both pairs and loners
+    assert 5 < len(set(expected)) < 145  # the data has both pairs and single rows
     assert near_duplicate_groups([asking(text) for text in texts]) == expected
 
 
-def test_thousands_of_copies_are_one_group():
+def test_thousands_of_near_duplicates_are_one_group():
     rows = [asking(f"{BASE} number {i}") for i in range(3000)]
     assert set(near_duplicate_groups(rows)) == {0}
 
@@ -203,7 +203,7 @@ def test_thousands_of_copies_are_one_group():
     st.lists(st.tuples(st.integers(0, 30), st.sampled_from(["a", "b", "c", None])), min_size=1, max_size=120),
     st.integers(0, 5),
 )
-def test_splits_keep_groups_whole_and_totals_near(items, seed):
+def test_splits_keep_groups_together(items, seed):
     rows = [asking(f"q{i}", tool) for i, (_, tool) in enumerate(items)]
     groups = [group for group, _ in items]
     splits = split_conversations(rows, groups, (0.8, 0.1, 0.1), seed)
@@ -217,7 +217,7 @@ def test_splits_keep_groups_whole_and_totals_near(items, seed):
         assert abs(counts[name] - share * len(rows)) <= largest + 1
 
 
-def test_every_tool_is_in_every_split_in_its_share_and_the_seed_decides():
+def test_each_tool_is_split_in_the_given_shares():
     tools = ["a"] * 100 + ["b"] * 60 + ["c"] * 40
     rows = [asking(f"{tool} {i}", tool) for i, tool in enumerate(tools)]
     groups = list(range(len(rows)))
@@ -232,19 +232,16 @@ def test_every_tool_is_in_every_split_in_its_share_and_the_seed_decides():
     assert splits != split_conversations(rows, groups, (0.8, 0.1, 0.1), seed=2)
 
 
-def test_no_rows_go_to_a_split_of_share_zero():
+def test_split_with_share_zero_is_empty():
     rows = [asking(f"q{i}") for i in range(20)]
     assert set(split_conversations(rows, list(range(20)), (0.9, 0.1, 0.0))) == {"train", "validation"}
 
 
-@pytest.mark.parametrize("text", ["nan/1/1", "inf/1/1", "1/nan/1", "-1/1/1", "0/1/1", "1/1", "a/b/c", ""])
-def test_shares_that_are_none(text):
+@pytest.mark.parametrize("text", ["nan/1/1", "inf/1/1", "1/nan/1", "-1/1/1", "0/1/1", "80/20", "a/b/c", ""])
+def test_invalid_ratios_are_refused(text):
     with pytest.raises(UserError, match="three shares"):
         parse_ratios(text)
 
 
 def test_ratios():
     assert parse_ratios("80/10/10") == (0.8, 0.1, 0.1) and parse_ratios("1/0/0") == (1, 0, 0)
-    for text in ("80/20", "a/b/c", "0/50/50", "-1/1/1"):
-        with pytest.raises(UserError, match="three shares"):
-            parse_ratios(text)

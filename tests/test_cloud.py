@@ -1,4 +1,4 @@
-"""The cloud recipes: SkyPilot's own reading of the YAML, and the shell recipe with stand-ins for its programs."""
+"""The cloud recipes: SkyPilot reads the YAML; the shell recipe runs with stubs for its programs."""
 
 import os
 import signal
@@ -23,14 +23,14 @@ def test_skypilot_accepts_the_task(tmp_path, monkeypatch):
     assert {name for one in task.resources for name in one.accelerators} == {"L4", "A10G", "RTXA6000", "A100"}
     assert "/ranks" in task.storage_mounts
     assert "$LORA_RANK" in task.run
-    # The check can fail: a key that SkyPilot does not know is refused.
+    # The check can fail: SkyPilot refuses an unknown key.
     broken = tmp_path / "broken.yaml"
     broken.write_text(yaml.safe_dump(yaml.safe_load(SKY.read_text()) | {"recources": {}}))
     with pytest.raises(ValueError, match="recources"):
         sky.Task.from_yaml(str(broken))
 
 
-def test_the_run_of_the_task_is_shell_that_parses():
+def test_shell_of_the_task_parses():
     task = yaml.safe_load(SKY.read_text())
     for part in ("setup", "run"):
         checked = subprocess.run(["bash", "-n"], input=task[part], text=True, capture_output=True, check=False)
@@ -45,14 +45,14 @@ def test_the_run_of_the_task_is_shell_that_parses():
     ("there", "resumed", "begun", "status"),
     [
         ((), None, True, 0),  # the first machine
-        (("training_log.csv",), None, True, 0),  # taken away before the first checkpoint
+        (("training_log.csv",), None, True, 0),  # preempted before the first checkpoint
         (("checkpoint-50",), 0, False, 0),
-        (("checkpoint-50",), 2, True, 0),  # taken away in the middle of bringing the first checkpoint to the bucket
-        (("checkpoint-50",), 1, False, 1),  # a failure of the run itself: its checkpoints stay for the next try
+        (("checkpoint-50",), 2, True, 0),  # preempted during the upload of the first checkpoint
+        (("checkpoint-50",), 1, False, 1),  # the run itself failed: its checkpoints stay for the next attempt
     ],
 )
-def test_a_machine_that_comes_after_another_goes_on_or_begins_anew(tmp_path, there, resumed, begun, status):
-    """The task's own lines with a stand-in for Python, whose --resume ends with `resumed`."""
+def test_replacement_machine_resumes_or_restarts(tmp_path, there, resumed, begun, status):
+    """The task's own lines with a stub for Python, whose --resume ends with `resumed`."""
     ranks = tmp_path / "ranks"
     for name in ("", *there):
         (ranks / ("rank16" if there else "") / name).mkdir(parents=True, exist_ok=True)
@@ -77,18 +77,18 @@ def test_a_machine_that_comes_after_another_goes_on_or_begins_anew(tmp_path, the
 
 @pytest.mark.skipif(os.name == "nt", reason="a bash script")
 @pytest.mark.parametrize("failing", ["", "16"])
-def test_five_lines_start_five_ranks_on_five_cards(tmp_path, failing):
-    """PY is a stand-in that notes how it was called; a rank that fails fails the recipe, once all have ended."""
-    stand_in = tmp_path / "python"
-    stand_in.write_text(
+def test_five_ranks_start_on_five_gpus(tmp_path, failing):
+    """PY is a stub that records its calls; a failing rank fails the recipe, once all have ended."""
+    stub = tmp_path / "python"
+    stub.write_text(
         f'#!/usr/bin/env bash\necho "$CUDA_VISIBLE_DEVICES $*" >> {tmp_path}/calls\n'
         f'case "$*" in *"--rank {failing or "none"} "*) exit 1;; esac\n'
     )
-    stand_in.chmod(0o755)
-    env = {**os.environ, "PY": str(stand_in), "RUNS": str(tmp_path / "runs")}
+    stub.chmod(0o755)
+    env = {**os.environ, "PY": str(stub), "RUNS": str(tmp_path / "runs")}
     env.pop("CUDA_VISIBLE_DEVICES", None)
-    words = ["bash", str(ROOT / "cloud" / "five_gpus.sh"), "--dataset", "a b.jsonl"]
-    result = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    argv = ["bash", str(ROOT / "cloud" / "five_gpus.sh"), "--dataset", "a b.jsonl"]
+    result = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == bool(failing), result.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
     ranks = sorted((int(line.split("--rank ")[1].split()[0]), line.split()[0]) for line in calls[:5])
@@ -100,10 +100,10 @@ def test_five_lines_start_five_ranks_on_five_cards(tmp_path, failing):
 
 @pytest.mark.skipif(os.name == "nt", reason="a bash script")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_of_the_five_lines_reaches_each_of_them_once(tmp_path, number):
-    """A second signal would end a run without its checkpoint, and a run that hears none goes on alone on its card."""
-    stand_in = tmp_path / "python"
-    stand_in.write_text(
+def test_stop_signals_each_of_the_five_once(tmp_path, number):
+    """A second signal would end a run without its checkpoint; a run without a signal would continue alone."""
+    stub = tmp_path / "python"
+    stub.write_text(
         f"#!{sys.executable} -S\nimport signal, sys, time\n"
         f"note = lambda text: open({str(tmp_path / 'calls')!r}, 'a').write(text + '\\n')\n"
         "heard = []\n"
@@ -114,10 +114,10 @@ def test_a_stop_of_the_five_lines_reaches_each_of_them_once(tmp_path, number):
         "time.sleep(0.2)\n"
         "note(f'stopped {len(heard)}')\n"
     )
-    stand_in.chmod(0o755)
-    env = {**os.environ, "PY": str(stand_in), "RUNS": str(tmp_path / "runs")}
-    words = ["bash", str(ROOT / "cloud" / "five_gpus.sh")]
-    process = subprocess.Popen(words, env=env, cwd=ROOT, start_new_session=True)
+    stub.chmod(0o755)
+    env = {**os.environ, "PY": str(stub), "RUNS": str(tmp_path / "runs")}
+    argv = ["bash", str(ROOT / "cloud" / "five_gpus.sh")]
+    process = subprocess.Popen(argv, env=env, cwd=ROOT, start_new_session=True)
     calls, deadline = tmp_path / "calls", time.monotonic() + 60
     while not calls.exists() or calls.read_text().count("started") < 5:
         assert time.monotonic() < deadline

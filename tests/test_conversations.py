@@ -1,4 +1,4 @@
-"""Every shape of row comes out as one canonical conversation; what cannot be read exactly is named, never lost."""
+"""Rows of every shape become canonical conversations; rows that cannot be read exactly are refused with the reason."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -15,16 +16,23 @@ from finetune.files import write_jsonl
 from finetune.preparing.checks import check_conversation, exact_key
 from finetune.reading.conversations import RowError, load_conversations, normalize_row
 from finetune.reading.row_files import Unreadable
-from finetune.reading.shapes import describe, parse_map
-from tests.rows import LAMP, WRAPPED, calls, chat
+from finetune.reading.shapes import FIELDS, SHAPES, describe, parse_map
+from tests.rows import LAMP, WRAPPED, calls, chat, last_message
 
-
-def assistant(raw: dict, **kwargs) -> dict:
-    """The last message of a normalised row."""
-    return normalize_row(raw, **kwargs)["messages"][-1]
-
-
+ROOT = Path(__file__).resolve().parent.parent
 DEEP = json.loads("[" * 900 + "]" * 900)
+
+
+def test_docs_list_each_shape_and_field():
+    docs = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    table = "".join(f"| {shape.name} | {shape.columns} |\n" for shape in SHAPES)
+    assert f"| shape | columns |\n| --- | --- |\n{table}\n" in docs
+    assert ", ".join(f"`{name}`" for name in FIELDS) in " ".join(docs.split())
+
+
+def test_shapes_read_known_fields_only():
+    assert all(shape.needs | shape.used <= FIELDS.keys() for shape in SHAPES)
+    assert len({shape.name for shape in SHAPES}) == len(SHAPES)
 
 
 def test_roles():
@@ -56,26 +64,25 @@ def test_roles():
 )
 def test_contents_of_a_tool_result(content, expected):
     row = chat({"role": "assistant", "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": content, "name": "f"})
-    assert assistant(row) == {"role": "tool", "content": expected, "name": "f"}
+    assert last_message(row) == {"role": "tool", "content": expected, "name": "f"}
 
 
-def test_assistant_text_is_stripped_and_user_text_is_not():
+def test_only_assistant_text_is_stripped():
     row = {"messages": [{"role": "user", "content": " q\n"}, {"role": "assistant", "content": "\n\u3000a \n"}]}
     assert [m["content"] for m in normalize_row(row)["messages"]] == [" q\n", "a"]
 
 
-def test_reasoning_and_train_flags():
-    message = assistant(chat({"role": "assistant", "content": "a", "reasoning_content": " r ", "train": False}))
+def test_reasoning_and_train_flag():
+    message = last_message(chat({"role": "assistant", "content": "a", "reasoning_content": " r ", "train": False}))
     assert message == {"role": "assistant", "content": "a", "reasoning_content": "r", "train": False}
-    assert "train" not in assistant(chat({"role": "assistant", "content": "a", "weight": 1}))
-    assert assistant(chat({"role": "assistant", "content": "a", "weight": 0}))["train"] is False
-    assert assistant(chat({"role": "assistant", "content": "a", "train": None, "weight": 0}))["train"] is False
+    message = last_message(chat({"role": "assistant", "content": "a", "train": None, "weight": 0}))
+    assert message["train"] is False
 
 
 @pytest.mark.parametrize("key", ["train", "weight", "loss", "training"])
-def test_whether_a_message_is_trained_by_any_of_its_names(key):
+def test_train_flag_in_each_spelling(key):
     for value, trained in ((False, False), (0.0, False), (True, True), (1.0, True), (None, True)):
-        message = assistant(chat({"role": "assistant", "content": "a", key: value}))
+        message = last_message(chat({"role": "assistant", "content": "a", key: value}))
         assert message.get("train", True) is trained
     for value in (0.5, 2, "no", float("nan")):
         with pytest.raises(RowError, match=f"message 2: {key} is "):
@@ -89,20 +96,20 @@ def test_whether_a_message_is_trained_by_any_of_its_names(key):
         {"role": "tool", "content": None, "result": {"t": 3}}, {"role": "assistant", "content": None, "refusal": "No."},
     ],
 )  # fmt: skip
-def test_a_text_under_another_name_is_not_lost(message):
-    with pytest.raises(RowError, match=rf"message 2 .* has no content, but {list(message)[-1]}; call it content"):
+def test_text_under_another_key_is_refused(message):
+    with pytest.raises(RowError, match=rf"message 2 .* has no content but a key {list(message)[-1]}; rename it"):
         normalize_row(chat(message))
     kept = message | {"content": "said"}
     assert normalize_row(chat(kept))["messages"][1]["content"] == "said"
 
 
-def test_a_content_of_no_parts_is_empty_and_an_empty_list_that_a_tool_returns_is_not():
+def test_empty_list_content():
     call = {"role": "assistant", "content": [], "tool_calls": [{"name": "f"}]}
     messages = normalize_row(chat(call, {"role": "tool", "content": []}))["messages"]
     assert [m["content"] for m in messages[1:]] == ["", "[]"]
 
 
-def test_what_is_left_out_for_something_else_is_counted():
+def test_overridden_columns_are_counted_as_not_read():
     own = {"role": "system", "content": "Be brief."}
     for system, number in (("Be brief.", 0), ("Be kind.", 1)):
         notes = Counter()
@@ -115,15 +122,17 @@ def test_what_is_left_out_for_something_else_is_counted():
 
 
 @pytest.mark.parametrize("empty", [[], None, ""])
-def test_empty_tool_calls_vanish(empty):
-    assert assistant(chat({"role": "assistant", "content": "a", "tool_calls": empty})) == {
+def test_empty_tool_calls_are_removed(empty):
+    assert last_message(chat({"role": "assistant", "content": "a", "tool_calls": empty})) == {
         "role": "assistant",
         "content": "a",
     }
 
 
 def test_legacy_function_call():
-    message = assistant(chat({"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}))
+    message = last_message(
+        chat({"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}})
+    )
     assert calls(message) == [("f", {})]
 
 
@@ -132,22 +141,34 @@ def test_legacy_function_call():
     [
         ({"id": 1}, "has no messages"),
         ({"messages": []}, "messages is empty"),
-        ({"messages": "hello"}, "messages are text that is no JSON"),
+        ({"messages": "hello"}, "messages: not valid JSON"),
         ({"messages": {"role": "user"}}, "not a list"),
         ({"messages": ["hi"]}, "message 1 is a JSON string"),
         ({"messages": [{"role": "narrator", "content": "x"}]}, "role 'narrator'"),
         ({"messages": [{"content": "x"}]}, "role None"),
         (chat({"role": "assistant", "tool_calls": [{"arguments": {}}]}), "no name"),
-        (chat({"role": "assistant", "tool_calls": "[{"}), "tool_calls are no JSON"),
+        (chat({"role": "assistant", "tool_calls": "[{"}), "tool_calls: not valid JSON"),
         (chat({"role": "assistant", "content": [{"type": "image_url", "image_url": "x"}]}), "only text"),
         (chat({"role": "assistant", "content": "half \ud83d"}), "surrogate"),
-        (chat({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}), "no word"),
+        (
+            chat({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}),
+            "cannot represent",
+        ),
         (Unreadable("is not JSON: x", "{"), "is not JSON"),
         (chat({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": DEEP}}]}), "deeper than 64"),
         (chat({"role": "assistant", "content": "x"}, tools=[{"name": "f", "parameters": {"x": DEEP}}]), "deeper"),
+        ({"instruction": "i", "output": "o", "history": 7}, "history is not a list"),
+        ({"question": "q", "answers": {"a": "b"}, "correct_answer": ["a"]}, "no text under the correct_answer"),
+        ({"question": [[{"role": "user", "content": "q"}]], "function": [LAMP], "ground_truth": [{"f": 5}]}, "without"),
+        (chat({"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}), r"message 2 \(user\) has tool_calls"),
+        (
+            chat({"role": "tool", "content": "x", "function_call": {"name": "f"}}),
+            r"message 2 \(tool\) has function_call",
+        ),
+        (chat({"role": "assistant", "content": "x", "reasoning_content": ["a"]}), "reasoning_content is a JSON array"),
     ],
 )
-def test_rows_that_cannot_be_used_say_why(row, reason):
+def test_unusable_rows_give_the_reason(row, reason):
     with pytest.raises(RowError, match=reason):
         normalize_row(row)
 
@@ -168,7 +189,7 @@ def test_sharegpt_with_calls_and_observation():
     assert calls(messages[2]) == [("set_lamp", {"room": "hall"})]
 
 
-def test_hermes_system_prompt_gives_its_tools():
+def test_tools_of_hermes_system_prompt():
     system = (
         "You are a function calling AI model. You are provided with function signatures within <tools> </tools> XML "
         f"tags. <tools> {json.dumps(WRAPPED)} </tools> For each function call return a json object:\n"
@@ -196,7 +217,7 @@ def test_apigen_xlam():
             [{"name": "set_lamp", "arguments": {"room": "hall"}}, {"name": "set_lamp", "arguments": {"room": "attic"}}]
         ),
     }
-    assert calls(assistant(row)) == [("set_lamp", {"room": "hall"}), ("set_lamp", {"room": "attic"})]
+    assert calls(last_message(row)) == [("set_lamp", {"room": "hall"}), ("set_lamp", {"room": "attic"})]
 
 
 @pytest.mark.parametrize("key", ["direct", "tool_call"])
@@ -207,18 +228,21 @@ def test_when2call_multiple_choice(key):
         "tools": [json.dumps(LAMP)],
         "answers": {"direct": "I cannot.", "tool_call": '{"name": "set_lamp", "arguments": {"room": "x"}}'},
     }
-    message = assistant(row)
+    message = last_message(row)
     assert message["content"] == ("I cannot." if key == "direct" else "")
     assert ("tool_calls" in message) == (key == "tool_call")
 
 
-def test_when2call_preference_row_takes_the_chosen_answer():
+def test_when2call_preference_row():
     row = {
         "messages": [{"role": "user", "content": "q"}],
         "chosen_response": {"role": "assistant", "content": "good"},
         "rejected_response": {"role": "assistant", "content": "bad"},
     }
-    assert assistant(row)["content"] == "good"
+    assert last_message(row)["content"] == "good"
+    assert describe(row) == (
+        "When2Call preference: messages, chosen_response -> completion; not read: rejected_response"
+    )
 
 
 def test_glaive_chat():
@@ -235,7 +259,7 @@ def test_glaive_chat():
     assert conversation["tools"] == [WRAPPED]
 
 
-def test_bfcl_with_its_answers_beside_it(tmp_path):
+def test_bfcl_with_its_answers_file(tmp_path):
     function = {
         "name": "m.area",
         "description": "d",
@@ -274,12 +298,12 @@ def test_bfcl_with_its_answers_beside_it(tmp_path):
         ({"text": "### Human: hi### x\n### Assistant: hello"}, "hi### x", "hello"),
     ],
 )
-def test_pairs(row, user, answer):
+def test_prompt_and_completion_in_each_spelling(row, user, answer):
     messages = normalize_row(row)["messages"]
     assert [(m["role"], m["content"]) for m in messages] == [("user", user), ("assistant", answer)]
 
 
-def test_plain_text_of_several_turns_with_a_quoted_marker():
+def test_speaker_text_with_a_quoted_marker():
     text = "System: Kurz.\nUser: Say 'Assistant: no'\nAssistant: Sure:\nAssistant: no\nUser: Danke"
     messages = normalize_row({"text": text})["messages"]
     assert [(m["role"], m["content"]) for m in messages] == [
@@ -295,7 +319,7 @@ def test_rendered_text_is_refused():
         normalize_row({"text": "<|im_start|>user\nhi<|im_end|>"})
 
 
-def test_query_log_row_needs_tools_from_outside():
+def test_query_log_row_with_external_tools():
     row = {"query": "Dim", "tool_used": "set_lamp", "parameters": '{"room": "hall"}', "reasoning": "A lamp.", "id": 4}
     conversation = normalize_row(row, tools=[WRAPPED])
     assert conversation["messages"][-1]["content"] == "A lamp."
@@ -303,7 +327,7 @@ def test_query_log_row_needs_tools_from_outside():
     assert conversation["tools"] == [WRAPPED]
 
 
-def test_map_wins_over_the_guess_and_is_described(tmp_path):
+def test_map_overrides_columns_and_is_described(tmp_path):
     path = write_jsonl(tmp_path / "r.jsonl", [{"question": "wrong", "frage": "right", "answer": "a"}])
     result = load_conversations(path, column_map=parse_map(["frage=prompt"]))
     assert result.conversations[0]["messages"][0]["content"] == "right"
@@ -316,10 +340,12 @@ def test_map_wins_over_the_guess_and_is_described(tmp_path):
 
 
 def said(text: str) -> dict:
+    """A row whose answer is `text`."""
     return chat({"role": "assistant", "content": text})
 
 
-def test_the_second_time_nothing_is_read_before_a_conversation_is_asked_for(tmp_path, monkeypatch):
+def test_cached_reading_is_lazy(tmp_path, monkeypatch):
+    """The second time, no row is read before a conversation is accessed."""
     path, kept = tmp_path / "rows.jsonl", tmp_path / "kept"
     write_jsonl(path, [said("one"), said("two"), said("three")])
     plain = load_conversations(path)
@@ -335,7 +361,7 @@ def test_the_second_time_nothing_is_read_before_a_conversation_is_asked_for(tmp_
 
 
 @pytest.mark.parametrize("change", ["content", "same size and time", "limit", "map", "weight", "damage"])
-def test_reading_anew_whenever_anything_changed(tmp_path, change):
+def test_any_change_invalidates_the_cache(tmp_path, change):
     path, kept = tmp_path / "rows.jsonl", tmp_path / "kept"
     write_jsonl(path, [said("one"), said("two"), said("three")])
     load_conversations(path, cache_dir=kept)
@@ -359,7 +385,7 @@ def test_reading_anew_whenever_anything_changed(tmp_path, change):
     assert again == plain
 
 
-def test_rows_that_change_while_they_are_in_use_are_noticed(tmp_path):
+def test_files_changed_while_in_use_are_refused(tmp_path):
     path, kept = tmp_path / "rows.jsonl", tmp_path / "kept"
     write_jsonl(path, [said("one")])
     load_conversations(path, cache_dir=kept)
@@ -369,7 +395,7 @@ def test_rows_that_change_while_they_are_in_use_are_noticed(tmp_path):
         list(loaded.conversations)
 
 
-def test_a_bad_row_is_named_every_time(tmp_path):
+def test_bad_row_is_named_each_time(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"messages": []}\n', encoding="utf-8")
     for _ in range(2):
@@ -377,34 +403,13 @@ def test_a_bad_row_is_named_every_time(tmp_path):
             load_conversations(path, cache_dir=tmp_path / "kept")
 
 
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({"instruction": "i", "output": "o", "history": 7}, "history is no list"),
-        ({"instruction": "i", "output": "o", "history": "text"}, "history is no list"),
-        ({"question": "q", "answers": {"a": "b"}, "correct_answer": ["a"]}, "no text under the correct_answer"),
-        ({"question": [[{"role": "user", "content": "q"}]], "function": [LAMP], "ground_truth": [{"f": 5}]}, "without"),
-        (chat({"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}), r"message 2 \(user\) has tool_calls"),
-        (
-            chat({"role": "tool", "content": "x", "function_call": {"name": "f"}}),
-            r"message 2 \(tool\) has function_call",
-        ),
-        (chat({"role": "assistant", "content": "x", "reasoning_content": ["a"]}), "reasoning_content is a JSON array"),
-        ({"prompt": "q", "completion": 1e400}, "no word for"),
-    ],
-)
-def test_what_would_crash_or_be_lost_is_refused_with_a_reason(row, reason):
-    with pytest.raises(RowError, match=reason):
-        normalize_row(row)
-
-
-def test_what_is_not_read_of_a_message_is_counted():
+def test_unread_message_keys_are_counted():
     notes = Counter()
     normalize_row(chat({"role": "assistant", "content": "x", "audio": {"id": 1}, "refusal": None}), notes=notes)
     assert notes == {"not read, key 'audio' of assistant messages": 1}
 
 
-def test_words_between_tool_responses_are_kept():
+def test_text_between_tool_responses_is_kept():
     text = "<tool_response>1</tool_response> but <tool_response>2</tool_response>"
     assert normalize_row(chat({"role": "tool", "content": text}))["messages"][1]["content"] == text
 
@@ -457,14 +462,15 @@ JUNK = [
 
 
 def places(value, path=()):
+    """The path of keys to each value in nested lists and dicts."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield (*path, key)
         yield from places(inner, (*path, key))
 
 
-def test_any_row_is_a_conversation_or_is_refused():
-    """Rows of every shape with junk in up to three places: one reason or one sound conversation, never a crash."""
+def test_mutated_rows_are_kept_or_refused():
+    """Rows of every shape with junk in up to three places give a reason or a valid conversation, never a crash."""
     rng = random.Random(0)
     outcomes = Counter()
     for _ in range(4000):
@@ -495,7 +501,7 @@ def test_any_row_is_a_conversation_or_is_refused():
     assert outcomes["refused"] > 500 and outcomes["kept"] > 500
 
 
-def test_a_second_spelling_of_calls_or_reasoning_is_noted_when_it_is_not_read():
+def test_unread_second_spelling_is_noted():
     notes, call = Counter(), {"name": "set_lamp", "arguments": {"room": "hall"}}
     both = {"role": "assistant", "content": "", "tool_calls": [call], "function_call": call | {"name": "other"}}
     made = normalize_row(chat(both | {"reasoning_content": "One.", "thinking": "Two."}, tools=[LAMP]), notes=notes)
@@ -505,11 +511,11 @@ def test_a_second_spelling_of_calls_or_reasoning_is_noted_when_it_is_not_read():
     assert notes["thinking not read: another reasoning stands beside it"] == 1
 
 
-def test_of_two_spellings_the_one_that_holds_something_is_read():
+def test_nonempty_one_of_two_spellings_is_read():
     padded = {"role": None, "from": "gpt", "content": None, "value": "hello"}
-    assert assistant(chat(padded)) == {"role": "assistant", "content": "hello"}
-    assert assistant(chat({"role": "assistant", "content": "", "value": "hello"}))["content"] == "hello"
-    assert assistant(chat({"role": "assistant", "content": "hello", "value": "hello"}))["content"] == "hello"
+    assert last_message(chat(padded)) == {"role": "assistant", "content": "hello"}
+    assert last_message(chat({"role": "assistant", "content": "", "value": "hello"}))["content"] == "hello"
+    assert last_message(chat({"role": "assistant", "content": "hello", "value": "hello"}))["content"] == "hello"
     with pytest.raises(RowError, match="a content and another value"):
         normalize_row(chat({"role": "assistant", "content": "hello", "value": "bye"}))
 
@@ -524,19 +530,19 @@ def test_of_two_spellings_the_one_that_holds_something_is_read():
         {"content": '<tool_call>{"name": "set_lamp", "arguments": {}, "parameters": {"room": "hall"}}</tool_call>'},
     ],
 )
-def test_no_call_and_no_arguments_are_lost_for_where_they_stand(message):
-    answer = assistant(chat({"role": "assistant"} | message, tools=[LAMP]))
+def test_calls_and_arguments_in_unusual_places(message):
+    answer = last_message(chat({"role": "assistant"} | message, tools=[LAMP]))
     assert calls(answer) == [("set_lamp", {"room": "hall"})]
 
 
 @pytest.mark.parametrize(
     ("message", "wanted"),
     [
-        ({"function_call": "set_lamp"}, "function_call is no JSON"),
+        ({"function_call": "set_lamp"}, "function_call: not valid JSON"),
         ({"tool_calls": [{"name": "f", "arguments": {"a": 1}, "parameters": {"a": 2}}]}, "two arguments that differ"),
         ({"tool_calls": [{"name": "f", "function": {"name": "g"}}]}, "two names, g and f"),
     ],
 )
-def test_calls_that_contradict_themselves_reject_their_row(message, wanted):
+def test_contradictory_calls_are_refused(message, wanted):
     with pytest.raises(RowError, match=wanted):
         normalize_row(chat({"role": "assistant"} | message, tools=[LAMP]))

@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from tests.test_train_lora import ROOT, command, config_of, log_rows, rows, run, tiny_model  # noqa: F401 (fixtures)
+from tests.training_runs import ROOT, command, config_of, log_rows, run
 
 # 10 rows in steps of 3: the last step of an epoch has one row, so the second process has none of it.
 FLAGS = ("--format", "chatml", "--dtype", "float32", "--batch_size", "3", "--grad_accum", "1", "--lr", "5e-3",
@@ -22,7 +22,7 @@ COUNTED = ("step", "epoch", "tokens_seen", "trained_tokens", "learning_rate")
 
 
 @pytest.fixture(scope="module")
-def alone(rows, tiny_model, tmp_path_factory):  # noqa: F811
+def alone(rows, tiny_model, tmp_path_factory):
     """The rows of the log of one process."""
     folder = tmp_path_factory.mktemp("alone")
     arguments = ("--model", tiny_model, "--dataset", rows, *FLAGS, "--max_steps", STEPS, "--experiments_dir", folder)
@@ -47,7 +47,7 @@ def assert_same_curve(log, wanted):
             assert float(mine["eval_loss"]) == pytest.approx(float(one["eval_loss"]), abs=1e-4)
 
 
-def test_torchrun_gives_the_curve_of_one_process_and_one_folder(rows, tiny_model, alone, tmp_path):  # noqa: F811
+def test_torchrun_gives_the_curve_of_one_process_and_one_folder(rows, tiny_model, alone, tmp_path):
     words = launched(TORCHRUN, "--model", tiny_model, "--dataset", rows, *FLAGS, "--max_steps", STEPS,
                      "--experiments_dir", tmp_path)  # fmt: skip
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
@@ -67,7 +67,7 @@ def test_torchrun_gives_the_curve_of_one_process_and_one_folder(rows, tiny_model
 @pytest.mark.skipif(os.name == "nt", reason="gloo over torchrun is tried on Linux only")
 @pytest.mark.slow
 @pytest.mark.parametrize("dead", ["0", "1"])
-def test_a_dead_process_ends_the_run_with_a_checkpoint(dead, rows, tiny_model, alone, tmp_path):  # noqa: F811
+def test_a_dead_process_ends_the_run_with_a_checkpoint(dead, rows, tiny_model, alone, tmp_path):
     """Launched by accelerate, so that its curve is looked at as well; then one of the two processes is killed."""
     words = launched(ACCELERATE, "--model", tiny_model, "--dataset", rows, *FLAGS, "--max_steps", 100_000,
                      "--experiments_dir", tmp_path, "--name", "run")  # fmt: skip
@@ -97,7 +97,7 @@ def test_a_dead_process_ends_the_run_with_a_checkpoint(dead, rows, tiny_model, a
     assert not list(folder.glob(".*"))
 
 
-def test_sharded_training_is_refused_in_one_line(rows, tiny_model, tmp_path):  # noqa: F811
+def test_sharded_training_is_refused_in_one_line(rows, tiny_model, tmp_path):
     result = run("--model", tiny_model, "--dataset", rows, "--experiments_dir", tmp_path,
                  env={"ACCELERATE_USE_FSDP": "true"})  # fmt: skip
     assert result.returncode == 2

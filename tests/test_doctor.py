@@ -1,4 +1,4 @@
-"""`train_lora.py --doctor` on this machine as it is, on one where nothing is installed, and on made-up ones."""
+"""`train_lora.py --doctor` on this machine, on one without packages, and on fake ones."""
 
 import os
 import subprocess
@@ -10,8 +10,8 @@ import pytest
 from finetune import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU_TORCH = {"version": "2.13.0+cpu", "cuda": None, "hip": None, "available": False, "cards": []}
-CUDA_TORCH = {"version": "2.13.0", "cuda": "13.0", "hip": None, "available": False, "cards": []}
+CPU_TORCH = {"version": "2.13.0+cpu", "cuda": None, "hip": None, "available": False, "gpus": []}
+CUDA_TORCH = {"version": "2.13.0", "cuda": "13.0", "hip": None, "available": False, "gpus": []}
 
 
 def run_doctor(*options: str, **environment: str) -> subprocess.CompletedProcess:
@@ -21,107 +21,109 @@ def run_doctor(*options: str, **environment: str) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
-def test_this_machine_can_train_and_the_report_fits_one_screen():
+def test_this_machine_is_ready_to_train():
     result = run_doctor(HF_TOKEN="hf_secret_that_must_not_show")
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
-    assert len(lines) <= 40 and lines[-1] == "A training can run here."
+    assert len(lines) <= 40 and lines[-1] == "Ready to train."
     for name in ("Python", "Packages", "torch", "Device", "Unsloth", "Precision", "4-bit", "Runs", "Cache"):
         assert any(line.split()[:1] == [name] for line in lines), name
     assert "present (from HF_TOKEN)" in result.stdout
     assert "hf_secret" not in result.stdout + result.stderr
 
 
-def test_without_any_package_it_says_what_is_missing_and_exits_1():
-    result = run_doctor("-S")  # -S hides site-packages: a Python where nothing has been installed
+def test_missing_packages_exit_1():
+    result = run_doctor("-S")  # -S hides site-packages
     assert result.returncode == 1, result.stderr
-    assert result.stderr == "" and "A training cannot run here yet." in result.stdout
+    assert result.stderr == "" and "Not ready to train." in result.stdout
     assert "torch" in result.stdout.split("not installed:")[1] and doctor.INSTALL in result.stdout
 
 
-def test_pins_are_read_from_the_requirements_files():
+def test_pins_are_those_of_the_requirements_files():
     pins = doctor.read_pins()
     assert pins["torch"] == "2.13.0" and pins["unsloth"] == pins["unsloth_zoo"]
-    assert pins.keys() >= doctor.NEEDED  # or a package would be needed that no file installs
+    assert pins.keys() >= doctor.REQUIRED
 
 
-def examined(monkeypatch, *, torch, cards=(), installed=None, unsloth=None) -> doctor.Checkup:
-    """The report for a machine described by the arguments; only the questions to the machine are replaced."""
+def examined(monkeypatch, *, torch, gpus=(), installed=None, unsloth=None) -> doctor.Checkup:
+    """The report for a fake machine; torch, unsloth: the answers of the probes."""
     versions = {**doctor.read_pins(), **(installed or {})}
     answer = {"unsloth": "cpu", "dtype": "float32", "threads": 2, "four_bit": True} | (unsloth or {})
     monkeypatch.setattr(doctor, "installed_version", versions.get)
-    monkeypatch.setattr(doctor, "gpus_of_the_machine", lambda: list(cards))
+    monkeypatch.setattr(doctor, "driver_gpus", lambda: list(gpus))
     monkeypatch.setattr(doctor, "probe", lambda code: torch if code is doctor.TORCH_PROBE else answer)
     return doctor.examine()
 
 
-def test_a_gpu_beside_a_cpu_build_of_torch(monkeypatch):
-    checkup = examined(monkeypatch, torch=CPU_TORCH, cards=["NVIDIA GeForce RTX 3060"])
-    assert checkup.fatal == []
-    what, remedy = checkup.hints[0]
-    assert "RTX 3060 is idle" in what and "pip install torch==2.13.0" in remedy
+def test_gpu_with_a_cpu_build_of_torch(monkeypatch):
+    checkup = examined(monkeypatch, torch=CPU_TORCH, gpus=["NVIDIA GeForce RTX 3060"])
+    assert checkup.blocking == []
+    problem, fix = checkup.warnings[0]
+    assert "RTX 3060 is not used" in problem and "pip install torch==2.13.0" in fix
 
 
-def test_a_driver_that_is_too_old(monkeypatch):
-    checkup = examined(monkeypatch, torch=CUDA_TORCH, cards=["NVIDIA GeForce RTX 3060"])
-    assert any("torch cannot reach it" in what and "driver" in remedy for what, remedy in checkup.hints)
+def test_driver_that_is_too_old(monkeypatch):
+    checkup = examined(monkeypatch, torch=CUDA_TORCH, gpus=["NVIDIA GeForce RTX 3060"])
+    assert any("torch cannot access it" in problem and "driver" in fix for problem, fix in checkup.warnings)
 
 
-def test_triton_and_torchvision_beside_a_cpu_build(monkeypatch):
+def test_triton_with_a_cpu_build_of_torch(monkeypatch):
     extra = {"triton": "3.6.0", "torchvision": "0.28.0"}
     checkup = examined(monkeypatch, torch=CPU_TORCH, installed=extra)
-    assert any(remedy == "pip uninstall triton torchvision" for _, remedy in checkup.hints)
-    assert examined(monkeypatch, torch=CUDA_TORCH, installed=extra).hints == []
+    assert any(fix == "pip uninstall triton torchvision" for _, fix in checkup.warnings)
+    assert examined(monkeypatch, torch=CUDA_TORCH, installed=extra).warnings == []
 
 
-def test_a_working_gpu(monkeypatch):
-    torch = {**CUDA_TORCH, "available": True, "cards": [["NVIDIA H200", 139.8, "9.0"]]}
-    checkup = examined(
-        monkeypatch, torch=torch, cards=["NVIDIA H200"], unsloth={"unsloth": "cuda", "dtype": "bfloat16"}
-    )
+def test_working_gpu(monkeypatch):
+    torch = {**CUDA_TORCH, "available": True, "gpus": [["NVIDIA H200", 139.8, "9.0"]]}
+    checkup = examined(monkeypatch, torch=torch, gpus=["NVIDIA H200"], unsloth={"unsloth": "cuda", "dtype": "bfloat16"})
     lines = dict(checkup.lines)
     assert lines["Device"] == "NVIDIA H200, 140 GiB, compute 9.0" and "CUDA backend" in lines["Unsloth"]
-    assert lines["Precision"] == "bfloat16, in hardware" and not checkup.fatal and not checkup.hints
+    assert lines["Precision"] == "bfloat16, in hardware" and not checkup.blocking and not checkup.warnings
 
 
-def test_another_version_is_worth_knowing_and_a_missing_one_is_fatal_only_when_needed(monkeypatch):
+def test_other_versions_and_missing_packages(monkeypatch):
     checkup = examined(monkeypatch, torch=CPU_TORCH, installed={"trl": "1.16.0", "matplotlib": None})
-    assert checkup.fatal == []
-    assert any("trl 1.16.0 (pinned 1.15.0)" in what for what, _ in checkup.hints)
-    assert any("matplotlib" in what for what, _ in checkup.hints)
+    assert checkup.blocking == []
+    assert any("trl 1.16.0 (pinned 1.15.0)" in problem for problem, _ in checkup.warnings)
+    assert any("matplotlib" in problem for problem, _ in checkup.warnings)
     checkup = examined(monkeypatch, torch=CPU_TORCH, installed={"peft": None})
-    assert [what for what, _ in checkup.fatal] == ["not installed: peft"]
+    assert [problem for problem, _ in checkup.blocking] == ["not installed: peft"]
 
 
 def test_broken_unsloth_torch_and_4_bit(monkeypatch):
     checkup = examined(monkeypatch, torch=CPU_TORCH, unsloth={"error": "unsloth cannot be imported (boom)"})
-    assert checkup.fatal[0][0] == "unsloth cannot be imported (boom)"
+    assert checkup.blocking[0][0] == "unsloth cannot be imported (boom)"
     checkup = examined(monkeypatch, torch={"error": "ImportError: libcudart.so.13"})
-    assert "libcudart.so.13" in checkup.fatal[0][0]
+    assert "libcudart.so.13" in checkup.blocking[0][0]
     checkup = examined(monkeypatch, torch=CPU_TORCH, unsloth={"four_bit": False, "four_bit_error": "no kernel"})
-    assert not checkup.fatal and any("no kernel" in what and "--no-load_in_4bit" in r for what, r in checkup.hints)
+    assert not checkup.blocking
+    assert any("no kernel" in problem and "--no-load_in_4bit" in fix for problem, fix in checkup.warnings)
 
 
-def test_a_probe_that_dies_or_prints_nonsense_is_an_error_not_a_crash():
+def test_failed_probe_is_an_error():
     assert doctor.probe("raise RuntimeError('boom')") == {"error": "RuntimeError: boom"}
-    assert doctor.probe("import os; os._exit(3)") == {"error": "ended with status 3"}
+    assert doctor.probe("import os; os._exit(3)") == {"error": "exit status 3"}
     assert doctor.probe("print('noise'); print('\\nPROBE{\"a\": 1}')") == {"a": 1}
 
 
-@pytest.mark.parametrize("where", ["HF_TOKEN", "file", "nowhere"])
-def test_hub_token_is_found_and_never_shown(monkeypatch, tmp_path, where):
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    if where == "HF_TOKEN":
-        monkeypatch.setenv("HF_TOKEN", "hf_abc")
-    elif where == "file":
-        (tmp_path / "token").write_text("hf_abc", encoding="utf-8")
-    found = doctor.hub_token()
-    assert found.startswith("none" if where == "nowhere" else "present") and "hf_abc" not in found
+@pytest.mark.parametrize(
+    ("variable", "stored", "expected"),
+    [
+        ("hf_abc", None, "present (from HF_TOKEN)"),
+        ("", "hf_abc", "present (from hf auth login)"),
+        ("", None, "none"),
+        ("hf_a bc", None, "the Hugging Face token contains white space"),
+    ],
+)
+def test_token_source_never_shows_the_token(monkeypatch, variable, stored, expected):
+    monkeypatch.setenv("HF_TOKEN", variable)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: stored)
+    found = doctor.token_source()
+    assert found.startswith(expected) and "hf_a" not in found
 
 
-def test_an_unwritable_folder_is_in_the_way(monkeypatch, tmp_path):
+def test_unwritable_folder_is_blocking(monkeypatch, tmp_path):
     def refuse(dir):
         raise PermissionError(13, "Permission denied")
 
@@ -129,6 +131,6 @@ def test_an_unwritable_folder_is_in_the_way(monkeypatch, tmp_path):
     monkeypatch.setenv("SANDWICH_CACHE", str(tmp_path))
     checkup = doctor.Checkup()
     doctor._folders(checkup)
-    assert [remedy for _, remedy in checkup.fatal] == [
-        "choose another: --experiments_dir FOLDER", "choose another: SANDWICH_CACHE=FOLDER",
+    assert [fix for _, fix in checkup.blocking] == [
+        "choose another folder: --experiments_dir FOLDER", "choose another folder: SANDWICH_CACHE=FOLDER",
     ]  # fmt: skip

@@ -81,7 +81,7 @@ def test_report_adds_up(tokenizer):
     json.dumps(report)
 
 
-def test_processes_give_the_same_as_one(tokenizer, monkeypatch):
+def test_several_processes_equal_one(tokenizer, monkeypatch):
     monkeypatch.setattr(encoding, "CHUNK_ROWS", 3)
     rows = [called(f"room {i}") for i in range(10)] + [conversation("no answer")]
     alone = encode_conversations(rows, tokenizer, FMT, num_proc=1, progress=False)
@@ -100,7 +100,7 @@ def length(row, tokenizer) -> int:
 LONG = conversation(*[f"{word} " * 40 for word in ("one", "two", "three", "four", "five", "six", "seven", "eight")])
 
 
-def test_drop_leaves_long_rows_out_and_names_them(tokenizer):
+def test_drop_omits_and_names_long_rows(tokenizer):
     limit = length(LONG, tokenizer) - 1
     encoded = encode_conversations(
         [ROWS[0], LONG], tokenizer, FMT, max_seq_length=limit, progress=False, origins=[("a.jsonl", 3), ("b.jsonl", 9)]
@@ -124,7 +124,7 @@ def test_error_stops_with_file_and_row(tokenizer):
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
-def test_trim_turns_removes_as_few_of_the_oldest_turns_as_needed(tokenizer, turns):
+def test_trim_turns_removes_as_few_turns_as_needed(tokenizer, turns):
     kept = without_oldest_turns(LONG, turns)
     limit = length(kept, tokenizer)
     encoded = encode_conversations(
@@ -136,7 +136,7 @@ def test_trim_turns_removes_as_few_of_the_oldest_turns_as_needed(tokenizer, turn
     assert (encoded.report["trimmed"], encoded.report["turns_removed"], encoded.report["dropped"]) == (1, turns, 0)
 
 
-def test_a_row_whose_last_turn_alone_is_too_long_is_dropped(tokenizer):
+def test_too_long_last_turn_drops_the_row(tokenizer):
     encoded = encode_conversations([LONG], tokenizer, FMT, max_seq_length=60, overlong="trim_turns", progress=False)
     assert len(encoded.sequences) == 0 and encoded.report["dropped"] == 1 and encoded.turns_removed == {}
 
@@ -156,7 +156,7 @@ def roles(*names: str) -> list[dict]:
         (["system"], [1]),
     ],
 )
-def test_whole_turns(names, starts):
+def test_turn_starts(names, starts):
     assert turn_starts(roles(*names)) == starts
 
 
@@ -166,7 +166,7 @@ def test_trimming_keeps_system_messages_and_tools():
     assert trimmed["messages"][1:] == LONG["messages"][-2:] and trimmed["tools"] == LONG["tools"]
 
 
-def test_a_row_whose_assistant_says_nothing_is_refused_as_when_it_is_prepared(tokenizer):
+def test_silent_answer_is_refused_as_in_preparation(tokenizer):
     thinks = {"role": "assistant", "content": "", "reasoning_content": "Nothing to say."}
     rows = [
         ROWS[0], conversation("hello?", ""), conversation("hello?", "", "still there?", "Yes."),
@@ -184,7 +184,7 @@ def test_a_row_whose_assistant_says_nothing_is_refused_as_when_it_is_prepared(to
 # cache
 
 
-def test_the_second_time_comes_from_the_cache(tokenizer, tmp_path, monkeypatch):
+def test_second_run_comes_from_the_cache(tokenizer, tmp_path, monkeypatch):
     rows = [*ROWS, conversation("no answer"), LONG]
     flags = {"max_seq_length": 400, "overlong": "trim_turns", "cache_dir": tmp_path, "progress": False}
     first = encode_conversations(rows, tokenizer, FMT, **flags)
@@ -195,7 +195,8 @@ def test_the_second_time_comes_from_the_cache(tokenizer, tmp_path, monkeypatch):
     assert {**first.report, "from_cache": 0} == {**second.report, "from_cache": 0}
 
 
-def test_a_cached_result_needs_no_conversations_and_names_rows_by_their_own_file(tokenizer, tmp_path):
+def test_cached_result_needs_no_conversations(tokenizer, tmp_path):
+    """Rows are named by the file of this run, not of the one that filled the cache."""
     rows = [*ROWS, conversation("no answer")]
     flags = {"cache_dir": tmp_path, "progress": False, "fingerprint": conversations_fingerprint(rows)}
     named = {"origins": [("one.jsonl", number) for number in range(1, len(rows) + 1)]}
@@ -208,7 +209,7 @@ def test_a_cached_result_needs_no_conversations_and_names_rows_by_their_own_file
     assert second.report["longest_row"].startswith("two.jsonl, row 1")
 
 
-def test_anything_that_could_change_a_token_makes_another_file(tokenizer, tmp_path):
+def test_cache_key_covers_what_changes_a_token(tokenizer, tmp_path):
     def path(rows=ROWS, fmt=FMT, tok=tokenizer, **changes):
         flags = {"max_seq_length": 100, "train_on": "all", "control_tokens": "escape", "overlong": "drop"} | changes
         return encoding_cache.cache_path(tmp_path, conversations_fingerprint(rows), tok, fmt, Flags(**flags))
@@ -237,7 +238,7 @@ def test_anything_that_could_change_a_token_makes_another_file(tokenizer, tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "text", "bit", "lengths"])
-def test_a_damaged_cache_is_made_anew(tokenizer, tmp_path, damage):
+def test_damaged_cache_is_rebuilt(tokenizer, tmp_path, damage):
     good = encode_conversations(ROWS, tokenizer, FMT, cache_dir=tmp_path, progress=False)
     (path,) = tmp_path.glob("*.npz")
     data = path.read_bytes()
@@ -253,13 +254,13 @@ def test_a_damaged_cache_is_made_anew(tokenizer, tmp_path, damage):
     assert encode_conversations(ROWS, tokenizer, FMT, cache_dir=tmp_path, progress=False).report["from_cache"]
 
 
-def test_an_unwritable_cache_is_one_line(tokenizer, tmp_path):
+def test_unwritable_cache_is_a_user_error(tokenizer, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="cannot write"):
         encode_conversations(ROWS, tokenizer, FMT, cache_dir=tmp_path / "file", progress=False)
 
 
-def test_labels_that_are_not_their_ids_are_a_bug_and_never_stored(tokenizer, monkeypatch):
+def test_labels_that_differ_from_ids_raise(tokenizer, monkeypatch):
     honest = row_encoding._encode
 
     def wrong(*args):

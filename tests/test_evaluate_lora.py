@@ -1,26 +1,30 @@
-"""The real script on a small random model: what it writes, how it resumes, how it refuses."""
+"""The script on a small random model: its files, resuming, errors."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from finetune.errors import UserError
-from finetune.evaluation.folder import alone_in, set_strangers_aside
+from finetune.evaluation.folder import archive_incomparable_scores, exclusive_folder
 from finetune.evaluation.items import load_items
 from finetune.evaluation.metrics import compute_metrics
 from finetune.evaluation.report import comparison_markdown, update_model_card
-from finetune.evaluation.run import ResultsFile, make_prompts, room_for_answers, run_model, settings_hash
+from finetune.evaluation.run import ResultsFile, answer_token_limit, make_prompts, run_model, settings_hash
 from finetune.evaluation.scoring import score
-from finetune.generation.generate import Decoding
 from tests import parts
+from tests.helpers import lazy
 from tests.rows import LAMP, WRAPPED, chat
+from tests.scored import answered, call, item
 from tests.scripts import ROOT, run_script
 from tests.tiny import tiny_llama
+
+generation = lazy("finetune.generation.generate")
+transformers = lazy("transformers")
 
 
 def dim(room: str, **level) -> dict:
@@ -29,7 +33,7 @@ def dim(room: str, **level) -> dict:
 
 
 def rows() -> list[dict]:
-    """A call, a call in two steps with a closing answer, a question back, a refusal; and chat without tools."""
+    """A call; calls in two steps with a final answer; a question back; a refusal; chat without tools; a label."""
 
     def user(text):
         return {"role": "user", "content": text}
@@ -64,16 +68,15 @@ def dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
-    """An adapter on a random Llama of 0.8 M parameters with SmolLM2's tokenizer; big enough to change every answer."""
+    """An adapter on a random Llama of 0.8 M parameters with SmolLM2's tokenizer; it changes every answer."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForCausalLM
 
     tokenizer = parts.tokenizer("smollm2")
     folder = tmp_path_factory.mktemp("models")
     model = tiny_llama(tokenizer, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    model = LlamaForCausalLM.from_pretrained(folder / "base")
+    model = transformers.LlamaForCausalLM.from_pretrained(folder / "base")
     lora = LoraConfig(r=4, lora_alpha=64, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(model, lora).save_pretrained(folder / "adapter")
     return folder / "adapter"
@@ -91,21 +94,21 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_items_of_a_file(dataset):
+def test_load_items(dataset):
     items = load_items([dataset])
     assert [i.kind for i in items] == KINDS
     assert [(i.row, i.turn) for i in items] == [(6, 1), (1, 1), (2, 1), (2, 3), (2, 5), (3, 1), (4, 1), (5, 1)]
     assert items[0].label is True and items[0].expected_text is None
     assert len({i.fingerprint() for i in items}) == len(items)
     assert [i.row for i in load_items([dataset], limit=1)] == [1]
-    with pytest.raises(UserError, match="a weight mixes training data"):
+    with pytest.raises(UserError, match="weights are for training data"):
         load_items([f"{dataset}*0.5"])
-    with pytest.raises(UserError, match="is named twice"):
+    with pytest.raises(UserError, match="is given twice"):
         load_items([dataset, str(dataset)])
 
 
-def test_an_empty_gold_answer_asks_for_no_call_and_for_no_text(tmp_path):
-    """An answer that is empty as well would be an exact match of nothing."""
+def test_empty_expected_answer_is_not_scored_as_text(tmp_path):
+    """An empty answer would be an exact match of nothing."""
     row = chat({"role": "assistant", "content": ""}, tools=[LAMP])
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     (item,) = load_items([tmp_path / "rows.jsonl"])
@@ -114,7 +117,7 @@ def test_an_empty_gold_answer_asks_for_no_call_and_for_no_text(tmp_path):
     assert not {"exact_match", "token_f1", "rouge_l"} & set(verdicts)
 
 
-def test_both_models_through_the_script(dataset, adapter):
+def test_script_scores_both_models_and_resumes(dataset, adapter):
     common = ("--dataset", dataset, "--format", "chatml", "--max_new_tokens", 6)
     first = run(adapter, *common)
     assert first.returncode == 0, first.stderr
@@ -128,15 +131,12 @@ def test_both_models_through_the_script(dataset, adapter):
     wanted = {"row", "messages", "expected_calls", "text", "parsed_calls", "parse_errors", "verdicts", "latency_s"}
     assert all(wanted <= line.keys() for line in base + tuned)
     assert base[1]["expected_calls"] == [{"name": "set_lamp", "arguments": {"room": "hall", "level": 3}}]
-    assert base[3]["messages"][-1] == {"role": "tool", "content": "ok"} | {
-        key: value for key, value in base[3]["messages"][-1].items() if key not in ("role", "content")
-    }
+    assert [message["role"] for message in base[3]["messages"]] == ["user", "assistant", "tool"]
+    assert base[3]["messages"][-1] == {"role": "tool", "content": "ok"}
     assert [line["messages"] for line in base] == [line["messages"] for line in tuned]
     assert all(b["text"] != t["text"] for b, t in zip(base, tuned, strict=True))  # the adapter was on, and off
 
-    metrics = {
-        name: json.loads((folder / f"{name}_model_metrics.json").read_text("utf-8")) for name in ("base", "finetuned")
-    }
+    metrics = {name: read_json(folder / f"{name}_model_metrics.json") for name in ("base", "finetuned")}
     for m in metrics.values():
         assert m["tool_name_accuracy"] == m["parameter_accuracy"] == 0.0
         assert m["irrelevance_accuracy"] == m["missing_parameter_accuracy"] == m["answer_accuracy"] == 1.0
@@ -149,7 +149,7 @@ def test_both_models_through_the_script(dataset, adapter):
     assert "| tool_name_accuracy | 0.000 | 0.000 | +0.000 | +0.000 to +0.000 | 1.000 |" in table
     assert "tool_name_accuracy" in first.stdout and "difference" in first.stdout
 
-    # A run that was killed while it wrote its fourth answer.
+    # Killed while it wrote its fourth answer.
     results = folder / "finetuned_model_results.jsonl"
     lines = results.read_text("utf-8").splitlines(keepends=True)
     results.write_text("".join(lines[:3]) + lines[3][:50], encoding="utf-8")
@@ -163,23 +163,23 @@ def test_both_models_through_the_script(dataset, adapter):
     after = read_json(folder / "finetuned_model_metrics.json")
     assert after["generation"]["generated_rows"] == 5
     base_after = read_json(folder / "base_model_metrics.json")
-    assert base_after == metrics["base"]  # nothing new was generated: its speed is still that of the first run
+    assert base_after == metrics["base"]  # nothing was generated, so its speed is that of the first evaluation
 
-    # Other settings: the earlier answers are kept under another name.
+    # Other settings: the earlier answers are archived.
     other = run(adapter, *common[:-1], 4, "--only", "tuned", "--limit", 2)
     assert other.returncode == 0, other.stderr
     assert "held answers of other settings or rows" in other.stderr
     (kept,) = folder.glob("finetuned_model_results.before_*.jsonl")
     assert read_lines(kept) == resumed
     assert [line["row"] for line in read_lines(results)] == [1, 2, 2, 2]
-    # Nor are the base's scores of all rows left beside the tuned model's of two.
+    # So are the base model's scores of all rows, beside the tuned model's of two.
     assert "base_model_metrics.json held scores of other rows or settings" in other.stderr
     (kept,) = folder.glob("base_model_metrics.before_*.json")
     assert read_json(kept) == metrics["base"]
     assert not (folder / "comparison.json").exists() and not (folder / ".lock").exists()
 
 
-def test_one_line_errors(dataset, adapter, tmp_path):
+def test_script_errors_are_one_line(dataset, adapter, tmp_path):
     def refused(*arguments):
         done = run(*arguments)
         assert done.returncode == 2 and done.stdout == ""
@@ -200,65 +200,76 @@ def test_one_line_errors(dataset, adapter, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert "--output" in refused(adapter, "--dataset", dataset, "--output", tmp_path / "file")
     scores = tmp_path / "scores"
-    assert "holds" in refused(adapter, "--dataset", dataset, "--output", scores, "--max_new_tokens", "9999999")
+    assert "max_new_tokens" in refused(adapter, "--dataset", dataset, "--output", scores, "--max_new_tokens", "9999999")
     refused(tmp_path / "no_model", "--dataset", dataset, "--output", scores)
     assert not scores.exists()
 
 
-def test_resuming_scores_anew_and_rewrites_in_order(dataset, adapter, tmp_path):
-    """In one process, without Unsloth: three of eight answers are there, in another order, with stale verdicts."""
-    from transformers import AutoModelForCausalLM
+@pytest.fixture(scope="module")
+def model(adapter):
+    """The base model, loaded without Unsloth."""
+    return transformers.AutoModelForCausalLM.from_pretrained(adapter.parent / "base")
 
+
+@pytest.fixture(scope="module")
+def prompts(dataset):
+    return make_prompts(load_items([dataset]), *tokenizer_and_format())
+
+
+def tokenizer_and_format():
     from formats import get_format
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(adapter.parent / "base"), parts.tokenizer("smollm2")
-    fmt = get_format("chatml", tokenizer)
-    prompts = make_prompts(load_items([dataset]), tokenizer, fmt)
-    decoding, settings, said = Decoding((2,), max_new_tokens=5, batch_size=3), {"model": "tiny"}, []
-    path = tmp_path / "results.jsonl"
+    tokenizer = parts.tokenizer("smollm2")
+    return tokenizer, get_format("chatml", tokenizer)
 
-    def go():
-        return run_model(model, tokenizer, fmt, prompts, decoding, path, settings, name="base", say=said.append)
 
-    scored, cost = go()
-    whole = read_lines(path)
+def answers(model, prompts, path, said, **settings):
+    decoding = generation.Decoding((2,), max_new_tokens=5, batch_size=3)
+    return run_model(
+        model, *tokenizer_and_format(), prompts, decoding, path, {"model": "tiny", **settings}, name="base",
+        say=said.append,
+    )  # fmt: skip
+
+
+def test_resuming_scores_again_and_restores_the_order(model, prompts, tmp_path):
+    """Three of eight answers are there, in another order, with stale verdicts."""
+    said, path = [], tmp_path / "results.jsonl"
+    scored, cost = answers(model, prompts, path, said)
+    complete = read_lines(path)
     assert cost["generated_rows"] == 8 and said == []
-    stale = [{**line, "verdicts": {"stale": True}} for line in (whole[5], whole[0], whole[2])]
+    stale = [{**line, "verdicts": {"stale": True}} for line in (complete[5], complete[0], complete[2])]
     path.write_text("".join(json.dumps(line) + "\n" for line in stale), encoding="utf-8")
-    rescored, cost = go()
+    rescored, cost = answers(model, prompts, path, said)
     assert cost["generated_rows"] == 5 and said == ["base: 3 of 8 answers are already there"]
     without_time = [{k: v for k, v in line.items() if k != "latency_s"} for line in read_lines(path)]
-    assert without_time == [{k: v for k, v in line.items() if k != "latency_s"} for line in whole]
+    assert without_time == [{k: v for k, v in line.items() if k != "latency_s"} for line in complete]
     assert [s.verdicts for s in rescored] == [s.verdicts for s in scored]
+    again, cost = answers(model, prompts, path, said)
+    assert (cost["generated_rows"], cost["method"], cost["tokens_per_second"]) == (0, None, None)
+    assert [s.text for s in again] == [s.text for s in scored]
 
 
-def test_a_prompt_without_room_is_counted(dataset):
-    tokenizer = parts.tokenizer("smollm2")
-    from formats import get_format
-
-    fmt = get_format("chatml", tokenizer)
-    items = load_items([dataset])
-    whole = make_prompts(items, tokenizer, fmt)
-    assert len(whole.items) == 8 and not whole.refused
-    longest = sorted(map(len, whole.input_ids))[-2]
-    cut = make_prompts(items, tokenizer, fmt, longest=longest)
+def test_make_prompts_counts_a_prompt_without_room(dataset, prompts):
+    assert len(prompts.items) == 8 and not prompts.refused
+    longest = sorted(map(len, prompts.input_ids))[-2]
+    cut = make_prompts(load_items([dataset]), *tokenizer_and_format(), longest=longest)
     assert len(cut.items) == 7
     ((item, reason),) = cut.refused
     assert (item.row, item.turn) == (2, 5) and "the model has room for" in reason
 
 
-def test_room_for_answers(dataset):
+def test_answer_token_limit(dataset):
     tokenizer, items = parts.tokenizer("smollm2"), load_items([dataset])
-    assert room_for_answers(items, tokenizer) == 64
+    assert answer_token_limit(items, tokenizer) == 64
     items[1].expected_text = None
     items[1].expected_calls[0]["arguments"]["room"] = "hall " * 100
-    assert 150 < room_for_answers(items, tokenizer) < 220
+    assert 150 < answer_token_limit(items, tokenizer) < 220
     items[1].expected_calls[0]["arguments"]["room"] = "hall " * 5000
-    assert room_for_answers(items, tokenizer) == 1024
-    assert room_for_answers(items[:1], tokenizer) == 256  # a labelled row has no gold answer
+    assert answer_token_limit(items, tokenizer) == 1024
+    assert answer_token_limit(items[:1], tokenizer) == 256  # a labelled row has no expected answer
 
 
-def test_results_files_are_never_overwritten(dataset, tmp_path):
+def test_results_file_is_never_overwritten(dataset, tmp_path):
     items = load_items([dataset])[:2]
     path = tmp_path / "results.jsonl"
     keys = [item.fingerprint() for item in items]
@@ -266,34 +277,34 @@ def test_results_files_are_never_overwritten(dataset, tmp_path):
     assert settings != settings_hash({"temperature": 1}) and settings == settings_hash({"temperature": 0})
     first = ResultsFile(path, settings, items)
     first.append({"item": keys[1], "settings": settings, "text": "b"})
-    assert [line["text"] for line in read_lines(path)] == ["b"]  # there at once
+    assert [line["text"] for line in read_lines(path)] == ["b"]  # written at once
     first.append({"item": keys[0], "settings": settings, "text": "a"})
     first.close()
-    first.finish()
+    first.rewrite()
     assert [line["text"] for line in read_lines(path)] == ["a", "b"]
     same = ResultsFile(path, settings, items)
-    assert same.set_aside is None and len(same.lines) == 2
+    assert same.archived is None and len(same.lines) == 2
     same.close()
     fewer = ResultsFile(path, settings, items[:1])  # b would be lost
-    assert fewer.set_aside is not None and [line["text"] for line in read_lines(fewer.set_aside)] == ["a", "b"]
+    assert fewer.archived is not None and [line["text"] for line in read_lines(fewer.archived)] == ["a", "b"]
     assert [line["text"] for line in read_lines(path)] == ["a"]
     fewer.close()
     other = ResultsFile(path, settings_hash({"temperature": 1}), items)
-    assert other.lines == {} and other.set_aside not in (None, fewer.set_aside) and read_lines(path) == []
+    assert other.lines == {} and other.archived not in (None, fewer.archived) and read_lines(path) == []
     other.close()
 
 
-def test_two_evaluations_of_one_folder(tmp_path):
-    with alone_in(tmp_path):
-        with pytest.raises(UserError, match="another evaluation is writing"), alone_in(tmp_path):
+def test_exclusive_folder_refuses_a_second_evaluation(tmp_path):
+    with exclusive_folder(tmp_path):
+        with pytest.raises(UserError, match="another evaluation is writing"), exclusive_folder(tmp_path):
             pass
-        assert (tmp_path / ".lock").exists()  # the refused one took nothing away
-    with alone_in(tmp_path):
+        assert (tmp_path / ".lock").exists()  # the second one did not remove it
+    with exclusive_folder(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
 
 
-def test_scores_of_the_other_side_stay_only_where_they_can_be_compared(tmp_path):
+def test_archive_incomparable_scores(tmp_path):
     def scores(side: str, items: str = "a", **settings) -> dict:
         settings = {"temperature": 0, "adapter_sha256": side, "batch_size": len(side), **settings}
         return {"data": {"items_sha256": items}, "settings": settings}
@@ -305,28 +316,23 @@ def test_scores_of_the_other_side_stay_only_where_they_can_be_compared(tmp_path)
     ):  # fmt: skip
         path.write_text(json.dumps(left), encoding="utf-8")
         (tmp_path / "comparison.json").touch()
-        set_strangers_aside(tmp_path, {"tuned": scores("tuned")}, lambda _: None)
+        archive_incomparable_scores(tmp_path, {"tuned": scores("tuned")}, lambda _: None)
         assert path.exists() is kept and not (tmp_path / "comparison.json").exists()
     assert len(list(tmp_path.glob("*.before_*.json"))) == 4
-    set_strangers_aside(tmp_path, {"tuned": scores("tuned")}, lambda _: None)  # nothing there
+    archive_incomparable_scores(tmp_path, {"tuned": scores("tuned")}, pytest.fail)  # nothing there
 
 
-def test_whatever_decides_an_answer_is_in_its_settings(adapter, tmp_path):
-    """A merged model made anew in its old folder, another scale in the adapter's config: their answers are others."""
-    import shutil
-
-    from transformers import AutoModelForCausalLM
-
+def test_answer_settings_change_with_the_files(adapter, tmp_path):
+    """A model rebuilt under the same name and another scale in the adapter's config change the answers."""
     from finetune.evaluation.answer_settings import answer_settings
     from finetune.runs.find import find_run
-    from formats import get_format
 
     for name in ("base", "adapter"):
         shutil.copytree(adapter.parent / name, tmp_path / name)
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**read_json(config), "base_model_name_or_path": str(tmp_path / "base")}), "utf-8")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    fmt, decoding = get_format("chatml", parts.tokenizer("smollm2")), Decoding((2,), max_new_tokens=5)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    fmt, decoding = tokenizer_and_format()[1], generation.Decoding((2,), max_new_tokens=5)
 
     def settings(folder: str, side: str) -> dict:
         return answer_settings(find_run(tmp_path / folder), side, model, fmt, decoding)
@@ -342,8 +348,8 @@ def test_whatever_decides_an_answer_is_in_its_settings(adapter, tmp_path):
     assert settings("base", "base")["base_sha256"] != base["base_sha256"]
 
 
-def test_lines_of_a_results_file(dataset, tmp_path):
-    """U+2028 is no end of a line of JSON; a killed run leaves half a line, anything else is not ours to drop."""
+def test_results_file_archives_unknown_lines(dataset, tmp_path):
+    """U+2028 does not end a line; half a line of a killed evaluation is dropped, anything else is archived."""
     items = load_items([dataset])[:2]
     keys = [item.fingerprint() for item in items]
     path = tmp_path / "results.jsonl"
@@ -353,29 +359,29 @@ def test_lines_of_a_results_file(dataset, tmp_path):
     first.close()
     again = ResultsFile(path, "s", items)
     again.close()
-    assert len(again.lines) == 2 and again.set_aside is None
+    assert len(again.lines) == 2 and again.archived is None
     with path.open("a", encoding="utf-8") as file:
         file.write('{"item": "half')
     cut = ResultsFile(path, "s", items)
     cut.close()
-    assert len(cut.lines) == 2 and cut.set_aside is None
+    assert len(cut.lines) == 2 and cut.archived is None
     path.write_text("my own notes\n" + path.read_text("utf-8"), encoding="utf-8")
     mixed = ResultsFile(path, "s", items)
     mixed.close()
-    assert len(mixed.lines) == 2 and mixed.set_aside.read_text("utf-8").startswith("my own notes\n")
+    assert len(mixed.lines) == 2 and mixed.archived.read_text("utf-8").startswith("my own notes\n")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
-def test_a_full_disk_is_one_line(dataset, tmp_path):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full of Linux")
+def test_results_file_on_a_full_disk(dataset, tmp_path):
     items = load_items([dataset])[:1]
     results = ResultsFile(tmp_path / "results.jsonl", "s", items)
     results.file = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115
-    with pytest.raises(UserError, match="No space left on device; make room"):
+    with pytest.raises(UserError, match="No space left on device; free some space"):
         results.append({"item": items[0].fingerprint(), "settings": "s"})
     results.close()
 
 
-def test_model_card_gets_the_scores_once(tmp_path):
+def test_update_model_card(tmp_path):
     card = tmp_path / "README.md"
     assert not update_model_card(card, "# Base against tuned\n\nnothing")
     card.write_text(
@@ -383,17 +389,15 @@ def test_model_card_gets_the_scores_once(tmp_path):
     )
     for number in ("one", "two"):
         assert update_model_card(card, f"# Base against tuned\n\n{number}\n\n## F1 of each tool\n")
-    whole = "# run\n\ntext\n\n## Evaluation\n\ntwo\n\n### F1 of each tool\n"
-    assert card.read_text("utf-8") == whole
+    expected = "# run\n\ntext\n\n## Evaluation\n\ntwo\n\n### F1 of each tool\n"
+    assert card.read_text("utf-8") == expected
     with card.open("ab") as file:
-        file.write(b"\n## Licence\n\nCaf\xe9 only.\n\n## Thanks\n")  # written by hand, in another encoding
+        file.write(b"\n## Licence\n\nCaf\xe9 only.\n\n## Thanks\n")  # written by hand in another encoding
     assert update_model_card(card, "# Base against tuned\n\nthree\n")
     assert card.read_bytes() == b"# run\n\ntext\n\n## Evaluation\n\nthree\n\n## Licence\n\nCaf\xe9 only.\n\n## Thanks\n"
 
 
-def test_table_of_one_model():
-    from tests.test_scoring import answered, call, item
-
+def test_comparison_markdown_of_one_model():
     metrics = {
         "tuned": compute_metrics([answered(item("call", call("set_lamp", room="hall")), call("set_lamp", room="hall"))])
     }
@@ -402,14 +406,23 @@ def test_table_of_one_model():
     assert "| set_lamp | 1 | 1.000 |" in table
 
 
-def test_pictures_of_very_many_tools_and_of_odd_names(tmp_path, monkeypatch):
-    """A suite has more tools than a picture has room for, and a dollar is no formula."""
+def test_pictures_of_many_tools_and_of_odd_names(tmp_path, monkeypatch):
+    """Beyond the maximum the rarest tools are one line; a dollar sign does not begin a formula."""
+    from matplotlib.figure import Figure
     from PIL import Image
 
     from finetune.evaluation import report
-    from tests.test_scoring import answered, call, item
 
-    monkeypatch.setattr(report, "MOST", 4)  # a picture of 60 tools takes seconds
+    monkeypatch.setattr(report, "MAX_PICTURED_TOOLS", 4)  # a picture of 60 tools takes seconds
+    labels, counts = [], []
+
+    def record(figure: Figure, *arguments, **options):
+        labels.append([[label.get_text() for label in axis.get_yticklabels()] for axis in figure.axes])
+        counts.append([{text.get_position(): int(text.get_text()) for text in axis.texts} for axis in figure.axes])
+        return savefig(figure, *arguments, **options)
+
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", record)
 
     def lamps(count: int) -> dict:
         calls = [call(f"$lamp_{i}$") for i in range(count)]
@@ -417,39 +430,34 @@ def test_pictures_of_very_many_tools_and_of_odd_names(tmp_path, monkeypatch):
         often = [answered(item("call", one, tools=tools, row=i), one) for i, one in enumerate(calls[:3])]
         return compute_metrics([*often, *[answered(item("call", one, tools=tools, row=9), calls[0]) for one in calls]])
 
-    few, many = lamps(3), lamps(14)
-    labels, counts = report._shown(many["confusion_matrix"])
-    assert labels == ["$lamp_0$", "$lamp_1$", "$lamp_10$", "$lamp_2$", report.OTHERS]
-    assert counts.sum() == np.sum(many["confusion_matrix"]["matrix"]) == 17
-    assert counts[0].tolist() == [2, 0, 0, 0, 0] and counts[-1].tolist() == [10, 0, 0, 0, 0]
-    assert report._shown(few["confusion_matrix"])[0] == ["$lamp_0$", "$lamp_1$", "$lamp_2$"]
-    written = report.write_pictures({"base": few, "tuned": many}, tmp_path)
+    written = report.write_pictures({"base": lamps(3), "tuned": lamps(14)}, tmp_path)
     assert [path.name for path in written] == ["confusion_matrix.png", "per_tool_f1.png"]
     for path in written:
         with Image.open(path) as picture:
             assert max(picture.size) < 2_000
+    few, many = labels[0]
+    assert few == ["$lamp_0$", "$lamp_1$", "$lamp_2$"]
+    assert many == ["$lamp_0$", "$lamp_1$", "$lamp_10$", "$lamp_2$", report.OTHERS]
+    assert counts[0][1] == {(0, 0): 2, (1, 1): 1, (3, 3): 1, (0, 1): 1, (0, 2): 1, (0, 3): 1, (0, 4): 10}
     assert report.write_pictures({"tuned": {}}, tmp_path) == [] and not list(tmp_path.iterdir())
 
 
-def test_arguments_are_checked():
+def test_parser_refuses_wrong_numbers():
     from evaluate_lora import build_parser
-    from finetune.evaluation.folder import made
 
     for wrong in (["m", "--limit", "0"], ["m", "--temperature", "-1"], ["m", "--batch_size", "x"]):
         with pytest.raises(SystemExit):
             build_parser().parse_args(wrong)
-    with pytest.raises(UserError, match="cannot write"), made(Path(__file__) / "below"):
-        pass
 
 
-def test_a_folder_is_left_only_with_something_in_it(tmp_path):
-    from finetune.evaluation.folder import made
-
+def test_exclusive_folder_is_removed_when_empty(tmp_path):
     (tmp_path / "mine").mkdir()
     for folder in ("mine", "new/below"):
-        with made(tmp_path / folder):
+        with exclusive_folder(tmp_path / folder):
             assert (tmp_path / folder).is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    with made(tmp_path / "new" / "below"):
+    with exclusive_folder(tmp_path / "new" / "below"):
         (tmp_path / "new" / "below" / "scores").write_text("1")
     assert (tmp_path / "new" / "below" / "scores").is_file()
+    with pytest.raises(UserError, match="cannot write"), exclusive_folder(Path(__file__) / "below"):
+        pass

@@ -1,4 +1,4 @@
-"""Experiment folders: their names, their atomic birth, their log."""
+"""Experiment folders, their log and locks, atomic writes, one-line errors."""
 
 import errno
 import io
@@ -44,7 +44,7 @@ def test_run_names(model, rank, alpha, lr, epochs, wanted):
     assert run_name(model, rank, alpha, lr, epochs, WHEN) == wanted
 
 
-def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
+def test_runs_of_one_second_get_their_own_folders(tmp_path):
     made = []
 
     def create():
@@ -60,7 +60,7 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
     assert all((p / CONFIG).is_file() for p in made)
 
 
-def test_a_named_run_is_never_overwritten(tmp_path):
+def test_named_run_is_never_overwritten(tmp_path):
     first = Experiment.create(tmp_path, "mine", {"a": 1}, exact_name=True)
     with pytest.raises(UserError, match="exists already"):
         Experiment.create(tmp_path, "mine", {"a": 2}, exact_name=True)
@@ -75,7 +75,7 @@ def test_unwritable_folder(tmp_path):
         check_writable(tmp_path / "experiments")
 
 
-def test_a_file_in_the_way_is_one_line(tmp_path):
+def test_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "experiments").write_text("")
     with pytest.raises(UserError, match="--experiments_dir"):
         check_writable(tmp_path / "experiments")
@@ -90,7 +90,7 @@ def make_run(folder, status, checkpoints):
 
 
 def make_checkpoint(folder):
-    """The files that a resume reads, each of its own kind and next to empty."""
+    """The files that a resume reads, valid but nearly empty."""
     folder.mkdir()
     step = folder.name.removeprefix("checkpoint-")
     for name in ("adapter_config.json", "trainer_state.json", COUNTERS):
@@ -111,7 +111,7 @@ def test_resume_finds_the_newest_checkpoint(tmp_path):
         assert checkpoint.name == "checkpoint-10"
     assert find_resumable(str(finished.folder / "checkpoint-9"), tmp_path)[1].name == "checkpoint-9"
     empty = make_run(tmp_path, "failed", [])
-    with pytest.raises(UserError, match="no checkpoint that is whole"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         find_resumable(str(empty.folder), tmp_path)
     with pytest.raises(UserError, match="not a run folder"):
         (tmp_path / "other" / "checkpoint-1").mkdir(parents=True)
@@ -123,7 +123,7 @@ def test_resume_finds_the_newest_checkpoint(tmp_path):
              "adapter_config.json", COUNTERS],
 )  # fmt: skip
 @pytest.mark.parametrize("cut", [True, False])
-def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, name, cut):
+def test_incomplete_checkpoint_is_skipped(tmp_path, name, cut):
     run = make_run(tmp_path, "interrupted", [2, 4])
     newest = run.folder / "checkpoint-4"
     data = (newest / name).read_bytes()
@@ -139,12 +139,12 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, name, cut):
 @pytest.mark.parametrize(
     ("name", "text", "why"),
     [
-        ("trainer_state.json", "[]", "not whole"), (COUNTERS, "3", "not whole"),
+        ("trainer_state.json", "[]", "not complete"), (COUNTERS, "3", "not complete"),
         ("trainer_state.json", '{"global_step": 7}', "of step 7: the folder was renamed"),
-        ("trainer_state.json", "{}", "not whole"),
+        ("trainer_state.json", "{}", "not complete"),
     ],
 )  # fmt: skip
-def test_a_checkpoint_that_holds_something_else_is_passed_over(tmp_path, name, text, why):
+def test_damaged_checkpoint_is_skipped(tmp_path, name, text, why):
     run = make_run(tmp_path, "interrupted", [2, 4])
     (run.folder / "checkpoint-4" / name).write_text(text)
     (run.folder / "checkpoint-9").write_text("a file")
@@ -153,7 +153,7 @@ def test_a_checkpoint_that_holds_something_else_is_passed_over(tmp_path, name, t
         find_resumable(str(run.folder / "checkpoint-4"), tmp_path)
 
 
-def test_folders_of_other_programs_do_not_stand_in_the_way_of_a_resume(tmp_path):
+def test_resume_ignores_folders_of_other_programs(tmp_path):
     run = make_run(tmp_path, "interrupted", [2])
     for number, text in enumerate(("{", "[]", '"x"', '{"status": "running"}')):
         folder = tmp_path / f"other_{number}"
@@ -169,7 +169,7 @@ def step(log, number, loss_sum=2.0, trained=4):
     log.log_row(step=number, epoch=number / 10, learning_rate=1e-3, grad_norm=0.5)
 
 
-def test_log_has_one_row_a_step_with_the_evaluation_in_it(tmp_path):
+def test_log_has_one_row_per_step_with_eval_loss(tmp_path):
     log = RunLog(tmp_path / "training_log.csv")
     log.start()
     step(log, 1)
@@ -187,7 +187,7 @@ def test_log_has_one_row_a_step_with_the_evaluation_in_it(tmp_path):
     assert [row["trained_tokens"] for row in rows] == ["4", "8", "12"]
 
 
-def test_rows_behind_the_checkpoint_are_cut_off_and_half_lines_too(tmp_path):
+def test_resume_drops_rows_after_the_checkpoint(tmp_path):
     path = tmp_path / "training_log.csv"
     log = RunLog(path)
     log.start()
@@ -205,8 +205,8 @@ def test_rows_behind_the_checkpoint_are_cut_off_and_half_lines_too(tmp_path):
 
 
 @pytest.mark.parametrize("written", [2, 3])
-def test_a_process_that_takes_over_writes_each_row_once(tmp_path, written):
-    """The first process dies while it writes a row, with or without the last whole step's."""
+def test_new_writer_writes_each_row_once(tmp_path, written):
+    """The first process dies while it writes a row, before or after that of the last complete step."""
     path = tmp_path / "training_log.csv"
     first, second = RunLog(path), RunLog(None)
     for log in (first, second):
@@ -218,13 +218,13 @@ def test_a_process_that_takes_over_writes_each_row_once(tmp_path, written):
                 log.flush()
     with path.open("a") as file:
         file.write("4,0.4,0.")
-    second.take_over(path, 3)
+    second.become_writer(path, 3)
     second.flush()
     assert [row[0] for row in read_rows(path)] == ["1", "2", "3"]
     assert path.read_text().endswith("\n")
 
 
-def test_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_config_is_written_atomically(tmp_path, monkeypatch):
     experiment = Experiment.create(tmp_path, "run", {"a": 1}, exact_name=True)
 
     def fail(*args):
@@ -250,9 +250,9 @@ def test_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "failed", OSError),
     ],
 )
-def test_however_a_run_ends_its_config_says_so(tmp_path, error, status, raised):
+def test_config_records_how_a_run_ended(tmp_path, error, status, raised):
     run = make_run(tmp_path, "running", [2])
-    with pytest.raises(raised) as caught, run.end_recorded():
+    with pytest.raises(raised) as caught, run.record_outcome():
         raise error
     assert (Experiment.open(run.folder).config["status"], "ended" in run.config) == (status, True)
     if raised is OSError:
@@ -260,22 +260,22 @@ def test_however_a_run_ends_its_config_says_so(tmp_path, error, status, raised):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch, processes):
-    monkeypatch.setattr(distributed, "SECONDS_TO_END", 0)
+def test_run_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(distributed, "LOCK_TIMEOUT_SECONDS", 0)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     other = FileLock(tmp_path / distributed.LOCK)
     other.acquire()
     with pytest.raises(UserError, match="another process is training this run"):
-        distributed.hold(tmp_path)
+        distributed.lock_run(tmp_path)
     other.release()
-    distributed.hold(tmp_path)
+    distributed.lock_run(tmp_path)
     if processes == 1:
         with pytest.raises(Timeout):
             other.acquire(timeout=0)
-    else:  # it is taken when the processes have found each other
+    else:  # locked later, in wait_for_lock
         other.acquire(timeout=0)
         monkeypatch.setenv("RANK", "1")
-        distributed.hold(tmp_path)  # the first one's business
+        distributed.lock_run(tmp_path)  # does nothing: rank 0 checks
         other.release()
 
 
@@ -287,13 +287,14 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch, proces
         ({"WORLD_SIZE": "2"}, "RANK expected, but not set; start with torchrun, or unset WORLD_SIZE"),
     ],
 )
-def test_what_some_other_launcher_has_left_in_the_environment(variables, wanted, monkeypatch):
+def test_unusable_launcher_variables(variables, wanted, monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=wanted):
-        distributed.rank(), distributed.start()
+        distributed.rank()
+        distributed.start()
     monkeypatch.setenv("WORLD_SIZE", "")
     assert distributed.size() == 1
 
@@ -303,25 +304,25 @@ def test_more_processes_than_gpus(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    with pytest.raises(UserError, match=r"process 3 of this machine has no GPU: .*--nproc_per_node 2"):
+    with pytest.raises(UserError, match=r"process 3 of this machine has no GPU: .*--nproc_per_node must be <= 2"):
         distributed.start()
 
 
-def test_processes_in_a_folder_without_locks(tmp_path, monkeypatch):
+def test_wait_for_lock_without_lock_support(tmp_path, monkeypatch):
     def acquire(self, **rest):
         raise NotImplementedError("FileSystem does not appear to support flock")
 
     monkeypatch.setattr(distributed, "_group", object())
-    monkeypatch.setattr("finetune.files.FileLock.acquire", acquire)
-    assert not distributed.lock(tmp_path)
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    assert not distributed.wait_for_lock(tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has POSIX shells and devices")
 @pytest.mark.parametrize(
     ("stdout", "code", "said"), [(">&-", 3, ""), ("| true", 3, ""), ("> /dev/full", 1, "No space left")]
 )
-def test_a_stdout_that_takes_nothing(stdout, code, said):
-    """What has not been flushed yet fails at Python's own last flush otherwise, with an exit status of its own."""
+def test_closed_or_full_stdout(stdout, code, said):
+    """Unflushed output must not fail at Python's own flush at exit, which has an exit status of its own."""
     if stdout == "> /dev/full" and not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
     script = (
@@ -336,7 +337,7 @@ def test_a_stdout_that_takes_nothing(stdout, code, said):
     assert len(result.stderr.splitlines()) == bool(said)
 
 
-def test_a_stdout_that_does_not_know_a_letter():
+def test_stdout_that_cannot_encode_a_letter():
     script = (
         "import sys\nfrom finetune.errors import one_line_errors\n"
         "sys.exit(one_line_errors(lambda: print('experiments/\\xfc\\u5b57'))())"
@@ -346,22 +347,24 @@ def test_a_stdout_that_does_not_know_a_letter():
     assert (result.returncode, result.stdout.split()) == (0, [rb"experiments/\xfc\u5b57"]), result.stderr
 
 
-def test_a_full_disk_that_a_message_of_ours_tells_is_no_refusal_either(tmp_path, capsys):
+def test_user_error_of_a_full_disk_exits_with_1(tmp_path, capsys):
     @one_line_errors
     def write():
         with open_atomic(tmp_path / "file"):
             raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
     assert write() == 1
-    assert "file: Disk quota exceeded; make room" in capsys.readouterr().err
+    assert "file: Disk quota exceeded; free some space" in capsys.readouterr().err
     assert one_line_errors(fail)(UserError("row 3 says: No space left on device")) == 2
 
 
-def test_messages_hold_no_password_and_a_full_disk_is_no_refusal(capsys):
+def test_error_hides_passwords_and_full_disk_exits_1(capsys):
     assert one_line_errors(fail)(UserError("model https://u:hush@host/x and ssh://hush@h: no")) == 2
     assert one_line_errors(fail)(OSError(errno.ENOSPC, "No space left on device", "run/x")) == 1
     said = capsys.readouterr().err
-    assert "hush" not in said and "https://***@host/x" in said and "error: run/x: No space left" in said
+    assert "hush" not in said
+    assert "https://***@host/x" in said
+    assert "error: run/x: No space left" in said
 
 
 def fail(error):
@@ -369,12 +372,13 @@ def fail(error):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there are no such files")
-def test_a_pipe_is_written_to_and_a_link_stays_one(tmp_path):
+def test_atomic_write_to_a_pipe_and_a_symlink(tmp_path):
     pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    write_text_atomic(pipe, "words")
-    assert os.read(reader, 100) == b"words" and pipe.is_fifo()
+    write_text_atomic(pipe, "text")
+    assert os.read(reader, 100) == b"text"
+    assert pipe.is_fifo()
     os.close(reader)
     file.write_text("old")
     link.symlink_to(file)
@@ -382,7 +386,7 @@ def test_a_pipe_is_written_to_and_a_link_stays_one(tmp_path):
     assert (link.is_symlink(), file.read_text()) == (True, "new")
 
 
-def test_what_could_not_be_written_leaves_no_folder(tmp_path):
+def test_failed_write_leaves_no_folder(tmp_path):
     with pytest.raises(ZeroDivisionError), open_atomic(tmp_path / "a" / "b" / "file"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
@@ -392,17 +396,17 @@ def test_what_could_not_be_written_leaves_no_folder(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "theirs"]
 
 
-def test_letters_that_an_output_or_utf8_lacks_end_no_run(tmp_path, monkeypatch):
+def test_letters_that_cannot_be_encoded(tmp_path, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # what a pipe on Windows is
     monkeypatch.setattr("sys.stdout", stream)
     assert one_line_errors(print)("날씨.jsonl", flush=True) == 0
     assert stream.buffer.getvalue().strip() == rb"\ub0a0\uc528.jsonl"
-    # A name that is no text: Python holds its bytes as half surrogate pairs.
+    # A file name that is not UTF-8: Python has its bytes as lone surrogates.
     write_text_atomic(tmp_path / "config.json", json.dumps({"name": "run\udcff"}, ensure_ascii=False))
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) == {"name": "run\udcff"}
 
 
-def test_asking_whether_a_folder_can_be_written_makes_none(tmp_path):
+def test_check_writable_can_create_nothing(tmp_path):
     assert check_writable(tmp_path / "a" / "b", make=False) == tmp_path / "a" / "b"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--experiments_dir"):
@@ -410,7 +414,7 @@ def test_asking_whether_a_folder_can_be_written_makes_none(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_run_that_is_named_by_a_dot_keeps_its_name(tmp_path, monkeypatch):
+def test_resume_of_a_dot_uses_the_real_name(tmp_path, monkeypatch):
     run = make_run(tmp_path, "failed", [2])
     monkeypatch.chdir(run.folder)
     assert find_resumable(".", tmp_path)[0].folder.name == "run_failed"
@@ -419,7 +423,7 @@ def test_a_run_that_is_named_by_a_dot_keeps_its_name(tmp_path, monkeypatch):
         assert find_resumable(target, tmp_path)[1].name == "checkpoint-2"
 
 
-def test_a_log_of_another_version_or_after_a_crash_keeps_its_rows(tmp_path):
+def test_log_of_another_version_or_after_a_crash(tmp_path):
     older = [name for name in COLUMNS if name not in ("computed_tokens_per_second", "peak_memory_gb")]
     path = tmp_path / "training_log.csv"
     path.write_bytes(f"{','.join(older)}\n{','.join(map(str, range(1, 11)))}\n".encode() + b"\xff\x00\n2,3\n3,")

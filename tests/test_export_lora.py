@@ -1,4 +1,4 @@
-"""export_lora.py on a small finished run: what it writes and measures, what llama.cpp makes of it, its refusals."""
+"""export_lora.py on a small finished run: what it writes, what llama.cpp computes with it, what it refuses."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import export_lora
 from benchmarks.llama_cpp_prompts import apply_template
 from finetune.errors import UserError
 from finetune.evaluation.answer_settings import adapter_hash
-from finetune.export.folders import output_folder
-from finetune.export.gguf import always_pinned, find_tools, read_metadata, tools_folder
+from finetune.export.gguf import find_tools, pin_variables, read_metadata, tools_folder
+from finetune.export.hub import publish
+from finetune.export.targets import output_folder
 from finetune.files import atomic_directory
 from formats import FORMATS
 from formats.base import clean_messages, render_messages
@@ -33,26 +34,26 @@ def run_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exports(run_folder) -> tuple[Path, dict[str, str]]:
-    """(folder of all exports, what each said); the run once more as if trained on a 4-bit base, and spoiled."""
+    """(folder of all exports, stderr of each); also of copies of the run: with a 4-bit base, with a NaN weight."""
     if not (tools_folder() / "convert_hf_to_gguf.py").is_file():
         pytest.skip("llama.cpp's tools are not installed: make install-test")
-    four_bit, spoiled = run_folder.with_name("four_bit"), run_folder.with_name("spoiled")
-    for copy in (four_bit, spoiled):
+    four_bit, broken = run_folder.with_name("four_bit"), run_folder.with_name("nan")
+    for copy in (four_bit, broken):
         shutil.copytree(run_folder, copy)
     change_config(four_bit, load_in_4bit=True)
-    spoil_weights(spoiled / "final_model" / "adapter_model.safetensors")
+    make_nan(broken / "final_model" / "adapter_model.safetensors")
     lines = {
         "merged": [run_folder, "--to", "merged"],
         "gguf": [run_folder, "--to", "gguf", "--quantization", "f16,q8_0,q4_k_m"],
         "again": [run_folder, "--to", "merged"],
         "ollama": [run_folder, "--to", "ollama", "--quantization", "f16"],
         "four_bit": [four_bit, "--to", "merged", "--dtype", "float32"],
-        "spoiled": [spoiled, "--to", "merged"],
+        "nan": [broken, "--to", "merged"],
     }
-    results = {name: run_script("export_lora.py", *words) for name, words in lines.items()}
+    results = {name: run_script("export_lora.py", *arguments) for name, arguments in lines.items()}
     said = {name: result.stderr for name, result in results.items()}
     codes = {name: result.returncode for name, result in results.items()}
-    assert codes == {"merged": 0, "gguf": 0, "again": 2, "ollama": 0, "four_bit": 0, "spoiled": 2}, said
+    assert codes == {"merged": 0, "gguf": 0, "again": 2, "ollama": 0, "four_bit": 0, "nan": 2}, said
     return run_folder / "exports", said
 
 
@@ -61,8 +62,8 @@ def change_config(folder: Path, **entries) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **entries}), encoding="utf-8")
 
 
-def spoil_weights(path: Path) -> None:
-    """One number of the adapter is none."""
+def make_nan(path: Path) -> None:
+    """Make one weight of the adapter NaN."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(path)
@@ -111,7 +112,7 @@ def test_merged_model_answers_as_the_adapter(exports, run_folder, adapter_logpro
     assert not [path for path in folder.rglob("*") if path.name.startswith(".") or path.suffix == ".bin"]
 
 
-def test_a_4_bit_base_is_merged_as_it_was_trained(exports, run_folder, adapter_logprobs):
+def test_4_bit_base_is_merged_dequantised(exports, run_folder, adapter_logprobs):
     """The saved weights are the dequantised ones plus the adapter's product, number for number."""
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -134,15 +135,15 @@ def test_a_4_bit_base_is_merged_as_it_was_trained(exports, run_folder, adapter_l
     assert torch.allclose(merged[name], wanted, atol=1e-4)
 
 
-def test_a_spoiled_adapter_is_refused_and_leaves_nothing(exports, run_folder):
+def test_nan_adapter_is_refused_and_leaves_nothing(exports, run_folder):
     _, said = exports
-    assert said["spoiled"].count("error: ") == 1
-    folder = run_folder.with_name("spoiled") / "exports"
+    assert said["nan"].count("error: ") == 1
+    folder = run_folder.with_name("nan") / "exports"
     assert not list(folder.rglob("*.safetensors")) and not [p for p in folder.iterdir() if p.name.endswith(".part")]
 
 
-def test_an_export_is_not_overwritten(exports):
-    assert "exists already; give --overwrite" in exports[1]["again"]
+def test_existing_export_is_not_overwritten(exports):
+    assert "exists already; replace it with --overwrite" in exports[1]["again"]
 
 
 def test_gguf_answers_as_transformers(exports, adapter_logprobs):
@@ -166,15 +167,15 @@ def test_gguf_carries_the_trained_template(exports, run_folder):
     trained = (run_folder / "final_model" / "chat_template.jinja").read_text("utf-8")
     assert trained.startswith("{%- if default_system is not defined %}")
     found = read_metadata(exports[0] / "gguf" / "run-q8_0.gguf")
-    assert found["tokenizer.chat_template"] == always_pinned(trained)
+    assert found["tokenizer.chat_template"] == pin_variables(trained)
     assert found["tokenizer.ggml.eos_token_id"] == 2
 
 
-def test_pinned_variables_win_over_a_server_s():
+def test_pinned_variables_override_the_server():
     import jinja2
 
     template = FORMATS["llama3"].with_kwargs(odd="a {%- endif %} b").pinned_template()
-    text = always_pinned(template)
+    text = pin_variables(template)
     assert "is not defined %}{%- set date_string" not in text
     render = jinja2.Environment().from_string("{%- set x = 1 %}" + text.split("{#-")[0] + "{{ date_string }}{{ odd }}")
     assert render.render(date_string="today") == "26 Jul 2024a {%- endif %} b"
@@ -192,12 +193,12 @@ def test_llama_cpp_renders_the_same_prompts(name, exports):
     from finetune.export.llama_check import llama_server
 
     tokenizer = parts.tokenizer("smollm2")
-    fmt = replace(FORMATS[name], template=always_pinned(FORMATS[name].pinned_template()), template_kwargs={})
+    fmt = replace(FORMATS[name], template=pin_variables(FORMATS[name].pinned_template()), template_kwargs={})
     same = 0
     with llama_server(exports[0] / "gguf" / "run-q8_0.gguf", context=64, chat_template=fmt.template) as server:
         for case in LLAMA_CASES:
             if name == "llama3-pythonic" and any(m.get("tool_calls") for m in ROWS[case]["messages"][:-1]):
-                continue  # its template writes values with %r, which llama.cpp does not know: the export says so
+                continue  # its template writes values with %r, which llama.cpp does not support: the export warns
             messages = list(ROWS[case]["messages"])
             while messages[-1]["role"] == "assistant":
                 messages.pop()
@@ -211,7 +212,7 @@ def test_llama_cpp_renders_the_same_prompts(name, exports):
     assert same >= (5 if name in ("plain", "mistral-v1", "llama3-pythonic") else 11)
 
 
-def test_ollama_folder_is_whole(exports):
+def test_ollama_folder_is_complete(exports):
     folder = exports[0] / "ollama"
     text = (folder / "Modelfile").read_text("utf-8")
     assert sorted(path.name for path in folder.iterdir()) == ["Modelfile", "run-f16.gguf"]
@@ -237,7 +238,7 @@ def test_vllm_folder_serves_adapter_and_template(run_folder, tmp_path, capsys):
     ).read_text("utf-8")
 
 
-def test_hub_dry_run_lists_a_card_and_uploads_nothing(run_folder, tmp_path, capsys, monkeypatch):
+def test_hub_dry_run_lists_files_and_uploads_nothing(run_folder, tmp_path, capsys, monkeypatch):
     import yaml
 
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -260,13 +261,70 @@ def test_hub_dry_run_lists_a_card_and_uploads_nothing(run_folder, tmp_path, caps
     assert listed == {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
     card = (target / "README.md").read_text("utf-8")
     front = yaml.safe_load(card.split("---")[1])
-    assert front["base_model"] == "base"
+    assert front["base_model"] == "base" and front["library_name"] == "peft"
     assert front["model-index"][0]["results"][0]["metrics"] == [{"type": "tool_name_accuracy", "value": 0.9}]
     assert "| tool_name_accuracy | 0.100 | 0.900 | 0.800 to 0.900 |" in card and "![Training loss" in card
-    assert str(run_folder.parents[1]) not in card + (target / "adapter_config.json").read_text("utf-8")
+    for path in [*target.glob("*.json"), *target.glob("*.md")]:
+        assert str(run_folder.parents[1]) not in path.read_text("utf-8"), path
 
 
-def test_the_card_has_no_scores_of_another_adapter_and_the_folder_no_held_out_rows(run_folder, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("base", "public"),
+    [
+        ("/data/models: new/llama", "llama"),
+        ("@scope/model", "@scope/model"),
+        ("org/model # 1", "org/model # 1"),
+        ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ],
+)
+def test_front_matter_is_valid_for_any_base(base, public, run_folder):
+    import yaml
+
+    from finetune.runs.experiment import Experiment
+    from finetune.runs.model_card import model_card
+
+    experiment = Experiment.open(run_folder)
+    experiment.config["base_model"] = base
+    card = model_card(experiment)
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == public
+    assert f"LoRA adapter for `{public}`" in card and "/data" not in card
+
+
+class FakeHub:
+    """Records what HfApi would upload."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def create_repo(self, repository, private, exist_ok):
+        self.repository = (repository, private)
+
+    def upload_folder(self, folder_path, repo_id):
+        files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        FakeHub.uploads.append((self.token, self.repository, files))
+        return f"https://huggingface.co/{repo_id}"
+
+
+def test_both_upload_commands_publish_the_same_files(run_folder, tmp_path, capsys, monkeypatch):
+    """train_lora.py --push_to_hub calls `publish`; a local base has no public name and is refused by both."""
+    FakeHub.uploads = []
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij")
+    copy = tmp_path / "run"
+    shutil.copytree(run_folder, copy, ignore=shutil.ignore_patterns("exports", "evaluation"))
+    arguments = [str(copy), "--to", "hub", "--repo_id", "me/house"]
+    assert export_lora.main(arguments) == 2
+    assert "is a local path, which nobody else can load" in capsys.readouterr().err
+    change_config(copy, base_model="org/base")
+    assert export_lora.main(arguments) == 0
+    publish(copy, "me/house")
+    (token, repository, exported), again = FakeHub.uploads
+    assert (token, repository) == ("hf_abcdefghij", ("me/house", True)) and again == (token, repository, exported)
+    assert json.loads(exported["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+    assert str(run_folder.parents[1]).encode() not in b"".join(exported.values())
+
+
+def test_scores_of_another_adapter_are_omitted(run_folder, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run_folder, copy, ignore=shutil.ignore_patterns("exports", "evaluation"))
     for place, known, value in ((copy, "of the adapter before", 0.1), (copy / "final_model", None, 0.9)):
@@ -277,7 +335,7 @@ def test_the_card_has_no_scores_of_another_adapter_and_the_folder_no_held_out_ro
         (place / "evaluation" / "comparison.md").write_text(f"scores {value}\n", encoding="utf-8")
     assert export_lora.main([str(copy), "--to", "hub"]) == 0
     said = capsys.readouterr()
-    assert "left out: the scores in" in said.err and "finetuned_model_metrics.json" not in said.out
+    assert "omitted: the scores in" in said.err and "finetuned_model_metrics.json" not in said.out
     hub = copy / "exports" / "hub"
     assert "| tool_name_accuracy | 0.900 |" in (hub / "README.md").read_text("utf-8")
     assert (hub / "evaluation.md").read_text("utf-8") == "scores 0.9\n" and not (hub / "evaluation").exists()
@@ -286,36 +344,34 @@ def test_the_card_has_no_scores_of_another_adapter_and_the_folder_no_held_out_ro
     assert "tool_name_accuracy" not in (hub / "README.md").read_text("utf-8") and not (hub / "evaluation.md").exists()
     (copy / "evaluation" / "base_model_metrics.json").write_text("[]", encoding="utf-8")
     assert export_lora.main([str(copy), "--to", "hub", "--overwrite"]) == 2
-    assert "base_model_metrics.json is no JSON (no object)" in capsys.readouterr().err
+    assert "base_model_metrics.json is not valid JSON (not an object)" in capsys.readouterr().err
 
 
-def test_a_token_in_a_file_stops_the_upload(run_folder, tmp_path, capsys, monkeypatch):
+def test_token_in_a_file_stops_the_upload(run_folder, tmp_path, capsys, monkeypatch):
     copy = tmp_path / "run"
     shutil.copytree(run_folder, copy, ignore=shutil.ignore_patterns("exports"))
     (copy / "final_model" / "notes.txt").write_text("key hf_abcdefghij", encoding="utf-8")
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij\n")  # as a secret's file ends
     assert export_lora.main([str(copy), "--to", "hub"]) == 2
     error = capsys.readouterr().err
-    assert "notes.txt holds the value of HF_TOKEN" in error and "hf_abcdefghij" not in error
+    assert "notes.txt contains your Hugging Face token" in error and "hf_abcdefghij" not in error
     assert not (copy / "exports" / "hub").exists()
 
 
 @pytest.mark.parametrize("token", ["hf_abc\r\ndefghij", "hf_abc defghij", "hf_abcdéfghij"])
-def test_a_token_that_is_none_is_never_printed(token, run_folder, tmp_path, capsys, monkeypatch):
+def test_invalid_token_is_never_printed(token, run_folder, tmp_path, capsys, monkeypatch):
     """The HTTP library would say: illegal header value b'Bearer hf_…'."""
-    from finetune.runs.saving import push_to_hub
-
     monkeypatch.setenv("HF_TOKEN", token)
     arguments = ["--to", "hub", "--output", str(tmp_path / "hub"), "--repo_id", "me/house"]
     assert export_lora.main([str(run_folder), *arguments]) == 2
     said = capsys.readouterr()
-    assert "HF_TOKEN holds white space" in said.err and "hf_" not in said.err + said.out
-    with pytest.raises(UserError, match="HF_TOKEN holds white space") as raised:
-        push_to_hub(tmp_path, "me/house")
+    assert "set HF_TOKEN again" in said.err and "hf_" not in said.err + said.out
+    with pytest.raises(UserError, match="set HF_TOKEN again") as raised:
+        publish(run_folder, "me/house")
     assert "hf_" not in str(raised.value)
 
 
-def test_tools_are_found_where_they_are_named(tmp_path, monkeypatch):
+def test_tools_are_found_in_a_named_folder(tmp_path, monkeypatch):
     (tmp_path / "build" / "bin").mkdir(parents=True)
     (tmp_path / "convert_hf_to_gguf.py").write_text("")
     program = tmp_path / "build" / "bin" / ("llama-quantize.exe" if os.name == "nt" else "llama-quantize")
@@ -324,16 +380,16 @@ def test_tools_are_found_where_they_are_named(tmp_path, monkeypatch):
     for tools in (find_tools(tmp_path), _with_variable(monkeypatch, tmp_path)):
         assert tools.convert == [sys.executable, str(tmp_path / "convert_hf_to_gguf.py")]
         assert tools.quantize == [str(program)]
-    with pytest.raises(UserError, match=r"holds no convert_hf_to_gguf\.py"):
+    with pytest.raises(UserError, match=r"has no convert_hf_to_gguf\.py"):
         find_tools(tmp_path / "build")
 
 
 def _with_variable(monkeypatch, folder: Path):
     monkeypatch.setenv("LLAMA_CPP_DIR", str(folder))
-    return find_tools()
+    return find_tools(None)
 
 
-def test_without_tools_one_line_says_what_to_install(run_folder, tmp_path, capsys, monkeypatch):
+def test_missing_tools_are_one_line_with_a_remedy(run_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("finetune.export.gguf.tools_folder", lambda: tmp_path / "nothing")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
@@ -343,19 +399,19 @@ def test_without_tools_one_line_says_what_to_install(run_folder, tmp_path, capsy
     assert len(error.splitlines()) == 1 and not (tmp_path / "g").exists()
 
 
-def test_a_template_that_ollama_has_not_is_refused_before_the_merge(run_folder, tmp_path, capsys, monkeypatch):
+def test_unknown_template_is_refused_before_the_merge(run_folder, tmp_path, capsys, monkeypatch):
     if not (tools_folder() / "convert_hf_to_gguf.py").is_file():
         pytest.skip("llama.cpp's tools are not installed: make install-test")
     copy = tmp_path / "run"
     shutil.copytree(run_folder, copy, ignore=shutil.ignore_patterns("exports"))
     with (copy / "final_model" / "chat_template.jinja").open("a", encoding="utf-8") as template:
         template.write("of an older version")
-    monkeypatch.setattr("finetune.export.gguf.make_gguf", lambda *_: pytest.fail("merged first"))
+    monkeypatch.setattr("finetune.export.ollama.write_gguf", lambda *_: pytest.fail("merged first"))
     assert export_lora.main([str(copy), "--to", "ollama"]) == 2
-    assert "trained with another chatml template" in capsys.readouterr().err
+    assert "another version of the chatml template" in capsys.readouterr().err
 
 
-def test_an_old_export_stays_until_the_new_one_stands(tmp_path):
+def test_old_export_stays_until_the_new_one_is_complete(tmp_path):
     target = tmp_path / "exports" / "merged"
     target.mkdir(parents=True)
     (target / "old").write_text("old")
@@ -369,7 +425,7 @@ def test_an_old_export_stays_until_the_new_one_stands(tmp_path):
     assert [path.name for path in target.parent.rglob("*")] == ["merged", "new"]
 
 
-def test_an_old_export_comes_back_when_the_last_step_is_interrupted(tmp_path, monkeypatch):
+def test_old_export_survives_an_interrupted_rename(tmp_path, monkeypatch):
     target = tmp_path / "merged"
     target.mkdir()
     (target / "old").touch()
@@ -386,8 +442,8 @@ def test_an_old_export_comes_back_when_the_last_step_is_interrupted(tmp_path, mo
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["merged", "merged/old"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a limit on the size of files stands for a full disk")
-def test_weights_that_the_disk_does_not_take_are_one_line(tmp_path):
+@pytest.mark.skipif(os.name == "nt", reason="simulates a full disk by a limit on file sizes")
+def test_full_disk_is_one_line(tmp_path):
     import resource
 
     import torch
@@ -406,27 +462,27 @@ def test_weights_that_the_disk_does_not_take_are_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_overwriting_replaces_exports_alone(tmp_path):
+def test_overwriting_replaces_only_exports(tmp_path):
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     assert output_folder("model", "gguf", photographs, overwrite=True) == photographs  # an empty folder
     (photographs / "one.jpg").touch()
-    with pytest.raises(UserError, match="does not look like one of gguf"):
+    with pytest.raises(UserError, match="is not one of gguf"):
         output_folder("model", "gguf", photographs, overwrite=True)
     (photographs / "model-q8_0.gguf").touch()
     assert output_folder("model", "gguf", photographs, overwrite=True) == photographs
 
 
 @pytest.mark.parametrize("output", [".", "..", "final_model"])
-def test_overwriting_the_run_itself_is_refused(output, run_folder):
+def test_overwriting_the_run_is_refused(output, run_folder):
     with pytest.raises(UserError, match="would delete"):
         output_folder(run_folder, "merged", run_folder / output, overwrite=True)
 
 
-def test_a_16_bit_model_is_compared_in_float32_and_stays_as_it_is():
+def test_float32_compute_keeps_the_weights():
     import torch
 
-    from finetune.export.llama_check import computed_in_float32
+    from finetune.export.llama_check import float32_compute
     from finetune.export.merged import log_probabilities
     from finetune.models.bundled import smollm2_dir
     from finetune.models.loading import load_tokenizer
@@ -435,7 +491,7 @@ def test_a_16_bit_model_is_compared_in_float32_and_stays_as_it_is():
     model = tiny_llama(load_tokenizer(str(smollm2_dir()))).bfloat16().eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prompts = [list(range(40, 60))]
-    with computed_in_float32(model):
+    with float32_compute(model):
         found = log_probabilities(model, prompts)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}

@@ -1,4 +1,4 @@
-"""The Go templates for Ollama against our own templates, rendered by a real text/template."""
+"""The Go templates for Ollama, rendered by Go's text/template, against the Jinja templates."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ HARD = {
 
 
 def prompts(name: str) -> list[tuple[str, dict]]:
-    """(case, row that ends where an answer is due) of hand-written and generated conversations."""
+    """(case, row that ends where the assistant answers) of hand-written and generated conversations."""
     cases = {**ROWS, **HARD}
     if name in THINKING or name.startswith("qwen"):
         cases = {case: given for case, given in cases.items() if case not in THINKING}
@@ -61,7 +61,7 @@ def prompts(name: str) -> list[tuple[str, dict]]:
     found = []
     for case, given in cases.items():
         messages = list(given["messages"])
-        # Answers in the middle, too: cut at a random one.
+        # Cut at a random answer.
         ends = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i] or [len(messages)]
         messages = messages[: random.Random(case).choice(ends)]
         if messages[-1]["role"] != "assistant":
@@ -70,13 +70,13 @@ def prompts(name: str) -> list[tuple[str, dict]]:
 
 
 def _plain_ends(given: dict) -> bool:
-    """No content begins or ends with white space beyond ASCII, which Go templates do not trim."""
+    """Whether no content begins or ends with non-ASCII white space, which the Go templates do not trim."""
     texts = [message["content"] for message in given["messages"]]
     return all(text.strip() == text.strip(" \t\n\r\v\f\x1c\x1d\x1e\x1f") for text in texts)
 
 
 def _exact_numbers(given: dict) -> bool:
-    """Go reads every number as float64 and writes exponents its own way."""
+    """Whether there is no float: Go writes exponents differently."""
     numbers: list[float] = []
 
     def walk(value) -> None:
@@ -102,8 +102,8 @@ def test_go_template_renders_as_our_own(name):
     compared = 0
     for (case, given), text in zip(cases, theirs, strict=True):
         if name == "plain" and given["tools"]:
-            continue  # a template that does not mention tools makes Ollama refuse them itself
-        same = ollama.carried(given)
+            continue  # Ollama refuses tools where the template does not mention them
+        same = ollama.normalized(given)
         try:
             ours = render_messages(
                 same["messages"], same["tools"], fmt, tokenizer, True, bos_token="", eos_token=fmt.end_of_turn[0]
@@ -112,7 +112,7 @@ def test_go_template_renders_as_our_own(name):
             ours = None
         if ours is None and text is not None:
             if name.startswith("mistral"):
-                continue  # our template checks the order of roles, a chat server lets them pass
+                continue  # only our template checks the order of roles
             assert case in LENIENT, case
             continue
         assert text == ours, case
@@ -140,23 +140,23 @@ def test_modelfile_stops_at_every_end_of_turn():
     ("name", "parser"),
     [("qwen-xml", "qwen3-coder"), ("mistral-v13", "ministral"), ("mistral-v3", None), ("mistral-v11", None)],
 )
-def test_formats_whose_calls_are_no_json_objects_name_a_parser_of_ollama(name, parser):
+def test_modelfile_names_ollama_parsers(name, parser):
     lines = [line for line in modelfile(FORMATS[name], "m.gguf").splitlines() if line.startswith("PARSER")]
     assert lines == ([f"PARSER {parser}"] if parser else [])
 
 
-def test_a_native_template_that_equals_one_of_ours_is_served_with_that_one():
+def test_native_template_is_served_by_its_equal():
     tokenizer = parts.tokenizer("qwen2.5")
     assert known_format(get_format("native", tokenizer), tokenizer).name == "qwen"
 
 
-def test_a_template_of_another_version_is_refused():
+def test_template_of_another_version_is_refused():
     from dataclasses import replace
 
     tokenizer = parts.tokenizer("smollm2")
     fmt = get_format("chatml", tokenizer)
     older = replace(fmt, template=fmt.template.replace("You can call functions.", "You may call functions."))
-    with pytest.raises(FormatError, match="trained with another chatml template"):
+    with pytest.raises(FormatError, match="another version of the chatml template"):
         known_format(older, tokenizer)
-    with pytest.raises(FormatError, match="none of those"):
+    with pytest.raises(FormatError, match="like no format with an Ollama template"):
         known_format(get_format("native", tokenizer), tokenizer)

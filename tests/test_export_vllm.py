@@ -1,4 +1,4 @@
-"""The parser plugin for vLLM, loaded from an exported folder under stand-ins for vLLM's base classes."""
+"""The parser plugin for vLLM, loaded from an exported folder with fakes of vLLM's base classes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.runs.find import Run
 from formats import FORMATS, get_format
 from tests import parts
 
-# Where vLLM has kept its messages and its base class, newest first.
+# Modules of vLLM's messages and base class, newest layout first.
 LAYOUTS = {
     "now": ("vllm.entrypoints.generate.base.protocol", "vllm.tool_parsers.abstract_tool_parser"),
     "2026": ("vllm.entrypoints.openai.engine.protocol", "vllm.tool_parsers.abstract_tool_parser"),
@@ -28,11 +28,11 @@ LAYOUTS = {
 
 
 class Record(types.SimpleNamespace):
-    """A message of vLLM's: keyword arguments become attributes."""
+    """A message of vLLM: keyword arguments become attributes."""
 
 
 class ToolParser:
-    """The constructor and the state that vLLM's base class has; `tools` came in 2026."""
+    """Constructor and state of vLLM's base class; `tools` was added in 2026."""
 
     def __init__(self, tokenizer, tools=None):
         self.prev_tool_call_arr, self.streamed_args_for_tool = [], []
@@ -53,7 +53,7 @@ class ToolParserManager:
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """Installs the stand-ins in one layout; returns that function."""
+    """A function that installs the fakes in one layout."""
 
     def install(layout: str) -> None:
         protocol, base = LAYOUTS[layout]
@@ -138,30 +138,30 @@ def test_plugin_finds_what_parse_finds(name, layout, vllm, tmp_path):
     rng = random.Random(0)
     for text in TEXTS[name]:
         parsed = fmt.parse(text)
-        whole = parser_class(tokenizer).extract_tool_calls(text, REQUEST)
-        assert whole.tools_called == bool(parsed.tool_calls)
-        assert [(c.function.name, json.loads(c.function.arguments)) for c in whole.tool_calls] == [
+        complete = parser_class(tokenizer).extract_tool_calls(text, REQUEST)
+        assert complete.tools_called == bool(parsed.tool_calls)
+        assert [(c.function.name, json.loads(c.function.arguments)) for c in complete.tool_calls] == [
             (call["name"], call["arguments"]) for call in parsed.tool_calls
         ]
-        assert (whole.content or "") == parsed.content
+        assert (complete.content or "") == parsed.content
         for end in ("", fmt.end_of_turn[0]):
             content, calls, early = streamed(parser_class(tokenizer, TOOLS), text, end, rng, fmt)
             assert calls == parsed.tool_calls, text
-            if end:  # the server's last token says that nothing follows
+            if end:  # after the end token, all content is final
                 assert content == parsed.content, text
             assert parsed.content.startswith(content)
             if not parsed.tool_calls and not parsed.errors and "<" not in text and text:
-                assert early, "plain text is passed on while it is written"
+                assert early, "plain text is streamed at once"
 
 
 def streamed(parser, text: str, end: str, rng: random.Random, fmt) -> tuple[str, list[dict], bool]:
-    """(content, calls, whether content came before the last piece) of a text fed in random pieces."""
+    """(content, calls, whether content came before the last piece) of a text streamed in random pieces."""
     at, previous, content, calls, early = 0, "", "", [], False
     while at < len(text) or end:
         size = rng.randint(1, 7)
         piece, at = text[at : at + size], at + size
         ids = []
-        if not piece:  # vLLM gives the end token's id, not its text
+        if not piece:  # vLLM passes the end token's id, not its text
             ids, end = [parser.model_tokenizer.convert_tokens_to_ids(end)], ""
         delta = parser.extract_tool_calls_streaming(previous, previous + piece, piece, [], ids, ids, REQUEST)
         previous += piece
@@ -188,19 +188,19 @@ def test_max_lora_rank_holds_the_adapter(rank, wanted):
     assert max_lora_rank(rank) == wanted
 
 
-def test_a_rank_beyond_vllm_is_refused():
+def test_too_large_rank_is_refused():
     with pytest.raises(UserError, match="--mode merged"):
         max_lora_rank(1024)
 
 
-# Names of vLLM's parsers that formats of ours name; a typing error would show only in a server.
-KNOWN = {"hermes", "llama3_json", "pythonic", "mistral", "qwen3_coder", "sandwich", None}
+# The valid --tool-call-parser names.
+KNOWN_PARSERS = {"hermes", "llama3_json", "pythonic", "mistral", "qwen3_coder", "sandwich", None}
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "native"])
 def test_command_for_every_format(name):
     fmt = FORMATS[name]
-    assert parser_of(fmt) in KNOWN
+    assert parser_of(fmt) in KNOWN_PARSERS
     command = shlex.join(serve_command(fmt, name="my model", model="org/base", adapter="./adapter", rank=12))
     assert "--chat-template ./chat_template.jinja" in command and "--host 127.0.0.1" in command
     assert "--enable-lora --lora-modules 'my model=./adapter' --max-lora-rank 16" in command
@@ -208,12 +208,12 @@ def test_command_for_every_format(name):
     assert ("--tool-parser-plugin" in command) == (name in TEXTS)
 
 
-def test_a_name_that_vllm_would_split():
-    """vLLM takes NAME=PATH apart at every "=", and what holds a comma for JSON."""
+def test_name_with_separators_becomes_json():
+    """vLLM would split NAME=PATH at every "="."""
     odd = serve_command(FORMATS["chatml"], name="lr=2e-4, it's", model="org/base", adapter="./adapter", rank=12)
     assert json.loads(odd[odd.index("--lora-modules") + 1]) == {"name": "lr=2e-4, it's", "path": "./adapter"}
     assert shlex.split(shlex.join(odd)) == odd
 
 
-def test_native_formats_get_the_parser_their_calls_need():
+def test_native_format_gets_the_parser_of_its_calls():
     assert parser_of(get_format("native", parts.tokenizer("qwen2.5"))) == "hermes"

@@ -1,4 +1,4 @@
-"""Batched, prefix-sharing generation gives the tokens and logits of one prompt at a time."""
+"""Batched generation with shared prefixes gives the tokens and logits of one prompt at a time."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import importlib.util
 import random
 
 import pytest
-import torch
 
-import finetune.generation.generate as generate_module
-from finetune.generation.generate import Decoding, Generation, GenerationReport, generate, plan_groups
-from finetune.generation.prefix_cache import PrefixCache, Unsupported
+from finetune.errors import UserError
+from finetune.generation.plan import plan_groups
 from finetune.models.bundled import smollm2_dir
+from tests.helpers import lazy
 
+torch = lazy("torch")
+generation = lazy("finetune.generation.generate")
+prefix_cache = lazy("finetune.generation.prefix_cache")
 END = 2  # <|im_end|>
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny matrices gain nothing from a second thread, and lose much when the machine is busy."""
+    """Tiny matrices gain nothing from a second thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -68,24 +70,23 @@ def test_real_model_answers_as_one_by_one(smollm2):
         chat_ids(tokenizer, "Be brief.", "Say hello."),
         chat_ids(tokenizer, tools, "2+2?"),  # the same prompt twice
     ]
-    seen: dict[int, Generation] = {}
-    report = generate(
-        model, prompts, decoding=Decoding((END,), max_new_tokens=12, batch_size=4), on_result=seen.__setitem__
-    )
+    seen = {}
+    decoding = generation.Decoding((END,), max_new_tokens=12, batch_size=4)
+    report = generation.generate(model, prompts, decoding=decoding, on_result=seen.__setitem__)
     assert report.method == "shared_prefix"
     assert report.prompt_tokens == sum(map(len, prompts)) > 2 * report.computed_prompt_tokens
     assert [g.input_ids for g in report.results] == one_by_one(model, prompts, [END], 12)
     assert seen == dict(enumerate(report.results))
     assert {g.finish_reason for g in report.results} == {"stop", "length"}
-    assert model.config._attn_implementation == "sdpa"  # given back
+    assert model.config._attn_implementation == "sdpa"  # restored
 
-    plain = generate(model, prompts, decoding=Decoding((END,), max_new_tokens=12, batch_size=4), share_prefix=False)
+    plain = generation.generate(model, prompts, decoding=decoding, share_prefix=False)
     assert plain.method == "generate"
     assert [g.input_ids for g in plain.results] == [g.input_ids for g in report.results]
 
 
 def tiny(name: str, **changes):
-    """A random model: where only the shape of its attention is the point."""
+    """A random model with the attention of an architecture."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -108,7 +109,7 @@ SHAPES = {
 
 
 def random_prompts(seed: int = 0) -> list[list[int]]:
-    """Two shared starts (one inside the other), rows of very unequal length, a row that shares nothing."""
+    """Two shared prefixes (one a prefix of the other), rows of unequal length, a row that shares nothing."""
     rng = random.Random(seed)
     some = [rng.randrange(1, 97) for _ in range(300)]
     start, longer = some[:40], some[:75]
@@ -126,7 +127,7 @@ def test_logits_of_every_step_match(shape):
     prompts = random_prompts()
     steps: dict[int, list[torch.Tensor]] = {}
 
-    class Recording(generate._Sampler):
+    class Recording(generation._Sampler):
         def __init__(self, decoding, rows):
             super().__init__(decoding, rows)
             self.rows = rows
@@ -137,8 +138,9 @@ def test_logits_of_every_step_match(shape):
             return super().__call__(logits, rows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate_module, "_Sampler", Recording)
-        report = generate(model, prompts, decoding=Decoding((5, 6, 7), max_new_tokens=8, batch_size=6))
+        patch.setattr("finetune.generation.generate._Sampler", Recording)
+        decoding = generation.Decoding((5, 6, 7), max_new_tokens=8, batch_size=6)
+        report = generation.generate(model, prompts, decoding=decoding)
     assert report.method == "shared_prefix", report.reason
     assert report.computed_prompt_tokens < report.prompt_tokens
     for index, (prompt, answer) in enumerate(zip(prompts, report.results, strict=True)):
@@ -148,15 +150,15 @@ def test_logits_of_every_step_match(shape):
         torch.testing.assert_close(made, logits[: len(made)], atol=2e-5, rtol=1e-4)
 
 
-def test_long_queries_are_cut_into_blocks(monkeypatch):
-    """Sliding windows take the two-part softmax for own tokens too; a small budget must not change the answers."""
+def test_blocks_do_not_change_the_answers(monkeypatch):
+    """Sliding windows use the two-part softmax in prefill too."""
     model, prompts = tiny("mistral", sliding_window=9), random_prompts(3)
-    decoding = Decoding((5,), max_new_tokens=6, batch_size=16)
-    whole = [g.input_ids for g in generate(model, prompts, decoding=decoding).results]
+    decoding = generation.Decoding((5,), max_new_tokens=6, batch_size=16)
+    whole = [g.input_ids for g in generation.generate(model, prompts, decoding=decoding).results]
     monkeypatch.setattr("finetune.generation.prefix_cache.MAX_SCORES", 1)
-    monkeypatch.setattr(generate_module, "PREFILL_TOKENS", 20)
-    monkeypatch.setattr(generate_module, "CACHE_TOKENS", 120)
-    assert [g.input_ids for g in generate(model, prompts, decoding=decoding).results] == whole
+    monkeypatch.setattr("finetune.generation.generate.MAX_PREFILL_TOKENS", 20)
+    monkeypatch.setattr("finetune.generation.plan.MAX_CACHE_TOKENS", 120)
+    assert [g.input_ids for g in generation.generate(model, prompts, decoding=decoding).results] == whole
     assert whole == one_by_one(model, prompts, [5], 6)
 
 
@@ -164,70 +166,103 @@ def test_adapter_on_and_off():
     """A PEFT model answers with its adapter, and as the base model inside `disable_adapter`."""
     from peft import LoraConfig, get_peft_model
 
-    base, prompts, decoding = tiny("llama"), random_prompts(1), Decoding((5,), max_new_tokens=6)
-    before = [g.input_ids for g in generate(base, prompts, decoding=decoding).results]
+    base, prompts, decoding = tiny("llama"), random_prompts(1), generation.Decoding((5,), max_new_tokens=6)
+    before = [g.input_ids for g in generation.generate(base, prompts, decoding=decoding).results]
     torch.manual_seed(1)
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=64, init_lora_weights=False, target_modules="all-linear"))
-    tuned = [g.input_ids for g in generate(model, prompts, decoding=decoding).results]
+    tuned = [g.input_ids for g in generation.generate(model, prompts, decoding=decoding).results]
     assert tuned == one_by_one(model, prompts, [5], 6)
     with model.disable_adapter():
-        off = [g.input_ids for g in generate(model, prompts, decoding=decoding).results]
+        off = [g.input_ids for g in generation.generate(model, prompts, decoding=decoding).results]
     assert off == before != tuned
 
 
-def test_sampling_depends_on_seed_and_row_but_not_on_the_batch():
+def test_sampling_does_not_depend_on_the_batch():
     model, prompts = tiny("llama"), random_prompts(2)
 
     def answers(batch_size, seed):
-        decoding = Decoding((5,), max_new_tokens=10, batch_size=batch_size, temperature=1.0, seed=seed)
-        return [g.input_ids for g in generate(model, prompts, decoding=decoding).results]
+        decoding = generation.Decoding((5,), max_new_tokens=10, batch_size=batch_size, temperature=1.0, seed=seed)
+        return [g.input_ids for g in generation.generate(model, prompts, decoding=decoding).results]
 
     assert answers(2, 0) == answers(10, 0) != answers(10, 1)
-    greedy = generate(model, prompts, decoding=Decoding((5,), 10)).results
+    greedy = generation.generate(model, prompts, decoding=generation.Decoding((5,), 10)).results
     assert answers(4, 0) != [g.input_ids for g in greedy]
 
 
 def test_sampled_frequencies_follow_the_logits():
     logits = torch.tensor([[0.0, 1.0, 2.0, -30.0]]).repeat(4000, 1)
-    tokens = generate._Sampler(Decoding((0,), temperature=0.5), range(4000))(logits, list(range(4000)))
+    tokens = generation._Sampler(generation.Decoding((0,), temperature=0.5), range(4000))(logits, list(range(4000)))
     shares = torch.bincount(tokens, minlength=4) / 4000
     torch.testing.assert_close(shares, (logits[0] / 0.5).softmax(-1), atol=0.03, rtol=0)
 
 
-def test_models_out_of_reach_fall_back_and_say_why(monkeypatch):
-    prompts, decoding = random_prompts(4), Decoding((5,), max_new_tokens=5)
+def test_unsupported_models_fall_back_with_a_reason(monkeypatch):
+    prompts, decoding = random_prompts(4), generation.Decoding((5,), max_new_tokens=5)
     capped = tiny("gemma2", sliding_window=64)
-    report = generate(capped, prompts, decoding=decoding)
+    report = generation.generate(capped, prompts, decoding=decoding)
     assert (report.method, report.reason) == ("generate", "soft-capped attention or attention sinks")
     assert [g.input_ids for g in report.results] == one_by_one(capped, prompts, [5], 5)
-    # A model that goes its own way instead of through the attention interface.
+    # A model that does not use the attention interface.
     model = tiny("llama")
     monkeypatch.setattr(type(model), "set_attn_implementation", lambda self, name: None)
-    report = generate(model, prompts, decoding=decoding)
+    report = generation.generate(model, prompts, decoding=decoding)
     assert report.method == "generate" and "attention interface" in report.reason
     assert [g.input_ids for g in report.results] == one_by_one(model, prompts, [5], 5)
-    # Layers that are no attention at all.
+    # Layers other than attention, in the config alone.
+    monkeypatch.undo()
+    own_generate = model.generate
+
+    def generate(**options):
+        del model.config.layer_types
+        return own_generate(**options)
+
+    monkeypatch.setattr(model, "generate", generate)
     model.config.layer_types = ["linear_attention", "full_attention", "full_attention"]
-    with pytest.raises(Unsupported, match="linear_attention"):
-        generate._generate_shared(model, prompts, decoding, pytest.fail, GenerationReport("shared_prefix"))
+    report = generation.generate(model, prompts, decoding=decoding)
+    assert (report.method, report.reason) == ("generate", "layers of kind linear_attention")
 
 
-def test_groups():
+def test_out_of_memory_halves_the_batch(monkeypatch):
+    """The answers and the prompts counted stay the same; for a single row there is nothing to halve."""
+    model, prompts, limit = tiny("llama"), random_prompts(5), 3
+    decoding = generation.Decoding((5,), max_new_tokens=6, batch_size=10, temperature=1.0)
+    expected = generation.generate(model, prompts, decoding=decoding)
+    forward = type(model).forward
+
+    def limited(self, input_ids, **options):
+        if input_ids.shape[0] > limit:
+            raise torch.OutOfMemoryError
+        return forward(self, input_ids, **options)
+
+    monkeypatch.setattr(type(model), "forward", limited)
+    report = generation.generate(model, prompts, decoding=decoding)
+    assert report.method == "shared_prefix" and report.prompt_tokens == expected.prompt_tokens
+    assert [g.input_ids for g in report.results] == [g.input_ids for g in expected.results]
+    limit = 0
+    with pytest.raises(UserError, match="lower --max_new_tokens"):
+        generation.generate(model, prompts, decoding=decoding)
+
+
+def test_plan_groups():
     shared, other = list(range(100, 160)), list(range(200, 260))
     prompts = [[*shared, 1, 2], [*other, 3], [*shared, 4], [9, 8, 7], [*other, 5, 6], [*shared, 1]]
     groups = sorted(plan_groups(prompts), key=lambda g: min(g.rows))
     assert [(sorted(g.rows), g.prefix_length) for g in groups] == [([0, 2, 5], 60), ([1, 4], 60), ([3], 0)]
-    # A row that is the start of the others keeps a token of its own.
+    # A row that is a prefix of the others keeps a suffix of one token.
     assert [(g.prefix_length, len(g.rows)) for g in plan_groups([shared, [*shared, 1], [*shared, 2]])] == [(59, 3)]
-    assert plan_groups([[1, 2]] * 3)[0].prefix_length == 0  # too short to be worth it
+    assert plan_groups([[1, 2]] * 3)[0].prefix_length == 0  # too short
     assert plan_groups([]) == []
-    many = [[*range(n)] for n in range(1, 1500)]  # each the start of the next: no recursion, every row once
+    assert [(g.rows, g.prefix_length) for g in plan_groups(prompts, [0, 2])] == [([0, 2], 60)]
+    many = [[*range(n)] for n in range(1, 1500)]  # each a prefix of the next: no recursion, every row once
     assert sorted(row for g in plan_groups(many) for row in g.rows) == list(range(1499))
 
 
-def test_wrong_use():
-    with pytest.raises(ValueError, match="without tokens"):
-        generate(tiny("llama"), [[]], decoding=Decoding((5,)))
-    cache = PrefixCache([(0, 1, None)], 4)
-    with pytest.raises(Unsupported, match="layer 1 came before layer 0"):
+def test_generate_refuses_an_empty_prompt():
+    with pytest.raises(ValueError, match="no tokens"):
+        generation.generate(tiny("llama"), [[1], []], decoding=generation.Decoding((5,)))
+
+
+def test_cache_refuses_layers_out_of_order():
+    cache = prefix_cache.PrefixCache([(0, 1, None)], 4)
+    with pytest.raises(prefix_cache.Unsupported, match="layer 1 ran before layer 0"):
         cache.write(1, torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8))

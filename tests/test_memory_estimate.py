@@ -1,27 +1,23 @@
-"""The estimator against what it stands for: real modules, bitsandbytes, PEFT, autograd, recorded and published runs."""
+"""Estimates against real modules, bitsandbytes, PEFT, autograd, recorded and published runs; plans that fit."""
 
 import json
 import math
 from pathlib import Path
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.memory import plan_of, sizes_of
 from finetune.errors import UserError
-from finetune.memory import advice
 from finetune.memory.estimate import (
     OPTIMIZERS,
-    Plan,
+    Workload,
     estimate,
     layer_bytes,
-    measured_part,
+    measurable_bytes,
     nf4_bytes,
     optimizer_bytes,
-    total,
 )
+from finetune.memory.plan import GPU_SIZES_GB, LADDER, MemoryPlan, command_line, suggest, usable_bytes
 from finetune.memory.sizes import (
     Matrix,
     dense_sizes,
@@ -31,9 +27,13 @@ from finetune.memory.sizes import (
     sizes_of_name,
 )
 from finetune.models.bundled import smollm2_dir
-from finetune.models.lora_linear import fuse_lora_linears
-from finetune.training import memory_plan
 from formats import IGNORE_INDEX
+from tests.helpers import lazy
+
+torch = lazy("torch")
+peft = lazy("peft")
+transformers = lazy("transformers")
+memory_plan = lazy("finetune.training.memory_plan")
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 LLAMA3_8B = dense_sizes(4096, 14_336, 32, 32, 8, 128, 128_256, False)
@@ -43,23 +43,28 @@ SMALL = {
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "pad_token_id": 0,
 }  # fmt: skip
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# Tied embeddings with biases, query and key norms, four norms per layer, fused projections, experts, Conv1D.
 KINDS = {
-    "llama": {}, "qwen2": {"tie_word_embeddings": True}, "qwen3": {}, "mistral": {}, "gemma": {}, "gemma2": {},
-    "gemma3_text": {}, "phi3": {}, "mixtral": MOE, "qwen3_moe": MOE, "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4},
+    "llama": {}, "qwen2": {"tie_word_embeddings": True}, "qwen3": {}, "gemma2": {}, "phi3": {}, "mixtral": MOE,
+    "qwen3_moe": MOE, "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4},
 }  # fmt: skip
 
 
-def small_config(kind, **more):
-    return AutoConfig.for_model(kind, **SMALL, **KINDS[kind], **more)
+def small_config(kind):
+    return transformers.AutoConfig.for_model(kind, **SMALL, **KINDS[kind])
+
+
+def fits(sizes, workload, capacity):
+    return MemoryPlan(sizes, workload, capacity).fits
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sizes_count_every_parameter_of_every_architecture(kind):
+def test_sizes_count_every_parameter(kind):
     config = small_config(kind)
-    model = AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     sizes = sizes_of_config(config)
     assert sizes.parameters == sum(p.numel() for p in model.parameters())
     assert sizes == sizes_of_model(model)
@@ -67,71 +72,70 @@ def test_sizes_count_every_parameter_of_every_architecture(kind):
     assert sum(m.size for m in sizes.matrices) > 0.4 * sizes.parameters
 
 
-def test_the_bundled_model_is_measured_from_its_config_alone(tmp_path):
+def test_bundled_model_is_measured_from_its_config(tmp_path):
     (tmp_path / "config.json").write_bytes((smollm2_dir() / "config.json").read_bytes())
     sizes = sizes_of_name(str(tmp_path))
     assert sizes.parameters == 134_515_008 and sizes.head == 0 and sizes.key_value == 192
     assert sizes.norms == 2 and not sizes.qk_norm
 
 
-def test_a_config_that_transformers_does_not_know_is_a_mistake_of_one_line(tmp_path):
+def test_unsupported_config_is_a_user_error(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "whisper", "d_model": 64}', encoding="utf-8")
     with pytest.raises(UserError, match="model"):
         sizes_of_name(str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "t5", "bart"])
-def test_a_model_that_reads_both_ways_is_no_model_to_measure(kind):
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_encoder_is_refused(kind):
     with pytest.raises(UserError, match=f"model type '{kind}' is an encoder"):
-        sizes_of_config(AutoConfig.for_model(kind))
+        sizes_of_config(transformers.AutoConfig.for_model(kind))
 
 
-def test_an_encoder_that_was_made_a_decoder_is_measured():
-    assert sizes_of_config(AutoConfig.for_model("bert", is_decoder=True, num_hidden_layers=2)).layers == 2
+def test_bert_decoder_is_measured():
+    assert sizes_of_config(transformers.AutoConfig.for_model("bert", is_decoder=True, num_hidden_layers=2)).layers == 2
 
 
-def test_a_number_of_layers_that_is_a_slip_is_not_built(monkeypatch):
+def test_implausible_number_of_layers_is_refused(monkeypatch):
     """Building 100,000 layers takes minutes."""
-    monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda *_: pytest.fail("was built"))
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", lambda *_: pytest.fail("built"))
     config = small_config("llama")
     config.num_hidden_layers = 100_000
-    with pytest.raises(UserError, match="num_hidden_layers 100000, more than any model has"):
+    with pytest.raises(UserError, match="num_hidden_layers 100000 must be <= 1000"):
         sizes_of_config(config)
 
 
-@pytest.mark.parametrize(
-    "billions", [0.05, 0.135, 0.5, 1.1, 1.5, 2.1, 3, 4, 7.0, 7.25, 8, 9, 13, 14.8, 27, 34, 70, 405]
-)
-def test_a_size_in_billions_becomes_a_model_of_that_size(billions):
+@pytest.mark.parametrize("billions", [0.05, 0.5, 2.1, 7.0, 27, 405])
+def test_size_in_billions_gives_that_many_parameters(billions):
     sizes = sizes_of_billions(billions)
     assert sizes.parameters == pytest.approx(billions * 1e9, rel=0.01)
     assert sizes.intermediate > sizes.hidden / 2 and sizes.layers >= 1
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "mixtral"])
-@pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "v_proj")])
-def test_adapter_is_as_large_as_pefts(kind, targets):
-    model = AutoModelForCausalLM.from_config(small_config(kind))
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("llama", ("all-linear",)), ("llama", ("q_proj", "v_proj")), ("mixtral", ("all-linear",))]
+)
+def test_adapter_size_equals_pefts(kind, targets):
+    model = transformers.AutoModelForCausalLM.from_config(small_config(kind))
     sizes = sizes_of_model(model)
     names = sorted({m.name for m in sizes.adapted(targets)})
     options = {}
-    if "gate_up_proj" in names:  # experts are parameters, not modules: what Unsloth hands to PEFT
+    if "gate_up_proj" in names:  # experts are parameters, not modules
         options["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         names = [n for n in names if n not in ("gate_up_proj", "down_proj")]
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=names, **options))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=names, **options))
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    plan = Plan(tokens=8, rank=4, target_modules=targets)
+    plan = Workload(tokens=8, rank=4, target_modules=targets)
     assert estimate(sizes, plan)["adapter"] == 4 * trained
-    assert sizes_of_model(adapted) == sizes  # the adapter changes nothing about its base
-    last = estimate(sizes, plan.but(last_layers=1))
+    assert sizes_of_model(adapted) == sizes  # the base model's, not the adapter's
+    last = estimate(sizes, plan.replace(last_layers=1))
     assert last["adapter"] == pytest.approx(4 * trained / 3) and last["gradients"] == last["adapter"]
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (576, 1536), (100, 70), (4096, 16), (1, 65)])
-def test_nf4_takes_the_bytes_that_bitsandbytes_takes(inputs, outputs):
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 1536), (100, 70), (1, 65)])
+def test_nf4_bytes_equal_bitsandbytes(inputs, outputs):
     functional = pytest.importorskip("bitsandbytes.functional")
     packed, state = functional.quantize_4bit(
         torch.randn(outputs, inputs), blocksize=64, compress_statistics=True, quant_type="nf4"
@@ -142,14 +146,14 @@ def test_nf4_takes_the_bytes_that_bitsandbytes_takes(inputs, outputs):
     assert constants == sum(t.numel() * t.element_size() for t in tensors)
 
 
-def test_nf4_costs_what_the_paper_says():
-    """QLoRA, section 3: double quantisation brings the constants down to 0.127 bits a weight."""
+def test_nf4_constants_take_0_127_bits_per_weight():
+    """QLoRA, section 3, with double quantization."""
     _, constants = nf4_bytes(Matrix("x", 4096, 4096, 1))
     assert 8 * constants / 4096**2 == pytest.approx(0.127, abs=0.001)
 
 
 @pytest.mark.parametrize("name", ["adamw_torch", "sgd", "adagrad", "adafactor", "rmsprop"])
-def test_optimizer_states_are_those_of_the_optimizer(name):
+def test_optimizer_bytes_equal_real_states(name):
     from transformers.optimization import Adafactor
 
     rank, matrix = 8, Matrix("x", 640, 320, 2)
@@ -165,8 +169,8 @@ def test_optimizer_states_are_those_of_the_optimizer(name):
     assert optimizer_bytes(name, [matrix], rank) == sum(t.numel() * t.element_size() for t in held)
 
 
-def test_eight_bit_states_as_bitsandbytes_makes_them():
-    """A and B of 4,096 numbers or more in 8 bits with a float32 scale per 256, smaller ones in 32 bits."""
+def test_8_bit_optimizer_bytes_equal_bitsandbytes():
+    """Tensors of 4,096 elements or more have 8-bit states with a float32 scale per 256, smaller ones 32-bit states."""
     bnb = pytest.importorskip("bitsandbytes")
     rank, matrix = 8, Matrix("x", 640, 320, 1)
     parameters = [torch.nn.Parameter(torch.randn(rank, 640)), torch.nn.Parameter(torch.randn(320, rank))]
@@ -178,42 +182,47 @@ def test_eight_bit_states_as_bitsandbytes_makes_them():
     held = [v for s in optimizer.state.values() for k, v in s.items() if torch.is_tensor(v) and "qmap" not in k]
     assert optimizer_bytes("adamw_8bit", [matrix], rank) == sum(t.numel() * t.element_size() for t in held)
     assert optimizer_bytes("paged_adamw_8bit", [matrix], rank) == 0
-    large = [Matrix("x", 4096, 4096, 1)]  # both halves are quantised
+    large = [Matrix("x", 4096, 4096, 1)]  # both A and B are quantized
     assert optimizer_bytes("adamw_8bit", large, rank) < 0.3 * optimizer_bytes("adamw_torch", large, rank)
 
 
-@pytest.mark.parametrize("optim", [*OPTIMIZERS, "adafactor", "paged_adamw_32bit", "paged_lion_8bit"])
-def test_every_known_optimizer_can_be_asked_for_in_transformers(optim):
+def test_known_optimizers_exist_in_transformers():
     from transformers.training_args import OptimizerNames
 
-    assert OptimizerNames(optim)
-    assert optimizer_bytes(optim, [Matrix("x", 64, 64, 1)], 8) >= 0
+    for optim in (*OPTIMIZERS, "adafactor", "paged_adamw_32bit", "paged_lion_8bit"):
+        assert OptimizerNames(optim)
+        assert optimizer_bytes(optim, [Matrix("x", 64, 64, 1)], 8) >= 0
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2"])
 @pytest.mark.parametrize(
-    ("dtype", "fused", "dropout"),
+    ("kind", "dtype", "fused", "dropout"),
     [
-        ("float32", True, 0),
-        ("bfloat16", True, 0),
-        ("bfloat16", False, 0),
-        ("float32", True, 0.1),
-        ("bfloat16", True, 0.1),
+        ("llama", "float32", True, 0),
+        ("llama", "bfloat16", True, 0),
+        ("llama", "bfloat16", False, 0),
+        ("llama", "float32", True, 0.1),
+        ("llama", "bfloat16", True, 0.1),
+        ("qwen3", "bfloat16", True, 0),
+        ("gemma2", "bfloat16", True, 0),
+        ("gemma2", "bfloat16", False, 0),
+        ("gemma2", "float32", True, 0.1),
     ],
 )
-def test_a_layer_keeps_the_bytes_that_autograd_saves(kind, dtype, fused, dropout):
-    """What one more layer makes autograd save for the backward pass, on the path of a CPU run."""
+def test_layer_bytes_equal_what_autograd_saves(kind, dtype, fused, dropout):
+    """What autograd saves for one more layer in a CPU run."""
+    from finetune.models.lora_linear import fuse_lora_linears
+
     tokens, saved = 96, {}
     for layers in (2, 3):
         config = small_config(kind)
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-        # 4-bit layers, which are not fused, keep no input of theirs, and neither does a frozen linear layer.
-        plan = Plan(tokens=tokens, rank=4, dtype=dtype, load_in_4bit=not fused, device="cpu", dropout=dropout)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        # Stands for 4 bit where LoRA is not fused: neither a 4-bit nor a frozen linear layer saves its input.
+        plan = Workload(tokens=tokens, rank=4, dtype=dtype, load_in_4bit=not fused, device="cpu", dropout=dropout)
         names = sorted({m.name for m in sizes_of_model(model).adapted()})
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=names, lora_dropout=dropout))
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=names, lora_dropout=dropout))
         model.train()
         if fused:
             fuse_lora_linears(model)
@@ -228,7 +237,7 @@ def test_a_layer_keeps_the_bytes_that_autograd_saves(kind, dtype, fused, dropout
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             inner = model.get_base_model().model
-            with runs_attention(model), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            with flash_attention(model), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
                 inner(input_ids=torch.arange(tokens)[None] % 300, use_cache=False)
         saved[layers] = sum(kept.values())
         sizes = sizes_of_model(model)
@@ -236,8 +245,8 @@ def test_a_layer_keeps_the_bytes_that_autograd_saves(kind, dtype, fused, dropout
     assert layer_bytes(sizes, plan) == pytest.approx(per_token, rel=0.03)
 
 
-def runs_attention(model):
-    """The attention that saves least: PyTorch's own flash kernel, as the tree attention calls it."""
+def flash_attention(model):
+    """PyTorch's flash kernel, which the tree attention calls too and which saves the least."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     model.get_base_model().config._attn_implementation = "sdpa"
@@ -246,33 +255,26 @@ def runs_attention(model):
 
 # --- against measurements ---------------------------------------------------------------------------------------------
 
-RECORDS = [r for path in sorted(RESULTS.glob("*memory_*.json")) for r in json.loads(path.read_text(encoding="utf-8"))]
-# On a CPU three constants were fitted to some of these records (docs/memory.md), so those guard against drift and the
-# others test the fit; a GPU has not been measured, its 10% is the target.
-TOLERANCE = {"cpu": 0.10, "cuda": 0.10}
+
+def test_estimates_are_within_10_percent_of_recorded_peaks():
+    """Some CPU constants were fitted to some of these runs (docs/memory.md); a GPU has not been measured yet."""
+    files = sorted(RESULTS.glob("*memory_*.json"))
+    records = [record for path in files for record in json.loads(path.read_text(encoding="utf-8"))]
+    outside, compared = {}, 0
+    for record in records:
+        if "failed" not in record:
+            workload = plan_of(record)
+            predicted = measurable_bytes(estimate(sizes_of(record), workload), workload.device) / 1e9
+            compared += 1
+            if predicted != pytest.approx(record["measured_gb"], rel=0.10):
+                outside[record["case"]] = predicted / record["measured_gb"]
+    assert compared >= 39
+    # Fifty steps whose passes all differ in length fragment the heap more than the estimate says.
+    assert outside.keys() == {"demo_bf16"}, outside
 
 
-def test_there_are_records():
-    assert len([r for r in RECORDS if "failed" not in r]) >= 4
-
-
-# Known to be foreseen too low: the heap's holes add up over fifty steps whose passes all differ in length.
-TOO_LOW = pytest.mark.xfail(strict=True, reason="holes of the heap over many steps are not in the estimate")
-
-
-@pytest.mark.parametrize(
-    "record",
-    [pytest.param(r, id=r["case"], marks=[TOO_LOW] if r["case"] == "demo_bf16" else []) for r in RECORDS
-     if "failed" not in r],
-)  # fmt: skip
-def test_the_estimate_is_near_the_recorded_peak(record):
-    plan = plan_of(record)
-    predicted = measured_part(estimate(sizes_of(record), plan), plan.device) / 1e9
-    assert predicted == pytest.approx(record["measured_gb"], rel=TOLERANCE[plan.device])
-
-
-# Unsloth's own documentation (unsloth.ai/docs/basics/unsloth-benchmarks): the longest row that 4-bit LoRA of rank 32
-# on all linear layers fits, one row in a pass. No measurement of ours, and the only check against a GPU there is yet.
+# Unsloth's documentation (unsloth.ai/docs/basics/unsloth-benchmarks): tokens of the longest row that fits a GPU of so
+# many GiB, with 4-bit LoRA of rank 32 on all linear layers, one row per pass.
 UNSLOTH_LONGEST = [
     (LLAMA3_8B, 8, 2972), (LLAMA3_8B, 12, 21_848), (LLAMA3_8B, 16, 40_724), (LLAMA3_8B, 24, 78_475),
     (LLAMA3_8B, 40, 153_977), (LLAMA3_8B, 48, 191_728), (LLAMA3_8B, 80, 342_733), (LLAMA3_70B, 48, 12_106),
@@ -280,178 +282,188 @@ UNSLOTH_LONGEST = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("sizes", "card", "tokens"), UNSLOTH_LONGEST)
-def test_published_longest_rows_nearly_fill_their_cards(sizes, card, tokens):
-    plan = Plan(tokens=tokens, longest=tokens, check_tokens=1, rank=32)  # their loop has no check before the first step
-    assert 0.93 * card <= total(estimate(sizes, plan)) / 2**30 <= 1.0 * card
+def test_published_longest_rows_nearly_fill_their_gpus():
+    for sizes, gib, tokens in UNSLOTH_LONGEST:
+        workload = Workload(tokens=tokens, longest=tokens, check_tokens=1, rank=32)  # without our check before step 1
+        assert 0.93 * gib <= MemoryPlan(sizes, workload).peak / 2**30 <= 1.0 * gib, (gib, tokens)
 
 
-# --- advice -----------------------------------------------------------------------------------------------------------
+# --- plans and suggestions --------------------------------------------------------------------------------------------
 
 
-def test_parts_move_as_they_should():
-    base = Plan(tokens=4096, longest=2048)
+def test_parts_depend_on_their_settings():
+    base = Workload(tokens=4096, longest=2048)
     parts = estimate(LLAMA3_8B, base)
     assert all(size >= 0 and math.isfinite(size) for size in parts.values())
-    assert estimate(LLAMA3_8B, base.but(load_in_4bit=False))["weights"] / parts["weights"] == pytest.approx(4, rel=0.01)
-    assert estimate(LLAMA3_8B, base.but(load_in_4bit=False))["embeddings"] == parts["embeddings"]
-    assert estimate(LLAMA3_8B, base.but(rank=32))["adapter"] == 2 * parts["adapter"]
-    for change in (base.but(tokens=8192), base.but(gradient_checkpointing=False), base.but(optim="adamw_torch"),
-                   base.but(load_in_4bit=False), base.but(rank=64)):  # fmt: skip
-        assert total(estimate(LLAMA3_8B, change)) > total(parts)
-    fewer = estimate(LLAMA3_8B, base.but(trained=64, check_tokens=1))
+    in_16_bit = estimate(LLAMA3_8B, base.replace(load_in_4bit=False))
+    assert in_16_bit["weights"] / parts["weights"] == pytest.approx(4, rel=0.01)
+    assert in_16_bit["embeddings"] == parts["embeddings"]
+    assert estimate(LLAMA3_8B, base.replace(rank=32))["adapter"] == 2 * parts["adapter"]
+    for change in ({"tokens": 8192}, {"gradient_checkpointing": False}, {"optim": "adamw_torch"},
+                   {"load_in_4bit": False}, {"rank": 64}):  # fmt: skip
+        assert sum(estimate(LLAMA3_8B, base.replace(**change)).values()) > sum(parts.values())
+    fewer = estimate(LLAMA3_8B, base.replace(trained=64, check_tokens=1))
     assert fewer["loss"] < parts["loss"]  # only trained positions reach the lm_head
 
 
-# What the described 12 GB system tells its users for 10, 12 and 16 GB: rank, rows, tokens.
-@pytest.mark.parametrize(("card", "rank", "rows", "length"), [(10, 4, 1, 1024), (12, 8, 1, 2048), (16, 16, 2, 4096)])
-def test_the_described_settings_fit_and_are_among_the_steps(card, rank, rows, length):
+@pytest.mark.parametrize(("gpu_gb", "rank", "rows", "length"), [(10, 4, 1, 1024), (12, 8, 1, 2048), (16, 16, 2, 4096)])
+def test_described_settings_fit_and_are_suggested(gpu_gb, rank, rows, length):
+    """What the described 12 GB system recommends for GPUs of 10, 12 and 16 GB."""
     mistral = dense_sizes(4096, 14_336, 32, 32, 8, 128, 32_000, False)
-    plan = Plan(tokens=rows * length, longest=length, rank=rank, optim="paged_adamw_8bit")
-    assert advice.needs(mistral, plan) <= advice.usable(card)
-    assert (rank, length, rows) in advice.STEPS_UP
-    suggested = advice.suggest(mistral, card, like=plan).plan
-    assert suggested.tokens >= plan.tokens and suggested.rank >= rank  # never less than described
+    workload = Workload(tokens=rows * length, longest=length, rank=rank, optim="paged_adamw_8bit")
+    assert fits(mistral, workload, usable_bytes(gpu_gb))
+    assert (rank, length, rows) in LADDER
+    suggested = suggest(mistral, gpu_gb, like=workload)[0].workload
+    assert suggested.tokens >= workload.tokens and suggested.rank >= rank
 
 
-@pytest.mark.parametrize("billions", [0.5, 1.5, 3, 7, 14, 32, 70])
-def test_suggestions_fit_their_card_and_grow_with_it(billions):
+@pytest.mark.parametrize("billions", [0.5, 7, 70])
+def test_suggestions_fit_their_gpu_and_grow_with_it(billions):
     sizes, before = sizes_of_billions(billions), {}
-    for card in advice.CARDS_GB:
-        one = advice.suggest(sizes, card)
-        if one.plan is None:
-            assert not before and one.peak > advice.usable(card)
+    for gpu_gb in GPU_SIZES_GB:
+        plan, flags = suggest(sizes, gpu_gb)
+        if not plan.fits:
+            assert not before and not flags and plan.peak > usable_bytes(gpu_gb)
             continue
-        assert one.peak <= advice.usable(card)
-        assert one.flags["batch_size"] * one.flags["grad_accum"] == 16  # the step stays what it is
-        in_4bit = one.plan.load_in_4bit
-        assert not (in_4bit and False in before)  # 16-bit weights once, 16-bit weights on every larger card
-        assert (one.plan.tokens, one.plan.rank) >= before.get(in_4bit, (0, 0))
-        before[in_4bit] = (one.plan.tokens, one.plan.rank)
+        assert plan.peak <= usable_bytes(gpu_gb)
+        workload = plan.workload
+        assert not (workload.load_in_4bit and False in before)  # 16-bit weights on every larger GPU too
+        assert (workload.tokens, workload.rank) >= before.get(workload.load_in_4bit, (0, 0))
+        before[workload.load_in_4bit] = (workload.tokens, workload.rank)
     assert before
 
 
-@pytest.mark.parametrize("card", [6, 8, 12, 24])
-def test_the_largest_length_and_batch_fit_and_one_more_does_not(card):
-    plan, capacity = Plan(tokens=2048, longest=2048), advice.usable(card)
-    length = advice.largest_length(LLAMA3_8B, plan, capacity)
-    rows = advice.largest_batch(LLAMA3_8B, plan, capacity)
-    if card == 6:
-        assert length == rows == 0
-        return
-    at = advice.needs(LLAMA3_8B, plan.but(tokens=length, longest=length))
-    assert at <= capacity < advice.needs(LLAMA3_8B, plan.but(tokens=length + 1, longest=length + 1))
-    assert advice.needs(LLAMA3_8B, plan.but(tokens=rows * 2048)) <= capacity
-    assert advice.needs(LLAMA3_8B, plan.but(tokens=(rows + 1) * 2048)) > capacity
+@pytest.mark.parametrize("step_rows", [1, 6, 16, 17])
+def test_suggestion_keeps_the_rows_of_a_step(step_rows):
+    for gpu_gb in GPU_SIZES_GB:
+        _, flags = suggest(LLAMA3_8B, gpu_gb, step_rows=step_rows)
+        assert not flags or flags["batch_size"] * flags["grad_accum"] == step_rows
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_the_largest_length_and_batch_train_the_share_that_the_plan_does(rows):
-    """Else a plan that fits would be told that the largest batch is smaller than its own."""
-    plan = Plan(tokens=2048 * rows, longest=2048, trained=204 * rows)
-    capacity = advice.needs(LLAMA3_8B, plan)
-    assert advice.largest_length(LLAMA3_8B, plan, capacity, rows) in (2048, 2049)  # of one token more none is trained
-    assert advice.largest_batch(LLAMA3_8B, plan, capacity) == rows
+def test_largest_row_and_pass_are_exact():
+    workload, capacity = Workload(tokens=2048, longest=2048), usable_bytes(24)
+    plan = MemoryPlan(LLAMA3_8B, workload, capacity)
+    length, rows = plan.max_row_tokens(), plan.max_rows_per_pass()
+    assert fits(LLAMA3_8B, workload.replace(tokens=length, longest=length), capacity)
+    assert not fits(LLAMA3_8B, workload.replace(tokens=length + 1, longest=length + 1), capacity)
+    assert fits(LLAMA3_8B, workload.replace(tokens=rows * 2048), capacity)
+    assert not fits(LLAMA3_8B, workload.replace(tokens=(rows + 1) * 2048), capacity)
+    small = MemoryPlan(LLAMA3_8B, workload, usable_bytes(6))
+    assert small.max_row_tokens() == small.max_rows_per_pass() == 0
 
 
-@pytest.mark.parametrize("billions", [0.002, 0.1, 8])
+def test_largest_row_and_pass_keep_the_trained_share():
+    """Otherwise a plan that fits would be told that the largest pass is smaller than its own."""
+    workload = Workload(tokens=3 * 2048, longest=2048, trained=3 * 204)
+    plan = MemoryPlan(LLAMA3_8B, workload, MemoryPlan(LLAMA3_8B, workload).peak)
+    assert plan.max_row_tokens(rows=3) in (2048, 2049)  # of one more token none is trained
+    assert plan.max_rows_per_pass() == 3
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_saving_saves_and_every_luxury_costs(billions, device):
-    sizes = sizes_of_billions(billions)
-    for last_layers in (None, 1):
-        for in_4bit in (False, True):
-            plan = Plan(tokens=4096, longest=1024, trained=100, device=device, last_layers=last_layers,
-                        load_in_4bit=in_4bit, gradient_checkpointing=in_4bit)  # fmt: skip
-            peak = advice.needs(sizes, plan)
-            assert all(advice.needs(sizes, change.plan) < peak for change in advice.savings(sizes, plan))
-            assert all(advice.needs(sizes, change.plan) > peak for change in advice.luxuries(sizes, plan))
+def test_reductions_reduce_and_increases_increase(device):
+    for billions in (0.002, 8):  # some reductions save nothing for a tiny model
+        sizes = sizes_of_billions(billions)
+        for last_layers, in_4bit in ((None, False), (1, True)):
+            workload = Workload(tokens=4096, longest=1024, trained=100, device=device, last_layers=last_layers,
+                                load_in_4bit=in_4bit, gradient_checkpointing=in_4bit)  # fmt: skip
+            plan = MemoryPlan(sizes, workload)
+            assert plan.reductions() and all(change.plan.peak < plan.peak for change in plan.reductions())
+            assert plan.increases() and all(change.plan.peak > plan.peak for change in plan.increases())
 
 
-@pytest.mark.parametrize("step_rows", [1, 3, 6, 17])
-def test_a_suggestion_keeps_the_rows_of_a_step(step_rows):
-    for card in advice.CARDS_GB:
-        one = advice.suggest(LLAMA3_8B, card, step_rows=step_rows)
-        assert one.plan is None or one.flags["batch_size"] * one.flags["grad_accum"] == step_rows
+def test_fitting_applies_harmless_changes_first():
+    workload = Workload(tokens=16 * 8192, longest=8192, rank=64, load_in_4bit=False, gradient_checkpointing=False)
+    plan, changes = MemoryPlan(LLAMA3_8B, workload, usable_bytes(24)).fitted()
+    assert plan.fits and plan.peak <= usable_bytes(24)
+    assert changes[0].what == "smaller passes"
+    assert plan.workload.rank == 64 and plan.workload.longest == 8192  # the result stays the same
+    assert not MemoryPlan(LLAMA3_70B, workload, usable_bytes(8)).fitted()[0].fits
 
 
-def test_what_is_too_large_is_made_to_fit_with_the_harmless_changes_first():
-    plan = Plan(tokens=16 * 8192, longest=8192, rank=64, load_in_4bit=False, gradient_checkpointing=False)
-    fitting = advice.make_fit(LLAMA3_8B, plan, advice.usable(24))
-    assert fitting.fits and fitting.peak <= advice.usable(24)
-    assert fitting.changes[0].what == "smaller passes"
-    assert fitting.plan.rank == 64 and fitting.plan.longest == 8192  # nothing that changes the result was needed
-    hopeless = advice.make_fit(LLAMA3_70B, plan, advice.usable(8))
-    assert not hopeless.fits and hopeless.peak > advice.usable(8)
-
-
-def test_every_suggested_flag_is_a_flag_of_train_lora():
+def test_suggested_flags_are_flags_of_train_lora():
     from finetune import settings
 
-    plan = Plan(tokens=4096, longest=2048, load_in_4bit=False, gradient_checkpointing=False)
-    changes = [*advice.savings(LLAMA3_8B, plan), *advice.luxuries(LLAMA3_8B, plan.but(load_in_4bit=True)),
-               *advice.luxuries(LLAMA3_8B, plan.but(gradient_checkpointing=True))]  # fmt: skip
-    flags = [change.flags for change in changes] + [advice.suggest(LLAMA3_8B, 24).flags]
+    workload = Workload(tokens=4096, longest=2048, load_in_4bit=False, gradient_checkpointing=False)
+    larger = MemoryPlan(LLAMA3_8B, workload.replace(load_in_4bit=True, gradient_checkpointing=True))
+    changes = [*MemoryPlan(LLAMA3_8B, workload).reductions(), *larger.increases()]
+    flags = [change.flags for change in changes] + [suggest(LLAMA3_8B, 24)[1]]
     assert len(flags) > 10
     for one in flags:
-        parsed = settings.parse(advice.flag_words(one).split())
+        parsed = settings.parse(command_line(one).split())
         assert {name: getattr(parsed, name) for name in one} == one
 
 
-# --- a run ------------------------------------------------------------------------------------------------------------
+# --- the plan of a run ------------------------------------------------------------------------------------------------
 
 
-def test_the_plan_of_a_run_counts_shared_prefixes_once():
+def settings_of(*arguments):
     from finetune import settings
+
+    return settings.parse(list(arguments))
+
+
+def placement(device):
+    return memory_plan.Placement("bfloat16", load_in_4bit=False, gradient_checkpointing=False, device=device)
+
+
+def test_plan_of_a_run_counts_shared_prefixes_once():
     from finetune.passes.plan import ENOUGH_ON_CPU
 
     prefix, rows = list(range(400)), []
     for number in range(8):
         ids = prefix + [1000 + number] * 50
         rows.append((ids, [IGNORE_INDEX] * 440 + ids[440:]))
-    flags = settings.parse(["--batch_size", "8", "--grad_accum", "1"])
-    plan = memory_plan.plan_of_run(
-        flags, dtype="float32", load_in_4bit=False, gradient_checkpointing=False, device="cpu"
-    )
-    shared = memory_plan.with_rows(plan, flags, rows, 10_000)
+
+    def workload(device, *flags):
+        flags = settings_of("--batch_size", "8", "--grad_accum", "1", *flags)
+        return memory_plan.plan_for(flags, sizes_of_billions(0.5), placement(device), rows).workload
+
+    shared = workload("cpu", "--tokens_per_pass", "10000")
     assert 400 + 8 * 49 <= shared.tokens <= 400 + 8 * 50 and shared.trained == 80
-    flags.share_prefix = False
-    assert memory_plan.with_rows(plan.but(device="cuda"), flags, rows, 10_000).tokens > 3500
+    assert workload("NVIDIA L4", "--tokens_per_pass", "10000", "--no-share_prefix").tokens > 3500
     # On a CPU a full pass takes no row that shares nothing with it.
-    assert ENOUGH_ON_CPU <= memory_plan.with_rows(plan, flags, rows, 10_000).tokens < ENOUGH_ON_CPU + 450
-    assert memory_plan.with_rows(plan, flags, rows, 600).tokens <= 600  # one row in a pass
+    full = workload("cpu", "--tokens_per_pass", "10000", "--no-share_prefix")
+    assert ENOUGH_ON_CPU <= full.tokens < ENOUGH_ON_CPU + 450
+    assert workload("cpu", "--tokens_per_pass", "600", "--no-share_prefix").tokens <= 600  # one row per pass
 
 
-def test_a_budget_per_pass_stays_within_the_free_memory(monkeypatch):
-    sizes, plan = sizes_of_billions(1.5), Plan(tokens=1)
+def test_default_budget_grows_with_the_free_memory(monkeypatch):
+    sizes, workload = sizes_of_billions(1.5), Workload(tokens=1)
     budgets = []
     for free in (4e9, 8e9, 16e9, 200e9):
-        monkeypatch.setattr(memory_plan, "free_memory", lambda free=free: free)
-        budgets.append(memory_plan.default_tokens_per_pass(sizes, plan, loaded=False))
-    assert budgets == sorted(budgets) and budgets[0] < budgets[-1] == memory_plan.MOST_TOKENS
-    monkeypatch.setattr(memory_plan, "free_memory", lambda: 8e9)
-    assert memory_plan.default_tokens_per_pass(sizes, plan, loaded=True) > budgets[1]  # the weights are there already
-    assert memory_plan.default_tokens_per_pass(sizes, plan.but(optim="wonder"), loaded=True) > 0
+        monkeypatch.setattr("finetune.training.memory_plan.free_memory", lambda free=free: free)
+        budgets.append(memory_plan.estimated_tokens_per_pass(sizes, workload, loaded=False))
+    assert budgets == sorted(budgets) and budgets[0] < budgets[-1] == memory_plan.MAX_DEFAULT_TOKENS_PER_PASS
+    monkeypatch.setattr("finetune.training.memory_plan.free_memory", lambda: 8e9)
+    loaded = memory_plan.estimated_tokens_per_pass(sizes, workload, loaded=True)
+    assert loaded > budgets[1]  # the weights are not counted again
+    unknown = workload.replace(optim="wonder")
+    assert memory_plan.estimated_tokens_per_pass(sizes, unknown, loaded=True) == memory_plan.estimated_tokens_per_pass(
+        sizes, workload.replace(optim="adamw_torch"), loaded=True
+    )
 
 
-def test_a_prediction_never_stops_a_run():
-    entry = memory_plan.prediction(LLAMA3_8B, Plan(tokens=64, optim="wonder"))
-    assert entry["predicted_gb"] is None and "wonder" in entry["reason"]
-    entry = memory_plan.prediction(LLAMA3_8B, Plan(tokens=64))
+def test_config_entry_of_a_plan():
+    entry = MemoryPlan(LLAMA3_8B, Workload(tokens=64)).as_config()
+    assert list(entry) == ["predicted_gb", "measured_gb", "parts", "plan"]
     assert entry["predicted_gb"] == pytest.approx(sum(entry["parts"].values()) - entry["parts"]["context"], abs=0.01)
-    assert plan_of(entry) == Plan(tokens=64)
+    assert plan_of(entry) == Workload(tokens=64)
 
 
-def test_on_a_cpu_a_pass_is_no_larger_than_an_ordinary_micro_batch(monkeypatch):
-    from finetune import settings
+def test_unknown_optimizer_does_not_stop_a_run():
+    entry = MemoryPlan(LLAMA3_8B, Workload(tokens=64, optim="wonder")).as_config()
+    assert entry["predicted_gb"] is None and "wonder" in entry["reason"]
 
-    monkeypatch.setattr(memory_plan, "free_memory", lambda: 200e9)
+
+def test_cpu_budget_is_at_most_a_micro_batch(monkeypatch):
+    monkeypatch.setattr("finetune.training.memory_plan.free_memory", lambda: 200e9)
     sizes, rows = sizes_of_billions(0.5), [([1] * length, [1] * length) for length in (30, 900)]
 
-    def budget(device, *words):
-        plan = Plan(tokens=1, device=device, load_in_4bit=False)
-        return memory_plan.tokens_of_a_pass(settings.parse(list(words)), sizes, plan, rows, loaded=False)
+    def budget(device, *flags):
+        return memory_plan.plan_for(settings_of(*flags), sizes, placement(device), rows).tokens_per_pass
 
     assert budget("cpu", "--batch_size", "8") == 8 * 900
     assert budget("cpu", "--batch_size", "1") == 4 * 900
     assert budget("cpu", "--batch_size", "8", "--tokens_per_pass", "100000") == 100_000
-    assert budget("cuda", "--batch_size", "8") == memory_plan.MOST_TOKENS
+    assert budget("NVIDIA L4", "--batch_size", "8") == memory_plan.MAX_DEFAULT_TOKENS_PER_PASS

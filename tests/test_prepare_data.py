@@ -1,10 +1,12 @@
-"""prepare: nothing lost, nothing replaced unasked, one line for what a user can cause."""
+"""prepare: every row is kept or rejected, files are replaced only with --overwrite, user errors are one line."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from finetune.reading.conversations import normalize_row
 from formats import encode, get_format
 from tests import parts
 from tests.rows import ANSWER, GOOD, LAMP, chat, lamp_call, read
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def tokenizer_dir() -> str:
 
 
 def fail(capsys, *argv: str) -> str:
-    """Run a command that must fail; returns its one line."""
+    """Run a command that must fail with exit status 2; returns its error line."""
     assert prepare_data.main([str(word) for word in argv]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ")
@@ -42,6 +46,7 @@ def fail(capsys, *argv: str) -> str:
 
 
 def many_rows() -> list[dict]:
+    """30 good rows, 20 of them with a call."""
     rooms = ["hall", "kitchen", "attic", "cellar", "garage", "study", "porch", "garden", "bedroom", "bathroom"]
     rows = []
     for i, room in enumerate(rooms * 3):
@@ -59,7 +64,7 @@ BAD = [
     (chat(lamp_call({"level": 3}), tools=[LAMP]), "'room' is a required property"),
     (chat(lamp_call({"room": "x"}), tools=[]), "not declared"),
     (chat({"role": "assistant", "content": ""}), "says and calls nothing"),
-    (many_rows()[4], "the same as"),
+    (many_rows()[4], "duplicate of"),
     ({"prompt": "half \ud83d", "completion": "x"}, "surrogate"),
 ]
 
@@ -75,8 +80,8 @@ def mixed(tmp_path) -> Path:
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-def test_a_tool_name_in_letters_without_a_font_is_drawn_without_a_word(tmp_path):
-    """Linear B is in no font that a machine has; a warning a letter would bury what the command says."""
+def test_chart_of_letters_without_a_font_does_not_warn(tmp_path):
+    """No installed font has Linear B; matplotlib would warn about each letter."""
     row = chat(lamp_call({"room": "x"}, name="\U00010000\U00010001"), tools=[LAMP | {"name": "\U00010000\U00010001"}])
     write_jsonl(tmp_path / "rows.jsonl", [row])
     assert prepare_data.main([str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out")]) == 0
@@ -114,7 +119,7 @@ def test_prepare_accounts_for_every_row(mixed, tmp_path, capsys):
     assert "messages: messages, tools" in shown
 
 
-def test_prepared_rows_are_read_back_unchanged_and_the_seed_decides(mixed, tmp_path):
+def test_prepared_rows_are_read_back_unchanged(mixed, tmp_path):
     folders = [tmp_path / name for name in ("a", "b", "c")]
     for folder, seed in zip(folders, ("0", "0", "1"), strict=True):
         assert prepare_data.main(["prepare", str(mixed), "--output", str(folder), "--seed", seed]) == 0
@@ -123,7 +128,7 @@ def test_prepared_rows_are_read_back_unchanged_and_the_seed_decides(mixed, tmp_p
     assert [normalize_row(row) for row in read(folders[0] / "train.jsonl")] == read(folders[0] / "train.jsonl")
 
 
-def test_near_duplicates_stay_together_or_go_with_dedupe(tmp_path):
+def test_near_duplicates_share_a_split_or_are_rejected(tmp_path):
     base = "Please show me the vertical reaction at every support of the frame for load case number {}"
     rows = [{"prompt": base.format(i), "completion": str(i)} for i in range(20)]
     rows += [
@@ -139,17 +144,17 @@ def test_near_duplicates_stay_together_or_go_with_dedupe(tmp_path):
     assert len(alike) == 1
     assert prepare_data.main([str(source), "--output", str(tmp_path / "b"), "--dedupe"]) == 0
     rejected = read(tmp_path / "b" / "rejected.jsonl")
-    assert len(rejected) == 19 and all("nearly the same as" in row["reason"] for row in rejected)
+    assert len(rejected) == 19 and all("near-duplicate of" in row["reason"] for row in rejected)
     assert prepare_data.main([str(source), "--output", str(tmp_path / "c"), "--dedupe", "--strict"]) == 2
     assert not (tmp_path / "c").exists()
 
 
-def test_strict_stops_at_the_first_and_leaves_nothing(mixed, tmp_path, capsys):
+def test_strict_stops_at_the_first_bad_row(mixed, tmp_path, capsys):
     line = fail(capsys, mixed, "--output", tmp_path / "out", "--strict")
     assert "rows.jsonl, row 31: is not JSON" in line and not (tmp_path / "out").exists()
 
 
-def test_output_is_never_replaced_unasked(mixed, tmp_path, capsys):
+def test_output_is_replaced_only_with_overwrite(mixed, tmp_path, capsys):
     assert prepare_data.main([str(mixed), "--output", str(tmp_path / "out")]) == 0
     before = (tmp_path / "out" / "train.jsonl").read_bytes()
     assert "already there" in fail(capsys, mixed, "--output", tmp_path / "out", "--seed", "5")
@@ -158,7 +163,7 @@ def test_output_is_never_replaced_unasked(mixed, tmp_path, capsys):
     assert (tmp_path / "out" / "train.jsonl").read_bytes() != before
 
 
-def test_no_file_that_is_read_is_replaced_or_removed(tmp_path, capsys):
+def test_input_files_are_never_replaced(tmp_path, capsys):
     source = write_jsonl(tmp_path / "rejected.jsonl", [GOOD["pair"]])
     write_jsonl(tmp_path / "train.jsonl", [{"text": "x"}])
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -175,7 +180,7 @@ def test_no_file_that_is_read_is_replaced_or_removed(tmp_path, capsys):
     assert "every row is read exactly once" in fail(capsys, "parse", "--format", "qwen", f"{other}*2", tmp_path / "o")
 
 
-def test_lengths_are_tokens_and_long_rows_are_rejected_or_trimmed(tmp_path, tokenizer, tokenizer_dir, fmt):
+def test_overlong_rows_are_rejected_or_trimmed(tmp_path, tokenizer, tokenizer_dir, fmt):
     long = chat(ANSWER, {"role": "user", "content": "more " * 60}, ANSWER, tools=[LAMP])
     last = {"messages": long["messages"][2:], "tools": long["tools"]}
     limit = len(encode(normalize_row(last), tokenizer, fmt).sequences[0].input_ids)
@@ -192,7 +197,7 @@ def test_lengths_are_tokens_and_long_rows_are_rejected_or_trimmed(tmp_path, toke
     )
 
 
-def test_tools_from_a_file_and_rows_from_a_database(tmp_path, capsys):
+def test_tools_file_and_database_rows(tmp_path, capsys):
     import sqlite3
 
     with sqlite3.connect(tmp_path / "logs.db") as connection:
@@ -219,7 +224,7 @@ def test_tools_from_a_file_and_rows_from_a_database(tmp_path, capsys):
     assert read(tmp_path / "out" / "rejected.jsonl")[0]["row"] == 2
 
 
-def test_any_name_of_a_tool_and_of_a_folder_can_be_drawn_and_printed(tmp_path, capsys):
+def test_any_tool_or_folder_name_is_drawn_and_printed(tmp_path, capsys):
     names = ["a$^$b", "[/b]", "a\x00\nb", "long" * 2000, "예약"]
     rows = [
         {"messages": [{"role": "user", "content": name}, lamp_call({}, name)], "tools": [{"name": name}]}
@@ -230,10 +235,43 @@ def test_any_name_of_a_tool_and_of_a_folder_can_be_drawn_and_printed(tmp_path, c
     assert (out / "tools.png").stat().st_size > 1000 and "out[/b]" in capsys.readouterr().out
 
 
-def test_no_password_is_written_into_the_card():
+@pytest.mark.skipif(os.name == "nt", reason="Windows allows no such file names")
+def test_card_with_names_that_are_hostile_to_yaml(tmp_path):
+    """The front matter is loaded by the Hub's library, and each table row stays one line."""
+    from huggingface_hub import DatasetCard
+
+    names = ["a: b", "@c", "d\ne", "- f", "---", "{{ g }}", "h | i", "<j>"]
+    rows = [
+        {"messages": [{"role": "user", "content": f"ask {name}"}, lamp_call({}, name)], "tools": [{"name": name}]}
+        for name in names
+    ]
+    source = write_jsonl(tmp_path / "rows: @x\n---\ny.jsonl", rows)
+    assert prepare_data.main([str(source), "--output", str(tmp_path / "out: @"), "--split", "1/1/0"]) == 0
+    card = DatasetCard.load(tmp_path / "out: @" / "dataset_card.md")
+    files = [{"split": name, "path": f"{name}.jsonl"} for name in ("train", "validation")]
+    assert card.data.to_dict() == {"configs": [{"config_name": "default", "data_files": files}]}
+    lines = card.text.splitlines()
+    for name in ("a: b", "@c", "d e", "- f", "---", "{{ g }}", "h \\| i", "&lt;j>"):
+        assert sum(line.startswith(f"| `{name}` | ") for line in lines) == 1
+    assert any(line.startswith(f"| {tmp_path}/rows: @x --- y.jsonl | 8 | 8 |") for line in lines)
+
+
+def test_prepare_imports_no_torch(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [GOOD["pair"]])
+    code = (
+        "import sys, prepare_data\n"
+        "assert 'huggingface_hub' not in sys.modules\n"
+        "assert prepare_data.main(['rows.jsonl', '--output', 'out']) == 0\n"
+        "assert 'huggingface_hub' in sys.modules and 'torch' not in sys.modules\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment, capture_output=True)
+
+
+def test_password_is_not_in_the_shown_command():
     args = prepare_data.build_parser().parse_args(["prepare", "--sql", "postgresql://me:hush@h/d", "--output", "x"])
     args.argv = ["prepare", "--sql", "postgresql://me:hush@h/d", "--output", "x"]
-    assert "hush" not in prepare_data._command_line(args)
+    assert "hush" not in prepare_data.command_line(args)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +295,7 @@ def test_no_password_is_written_into_the_card():
         (["parse", "--format", "qwen", "good.jsonl", "a" * 300], "too long"),
     ],
 )
-def test_what_a_user_can_cause_is_one_line_and_leaves_no_folder(tmp_path, monkeypatch, capsys, argv, message):
+def test_user_errors_are_one_line_and_leave_no_output(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write_jsonl(Path("good.jsonl"), [GOOD["pair"]])
@@ -267,17 +305,17 @@ def test_what_a_user_can_cause_is_one_line_and_leaves_no_folder(tmp_path, monkey
     assert not Path("out").exists() and not Path("o.jsonl").exists()
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*out: No space"), open_atomic(tmp_path / "out") as file:
         file.write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_data_set_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+def test_data_set_is_written_completely_or_not_at_all(tmp_path, monkeypatch, capsys):
     write_jsonl(tmp_path / "rows.jsonl", many_rows())
     command = [str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "new" / "out")]
-    (tmp_path / "old" / "test.jsonl").mkdir(parents=True)  # nothing can take the place of a folder
+    (tmp_path / "old" / "test.jsonl").mkdir(parents=True)  # a folder cannot be replaced by a file
     (tmp_path / "old" / "train.jsonl").write_text("before")
     fail(capsys, *command[:2], str(tmp_path / "old"), "--overwrite")
     assert (tmp_path / "old" / "train.jsonl").read_text() == "before"
@@ -290,7 +328,7 @@ def test_a_data_set_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys
     assert not (tmp_path / "new").exists()
 
 
-def test_rows_that_are_not_there_are_not_shown_silently(tmp_path, tokenizer_dir, capsys):
+def test_show_refuses_a_missing_row(tmp_path, tokenizer_dir, capsys):
     rows = str(write_jsonl(tmp_path / "rows.jsonl", [GOOD["pair"]]))
     show = ["show", "--tokenizer", tokenizer_dir, "--format", "chatml", rows]
     assert "there is no row 2" in fail(capsys, *show, "--first", "2")

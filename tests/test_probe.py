@@ -1,102 +1,110 @@
-"""The default of --tokens_per_pass: what two tried passes took, against what a pass really takes."""
+"""The default of --tokens_per_pass: memory measured on two passes against that of a real pass."""
 
 import sys
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune import settings
-from finetune.memory.estimate import Plan
 from finetune.memory.sizes import sizes_of_model
-from finetune.passes.runner import PassRunner
-from finetune.training import memory_plan, probe
 from formats import IGNORE_INDEX
-from tests.test_shared_prefix import adapted
+from tests.helpers import lazy
+
+torch = lazy("torch")
+memory_plan = lazy("finetune.training.memory_plan")
+probe = lazy("finetune.training.probe")
 
 ROWS = [([1] * 3000, [1] * 3000)]
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for the high-water mark")
+FREE_MEMORY = "finetune.training.memory_plan.free_memory"
+MEASURE_PASS = "finetune.training.probe.measure_pass"
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark in Linux's /proc")
 
 
 @pytest.fixture(scope="module")
 def runner():
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from finetune.passes.runner import PassRunner
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1000, hidden_size=128, intermediate_size=384, num_hidden_layers=8, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=8192,
     )  # fmt: skip
-    model = adapted(LlamaForCausalLM(config))
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules="all-linear"))
     return PassRunner(model, 4096, share_prefix=True, pad_token_id=0)
 
 
-def chosen(runner, *words):
-    flags = settings.parse(["--model", "m", "--dataset", "d", *words])
-    plan = Plan(tokens=1, rank=8, load_in_4bit=False, dtype="float32", gradient_checkpointing=False,
-                optim="adamw_torch", device="cpu")  # fmt: skip
-    return probe.tokens_of_a_pass(runner, flags, sizes_of_model(runner.model), plan, ROWS)
+def planned_tokens(runner, *flags, rows=ROWS):
+    """Tokens per pass of a CPU run in float32."""
+    flags = settings.parse(["--model", "m", "--dataset", "d", "--rank", "8", *flags])
+    placement = memory_plan.Placement("float32", load_in_4bit=False, gradient_checkpointing=False, device="cpu")
+    plan = memory_plan.plan_for(flags, sizes_of_model(runner.model), placement, rows, runner=runner)
+    assert runner.tokens_per_pass == plan.tokens_per_pass
+    return plan.tokens_per_pass
 
 
 @linux
-def test_a_probe_foresees_a_larger_pass(runner):
-    found = probe.probe(runner, (512, 1024))
-    (taken,) = probe._resident_peaks([probe.work(runner, 3072)])
-    foreseen = found.fixed + 3072 * found.per_token
-    assert found.per_token > 8 * 4 * 4 * 128  # at the very least a few states of each layer
-    # The heap leaves holes, another number of them each time; the budget takes three fifths of the free memory.
-    assert memory_plan.BUDGET["cpu"] * taken < foreseen < 1.6 * taken
+def test_measured_pass_predicts_a_larger_one(runner):
+    measured = probe.measure_pass(runner, (512, 1024))
+    (taken,) = probe.resident_peaks([probe.random_pass(runner, 3072)])
+    predicted = measured.fixed + 3072 * measured.per_token
+    assert measured.per_token > 8 * 4 * 4 * 128  # at least a few hidden states of each layer
+    # Heap fragmentation differs from run to run; the budget is three fifths of the free memory.
+    assert memory_plan.BUDGET_SHARE["cpu"] * taken < predicted < 1.6 * taken
 
 
 @linux
-def test_a_probe_leaves_no_gradient_and_no_random_number_behind(runner):
+def test_measuring_leaves_the_run_as_it_was(runner):
     runner.model.eval()
     state, budget = torch.get_rng_state(), runner.tokens_per_pass
-    assert probe.probe(runner, (64, 512)) is not None
+    assert probe.measure_pass(runner, (64, 512)) is not None
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in runner.model.parameters())
     assert not runner.model.training and runner.tokens_per_pass == budget
 
 
-@linux
-def test_little_memory_makes_small_passes_by_what_was_tried(runner, monkeypatch):
-    tried = []
-    monkeypatch.setattr(probe, "probe", lambda *args: tried.append(args) or probe.Probe(fixed=1e8, per_token=1e5))
-    monkeypatch.setattr(memory_plan, "free_memory", lambda: 1e9)
-    # 0.6 of the free memory without what a pass takes anyway and eight bytes for each of the adapter's numbers.
-    numbers = sum(p.numel() for p in runner.model.parameters() if p.requires_grad)
-    assert chosen(runner) == int((0.6e9 - 1e8 - 8 * numbers) / 1e5)
-    assert len(tried) == 1
-    assert chosen(runner, "--tokens_per_pass", "777") == 777
-    monkeypatch.setattr(memory_plan, "free_memory", lambda: 64e9)
-    assert chosen(runner) == 12_000  # four of the longest rows: on a CPU more would be of no use
-    assert len(tried) == 1  # and nothing had to be tried for it
+def test_little_memory_gives_passes_as_measured(runner, monkeypatch):
+    measured = []
+    monkeypatch.setattr(MEASURE_PASS, lambda *args: measured.append(args) or probe.PassMemory(1e8, 1e5))
+    monkeypatch.setattr(FREE_MEMORY, lambda: 1e9)
+    # 0.6 of the free memory less the fixed part and 8 bytes of optimizer state per trained parameter
+    parameters = sum(p.numel() for p in runner.model.parameters() if p.requires_grad)
+    assert planned_tokens(runner) == int((0.6e9 - 1e8 - 8 * parameters) / 1e5)
+    assert len(measured) == 1
+    assert planned_tokens(runner, "--tokens_per_pass", "777") == 777
+    monkeypatch.setattr(FREE_MEMORY, lambda: 64e9)
+    assert planned_tokens(runner) == 12_000  # four of the longest rows
+    assert len(measured) == 1
 
 
-def test_a_pass_that_does_not_fit_leaves_the_formula(runner, monkeypatch):
-    def too_much(*args):
+def test_pass_that_does_not_fit_leaves_the_estimate(runner, monkeypatch):
+    def out_of_memory(*args):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(runner, "run_once", too_much)
-    monkeypatch.setattr(memory_plan, "free_memory", lambda: 1e9)
-    assert probe.probe(runner, (512, 1024)) is None
-    assert memory_plan.LEAST_TOKENS <= chosen(runner) < 12_000
+    monkeypatch.setattr(runner, "run_once", out_of_memory)
+    monkeypatch.setattr(FREE_MEMORY, lambda: 1e9)
+    assert probe.measure_pass(runner, (512, 1024)) is None
+    assert memory_plan.MIN_DEFAULT_TOKENS_PER_PASS <= planned_tokens(runner) < 12_000
 
+
+def test_other_errors_of_a_measured_pass_are_raised(runner, monkeypatch):
     def broken(*args):
         raise RuntimeError("something else")
 
     monkeypatch.setattr(runner, "run_once", broken)
     with pytest.raises(RuntimeError, match="something else"):
-        probe.probe(runner, (512, 1024))
+        probe.measure_pass(runner, (512, 1024))
 
 
-def test_on_a_cpu_a_pass_is_tried_only_where_memory_is_near_what_the_run_needs(runner, monkeypatch):
+def test_cpu_measures_only_when_memory_is_scarce(runner, monkeypatch):
+    """16 of the longest rows would be 32,800 tokens; with their prefix shared the run needs 2,800."""
     rows = [([*range(2000), *[number] * 50], [IGNORE_INDEX] * 2000 + [number] * 50) for number in range(32)]
-    tried = []
-    monkeypatch.setattr(probe, "probe", lambda *args: tried.append(args))
-    flags = settings.parse(["--model", "m", "--dataset", "d", "--batch_size", "16", "--grad_accum", "1"])
-    plan = Plan(tokens=1, rank=8, load_in_4bit=False, dtype="float32", gradient_checkpointing=False,
-                optim="adamw_torch", device="cpu")  # fmt: skip
-    # The longest row 16 times would be 32,800 tokens; with the beginning shared the run needs 2,800.
-    for allowed, tries in ((5_700, 0), (5_300, 1)):
-        monkeypatch.setattr(memory_plan, "default_tokens_per_pass", lambda *args, allowed=allowed, **more: allowed)
-        assert probe.tokens_of_a_pass(runner, flags, sizes_of_model(runner.model), plan, rows) == allowed
-        assert len(tried) == tries
+    measured = []
+    monkeypatch.setattr(MEASURE_PASS, lambda *args: measured.append(args))
+    for allowed, times in ((5_700, 0), (5_300, 1)):
+        monkeypatch.setattr(
+            "finetune.training.memory_plan.estimated_tokens_per_pass", lambda *args, allowed=allowed, **more: allowed
+        )
+        assert planned_tokens(runner, "--batch_size", "16", "--grad_accum", "1", rows=rows) == allowed
+        assert len(measured) == times

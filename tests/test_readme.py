@@ -27,8 +27,6 @@ def test_commands_are_accepted(command):
     assert (ROOT / script).is_file()
     if script == "train_lora.py":
         settings.parse(arguments)
-    elif script == "visualize_loss.py":
-        importlib.import_module("visualize_loss").parse_arguments(arguments)
     else:
         parser = importlib.import_module(script.removesuffix(".py")).build_parser()
         verbs = ("prepare", "encode", "parse", "show", "audit", "generate")

@@ -1,4 +1,4 @@
-"""Verdicts, metrics, intervals and the paired test, against numbers worked out by hand or by another library."""
+"""Verdicts, metrics, intervals and the paired comparison against numbers computed by hand or by another library."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.evaluation.items import ANSWER, CALL, IRRELEVANT, MISSING_PARAMETER, QUESTION, Item, items_of
-from finetune.evaluation.metrics import RATIOS, Scored, compare, compute_metrics
+from finetune.evaluation.items import ANSWER, CALL, IRRELEVANT, MISSING_PARAMETER, QUESTION, items_of
+from finetune.evaluation.metrics import METRICS, Metric, compute_metrics, paired_differences
+from finetune.evaluation.report import comparison_markdown
 from finetune.evaluation.scoring import (
     BROKEN,
     NO_CALL,
@@ -23,48 +24,7 @@ from finetune.evaluation.scoring import (
 )
 from finetune.evaluation.text_scores import exact_match, quality_ok, rouge_l, token_f1, tokenize
 from finetune.json_schema import ToolSchemas
-
-LAMP = {
-    "type": "function",
-    "function": {
-        "name": "set_lamp",
-        "parameters": {
-            "type": "object",
-            "properties": {"room": {"type": "string"}, "level": {"type": "integer"}},
-            "required": ["room"],
-        },
-    },
-}
-DOOR = {
-    "type": "function",
-    "function": {
-        "name": "door",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "Assign": {
-                    "type": "object",
-                    "additionalProperties": {"type": "object", "properties": {"open": {"type": "boolean"}}},
-                }
-            },
-        },
-    },
-}
-TOOLS = [LAMP, DOOR]
-
-
-def call(name: str, **arguments) -> dict:
-    return {"name": name, "arguments": arguments}
-
-
-def item(kind: str = CALL, *expected: dict, row: int = 1, text: str | None = None, **more) -> Item:
-    messages = [{"role": "user", "content": "Dim the kitchen"}]
-    more.setdefault("tools", TOOLS)
-    return Item("rows", row, 1, kind, messages, expected_calls=list(expected), expected_text=text, **more)
-
-
-def answered(one: Item, *made: dict, text: str = "", errors: tuple[str, ...] = (), latency: float = 1.0) -> Scored:
-    return Scored(one, text, list(made), score(one, text, list(made), list(errors)), latency, 10, errors)
+from tests.scored import TOOLS, answered, call, item
 
 
 @pytest.mark.parametrize(
@@ -81,7 +41,7 @@ def answered(one: Item, *made: dict, text: str = "", errors: tuple[str, ...] = (
         ("Seoul", "seoul", False),
     ],
 )
-def test_equality_is_that_of_json(left, right, equal):
+def test_json_equal(left, right, equal):
     assert json_equal(left, right) is equal
     assert json_equal(right, left) is equal
 
@@ -95,13 +55,13 @@ JSON = st.recursive(
 
 @settings(deadline=None)
 @given(JSON, JSON)
-def test_equal_values_have_equal_leaves(left, right):
+def test_json_equal_values_have_equal_leaves(left, right):
     assert json_equal(left, left)
     if json_equal(left, right):
         assert {path for path, _ in leaves(left)} == {path for path, _ in leaves(right)}
 
 
-def test_leaves_of_a_nested_body():
+def test_leaves_of_nested_arguments():
     body = {"Assign": {"1": {"X": 0, "FV": [0, -1], "empty": {}}}}
     assert list(leaves(body)) == [
         (("Assign", "1", "X"), 0),
@@ -111,7 +71,7 @@ def test_leaves_of_a_nested_body():
     ]
 
 
-def test_parallel_calls_have_no_order_and_pair_by_arguments():
+def test_pair_calls_ignores_order():
     expected = [call("set_lamp", room="hall", level=1), call("set_lamp", room="attic", level=2)]
     made = [call("set_lamp", room="attic", level=2), call("set_lamp", room="hall", level=9)]
     assert sorted(pair_calls(expected, made)) == [(0, 1), (1, 0)]
@@ -140,21 +100,21 @@ def test_parallel_calls_have_no_order_and_pair_by_arguments():
         ([], [], 0, 0, 0, 0, 0),
     ],
 )
-def test_verdicts_on_a_call(made, errors, name, arguments, valid_json, valid_schema, hallucinated):
+def test_score_of_a_call(made, errors, name, arguments, valid_json, valid_schema, hallucinated):
     verdicts = score(item(CALL, call("set_lamp", room="hall", level=3)), "", made, errors)
     assert verdicts["called"] == bool(made or errors)
     got = [verdicts[key] for key in ("name_correct", "arguments_correct", "json_valid", "schema_valid", "hallucinated")]
     assert got == [bool(v) for v in (name, arguments, valid_json, valid_schema, hallucinated)]
 
 
-def test_a_broken_attempt_counts_as_a_call_where_none_is_right():
+def test_score_counts_a_broken_call_as_a_call():
     assert score(item(IRRELEVANT, text="No tool for that."), "…", [], [])["no_call_correct"]
     assert not score(item(IRRELEVANT, text="No tool for that."), "…", [], ["call 1: cut off"])["no_call_correct"]
     assert not score(item(ANSWER, text="Done."), "", [call("set_lamp", room="hall")], [])["no_call_correct"]
 
 
-def test_calls_without_declared_tools_are_scored_by_name_and_arguments():
-    """Rows of chat logs often hold calls and no tools; BFCL has rows without a function where none is to be called."""
+def test_score_without_declared_tools():
+    """Chat logs often hold calls without tools; BFCL has rows without a function where no call is expected."""
     right = call("set_lamp", room="hall")
     m = compute_metrics([answered(item(CALL, right, tools=[]), right), answered(item(CALL, right, tools=[], row=2))])
     assert m["tool_name_accuracy"] == m["parameter_accuracy"] == m["argument_recall"] == 0.5
@@ -171,7 +131,7 @@ def test_calls_without_declared_tools_are_scored_by_name_and_arguments():
         ({"properties": {"a": {}}}, ["b"]),
         ({"properties": {"a": {}}, "additionalProperties": False}, ["b"]),
         ({"properties": {"a": {}}, "additionalProperties": True}, []),
-        ({"properties": {"a": {}}, "additionalProperties": {}}, []),  # to JSON Schema the same as true
+        ({"properties": {"a": {}}, "additionalProperties": {}}, []),  # the same as true
         ({"properties": {"a": {}}, "additionalProperties": {"properties": {}}}, ["b.c"]),
         ({"properties": {}}, ["a", "b"]),
         ({}, []),
@@ -184,14 +144,14 @@ def test_calls_without_declared_tools_are_scored_by_name_and_arguments():
         ({"properties": {"a": {}}, "anyOf": 5}, ["b"]),
     ],
 )
-def test_arguments_that_a_schema_does_not_know(schema, unknown):
+def test_unknown_arguments(schema, unknown):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", **schema}}}
     made = call("f", a=1, b={"c": 2})
     assert ToolSchemas([tool]).unknown_arguments(made) == unknown
     assert score(item(CALL, made, tools=[tool]), "", [made], [])["hallucinated"] is bool(unknown)
 
 
-def test_a_schema_that_is_none_is_not_held_against_the_model():
+def test_score_ignores_an_invalid_schema():
     broken = {"type": "function", "function": {"name": "odd", "parameters": {"type": "no such type"}}}
     assert score(item(CALL, call("odd", a=1), tools=[broken]), "", [call("odd", a=1)], [])["schema_valid"]
 
@@ -215,12 +175,12 @@ def conversation() -> dict:
             {"role": "user", "content": "Tell me a joke"},
             {"role": "assistant", "content": "I have no tool for jokes."},
             {"role": "user", "content": "x"},
-            {"role": "assistant", "content": "a slip", "train": False},
+            {"role": "assistant", "content": "a mistake", "train": False},
         ],
     }
 
 
-def test_a_schema_is_read_in_the_draft_that_it_names_and_fetches_nothing(monkeypatch):
+def test_schema_draft_is_used_and_nothing_fetched(monkeypatch):
     def tool(**parameters):
         return {"type": "function", "function": {"name": "f", "parameters": {"type": "object", **parameters}}}
 
@@ -231,10 +191,10 @@ def test_a_schema_is_read_in_the_draft_that_it_names_and_fetches_nothing(monkeyp
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("fetched"))
     foreign = ToolSchemas([tool(properties={"p": {"$ref": "http://127.0.0.1:9/schema.json"}})])
     assert foreign.is_valid({"name": "f", "arguments": {"p": 1}}) is None
-    assert "cannot be followed" in foreign.problems({"name": "f", "arguments": {"p": 1}})[0]
+    assert "cannot be evaluated" in foreign.problems({"name": "f", "arguments": {"p": 1}})[0]
 
 
-def test_every_assistant_turn_is_an_item_of_its_kind():
+def test_items_of_every_assistant_turn():
     items = items_of(conversation(), "rows", 5)
     assert [(i.turn, i.kind) for i in items] == [
         (1, CALL), (3, CALL), (5, ANSWER), (7, MISSING_PARAMETER), (9, IRRELEVANT),
@@ -249,7 +209,7 @@ def test_every_assistant_turn_is_an_item_of_its_kind():
     assert [i.kind for i in named][-2:] == [MISSING_PARAMETER, MISSING_PARAMETER]
 
 
-def test_metrics_by_hand():
+def test_metrics_computed_by_hand():
     right = call("set_lamp", room="hall", level=3)
     scored = [
         answered(item(CALL, right, row=1), right),
@@ -264,7 +224,7 @@ def test_metrics_by_hand():
     m = compute_metrics(scored)
     assert m["tool_name_accuracy"] == 2 / 4
     assert m["parameter_accuracy"] == 1 / 4
-    # Made: room and level twice, and {"Assign": {}} is one leaf. Expected: two leaves in each of four items.
+    # Made: room and level twice, and one leaf in {"Assign": {}}. Expected: two leaves in each of four items.
     assert m["argument_precision"] == pytest.approx(3 / 5)
     assert m["argument_recall"] == pytest.approx(3 / 8)
     assert m["argument_f1"] == pytest.approx(2 * 3 / (5 + 8), abs=1e-6)
@@ -278,7 +238,7 @@ def test_metrics_by_hand():
     assert m["latency_p50_s"] == 1.0 and m["latency_p95_s"] == pytest.approx(np.percentile([1] * 7 + [3], 95))
     assert (m["items"], m["rows"]) == (8, 7)
     assert "parallel_accuracy" not in m and "parallel_accuracy" in m["not_measured"]
-    # door was called once for set_lamp: one false positive; an invented tool is a class of its own.
+    # door was called once for set_lamp; an undeclared tool is a class of its own.
     assert m["per_tool"]["set_lamp"] == {
         "precision": 1.0,
         "recall": 0.5,
@@ -296,7 +256,7 @@ def test_metrics_by_hand():
     assert low < 0.5 < high
 
 
-def test_every_number_at_the_top_is_a_number():
+def test_metrics_are_finite_numbers():
     scored = [answered(item(CALL, call("set_lamp", room="hall")))]
     m = compute_metrics(scored)
     tables = {"intervals_95", "items_by_kind", "calls", "not_measured", "per_tool", "confusion_matrix"}
@@ -304,14 +264,14 @@ def test_every_number_at_the_top_is_a_number():
     assert m["hallucination_rate"] == 0 and m["argument_precision"] == 0 and m["json_validity_rate"] == 0
 
 
-def test_arguments_are_not_counted_where_several_values_are_right():
+def test_arguments_of_bfcl_are_not_counted():
     one = item(CALL, call("set_lamp", room="hall"), possible_answers=[{"set_lamp": {"room": ["hall", "the hall"]}}])
     m = compute_metrics([answered(one, call("set_lamp", room="the hall")), answered(one)])
     assert m["parameter_accuracy"] == 0.5
     assert {"argument_precision", "argument_recall"} <= set(m["not_measured"]) and "argument_f1" not in m
 
 
-def test_bootstrap_agrees_with_scipy():
+def test_interval_agrees_with_scipy():
     from scipy.stats import bootstrap
 
     right = call("set_lamp", room="hall")
@@ -322,27 +282,60 @@ def test_bootstrap_agrees_with_scipy():
     assert ours == pytest.approx([theirs.confidence_interval.low, theirs.confidence_interval.high], abs=0.02)
 
 
-def test_rows_are_resampled_whole():
-    """Ten turns of one row are one piece of evidence: two rows, one all right and one all wrong, know nothing."""
+def test_interval_resamples_rows_not_items():
+    """Two rows of ten turns, one all right and one all wrong: the interval is everything."""
     right = call("set_lamp", room="hall")
     scored = [answered(item(CALL, right, row=1 + i // 10), *([right] if i < 10 else [])) for i in range(20)]
     assert compute_metrics(scored)["intervals_95"]["tool_name_accuracy"] == [0.0, 1.0]
 
 
-def test_paired_test_and_interval():
+def test_paired_differences():
     from scipy.stats import binomtest
 
     right = call("set_lamp", room="hall")
     items = [item(CALL, right, row=i) for i in range(20)]
     base = [answered(one, *([right] if i < 4 else [])) for i, one in enumerate(items)]
     tuned = [answered(one, *([right] if i >= 2 else [])) for i, one in enumerate(items)]
-    result = compare(base, tuned)["tool_name_accuracy"]
+    result = paired_differences(base, tuned)["tool_name_accuracy"]
     assert (result["base"], result["tuned"], result["difference"]) == (0.2, 0.9, 0.7)
     assert result["p_value"] == pytest.approx(binomtest(16, 18).pvalue)  # 16 gained, 2 lost
     assert 0.35 < result["interval_95"][0] < 0.7 < result["interval_95"][1] <= 1
-    assert compare(base, base)["tool_name_accuracy"]["p_value"] == 1.0
+    same = paired_differences(base, base)["tool_name_accuracy"]
+    assert (same["difference"], same["interval_95"], same["p_value"]) == (0, [0, 0], 1)
     with pytest.raises(ValueError, match="same items"):
-        compare(base, tuned[::-1])
+        paired_differences(base, tuned[::-1])
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_registered_metric_reaches_every_table(binary):
+    """McNemar's test is for binary metrics alone; all have a value, an interval and a row in the tables."""
+    metric = Metric("long_answers", lambda scored: min(len(scored.text) / 4, 1.0), binary=binary, lower_is_better=True)
+    texts = ["abcd" if i % 2 else ("" if binary else "ab") for i in range(20)]
+    base = [answered(item(IRRELEVANT, row=i), text=text) for i, text in enumerate(texts)]
+    tuned = [answered(one.item, text="abcd") for one in base]
+    METRICS.append(metric)
+    try:
+        metrics = {"base": compute_metrics(base), "tuned": compute_metrics(tuned)}
+        compared = paired_differences(base, tuned)
+        table = comparison_markdown(metrics, compared, [])
+    finally:
+        METRICS.remove(metric)
+    assert metrics["base"]["long_answers"] == (0.5 if binary else 0.75) and metrics["tuned"]["long_answers"] == 1
+    result = compared["long_answers"]
+    assert result["p_value"] == (pytest.approx(2 * 0.5**10) if binary else None)
+    assert 0 < result["interval_95"][0] < result["difference"] < result["interval_95"][1]
+    assert "| long_answers (lower is better) | 0." in table
+
+
+def test_binary_metrics_have_no_fractional_values():
+    """A metric with other values than 0 and 1 that is marked as binary would get a wrong p value."""
+    scored = [
+        answered(item(CALL, call("set_lamp", room="hall", level=3)), call("set_lamp", room="hall", level=4)),
+        answered(item(IRRELEVANT, text="No tool can do that."), text="No, sorry."),
+    ]
+    ratios = {(m.name, m.ratio(one)) for m in METRICS if m.verdict is not None for one in scored}
+    fractional = {name for name, ratio in ratios if ratio not in (None, (0, 1), (1, 1))}
+    assert fractional == {metric.name for metric in METRICS if not metric.binary}
 
 
 def test_confusion_pairs():
@@ -354,8 +347,8 @@ def test_confusion_pairs():
     assert confusion_pairs(item(IRRELEVANT), [], 1) == [(NO_CALL, BROKEN)]
 
 
-def test_the_table_takes_no_broken_call_for_silence():
-    """A class's recall in the per-tool table is the rate of the same name: both count a broken call as a call."""
+def test_tool_table_counts_broken_calls():
+    """The recall of "(no call)" equals irrelevance_accuracy: both count a broken call as a call."""
     broken = ("call 1: the JSON is cut off",)
     right = call("set_lamp", room="hall")
     m = compute_metrics(
@@ -378,7 +371,7 @@ def test_text_scores():
     assert not exact_match("5 €", "5 £") and exact_match("Ⅳ a_b", "iv A_B") and exact_match("e\u0301", "é")
     assert token_f1("the cat sat", "the cat ran off") == pytest.approx(2 * 2 / 7)
     assert token_f1("", "") == 1 and token_f1("a", "") == 0
-    # Longest common subsequence "서울 날씨 맑음" of 3 of 3 and 3 of 4 words.
+    # Longest common subsequence "서울 날씨 맑음": 3 of 3 and 3 of 4 words.
     assert rouge_l("서울 날씨 맑음", "서울 오늘 날씨 맑음") == pytest.approx(2 * 0.75 / 1.75)
 
 
@@ -393,7 +386,7 @@ def test_text_scores():
         ("", "something"),
     ],
 )
-def test_rouge_l_is_that_of_the_rouge_score_package(expected, made):
+def test_rouge_l_agrees_with_rouge_score(expected, made):
     package = pytest.importorskip("rouge_score.rouge_scorer")
     theirs = package.RougeScorer(["rougeL"]).score(expected, made)["rougeL"].fmeasure
     assert rouge_l(expected, made) == pytest.approx(theirs)
@@ -429,4 +422,4 @@ def test_docs_define_every_metric():
     from pathlib import Path
 
     text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    assert [name for name in RATIOS if f"| `{name}` |" not in text] == []
+    assert [m.name for m in METRICS if m.verdict is not None and f"| `{m.name}` |" not in text] == []

@@ -1,4 +1,4 @@
-"""benchmarks/side_by_side.py: all of it that needs no card."""
+"""benchmarks/side_by_side.py: the parts that need no GPU."""
 
 import json
 import shlex
@@ -24,10 +24,10 @@ def options(**changes):
     return Namespace(**values | changes)
 
 
-@pytest.mark.parametrize("at_once", range(1, 9))
-def test_n_runs_of_an_nth_fit_on_a_card(at_once, tmp_path):
-    words = side_by_side.words_of(options(flags=["--lr", "1e-4"]), at_once, tmp_path, "s", 8)[2:]
-    before, after = grid.split_words(words)
+@pytest.mark.parametrize("at_once", [1, 3, 8])
+def test_n_runs_fit_on_one_gpu(at_once, tmp_path):
+    argv = side_by_side.words_of(options(flags=["--lr", "1e-4"]), at_once, tmp_path, "s", 8)[2:]
+    before, after = grid.split_arguments(argv)
     args = sweep_lora.build_parser().parse_args(before)
     assert 1 / at_once - 0.001 < args.gpus_per_run <= 1 / at_once
     assert args.cpus_per_run is None
@@ -38,9 +38,9 @@ def test_n_runs_of_an_nth_fit_on_a_card(at_once, tmp_path):
     assert recipe["batch_size"] == 16
 
 
-def test_on_a_cpu_the_cores_are_shared_out_and_no_card_is_asked_for(tmp_path):
-    words = side_by_side.words_of(options(cuda=False), 4, tmp_path, "s", 4)[2:]
-    args = sweep_lora.build_parser().parse_args(grid.split_words(words)[0])
+def test_cpu_cores_are_divided(tmp_path):
+    argv = side_by_side.words_of(options(cuda=False), 4, tmp_path, "s", 4)[2:]
+    args = sweep_lora.build_parser().parse_args(grid.split_arguments(argv)[0])
     assert (args.gpus_per_run, args.cpus_per_run) == (0, 4)
 
 
@@ -48,15 +48,15 @@ def test_on_a_cpu_the_cores_are_shared_out_and_no_card_is_asked_for(tmp_path):
     ("visible", "left", "number"),
     [(None, "0", 0), ("2,3", "2", 2), ("GPU-8932f937,1", "GPU-8932f937", None), ("", "", None), ("-1", "-1", None)],
 )
-def test_the_first_card_that_is_visible(visible, left, number):
+def test_first_visible_gpu(visible, left, number):
     given = {"A": "b"} if visible is None else {"A": "b", "CUDA_VISIBLE_DEVICES": visible}
     env, card = side_by_side.one_card(given)
     assert env == {"A": "b", "CUDA_VISIBLE_DEVICES": left, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     assert card == number
 
 
-def test_the_most_that_was_in_use_on_the_card(monkeypatch):
-    """Of the second card; it is lost in between."""
+def test_peak_gpu_memory(monkeypatch):
+    """Of the second GPU; one reading fails."""
     other = FakeCard(readings=[9 * 10**9])
     card = FakeCard(readings=[10**9, 3 * 10**9, None, 2 * 10**9])
     nvml = FakeNvml(other, card)
@@ -75,7 +75,7 @@ def test_the_most_that_was_in_use_on_the_card(monkeypatch):
 
 
 def finished_sweep(folder, spans, steps=6):
-    """A sweep's folder with a run for each (start, end) of a minute; its steps take 1, 2, 3 … seconds."""
+    """A sweep's folder with a run for each (start, end) in seconds; its steps take 1, 2, 3 … seconds."""
     runs = []
     for number, (start, end) in enumerate(spans):
         name = f"rank{number}"
@@ -91,7 +91,7 @@ def finished_sweep(folder, spans, steps=6):
     return folder
 
 
-def test_what_a_sweep_has_taken(tmp_path):
+def test_record_of_a_sweep(tmp_path):
     folder = finished_sweep(tmp_path / "s", [(1, 21), (1.5, 20), (21, 40.25), (20, 41.5)])
     record = side_by_side.record_of(folder, 2)
     assert record["whole_s"] == 40.5
@@ -101,12 +101,12 @@ def test_what_a_sweep_has_taken(tmp_path):
 
 
 @pytest.mark.parametrize("spans", [[(1, 10), (10, 20)], [(1, 10), (2, 9), (3, 8)]])
-def test_runs_that_were_not_side_by_side_measure_nothing(tmp_path, spans):
+def test_runs_must_have_been_side_by_side(tmp_path, spans):
     with pytest.raises(UserError, match="2 runs were to be side by side"):
         side_by_side.record_of(finished_sweep(tmp_path / "s", spans), 2)
 
 
-def test_too_few_steps_are_no_measurement(tmp_path):
+def test_too_few_steps_are_refused(tmp_path):
     with pytest.raises(UserError, match="--steps"):
         side_by_side.record_of(finished_sweep(tmp_path / "s", [(1, 10)], steps=2), 1)
 
@@ -116,7 +116,7 @@ def record(at_once, whole, steps, **more):
             "card_gb": None, "dtype": "bfloat16", "losses": {"rank4": 1.0}} | more  # fmt: skip
 
 
-def test_ratios_are_of_the_same_repeat():
+def test_ratios_are_within_one_repeat():
     records = [record(1, 100, 80), record(2, 50, 80), record(2, 60, 160), record(1, 120, 80)]
     assert side_by_side.ratios(records) == {2: {"whole": [2.0, 2.0], "steps": [2.0, 1.0]}}
 
@@ -133,13 +133,13 @@ def test_ratios_are_of_the_same_repeat():
         ([record(1, 100, 80)], False, "one after another"),  # nothing else could be measured
     ],
 )
-def test_the_verdict(records, cuda, said):
+def test_verdict(records, cuda, said):
     assert said in side_by_side.verdict(records, cuda)
     assert side_by_side.verdict(records, cuda).startswith("default should be: ")
 
 
-def test_ways_take_turns_and_one_that_fails_is_an_answer(tmp_path, monkeypatch, capsys):
-    """The file holds every record so far when the next sweep begins."""
+def test_failing_measurement_is_recorded(tmp_path, monkeypatch, capsys):
+    """Methods take turns; the file has every record so far when the next sweep begins."""
     order, on_disk = [], []
     path = tmp_path / "out.json"
 
@@ -167,7 +167,7 @@ def test_ways_take_turns_and_one_that_fails_is_an_answer(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("words", "wanted"),
+    ("argv", "wanted"),
     [
         (["--at_once", "1"], "--at_once"),
         (["--at_once", "2", "3"], "--at_once"),
@@ -178,25 +178,25 @@ def test_ways_take_turns_and_one_that_fails_is_an_answer(tmp_path, monkeypatch, 
         (["--show", __file__], "no file of this benchmark"),
     ],
 )
-def test_what_is_refused(words, wanted, monkeypatch, capsys):
+def test_refused_arguments(argv, wanted, monkeypatch, capsys):
     monkeypatch.setattr(side_by_side, "machine_facts", lambda env: {"cores": 2, "gpu": None})
     monkeypatch.setattr(side_by_side, "measure", lambda *rest: pytest.fail("measured"))
-    assert side_by_side.main(words) == 2
+    assert side_by_side.main(argv) == 2
     said = capsys.readouterr().err
     assert wanted in said
     assert len(said.splitlines()) == 1
 
 
 @pytest.mark.slow
-def test_all_of_it_with_a_stub(tmp_path, monkeypatch, capsys):
+def test_whole_benchmark_with_a_stub(tmp_path, monkeypatch, capsys):
     """Real sweeps, whose runs sleep."""
     pytest.importorskip("ray")
     monkeypatch.setattr(side_by_side, "machine_facts", lambda env: {"cores": 2, "gpu": None})
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"steps": 5, "seconds": 1.0}))
     command = shlex.join([sys.executable, "-S", str(STUB), str(plan)])
-    words = ["--command", command, "--at_once", "2", "--repeats", "1", "--json", str(tmp_path / "out.json")]
-    assert side_by_side.main(words) == 0
+    argv = ["--command", command, "--at_once", "2", "--repeats", "1", "--json", str(tmp_path / "out.json")]
+    assert side_by_side.main(argv) == 0
     one, other = json.loads((tmp_path / "out.json").read_text())["records"]
     assert (one["at_once"], other["at_once"]) == (1, 2)
     assert one["steps_s"] == other["steps_s"] == pytest.approx(2 * 0.3)
@@ -204,5 +204,5 @@ def test_all_of_it_with_a_stub(tmp_path, monkeypatch, capsys):
     plan.write_text(
         json.dumps({"steps": 5, "seconds": 0.0, "runs": {"rank4": {"at": 3, "times": 99, "how": "failed"}}})
     )
-    assert side_by_side.main(words) == 2
-    assert "failed: rank4 after 1 tries: the run says why" in capsys.readouterr().err
+    assert side_by_side.main(argv) == 2
+    assert "failed: rank4 after 1 attempts: the run says why" in capsys.readouterr().err

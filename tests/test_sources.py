@@ -1,4 +1,4 @@
-"""Files, folders, the Hub and mixtures of them: every row read once and named, number types and nulls as written."""
+"""Files, folders, the Hub and mixtures of them: every row is read once; number types and nulls are preserved."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ ROW = chat({"role": "assistant", "content": "안녕 \u2028 ok"}, tools=json.dump
 
 
 def write(path, text: str):
+    """Write a text file, compressed if its name ends in .gz; returns the path."""
     data = text.encode("utf-8")
     path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
     return path
@@ -30,8 +31,8 @@ def write(path, text: str):
 @pytest.mark.parametrize(
     "url", ["postgresql://u:hush@host/db", "https://u:hush@host/rows.jsonl", "s3://k:hush@bucket/r*2", "hf://x:hush@y"]
 )
-def test_a_url_is_refused_without_its_password(url):
-    with pytest.raises(UserError, match="a URL is no source of rows") as caught:
+def test_url_is_refused_without_showing_its_password(url):
+    with pytest.raises(UserError, match="URLs cannot be read") as caught:
         parse_spec(url)
     assert "hush" not in str(caught.value)
 
@@ -51,7 +52,7 @@ def test_a_url_is_refused_without_its_password(url):
         "r.csv.gz",
     ],
 )
-def test_every_kind_of_file_gives_the_same_conversation(tmp_path, name):
+def test_each_file_type_gives_the_same_conversation(tmp_path, name):
     path = tmp_path / name
     dumped = json.dumps(ROW, ensure_ascii=False)
     if name == "r.parquet":
@@ -75,13 +76,13 @@ def test_every_kind_of_file_gives_the_same_conversation(tmp_path, name):
     assert result.conversations == [normalize_row(ROW)] * (1 if name == "one.json" else 2)
 
 
-def test_a_single_row_may_have_a_list_under_any_name(tmp_path):
+def test_single_json_row_with_a_list_column(tmp_path):
     for value in ([], ["few"]):
         path = write(tmp_path / "one.json", json.dumps({"prompt": "q", "completion": "c", "examples": value}))
         assert len(load_conversations(path).conversations) == 1
 
 
-def test_rows_that_are_no_json_keep_their_place(tmp_path):
+def test_rows_that_are_not_json_keep_their_number(tmp_path):
     path = tmp_path / "r.jsonl"
     good = json.dumps(ROW).encode()
     path.write_bytes(
@@ -102,7 +103,7 @@ def test_rows_that_are_no_json_keep_their_place(tmp_path):
         load_conversations(path)
 
 
-def test_arrow_padding_reaches_no_conversation(tmp_path):
+def test_arrow_padding_is_removed(tmp_path):
     rows = [
         chat(
             {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"b": 1, "a": {"x": 1}}}]},
@@ -130,7 +131,7 @@ def test_arrow_padding_reaches_no_conversation(tmp_path):
     assert "null" not in json.dumps([padded[0], padded[2]])
 
 
-def test_null_inside_a_json_string_of_a_parquet_file_survives(tmp_path):
+def test_null_in_json_text_of_parquet_is_kept(tmp_path):
     row = chat({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": '{"b": null, "a": 1}'}]})
     path = tmp_path / "r.parquet"
     pq.write_table(pa.Table.from_pylist([row]), path)
@@ -138,7 +139,7 @@ def test_null_inside_a_json_string_of_a_parquet_file_survives(tmp_path):
     assert json.dumps(conversation["messages"][1]["tool_calls"][0]["function"]["arguments"]) == '{"b": null, "a": 1}'
 
 
-def test_json_columns_written_by_the_datasets_library_are_exact(tmp_path):
+def test_json_columns_of_the_datasets_library(tmp_path):
     datasets = pytest.importorskip("datasets")
     source = write_jsonl(
         tmp_path / "r.jsonl",
@@ -156,24 +157,24 @@ def test_json_columns_written_by_the_datasets_library_are_exact(tmp_path):
     ("name", "data", "message"),
     [
         ("r.jsonl.gz", b"no gzip", "gzip file is damaged"),
-        ("r.parquet", b"no parquet", "no Parquet file"),
+        ("r.parquet", b"no parquet", "not a Parquet file"),
         ("r.json", b"{]", "is not JSON"),
         ("r.json", b"3", "holds a JSON number"),
         ("r.csv", b"a,a\n1,2\n", "name each column once"),
         ("r.csv", b"", "name each column once"),
         ("r.csv", b"a,b\n\xff,2\n", "not UTF-8"),
-        ("r.csv", b'prompt,completion\na,"b\nc,d\n', "line 3 is no CSV"),  # the open quote would swallow a row
-        ("r.csv", b'prompt,completion\n"a"b,c\n', "line 2 is no CSV"),
-        ("r.csv", b"a,b\r1,2\r", "is no CSV"),
+        ("r.csv", b'prompt,completion\na,"b\nc,d\n', "line 3 is not valid CSV"),  # the open quote would swallow a row
+        ("r.csv", b'prompt,completion\n"a"b,c\n', "line 2 is not valid CSV"),
+        ("r.csv", b"a,b\r1,2\r", "is not valid CSV"),
         ("r.csv", "prompt\tcompletion\n".encode("utf-16"), "not UTF-8"),
         ("r.json", b"", "is not JSON"),
         ("r.json", b'{"train": [{"prompt": "q"}], "test": [{"prompt": "q"}]}', "several lists of objects"),
         ("r.json", "[]".encode("utf-16"), "not UTF-8"),
         ("r.jsonl", '{"prompt": "q"}\n'.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
-        ("r.txt", b"x", "unknown kind of file"),
+        ("r.txt", b"x", "unknown type of file"),
     ],
 )
-def test_damaged_files_end_in_one_line(tmp_path, name, data, message):
+def test_damaged_files_are_one_line(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
         load_conversations(tmp_path / name)
@@ -182,17 +183,17 @@ def test_damaged_files_end_in_one_line(tmp_path, name, data, message):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (pa.table([["q"], ["a"], ["b"]], names=["prompt", "completion", "completion"]), "names a column twice"),
+        (pa.table([["q"], ["a"], ["b"]], names=["prompt", "completion", "completion"]), "duplicate column name"),
         (pa.table({"prompt": pa.array([2**62], pa.timestamp("us"))}), "values that cannot be read"),
     ],
 )
-def test_parquet_files_that_cannot_be_read_exactly_end_in_one_line(tmp_path, table, message):
+def test_inexact_parquet_is_refused(tmp_path, table, message):
     pq.write_table(table, tmp_path / "r.parquet")
     with pytest.raises(UserError, match=message):
         load_conversations(tmp_path / "r.parquet", strict=False)
 
 
-def test_lines_and_cells_of_every_system_are_read(tmp_path):
+def test_line_ends_and_byte_order_marks(tmp_path):
     """Byte order marks, Windows line ends, a last line without an end, empty lines, quotes inside cells."""
     rows = [("a", "one"), ('say "b"', "two\nlines")]
     expected = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in rows]
@@ -210,18 +211,18 @@ def test_lines_and_cells_of_every_system_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("spec", ["nowhere.jsonl", "./nowhere", "C:\\data\\rows.jsonl", "nowhere", "a/b.parquet@train"])
-def test_a_missing_file_is_named(spec):
+def test_missing_file_is_named(spec):
     with pytest.raises(UserError, match="there is no such file"):
         load_conversations(spec)
 
 
-def test_hub_specs_are_taken_apart():
+def test_hub_specs_are_parsed():
     spec = parse_spec("org/na.me-1:con_fig@train[:10]*0.25")
     assert (spec.hub, spec.config, spec.split, spec.weight) == ("org/na.me-1", "con_fig", "train[:10]", 0.25)
     assert parse_spec("org/name").hub == "org/name"
 
 
-def test_a_hub_dataset_that_cannot_be_loaded_is_one_line(monkeypatch, tmp_path):
+def test_hub_dataset_that_cannot_be_loaded_is_one_line(monkeypatch, tmp_path):
     datasets = pytest.importorskip("datasets")
 
     def refuse(*args, **kwargs):
@@ -232,7 +233,7 @@ def test_a_hub_dataset_that_cannot_be_loaded_is_one_line(monkeypatch, tmp_path):
         load_conversations("org/name@train")
 
 
-def test_rows_of_a_hub_dataset_lose_their_padding(monkeypatch):
+def test_hub_rows_lose_their_padding(monkeypatch):
     datasets = pytest.importorskip("datasets")
     rows = [
         chat({"role": "assistant", "content": "a", "tool_calls": None}),
@@ -260,6 +261,7 @@ def test_folders_of_splits(tmp_path):
 
 
 def numbered(tmp_path, name: str, number: int):
+    """A file of rows whose prompts are numbered."""
     rows = [{"prompt": f"{name} {i}", "completion": "x"} for i in range(number)]
     return write_jsonl(tmp_path / f"{name}.jsonl", rows)
 
@@ -281,24 +283,24 @@ def test_weights_repeat_and_sample(tmp_path):
         5,
         5,
     )
-    with pytest.raises(UserError, match="no number above 0"):
+    with pytest.raises(UserError, match="must be > 0 and <= 1000"):
         load_conversations(f"{a}*0")
 
 
-def test_a_small_weight_leaves_no_source_out(tmp_path):
+def test_small_weight_keeps_one_row(tmp_path):
     few, many = numbered(tmp_path, "a", 4), numbered(tmp_path, "b", 200)
     assert [prompt[0] for prompt in prompts(load_conversations([f"{few}*0.01", f"{many}*0.01"]))] == ["a", "b", "b"]
     (tmp_path / "none.jsonl").write_text("")
     assert prompts(load_conversations([f"{few}*0.01", f"{tmp_path / 'none.jsonl'}*0.01"]))[0][0] == "a"
 
 
-def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path):
-    (tmp_path / "cache").write_text("a file in the folder's place")
-    with pytest.raises(UserError, match="choose a folder you may write to with SANDWICH_CACHE"):
+def test_unwritable_cache_names_the_remedy(tmp_path):
+    (tmp_path / "cache").write_text("a file, not a folder")
+    with pytest.raises(UserError, match="choose a writable folder with SANDWICH_CACHE"):
         load_conversations(numbered(tmp_path, "a", 4), cache_dir=tmp_path / "cache" / "rows")
 
 
-def test_another_seed_draws_another_sample_and_another_folder_the_same(tmp_path):
+def test_sample_depends_on_seed_and_not_on_folder(tmp_path):
     sources = [numbered(tmp_path / name, "a", 100) for name in ("here", "there")]
     drawn = [prompts(load_conversations(f"{sources[0]}*0.5", seed=seed)) for seed in (3, 4)]
     assert drawn[0] != drawn[1]
@@ -307,7 +309,7 @@ def test_another_seed_draws_another_sample_and_another_folder_the_same(tmp_path)
     assert both[:50] == drawn[0] and both[50:] != drawn[0]
 
 
-def test_limit_counts_per_source_and_fingerprint_follows_content(tmp_path):
+def test_limit_per_source_and_fingerprint(tmp_path):
     a, b = numbered(tmp_path, "a", 10), numbered(tmp_path, "b", 4)
     result = load_conversations([a, b], limit=3)
     assert prompts(result) == ["a 0", "a 1", "a 2", "b 0", "b 1", "b 2"]
@@ -315,17 +317,17 @@ def test_limit_counts_per_source_and_fingerprint_follows_content(tmp_path):
     assert result.fingerprint == load_conversations([a, b], limit=3).fingerprint
 
 
-def test_json_line_writes_what_utf8_cannot_hold_as_an_escape():
+def test_json_line_escapes_lone_surrogates():
     assert json_line({"a": "가"}) == '{"a": "가"}\n'
-    assert json_line({"a": "가\ud800"}) == '{"a": "\\uac00\\ud800"}\n'
+    assert json_line({"a": "가\ud800"}) == '{"a": "가\\ud800"}\n'
 
 
-def test_json_line_writes_numbers_that_json_does_not_know_as_text():
+def test_json_line_writes_nan_and_infinity_as_text():
     nan, inf = float("nan"), float("inf")
     assert json_line({"a": [nan, {"b": -inf}], "c": 1.5}) == '{"a": ["nan", {"b": "-inf"}], "c": 1.5}\n'
 
 
-def test_a_broken_cell_of_parquet_costs_its_row_and_no_other(tmp_path):
+def test_broken_parquet_cell_rejects_only_its_row(tmp_path):
     good, bad = [("a", 1), ("b", 2)], [("a", 1), ("a", 2)]
     cells = pa.array([good, bad, good], type=pa.map_(pa.string(), pa.int64()))
     texts = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"x": 1}', '{"x": 1}', "{x}"]))
@@ -334,4 +336,4 @@ def test_a_broken_cell_of_parquet_costs_its_row_and_no_other(tmp_path):
     rows = [row for _, _, row in read_rows(path)]
     assert rows[0]["cells"] == {"a": 1, "b": 2}
     assert [isinstance(row, Unreadable) for row in rows[1:]] == [True, True]
-    assert "twice" in rows[1].reason and "cannot be read" in rows[2].reason
+    assert "duplicate key" in rows[1].reason and "cannot be read" in rows[2].reason

@@ -1,4 +1,4 @@
-"""Rows out of real databases: SQLite always, PostgreSQL where its programs are on the machine. No password leaks."""
+"""Rows of real databases: SQLite always, PostgreSQL where it is installed. No password is shown."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ TOOLS = [{"type": "function", "function": {"name": name}} for name in ("rag_retr
 
 
 def check(rows) -> None:
+    """Assert that the rows are those of LOGS."""
     result = load_conversations([], rows=rows, tools=TOOLS)
     first, second, third = (conversation["messages"][-1] for conversation in result.conversations)
     arguments = first["tool_calls"][0]["function"]["arguments"]
@@ -62,7 +63,7 @@ def test_sqlite_table_and_query(sqlite_url):
     ("kwargs", "message"),
     [
         ({"table": "none"}, "no such table"),
-        ({"table": "x; DROP TABLE query_logs"}, "no plain table name"),
+        ({"table": "x; DROP TABLE query_logs"}, "not a plain table name"),
         ({"query": "SELEC 1"}, "syntax error"),
     ],
 )
@@ -72,36 +73,36 @@ def test_wrong_queries_are_one_line(sqlite_url, kwargs, message):
 
 
 @pytest.mark.parametrize("url", ["nonsense", "sqlite:///nowhere/at/all.db", "nodriver://u:hush@host/db"])
-def test_wrong_urls_are_one_line_without_the_password(url):
+def test_wrong_urls_are_one_line_without_password(url):
     with pytest.raises(UserError, match="--sql") as caught:
         list(read_sql(url))
     assert "hush" not in str(caught.value)
 
 
 @pytest.mark.parametrize("query", ["user=u&password=hush", "sslpassword=hush", "Passwd=hush&sslmode=disable"])
-def test_a_password_behind_the_question_mark_is_hidden_too(query):
+def test_password_in_url_query_is_hidden(query):
     url = f"postgresql://localhost:1/db?{query}"
     assert "hush" not in shown_url(database_url(url, {}))
     with pytest.raises(UserError, match="localhost:1/db") as caught:
         list(read_sql(url, query="SELECT 1"))
     assert "hush" not in str(caught.value)
-    assert "hush" not in prepare_data._command_line(Namespace(argv=["--sql", url, "--output", "out"], sql=url))
+    assert "hush" not in prepare_data.command_line(Namespace(argv=["--sql", url, "--output", "out"], sql=url))
 
 
-def test_a_query_cannot_change_an_sqlite_file(sqlite_url):
+def test_sqlite_is_read_only(sqlite_url):
     for query in ("DROP TABLE query_logs", "DELETE FROM query_logs", "DELETE FROM query_logs RETURNING *"):
         with pytest.raises(UserError, match="readonly"):
             list(read_sql(sqlite_url, query=query))
     check(read_sql(sqlite_url))
 
 
-def test_a_column_that_comes_twice_is_named(sqlite_url):
+def test_duplicate_query_column_is_named(sqlite_url):
     query = "SELECT a.query, b.query FROM query_logs a JOIN query_logs b ON a.id = b.id"
-    with pytest.raises(UserError, match="the column query twice"):
+    with pytest.raises(UserError, match="two columns query"):
         list(read_sql(sqlite_url, query=query))
 
 
-def test_credentials_come_from_the_environment_and_the_url_wins():
+def test_url_overrides_environment_credentials():
     known = {
         "POSTGRES_HOST": "db",
         "POSTGRES_PORT": "5433",
@@ -124,7 +125,7 @@ def test_credentials_come_from_the_environment_and_the_url_wins():
         database_url(None, {"POSTGRES_PORT": "five"})
 
 
-def test_dotenv_is_read_and_the_environment_wins(tmp_path, monkeypatch):
+def test_environment_overrides_dotenv(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".env").write_text('export POSTGRES_HOST="from_file"\nPOSTGRES_DB=file_db\n', encoding="utf-8")
     for name in ("DATABASE_URL", "POSTGRES_HOST"):
@@ -144,16 +145,16 @@ def _program(name: str) -> str | None:
 
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory):
-    """A server of our own on a free port, with password logins; yields its port."""
+    """A server on a free port, with password logins; yields its port."""
     if not (_program("initdb") and _program("pg_ctl")):
-        pytest.skip("PostgreSQL's initdb and pg_ctl are not on this machine (Debian: postgresql)")
+        pytest.skip("PostgreSQL's initdb and pg_ctl are not installed (Debian: postgresql)")
     pytest.importorskip("psycopg")
     folder = tmp_path_factory.mktemp("postgres")
     (folder / "password").write_text("hush-hush", encoding="utf-8")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # The server refuses to run as root: there it is run as the user that the Debian package made.
+    # The server refuses to run as root; use the user of the Debian package.
     as_user: list[str] = []
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         if not (shutil.which("runuser") and _user_exists("postgres")):
@@ -194,7 +195,7 @@ def postgres(tmp_path_factory):
 
 
 def _connected(port: int):
-    """A connection as soon as the server takes one (pg_ctl's own waiting is misled by clocks of some containers)."""
+    """A connection as soon as the server accepts one (in some containers pg_ctl cannot wait for it)."""
     import psycopg
 
     for _ in range(300):
@@ -227,14 +228,14 @@ def test_postgresql_table_and_query(postgres_environment):
     check(read_sql("postgresql://", query="SELECT * FROM query_logs WHERE query NOT LIKE '%nothing%' ORDER BY id"))
 
 
-def test_postgresql_is_only_read(postgres_environment):
+def test_postgresql_is_read_only(postgres_environment):
     ((_, _, row),) = read_sql("", query="SELECT current_setting('transaction_read_only') AS answer")
     assert row == {"answer": "on"}
     with pytest.raises(UserError, match="DELETE"):
         list(read_sql("", query="DELETE FROM query_logs RETURNING *"))
 
 
-def test_postgresql_wrong_password_is_one_line_without_it(postgres_environment, monkeypatch):
+def test_postgresql_wrong_password_is_not_shown(postgres_environment, monkeypatch):
     monkeypatch.setenv("POSTGRES_PASSWORD", "wrong-secret")
     with pytest.raises(UserError, match="authentication failed") as caught:
         list(read_sql(""))

@@ -1,4 +1,4 @@
-"""One attempt at a run without Ray: the hub is called directly, the process is tests/sweep_stub.py."""
+"""One attempt at a run without Ray: the Coordinator is called directly, the process is tests/sweep_stub.py."""
 
 import json
 import logging
@@ -16,10 +16,10 @@ import pytest
 from finetune.errors import UserError
 from finetune.runs.run_log import COLUMNS
 from finetune.sweep import ray_runner
-from finetune.sweep.attempt import ending, last_words, run_attempt
+from finetune.sweep.attempt import last_lines, outcome_of, run_attempt
+from finetune.sweep.coordinator import Coordinator
 from finetune.sweep.grid import make_points
-from finetune.sweep.hub import Hub
-from finetune.sweep.ray_runner import Options
+from finetune.sweep.ray_session import SweepOptions, defer_ctrl_c, ray_session
 from finetune.sweep.runs import TOKEN, open_sweep
 from finetune.sweep.stopping import Asha
 
@@ -38,26 +38,26 @@ class Site:
         (self.cwd / "rows.jsonl").write_bytes(b"{}\n" * 10)
         (root / "plan").mkdir()
         self.inputs = {"rows.jsonl": sha256(b"{}\n" * 10).hexdigest()}
-        self.hub = Hub(str(self.folder), {"rows.jsonl": str(self.cwd / "rows.jsonl")})
+        self.coordinator = Coordinator(str(self.folder), {"rows.jsonl": str(self.cwd / "rows.jsonl")})
         self.number = 0
 
-    def attempt(self, machine, transport="ray", on_call=None, waits=None, **plan):
+    def attempt(self, machine, transport="ray", on_call=None, options=None, **plan):
         (self.root / "plan" / "plan.json").write_text(json.dumps({"steps": 4, "seconds": 0.0} | plan))
         self.number += 1
         task = {
-            "name": "rank4", "words": ["--rank", "4", "--dataset", "rows.jsonl"], "root": str(self.root),
+            "name": "rank4", "arguments": ["--rank", "4", "--dataset", "rows.jsonl"], "root": str(self.root),
             "command": [sys.executable, "-S", str(STUB), str(self.root / "plan" / "plan.json")],
             "folder": str(self.folder), "cwd": str(self.cwd), "scratch": str(self.root / "tmp"), "sweep_id": "id",
             "machine": machine, "token": "token", "transport": transport, "inputs": self.inputs, "processes": 1,
             "cpus": 1.0, "gpus": 0.0, "number": self.number, "interval": 0.05, "patience": 20.0,
-            "silence": 0.0,
+            "hang_minutes": 0.0,
         }  # fmt: skip
-        task |= waits or {}
+        task |= options or {}
 
         def call(method, *arguments):
             if on_call:
                 on_call(method, *arguments)
-            return getattr(self.hub, method)(*arguments)
+            return getattr(self.coordinator, method)(*arguments)
 
         return run_attempt(task, call)
 
@@ -74,28 +74,28 @@ def site(tmp_path):
     return Site(tmp_path)
 
 
-WHOLE_RUN = {
+RUN_FILES = {
     "experiment_config.json", "training_log.csv", "final_model/adapter", "checkpoint-3/step", "checkpoint-3/weights",
     "checkpoint-4/step", "checkpoint-4/weights",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("transport", ["ray", "auto"])
-def test_everything_comes_back(site, transport):
+def test_all_results_come_back(site, transport):
     outcome = site.attempt("one", transport)
     assert (outcome["outcome"], outcome["step"], outcome["exit_code"]) == ("finished", 4, 0), outcome
     assert outcome["transport"] == {"ray": "Ray", "auto": "shared folder"}[transport]
-    assert site.files() == WHOLE_RUN
+    assert site.files() == RUN_FILES
     assert (site.folder / "rank4" / "checkpoint-4" / "weights").read_bytes() == bytes(100_000)
     assert (site.folder / "logs" / "rank4.log").read_text().startswith("=== attempt 1 on ")
     assert sorted(path.name for path in site.folder.iterdir()) == [TOKEN, "logs", "rank4"]
-    rows = [row for update in site.hub.exchange({}) for row in update.get("rows", [])]
+    rows = [row for update in site.coordinator.exchange({}) for row in update.get("rows", [])]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[3]["loss"] == 1.25
 
 
 @pytest.mark.parametrize("transport", ["ray", "auto"])
-def test_another_machine_goes_on_from_the_checkpoint(site, transport):
+def test_next_attempt_resumes_on_another_machine(site, transport):
     broken = {"rank4": {"at": 4, "times": 1, "how": "killed"}}
     first = site.attempt("one", transport, steps=6, runs=broken)
     assert (first["outcome"], first["step"], first["exit_code"]) == ("killed", 3, -9)
@@ -109,7 +109,7 @@ def test_another_machine_goes_on_from_the_checkpoint(site, transport):
     assert (site.folder / "logs" / "rank4.log").read_text().count("=== attempt") == 2
 
 
-def test_the_log_of_a_run_that_is_tried_twice_on_one_machine_holds_each_try_once(site):
+def test_log_has_each_attempt_once(site):
     broken = {"rank4": {"at": 3, "times": 2, "how": "killed"}}
     for kind in ("killed", "killed", "finished"):
         assert site.attempt("one", steps=6, runs=broken)["outcome"] == kind
@@ -118,87 +118,85 @@ def test_the_log_of_a_run_that_is_tried_twice_on_one_machine_holds_each_try_once
     assert text.count("the run says why") == 2
 
 
-def test_nothing_of_a_run_stays_on_a_machine_that_has_sent_it_all(site):
-    """But for the data, which other runs read there."""
+def test_scratch_files_are_deleted_once_sent(site):
+    """Except for input files, which other runs use."""
     broken = {"rank4": {"at": 3, "times": 1, "how": "killed"}}
     for kind in ("killed", "finished"):
         assert site.attempt("one", runs=broken)["outcome"] == kind
         left = [path.name for path in (site.root / "tmp").rglob("*") if path.is_file()]
         assert sorted(left) == [f".rows.jsonl.{site.inputs['rows.jsonl'][:16]}", "rows.jsonl"]
-    assert site.files() == WHOLE_RUN
+    assert site.files() == RUN_FILES
 
 
 @pytest.mark.parametrize("transport", ["ray", "auto"])
-def test_a_try_without_a_checkpoint_is_kept_aside(site, transport):
+def test_attempt_without_checkpoint_is_archived(site, transport):
     broken = {"rank4": {"at": 1, "times": 1, "how": "failed"}}
     assert site.attempt("one", transport, runs=broken)["outcome"] == "failed"
     assert site.attempt("two", transport, runs=broken)["outcome"] == "finished"
     assert site.starts() == [0, 0]
-    aside = site.folder / ".rank4_broken_1"
-    assert (aside / "experiment_config.json").is_file()
-    assert site.files() == WHOLE_RUN
+    assert (site.folder / ".rank4_broken_1" / "experiment_config.json").is_file()
+    assert site.files() == RUN_FILES
 
 
-@pytest.mark.parametrize(("why", "kind"), [("interrupted", "interrupted"), ("stopped early", "stopped early")])
-def test_a_run_that_is_told_to_stop_saves_and_ends(site, why, kind):
+@pytest.mark.parametrize("why", ["interrupted", "stopped early"])
+def test_stopped_run_saves_a_checkpoint(site, why):
     def on_call(method, *arguments):
         if method == "report" and arguments[0].get("rows"):
-            site.hub.orders["rank4"] = why
+            site.coordinator.stop_reasons["rank4"] = why
 
     outcome = site.attempt("one", on_call=on_call, steps=400, seconds=0.05)
-    assert outcome["outcome"] == kind
-    assert outcome["exit_code"] == 130
+    assert (outcome["outcome"], outcome["exit_code"]) == (why, 130)
     step = outcome["step"]
     assert 0 < step < 400
     assert (site.folder / "rank4" / f"checkpoint-{step}" / "step").read_text() == str(step)
     assert json.loads((site.folder / "rank4" / "experiment_config.json").read_text())["status"] == "interrupted"
 
 
-def test_a_run_that_hangs_is_ended_and_tried_again(site):
+def test_hung_run_is_ended(site):
     hangs = {"rank4": {"at": 3, "times": 1, "how": "hung"}}
-    waits = {"silence": 2.0, "patience": 0.2}  # a start on a busy machine takes less than two seconds of silence
-    first = site.attempt("one", waits=waits, runs=hangs)
+    options = {"hang_minutes": 1 / 30, "patience": 0.2}  # a start on a busy machine takes less than two seconds
+    first = site.attempt("one", options=options, runs=hangs)
     assert (first["outcome"], first["step"], first["exit_code"]) == ("hung", 2, -9), first
     why = "neither logged nor printed for 0.0333333 minutes (--hang_minutes)"
     assert first["lines"][-2:] == ["the run says why", why]
-    second = site.attempt("two", waits=waits, runs=hangs)
+    second = site.attempt("two", options=options, runs=hangs)
     assert (second["outcome"], second["step"]) == ("finished", 4)
     assert site.starts() == [0, 2]
 
 
 @pytest.mark.parametrize(("code", "kind"), [(2, "refused"), (-9, "killed"), (1, "failed")])
-def test_the_first_failed_process_of_torchrun_says_why(tmp_path, code, kind):
-    """torchrun's own words, as torch 2.13.0 prints them."""
+def test_torchrun_failure_is_that_of_its_process(tmp_path, code, kind):
+    """The output is that of torch 2.13.0."""
     log = tmp_path / "log"
     log.write_text(
         "=== attempt 1\nerror: x.jsonl: there is no such file\nE1122 01:51:42.575000 11703 torch/distributed/elastic/"
         f"multiprocessing/api.py:1002] failed (exitcode: {code}) local_rank: 0 (pid: 11707) of binary: /bin/python\n"
         "Traceback (most recent call last):\n" + "  File x\n" * 20 + "Root Cause (first observed failure):\n"
     )
-    found, lines = last_words(1, log, 0)
+    found, lines = last_lines(1, log, 0)
     assert (found, lines) == (code, ["=== attempt 1", "error: x.jsonl: there is no such file"])
-    assert ending(found, lines, "")["outcome"] == kind
-    assert last_words(0, log, 0)[0] == 0
+    assert outcome_of(found, lines, "")["outcome"] == kind
+    assert last_lines(0, log, 0)[0] == 0
 
 
-def test_flags_that_the_script_refuses_under_torchrun_are_not_tried_again(site):
-    outcome = site.attempt("one", "auto", waits={"command": [], "processes": 2})
+def test_flags_refused_under_torchrun(site):
+    outcome = site.attempt("one", "auto", options={"command": [], "processes": 2})
     assert (outcome["outcome"], outcome["exit_code"]) == ("refused", 2), outcome
     assert outcome["lines"][-1].startswith("error: rows.jsonl, row 1:"), outcome
 
 
-def test_a_slow_run_that_goes_on_logging_is_left_alone(site):
-    outcome = site.attempt("one", waits={"silence": 1.5}, steps=4, seconds=0.6)
+def test_slow_run_that_logs_does_not_hang(site):
+    outcome = site.attempt("one", options={"hang_minutes": 1 / 40}, steps=4, seconds=0.6)
     assert (outcome["outcome"], outcome["step"]) == ("finished", 4), outcome
 
 
-def test_a_finished_run_is_not_run_again(site):
+def test_finished_run_is_not_run_again(site):
     site.attempt("one")
     assert site.attempt("two")["outcome"] == "finished"
     assert site.starts() == [0]
 
 
-def test_a_finished_config_never_arrives_before_the_adapter(site):
+def test_adapter_arrives_before_the_finished_config(site):
     arrived = []
 
     def on_call(method, *arguments):
@@ -210,17 +208,31 @@ def test_a_finished_config_never_arrives_before_the_adapter(site):
     assert arrived.index("rank4/.incoming/final_model/adapter") < arrived.index("finished")
 
 
-def test_a_program_that_ends_well_and_has_done_nothing(site, monkeypatch):
-    """A wrapper that swallows an exit status must not make a finished run of a failed one, which is never repeated."""
-    monkeypatch.setattr("finetune.sweep.attempt.first_words", lambda task, place: ["sh", "-c", "echo nothing done"])
+def test_log_arrives_before_its_checkpoint(site):
+    """A machine that dies between the two would otherwise leave a resumed run without the rows in between."""
+    logged = []
+
+    def on_call(method, *arguments):
+        if method == "publish" and "checkpoint" in arguments[1]:
+            rows = (site.folder / "rank4" / "training_log.csv").read_text().splitlines()
+            logged.append(arguments[1].rpartition("-")[2] in {row.split(",")[0] for row in rows})
+
+    site.attempt("one", on_call=on_call, steps=5, seconds=0.1)
+    assert len(logged) >= 2
+    assert all(logged)
+
+
+def test_exit_status_0_without_a_finished_run_fails(site, monkeypatch):
+    """A wrapper that hides an exit status must not make a failed run a finished one, which is never repeated."""
+    monkeypatch.setattr("finetune.sweep.attempt.program", lambda task, workspace: ["sh", "-c", "echo nothing done"])
     outcome = site.attempt("one")
     assert (outcome["outcome"], outcome["exit_code"]) == ("failed", 0)
     assert outcome["lines"][0] == "nothing done"
     assert "exit status 0" in outcome["lines"][-1]
 
 
-def words_of_processes(mark):
-    """Command lines of living processes that hold the mark."""
+def command_lines(mark):
+    """Command lines of running processes that contain the mark."""
     found = []
     for one in psutil.process_iter(["cmdline", "status"]):
         line = " ".join(one.info["cmdline"] or [])
@@ -229,34 +241,34 @@ def words_of_processes(mark):
     return found
 
 
-def test_what_a_failed_try_has_started_ends_with_it(site, monkeypatch):
+def test_children_of_a_failed_attempt_are_ended(site, monkeypatch):
     mark = str(site.root / "child")
     script = f"{sys.executable} -S -c 'import time; time.sleep(600)' {mark} & sleep 0.3; exit 1"
-    monkeypatch.setattr("finetune.sweep.attempt.first_words", lambda task, place: ["sh", "-c", script])
+    monkeypatch.setattr("finetune.sweep.attempt.program", lambda task, workspace: ["sh", "-c", script])
     outcome = site.attempt("one")
-    assert (outcome["outcome"], outcome["lines"]) == ("failed", ["ended without a word, with exit status 1"])
-    assert not words_of_processes(mark)
+    assert (outcome["outcome"], outcome["lines"]) == ("failed", ["ended without output, with exit status 1"])
+    assert not command_lines(mark)
 
 
-def test_a_trainer_behind_a_shell_script_saves_when_the_sweep_is_stopped(site, monkeypatch):
-    """The signal ends the shell at once, and the trainer would go on beside its next try."""
+def test_trainer_behind_a_shell_script_saves(site, monkeypatch):
+    """The signal ends the shell at once; the trainer must get it too, and time for its checkpoint."""
 
     def on_call(method, *arguments):
         if method == "report" and arguments[0].get("rows"):
-            site.hub.orders["rank4"] = "interrupted"
+            site.coordinator.stop_reasons["rank4"] = "interrupted"
 
     stub = [sys.executable, "-S", str(STUB), str(site.root / "plan" / "plan.json")]
     monkeypatch.setattr(
-        "finetune.sweep.attempt.first_words",
-        lambda task, place: ["sh", "-c", shlex.join(stub) + ' "$@"; exit $?', "sh"],
+        "finetune.sweep.attempt.program",
+        lambda task, workspace: ["sh", "-c", shlex.join(stub) + ' "$@"; exit $?', "sh"],
     )
     outcome = site.attempt("one", "auto", on_call=on_call, steps=400, seconds=0.05)
     assert outcome["outcome"] == "interrupted"
-    assert not words_of_processes(str(site.root / "plan" / "plan.json"))
+    assert not command_lines(str(site.root / "plan" / "plan.json"))
     assert json.loads((site.folder / "rank4" / "experiment_config.json").read_text())["status"] == "interrupted"
 
 
-def test_a_log_that_is_removed_ends_no_run(site):
+def test_deleted_log_does_not_end_the_run(site):
     def on_call(method, *arguments):
         if method == "report" and arguments[0].get("rows"):
             (site.folder / "logs" / "rank4.log").unlink(missing_ok=True)
@@ -274,8 +286,7 @@ def test_a_log_that_is_removed_ends_no_run(site):
     ],
     ids=["a letter", "a quote", "a long step", "a long cell", "cut in two"],
 )  # fmt: skip
-def test_a_row_that_somebody_has_broken_fails_no_run(site, broken):
-    """The run goes on, and so do the rows behind the broken one."""
+def test_damaged_log_row_is_skipped(site, broken):
     log = site.folder / "rank4" / "training_log.csv"
     edits = []
 
@@ -288,43 +299,46 @@ def test_a_row_that_somebody_has_broken_fails_no_run(site, broken):
     outcome = site.attempt("one", "auto", on_call=on_call, steps=6, seconds=0.2)
     assert edits
     assert (outcome["outcome"], outcome["step"]) == ("finished", 6), outcome
-    steps = [row["step"] for update in site.hub.exchange({}) for row in update.get("rows", [])]
+    steps = [row["step"] for update in site.coordinator.exchange({}) for row in update.get("rows", [])]
     assert steps[0] == 1
     assert steps[-1] == 6
 
 
-def test_a_program_that_is_not_there(site, monkeypatch):
-    monkeypatch.setattr("finetune.sweep.attempt.first_words", lambda task, place: ["/no/such/program"])
+def test_missing_program_is_refused(site, monkeypatch):
+    monkeypatch.setattr("finetune.sweep.attempt.program", lambda task, workspace: ["/no/such/program"])
+    outcome = site.attempt("one")
+    assert (outcome["outcome"], outcome["step"]) == ("refused", None)
+    assert outcome["lines"] == ["cannot start /no/such/program: No such file or directory; check --command"]
+    assert {"number", "node", "device", "started", "ended"} <= set(outcome)
+
+
+def test_data_outside_the_working_folder(site):
+    site.inputs["../../elsewhere/rows.jsonl"] = "0" * 64
     outcome = site.attempt("one")
     assert outcome["outcome"] == "refused"
-    assert "/no/such/program" in outcome["lines"][-1]
-
-
-def test_data_above_the_folder_of_the_start_are_not_written_above_the_scratch_folder(site):
-    site.inputs["../../elsewhere/rows.jsonl"] = "0" * 64
-    with pytest.raises(UserError, match="lies outside the folder the sweep is started in"):
-        site.attempt("one")
+    assert "lies outside the folder the sweep is started in" in outcome["lines"][0]
     assert not list(site.root.rglob("elsewhere"))
     assert site.attempt("one", "auto")["outcome"] == "finished"
 
 
-def test_a_folder_that_is_not_shared_is_noticed(site):
+def test_unshared_folder_is_detected(site):
     (site.folder / TOKEN).write_text("another sweep's")
-    with pytest.raises(UserError, match="--transport ray"):
-        site.attempt("one", "shared")
+    outcome = site.attempt("one", "shared")
+    assert outcome["outcome"] == "refused"
+    assert "--transport ray" in outcome["lines"][0]
     assert site.attempt("one", "auto")["transport"] == "Ray"
 
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:1", "127.0.0.1:99999", "nowhere.invalid:6379"])
-def test_an_address_where_no_cluster_is(address):
+def test_address_without_a_cluster(address):
     pytest.importorskip("ray")
-    with pytest.raises(UserError, match=address), ray_runner.ray_session(Options(address=address)):
+    with pytest.raises(UserError, match=address), ray_session(SweepOptions(address=address)):
         pass
 
 
 @pytest.mark.parametrize("folder", ["x" * 90, "file"])
-def test_a_folder_for_temporary_files_that_ray_cannot_take(tmp_path, monkeypatch, folder):
-    """On clusters TMPDIR is often a long one."""
+def test_unusable_ray_tmpdir(tmp_path, monkeypatch, folder):
+    """Too long for a socket's path, or a file."""
     pytest.importorskip("ray")
     (tmp_path / "file").touch()
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / folder))
@@ -332,47 +346,47 @@ def test_a_folder_for_temporary_files_that_ray_cannot_take(tmp_path, monkeypatch
         (tmp_path / folder).mkdir()
     with (
         pytest.raises(UserError, match=r"cannot start Ray on this machine: .*set RAY_TMPDIR"),
-        ray_runner.ray_session(Options()),
+        ray_session(SweepOptions()),
     ):
         pass
 
 
-def test_a_ctrl_c_while_ray_starts_counts_when_it_has_started():
+def test_ctrl_c_is_deferred_until_ray_has_started():
     done = []
-    with pytest.raises(KeyboardInterrupt), ray_runner._ctrl_c_held_back():
+    with pytest.raises(KeyboardInterrupt), defer_ctrl_c():
         signal.raise_signal(signal.SIGINT)
         done.append("started")
     assert done == ["started"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_full_disk_under_the_sweep_ends_no_run(tmp_path, monkeypatch, caplog):
-    """sweep.json is written every second: what would have been raised there would have ended every run at work."""
+def test_full_disk_of_the_sweep_ends_no_run(tmp_path, monkeypatch, caplog):
+    """An error while sweep.json is written would end every running run."""
     pytest.importorskip("ray")
     monkeypatch.setattr(logging.getLogger("sandwich"), "propagate", True)
     sweep = open_sweep(tmp_path / "s", make_points({"max_steps": 10}, {"rank": [4, 8]}), identity="x", argv=[],
                        settings={})  # fmt: skip
     runner = object.__new__(ray_runner.RayRunner)
-    runner.sweep, runner.saved = sweep, -1e9
+    runner.sweep, runner.saved_at = sweep, -1e9
     monkeypatch.setattr(sweep, "save", MagicMock(side_effect=UserError("cannot write sweep.json: No space left")))
     runner._save()
     assert "cannot write sweep.json" in caplog.text
     if Path("/dev/full").exists():
         asha = Asha(sweep.folder, metric="loss", grace=10, reduction=3)
         asha.path = Path("/dev/full")
-        assert not asha.result("rank4", 10.0, {"step": 1, "loss": 1.0})
-        assert "rank4: go on at step 1, and it cannot be written to /dev/full" in caplog.text
+        assert not asha.should_stop("rank4", 10.0, {"step": 1, "loss": 1.0})
+        assert "cannot write to /dev/full: No space left on device; decision at step 1 of rank4: go on" in caplog.text
     sweep.close()
 
 
 @pytest.mark.parametrize("replay", [False, True])
-def test_what_a_hopeless_run_logs_on_its_way_out_is_no_measure_for_others(tmp_path, replay):
-    """Rungs that it reaches after the decision would make the next run's hurdle lower."""
+def test_rows_after_the_stop_are_not_compared(tmp_path, replay):
+    """Rungs that a stopped run reaches on its way out would lower the hurdle for the next one."""
     pytest.importorskip("ray")
     sweep = open_sweep(tmp_path / "s", make_points({"max_steps": 10}, {"rank": [4, 8]}), identity="x", argv=[],
                        settings={})  # fmt: skip
     runner = object.__new__(ray_runner.RayRunner)
-    runner.sweep, runner.decided, runner.told, runner.orders = sweep, {}, set(), {}
+    runner.sweep, runner.judged, runner.hopeless, runner.stop_reasons = sweep, {}, set(), {}
     runner.asha = Asha(sweep.folder, metric="loss", grace=10, reduction=3)
     good, bad = sweep.runs
     if replay:
@@ -387,6 +401,6 @@ def test_what_a_hopeless_run_logs_on_its_way_out_is_no_measure_for_others(tmp_pa
             run.status = "running"
             for step in range(1, 9):
                 runner._take_row(run, {"step": step, "loss": loss})
-        assert runner.told == {bad.name}
+        assert runner.hopeless == {bad.name}
     assert runner.asha.reached == {good.name: 80.0, bad.name: 10.0}
     sweep.close()

@@ -133,14 +133,14 @@ def test_parse_writes_one_line_per_row(tmp_path, capsys):
     assert rows[3] == {"content": "hello", "tool_calls": [], "errors": []}
 
 
-def test_the_file_that_is_read_is_not_replaced_and_deep_arguments_are_an_error(tmp_path, capsys):
+def test_parse_refuses_its_source_and_deep_arguments(tmp_path, capsys):
     text = '<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 990 + "]" * 990 + "}}</tool_call>"
     source = write_jsonl(tmp_path / "t.jsonl", [{"text": text}])
     before = source.read_bytes()
     assert prepare_data.main(["parse", "--format", "chatml", str(source), str(source)]) == 2
     assert "is the file that is read" in capsys.readouterr().err and source.read_bytes() == before
     assert prepare_data.main(["parse", "--format", "chatml", str(source), str(tmp_path)]) == 2
-    assert "name a file you may replace" in capsys.readouterr().err
+    assert "choose another file" in capsys.readouterr().err
     assert prepare_data.main(["parse", "--format", "chatml", str(source), str(tmp_path / "out.jsonl")]) == 0
     (row,) = read(tmp_path / "out.jsonl")
     assert row["tool_calls"] == [] and "deep" in row["errors"][0] and row["content"] == text

@@ -1,4 +1,4 @@
-"""Tools and calls in every spelling: declarations, arguments, calls written into the text."""
+"""Tools and calls in each spelling: declarations, arguments, calls in an assistant's text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,7 @@ from hypothesis import strategies as st
 from finetune.reading.calls_in_text import read_arguments, split_calls
 from finetune.reading.conversations import RowError, normalize_row
 from finetune.reading.tool_schemas import normalize_tools
-from tests.rows import LAMP, WRAPPED, calls, chat
-
-
-def assistant(raw: dict, **kwargs) -> dict:
-    """The last message of a normalised row."""
-    return normalize_row(raw, **kwargs)["messages"][-1]
+from tests.rows import LAMP, WRAPPED, calls, chat, last_message
 
 
 @pytest.mark.parametrize(
@@ -51,7 +46,7 @@ def assistant(raw: dict, **kwargs) -> dict:
         "MCP",
     ],
 )
-def test_every_spelling_of_tools_becomes_the_same(tools):
+def test_each_spelling_of_tools_is_normalised(tools):
     assert normalize_tools(tools) in ([WRAPPED], [{"function": LAMP, "type": "function"}])
 
 
@@ -60,7 +55,7 @@ def test_no_tools(tools):
     assert normalize_tools(tools) == []
 
 
-def test_unknown_keys_and_key_order_of_tools_survive():
+def test_tools_keep_unknown_keys_and_key_order():
     tool = {
         "function": {"parameters": {"type": "object", "properties": {}}, "name": "a", "strict": True},
         "type": "function",
@@ -68,7 +63,7 @@ def test_unknown_keys_and_key_order_of_tools_survive():
     assert json.dumps(normalize_tools([tool])) == json.dumps([tool])
 
 
-def test_tool_without_description_stays_as_it_is():
+def test_tool_without_description_is_unchanged():
     assert normalize_tools([{"name": "ping"}]) == [{"type": "function", "function": {"name": "ping"}}]
 
 
@@ -87,7 +82,7 @@ def test_flat_parameters_become_json_schema():
     assert notes["tool with a flat parameter list rewritten as JSON Schema"] == 1
 
 
-def test_foreign_type_names_are_translated_at_every_depth():
+def test_type_names_are_translated_at_every_depth():
     schema = {
         "type": "dict",
         "properties": {"x": {"type": "float"}, "y": {"type": "array", "items": {"type": "dict"}}, "z": {"type": "any"}},
@@ -102,7 +97,7 @@ def test_foreign_type_names_are_translated_at_every_depth():
 
 
 @pytest.mark.parametrize("name", ["type", "description"])
-def test_a_schema_without_a_type_is_no_flat_list_whatever_its_parameters_are_called(name):
+def test_schema_without_type_is_not_a_flat_list(name):
     schema = {"properties": {name: {"type": "string"}, "n": {"type": "integer"}}}
     (tool,) = normalize_tools([{"name": "f", "parameters": schema}])
     assert tool["function"]["parameters"] == schema
@@ -135,21 +130,21 @@ CALL_TEXTS = {
 
 
 @pytest.mark.parametrize("text", CALL_TEXTS.values(), ids=CALL_TEXTS)
-def test_calls_written_in_the_text_become_tool_calls(text):
-    message = assistant(chat({"role": "assistant", "content": text}, tools=[LAMP]))
+def test_calls_in_text_become_tool_calls(text):
+    message = last_message(chat({"role": "assistant", "content": text}, tools=[LAMP]))
     assert message["content"] == ""
     assert calls(message) == [("set_lamp", {"room": 'a}<"/b', "level": 7})]
 
 
-def test_a_python_tuple_in_the_text_is_a_list():
+def test_python_tuple_in_text_becomes_a_list():
     text = "<tool_call>{'name': 'set_lamp', 'arguments': {'room': ('<|im_end|>', None, -1.0)}}</tool_call>"
-    message = assistant(chat({"role": "assistant", "content": text}, tools=[LAMP]))
+    message = last_message(chat({"role": "assistant", "content": text}, tools=[LAMP]))
     assert calls(message) == [("set_lamp", {"room": ["<|im_end|>", None, -1.0]})]
 
 
-def test_words_before_calls_and_several_calls():
+def test_text_before_several_calls():
     text = 'One moment.\n<function=set_lamp>{"room": "a"}</function>\n<function=set_lamp>{"room": "b"}</function>\n'
-    message = assistant(chat({"role": "assistant", "content": text}, tools=[LAMP]))
+    message = last_message(chat({"role": "assistant", "content": text}, tools=[LAMP]))
     assert message["content"] == "One moment."
     assert calls(message) == [("set_lamp", {"room": "a"}), ("set_lamp", {"room": "b"})]
 
@@ -161,7 +156,7 @@ def test_words_before_calls_and_several_calls():
         '<function=set_lamp>{"room": }</function>',
         '<function=set_lamp>["a"]</function>',
         '<function=set_lamp>{"room": "a"}</function> and then?',
-        'Write <tool_call>{"name": "other", "arguments": {}}</tool_call>',  # words about an undeclared tool
+        'Write <tool_call>{"name": "other", "arguments": {}}</tool_call>',  # mentions an undeclared tool
         '<tool_call>{"name": "set_lamp", "x": 1}</tool_call>',
         '[TOOL_CALLS]set_lamp[ARGS]{"room": "a"} and then?',
         "<tool_call><function=set_lamp><parameter=room>a</function></tool_call>",
@@ -171,14 +166,14 @@ def test_words_before_calls_and_several_calls():
         "<tool_call>{'name': 'set_lamp', 'arguments': {'room': b'a'}}</tool_call>",
     ],
 )
-def test_what_does_not_parse_to_the_last_character_stays_text(text):
+def test_calls_that_do_not_parse_completely_stay_text(text):
     notes = Counter()
-    message = assistant(chat({"role": "assistant", "content": text}, tools=[LAMP]), notes=notes)
+    message = last_message(chat({"role": "assistant", "content": text}, tools=[LAMP]), notes=notes)
     assert message == {"role": "assistant", "content": text}
     assert notes["call tag in the text left as text (it does not parse cleanly)"] == 1
 
 
-def test_tags_in_user_and_tool_texts_stay_text():
+def test_tags_in_user_and_tool_messages_stay_text():
     text = '<function=set_lamp>{"room": "a"}</function>'
     row = {"messages": [{"role": "user", "content": text}, {"role": "tool", "content": text}], "tools": [LAMP]}
     assert [m["content"] for m in normalize_row(row)["messages"]] == [text, text]
@@ -197,15 +192,15 @@ def test_tags_in_user_and_tool_texts_stay_text():
         ("null", {}),
     ],
 )
-def test_arguments_in_every_spelling(arguments, expected):
+def test_arguments_in_each_spelling(arguments, expected):
     call = {"type": "function", "id": 5, "function": {"name": "f", "arguments": arguments}}
-    message = assistant(chat({"role": "assistant", "content": None, "tool_calls": [call]}))
+    message = last_message(chat({"role": "assistant", "content": None, "tool_calls": [call]}))
     assert json.dumps(message["tool_calls"]) == json.dumps(
         [{"type": "function", "id": "5", "function": {"name": "f", "arguments": expected}}]
     )
 
 
-def test_arguments_under_a_key_that_is_not_read_are_no_empty_object():
+def test_arguments_under_an_unknown_key_are_refused():
     def called(call: dict, notes: Counter) -> dict:
         return normalize_row(chat({"role": "assistant", "tool_calls": [call]}), notes=notes)["messages"][-1]
 
@@ -214,7 +209,7 @@ def test_arguments_under_a_key_that_is_not_read_are_no_empty_object():
         {"name": "f", "args": {"a": 1}, "id": "x"},
         {"type": "tool_use", "function": {"name": "f", "input": "1"}},
     ):
-        with pytest.raises(RowError, match=r"call of f has no arguments, but (args|input)"):
+        with pytest.raises(RowError, match=r"call of f has no arguments but (args|input)"):
             called(call, notes)
     assert calls(called({"name": "f", "arguments": None, "parameters": {"a": 1}}, notes)) == [("f", {"a": 1})]
     assert not [note for note in notes if "calls" in note]
@@ -223,12 +218,12 @@ def test_arguments_under_a_key_that_is_not_read_are_no_empty_object():
 
 
 @pytest.mark.parametrize("arguments", [[1], "[1]", "seven", "7", 7, True, '{"a": NaN}', '{"a": 1, "a": 2}', '{"a"'])
-def test_arguments_that_are_no_object_are_refused(arguments):
+def test_arguments_that_are_not_an_object_are_refused(arguments):
     with pytest.raises(RowError, match=r"message 2: call of f: arguments"):
-        assistant(chat({"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}))
+        last_message(chat({"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}))
 
 
-def test_number_types_survive():
+def test_number_types_are_preserved():
     text = '{"n": 12345678901234567890, "e": 1e-07, "z": -0.0, "f": 7.0, "i": 7, "s": "007", "b": true, "x": null}'
     assert json.dumps(read_arguments(text)) == text
 
@@ -250,7 +245,7 @@ objects = st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(objects, min_size=1, max_size=3), st.sampled_from(["llama", "hermes", "nvidia"]), st.booleans())
-def test_any_arguments_written_in_text_are_read_back(arguments, style, ascii_only):
+def test_any_arguments_in_text_are_read_back(arguments, style, ascii_only):
     def dump(value):
         return json.dumps(value, ensure_ascii=ascii_only)
 
@@ -260,12 +255,12 @@ def test_any_arguments_written_in_text_are_read_back(arguments, style, ascii_onl
         "hermes": "\n".join(f"<tool_call>\n{dump(call)}\n</tool_call>" for call in named),
         "nvidia": f"<TOOLCALL>{dump(named)}</TOOLCALL>",
     }[style]
-    assert json.dumps(split_calls("words " + text)) == json.dumps(("words", named))
+    assert json.dumps(split_calls("text " + text)) == json.dumps(("text", named))
 
 
 @settings(max_examples=80, deadline=None)
 @given(objects)
-def test_normalising_twice_changes_nothing(arguments):
+def test_normalising_is_idempotent(arguments):
     row = chat(
         {"role": "assistant", "content": " hi ", "tool_calls": [{"name": "f", "arguments": json.dumps(arguments)}]}
     )

@@ -1,6 +1,5 @@
-"""train_lora.py as a user runs it: the real script in a process of its own, its folder, its resume, its refusals."""
+"""train_lora.py as a subprocess: its experiment folder, resuming, and refusals."""
 
-import csv
 import hashlib
 import json
 import os
@@ -8,82 +7,19 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from safetensors.torch import load_file
 
-from finetune.models.bundled import smollm2_dir
 from finetune.runs.run_log import COLUMNS
-from tests.scripts import ROOT, run_script
-from tests.tiny import tiny_llama
+from tests.helpers import lazy
+from tests.scripts import ROOT
+from tests.training_runs import command, config_of, conversation, log_rows, run, write_rows
 
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "description": "Weather of a city",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-        },
-    }
-]
-# What a machine decides, not the run: never equal between two runs.
-CLOCKED = {"tokens_per_second", "computed_tokens_per_second", "seconds", "peak_memory_gb"}
+safetensors_torch = lazy("safetensors.torch")
 
-
-def conversation(number):
-    city = ["Oslo", "Rome", "Paris", "Kyiv", "Seoul"][number % 5]
-    call = {"type": "function", "function": {"name": "get_weather", "arguments": json.dumps({"city": city})}}
-    return {
-        "messages": [
-            {"role": "user", "content": f"Weather in {city}, please ({number})"},
-            {"role": "assistant", "tool_calls": [call]},
-            {"role": "tool", "name": "get_weather", "content": '{"t": 3}'},
-            {"role": "assistant", "content": f"It is 3 degrees in {city}."},
-        ],
-        "tools": json.dumps(TOOLS),
-    }
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", [conversation(i) for i in range(12)])
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """Two small random layers under the real SmolLM2 tokenizer: for what does not depend on sense."""
-    from transformers import AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("tiny_model")
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())
-    tokenizer.save_pretrained(folder)
-    tiny_llama(tokenizer, hidden_size=32, intermediate_size=64, max_position_embeddings=8192).save_pretrained(folder)
-    return folder
-
-
-def command(*arguments):
-    return [sys.executable, str(ROOT / "train_lora.py"), *map(str, arguments)]
-
-
-def run(*arguments, **options):
-    return run_script("train_lora.py", *arguments, **options)
-
-
-def log_rows(folder):
-    with (folder / "training_log.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def config_of(folder):
-    return json.loads((folder / "experiment_config.json").read_text(encoding="utf-8"))
+# Columns that depend on the machine.
+TIMING_COLUMNS = {"tokens_per_second", "computed_tokens_per_second", "seconds", "peak_memory_gb"}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +36,7 @@ def finished_run(rows, tmp_path_factory):
     return folder, result
 
 
-def test_folder_holds_exactly_what_the_readme_says(finished_run):
+def test_run_folder_has_exactly_the_documented_files(finished_run):
     folder, result = finished_run
     assert re.fullmatch(r"smollm2_135m_r16_a32_lr1em03_ep2_\d{8}_\d{6}", folder.name)
     assert result.stdout.strip() == str(folder)
@@ -114,7 +50,7 @@ def test_folder_holds_exactly_what_the_readme_says(finished_run):
     assert not list(folder.rglob("*.bin"))
 
 
-def test_log_has_one_row_a_step_and_the_loss_falls(finished_run):
+def test_log_has_one_row_per_step_and_a_falling_loss(finished_run):
     folder, _ = finished_run
     logged = log_rows(folder)
     assert list(logged[0]) == list(COLUMNS)
@@ -127,7 +63,7 @@ def test_log_has_one_row_a_step_and_the_loss_falls(finished_run):
     seen = [int(row["tokens_seen"]) for row in logged]
     assert seen == sorted(seen)
     config = config_of(folder)
-    assert seen[2] == config["data"]["tokens"]  # an epoch sees every token once
+    assert seen[2] == config["data"]["tokens"]  # every token once per epoch
     assert int(logged[2]["trained_tokens"]) == config["data"]["trained_tokens"]
     for row in logged:
         # The tool schema is shared within a step, so fewer tokens are computed than the rows hold.
@@ -136,7 +72,7 @@ def test_log_has_one_row_a_step_and_the_loss_falls(finished_run):
         assert float(row["seconds"]) > 0
 
 
-def test_config_records_what_the_run_was(finished_run):
+def test_experiment_config_records_the_run(finished_run):
     folder, _ = finished_run
     config = config_of(folder)
     assert config["status"] == "finished"
@@ -161,14 +97,14 @@ def test_config_records_what_the_run_was(finished_run):
     assert memory["plan"]["tokens"] >= memory["plan"]["longest"] == config["data"]["longest"]
 
 
-def test_generation_stops_at_the_end_of_turn(finished_run):
+def test_generation_config_stops_at_end_of_turn(finished_run):
     folder, _ = finished_run
     generation = json.loads((folder / "final_model" / "generation_config.json").read_text(encoding="utf-8"))
     ends = generation["eos_token_id"]
     assert 2 in (ends if isinstance(ends, list) else [ends])
 
 
-def test_no_secret_reaches_the_folder(rows, tiny_model, tmp_path):
+def test_secrets_are_not_written(rows, tiny_model, tmp_path):
     result = run(
         "--model", tiny_model, "--dataset", rows, "--format", "chatml", "--max_steps", 1, "--experiments_dir", tmp_path,
         env={"HF_TOKEN": "hf_averysecretvalue", "WANDB_API_KEY": "wandbsecretvalue"},
@@ -178,7 +114,7 @@ def test_no_secret_reaches_the_folder(rows, tiny_model, tmp_path):
     assert not any(b"secretvalue" in text for text in texts)
 
 
-def test_the_same_run_again_from_its_config(finished_run, tmp_path):
+def test_experiment_config_repeats_the_run(finished_run, tmp_path):
     """An experiment_config.json is a valid --config, and the curve it gives is the same."""
     folder, _ = finished_run
     result = run("--config", folder / "experiment_config.json", "--max_steps", 2, "--experiments_dir", tmp_path)
@@ -193,15 +129,15 @@ RESUMED = (
 )  # fmt: skip
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(rows, tiny_model, tmp_path):
-    """SIGKILL after a checkpoint, then --resume: adapter bytes and log rows equal those of a run never killed.
+def test_killed_run_resumes_to_the_same_bytes(rows, tiny_model, tmp_path):
+    """SIGKILL after a checkpoint, then --resume: adapter bytes and log rows equal those of an undisturbed run.
 
-    Dropout draws random numbers in every step, and rows are logged every third step while checkpoints come every
-    second, so random state, data order and the half-filled log window all have to come back.
+    Dropout, logging every third step and checkpoints every second one need random state, data order and the partial
+    log window to be restored.
     """
     arguments = ("--model", tiny_model, "--dataset", rows, *RESUMED)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(*arguments, "--experiments_dir", whole).returncode == 0
+    complete, killed = tmp_path / "complete", tmp_path / "killed"
+    assert run(*arguments, "--experiments_dir", complete).returncode == 0
 
     process = subprocess.Popen(
         command(*arguments, "--experiments_dir", killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -215,11 +151,11 @@ def test_a_killed_run_resumes_to_the_same_bytes(rows, tiny_model, tmp_path):
     process.wait()
     assert config_of(killed / "run")["status"] == "running"
     assert not (killed / "run" / "final_model").exists()
-    # What a kill in mid-line and in mid-checkpoint would have left behind as well.
+    # A kill while writing a line and a checkpoint would also leave these.
     with (killed / "run" / "training_log.csv").open("a") as file:
         file.write("5,1.6")
     (killed / "run" / ".saving" / "checkpoint-99").mkdir(parents=True, exist_ok=True)
-    # And a machine that went down before the newest checkpoint was on the disk.
+    # A machine that went down before the newest checkpoint was on the disk leaves it truncated.
     cut = killed / "run" / "checkpoint-6"
     shutil.rmtree(cut, ignore_errors=True)
     shutil.copytree(killed / "run" / "checkpoint-4", cut)
@@ -227,18 +163,21 @@ def test_a_killed_run_resumes_to_the_same_bytes(rows, tiny_model, tmp_path):
 
     result = run("--resume", killed / "run")
     assert result.returncode == 0, result.stderr
-    assert "checkpoint-6 is passed over: its optimizer.pt is not whole" in result.stderr
+    assert "checkpoint-6: its optimizer.pt is not complete" in result.stderr
     assert config_of(killed / "run")["status"] == "finished"
-    adapters = [(d / "run" / "final_model" / "adapter_model.safetensors").read_bytes() for d in (whole, killed)]
+    adapters = [(d / "run" / "final_model" / "adapter_model.safetensors").read_bytes() for d in (complete, killed)]
     assert adapters[0] == adapters[1]
-    logs = [[{k: v for k, v in r.items() if k not in CLOCKED} for r in log_rows(d / "run")] for d in (whole, killed)]
+    logs = [
+        [{k: v for k, v in row.items() if k not in TIMING_COLUMNS} for row in log_rows(folder / "run")]
+        for folder in (complete, killed)
+    ]
     assert logs[0] == logs[1]
     assert [int(row["step"]) for row in logs[0]] == [3, 6, 9]
     assert not list((killed / "run").glob(".*"))
 
 
-def test_a_run_killed_behind_its_last_step_takes_no_step_more(rows, tiny_model, tmp_path):
-    """Its last checkpoint is in the middle of an epoch; what is left to do is to save. Its name is no markup, too."""
+def test_resume_after_the_last_step_only_saves(rows, tiny_model, tmp_path):
+    """The last checkpoint is in the middle of an epoch. The name of the run is not read as rich markup."""
     result = run(
         "--model", tiny_model, "--dataset", rows, "--format", "chatml", "--batch_size", 2, "--grad_accum", 1,
         "--max_steps", 2, "--save_steps", 1, "--scheduler", "constant", "--experiments_dir", tmp_path,
@@ -262,7 +201,7 @@ def test_a_run_killed_behind_its_last_step_takes_no_step_more(rows, tiny_model, 
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, getattr(signal, "SIGHUP", None)]
 )  # Ctrl-C, and a terminal that was closed
-def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(rows, tiny_model, tmp_path, number):
+def test_signal_saves_a_checkpoint_to_resume_from(rows, tiny_model, tmp_path, number):
     process = subprocess.Popen(
         command("--model", tiny_model, "--dataset", rows, "--format", "chatml", "--batch_size", 1, "--grad_accum", 1,
                 "--epochs", 500, "--name", "run", "--experiments_dir", tmp_path),
@@ -287,7 +226,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(rows, tiny_model, tmp_
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has no SIGHUP")
-def test_under_nohup_a_closed_terminal_ends_nothing(rows, tiny_model, tmp_path):
+def test_sighup_is_ignored_under_nohup(rows, tiny_model, tmp_path):
     words = command("--model", tiny_model, "--dataset", rows, "--format", "chatml", "--batch_size", 1, "--grad_accum",
                     1, "--max_steps", 20, "--name", "run", "--experiments_dir", tmp_path)  # fmt: skip
     process = subprocess.Popen(["nohup", *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -301,8 +240,8 @@ def test_under_nohup_a_closed_terminal_ends_nothing(rows, tiny_model, tmp_path):
     assert config_of(tmp_path / "run")["steps"] == 20
 
 
-def test_sharing_prefixes_does_not_change_the_curve(rows, tiny_model, tmp_path):
-    """Thirty steps with and without sharing: equal within 1e-4 in float32."""
+def test_sharing_prefixes_keeps_the_loss_curve(rows, tiny_model, tmp_path):
+    """Thirty steps with and without sharing are equal within 1e-4 in float32."""
     arguments = ("--model", tiny_model, "--dataset", rows, "--format", "chatml", "--max_steps", 30, "--lr", "5e-3",
                  "--dtype", "float32", "--experiments_dir", tmp_path)  # fmt: skip
     assert run(*arguments, "--name", "shared").returncode == 0
@@ -313,7 +252,7 @@ def test_sharing_prefixes_does_not_change_the_curve(rows, tiny_model, tmp_path):
     assert shared[-1] < 0.97 * shared[0]
 
 
-def test_early_stopping_and_the_best_checkpoint(rows, tiny_model, tmp_path):
+def test_early_stopping_loads_the_best_checkpoint(rows, tiny_model, tmp_path):
     result = run(
         "--model", tiny_model, "--dataset", rows, "--eval_dataset", rows, "--format", "chatml", "--lr", "30",
         "--max_steps", 40, "--eval_steps", 2, "--early_stopping_patience", 2, "--load_best", "--scheduler", "constant",
@@ -329,8 +268,8 @@ def test_early_stopping_and_the_best_checkpoint(rows, tiny_model, tmp_path):
     assert final == (tmp_path / "run" / f"checkpoint-{best}" / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_run_killed_behind_its_early_stop_takes_no_step_more(rows, tiny_model, tmp_path):
-    """Its last checkpoint is that of the step which was one evaluation too many; moved, it still finds its best one."""
+def test_resume_after_an_early_stop_only_saves(rows, tiny_model, tmp_path):
+    """The last checkpoint is of the step that stopped the run; the best one is found in a moved folder, too."""
     result = run(
         "--model", tiny_model, "--dataset", rows, "--eval_dataset", rows, "--format", "chatml", "--lr", "30",
         "--max_steps", 40, "--eval_steps", 1, "--early_stopping_patience", 1, "--load_best", "--scheduler", "constant",
@@ -351,8 +290,8 @@ def test_a_run_killed_behind_its_early_stop_takes_no_step_more(rows, tiny_model,
     assert (folder / "final_model" / "adapter_model.safetensors").read_bytes() == adapter
 
 
-def test_changed_data_is_told_before_anything_slow(tmp_path, rows):
-    """The model of this run does not exist: who comes to look for it has found nothing wrong with the data."""
+def test_resume_refuses_changed_data_early(tmp_path, rows):
+    """The model of this run does not exist, so an error about it would mean that the data was not checked first."""
     own = shutil.copy(rows, tmp_path / "rows.jsonl")
     write_rows(own, [conversation(99)])
     folder = tmp_path / "run"
@@ -364,7 +303,7 @@ def test_changed_data_is_told_before_anything_slow(tmp_path, rows):
 
 
 def make_checkpoint(folder):
-    """The files that a resume looks at, next to empty."""
+    """The files that --resume checks, with almost no content."""
     import torch
     from safetensors.torch import save_file
 
@@ -376,7 +315,7 @@ def make_checkpoint(folder):
         torch.save({}, folder / name)
 
 
-def test_dry_run_prints_the_table_and_makes_nothing(rows, tmp_path):
+def test_dry_run_prints_the_table_and_writes_nothing(rows, tmp_path):
     result = run(
         "--model", "smollm2-135m", "--dataset", rows, "--format", "chatml", "--dry_run", "--show_mask", 1,
         "--experiments_dir", tmp_path / "experiments",
@@ -384,13 +323,13 @@ def test_dry_run_prints_the_table_and_makes_nothing(rows, tmp_path):
     assert result.returncode == 0, result.stderr
     for wanted in ("rows", "dropped", "trained", "longest row", "steps", "memory", '"name":"get_weather"'):
         assert wanted in result.stdout
-    # Suggested flags can be copied out of a pipe, too: a table of 80 columns would break them.
+    # Suggested flags stay on one line in a pipe, so that they can be copied.
     assert re.search(r"--rank \d+ --max_seq_length \d+ --batch_size \d+ --grad_accum \d+", result.stdout)
     assert not (tmp_path / "experiments").exists()
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_is_logged(rows, tiny_model, tmp_path):
-    """Its step is not taken: behind it every weight would be nan, and so would be every later checkpoint."""
+def test_nan_loss_ends_the_run_and_is_logged(rows, tiny_model, tmp_path):
+    """The step is not taken, because all weights and later checkpoints would be nan."""
     result = run(
         "--model", tiny_model, "--dataset", rows, "--format", "chatml", "--lr", "1e30", "--save_steps", 1,
         "--max_steps", 30, "--scheduler", "constant", "--experiments_dir", tmp_path, "--name", "run",
@@ -407,14 +346,14 @@ def test_pickled_weights_are_not_loaded(rows, tiny_model, tmp_path):
     import torch
 
     model = shutil.copytree(tiny_model, tmp_path / "model")
-    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    torch.save(safetensors_torch.load_file(model / "model.safetensors"), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
     result = run("--model", model, "--dataset", rows, "--format", "chatml", "--experiments_dir", tmp_path / "e")
     refused(result, "no weights as safetensors")
     assert not list((tmp_path / "e").glob("*"))
 
 
-def test_weights_that_a_model_lacks_are_told(rows, tiny_model, tmp_path):
+def test_missing_weights_are_reported(rows, tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
@@ -439,12 +378,12 @@ BAD_DATA = {
     "a missing file": (None, "rows.jsonl"),
     "not JSON": ("{'a': 1}\n", "row 2"),
     "no messages": (json.dumps(row_without_messages()) + "\n", "row 2"),
-    "arguments are no object": (json.dumps(bad_arguments()) + "\n", "row 2"),
+    "arguments are not an object": (json.dumps(bad_arguments()) + "\n", "row 2"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_rows_end_in_one_line(case, tmp_path):
+def test_bad_rows_are_refused(case, tmp_path):
     second, wanted = BAD_DATA[case]
     path = tmp_path / "rows.jsonl"
     if second is not None:
@@ -464,7 +403,7 @@ def refused(result, *wanted):
         assert text in errors[0]
 
 
-def test_no_rows_left_is_one_line(tmp_path):
+def test_data_without_trained_rows_is_refused(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
     result = run(
         "--model", "smollm2-135m", "--dataset", path, "--format", "chatml", "--experiments_dir", tmp_path / "e"
@@ -482,13 +421,14 @@ def test_no_rows_left_is_one_line(tmp_path):
         (("--model", "smollm2-135m", "--format", "chatml", "--target_modules", "qqq_proj"), "qqq_proj"),
         (("--model", "smollm2-135m", "--format", "chatml", "--target_modules", "mlp"), "mlp holds no matrix to adapt"),
         (("--model", "smollm2-135m", "--format", "chatml", "--target_modules", "lm_head"), "only beside an adapter"),
-        (("--model", "smollm2-135m", "--target_modules", "all-linear", "lm_head"), "all-linear stands alone"),
+        (("--model", "smollm2-135m", "--target_modules", "all-linear", "lm_head"), "all-linear cannot be combined"),
         (("--model", "smollm2-135m", "--format", "chatml", "--last_layers", "500"), "the model has 30 decoder layers"),
         (("--model", "smollm2-135m", "--format", "chatml", "--rank", "1000000000"), "the widest layer has 1,536"),
         (("--model", "smollm2-135m", "--max_seq_length", "50", "--format", "chatml"), "max_seq_length"),
         (("--model", "smollm2-135m", "--report_to", "trackio"), "trackio"),
         (("--model", "smollm2-135m", "--push_to_hub", "not a repo"), "write OWNER/NAME"),
         (("--model", "smollm2-135m", "--push_to_hub", "me/adapter"), "there is no token; set HF_TOKEN"),
+        (("--model", ".", "--push_to_hub", "me/adapter"), "the base model . is a local path"),
         (("--model", "smollm2-135m", "--format", "chatml", "--optim", "adamw_tor"), "did you mean adamw_torch?"),
         (
             ("--model", "smollm2-135m", "--format", "chatml", "--eval_dataset", "empty.jsonl"),
@@ -496,7 +436,7 @@ def test_no_rows_left_is_one_line(tmp_path):
         ),
     ],
 )
-def test_impossible_settings_are_one_line_and_leave_no_folder(arguments, wanted, rows, tmp_path):
+def test_bad_settings_are_refused_without_a_folder(arguments, wanted, rows, tmp_path):
     if wanted == "trackio":
         pytest.importorskip("rich")
         import importlib.util
@@ -519,15 +459,15 @@ def test_impossible_settings_are_one_line_and_leave_no_folder(arguments, wanted,
         (("--rank", str(10**17)), "--rank 100000000000000000"),
     ],
 )
-def test_what_no_adapter_can_be_is_told_by_the_config_alone(arguments, wanted, dry, rows, tiny_model, tmp_path):
-    """The weights are no weights: whoever opens them ends with another word."""
+def test_bad_adapter_is_refused_before_loading_weights(arguments, wanted, dry, rows, tiny_model, tmp_path):
+    """The weights are not valid, so opening them would give another error."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
     (model / "model.safetensors").write_bytes(b"no weights")
     flags = ("--model", model, "--dataset", rows, "--format", "chatml", "--experiments_dir", tmp_path / "e")
     refused(run(*flags, *arguments, *["--dry_run"] * dry), wanted)
 
 
-def test_an_encoder_is_refused_in_one_line(rows, tiny_model, tmp_path):
+def test_encoder_is_refused(rows, tiny_model, tmp_path):
     from transformers import BertConfig
 
     model = shutil.copytree(tiny_model, tmp_path / "model")
@@ -536,12 +476,12 @@ def test_an_encoder_is_refused_in_one_line(rows, tiny_model, tmp_path):
     refused(run(*flags), "model type 'bert' is an encoder")
 
 
-def test_an_unwritable_experiments_folder_is_one_line(rows, tmp_path):
+def test_unwritable_experiments_folder_is_refused(rows, tmp_path):
     (tmp_path / "e").write_text("a file is in the way")
     refused(run("--model", "smollm2-135m", "--dataset", rows, "--experiments_dir", tmp_path / "e"), "--experiments_dir")
 
 
-def test_a_tokenizer_without_a_template_is_one_line(rows, tiny_model, tmp_path):
+def test_tokenizer_without_template_is_refused(rows, tiny_model, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     (model / "chat_template.jinja").unlink(missing_ok=True)
@@ -553,16 +493,17 @@ def test_a_tokenizer_without_a_template_is_one_line(rows, tiny_model, tmp_path):
     )
 
 
-def test_lora_plus_lets_b_learn_faster_than_a(tiny_model, rows, tmp_path):
-    """Adam's first step is the learning rate in each number that has a gradient. While B is 0, A has none; its first
-    gradient comes in Adam's second step, which makes of it (1 - b1) / (1 - b1^2) / sqrt((1 - b2) / (1 - b2^2))."""
+def test_loraplus_scales_the_learning_rate_of_b(tiny_model, rows, tmp_path):
+    """Adam's first step changes each weight that has a gradient by the learning rate. While B is 0, A has none; its
+    first gradient comes in the second step, scaled by (1 - b1) / (1 - b1^2) / sqrt((1 - b2) / (1 - b2^2))."""
     result = run(
         "--model", tiny_model, "--dataset", rows, "--format", "chatml", "--max_steps", 2, "--save_steps", 1,
         "--lr", "1e-3", "--loraplus_lr_ratio", 4, "--scheduler", "constant", "--weight_decay", 0, "--max_grad_norm", 0,
         "--experiments_dir", tmp_path, "--name", "plus",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    after = [load_file(tmp_path / "plus" / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (1, 2)]
+    checkpoints = [tmp_path / "plus" / f"checkpoint-{step}" for step in (1, 2)]
+    after = [safetensors_torch.load_file(path / "adapter_model.safetensors") for path in checkpoints]
     largest = {"lora_A": 0.0, "lora_B": 0.0}
     for name, tensor in after[0].items():
         kind = "lora_A" if "lora_A" in name else "lora_B"

@@ -1,4 +1,4 @@
-"""docs/walkthrough.md, command by command as the page has them; only sizes are made smaller."""
+"""Every command of docs/walkthrough.md, with smaller sizes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.scripts import ROOT, run_script
 PAGE = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
-# What a test adds behind a command: the last of two equal flags wins.
-SMALLER = {
+# Appended to a command: the last of two equal flags wins.
+SMALLER_SIZES = {
     "prepare_data.py generate": "--per-tool 4 --heldout-rows 4",
     "train_lora.py": "--max_steps 2 --batch_size 2",
     "evaluate_lora.py": "--limit 1 --max_new_tokens 8",
@@ -29,7 +29,7 @@ SMALLER = {
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory) -> Path:
-    """The folder that the commands are run in, with the page's tools in it."""
+    """The folder in which the commands are run, with the page's tools."""
     folder = tmp_path_factory.mktemp("walkthrough")
     (tools,) = (text for kind, text in BLOCKS if kind == "json")
     (folder / "house_tools.json").write_text(tools, encoding="utf-8")
@@ -52,8 +52,8 @@ def test_every_command_of_the_page(house):
     for command in COMMANDS:
         _, *arguments = shlex.split(command)
         if arguments[0] == "-m":
-            continue  # what the test's environment was made with; checked below
-        smaller = next((extra for start, extra in SMALLER.items() if " ".join(arguments).startswith(start)), "")
+            continue  # packages, checked below
+        smaller = next((extra for start, extra in SMALLER_SIZES.items() if " ".join(arguments).startswith(start)), "")
         said[command] = run([*arguments, *shlex.split(smaller)], house)
 
     def of(part: str) -> subprocess.CompletedProcess:
@@ -80,8 +80,8 @@ def test_every_command_of_the_page(house):
     assert answer.get("content") or answer.get("tool_calls")
 
 
-def test_installed_versions_are_those_of_the_page():
-    """The page's pip lines name the very files and versions that the tests' environment is made of."""
+def test_page_installs_the_pinned_versions():
+    """The page's pip commands name the files and versions of the requirements."""
     installs = [command for command in COMMANDS if command.startswith("python -m pip")]
     assert len(installs) == 2
     optional = (ROOT / "requirements_optional.txt").read_text(encoding="utf-8")

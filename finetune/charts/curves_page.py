@@ -1,28 +1,25 @@
-"""The loss curves of many runs as one HTML file that needs nothing else: no network, no library, no server."""
+"""The loss curves of many runs as one self-contained HTML file: it loads nothing from the network."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.charts import curves
 from finetune.charts.plots import X_LABELS, headline, subtitle
 from finetune.charts.run_labels import Comparison
+from finetune.charts.tables import SHOWN_COLUMNS
 from finetune.files import write_text_atomic
 
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
 TEMPLATE = Path(__file__).with_name("curves_page.html")
-ALL_POINTS = 60_000  # points in the whole page, shared by its runs, so that it stays a few MB
-# Column of the summary: its title and how the page writes its values.
-COLUMNS = {
-    "run": ("run", "text"), "status": ("status", "text"), "steps": ("steps", "count"), "final_loss": ("final", "loss"),
-    "min_loss": ("min", "loss"), "best_eval_loss": ("best eval", "loss"), "best_eval_step": ("at step", "count"),
-    "tokens": ("tokens", "short"), "seconds": ("time", "time"), "tokens_per_second": ("tokens/s", "short"),
-    "peak_memory_gb": ("peak GB", "short"), "trainable_parameters": ("trainable", "short"),
-    "base_tool_name_accuracy": ("name base", "short"), "finetuned_tool_name_accuracy": ("name tuned", "short"),
-    "base_parameter_accuracy": ("args base", "short"), "finetuned_parameter_accuracy": ("args tuned", "short"),
-    "notes": ("notes", "text"),
-}  # fmt: skip
+MAX_POINTS = 60_000  # of all runs together, so that the page stays below a few MB
+MAX_EVAL_POINTS = 60  # of one run
+COLUMNS = {"run": ("run", "text"), **SHOWN_COLUMNS, "notes": ("notes", "text")}
 
 
 def write_page(
@@ -34,8 +31,12 @@ def write_page(
     log_y: bool = False,
     smooth: int | None = None,
 ) -> None:
-    """Write the page. `table` holds `curves.summarize` of each run; x, log_y and smooth are where the page starts."""
-    points = max(150, min(2000, ALL_POINTS // max(len(comparison.runs), 1)))
+    """Write the page.
+
+    table             `curves.summarize` of each run
+    x, log_y, smooth  the page's initial settings
+    """
+    points = max(150, min(2000, MAX_POINTS // max(len(comparison.runs), 1)))
     shown = [key for key in COLUMNS if any(row.get(key) not in (None, "") for row in table)]
     data = {
         "title": headline(comparison),
@@ -44,57 +45,56 @@ def write_page(
         "log": log_y,
         "axes": X_LABELS,
         "runs": [
-            {"color": look.color, "dash": list(look.dash), **_run(run, smooth, points)}
+            {"color": look.color, "dash": list(look.dash), **_run_data(run, smooth, points)}
             for run, look in zip(comparison.runs, comparison.looks, strict=True)
         ],
         "columns": [
-            {"title": COLUMNS[key][0], "kind": COLUMNS[key][1], "number": COLUMNS[key][1] != "text"} for key in shown
+            {"title": title, "kind": kind, "number": kind != "text"} for title, kind in (COLUMNS[key] for key in shown)
         ],
-        "rows": [[_number(row.get(key)) for key in shown] for row in table],
+        "rows": [[_json_number(row.get(key)) for key in shown] for row in table],
     }
     # "<" must not end the script element, whatever a run is called.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     write_text_atomic(output, TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text))
 
 
-def _run(run: curves.Run, smooth: int | None, points: int) -> dict[str, Any]:
+def _run_data(run: curves.LoggedRun, smooth: int | None, points: int) -> dict[str, Any]:
     import numpy as np
 
-    rows = run.rows
-    trained = rows[np.isfinite(rows["loss"])]
+    trained = run.rows[np.isfinite(run.rows["loss"])]
     loss = trained["loss"].to_numpy()
-    soft = curves.smooth(loss, smooth)
-    keep = curves.thin(loss, points) if len(loss) else np.array([], dtype=int)
-    evaluated = rows[np.isfinite(rows["eval_loss"])]
-    marks = curves.thin(evaluated["eval_loss"].to_numpy(), 60) if len(evaluated) else np.array([], dtype=int)
+    smoothed = curves.smooth(loss, smooth)
+    evaluated = run.rows[np.isfinite(run.rows["eval_loss"])]
+    kept = curves.thin(loss, points)
+    evaluated = evaluated.iloc[curves.thin(evaluated["eval_loss"].to_numpy(), MAX_EVAL_POINTS)]
     return {
         "label": run.label,
         "folder": str(run.folder),
         "status": run.status,
         "notes": "; ".join(run.notes),
-        "x": _axes(trained.iloc[keep]),
-        "raw": _list(loss[keep]),
-        "soft": _list(soft[keep]),
-        "ex": _axes(evaluated.iloc[marks]),
-        "eval": _list(evaluated["eval_loss"].to_numpy()[marks]),
+        "x": _axes(trained.iloc[kept]),
+        "raw": _rounded(loss[kept]),
+        "soft": _rounded(smoothed[kept]),
+        "ex": _axes(evaluated),
+        "eval": _rounded(evaluated["eval_loss"].to_numpy()),
     }
 
 
-def _axes(rows: Any) -> dict[str, list[float]]:
+def _axes(rows: pd.DataFrame) -> dict[str, list[float]]:
     """Values of every x axis that is known for all of `rows`."""
     return {
-        name: _list(rows[column].to_numpy())
+        name: _rounded(rows[column].to_numpy())
         for name, column in curves.X_COLUMNS.items()
         if len(rows) and rows[column].notna().all()
     }
 
 
-def _list(values: Any) -> list[float]:
+def _rounded(values: np.ndarray) -> list[float]:
     return [float(f"{value:.6g}") if value % 1 else int(value) for value in values.tolist()]
 
 
-def _number(value: Any) -> Any:
-    """JSON has no nan and no inf; "Infinity" is what JavaScript makes one of again."""
+def _json_number(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: null, and the string "Infinity", which JavaScript converts back."""
     if isinstance(value, float) and abs(value) == float("inf"):
         return "Infinity" if value > 0 else "-Infinity"
     return None if isinstance(value, float) and value != value else value

@@ -6,26 +6,27 @@ import io
 import textwrap
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune.charts import curves
-from finetune.charts.boxes import boxes_unremarked
-from finetune.charts.curves import broke_off
+from finetune.charts.curves import LoggedRun
+from finetune.charts.fonts import font_family, missing_glyphs_ignored
 from finetune.charts.run_labels import Comparison, Look, value_text
 from finetune.errors import UserError
 from finetune.files import write_bytes_atomic
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
 
 PICTURE_TYPES = (".png", ".svg", ".pdf", ".jpg", ".webp")
-RAW_POINTS, SMOOTH_POINTS = 1600, 800  # of one run: more than there are pixels for
-ALL_RAW_POINTS = 30_000  # of all runs together: faint lines over each other show no detail anyway
+MAX_RAW_POINTS, MAX_SMOOTH_POINTS = 1600, 800  # of one run: more than the picture has pixels for
+MAX_RAW_POINTS_OF_ALL = 30_000  # of all runs together: overlapping faint lines show no detail
+MAX_EVAL_POINTS = 60  # of one run
 LEGEND_ROWS = 34
+MAX_LEGEND_ENTRIES = 2 * LEGEND_ROWS
 EVAL_DOTS = (0, (1, 1.2))
-INK, SOFT, GRID = "#222222", "#666666", "#E6E6E6"
-# Korean names of data sets and runs need one of these; the first that is installed is used.
-KOREAN_FONTS = ["Noto Sans CJK KR", "Noto Sans KR", "Malgun Gothic", "NanumGothic", "AppleGothic", "UnDotum"]
+TEXT, GREY, GRID = "#222222", "#666666", "#E6E6E6"
 X_LABELS = {"step": "optimizer step", "epoch": "epoch", "tokens": "tokens seen", "time": "time"}
 
 
@@ -38,24 +39,24 @@ def draw_curves(
     smooth: int | None = None,
     repeats: bool = False,
 ) -> None:
-    """Write the picture to `output` (type by its ending); raises UserError for an unknown type.
+    """Write the picture to `output` (type by its suffix). Raises UserError for an unknown type.
 
-    Faint: every logged loss; strong: its centred mean over `smooth` points (see `curves.smooth`); dots: eval loss.
-    With `repeats`, runs that differ by their seed alone become one curve, their mean, in a band of one standard
-    deviation to each side.
+    Faint line: every logged loss; strong line: its centred mean over `smooth` points (see `curves.smooth`); dots: eval
+    loss. With `repeats`, runs that differ only by their seed become one mean curve in a band of one standard deviation.
     """
     check_picture_type(output)
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    text = "".join(run.label for run in comparison.runs) + subtitle(comparison)
     settings = {
-        "font.family": _fonts(comparison), "font.size": 10.5, "text.color": INK, "axes.labelcolor": INK,
-        "axes.edgecolor": "#BBBBBB", "xtick.color": SOFT, "ytick.color": SOFT, "svg.fonttype": "none",
+        "font.family": font_family(text), "font.size": 10.5, "text.color": TEXT, "axes.labelcolor": TEXT,
+        "axes.edgecolor": "#BBBBBB", "xtick.color": GREY, "ytick.color": GREY, "svg.fonttype": "none",
         "agg.path.chunksize": 10000, "axes.unicode_minus": True,
-        "text.parse_math": False,  # a "$" in the name of a run or a data set is a dollar
+        "text.parse_math": False,  # names of runs and data sets may contain "$"
     }  # fmt: skip
-    with rc_context(settings), boxes_unremarked():
+    with rc_context(settings), missing_glyphs_ignored():
         warnings.filterwarnings("ignore", message="Data has no positive values")  # a loss of 0 on a logarithmic axis
         figure = Figure(figsize=(12, 6.75), layout="constrained")
         FigureCanvasAgg(figure)
@@ -64,11 +65,13 @@ def draw_curves(
             from finetune.charts.repeats import draw_repeats, merge_repeats
 
             comparison, bands = merge_repeats(comparison)
-        lowest, top = _draw_lines(axes, comparison, x, smooth)
+        scale, unit = time_unit(comparison) if x == "time" else (1.0, "")
+        lowest, top = _draw_lines(axes, comparison, x, scale, smooth)
         if repeats:
-            draw_repeats(axes, bands, x, smooth, time_unit(comparison)[0] if x == "time" else 1.0)
-        _dress(axes, comparison, x, log_y, lowest, top)
-        _legend(axes, comparison)
+            draw_repeats(axes, bands, x, smooth, scale)
+        axes.set_xlabel(f"time ({unit})" if unit else X_LABELS[x])
+        _format_axes(axes, comparison, x, log_y, lowest, top)
+        _draw_legend(axes, comparison)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=output.suffix[1:].lower(), dpi=150, facecolor="white")
     write_bytes_atomic(output, buffer.getvalue())
@@ -76,71 +79,70 @@ def draw_curves(
 
 def check_picture_type(output: Path) -> None:
     if output.suffix.lower() not in PICTURE_TYPES:
-        raise UserError(f"{output}: cannot draw this type of picture; end the name in {', '.join(PICTURE_TYPES)}")
+        raise UserError(f"{output}: unknown type of picture; use a name that ends in {', '.join(PICTURE_TYPES)}")
 
 
-def _draw_lines(axes: Axes, comparison: Comparison, x: str, width: int | None) -> tuple[float, float]:
-    """Draw every run; returns the lowest and highest y that must be seen (a spike may leave the picture)."""
+def _draw_lines(axes: Axes, comparison: Comparison, x: str, scale: float, width: int | None) -> tuple[float, float]:
+    """Draw every run; returns the lowest and highest y that must be visible (spikes may be cut off)."""
     import numpy as np
 
     count = len(comparison.runs)
     line = 2.2 if count <= 6 else 1.6 if count <= 16 else 1.1
     faint = max(0.03, min(0.28, 1.0 / count))
-    seen: list[Any] = []
+    drawn: list[np.ndarray] = []
     tops: list[float] = []
-    ends: list[tuple[Any, Any, str]] = []
-    scale = time_unit(comparison)[0] if x == "time" else 1.0
+    crosses: list[tuple[np.ndarray, np.ndarray, str]] = []
     for run, look in zip(comparison.runs, comparison.looks, strict=True):
         xs, ys = run.points(x, "loss")
         xs = xs / scale
         if len(ys):
-            soft = curves.smooth(ys, width)
-            keep = curves.thin(ys, min(RAW_POINTS, max(200, ALL_RAW_POINTS // count)))
-            if soft is not ys:
+            smoothed = curves.smooth(ys, width)
+            keep = curves.thin(ys, min(MAX_RAW_POINTS, max(200, MAX_RAW_POINTS_OF_ALL // count)))
+            if smoothed is not ys:
                 axes.plot(xs[keep], ys[keep], color=look.color, alpha=faint, linewidth=0.8, zorder=2)
-            keep = curves.thin(soft, SMOOTH_POINTS)
+            keep = curves.thin(smoothed, MAX_SMOOTH_POINTS)
             axes.plot(
-                xs[keep], soft[keep], color=look.color, linestyle=stroke(look), linewidth=line, zorder=4,
+                xs[keep], smoothed[keep], color=look.color, linestyle=line_style(look), linewidth=line, zorder=4,
                 marker="o" if len(ys) == 1 else None, solid_capstyle="round",
             )  # fmt: skip
-            seen.append(soft)
-            # A run that blows up must not press all others flat against the axis; it leaves the picture at the top.
-            room = 1.15 if broke_off(run) and soft[-1] > soft[0] else 2
-            tops.append(min(ys.max() if count <= 6 else soft.max(), soft[0] * room))
-            if broke_off(run):
-                ends.append((xs, soft, look.color))
+            drawn.append(smoothed)
+            # A diverged run must not compress all the others: its curve is cut off at the top.
+            room = 1.15 if run.is_broken_off and smoothed[-1] > smoothed[0] else 2
+            tops.append(min(ys.max() if count <= 6 else smoothed.max(), smoothed[0] * room))
+            if run.is_broken_off:
+                crosses.append((xs, smoothed, look.color))
         xs, ys = run.points(x, "eval_loss")
         if len(ys):
-            keep = curves.thin(ys, 60)
+            keep = curves.thin(ys, MAX_EVAL_POINTS)
             axes.plot(
                 xs[keep] / scale, ys[keep], "o", color=look.color, linewidth=line * 0.75, zorder=5,
                 linestyle=EVAL_DOTS if count <= 16 else "none", markeredgecolor="white",
                 markersize=6.5 if count <= 6 else 4.5 if count <= 16 else 3.5,
                 markeredgewidth=0.9 if count <= 16 else 0.5 if count <= 40 else 0,
             )  # fmt: skip
-            seen.append(ys)
+            drawn.append(ys)
             tops.append(min(ys.max(), ys[0] * 2))
-    if not seen:
+    if not drawn:
         raise UserError(f"no run has a loss and {X_LABELS[x]} yet; nothing to draw (see the table)")
-    lowest, top = float(np.concatenate(seen).min()), float(max(tops))
-    for xs, soft, color in ends:
-        left = int(np.argmax(soft > top)) if soft[-1] > top else len(soft) - 1
-        axes.plot(xs[left], min(soft[-1], top), "X", color=color, markersize=11, markeredgecolor="white", zorder=6)
+    lowest, top = float(np.concatenate(drawn).min()), float(max(tops))
+    for xs, smoothed, color in crosses:
+        end = int(np.argmax(smoothed > top)) if smoothed[-1] > top else len(smoothed) - 1
+        axes.plot(xs[end], min(smoothed[-1], top), "X", color=color, markersize=11, markeredgecolor="white", zorder=6)
     return lowest, top
 
 
-def _dress(axes: Axes, comparison: Comparison, x: str, log_y: bool, lowest: float, top: float) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+def _format_axes(axes: Axes, comparison: Comparison, x: str, log_y: bool, lowest: float, top: float) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     if log_y:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         if lowest > 0:
             axes.set_ylim(lowest * 0.85, top * 1.15)
     else:
-        # From zero unless that would waste more than a quarter of the picture.
+        # From zero unless more than a quarter of the picture would be empty.
         bottom = max(0.0, lowest - 0.35 * (top - lowest)) if lowest >= 0 else lowest * 1.05
         axes.set_ylim(bottom, top + 0.06 * max(top - bottom, 1e-9))
     axes.margins(x=0.015)
@@ -148,44 +150,38 @@ def _dress(axes: Axes, comparison: Comparison, x: str, log_y: bool, lowest: floa
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(which="both", length=0, pad=6)
     axes.set_ylabel("loss (log scale)" if log_y else "loss")
-    axes.set_xlabel(f"time ({time_unit(comparison)[1]})" if x == "time" else X_LABELS[x])
     if x == "tokens":
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+        axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
     elif x == "step":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_title(headline(comparison), loc="left", fontsize=16, fontweight="bold", pad=30)
     axes.annotate(
-        subtitle(comparison), (0, 1), (0, 9), xycoords="axes fraction", textcoords="offset points", color=SOFT,
+        subtitle(comparison), (0, 1), (0, 9), xycoords="axes fraction", textcoords="offset points", color=GREY,
         va="bottom", annotation_clip=False,
     )  # fmt: skip
 
 
-def _legend(axes: Axes, comparison: Comparison) -> None:
-    """One entry a group at the right, in the order of its numbers, then what the strokes mean."""
+def _draw_legend(axes: Axes, comparison: Comparison) -> None:
+    """One entry per group at the right, in drawing order, then the meaning of the line styles."""
     from matplotlib.lines import Line2D
 
-    groups: dict[str, list[int]] = {}
-    for index, look in enumerate(comparison.looks):
-        groups.setdefault(look.group, []).append(index)
-    handles = []
-    dashed = any(look.dash for look in comparison.looks)
-    for group, members in groups.items():
-        look = comparison.looks[members[0]]
-        runs = [comparison.runs[index] for index in members]
-        style = {"color": look.color, "linestyle": stroke(look), "linewidth": 1.6 if dashed else 2.6}
-        handles.append(Line2D([], [], label=_entry(group, runs), **style))
-    most = 2 * LEGEND_ROWS
-    more = len(handles) - most
-    if more > 0:
-        step = len(handles) / most
-        handles = [handles[int(index * step)] for index in range(most)]
-        handles.append(Line2D([], [], linestyle="none", label=f"and {more} more, see the table"))
+    groups: dict[Look, list[LoggedRun]] = {}
+    for run, look in zip(comparison.runs, comparison.looks, strict=True):
+        groups.setdefault(look, []).append(run)
+    dashed = any(look.dash for look in groups)
+    handles = [
+        Line2D([], [], label=_entry(look.group, runs), color=look.color, linestyle=line_style(look),
+               linewidth=1.6 if dashed else 2.6) for look, runs in groups.items()
+    ]  # fmt: skip
+    if (omitted := len(handles) - MAX_LEGEND_ENTRIES) > 0:  # evenly, so that the whole range of colours is shown
+        handles = [handles[index * len(handles) // MAX_LEGEND_ENTRIES] for index in range(MAX_LEGEND_ENTRIES)]
+        handles.append(Line2D([], [], linestyle="none", label=f"and {omitted} more, see the table"))
     if any(len(run.points("step", "eval_loss")[1]) for run in comparison.runs):
         handles += [
             Line2D([], [], linestyle="none", label=" "),
-            Line2D([], [], color=SOFT, linewidth=2.2, label="training"),
-            Line2D([], [], color=SOFT, linestyle=EVAL_DOTS, marker="o", markersize=6, markeredgecolor="white",
+            Line2D([], [], color=GREY, linewidth=2.2, label="training"),
+            Line2D([], [], color=GREY, linestyle=EVAL_DOTS, marker="o", markersize=6, markeredgecolor="white",
                    label="evaluation"),
         ]  # fmt: skip
     columns = -(-len(handles) // LEGEND_ROWS)
@@ -197,18 +193,14 @@ def _legend(axes: Axes, comparison: Comparison) -> None:
     )  # fmt: skip
 
 
-def _entry(group: str, runs: list[Any]) -> str:
-    """Legend text of the runs that are drawn alike: what they are, and what went wrong with them."""
-    lines = [""]
-    for part in group.split("  "):
-        if lines[-1] and len(lines[-1]) + len(part) > 34:
-            lines.append("")
-        lines[-1] += f"  {part}" if lines[-1] else textwrap.shorten(part, 44, placeholder="…") or part[:44]
-    text = "\n".join(lines)
+def _entry(group: str, runs: list[LoggedRun]) -> str:
+    """Legend text of a group: its name, the number of runs, and what went wrong with them."""
+    lines = textwrap.wrap(group, 40, break_long_words=False, break_on_hyphens=False)
+    text = "\n".join(line if len(line) <= 44 else f"{line[:43]}…" for line in lines)
     if len(runs) > 1:
         text += f"  ({len(runs)} runs)"
     states = sorted({run.status for run in runs} - {"finished", "unknown"})
-    if any("loss is no number" in note for run in runs for note in run.notes):
+    if any("loss is not finite" in note for run in runs for note in run.notes):
         states.append("diverged")
     return f"{text}  ({', '.join(states)})" if states else text
 
@@ -220,7 +212,7 @@ def headline(comparison: Comparison) -> str:
 
 
 def subtitle(comparison: Comparison) -> str:
-    """What all runs have in common, in one line of at most 110 characters; what does not fit is left out."""
+    """The number of runs and the settings they share, as far as they fit into about 105 characters."""
     count = len(comparison.runs)
     line = f"{count} run{'s' * (count > 1)}"
     for key in ("model", "rank", "lr", "epochs", "batch_size", "dataset"):
@@ -235,8 +227,8 @@ def subtitle(comparison: Comparison) -> str:
     return line
 
 
-def stroke(look: Look) -> Any:
-    """A look's dashes as matplotlib's line style."""
+def line_style(look: Look) -> str | tuple[float, tuple[float, ...]]:
+    """The dashes of a look as matplotlib's line style."""
     return (0, look.dash) if look.dash else "solid"
 
 
@@ -252,13 +244,3 @@ def short_number(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
-
-
-def _fonts(comparison: Comparison) -> list[str]:
-    text = "".join(run.label for run in comparison.runs) + subtitle(comparison)
-    if text.isascii():
-        return ["DejaVu Sans"]
-    from matplotlib import font_manager
-
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    return ["DejaVu Sans", *[name for name in KOREAN_FONTS if name in installed][:1]]

@@ -1,4 +1,4 @@
-"""Whether an address can be listened on, asked before anything slow."""
+"""Check that a server can listen on an address before anything slow is loaded."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from finetune.errors import UserError
 
 
 def check_address(host: str, port: int) -> None:
-    """UserError when `host`:`port` is taken or none of this machine's."""
+    """UserError when `host`:`port` is in use or not an address of this machine."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(f"{host}:{port} cannot be listened on ({error.strerror}); choose another --port") from error
+            raise UserError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from error

@@ -1,15 +1,17 @@
-"""One question or a file of them, answered and written out; no person at the keyboard."""
+"""Answering one question or a file of questions without a conversation."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from finetune.chat.reply import Reply, call_line, read_reply
-from finetune.chat.session import Conversation, Talk
+from finetune.chat.session import ChatAgent, ChatSession, ToolResult, read_text
 from finetune.chat.terminal import printable
 from finetune.errors import UserError
 from finetune.files import json_line
@@ -19,148 +21,141 @@ from finetune.reading.row_files import strict_json
 from finetune.reading.shapes import FIELDS
 from formats import FormatError
 
+Events = list[Reply | ToolResult]
 
-def read_questions(path: str | Path, tools: list[dict] | None = None) -> list[Any]:
-    """One question a line; lines of a .jsonl file are text, {"question": …} or a row of any shape that is trained on.
 
-    Each comes as text or as a canonical row that ends where an answer is due. Raises UserError that names the line.
+def read_questions(path: str | Path, tools: list[dict] | None = None) -> list[str | dict[str, Any]]:
+    """One question a line; a line of a .jsonl file is text, {"question": …} or a row of any shape for training.
+
+    Returns text, or rows that end with a user message or a tool's result. Raises UserError with the line's number.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--questions {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+    text = read_text(path, "--questions")
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise UserError(f"--questions {path}: the file holds no question")
-    if path.suffix not in (".jsonl", ".ndjson"):
+        raise UserError(f"--questions {path}: the file has no questions")
+    if Path(path).suffix not in (".jsonl", ".ndjson"):
         return [line for _, line in lines]
-    return [_question(line, tools or [], f"--questions {path}, line {number}") for number, line in lines]
+    return [_read_question(line, tools or [], f"--questions {path}, line {number}") for number, line in lines]
 
 
-def _question(line: str, tools: list[dict], where: str) -> Any:
+def _read_question(line: str, tools: list[dict], where: str) -> dict[str, Any]:
     try:
         value = strict_json(line)
     except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-        raise UserError(f"{where}: no JSON ({reason})") from error
+        raise UserError(f"{where}: not valid JSON ({reason})") from error
     if isinstance(value, str):
         value = {"prompt": value}
     known = {field for field, names in FIELDS.items() if isinstance(value, dict) and set(names) & value.keys()}
-    if known & {"context"} and not known & {"prompt", "messages", "chat", "text"}:
+    asking = {"prompt", "messages", "chat", "text"}
+    if "context" in known and not known & asking:
         value, known = {"prompt": value.get("input", value.get("context"))}, {"prompt"}
-    if not known & {"prompt", "messages", "chat", "text"}:
+    if not known & asking:
         raise UserError(f'{where}: neither text, {{"question": …}} nor {{"messages": […]}}')
-    # A question has no answer yet; one that a row brings is not shown to the model.
-    missing = {} if known & {"messages", "chat", "text", "completion", "answers", "tool"} else {"completion": ""}
+    # A question without an answer needs an empty one; an answer that the row has is removed below.
+    answered = known & {"messages", "chat", "text", "completion", "answers", "tool"}
     try:
-        row = normalize_row({**value, **missing}, tools=tools)
+        row = normalize_row(value if answered else {**value, "completion": ""}, tools=tools)
     except RowError as error:
         raise UserError(f"{where}: {error}") from error
     messages = row["messages"]
     while messages and messages[-1]["role"] not in ("user", "tool"):
         messages.pop()
     if not messages:
-        raise UserError(f"{where}: no user message in it")
+        raise UserError(f"{where}: no user message")
     return row
 
 
-def start(question: Any, system: str, tools: list[dict]) -> Conversation:
-    """The conversation that a question opens; a row brings its own messages, and tools where it declares them."""
+def start_session(question: str | dict[str, Any], system: str, tools: list[dict]) -> ChatSession:
+    """The conversation of a question; a row has its own messages, and may have its own tools."""
     if isinstance(question, str):
-        conversation = Conversation(system, tools)
-        conversation.say(question)
-        return conversation
+        session = ChatSession(system, tools)
+        session.add_user(question)
+        return session
     messages = list(question["messages"])
     own = messages.pop(0)["content"] if messages[0]["role"] == "system" else system
-    return Conversation(own, question.get("tools") or tools, messages)
+    return ChatSession(own, question.get("tools") or tools, messages)
 
 
 def answer_all(
-    talk: Talk, questions: list[Any], system: str, tools: list[dict], sides: list[str], output: Path | None
-) -> int:
-    """Answer every question by every side; lines go to `output` as they are ready, or to stdout. Returns how many.
+    agent: ChatAgent, questions: list[Any], system: str, tools: list[dict], sides: list[str], output: Path | None
+) -> None:
+    """Answer every question by every side and write the answers to `output` or stdout as they are ready.
 
-    Without a tool command the prompts of several questions are computed side by side (finetune.generation).
+    Without a tool command, `batch_size` questions are answered at a time.
     """
-    conversations = [start(question, system, tools) for question in questions]
-    for number, one in enumerate(conversations, 1):  # all before the first is answered, which may take hours
+    sessions = [start_session(question, system, tools) for question in questions]
+    for number, session in enumerate(sessions, 1):  # before the first answer, which may take long
         try:
-            talk.speaker.prompt_ids(one.messages, one.tools, talk.decoding.max_new_tokens)
+            agent.model.prompt_ids(session.messages, session.tools, agent.decoding.max_new_tokens)
         except (UserError, FormatError) as error:
             raise UserError(f"question {number}: {error}" if len(questions) > 1 else str(error)) from error
-    many = len(questions) > 1
-    with _opened(output) as file, progress_bar("answers", len(questions) * len(sides), shown=many) as advance:
-        size = talk.decoding.batch_size
-        for at in range(0, len(conversations), size):
-            part = conversations[at : at + size]
-            answers = [list(_answers(talk, part, side, advance)) for side in sides]
-            for number, given in enumerate(zip(*answers, strict=True), at + 1):
-                for side, (conversation, replies) in zip(sides, given, strict=True):
-                    _write(file, output, number, side if len(sides) > 1 else None, conversation, replies)
-    return len(questions)
+    size, total = agent.decoding.batch_size, len(questions) * len(sides)
+    with _open_output(output) as file, progress_bar("answers", total, shown=len(questions) > 1) as advance:
+        for at in range(0, len(sessions), size):
+            batch = sessions[at : at + size]
+            answers = [list(_answers(replace(agent, side=side), batch, advance)) for side in sides]
+            for number, by_side in enumerate(zip(*answers, strict=True), at + 1):
+                for side, (session, events) in zip(sides, by_side, strict=True):
+                    _write(file, output, number, side if len(sides) > 1 else None, session, events)
 
 
-def _answers(talk: Talk, conversations: list[Conversation], side: str, advance: Any) -> Iterator[tuple]:
-    """(conversation, [Reply or (call, result)]) of each."""
-    fresh = [Conversation(c.system, c.tools, list(c.turns)) for c in conversations]
-    if talk.tool_command is not None or len(fresh) == 1:
-        for conversation in fresh:
-            talk.side = side
-            yield conversation, list(talk.answer(conversation))
+def _answers(
+    agent: ChatAgent, sessions: list[ChatSession], advance: Callable[[int], None]
+) -> Iterator[tuple[ChatSession, Events]]:
+    """Each answered session, copied, with its replies and results."""
+    sessions = [ChatSession(session.system, session.tools, list(session.turns)) for session in sessions]
+    if agent.tool_command is not None or len(sessions) == 1:
+        for session in sessions:
+            yield session, [event for event in agent.answer(session) if not isinstance(event, str)]
             advance(1)
         return
     from finetune.generation.generate import generate
 
-    speaker = talk.speaker
-    prompts = [speaker.prompt_ids(c.messages, c.tools, talk.decoding.max_new_tokens) for c in fresh]
-    with speaker.side(side) as model:
-        done = generate(model, prompts, decoding=talk.decoding, on_result=lambda *_: advance(1)).results
-    for conversation, ids, made in zip(fresh, prompts, done, strict=True):
-        text = speaker.tokenizer.decode(made.input_ids, skip_special_tokens=False)
-        reply = read_reply(
-            text, conversation.tools, speaker.tokenizer, speaker.fmt, finish_reason=made.finish_reason,
-            prompt_tokens=len(ids), new_tokens=len(made.input_ids), seconds=made.latency_s,
-        )  # fmt: skip
-        conversation.take(reply)
-        yield conversation, [reply]
+    chat, decoding = agent.model, agent.decoding
+    prompts = [chat.prompt_ids(session.messages, session.tools, decoding.max_new_tokens) for session in sessions]
+    with chat.side(agent.side) as model:
+        results = generate(model, prompts, decoding=decoding, on_result=lambda *_: advance(1)).results
+    for session, made in zip(sessions, results, strict=True):
+        text = chat.tokenizer.decode(made.input_ids, skip_special_tokens=False)
+        reply = read_reply(text, session.tools, chat.tokenizer, chat.fmt, finish_reason=made.finish_reason)
+        session.add_reply(reply)
+        yield session, [reply]
 
 
-def _opened(output: Path | None):
-    import contextlib
-
+def _open_output(output: Path | None) -> contextlib.AbstractContextManager[TextIO]:
     if output is None:
         return contextlib.nullcontext(sys.stdout)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         return output.open("x", encoding="utf-8", newline="\n")
     except FileExistsError as error:
-        raise UserError(f"{output} exists already; name another file with --output") from error
+        raise UserError(f"{output} exists already; choose another file with --output") from error
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}; name another file with --output") from error
+        raise UserError(f"cannot write {output}: {error.strerror}; choose another file with --output") from error
 
 
 def _write(
-    file: TextIO, output: Path | None, number: int, side: str | None, conversation: Conversation, made: list
+    file: TextIO, output: Path | None, number: int, side: str | None, session: ChatSession, events: Events
 ) -> None:
     if output is not None and output.suffix in (".jsonl", ".ndjson"):
-        last = next(reply for reply in reversed(made) if isinstance(reply, Reply))
-        line = {"row": number, **({"side": side} if side else {}), "messages": conversation.messages, **last.as_json()}
+        last = next(event for event in reversed(events) if isinstance(event, Reply))
+        line = {"row": number, **({"side": side} if side else {}), "messages": session.messages, **last.as_json()}
         file.write(json_line(line))
     else:
         label = f"{side}: " if side else ""
-        file.write(printable(label + " ".join(" ".join(map(one_line, made)).split())) + "\n")
+        file.write(printable(label + " ".join(" ".join(map(_one_line, events)).split())) + "\n")
     file.flush()
 
 
-def one_line(made: Reply | tuple[dict[str, Any], str]) -> str:
-    """An answer, or a call with its result, without line breaks; faults are in square brackets."""
-    if not isinstance(made, Reply):
-        return f"-> {made[1]} "
-    parts = [made.content] if made.content else []
-    for call, problems in zip(made.tool_calls, made.problems, strict=True):
+def _one_line(event: Reply | ToolResult) -> str:
+    """An answer or a tool's result as one line; problems are in square brackets."""
+    if isinstance(event, ToolResult):
+        return f"-> {event.result}"
+    parts = [event.content] if event.content else []
+    for call, problems in zip(event.tool_calls, event.problems, strict=True):
         parts.append(call_line(call) + (f" [{'; '.join(problems)}]" if problems else ""))
-    parts += [f"[no call: {error}]" for error in made.parse_errors]
-    if made.finish_reason == "length":
+    parts += [f"[not a call: {error}]" for error in event.parse_errors]
+    if event.finish_reason == "length":
         parts.append("[cut off]")
     return " ".join(parts)

@@ -1,254 +1,174 @@
-"""An OpenAI-compatible server for trying a client: Transformers' own (`transformers serve`), with our formats in it.
-
-Taken over: HTTP, validation, streaming, the inference thread, the objects of OpenAI's API. Put in at its seams:
-* a processor whose `apply_chat_template` is `encode_prompt` (the trained template, control tokens of the data
-  neutralised) and whose `parse_response` is the format's `parse`;
-* a response parser for streams with the same meaning (LiveText);
-* a model that is already loaded, with the adapter on or off by the name a request asks for.
-"""
+"""An OpenAI-compatible server for trying out a client: /v1/chat/completions, /v1/models and /health."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
+import random
 import time
+import uuid
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.chat.address import check_address
-from finetune.chat.reply import LiveText, unescaped
-from finetune.chat.speaker import BASE, TUNED, Speaker
+from finetune.chat.model import TUNED, ChatModel
+from finetune.chat.reply import Reply
 from finetune.errors import UserError
-from finetune.generation.generate import Decoding
+from formats import FormatError
 from formats.calls import reject_lone_surrogates
 
-PATHS = ("/v1/chat/completions", "/v1/models", "/health")
+try:
+    import uvicorn
+    from fastapi import FastAPI, HTTPException, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse, StreamingResponse
+    from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, model_validator
+except ImportError as missing:
+    raise UserError(f"--serve needs {missing.name}; run: pip install -r requirements_optional.txt") from missing
+
+if TYPE_CHECKING:
+    from finetune.generation.generate import Decoding
+
+# Accepted because clients send them, but without effect.
+IGNORED_FIELDS = {
+    "metadata", "parallel_tool_calls", "reasoning_effort", "service_tier", "store", "stream_options", "top_logprobs",
+    "user",
+}  # fmt: skip
 log = logging.getLogger("sandwich")
 
 
-def serve(speaker: Speaker, decoding: Decoding, host: str, port: int) -> None:
-    """Serve until Ctrl-C. UserError when the packages are missing or the port is taken."""
-    app = build_app(speaker, decoding)
-    import uvicorn
+class ChatRequest(BaseModel):
+    """The fields of OpenAI's chat completion request that are supported."""
 
+    model_config = ConfigDict(extra="allow")
+    model: str = TUNED
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    stream: StrictBool | None = None
+    max_tokens: StrictInt | None = Field(None, ge=1, le=10**9)
+    max_completion_tokens: StrictInt | None = Field(None, ge=1, le=10**9)
+    temperature: StrictInt | StrictFloat | None = Field(None, ge=0, le=100)
+    top_p: StrictInt | StrictFloat | None = Field(None, ge=0, le=1)
+    frequency_penalty: StrictInt | StrictFloat | None = Field(None, gt=-1, le=2)
+    presence_penalty: StrictInt | StrictFloat | None = Field(None, ge=-2, le=2)
+    seed: StrictInt | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    n: Literal[1] | None = None
+    logprobs: Literal[False] | None = None
+    stop: None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, body: Any) -> Any:
+        reject_lone_surrogates(body)
+        if isinstance(body, dict) and (unknown := body.keys() - cls.model_fields.keys() - IGNORED_FIELDS):
+            raise ValueError(f"not supported: {', '.join(sorted(unknown))}")
+        return body
+
+    def decoding(self, default: Decoding) -> Decoding:
+        """The requested decoding; what the request does not set comes from `default`."""
+        return replace(
+            default,
+            max_new_tokens=self.max_tokens or self.max_completion_tokens or default.max_new_tokens,
+            temperature=default.temperature if self.temperature is None else float(self.temperature),
+            seed=random.getrandbits(63) if self.seed is None else self.seed,
+        )
+
+    def options(self) -> dict[str, float]:
+        """Further entries of the GenerationConfig; frequency_penalty is mapped as in `transformers serve`."""
+        penalty = None if self.frequency_penalty is None else 1.0 + self.frequency_penalty
+        options = {"top_p": self.top_p, "repetition_penalty": penalty}
+        return {name: value for name, value in options.items() if value is not None}
+
+
+def serve(model: ChatModel, decoding: Decoding, host: str, port: int) -> None:
+    """Serve until Ctrl-C. UserError when the port is in use."""
     check_address(host, port)
-    models = " and ".join(speaker.sides)
-    log.info("serving %s at http://%s:%s/v1 (models: %s); no password is asked; Ctrl-C ends it",
-             speaker.name, host, port, models)  # fmt: skip
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    log.info("serving %s at http://%s:%s/v1 (models: %s) without a password; stop with Ctrl-C",
+             model.name, host, port, ", ".join(model.sides))  # fmt: skip
+    uvicorn.run(build_app(model, decoding), host=host, port=port, log_level="warning")
 
 
-def build_app(speaker: Speaker, decoding: Decoding) -> Any:
-    """The FastAPI application; `decoding` is what a request gets that names no limit and no temperature."""
-    missing = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"--serve needs {', '.join(missing)}; run: pip install -r requirements_optional.txt")
-    from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.utils import GenerationState
+def build_app(model: ChatModel, decoding: Decoding) -> FastAPI:
+    """The FastAPI application; `decoding` is the default of a request."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    started = int(time.time())
 
-    handler = _handler(speaker, decoding)
-    app = build_server(_OneModel(speaker), handler, None, None, None, GenerationState())
-    # What is left is what works with a trained format; the rest would load other models or skip the format.
-    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in PATHS]
+    @app.exception_handler(RequestValidationError)
+    def refuse(_request: Request, error: RequestValidationError) -> JSONResponse:
+        problems = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}".lstrip(": ") for one in error.errors()]
+        return JSONResponse({"detail": "; ".join(problems)}, 400)
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    def list_models() -> dict[str, Any]:
+        entry = {"object": "model", "created": started, "owned_by": model.name}
+        return {"object": "list", "data": [{"id": side, **entry} for side in model.sides]}
+
+    @app.post("/v1/chat/completions", response_model=None)
+    def complete(request: ChatRequest) -> JSONResponse | StreamingResponse:
+        if request.model not in (*model.sides, model.name):
+            raise HTTPException(404, f"no model {request.model!r}; choose from {', '.join(model.sides)}")
+        side = request.model if request.model in model.sides else TUNED
+        tools = [] if request.tool_choice == "none" else request.tools or []
+        settings = request.decoding(decoding)
+        try:
+            model.prompt_ids(request.messages, tools, settings.max_new_tokens)
+        except (FormatError, UserError) as error:
+            raise HTTPException(400, str(error)) from error
+        events = model.stream(request.messages, tools, settings, side, **request.options())
+        head = {"id": f"chatcmpl-{uuid.uuid4()}", "created": int(time.time()), "model": request.model}
+        if request.stream:
+            return StreamingResponse(_chunks(events, head), media_type="text/event-stream")
+        *_, reply = events
+        message = {"role": "assistant", **_fields(reply, head["id"])}
+        choice = {"index": 0, "message": message, "finish_reason": _finish_reason(reply)}
+        return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": _usage(reply)})
+
     return app
 
 
-class _OneModel:
-    """Takes the place of Transformers' model manager: nothing is loaded or unloaded on request."""
+def _chunks(events: Iterator[str | Reply], head: dict[str, Any]) -> Iterator[str]:
+    """Server-sent events of a streamed answer."""
 
-    def __init__(self, speaker: Speaker):
-        self.speaker, self.started = speaker, int(time.time())
+    def chunk(delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        return f"data: {json.dumps({**head, 'object': 'chat.completion.chunk', 'choices': [choice], **more})}\n\n"
 
-    def get_gen_models(self) -> list[dict[str, Any]]:
-        return [
-            {"id": side, "object": "model", "created": self.started, "owned_by": self.speaker.name}
-            for side in self.speaker.sides
-        ]
-
-    def get_model_modality(self, model: Any, processor: Any = None) -> Any:
-        from transformers.cli.serving.utils import Modality
-
-        return Modality.LLM
-
-    def shutdown(self) -> None:
-        """Nothing to unload."""
-
-
-class _Side:
-    """The model with the adapter on or off, for the length of one `generate`."""
-
-    def __init__(self, speaker: Speaker, side: str, generation_config: Any):
-        self._speaker, self._side, self.generation_config = speaker, side, generation_config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._speaker.model, name)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        with self._speaker.side(self._side) as model:
-            return model.generate(*args, **kwargs)
+    yield chunk({"role": "assistant"})
+    for event in events:
+        if isinstance(event, str):
+            yield chunk({"content": event})
+            continue
+        fields = _fields(event, head["id"])
+        del fields["content"]  # sent in pieces
+        calls = [{"index": at, **call} for at, call in enumerate(fields.pop("tool_calls", []))]
+        if calls or fields:
+            yield chunk({**fields, **({"tool_calls": calls} if calls else {})})
+        yield chunk({}, _finish_reason(event), usage=_usage(event))
+    yield "data: [DONE]\n\n"
 
 
-class _Processor:
-    """The tokenizer of one request: renders and parses by the format, which may need the request's tools."""
-
-    # Only its presence matters: `parse_response` and `stream_parser` below do the work.
-    response_template: ClassVar[dict] = {"start_anchor": "\0", "fields": {"content": {"content": "text"}}}
-
-    def __init__(self, speaker: Speaker, tools: list[dict[str, Any]], max_new_tokens: int):
-        self._speaker, self._tools, self._max_new_tokens = speaker, tools, max_new_tokens
-        self.prompt = ""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._speaker.tokenizer, name)
-
-    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> Any:
-        import torch
-        from transformers import BatchEncoding
-
-        ids = self._speaker.prompt_ids(messages, self._tools, self._max_new_tokens)
-        self.prompt = self._speaker.tokenizer.decode(ids[-16:])
-        return BatchEncoding({"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()})
-
-    def parse_response(self, generated_ids: Any, _template: Any, prefix: str = "") -> dict[str, Any]:
-        text = self._speaker.tokenizer.decode(generated_ids, skip_special_tokens=False)
-        fmt = self._speaker.fmt
-        parsed = unescaped(fmt.parse(text, self._tools or None), self._speaker.tokenizer, fmt)
-        for error in parsed.errors:
-            log.warning("not a call: %s (its text is in the answer's content)", error)
-        calls = [{"type": "function", "function": _sent(call)} for call in parsed.tool_calls]
-        return {"content": parsed.content, "thinking": parsed.reasoning_content, "tool_calls": calls}
-
-    def stream_parser(self) -> _StreamParser:
-        return _StreamParser(self)
+def _fields(reply: Reply, request_id: str) -> dict[str, Any]:
+    """Content, reasoning and calls as OpenAI's API has them; calls that cannot be read stay in the content."""
+    for error in reply.parse_errors:
+        log.warning("not a call: %s (its text is in the answer's content)", error)
+    message = reply.message([f"{request_id}_tool_call_{at}" for at in range(len(reply.tool_calls))])
+    del message["role"]
+    for call in message.get("tool_calls", []):
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return message
 
 
-def _sent(call: dict[str, Any]) -> dict[str, Any]:
-    return {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+def _finish_reason(reply: Reply) -> str:
+    return "tool_calls" if reply.tool_calls else reply.finish_reason
 
 
-class _StreamParser:
-    """The events of Transformers' ResponseParser, out of LiveText."""
-
-    initial_events: tuple = ()
-
-    def __init__(self, processor: _Processor):
-        speaker = processor._speaker
-        self._live = LiveText(speaker.tokenizer, speaker.fmt, processor._tools, processor.prompt)
-
-    def feed(self, text: str) -> list[dict[str, Any]]:
-        return _content(self._live.feed(text))
-
-    def finalize(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        rest, parsed = self._live.finish()
-        for error in parsed.errors:
-            log.warning("not a call: %s (its text is in the answer's content)", error)
-        events = []
-        if parsed.reasoning_content:
-            events.append({"type": "region_chunk", "field": "thinking", "text": parsed.reasoning_content})
-        events += _content(rest)
-        for call in parsed.tool_calls:
-            value = {"type": "function", "function": _sent(call)}
-            events.append({"type": "region_close", "field": "tool_calls", "value": value})
-        return {}, events
-
-
-# What a request may say, from and to; whole numbers where the bounds are.
-NUMBERS: dict[str, tuple[float, float]] = {
-    "max_tokens": (1, 10**9), "max_completion_tokens": (1, 10**9), "seed": (-(2**63), 2**63 - 1),
-    "temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "frequency_penalty": (-2.0, 2.0), "presence_penalty": (-2.0, 2.0),
-}  # fmt: skip
-
-
-def wrong_number(body: dict[str, Any]) -> str | None:
-    """What is wrong with the first number of a request that is none or out of bounds; None when nothing is."""
-    for name, (low, high) in NUMBERS.items():
-        value = body.get(name)
-        kinds = (int,) if isinstance(low, int) else (int, float)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high):
-            return f"{name}: {value!r} is no {'whole ' if kinds == (int,) else ''}number from {low:g} to {high:g}"
-    return None
-
-
-def _content(text: str) -> list[dict[str, Any]]:
-    return [{"type": "region_chunk", "field": "content", "text": text}] if text else []
-
-
-def _handler(speaker: Speaker, decoding: Decoding) -> Any:
-    """Transformers' handler of /v1/chat/completions; made here because its module needs fastapi and openai."""
-    from fastapi import HTTPException
-    from transformers.cli.serving import chat_completion
-    from transformers.cli.serving.utils import GenerateManager, GenerationState
-
-    from formats import FormatError
-
-    class Manager(GenerateManager):
-        """Sequential generation; streams are read by the request's own format."""
-
-        def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
-            return super().generate_streaming(
-                model, processor, inputs, gen_config, request_id, response_parser=processor.stream_parser()
-            )
-
-    class State(GenerationState):
-        manager = Manager()
-
-        def get_manager(self, model_id: str, use_cb: bool = False) -> Manager:
-            return self.manager
-
-        def use_continuous_batching(self, model: Any, modality: Any) -> bool:
-            return False
-
-    class Handler(chat_completion.ChatCompletionHandler):
-        def _validate_request(self, body: dict) -> None:
-            super()._validate_request(body)
-            choice = body.get("tool_choice")
-            if choice not in (None, "auto", "none"):
-                raise HTTPException(400, "tool_choice: a call cannot be forced here; leave it out, or say auto or none")
-            # Transformers' server would pass over these in silence.
-            wanted = body.get("response_format") or {"type": "text"}
-            if wanted != {"type": "text"} or body.get("n") not in (None, 1) or body.get("logprobs") or body.get("stop"):
-                raise HTTPException(400, "response_format, n, logprobs and stop are not served here")
-            if not body.get("messages"):
-                raise HTTPException(400, "messages: there is none")
-            if not isinstance(body["messages"], list) or not all(isinstance(one, dict) for one in body["messages"]):
-                raise HTTPException(400, "messages: a list of objects is needed")
-            if reason := wrong_number(body):
-                raise HTTPException(400, reason)
-            try:
-                reject_lone_surrogates(body)
-            except ValueError as error:
-                raise HTTPException(400, f"the request holds {error}") from error
-            if body.get("max_tokens") is None and body.get("max_completion_tokens") is not None:
-                body["max_tokens"] = body["max_completion_tokens"]
-
-        def _resolve_model(self, body: dict) -> tuple[str, Any, Any]:
-            name = body.get("model") or TUNED
-            side = BASE if name == BASE else TUNED
-            if name not in (*speaker.sides, speaker.name):
-                raise HTTPException(404, f"model {name!r} is not served here; there is {', '.join(speaker.sides)}")
-            tools = [] if body.get("tool_choice") == "none" else body.get("tools") or []
-            processor = _Processor(speaker, tools, int(body.get("max_tokens") or decoding.max_new_tokens))
-            return name, _Side(speaker, side, decoding.generation_config()), processor
-
-        @staticmethod
-        def get_processor_inputs_from_messages(messages: list[dict], modality: Any) -> list[dict]:
-            return messages  # formats.base.clean_messages reads OpenAI's own spelling, and keeps text beside calls
-
-        def _build_generation_config(self, body: dict, model_generation_config: Any, use_cb: bool = False) -> Any:
-            config = super()._build_generation_config(body, model_generation_config)
-            config.max_new_tokens = int(body.get("max_tokens") or decoding.max_new_tokens)
-            temperature = body.get("temperature")
-            given = replace(decoding, temperature=decoding.temperature if temperature is None else float(temperature))
-            drawn = given.generation_config()
-            config.do_sample, config.temperature, config.top_k = drawn.do_sample, drawn.temperature, drawn.top_k
-            return config
-
-        async def handle_request(self, body: dict, request_id: str) -> Any:
-            try:
-                return await super().handle_request(body, f"chatcmpl-{request_id}")
-            except (FormatError, UserError) as error:
-                raise HTTPException(400, str(error)) from error
-
-    # The module builds a parser for streams of every model with a response template; ours comes from the manager.
-    return Handler(_OneModel(speaker), State())
+def _usage(reply: Reply) -> dict[str, int]:
+    total = reply.prompt_tokens + reply.new_tokens
+    return {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.new_tokens, "total_tokens": total}

@@ -1,4 +1,4 @@
-"""The conversation at the keyboard, or over a pipe."""
+"""The conversation in the terminal or over a pipe."""
 
 from __future__ import annotations
 
@@ -8,102 +8,114 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from finetune.chat.model import BASE
 from finetune.chat.reply import Reply, call_line
-from finetune.chat.session import Conversation, Talk, read_tools
-from finetune.chat.speaker import BASE
+from finetune.chat.session import ChatAgent, ChatSession, ToolResult, read_tools
 from finetune.errors import UserError
 from finetune.json_schema import validator_of
 from finetune.models.bundled import cache_dir
 from formats import FormatError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import Console
+
 HELP = """\
-/tools FILE      declare the tools of a JSON file; /tools shows them, /tools none takes them away
-/system TEXT     set the system message; /system shows it, /system none takes it away
-/result TEXT     the result of the call that waits (at the keyboard you are asked for it)
-/base            what the base model answers to the same prompt; it is shown and not kept
-/raw             the newest answer exactly as it was generated
-/reset           forget the messages; system text and tools stay
-/save [FILE]     append the conversation to a JSON Lines file, a row that prepare_data.py reads
+/tools FILE      declare the tools of a JSON file; /tools shows them, /tools none removes them
+/system TEXT     set the system message; /system shows it, /system none removes it
+/result TEXT     the result of the pending call (at the keyboard you are asked for it)
+/base            the base model's answer to the same prompt; it is shown but not kept
+/raw             the last answer exactly as it was generated
+/reset           delete the messages; system message and tools stay
+/save [FILE]     append the conversation to a JSON Lines file, as a row that prepare_data.py reads
 /help  /quit
-Enter sends. A new line inside a message: Alt+Enter, or a backslash at the end of the line. A message that begins with
-a slash: write two."""
+Enter sends. For a new line inside a message press Alt+Enter, or end the line with a backslash. If a message begins
+with a slash, write two."""
 
 
 class Terminal:
-    """Reads messages and commands, shows answers; `console` is a rich console on stdout."""
+    """Reads messages and commands and shows answers; `console` writes to stdout."""
 
-    def __init__(self, talk: Talk, conversation: Conversation, console: Any, read: Callable[[str], str] | None = None):
-        self.talk, self.conversation, self.console = talk, conversation, console
+    def __init__(
+        self, agent: ChatAgent, session: ChatSession, console: Console, read: Callable[[str], str] | None = None
+    ):
+        self.agent, self.session, self.console = agent, session, console
         self.keyboard = sys.stdin.isatty()
-        self.read = read or (_keyboard_reader() if self.keyboard else _pipe_reader())
+        self.read = read or (_keyboard_reader() if self.keyboard else _read_pipe)
         self.last: Reply | None = None
-        self._open_line = False
 
     def run(self) -> None:
-        """Until /quit or the end of the input.
+        """Read until /quit or the end of the input.
 
-        Ctrl-C at the keyboard stops the answer that is being written, not the program; over a pipe it ends both.
+        Ctrl-C stops the current answer; over a pipe it also ends the program.
         """
         if self.keyboard:
-            self.say(f"{self.talk.speaker.name}, format {self.talk.speaker.fmt.name}; /help lists the commands")
+            self.say(f"{self.agent.model.name}, format {self.agent.model.fmt.name}; /help lists the commands")
         while True:
-            waiting = self.conversation.waiting
+            pending = self.session.pending
             try:
-                text = self.read(f"result of {waiting[0][1]['name']} (Enter: none)> " if waiting else "> ")
+                text = self.read(f"result of {pending[0][1]['name']} (Enter: none)> " if pending else "> ")
             except EOFError:
                 return
             except KeyboardInterrupt:
                 if not self.keyboard:
                     raise
                 continue
+            if text.split(" ")[0] in ("/quit", "/exit", "/q"):
+                return
             try:
-                with self.conversation.all_or_nothing():
-                    if self.heard(text) is False:
-                        return
+                with self.session.transaction():
+                    self.handle(text)
             except (UserError, FormatError) as error:
                 self.say(f"error: {error}", style="red")
             except KeyboardInterrupt:
-                self._end_line()
                 if not self.keyboard:
                     raise
-                self.say("stopped; message and answer are not kept")
+                self.say("stopped; the message and its answer are not kept")
 
-    def heard(self, text: str) -> bool | None:
-        """Do what a line asks for; False ends the conversation."""
+    def handle(self, text: str) -> None:
+        """Execute a command, or answer a message or a result."""
         if text.startswith("/") and not text.startswith("//"):
-            return self.command(text)
-        if self.conversation.waiting and self.keyboard:
-            self.given(text)
-        elif text.strip():
-            self.conversation.say(text.removeprefix("/") if text.startswith("//") else text)
-            self.answer()
-        return None
-
-    def given(self, text: str) -> None:
-        """What the person typed as the result of the first waiting call; nothing leaves all calls without one."""
-        if not text.strip():
-            self.conversation.waiting = []
-            return
-        self.conversation.result(text.strip())
-        if not self.conversation.waiting:
-            self.answer()
-
-    def answer(self) -> None:
-        """Let the model answer, and show it as it comes."""
-        for made in self.talk.answer(self.conversation, self._stream, self._begin):
-            if isinstance(made, Reply):
-                self.last = made
-                self._end_line()
-                self.show_reply(made)
+            self._command(text)
+        elif self.session.pending and self.keyboard:
+            if text.strip():
+                self._result(text.strip())
             else:
-                self.say(f"  -> {made[1]}", style="cyan")
-        if self.talk.tool_command is not None and self.conversation.waiting:
-            self.say(f"{self.talk.max_rounds} rounds of calls are over (--max-rounds); the last calls wait", "yellow")
+                self.session.pending = []
+        elif text.strip():
+            self.session.add_user(text.removeprefix("/") if text.startswith("//") else text)
+            self._answer()
 
-    def show_reply(self, reply: Reply) -> None:
-        """Calls, their faults, and everything that could not be read; the text has been shown while it came."""
+    def _answer(self) -> None:
+        self._show(self.agent.answer(self.session))
+        self.last = self.session.replies[max(self.session.replies)]
+        if self.agent.tool_command is not None and self.session.pending:
+            self.say(f"the last calls are pending: --max_rounds is {self.agent.max_rounds}", style="yellow")
+
+    def _show(self, events: Iterable[str | Reply | ToolResult]) -> None:
+        line_open = False
+        try:
+            for event in events:
+                if isinstance(event, str):
+                    line_open = True
+                    self.say(event, end="")
+                    continue
+                if line_open:
+                    self.console.print()
+                    line_open = False
+                if isinstance(event, Reply):
+                    self._show_reply(event)
+                else:
+                    self.say(f"  -> {event.result}", style="cyan")
+        finally:
+            if line_open:
+                self.console.print()
+
+    def _show_reply(self, reply: Reply) -> None:
+        """Calls, their problems and parse errors; the text has been shown already."""
         for call, problems in zip(reply.tool_calls, reply.problems, strict=True):
             self.say(f"call  {call_line(call)}", style="bold green" if not problems else "bold red")
             for problem in problems:
@@ -115,102 +127,87 @@ class Terminal:
         if not (reply.content or reply.tool_calls or reply.parse_errors):
             self.say("(an empty answer)", style="yellow")
 
-    def command(self, text: str) -> bool | None:
-        """Carry out one /command; False ends the conversation."""
-        word, _, rest = text[1:].partition(" ")
-        rest = rest.strip()
-        if word in ("quit", "exit", "q"):
-            return False
+    def _command(self, text: str) -> None:
+        name, _, rest = text[1:].partition(" ")
         commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: self.say(HELP),
             "tools": self._tools,
             "system": self._system,
-            "reset": lambda _: (self.conversation.reset(), self.say("a new conversation")),
+            "reset": self._reset,
             "save": self._save,
-            "base": lambda _: self._base(),
-            "raw": lambda _: self._raw(),
+            "base": self._base,
+            "raw": self._raw,
             "result": self._result,
         }
-        if word not in commands:
-            raise UserError(f"there is no command /{word}; /help lists them")
-        commands[word](rest)
-        return None
+        if name not in commands:
+            raise UserError(f"unknown command /{name}; /help lists the commands")
+        commands[name](rest.strip())
 
     def _tools(self, rest: str) -> None:
-        if rest == "none":
-            self.conversation.tools = []
-        elif rest:
-            self.conversation.tools = read_tools(_path(rest))
-        for tool in self.conversation.tools:
+        if rest:
+            self.session.tools = [] if rest == "none" else read_tools(_path(rest))
+        for tool in self.session.tools:
             function = tool["function"]
             parameters = function.get("parameters") or {}
-            given = parameters.get("properties") or {}
-            self.say(f"{function['name']}({', '.join(given)})  {function.get('description', '')}"
-                     if isinstance(given, dict) else function["name"])  # fmt: skip
+            names = parameters.get("properties") or {}
+            self.say(
+                f"{function['name']}({', '.join(names)})  {function.get('description', '')}"
+                if isinstance(names, dict)
+                else function["name"]
+            )
             if reason := validator_of(json.dumps(parameters))[1]:
-                self.say(f"      its parameters are no JSON Schema ({reason}); its arguments cannot be checked", "red")
-        self.say(f"{len(self.conversation.tools)} tools declared")
+                self.say(f"      not checked: its parameters are not a JSON Schema ({reason})", style="red")
+        self.say(f"{len(self.session.tools)} tools declared")
 
     def _system(self, rest: str) -> None:
         if rest:
-            self.conversation.system = "" if rest == "none" else rest
-        self.say(f"system: {self.conversation.system or '(none)'}")
+            self.session.system = "" if rest == "none" else rest
+        self.say(f"system: {self.session.system or '(none)'}")
+
+    def _reset(self, _rest: str) -> None:
+        self.session.reset()
+        self.say("a new conversation")
 
     def _save(self, rest: str) -> None:
-        path = self.conversation.save(_path(rest) if rest else Path(time.strftime("chat_%Y%m%d_%H%M%S.jsonl")))
+        path = self.session.save(_path(rest) if rest else Path(time.strftime("chat_%Y%m%d_%H%M%S.jsonl")))
         self.say(f"appended to {path}")
 
     def _result(self, rest: str) -> None:
         if not rest:
             raise UserError('/result needs the result: /result {"ok": true}')
-        self.conversation.result(rest)
-        if not self.conversation.waiting:
-            self.answer()
+        self.session.add_result(rest)
+        if not self.session.pending:
+            self._answer()
 
-    def _base(self) -> None:
-        messages = self.conversation.last_prompt()
-        self._begin()
-        reply = self.talk.speaker.answer(messages, self.conversation.tools, self.talk.decoding, BASE, self._stream)
-        self._end_line()
-        self.show_reply(reply)
+    def _base(self, _rest: str) -> None:
+        messages = self.session.last_prompt()
+        self._show(self.agent.model.stream(messages, self.session.tools, self.agent.decoding, BASE))
 
-    def _raw(self) -> None:
+    def _raw(self, _rest: str) -> None:
         if self.last is None:
             raise UserError("nothing has been answered yet")
         self.say(json.dumps(self.last.text, ensure_ascii=False))
 
-    def say(self, text: str, style: str | None = None) -> None:
-        """One line from us; what the model, a file or a program wrote is never taken for markup or for control."""
-        self.console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
-
-    def _begin(self) -> None:
-        self._open_line = False
-
-    def _stream(self, text: str) -> None:
-        self._open_line = True
-        self.console.print(printable(text), end="", markup=False, highlight=False, soft_wrap=True)
-
-    def _end_line(self) -> None:
-        if self._open_line:
-            self.console.print()
-        self._open_line = False
+    def say(self, text: str, style: str | None = None, end: str = "\n") -> None:
+        """Print text that may come from a model, a file or a program: no markup, no control characters."""
+        self.console.print(printable(text), style=style, end=end, markup=False, highlight=False, soft_wrap=True)
 
 
 def printable(text: str) -> str:
-    """Text without control characters: a model must not be able to drive the terminal."""
+    """Text without control characters, which could change the terminal."""
     return "".join(c if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f") else "\ufffd" for c in text)
 
 
 def _path(text: str) -> Path:
     try:
-        words = shlex.split(text) if text[:1] in "\"'" else [text]
+        parts = shlex.split(text) if text[:1] in "\"'" else [text]
     except ValueError as error:
         raise UserError(f"{text}: {error}; close the quotation mark") from error
-    return Path(" ".join(words)).expanduser()
+    return Path(" ".join(parts)).expanduser()
 
 
 def _keyboard_reader() -> Callable[[str], str]:
-    """prompt_toolkit: history over sessions, editing, pasted lines as one message. Works on Windows too."""
+    """A reader with history and editing, where a pasted text is one message."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory
@@ -236,7 +233,7 @@ def _keyboard_reader() -> Callable[[str], str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; set SANDWICH_CACHE to a folder you may use") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; set SANDWICH_CACHE to a writable folder") from error
     names = ["/" + line.split()[0][1:] for line in HELP.splitlines() if line.startswith("/")]
     session = PromptSession(
         history=FileHistory(str(path)), key_bindings=keys, multiline=True, complete_while_typing=False,
@@ -245,23 +242,17 @@ def _keyboard_reader() -> Callable[[str], str]:
     return session.prompt
 
 
-def _pipe_reader() -> Callable[[str], str]:
-    """One message a line; a backslash at the end of a line joins the next."""
-
-    def read(_prompt: str) -> str:
-        lines = []
-        while True:
-            try:
-                line = sys.stdin.readline()
-            except UnicodeDecodeError as error:
-                raise UserError("what comes over the pipe is not UTF-8 text; convert it first") from error
-            if not line:
-                if lines:
-                    return "\n".join(lines)
-                raise EOFError
-            line = line.rstrip("\r\n")
-            if not line.endswith("\\"):
-                return "\n".join([*lines, line])
-            lines.append(line[:-1])
-
-    return read
+def _read_pipe(_prompt: str) -> str:
+    """The next message on stdin: one line, or several that end with a backslash."""
+    lines: list[str] = []
+    while not lines or lines[-1].endswith("\\"):
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise UserError("the input is not UTF-8 text; convert it first") from error
+        if not line and not lines:
+            raise EOFError
+        if not line:
+            break
+        lines.append(line.rstrip("\r\n"))
+    return "\n".join(line.removesuffix("\\") for line in lines)

@@ -1,13 +1,13 @@
-"""The same conversation on a page: base and tuned side by side, calls as cards. Built with Gradio."""
+"""The conversation on a web page: base and tuned side by side, calls as cards. Built with Gradio."""
 
 from __future__ import annotations
 
 import hmac
 import html
+import itertools
 import json
 import logging
 import os
-import queue
 import re
 import tempfile
 import threading
@@ -15,203 +15,181 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from finetune.chat.model import BASE, TUNED
 from finetune.chat.reply import Reply
-from finetune.chat.session import Conversation, Talk, tools_of
-from finetune.chat.speaker import BASE, TUNED
+from finetune.chat.session import ChatAgent, ChatSession, parse_tools
 from finetune.errors import UserError
 from formats import FormatError
 
-PASSWORD = "SANDWICH_WEB_PASSWORD"
+if TYPE_CHECKING:
+    import gradio
+
+PASSWORD_VARIABLE = "SANDWICH_WEB_PASSWORD"
 log = logging.getLogger("sandwich")
 
 
-def launch(talk: Talk, system: str, tools: list[dict], host: str, port: int, share: bool = False) -> None:
-    """Show the page until Ctrl-C. UserError when gradio is missing or the port is taken."""
-    page = open_page(talk, system, tools, host, port, share)
-    password = " (a password is asked)" if os.environ.get(PASSWORD) else ""
-    log.info("the page is at %s%s; Ctrl-C ends it", page.share_url or f"http://{host}:{port}", password)
+def launch(agent: ChatAgent, system: str, tools: list[dict], host: str, port: int, share: bool = False) -> None:
+    """Serve the page until Ctrl-C. UserError when gradio is missing or the port is in use."""
+    page = open_page(agent, system, tools, host, port, share)
+    password = " (with a password)" if os.environ.get(PASSWORD_VARIABLE) else ""
+    log.info("the page is at %s%s; stop with Ctrl-C", page.share_url or f"http://{host}:{port}", password)
     try:
-        threading.Event().wait()  # gradio's own wait would end with status 0 and a sentence of its own
+        threading.Event().wait()  # gradio's own wait would catch Ctrl-C and end with status 0
     finally:
         page.close(verbose=False)
 
 
-def open_page(talk: Talk, system: str, tools: list[dict], host: str, port: int, share: bool = False) -> Any:
-    """The page, being served by threads of this process; `close()` ends it."""
-    page = build_page(talk, system, tools)
+def open_page(
+    agent: ChatAgent, system: str, tools: list[dict], host: str, port: int, share: bool = False
+) -> gradio.Blocks:
+    """The page, served by threads of this process until its `close()`."""
+    page = build_page(agent, system, tools)
     import gradio
 
-    password = os.environ.get(PASSWORD)
+    password = os.environ.get(PASSWORD_VARIABLE)
     try:
         page.launch(
             server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True, inbrowser=False,
             auth=(lambda _user, given: hmac.compare_digest(given.encode(), password.encode())) if password else None,
-            auth_message="Any user name will do; the password is the one this page was started with.",
-            theme=gradio.themes.Default(font="system-ui", font_mono="monospace"),  # no fonts from elsewhere
+            auth_message="Any user name; the password that this page was started with.",
+            theme=gradio.themes.Default(font="system-ui", font_mono="monospace"),  # no downloads
             enable_monitoring=False, footer_links=["api"], ssr_mode=False,
         )  # fmt: skip
     except OSError as error:
-        raise UserError(f"{host}:{port} cannot be listened on; choose another --port") from error
+        raise UserError(f"cannot listen on {host}:{port}; choose another --port") from error
     return page
 
 
-def build_page(talk: Talk, system: str = "", tools: list[dict] | None = None) -> Any:
-    """The page as gradio.Blocks, not launched yet."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: gradio reads it then
+def build_page(agent: ChatAgent, system: str = "", tools: list[dict] | None = None) -> gradio.Blocks:
+    """The page, not launched yet."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     try:
         import gradio
     except ImportError as error:
         raise UserError("--web needs gradio; run: pip install -r requirements_optional.txt") from error
 
-    sides = [side for side in (BASE, TUNED) if side in talk.speaker.sides]
-    answers = _Answers(talk, sides)
+    sides = [side for side in (BASE, TUNED) if side in agent.model.sides]
+    handlers = _Handlers(agent, sides)
     shown = json.dumps(tools, indent=2, ensure_ascii=False) if tools else ""
-    with gradio.Blocks(title=f"Sandwich: {talk.speaker.name}", analytics_enabled=False) as page:
-        state = gradio.State(None)  # {side: Conversation} of one visitor
-        gradio.Markdown(f"### {html.escape(talk.speaker.name)} · format {talk.speaker.fmt.name}")
+    with gradio.Blocks(title=f"Sandwich: {agent.model.name}", analytics_enabled=False) as page:
+        state = gradio.State(None)  # {side: ChatSession} of one visitor
+        gradio.Markdown(f"### {html.escape(agent.model.name)} · format {agent.model.fmt.name}")
         with gradio.Row(equal_height=True):
-            chats = [gradio.Chatbot(label=_label(side, sides), height=460, layout="panel") for side in sides]
+            labels = sides if len(sides) > 1 else ["model"]
+            chats = [gradio.Chatbot(label=label, height=460, layout="panel") for label in labels]
         with gradio.Row():
             message = gradio.Textbox(label="Message", lines=2, scale=5, placeholder="Shift+Enter sends")
             send = gradio.Button("Send", variant="primary", scale=1)
-        with gradio.Row(visible=talk.tool_command is None):
-            result = gradio.Textbox(label="Result of the call that waits", scale=4, placeholder='{"ok": true}')
+        with gradio.Row(visible=agent.tool_command is None):
+            result = gradio.Textbox(label="Result of the pending call", scale=4, placeholder='{"ok": true}')
             whose = gradio.Radio(sides, value=TUNED, label="called by", scale=1, visible=len(sides) > 1)
             give = gradio.Button("Give the result", scale=1)
         with gradio.Accordion("Tools, system message, decoding", open=False):
             tools_box = gradio.Code(value=shown, language="json", label="Tools (JSON)", lines=8)
             system_box = gradio.Textbox(value=system, label="System message", lines=2)
-            temperature = gradio.Slider(
-                0, 2, value=talk.decoding.temperature, step=0.05, label="Temperature (0: greedy)"
-            )
-            longest = gradio.Slider(
-                16, 4096, value=talk.decoding.max_new_tokens, step=16, label="Longest answer, tokens"
-            )
+            decoding = agent.decoding
+            temperature = gradio.Slider(0, 2, value=decoding.temperature, step=0.05, label="Temperature (0: greedy)")
+            longest = gradio.Slider(16, 4096, value=decoding.max_new_tokens, step=16, label="Longest answer, tokens")
         with gradio.Row():
             reset = gradio.Button("New conversation")
             save = gradio.DownloadButton("Save as JSON Lines")
         settings = [tools_box, system_box, temperature, longest]
-        line = {"concurrency_limit": 1, "concurrency_id": "model"}  # one model: one answer at a time
-        asked = [message, state, *settings]
-        hidden = {"api_visibility": "private"}  # the same again for the keyboard
-        for trigger, named in ((send.click, {"api_name": "ask"}), (message.submit, hidden)):
-            trigger(answers.ask, asked, [message, state, *chats], **named, **line)
-        given = [result, whose, state, *settings]
-        for trigger, named in ((give.click, {"api_name": "give_result"}), (result.submit, hidden)):
-            trigger(answers.give_result, given, [result, state, *chats], **named, **line)
+        queue = {"concurrency_limit": 1, "concurrency_id": "model"}  # one answer at a time
+        for handler, inputs, box, button in (
+            (handlers.ask, [message, state, *settings], message, send),
+            (handlers.give_result, [result, whose, state, *settings], result, give),
+        ):
+            button.click(handler, inputs, [box, state, *chats], api_name=handler.__name__, **queue)
+            box.submit(handler, inputs, [box, state, *chats], api_visibility="private", **queue)
         reset.click(lambda: (None, *([] for _ in chats)), None, [state, *chats], api_name="reset")
-        save.click(answers.save, [state], [save], api_name="save")
+        save.click(handlers.save, [state], [save], api_name="save")
     return page
 
 
-def _label(side: str, sides: list[str]) -> str:
-    return side if len(sides) > 1 else "model"
+class _Handlers:
+    """What the buttons do; a visitor's conversations are in `state`, one ChatSession for each side."""
 
-
-class _Answers:
-    """What the page's buttons do; all of a visitor's state is in `state`, one Conversation for each side."""
-
-    def __init__(self, talk: Talk, sides: list[str]):
-        self.talk, self.sides = talk, sides
+    def __init__(self, agent: ChatAgent, sides: list[str]):
+        self.agent, self.sides = agent, sides
 
     def ask(
         self, text: str, state: dict | None, tools: str, system: str, temperature: float, longest: float
     ) -> Iterator[tuple]:
-        """A message to every side; yields (message box, state, one list of chat messages for each side)."""
-        state = self._set(state, tools, system)
+        """Send a message to every side; yields (message box, state, the chat messages of each side)."""
+        state = self._sessions(state, tools, system)
         if not text.strip():
-            raise _shown("write a message first")
+            raise _page_error("write a message first")
         for side in self.sides:
-            with state[side].all_or_nothing():
-                state[side].say(text)
+            with state[side].transaction():
+                state[side].add_user(text)
                 yield from self._answer(side, state, temperature, longest)
 
     def give_result(
         self, text: str, side: str, state: dict | None, tools: str, system: str, temperature: float, longest: float
     ) -> Iterator[tuple]:
-        """The result of the first call that waits on one side; when none is left, that side answers."""
-        state = self._set(state, tools, system)
+        """Add the result of one side's first pending call; after the last one that side answers."""
+        state = self._sessions(state, tools, system)
         side = side if side in state else self.sides[-1]
-        try:
-            with state[side].all_or_nothing():
-                state[side].result(text.strip())
-                yield "", state, *self._views(state)
-                if not state[side].waiting:
-                    yield from self._answer(side, state, temperature, longest)
-        except UserError as error:
-            raise _shown(str(error)) from error
+        with state[side].transaction():
+            try:
+                state[side].add_result(text.strip())
+            except UserError as error:
+                raise _page_error(error) from error
+            yield "", state, *self._views(state)
+            if not state[side].pending:
+                yield from self._answer(side, state, temperature, longest)
 
     def save(self, state: dict | None) -> str:
-        """A file with the tuned side's conversation as a row."""
+        """Write the last side's conversation to a file, as a row of a data set; returns its path."""
         if not state:
-            raise _shown("there is nothing to save yet")
+            raise _page_error("there is nothing to save yet")
         folder = Path(tempfile.mkdtemp(prefix="sandwich_chat_"))
         return str(state[self.sides[-1]].save(folder / time.strftime("chat_%Y%m%d_%H%M%S.jsonl")))
 
-    def _set(self, state: dict | None, tools: str, system: str) -> dict[str, Conversation]:
+    def _sessions(self, state: dict | None, tools: str, system: str) -> dict[str, ChatSession]:
         try:
-            declared = tools_of(tools) if tools and tools.strip() else []
+            declared = parse_tools(tools) if tools and tools.strip() else []
         except UserError as error:
-            raise _shown(str(error)) from error
-        state = state or {side: Conversation() for side in self.sides}
-        for conversation in state.values():
-            conversation.tools, conversation.system = declared, system or ""
+            raise _page_error(error) from error
+        state = state or {side: ChatSession() for side in self.sides}
+        for session in state.values():
+            session.tools, session.system = declared, system or ""
         return state
 
     def _answer(self, side: str, state: dict, temperature: float, longest: float) -> Iterator[tuple]:
-        conversation = state[side]
-        decoding = replace(self.talk.decoding, temperature=float(temperature), max_new_tokens=int(longest))
-        talk = replace(self.talk, side=side, decoding=decoding)
+        session, text = state[side], ""
+        decoding = replace(self.agent.decoding, temperature=float(temperature), max_new_tokens=int(longest))
+        agent = replace(self.agent, side=side, decoding=decoding)
         try:
-            for text in streamed(talk, conversation):
+            for event in itertools.chain([""], agent.answer(session)):
+                text = text + event if isinstance(event, str) else ""
                 views = self._views(state)
-                if text is not None:  # an answer under way
+                if session.turns[-1]["role"] != "assistant":
                     views[self.sides.index(side)].append({"role": "assistant", "content": text or "…"})
                 yield "", state, *views
         except (UserError, FormatError) as error:
-            raise _shown(str(error)) from error
+            raise _page_error(error) from error
 
-    def _views(self, state: dict[str, Conversation]) -> list[list[dict]]:
+    def _views(self, state: dict[str, ChatSession]) -> list[list[dict]]:
         return [chat_messages(state[side]) for side in self.sides]
 
 
-def _shown(text: str) -> Exception:
+def _page_error(message: str | Exception) -> gradio.Error:
     import gradio
 
-    return gradio.Error(html.escape(text), print_exception=False)
+    return gradio.Error(html.escape(str(message)), print_exception=False)
 
 
-def streamed(talk: Talk, conversation: Conversation) -> Iterator[str | None]:
-    """Answer in a thread; yields the text of the answer so far as it grows, and None when a turn was added."""
-    news: queue.Queue = queue.Queue()
-
-    def work() -> None:
-        try:
-            for _ in talk.answer(conversation, news.put, lambda: news.put("")):
-                news.put(None)
-            news.put(StopIteration())
-        except BaseException as error:  # handed over to the page
-            news.put(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    text = ""
-    while not isinstance(item := news.get(), BaseException):
-        text = "" if item is None else text + item
-        yield None if item is None else text
-    if not isinstance(item, StopIteration):
-        raise item
-
-
-def chat_messages(conversation: Conversation) -> list[dict[str, Any]]:
-    """The conversation for gradio's Chatbot: calls, their results and what could not be read are cards."""
+def chat_messages(session: ChatSession) -> list[dict[str, Any]]:
+    """The conversation for gradio's Chatbot; calls, results and parse errors are cards."""
     shown: list[dict[str, Any]] = []
-    for index, turn in enumerate(conversation.turns):
+    for index, turn in enumerate(session.turns):
         if turn["role"] == "tool":
             shown.append(_card(f"result of {turn.get('name', 'a call')}", _fenced(turn["content"])))
         elif turn["role"] == "assistant":
-            shown += _reply_messages(conversation.replies[index])
+            shown += _reply_messages(session.replies[index])
         else:
             shown.append({"role": turn["role"], "content": turn["content"]})
     return shown
@@ -227,16 +205,16 @@ def _reply_messages(reply: Reply) -> Iterator[dict[str, Any]]:
         arguments = _fenced(json.dumps(call["arguments"], indent=2, ensure_ascii=False), "json")
         yield _card(f"call: {call['name']}", arguments + verdict)
     for error in reply.parse_errors:
-        # As code: a browser would take the call's tags for unknown elements and show nothing of them.
+        # As code, because a browser does not show the tags of a call.
         yield _card("not a call", f"{error}\n\n{_fenced(reply.text)}")
     if reply.finish_reason == "length":
-        yield _card("cut off", "the answer reached its longest length")
+        yield _card("cut off", "the answer reached its maximum length")
     if not (reply.content or reply.tool_calls or reply.parse_errors):
         yield _card("an empty answer", "the model ended its turn at once")
 
 
 def _card(title: str, body: str, closed: bool = False) -> dict[str, Any]:
-    metadata = {"title": title, **({"status": "done"} if closed else {})}  # to gradio "done" means folded up
+    metadata = {"title": title, **({"status": "done"} if closed else {})}  # gradio folds up what is done
     return {"role": "assistant", "content": body, "metadata": metadata}
 
 

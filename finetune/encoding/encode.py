@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from finetune.encoding import cache
 from finetune.encoding.encoded import EncodedRows
 from finetune.encoding.rows import Chunk, Conversation, Flags, encode_chunk
 from finetune.errors import UserError
 from finetune.progress import progress_bar
 from finetune.reading.normalize import conversations_fingerprint
-from finetune.torchless import leave_torch_out
+from finetune.torchless import hide_torch
 from formats import Format
 
 MAX_REPORTED_ROWS = 100  # omitted rows named in the report; `EncodedRows.left_out` has all
@@ -66,8 +67,6 @@ def encode_conversations(
     flags = Flags(max_seq_length, train_on, control_tokens, overlong)
     path = None
     if cache_dir is not None:
-        from finetune.encoding import cache
-
         fingerprint = fingerprint or conversations_fingerprint(conversations)
         path = cache.cache_path(cache_dir, fingerprint, tokenizer, fmt, flags)
         if (cached := cache.load(path)) is not None:
@@ -116,7 +115,7 @@ def _start_worker(payload: bytes, torchless: bool) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if torchless:
-        leave_torch_out()
+        hide_torch()
     _WORKER = pickle.loads(payload)
 
 

@@ -17,11 +17,10 @@ from finetune.errors import UserError
 from finetune.files import json_line, open_atomic
 from finetune.progress import progress_bar
 from finetune.reading.normalize import normalize_row
-from finetune.reading.row_files import Unreadable
+from finetune.reading.row_files import RowError, Unreadable
 from finetune.reading.sources import Spec, data_suffix, parse_spec, read_rows, refuse_same_file
-from finetune.reading.text_shapes import RowError
 from finetune.reading.tool_schemas import normalize_tools
-from finetune.torchless import let_torch_in
+from finetune.torchless import unhide_torch
 from formats import Encoded, Format, choose_format, encode, get_format
 
 
@@ -32,7 +31,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 
     path = resolve_model(name)
     if trust_remote_code:
-        let_torch_in()
+        unhide_torch()
     import transformers
 
     verbosity = transformers.logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Everything that decides an answer besides the row: answers of other settings are never mixed with these."""
+"""Everything besides the row that affects an answer; answers with different settings are never mixed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune.runs.find import Run
 
 
 def answer_settings(run: Run, side: str, model: Any, fmt: Any, decoding: Any) -> dict[str, Any]:
-    """Names and hashes as plain values. Raises UserError when the adapter's files cannot be read."""
+    """Names and hashes as plain values, for the metrics file and for the hash in every line of results."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     tuned = side == "tuned" and run.adapter is not None
     return {
@@ -32,9 +32,9 @@ def answer_settings(run: Run, side: str, model: Any, fmt: Any, decoding: Any) ->
 
 
 def _folder_hash(folder: Path) -> str | None:
-    """SHA-256 of a local model's config and weights, which may be made anew under the same name.
+    """SHA-256 of a local model's config and weights, which may be rebuilt under the same name.
 
-    None for a model of the Hub, which its revision names, and for the bundled one.
+    None for the bundled model and for one from the Hub, which its revision identifies.
     """
     if str(folder).lower() == NAME or not folder.is_dir():
         return None
@@ -43,7 +43,7 @@ def _folder_hash(folder: Path) -> str | None:
 
 
 def adapter_hash(folder: Path) -> str:
-    """SHA-256 of the adapter's weights and of its config, which scales them; where the base lies changes nothing."""
+    """SHA-256 of the adapter's weights and its config, without the location of the base model."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config.pop("base_model_name_or_path", None)
     return _hash(folder / "adapter_model.safetensors", json.dumps(config, sort_keys=True).encode())
@@ -54,8 +54,7 @@ def _hash(*parts: Path | bytes) -> str:
     for part in parts:
         if isinstance(part, bytes):
             digest.update(part)
-            continue
-        with part.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        else:
+            with part.open("rb") as file:
+                hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""The Berkeley Function Calling Leaderboard's single-turn rows, judged by the leaderboard's own checker.
+"""The Berkeley Function Calling Leaderboard's single-turn rows, checked by the leaderboard's own checker.
 
-Data and checker come from the package bfcl-eval (Apache-2.0), installed with --no-deps: the checker itself needs only
-the standard library, once the module that lists every vendor's client is replaced by an empty one.
+Data and checker come from the package bfcl-eval (Apache-2.0), installed with --no-deps: the checker needs only the
+standard library once `bfcl_eval.constants.model_config`, which imports every vendor's client, is replaced.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 import types
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ CATEGORIES = (*WITH_ANSWERS, *WITHOUT_CALL)
 
 
 def data_folder() -> Path:
-    """Where the package keeps its rows; UserError when it is not installed."""
+    """The package's folder of rows; UserError when the package is not installed."""
     spec = importlib.util.find_spec("bfcl_eval")
     if spec is None:
         raise UserError("--suite bfcl needs the package bfcl-eval; run: pip install --no-deps bfcl-eval==2026.3.23")
@@ -38,24 +39,22 @@ def parse_suite(suite: str) -> list[str]:
     """`bfcl:simple_python,multiple` -> categories; plain `bfcl` means all of them."""
     kind, _, names = suite.partition(":")
     if kind != "bfcl":
-        raise UserError(f"--suite {suite}: the only suite is bfcl, for instance bfcl:simple_python,multiple")
+        raise UserError(f"--suite {suite}: the only suite is bfcl; for example bfcl:simple_python,multiple")
     categories = [name.strip() for name in names.split(",") if name.strip()] or list(CATEGORIES)
     for name in categories:
         if name not in CATEGORIES:
-            raise UserError(f"--suite {suite}: no category {name!r}; there are {', '.join(CATEGORIES)}")
+            raise UserError(f"--suite {suite}: no category {name!r}; choose from {', '.join(CATEGORIES)}")
     return categories
 
 
 def load_items(categories: list[str], *, limit: int | None = None) -> list[Item]:
-    """Items of the given categories (of the first `limit` rows of each)."""
+    """Items of the first `limit` rows of each category (default: all rows)."""
     items = []
     for category in categories:
-        rows = _read_lines(data_folder() / f"BFCL_v4_{category}.json")
         answers = {}
         if category in WITH_ANSWERS:
-            path = data_folder() / "possible_answer" / f"BFCL_v4_{category}.json"
-            answers = {row["id"]: row["ground_truth"] for row in _read_lines(path)}
-        for number, row in enumerate(rows[:limit], 1):
+            answers = {row["id"]: row["ground_truth"] for row in _read_rows(f"possible_answer/BFCL_v4_{category}")}
+        for number, row in enumerate(_read_rows(f"BFCL_v4_{category}")[:limit], 1):
             possible = answers.get(row["id"])
             items.append(
                 Item(
@@ -73,19 +72,21 @@ def load_items(categories: list[str], *, limit: int | None = None) -> list[Item]
     return items
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+@cache
+def _read_rows(name: str) -> list[dict[str, Any]]:
+    text = (data_folder() / f"{name}.json").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def first_answer(possible: dict[str, dict[str, list]]) -> dict[str, Any]:
-    """One call that is right: the first allowed value of every argument; those that may be left out first are."""
+    """One correct call: the first allowed value of every argument; an argument whose first value is "" is omitted."""
     ((name, arguments),) = possible.items()
     return {"name": name, "arguments": {k: _first(v) for k, v in arguments.items() if v and v[0] != ""}}
 
 
 def _first(allowed: list) -> Any:
     value = allowed[0]
-    if isinstance(value, dict):  # each key has allowed values of its own; what is deeper is meant literally
+    if isinstance(value, dict):  # each key has a list of allowed values; deeper values are literal
         return {key: inner[0] for key, inner in value.items() if inner and inner[0] != ""}
     if isinstance(value, list):
         return [_first([element]) for element in value]
@@ -93,9 +94,9 @@ def _first(allowed: list) -> Any:
 
 
 def verdict(item: Item, made: list[dict], errors: list[str], ours: dict[str, Any]) -> dict[str, bool]:
-    """`bfcl_valid`, the leaderboard's own verdict, and `bfcl_agrees`, whether our verdict is the same.
+    """`bfcl_valid`, the leaderboard's verdict, and `bfcl_agrees`, whether our verdict is the same.
 
-    Where no call is right the leaderboard only asks that none can be read, so that text with a broken call passes.
+    Where no call is expected the leaderboard accepts any text without a readable call, even with a broken one.
     """
     if item.possible_answers is None:
         valid, own = not made, ours["no_call_correct"]
@@ -109,7 +110,7 @@ def check(item: Item, made: list[dict]) -> bool:
     ast_checker, language = _checker()
     languages = {"simple_java": language.JAVA, "simple_javascript": language.JAVASCRIPT}
     result = ast_checker(
-        _functions_of(item),
+        _read_rows(f"BFCL_v4_{item.category}")[item.row - 1]["function"],  # with BFCL's own names of types
         [{call["name"]: call["arguments"]} for call in made],
         item.possible_answers,
         languages.get(item.category, language.PYTHON),
@@ -119,21 +120,11 @@ def check(item: Item, made: list[dict]) -> bool:
     return bool(result["valid"])
 
 
-_rows: dict[str, list[dict[str, Any]]] = {}
-
-
-def _functions_of(item: Item) -> list[dict[str, Any]]:
-    """The functions as BFCL writes them: its checker wants its own names of types."""
-    if item.category not in _rows:
-        _rows[item.category] = _read_lines(data_folder() / f"BFCL_v4_{item.category}.json")
-    return _rows[item.category][item.row - 1]["function"]
-
-
 def _checker():
     name = "bfcl_eval.constants.model_config"
     if name not in sys.modules:
         config = types.ModuleType(name)
-        # The checker asks each model's entry for one thing: whether its dots in names became underscores.
+        # The checker reads only whether a model writes underscores for the dots in names.
         config.MODEL_CONFIG_MAPPING = collections.defaultdict(lambda: types.SimpleNamespace(underscore_to_dot=False))
         sys.modules[name] = config
     from bfcl_eval.constants.enums import Language

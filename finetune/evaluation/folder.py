@@ -1,4 +1,4 @@
-"""The folder that scores go to: one evaluation at a time, and nothing of an earlier one beside what it contradicts."""
+"""The output folder: one evaluation at a time, and no scores beside others that they cannot be compared with."""
 
 from __future__ import annotations
 
@@ -14,46 +14,35 @@ from finetune.errors import UserError
 from finetune.evaluation.items import Item
 from finetune.files import acquire_lock, release_lock
 
-NAMES = {"base": "base_model", "tuned": "finetuned_model"}  # how the files of a side begin
+FILE_PREFIXES = {"base": "base_model", "tuned": "finetuned_model"}
 
 
 @contextlib.contextmanager
-def made(folder: Path) -> Iterator[None]:
-    """The folder, made where there is none and taken away again when nothing was written into it.
+def exclusive_folder(folder: Path) -> Iterator[None]:
+    """Create the folder and hold its lock; a new folder that stays empty is removed at the end.
 
-    Raises UserError when it cannot be written into, so that this is known before the work.
+    Raises UserError when the folder is not writable or another process is evaluating into it.
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
+    busy = f"another evaluation is writing to {folder}; wait for it, or choose another folder with --output"
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.write_bytes(b"")
-            probe.unlink()
+            lock = acquire_lock(folder / ".lock", busy)
         except OSError as error:
-            raise UserError(
-                f"cannot write into {folder}: {error.strerror}; name another folder with --output"
-            ) from error
-        yield
+            raise UserError(f"cannot write to {folder}: {error.strerror}; choose a folder with --output") from error
+        try:
+            yield
+        finally:
+            release_lock(lock)
     finally:
-        for path in new:
-            with contextlib.suppress(OSError):  # something is in it
+        with contextlib.suppress(OSError):  # not empty
+            for path in new:
                 path.rmdir()
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder; UserError when another process is evaluating into it."""
-    busy = f"another evaluation is writing to {folder}; wait for it, or choose another folder with --output"
-    lock = acquire_lock(folder / ".lock", busy)
-    try:
-        yield
-    finally:
-        release_lock(lock)
-
-
-def data_of(items: Sequence[Item]) -> dict[str, Any]:
-    """What was asked, for the metrics files: sources and a hash over the items."""
+def describe_items(items: Sequence[Item]) -> dict[str, Any]:
+    """Sources of the items and a hash of them, for the metrics files."""
     keys = "".join(item.fingerprint() for item in items)
     return {
         "sources": list(dict.fromkeys(item.source for item in items)),
@@ -61,39 +50,38 @@ def data_of(items: Sequence[Item]) -> dict[str, Any]:
     }
 
 
-def free_name(path: Path) -> Path:
-    """A name for an earlier file, which is moved and never overwritten: `<stem>.before_<time>`."""
+def archive(path: Path) -> Path:
+    """Rename a file to `<stem>.before_<time><suffix>`, never over another one; returns the new path."""
     stamp = time.strftime("%Y%m%d_%H%M%S")
     for number in range(1, 10_000):
-        name = path.with_name(f"{path.stem}.before_{stamp}{f'_{number}' if number > 1 else ''}{path.suffix}")
-        if not name.exists():
-            return name
-    raise UserError(f"{path.parent}: too many earlier results of this second; clear the folder")
+        archived = path.with_name(f"{path.stem}.before_{stamp}{f'_{number}' if number > 1 else ''}{path.suffix}")
+        if not archived.exists():
+            return path.replace(archived)
+    raise UserError(f"{path.parent}: too many earlier results from this second; clean up the folder")
 
 
-def set_strangers_aside(folder: Path, metrics: dict[str, dict[str, Any]], say: Callable[[str], None]) -> None:
-    """When one side was scored alone: the other side's scores stay only if they are of the same items and decoding.
+def archive_incomparable_scores(folder: Path, metrics: dict[str, dict[str, Any]], say: Callable[[str], None]) -> None:
+    """After one model was scored alone: archive the other's scores unless items and settings are the same.
 
-    Others would be read as a comparison. `comparison.json` goes in any case: what it compared is no longer there.
+    `comparison.json` is deleted: one of the two scores it compares has been replaced.
     """
     if len(metrics) != 1:
         return
     ((side, scored),) = metrics.items()
     (folder / "comparison.json").unlink(missing_ok=True)
-    (other,) = NAMES.keys() - {side}
-    path = folder / f"{NAMES[other]}_metrics.json"
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            known = _asked(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, LookupError, TypeError):  # of an older version, or not ours
-            known = None
-        if known != _asked(scored):
-            aside = free_name(path)
-            path.replace(aside)
-            say(f"{path.name} held scores of other rows or settings; it is now {aside.name}")
+    (other,) = FILE_PREFIXES.keys() - {side}
+    path = folder / f"{FILE_PREFIXES[other]}_metrics.json"
+    if not path.is_file():
+        return
+    try:
+        known = _comparable_settings(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, LookupError, TypeError):  # written by an older version or by somebody else
+        known = None
+    if known != _comparable_settings(scored):
+        say(f"{path.name} held scores of other rows or settings; it is now {archive(path).name}")
 
 
-def _asked(metrics: dict[str, Any]) -> dict[str, Any]:
-    own = ("adapter_sha256", "batch_size")  # what may differ between two sides that can be compared
-    settings = {key: value for key, value in metrics["settings"].items() if key not in own}
+def _comparable_settings(metrics: dict[str, Any]) -> dict[str, Any]:
+    may_differ = ("adapter_sha256", "batch_size")
+    settings = {key: value for key, value in metrics["settings"].items() if key not in may_differ}
     return {"items": metrics["data"]["items_sha256"], **settings}

@@ -1,4 +1,4 @@
-"""What is scored: every assistant turn of a held-out conversation is one item with a prompt and a gold answer."""
+"""Scored items: every assistant turn of a held-out conversation, with its prompt and its expected answer."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from finetune.reading.conversations import load_conversations
 from finetune.reading.sources import parse_spec, read_rows
 from formats.base import call_of
 
-CALL = "call"  # the right answer calls tools
-MISSING_PARAMETER = "missing_parameter"  # the right answer asks for what a call would need
-IRRELEVANT = "irrelevant"  # no tool fits; the right answer is text
-ANSWER = "answer"  # text after a tool's result: the right answer stops calling
-QUESTION = "question"  # no tools are declared at all
-KINDS = (CALL, MISSING_PARAMETER, IRRELEVANT, ANSWER, QUESTION)
+CALL = "call"  # tool calls are expected
+MISSING_PARAMETER = "missing_parameter"  # a question is expected: the request lacks a parameter of the call
+IRRELEVANT = "irrelevant"  # no tool fits; text is expected
+ANSWER = "answer"  # text is expected after a tool's result, and no further call
+QUESTION = "question"  # no tools are declared
 
 OK_LABELS = {"ok": True, "not ok": False, "not_ok": False}
 
@@ -29,9 +28,11 @@ OK_LABELS = {"ok": True, "not ok": False, "not_ok": False}
 class Item:
     """One scored answer.
 
-    `row` is the row's number in its source (from 1), `turn` the index of the gold message. `expected_text` is None
-    for labelled rows without a gold answer, and where that is empty. `label` is their "ok" (True) / "not ok" (False).
-    `possible_answers`, for BFCL, lists the allowed values of each argument of each expected call.
+    row               number of the row in its source, from 1
+    turn              index of the expected message
+    expected_text     None for calls, for labelled rows and where the expected text is empty
+    label             True for "ok", False for "not ok", None without a label
+    possible_answers  BFCL: the allowed values of each argument of each expected call
     """
 
     source: str
@@ -46,26 +47,31 @@ class Item:
     possible_answers: list[dict[str, Any]] | None = None
     category: str | None = None
 
+    @property
+    def origin(self) -> tuple[str, int]:
+        """(source, row)."""
+        return self.source, self.row
+
     def fingerprint(self) -> str:
-        """12 hexadecimal digits over everything that the answer or its verdict depends on."""
+        """12 hexadecimal digits that change with anything that the answer or its verdict depends on."""
         text = json.dumps(asdict(self), ensure_ascii=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def load_items(specs: Sequence[str | Path], *, limit: int | None = None) -> list[Item]:
-    """Items of all rows of `specs` (of the first `limit` rows); a row that cannot be read ends in a UserError.
+    """Items of the first `limit` rows of `specs` (default: all rows). Raises UserError for a row it cannot read.
 
-    A row may say what it tests in a column `category` (`missing_parameter`, `irrelevant`); a row with the columns
-    `input` and `label` ("ok" / "not ok") is a labelled prompt for the quality rule.
+    A column `category` (`missing_parameter` or `irrelevant`) names the kind of a row's items. A row with the columns
+    `input` and `label` ("ok" or "not ok") is a labelled prompt for the quality rule.
     """
     categories: dict[tuple[str, int], str] = {}
     labelled: list[Item] = []
 
     for name in {str(spec) for spec in specs if list(map(str, specs)).count(str(spec)) > 1}:
-        raise UserError(f"--dataset {name} is named twice; an answer is scored once")
+        raise UserError(f"--dataset {name} is given twice; remove one of them")
     for spec in map(parse_spec, specs):
         if spec.weight != 1:
-            raise UserError(f"{spec.text}: a weight mixes training data; leave it away, or give --limit N")
+            raise UserError(f"{spec.text}: weights are for training data; remove it, or use --limit N")
 
     def conversations() -> Iterable[tuple[str, int, Any]]:
         rows = itertools.chain.from_iterable(read_rows(spec) for spec in specs)
@@ -85,12 +91,12 @@ def load_items(specs: Sequence[str | Path], *, limit: int | None = None) -> list
     for (source, row), conversation in zip(loaded.origins, loaded.conversations, strict=True):
         items += items_of(conversation, source, row, categories.get((source, row)))
     if not items:
-        raise UserError(f"{', '.join(map(str, specs))}: no assistant turn to score; give rows that end in an answer")
+        raise UserError(f"{', '.join(map(str, specs))}: no assistant turn to score; use rows that end in an answer")
     return items
 
 
 def items_of(conversation: dict[str, Any], source: str, row: int, category: str | None = None) -> list[Item]:
-    """One item for each assistant turn but those marked `"train": false` (answers nobody wants repeated)."""
+    """One item for each assistant turn except those marked `"train": false`."""
     items = []
     messages, tools = conversation["messages"], conversation["tools"]
     for turn, message in enumerate(messages):
@@ -106,7 +112,7 @@ def items_of(conversation: dict[str, Any], source: str, row: int, category: str 
                 messages=messages[:turn],
                 tools=tools,
                 expected_calls=calls,
-                expected_text=None if calls else message["content"] or None,  # an empty one says: no call
+                expected_text=None if calls else message["content"] or None,  # empty: only "no call" is scored
                 category=category,
             )
         )
@@ -122,6 +128,9 @@ def _kind(messages: list[dict], turn: int, tools: list[dict], calls: bool, categ
         return ANSWER
     if category in (MISSING_PARAMETER, IRRELEVANT):
         return category
-    # Without a word from the data: an answer that asks something back is taken to ask for what is missing.
-    asks = any(mark in messages[turn]["content"] for mark in "?？")
-    return MISSING_PARAMETER if asks else IRRELEVANT
+    return MISSING_PARAMETER if asks_back(messages[turn]["content"]) else IRRELEVANT
+
+
+def asks_back(text: str) -> bool:
+    """Whether an answer holds a question mark."""
+    return any(mark in text for mark in "?？")

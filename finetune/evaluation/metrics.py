@@ -1,17 +1,19 @@
-"""From verdicts to numbers: each rate is a ratio of two sums over items, so that one resampling serves them all."""
+"""From verdicts to metrics: one list of metrics, their values, intervals, and the paired comparison of two models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import harmonic_mean
 from typing import Any
 
 import numpy as np
 
-from finetune.evaluation.items import ANSWER, CALL, IRRELEVANT, MISSING_PARAMETER, QUESTION, Item
+from finetune.evaluation.items import ANSWER, CALL, IRRELEVANT, MISSING_PARAMETER, QUESTION, Item, asks_back
 from finetune.evaluation.scoring import BROKEN, NO_CALL, UNDECLARED, confusion_pairs
 
-RESAMPLES = 2000
+BOOTSTRAP_SAMPLES = 2000
+REQUESTS = (CALL, IRRELEVANT, MISSING_PARAMETER)  # kinds of items where the model chooses a tool or none
 
 
 @dataclass
@@ -23,186 +25,201 @@ class Scored:
     parsed_calls: list[dict[str, Any]]
     verdicts: dict[str, Any]
     latency_s: float
-    new_tokens: int
     parse_errors: Sequence[str] = ()
 
 
-Ratio = Callable[[Scored], tuple[float, float] | None]
+Value = bool | float | tuple[float, float] | None
 
 
-def _share(verdict: str, *kinds: str, given: Callable[[Scored], bool] = lambda _: True) -> Ratio:
-    """Share of the items of `kinds` for which the verdict is true (or its mean, for a verdict between 0 and 1)."""
+@dataclass(frozen=True)
+class Metric:
+    """One number in the metrics files: the sum of numerators over items / the sum of denominators.
 
-    def ratio(scored: Scored) -> tuple[float, float] | None:
-        if (kinds and scored.item.kind not in kinds) or verdict not in scored.verdicts or not given(scored):
+    name             key in the metrics files; docs/evaluation.md has the definition
+    verdict          key in `Scored.verdicts`, or a function of Scored. Its value is a number (denominator 1), a
+                     (numerator, denominator) or, for an item that does not count, None. A metric without a verdict is
+                     derived from other numbers.
+    kinds            kinds of items that count; empty: all
+    binary           every item is right or wrong, so that McNemar's test can compare two models
+    lower_is_better  as the tables say
+    zero_division    value when items count but their denominators sum to 0; None: not measured
+    """
+
+    name: str
+    verdict: str | Callable[[Scored], Value] | None = None
+    kinds: tuple[str, ...] = ()
+    binary: bool = True
+    lower_is_better: bool = False
+    zero_division: float | None = None
+
+    def ratio(self, scored: Scored) -> tuple[float, float] | None:
+        """(numerator, denominator) of one answer; None when it does not count."""
+        if self.kinds and scored.item.kind not in self.kinds:
             return None
-        return float(scored.verdicts[verdict]), 1.0
+        value = self.verdict(scored) if callable(self.verdict) else scored.verdicts.get(self.verdict)
+        return value if value is None or isinstance(value, tuple) else (float(value), 1.0)
+
+
+def _matched_arguments(total: str) -> Callable[[Scored], Value]:
+    """Matching argument leaves / `total`; not for BFCL, which allows several values for an argument."""
+
+    def ratio(scored: Scored) -> Value:
+        if scored.item.possible_answers is not None:
+            return None
+        return scored.verdicts["arguments_matched"], scored.verdicts[total]
 
     return ratio
 
 
-def _one_right_answer(item: Item) -> bool:
-    """A call with one right value for each argument; a row of BFCL allows several, so nothing can be counted there."""
-    return item.kind == CALL and item.possible_answers is None
+# In the order of the tables.
+METRICS = [
+    Metric("tool_name_accuracy", "name_correct", (CALL,)),
+    Metric("parameter_accuracy", "arguments_correct", (CALL,)),
+    Metric("argument_precision", _matched_arguments("arguments_made"), (CALL,), binary=False, zero_division=0.0),
+    Metric("argument_recall", _matched_arguments("arguments_expected"), (CALL,), binary=False),
+    Metric("json_validity_rate", "json_valid", (CALL,)),
+    Metric("schema_valid_rate", "schema_valid", (CALL,)),
+    Metric("hallucination_rate", "hallucinated", lower_is_better=True),
+    Metric("irrelevance_accuracy", "no_call_correct", (IRRELEVANT,)),
+    Metric("missing_parameter_accuracy", "no_call_correct", (MISSING_PARAMETER,)),
+    Metric("asks_back_rate", lambda s: s.verdicts["no_call_correct"] and asks_back(s.text), (MISSING_PARAMETER,)),
+    Metric("answer_accuracy", "no_call_correct", (ANSWER,)),
+    Metric(
+        "tool_selection_accuracy",
+        lambda s: s.verdicts["name_correct" if s.item.kind == CALL else "no_call_correct"],
+        REQUESTS,
+    ),
+    Metric("parallel_accuracy", lambda s: s.verdicts["arguments_correct"] if s.verdicts["parallel"] else None, (CALL,)),
+    Metric("multi_step_accuracy", lambda s: s.verdicts["arguments_correct"] if s.verdicts["step"] else None, (CALL,)),
+    Metric("exact_match", "exact_match"),
+    Metric("token_f1", "token_f1", binary=False),
+    Metric("rouge_l", "rouge_l", binary=False),
+    Metric("quality_ok_rate", "quality_ok", (QUESTION,)),
+    Metric("quality_accuracy", lambda s: None if s.item.label is None else s.verdicts["quality_ok"] == s.item.label),
+    Metric("bfcl_accuracy", "bfcl_valid"),
+    Metric("bfcl_checker_agreement", "bfcl_agrees"),
+    Metric("argument_f1"),
+    *(Metric(f"{average}_{name}") for average in ("macro", "weighted") for name in ("precision", "recall", "f1")),
+    *(Metric(f"quality_{name}") for name in ("precision", "recall", "f1")),
+    Metric("latency_p50_s", lower_is_better=True),
+    Metric("latency_p95_s", lower_is_better=True),
+    Metric("tokens_per_second"),
+]
 
 
-def _arguments(denominator: str) -> Ratio:
-    def ratio(scored: Scored) -> tuple[float, float] | None:
-        if not _one_right_answer(scored.item):
-            return None
-        return scored.verdicts["arguments_matched"], scored.verdicts[denominator]
-
-    return ratio
+def metric_names(metrics: dict[str, dict[str, Any]]) -> list[str]:
+    """Names of all numbers that any of the models has, in the order of the tables."""
+    rates, derived = ([m.name for m in METRICS if (m.verdict is None) is empty] for empty in (False, True))
+    categories = sorted({name for m in metrics.values() for name in m if name.startswith("bfcl_")} - set(rates))
+    return [name for name in (*rates, *categories, *derived) if any(m.get(name) is not None for m in metrics.values())]
 
 
-def _tool_selection(scored: Scored) -> tuple[float, float] | None:
-    if scored.item.kind == CALL:
-        return float(scored.verdicts["name_correct"]), 1.0
-    if scored.item.kind in (IRRELEVANT, MISSING_PARAMETER):
-        return float(scored.verdicts["no_call_correct"]), 1.0
-    return None
-
-
-def _asks_back(scored: Scored) -> tuple[float, float] | None:
-    if scored.item.kind != MISSING_PARAMETER:
-        return None
-    return float(scored.verdicts["no_call_correct"] and any(mark in scored.text for mark in "?？")), 1.0
-
-
-def _quality(scored: Scored) -> tuple[float, float] | None:
-    if scored.item.label is None:
-        return None
-    return float(scored.verdicts["quality_ok"] == scored.item.label), 1.0
-
-
-# docs/evaluation.md has the same list with formulas; a test holds the two together.
-RATIOS: dict[str, Ratio] = {
-    "tool_name_accuracy": _share("name_correct", CALL),
-    "parameter_accuracy": _share("arguments_correct", CALL),
-    "argument_precision": _arguments("arguments_made"),
-    "argument_recall": _arguments("arguments_expected"),
-    "json_validity_rate": _share("json_valid", CALL),
-    "schema_valid_rate": _share("schema_valid", CALL),
-    "hallucination_rate": _share("hallucinated"),
-    "irrelevance_accuracy": _share("no_call_correct", IRRELEVANT),
-    "missing_parameter_accuracy": _share("no_call_correct", MISSING_PARAMETER),
-    "asks_back_rate": _asks_back,
-    "answer_accuracy": _share("no_call_correct", ANSWER),
-    "tool_selection_accuracy": _tool_selection,
-    "parallel_accuracy": _share("arguments_correct", CALL, given=lambda scored: scored.verdicts["parallel"]),
-    "multi_step_accuracy": _share("arguments_correct", CALL, given=lambda scored: scored.verdicts["step"] > 0),
-    "exact_match": _share("exact_match"),
-    "token_f1": _share("token_f1"),
-    "rouge_l": _share("rouge_l"),
-    "quality_ok_rate": _share("quality_ok", QUESTION),
-    "quality_accuracy": _quality,
-    "bfcl_accuracy": _share("bfcl_valid"),
-    "bfcl_checker_agreement": _share("bfcl_agrees"),
-}
-LOWER_IS_BETTER = {"hallucination_rate", "latency_p50_s", "latency_p95_s"}
-
-
-def ratio_arrays(scored: Sequence[Scored], ratio: Ratio) -> tuple[np.ndarray, np.ndarray]:
-    """Numerators and denominators, summed over the items of each row (float64, one entry a row that has any item)."""
-    rows = {key: at for at, key in enumerate(dict.fromkeys((s.item.source, s.item.row) for s in scored))}
-    sums = np.zeros((2, len(rows)))
+def _row_sums(scored: Sequence[Scored], metric: Metric) -> np.ndarray | None:
+    """Numerators and denominators summed over the items of each row, shape (2, rows); None when no item counts."""
+    rows = {key: at for at, key in enumerate(dict.fromkeys(one.item.origin for one in scored))}
+    sums, counted = np.zeros((2, len(rows))), False
     for one in scored:
-        if (parts := ratio(one)) is not None:
-            sums[:, rows[one.item.source, one.item.row]] += parts
-    return sums[0], sums[1]
+        if (ratio := metric.ratio(one)) is not None:
+            sums[:, rows[one.item.origin]] += ratio
+            counted = True
+    return sums if counted else None
 
 
-def resampling_weights(rows: int, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """How often each row is drawn in each bootstrap sample, shape (resamples, rows), each line summing to `rows`."""
-    return np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=resamples).astype(np.float64)
+def _bootstrap_weights(scored: Sequence[Scored], seed: int) -> np.ndarray:
+    """How often each row is drawn in each bootstrap sample, shape (BOOTSTRAP_SAMPLES, rows)."""
+    rows = len({one.item.origin for one in scored})
+    draws = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=BOOTSTRAP_SAMPLES)
+    return draws.astype(np.float64)
 
 
-def resampled_ratio(numerator: np.ndarray, denominator: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The ratio in each bootstrap sample; nan where a sample drew no row with such an item."""
-    below = weights @ denominator
-    return np.divide(weights @ numerator, below, out=np.full(len(weights), np.nan), where=below > 0)
+def _resampled(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The ratio in each bootstrap sample; nan for a sample without any counting item."""
+    below = weights @ sums[1]
+    return np.divide(weights @ sums[0], below, out=np.full(len(weights), np.nan), where=below > 0)
 
 
-def interval_95(samples: np.ndarray) -> list[float] | None:
-    """The percentile interval [2.5%, 97.5%] of bootstrap samples; None when there are none."""
+def _interval_95(samples: np.ndarray) -> list[float] | None:
     samples = samples[~np.isnan(samples)]
     return [round(float(bound), 4) for bound in np.percentile(samples, [2.5, 97.5])] if len(samples) else None
 
 
 def compute_metrics(scored: Sequence[Scored], *, seed: int = 0) -> dict[str, Any]:
-    """Metric names with plain numbers at the top, then intervals, per-tool tables, the confusion matrix and counts.
+    """Metric names with plain numbers, then intervals, per-tool tables, the confusion matrix and counts.
 
-    A metric for which the data has no item is absent, and listed under "not_measured".
+    A metric that no item counts for is absent and listed under "not_measured".
     """
     metrics: dict[str, Any] = {}
     intervals: dict[str, list[float] | None] = {}
     missing: list[str] = []
-    weights = resampling_weights(len({(s.item.source, s.item.row) for s in scored}), seed) if scored else None
-    for name, ratio in RATIOS.items():
-        numerator, denominator = ratio_arrays(scored, ratio)
-        if denominator.sum() > 0:
-            metrics[name] = round(float(numerator.sum() / denominator.sum()), 6)
-            intervals[name] = interval_95(resampled_ratio(numerator, denominator, weights))
-        elif name == "argument_precision" and any(_one_right_answer(s.item) for s in scored):
-            metrics[name] = 0.0  # no argument was made at all
+    weights = _bootstrap_weights(scored, seed) if scored else None
+    for metric in METRICS:
+        if metric.verdict is None:
+            continue
+        sums = _row_sums(scored, metric)
+        if sums is not None and sums[1].sum() > 0:
+            metrics[metric.name] = round(float(sums[0].sum() / sums[1].sum()), 6)
+            intervals[metric.name] = _interval_95(_resampled(sums, weights))
+        elif sums is not None and metric.zero_division is not None:
+            metrics[metric.name] = metric.zero_division
         else:
-            missing.append(name)
+            missing.append(metric.name)
     if "argument_precision" in metrics and "argument_recall" in metrics:
-        both = metrics["argument_precision"] + metrics["argument_recall"]
-        product = metrics["argument_precision"] * metrics["argument_recall"]
-        metrics["argument_f1"] = round(2 * product / both, 6) if both else 0.0
+        both = metrics["argument_precision"], metrics["argument_recall"]
+        metrics["argument_f1"] = round(harmonic_mean(both), 6)
     metrics |= _quality_scores(scored)
-    per_tool = _tool_tables(scored)
-    metrics |= per_tool.pop("averages", {})
+    averages, tables = _tool_tables(scored)
+    metrics |= averages
     if scored:
-        latencies = [s.latency_s for s in scored]
+        latencies = [one.latency_s for one in scored]
         metrics["latency_p50_s"] = round(float(np.percentile(latencies, 50)), 4)
         metrics["latency_p95_s"] = round(float(np.percentile(latencies, 95)), 4)
-    for category in sorted({s.item.category for s in scored if "bfcl_valid" in s.verdicts}):
-        right = [s.verdicts["bfcl_valid"] for s in scored if s.item.category == category]
-        metrics[f"bfcl_{category}_accuracy"] = round(sum(right) / len(right), 6)
-    kinds = [s.item.kind for s in scored]
+    for category in sorted({one.item.category for one in scored if "bfcl_valid" in one.verdicts}):
+        valid = [one.verdicts["bfcl_valid"] for one in scored if one.item.category == category]
+        metrics[f"bfcl_{category}_accuracy"] = round(sum(valid) / len(valid), 6)
+    kinds = [one.item.kind for one in scored]
     return metrics | {
         "items": len(scored),
-        "rows": len({(s.item.source, s.item.row) for s in scored}),
+        "rows": len({one.item.origin for one in scored}),
         "intervals_95": intervals,
         "items_by_kind": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         "calls": {
-            "expected": sum(len(s.item.expected_calls) for s in scored),
-            "made": sum(len(s.parsed_calls) for s in scored),
-            "of_undeclared_tools": sum(len(s.verdicts.get("hallucinated_tools", ())) for s in scored),
-            "undeclared_arguments": sum(len(s.verdicts.get("hallucinated_arguments", ())) for s in scored),
+            "expected": sum(len(one.item.expected_calls) for one in scored),
+            "made": sum(len(one.parsed_calls) for one in scored),
+            "of_undeclared_tools": sum(len(one.verdicts.get("hallucinated_tools", ())) for one in scored),
+            "undeclared_arguments": sum(len(one.verdicts.get("hallucinated_arguments", ())) for one in scored),
         },
         "not_measured": missing,
-        **per_tool,
+        **tables,
     }
 
 
-def _tool_tables(scored: Sequence[Scored]) -> dict[str, Any]:
-    """Precision, recall and F1 of every tool (and of making no call), and the confusion matrix, by scikit-learn."""
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+def _tool_tables(scored: Sequence[Scored]) -> tuple[dict[str, float], dict[str, Any]]:
+    """(averages over tools, precision, recall and F1 of every tool and of making no call with the confusion matrix)."""
+    from sklearn.metrics import classification_report, confusion_matrix
 
-    requests = [s for s in scored if s.item.kind in (CALL, IRRELEVANT, MISSING_PARAMETER)]
-    pairs = [pair for s in requests for pair in confusion_pairs(s.item, s.parsed_calls, len(s.parse_errors))]
+    requests = [one for one in scored if one.item.kind in REQUESTS]
+    pairs = [pair for one in requests for pair in confusion_pairs(one.item, one.parsed_calls, len(one.parse_errors))]
     if not pairs:
-        return {}
+        return {}, {}
     expected, made = zip(*pairs, strict=True)
     tools = sorted({name for pair in pairs for name in pair} - {NO_CALL, UNDECLARED, BROKEN})
-    # Averages run over what the data asks for; a tool that is only called by mistake costs its victim's recall.
+    # Averages run over the tools that the data expects; a call of any other tool lowers the recall of the expected one.
     asked = [name for name in [*tools, NO_CALL] if name in set(expected)]
-    precision, recall, f1, support = precision_recall_fscore_support(expected, made, labels=asked, zero_division=0)
-    averages = {}
-    for average in ("macro", "weighted"):
-        values = precision_recall_fscore_support(expected, made, labels=asked, average=average, zero_division=0)[:3]
-        for name, value in zip(("precision", "recall", "f1"), values, strict=True):
-            averages[f"{average}_{name}"] = round(float(value), 6)
+    # Numbers as keys of the report: a tool may be called "macro avg".
+    keys = [str(at) for at in range(len(asked))]
+    report = classification_report(expected, made, labels=asked, target_names=keys, output_dict=True, zero_division=0)
+
+    def scores(key: str) -> dict[str, float]:
+        names = {"precision": "precision", "recall": "recall", "f1": "f1-score"}
+        return {name: round(float(report[key][theirs]), 6) for name, theirs in names.items()}
+
+    averages = {
+        f"{kind}_{name}": value for kind in ("macro", "weighted") for name, value in scores(f"{kind} avg").items()
+    }
     labels = [*tools, NO_CALL, UNDECLARED, BROKEN]
-    return {
-        "averages": averages,
+    return averages, {
         "per_tool": {
-            name: {"precision": round(float(p), 6), "recall": round(float(r), 6), "f1": round(float(f), 6),
-                   "support": int(n)}
-            for name, p, r, f, n in zip(asked, precision, recall, f1, support, strict=True)
+            name: {**scores(key), "support": int(report[key]["support"])} for key, name in zip(keys, asked, strict=True)
         },
         "confusion_matrix": {
             "labels": labels,
@@ -210,57 +227,53 @@ def _tool_tables(scored: Sequence[Scored]) -> dict[str, Any]:
             "columns": "made",
             "matrix": confusion_matrix(expected, made, labels=labels).tolist(),
         },
-    }  # fmt: skip
+    }
 
 
 def _quality_scores(scored: Sequence[Scored]) -> dict[str, float]:
     """Precision, recall and F1 of the quality rule's "ok" against the rows' labels."""
-    labelled = [s for s in scored if s.item.label is not None]
+    labelled = [one for one in scored if one.item.label is not None]
     if not labelled:
         return {}
     from sklearn.metrics import precision_recall_fscore_support
 
-    truth, rule = [s.item.label for s in labelled], [s.verdicts["quality_ok"] for s in labelled]
+    truth, rule = [one.item.label for one in labelled], [one.verdicts["quality_ok"] for one in labelled]
     values = precision_recall_fscore_support(truth, rule, average="binary", pos_label=True, zero_division=0)[:3]
-    return {
-        f"quality_{name}": round(float(v), 6) for name, v in zip(("precision", "recall", "f1"), values, strict=True)
-    }
+    names = ("quality_precision", "quality_recall", "quality_f1")
+    return {name: round(float(value), 6) for name, value in zip(names, values, strict=True)}
 
 
-def compare(base: Sequence[Scored], tuned: Sequence[Scored], *, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """For every metric both have: difference (tuned - base), its paired bootstrap interval, and an exact test.
+def paired_differences(base: Sequence[Scored], tuned: Sequence[Scored], *, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """For every metric that both models have: difference (tuned - base), its paired bootstrap interval, p value.
 
     The items must be the same in the same order. The interval resamples rows, the same ones for both models. The
-    p value is McNemar's exact test over items (a binomial test on those that one model alone got right); it is None
-    for metrics that are no yes-or-no verdict.
+    p value is McNemar's exact test over items (a binomial test on those that only one model got right); None for
+    metrics that are not binary.
     """
     from scipy.stats import binomtest
 
-    if [s.item for s in base] != [s.item for s in tuned]:
+    if [one.item for one in base] != [one.item for one in tuned]:
         raise ValueError("base and tuned were not scored on the same items")
-    weights = resampling_weights(len({(s.item.source, s.item.row) for s in base}), seed)
+    weights = _bootstrap_weights(base, seed)
     comparison: dict[str, dict[str, Any]] = {}
-    for name, ratio in RATIOS.items():
-        parts = [ratio_arrays(side, ratio) for side in (base, tuned)]
-        if any(denominator.sum() == 0 for _, denominator in parts):
+    for metric in METRICS:
+        if metric.verdict is None:
             continue
-        before, after = (numerator.sum() / denominator.sum() for numerator, denominator in parts)
-        samples = resampled_ratio(*parts[1], weights) - resampled_ratio(*parts[0], weights)
-        pairs = [(ratio(b), ratio(t)) for b, t in zip(base, tuned, strict=True)]
-        pairs = [(b[0], t[0]) for b, t in pairs if b is not None and t is not None]
+        sums = [_row_sums(side, metric) for side in (base, tuned)]
+        if any(one is None or one[1].sum() == 0 for one in sums):
+            continue
+        before, after = (one[0].sum() / one[1].sum() for one in sums)
         p_value = None
-        if name not in ("argument_precision", "argument_recall", "token_f1", "rouge_l"):
-            only_base = sum(b > t for b, t in pairs)
-            only_tuned = sum(t > b for b, t in pairs)
+        if metric.binary:
+            ratios = [(metric.ratio(b), metric.ratio(t)) for b, t in zip(base, tuned, strict=True)]
+            pairs = [(b[0], t[0]) for b, t in ratios if b is not None and t is not None]
+            only_base, only_tuned = sum(b > t for b, t in pairs), sum(t > b for b, t in pairs)
             p_value = float(binomtest(only_tuned, only_base + only_tuned).pvalue) if only_base + only_tuned else 1.0
-        comparison[name] = {
+        comparison[metric.name] = {
             "base": round(float(before), 6),
             "tuned": round(float(after), 6),
             "difference": round(float(after - before), 6),
-            "interval_95": interval_95(samples),
+            "interval_95": _interval_95(_resampled(sums[1], weights) - _resampled(sums[0], weights)),
             "p_value": p_value,
         }
     return comparison
-
-
-__all__ = ["LOWER_IS_BETTER", "RATIOS", "Scored", "compare", "compute_metrics"]

@@ -1,7 +1,8 @@
-"""The verdict on one answer: calls against expected calls, arguments against the tool's schema, text against text."""
+"""Verdicts on one answer: calls against expected calls and their tools' schemas, text against the expected text."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ BROKEN = "(broken call)"
 
 
 def json_equal(left: Any, right: Any) -> bool:
-    """Equality of JSON values: 7 == 7.0, but "7" != 7 and true != 1; objects without order, lists with it."""
+    """Equality of JSON values: 7 == 7.0, but "7" != 7 and true != 1; the order of an object's keys does not count."""
     if isinstance(left, bool) or isinstance(right, bool):
         return left is right
     if isinstance(left, int | float) and isinstance(right, int | float):
@@ -30,7 +31,7 @@ def json_equal(left: Any, right: Any) -> bool:
 
 
 def leaves(arguments: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
-    """(path, value) of every value that holds no other; an empty object or list is a leaf itself."""
+    """(path, value) of every value that holds no other; an empty object or list is a leaf."""
     if not isinstance(arguments, dict | list) or not arguments:
         yield path, arguments
         return
@@ -46,14 +47,14 @@ def common_leaves(expected: dict[str, Any], made: dict[str, Any]) -> int:
 
 
 def count_leaves(arguments: dict[str, Any]) -> int:
-    """Argument leaves of a call; a call without arguments has none."""
+    """Number of argument leaves of a call; 0 without arguments."""
     return sum(1 for path, _ in leaves(arguments) if path)
 
 
 def pair_calls(expected: list[dict], made: list[dict]) -> list[tuple[int | None, int | None]]:
     """Pair expected and made calls of one turn: same name first, most equal arguments first, the rest in order.
 
-    Parallel calls have no order. Indices into the two lists; None where a call has no partner.
+    Parallel calls have no order. Returns indices into the two lists; None where a call has no partner.
     """
     candidates = sorted(
         (
@@ -63,23 +64,20 @@ def pair_calls(expected: list[dict], made: list[dict]) -> list[tuple[int | None,
             if a["name"] == b["name"]
         ),
     )
-    left, right, pairs = set(range(len(expected))), set(range(len(made))), []
+    pairs: list[tuple[int | None, int | None]] = []
+    left, right = dict.fromkeys(range(len(expected))), dict.fromkeys(range(len(made)))
     for _, _, i, j in candidates:
         if i in left and j in right:
-            left.discard(i)
-            right.discard(j)
+            del left[i], right[j]
             pairs.append((i, j))
-    rest_left, rest_right = sorted(left), sorted(right)
-    for at in range(max(len(rest_left), len(rest_right))):
-        pairs.append((rest_left[at] if at < len(rest_left) else None, rest_right[at] if at < len(rest_right) else None))
-    return pairs
+    return pairs + list(itertools.zip_longest(left, right))
 
 
 def score(item: Item, text: str, parsed_calls: list[dict], parse_errors: list[str]) -> dict[str, Any]:
-    """Verdicts on one answer; docs/evaluation.md defines each. Only what applies to the item's kind is in it."""
+    """The verdicts that apply to the item's kind; docs/evaluation.md defines them."""
     verdicts: dict[str, Any] = {"called": bool(parsed_calls or parse_errors)}
     if item.kind != QUESTION:
-        verdicts.update(_call_verdicts(item, parsed_calls, parse_errors))
+        verdicts |= _call_verdicts(item, parsed_calls, parse_errors)
     if item.kind != CALL and item.expected_text is not None:
         verdicts["exact_match"] = exact_match(item.expected_text, text)
         verdicts["token_f1"] = token_f1(item.expected_text, text)
@@ -95,7 +93,7 @@ def _call_verdicts(item: Item, made: list[dict], errors: list[str]) -> dict[str,
     unknown = [f"{call['name']}: {path}" for call in declared for path in schemas.unknown_arguments(call)]
     undeclared = [call["name"] for call in made if call["name"] not in schemas.parameters]
     verdicts: dict[str, Any] = {}
-    if item.tools:  # without a declaration nothing can be held against it
+    if item.tools:
         verdicts = {
             "hallucinated": bool(undeclared or unknown),
             "hallucinated_tools": undeclared,
@@ -113,34 +111,30 @@ def _call_verdicts(item: Item, made: list[dict], errors: list[str]) -> dict[str,
     else:
         same_arguments = matches_possible_answers(made, item.possible_answers, item.tools)
     if item.tools:
-        fits = all(schemas.is_valid(call) is not False for call in declared)
-        verdicts["schema_valid"] = bool(made) and not errors and not undeclared and fits
+        valid = all(schemas.is_valid(call) is not False for call in declared)
+        verdicts["schema_valid"] = bool(made) and not errors and not undeclared and valid
     return verdicts | {
         "json_valid": bool(made) and not errors,
         "name_correct": same_names,
         "arguments_correct": same_names and same_arguments,
         "parallel": len(expected) > 1,
-        "step": step_of(item),
+        "step": _step(item),
         "arguments_expected": sum(count_leaves(call["arguments"]) for call in expected),
         "arguments_made": sum(count_leaves(call["arguments"]) for call in made),
-        "arguments_matched": sum(common_leaves(a["arguments"], b["arguments"]) for a, b in matched
-                                 if a["name"] == b["name"]),
-    }  # fmt: skip
+        "arguments_matched": sum(
+            common_leaves(a["arguments"], b["arguments"]) for a, b in matched if a["name"] == b["name"]
+        ),
+    }
 
 
 def confusion_pairs(item: Item, made: list[dict], broken: int = 0) -> list[tuple[str, str]]:
     """(expected, made) tool names of one request; NO_CALL where a side has none, UNDECLARED for invented tools.
 
-    broken: how many calls could not be read; they come last, as calls of BROKEN.
+    broken  number of calls that could not be read; they are paired last, as calls of BROKEN
     """
-    known = [tool["function"] for tool in item.tools] or item.expected_calls
-    names = {one["name"] for one in known}
-
-    def made_name(call: dict[str, Any]) -> str:
-        return call["name"] if call["name"] in names else UNDECLARED
-
-    made_names = [*map(made_name, made), *[BROKEN] * broken]
-    made = [*made, *[{"name": BROKEN, "arguments": {}}] * broken]
+    names = {one["name"] for one in [tool["function"] for tool in item.tools] or item.expected_calls}
+    made_names = [call["name"] if call["name"] in names else UNDECLARED for call in made] + [BROKEN] * broken
+    made = made + [{"name": BROKEN, "arguments": {}}] * broken
     if not item.expected_calls and not made:
         return [(NO_CALL, NO_CALL)]
     return [
@@ -150,65 +144,56 @@ def confusion_pairs(item: Item, made: list[dict], broken: int = 0) -> list[tuple
 
 
 def matches_possible_answers(made: list[dict], possible: list[dict], tools: list[dict]) -> bool:
-    """Our own judgement: the made calls and the expected ones can be paired so that every pair agrees."""
+    """Whether the made calls and BFCL's possible answers can be paired so that every call matches its answer."""
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import maximum_bipartite_matching
+
     declared = {tool["function"]["name"]: tool["function"] for tool in tools}
     if len(made) != len(possible):
         return False
-    fits = [[_call_fits(call, answer, declared) for call in made] for answer in possible]
-    return _pairable(fits, 0, frozenset())
+    matches = csr_array([[_call_matches(call, answer, declared) for call in made] for answer in possible])
+    return bool((maximum_bipartite_matching(matches) >= 0).all())
 
 
-def _pairable(fits: list[list[bool]], at: int, taken: frozenset[int]) -> bool:
-    return at == len(fits) or any(
-        fit and j not in taken and _pairable(fits, at + 1, taken | {j}) for j, fit in enumerate(fits[at])
-    )
-
-
-def _call_fits(call: dict, answer: dict, declared: dict[str, dict]) -> bool:
+def _call_matches(call: dict, answer: dict, declared: dict[str, dict]) -> bool:
     ((name, allowed),) = answer.items()
     if call["name"] != name:
         return False
     required = declared[name]["parameters"].get("required", [])
     arguments = call["arguments"]
     return (
-        all(key in allowed and _value_fits(value, allowed[key]) for key, value in arguments.items())
+        all(key in allowed and _any_matches(value, allowed[key]) for key, value in arguments.items())
         and all(key in arguments for key in required)
         and all(key in arguments or "" in values for key, values in allowed.items())
     )
 
 
-def _value_fits(value: Any, allowed: list) -> bool:
-    return any(_one_fits(value, choice) for choice in allowed)
+def _any_matches(value: Any, allowed: list) -> bool:
+    return any(_matches(value, choice) for choice in allowed)
 
 
-def _one_fits(value: Any, choice: Any) -> bool:
+def _matches(value: Any, choice: Any) -> bool:
     if isinstance(choice, dict) and isinstance(value, dict):
         return all(
             key in choice and any(_same(inner, one) for one in choice[key]) for key, inner in value.items()
         ) and all(key in value or "" in inner for key, inner in choice.items())
     if isinstance(choice, list) and isinstance(value, list):
-        return len(choice) == len(value) and all(map(_one_fits, value, choice))
+        return len(choice) == len(value) and all(map(_matches, value, choice))
     return _same(value, choice)
 
 
 def _same(value: Any, choice: Any) -> bool:
-    from finetune.evaluation.scoring import json_equal
-
     if isinstance(choice, str) and isinstance(value, str):
-        return _loose(value) == _loose(choice)
+        return _normalized(value) == _normalized(choice)
     return json_equal(value, choice)
 
 
-def _loose(text: str) -> str:
-    """BFCL compares strings without spaces, case and the punctuation , . / - _ * ^, with one kind of quote."""
+def _normalized(text: str) -> str:
+    """BFCL ignores case, spaces, the punctuation , . / - _ * ^ and the kind of quotes."""
     return "".join(c for c in text.lower() if c not in " ,./-_*^").replace("'", '"')
 
 
-def step_of(item: Item) -> int:
-    """Tool results since the last user message: 0 for a first call, 1 and more for the later steps of a chain."""
-    count = 0
-    for message in reversed(item.messages):
-        if message["role"] == "user":
-            break
-        count += message["role"] == "tool"
-    return count
+def _step(item: Item) -> int:
+    """Tool results since the last user message: 0 for a first call, more for the later steps of a chain."""
+    after_user = itertools.takewhile(lambda message: message["role"] != "user", reversed(item.messages))
+    return sum(message["role"] == "tool" for message in after_user)

@@ -1,4 +1,4 @@
-"""Scores of plain text against a gold answer, and the quality rule of small question-answer projects."""
+"""Scores of text against an expected answer, and a rule of thumb for the quality of an answer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from functools import cache
 
 
 def tokenize(text: str) -> list[str]:
-    """Words in lower case, Unicode-normalised (NFKC), without punctuation; any script.
+    """Words of any script in lower case, Unicode-normalised (NFKC), without punctuation.
 
-    Vowel signs belong to the word they stand in (to `\\w` they do not: two Hindi words would be one). A symbol outside
-    ASCII (an emoji, a currency sign) is a word by itself, those of ASCII are dropped like punctuation.
+    Vowel signs are parts of words (a regular expression's `\\w` excludes them). A symbol outside ASCII (an emoji, a
+    currency sign) is a word of its own; ASCII symbols are dropped like punctuation.
     """
     return "".join(map(_part, unicodedata.normalize("NFKC", text).casefold())).split()
 
@@ -20,7 +20,7 @@ def tokenize(text: str) -> list[str]:
 def _part(character: str) -> str:
     kind = unicodedata.category(character)
     if kind[0] in "LNM" or character == "_":
-        # Variation selectors only choose between two looks of the same sign.
+        # A variation selector only changes the look of the character before it.
         return "" if "\ufe00" <= character <= "\ufe0f" else character
     return f" {character} " if kind[0] == "S" and not character.isascii() else " "
 
@@ -31,7 +31,7 @@ def exact_match(expected: str, made: str) -> bool:
 
 
 def token_f1(expected: str, made: str) -> float:
-    """F1 of the two bags of words, as in SQuAD's evaluation (articles are kept: they are words of one language)."""
+    """F1 of the two bags of words, as in SQuAD's evaluation, but with articles, which not every language has."""
     wanted, got = tokenize(expected), tokenize(made)
     if not wanted or not got:
         return float(wanted == got)
@@ -42,13 +42,12 @@ def token_f1(expected: str, made: str) -> float:
 def rouge_l(expected: str, made: str) -> float:
     """ROUGE-L: F-measure of the longest common subsequence of words (Lin 2004).
 
-    The package rouge-score gives the same numbers for English; its tokenizer drops every other script, and importing
-    it loads all of nltk. The tests hold the two together.
+    The package rouge-score gives the same numbers, but its tokenizer drops every script other than Latin.
     """
     wanted, got = tokenize(expected), tokenize(made)
     if not wanted or not got:
         return 0.0
-    row = [0] * (len(got) + 1)  # longest common subsequence of the words read so far with each beginning of `got`
+    row = [0] * (len(got) + 1)  # longest common subsequence of the words so far and each prefix of `got`
     for word in wanted:
         diagonal = 0
         for at, other in enumerate(got, 1):
@@ -59,6 +58,6 @@ def rouge_l(expected: str, made: str) -> float:
 
 
 def quality_ok(text: str) -> bool:
-    """The described rule: more than 5 characters, more than 2 words, and something alphanumeric."""
+    """More than 5 characters, more than 2 words, and something alphanumeric."""
     text = text.strip()
     return len(text) > 5 and len(text.split()) > 2 and any(character.isalnum() for character in text)

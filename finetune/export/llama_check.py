@@ -1,31 +1,39 @@
-"""Does llama.cpp answer as Transformers does? First-token log-probabilities of a GGUF through xllamacpp."""
+"""A llama.cpp server for a GGUF file, and its first-token log-probabilities against those of Transformers."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 
-TOP = 5  # likeliest tokens compared
-LONGEST = 2048  # tokens of a prompt
-# Nats by which the likeliest tokens' log-probabilities may differ; quantised files are measured, not judged.
-TOLERANCE = {"f32": 0.02, "f16": 0.05, "bf16": 0.2}
+if TYPE_CHECKING:
+    from torch import Tensor, dtype, nn
+    from transformers import PreTrainedModel
+
+    from finetune.export.merged import MergedModel
+    from finetune.runs.find import Run
+
+COMPARED_TOKENS = 5  # likeliest tokens of each prompt
+MAX_PROMPT_TOKENS = 2048
+# Largest accepted difference of log-probabilities; for quantised files the difference is only printed.
+MAX_DIFFERENCE_NATS = {"f32": 0.02, "f16": 0.05, "bf16": 0.2}
 
 
 @dataclass(frozen=True)
 class FirstToken:
-    """A prompt's ids and the log-probabilities {token id: nats} of the TOP likeliest next tokens."""
+    """A prompt's ids, and {token id: log-probability in nats} of the likeliest next tokens."""
 
     prompt: list[int]
     logprobs: dict[int, float]
 
 
-def first_tokens(made: Any, run: Any, count: int = 3) -> list[FirstToken]:
-    """What the merged model expects at the start of an answer, for the first user turns of a few conversations."""
+def first_tokens(merged: MergedModel, run: Run, count: int = 3) -> list[FirstToken]:
+    """What the merged model predicts for the start of an answer, after the first user turns of some conversations."""
     from finetune.export.merged import conversations_of, log_probabilities
     from formats import FormatError, encode_prompt
 
@@ -34,36 +42,37 @@ def first_tokens(made: Any, run: Any, count: int = 3) -> list[FirstToken]:
         messages = conversation["messages"]
         turn = next((i for i, m in enumerate(messages) if m["role"] == "assistant" and i), len(messages))
         with contextlib.suppress(FormatError):
-            ids = encode_prompt(messages[:turn], conversation.get("tools"), made.tokenizer, made.format)
-            if len(ids) <= LONGEST:
+            ids = encode_prompt(messages[:turn], conversation.get("tools"), merged.tokenizer, merged.format)
+            if len(ids) <= MAX_PROMPT_TOKENS:
                 prompts.append(ids)
-    found = []
-    with computed_in_float32(made.model):
-        answers = log_probabilities(made.model, prompts[:count])
-    for prompt, rows in zip(prompts[:count], answers, strict=True):
-        values, ids = rows[-1].topk(TOP)
-        found.append(FirstToken(prompt, dict(zip(ids.tolist(), values.tolist(), strict=True))))
-    return found
+    prompts = prompts[:count]
+    with float32_compute(merged.model):
+        answers = log_probabilities(merged.model, prompts)
+    tops = [rows[-1].topk(COMPARED_TOKENS) for rows in answers]
+    return [
+        FirstToken(prompt, dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+        for prompt, top in zip(prompts, tops, strict=True)
+    ]
 
 
 @contextlib.contextmanager
-def computed_in_float32(model: Any) -> Iterator[None]:
-    """Let a model of 16 bits compute in float32, as llama.cpp does, with the numbers that it holds.
+def float32_compute(model: PreTrainedModel) -> Iterator[None]:
+    """A 16-bit model computes in float32, as llama.cpp does, with unchanged weights.
 
-    A module's weights are widened while it runs and narrowed behind it, which loses nothing and takes the memory of
-    one module. In bfloat16 throughout, log-probabilities are off by a tenth of a nat.
+    Each module's weights are float32 only while it runs, which takes the memory of one module. Computed in bfloat16,
+    log-probabilities would be off by a tenth of a nat.
     """
+    dtypes: dict[Tensor, dtype] = {}
 
-    def widen(module: Any, inputs: tuple) -> None:
+    def widen(module: nn.Module, inputs: tuple) -> None:
         for parameter in module.parameters(recurse=False):
-            types[parameter] = parameter.dtype
+            dtypes[parameter] = parameter.dtype
             parameter.data = parameter.data.float()
 
-    def narrow(module: Any, inputs: tuple, output: Any) -> None:
+    def narrow(module: nn.Module, inputs: tuple, output: Any) -> None:
         for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(types[parameter])
+            parameter.data = parameter.data.to(dtypes[parameter])
 
-    types: dict[Any, Any] = {}
     hooks = []
     for module in model.modules():
         if any(True for _ in module.parameters(recurse=False)):
@@ -87,10 +96,10 @@ def llama_server(
 ) -> Iterator[Any]:
     """A llama.cpp server in this process for one GGUF file; `listening_address` is its URL.
 
-    context  tokens it has room for, 0: as many as the model
-    port     0: a free one
-    exact    plain attention and a float32 cache, so that rounding is the file's own
-    UserError when llama.cpp does not take the file.
+    context  tokens, 0: the model's maximum
+    port     0: any free port
+    exact    plain attention and a float32 cache, so that only the file's own rounding remains
+    Raises UserError when llama.cpp cannot load the file.
     """
     import xllamacpp
 
@@ -107,7 +116,9 @@ def llama_server(
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:
-        raise UserError(f"llama.cpp cannot serve {path}: is it there, whole, and a model that it knows?") from error
+        raise UserError(
+            f"llama.cpp cannot serve {path}: the file is missing, incomplete, or not of a supported model"
+        ) from error
     try:
         yield server
     finally:
@@ -115,9 +126,9 @@ def llama_server(
 
 
 def compare_first_tokens(path: Path, expected: list[FirstToken]) -> str:
-    """One sentence about how far llama.cpp is from `expected`; UserError when a 16- or 32-bit file is too far."""
+    """How far llama.cpp is from `expected`, as one sentence. Raises UserError when a 16- or 32-bit file is too far."""
     if not expected:
-        return "not compared with Transformers: no prompt of the data is short enough"
+        return "not compared with Transformers: every prompt of the data is too long"
     differences, same = [], 0
     with llama_server(path, context=max(len(one.prompt) for one in expected) + 64, exact=True) as server:
         for one in expected:
@@ -125,19 +136,17 @@ def compare_first_tokens(path: Path, expected: list[FirstToken]) -> str:
                 {"prompt": one.prompt, "n_predict": 1, "max_tokens": 1, "n_probs": 50, "logprobs": 50, "temperature": 0}
             )
             top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-            theirs = {entry["id"]: entry["logprob"] for entry in top}
-            differences += [
-                abs(theirs[i] - value) if i in theirs else float("inf") for i, value in one.logprobs.items()
-            ]
-            same += max(theirs, key=theirs.get) == max(one.logprobs, key=one.logprobs.get)
+            found = {entry["id"]: entry["logprob"] for entry in top}
+            differences += [abs(found.get(token, -math.inf) - logprob) for token, logprob in one.logprobs.items()]
+            same += max(found, key=found.get) == max(one.logprobs, key=one.logprobs.get)
     worst = max(differences)
-    kind = path.stem.rpartition("-")[2]
-    if worst > TOLERANCE.get(kind, float("inf")):
+    limit = MAX_DIFFERENCE_NATS.get(path.stem.rpartition("-")[2], math.inf)
+    if worst > limit:
         raise UserError(
-            f"{path.name}: llama.cpp's first-token log-probabilities are {worst:.3g} nats from Transformers' "
-            f"(at most {TOLERANCE[kind]:g} are rounding); this release of llama.cpp converts the model wrongly"
+            f"{path.name}: first-token log-probabilities of llama.cpp and Transformers differ by {worst:.3g} nats, "
+            f"rounding explains {limit:g}; this release of llama.cpp converts the model wrongly, try another"
         )
     return (
-        f"first-token log-probabilities of llama.cpp and Transformers differ by {worst:.3g} nats at most, "
-        f"likeliest token the same for {same} of {len(expected)} prompts"
+        f"first-token log-probabilities of llama.cpp and Transformers differ by <= {worst:.3g} nats, "
+        f"same likeliest token for {same} of {len(expected)} prompts"
     )

@@ -1,4 +1,4 @@
-"""Base and adapter folded into one model in ordinary safetensors, and the proof that it answers as the adapter does."""
+"""Base and adapter merged into one model in safetensors, and a check that it answers as the adapter does."""
 
 from __future__ import annotations
 
@@ -8,94 +8,25 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
+from finetune.export.targets import Job, target
 from finetune.models.adapter import attach_adapter
+from finetune.progress import say
 from finetune.runs.find import Run
+from formats import Format
 
-TAIL = 64  # positions compared at the end of each prompt
-LONGEST = 1024  # tokens of a prompt that are read
-# A merge may differ from its adapter by rounding: this much, plus this part of what the adapter changed.
-ROUNDING_NATS, PART_OF_CHANGE = 5e-3, 0.05
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-@dataclass
-class Made:
-    """What `export_merged` wrote: the saved model itself, its tokenizer, the format as served, and the check."""
-
-    model: Any
-    tokenizer: Any
-    format: Any
-    prompts: list[list[int]]
-    agreement: Agreement
-
-
-@dataclass
-class Agreement:
-    """How far a saved model is from base + adapter, over the last positions of some prompts.
-
-    kl           mean Kullback-Leibler divergence, nats: sum p log(p / q), p of the adapter, q of the saved model
-    kl_of_base   the same with the base model as q: how much there is to lose
-    max_logprob  largest difference of log-probabilities among the adapter's ten likeliest tokens, nats
-    same_top     part of the positions whose likeliest token is the same
-    """
-
-    prompts: int
-    positions: int
-    kl: float
-    kl_of_base: float
-    max_logprob: float
-    same_top: float
-
-    @property
-    def agrees(self) -> bool:
-        return math.isfinite(self.kl) and self.kl <= ROUNDING_NATS + PART_OF_CHANGE * self.kl_of_base
-
-    def __str__(self) -> str:
-        return (
-            f"merged against adapter over {self.positions} positions of {self.prompts} prompts: KL {self.kl:.2g} nats "
-            f"(base: {self.kl_of_base:.2g}), log-probabilities differ by {self.max_logprob:.2g} at most, "
-            f"likeliest token the same at {self.same_top:.1%}"
-        )
-
-
-def trained_template(run: Run, fmt: Any) -> str:
-    """The chat template as it was saved beside the adapter, else the format's own with its variables pinned."""
-    saved = run.adapter / "chat_template.jinja" if run.adapter else None
-    finished = saved is not None and not saved.parent.name.startswith("checkpoint-")
-    return saved.read_text(encoding="utf-8") if finished and saved.is_file() else fmt.pinned_template()
-
-
-def served_format(run: Run, fmt: Any) -> Any:
-    """The format with the template that was trained, which needs no variables any more."""
-    return replace(fmt, template=trained_template(run, fmt), template_kwargs={})
-
-
-def check_prompts(run: Run, tokenizer: Any, fmt: Any, count: int = 4) -> list[list[int]]:
-    """Ids of whole conversations, answers included: the run's own data where it can be read, else two of ours."""
-    from formats import encode
-
-    prompts = []
-    for conversation in conversations_of(run, count):
-        prompts += [sequence.input_ids[-LONGEST:] for sequence in encode(conversation, tokenizer, fmt).sequences[-1:]]
-    return prompts[:count]
-
-
-def conversations_of(run: Run, count: int) -> list[dict[str, Any]]:
-    """The first conversations of the run's data, as far as they can be read, and two of ours behind them."""
-    from finetune.reading.conversations import load_conversations
-
-    conversations = []
-    if run.experiment is not None:
-        flags = run.experiment.config["flags"]
-        # The data may have moved, or the Hub be out of reach: the check does without.
-        with contextlib.suppress(UserError, OSError):
-            conversations = load_conversations(flags["dataset"], limit=count, strict=False).conversations[:count]
-    return [*conversations, *_OWN]
-
-
-_OWN = (
+COMPARED_POSITIONS = 64  # at the end of each prompt
+MAX_PROMPT_TOKENS = 1024
+# Allowed KL between merged model and adapter: a constant, plus a share of the KL between base and adapter.
+MAX_KL_NATS, MAX_KL_SHARE_OF_BASE = 5e-3, 0.05
+# Compared after the conversations of the run's data, or alone where these cannot be read.
+BUILTIN_CONVERSATIONS = (
     {"messages": [{"role": "user", "content": "Name a river."}, {"role": "assistant", "content": "The Rhine."}]},
     {
         "messages": [
@@ -106,20 +37,158 @@ _OWN = (
 )
 
 
-def log_probabilities(model: Any, prompts: list[list[int]]) -> list[Any]:
-    """log-softmax in float32 of the last TAIL positions of each prompt, each (positions, vocabulary), on the CPU."""
+@dataclass
+class MergedModel:
+    """What `write_merged` wrote: the saved model, its tokenizer and its format, whose template needs no variables."""
+
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase
+    format: Format
+
+
+@dataclass
+class Agreement:
+    """How far a saved model is from base + adapter, over the last positions of some prompts.
+
+    kl           mean Kullback-Leibler divergence in nats: sum p log(p / q), p of the adapter, q of the saved model
+    kl_of_base   the same with the base model as q
+    max_logprob  largest difference of log-probabilities in nats among the adapter's ten likeliest tokens
+    same_top     share of the positions with the same likeliest token
+    """
+
+    prompts: int
+    positions: int
+    kl: float
+    kl_of_base: float
+    max_logprob: float
+    same_top: float
+
+    @property
+    def is_close(self) -> bool:
+        return math.isfinite(self.kl) and self.kl <= MAX_KL_NATS + MAX_KL_SHARE_OF_BASE * self.kl_of_base
+
+    def __str__(self) -> str:
+        return (
+            f"merged against adapter over {self.positions} positions of {self.prompts} prompts: KL {self.kl:.2g} nats "
+            f"(base: {self.kl_of_base:.2g}), log-probabilities differ by <= {self.max_logprob:.2g}, "
+            f"same likeliest token at {self.same_top:.1%}"
+        )
+
+
+@target("merged", marker="generation_config.json", help="safetensors in 16 bits for any server")
+def export_merged(job: Job) -> None:
+    write_merged(job.run, job.folder, job.dtype)
+
+
+def write_merged(run: Run, folder: Path, dtype: str = "auto") -> MergedModel:
+    """Write the merged model, its tokenizer, template and generation config into `folder`, and check them.
+
+    dtype   "bfloat16", "float16", "float32", or "auto": the run's own when it has 16 bits, else bfloat16
+    A base that was trained in 4 bits is loaded in 4 bits and dequantised, so that the adapter is merged into the
+    weights it was trained on. Raises UserError when the saved model does not answer as base and adapter do.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from finetune.runs.saving import generation_config
+    from formats import check_tokenizer
+
+    loaded, fmt = run.load_base()
+    if dtype == "auto":
+        dtype = loaded.dtype if loaded.dtype in ("bfloat16", "float16") else "bfloat16"
+    torch_dtype = getattr(torch, dtype)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    if loaded.load_in_4bit:
+        say("the base was trained in 4 bits: the adapter is merged into the same weights, dequantised")
+        model = dequantize(model)
+    model.eval()
+    fmt = served_format(run, fmt)
+    prompts = check_prompts(run, tokenizer, fmt)
+    base = log_probabilities(model, prompts)
+    adapted = base
+    if run.adapter is not None:
+        model = attach_adapter(model, run.adapter)
+        model.eval()
+        adapted = log_probabilities(model, prompts)
+        try:
+            model = model.merge_and_unload(safe_merge=True)
+        except ValueError as error:  # weights that are not finite
+            raise UserError(f"{run.adapter} cannot be merged: {error}") from error
+    ends = check_tokenizer(tokenizer, fmt)
+    model.generation_config = generation_config(model, ends)
+    model.config.eos_token_id = model.generation_config.eos_token_id
+    model.to(torch_dtype)
+    model.config.dtype = torch_dtype
+    model.save_pretrained(str(folder), safe_serialization=True)
+    tokenizer.chat_template = fmt.template
+    tokenizer.save_pretrained(str(folder))
+    del model, loaded
+    gc.collect()
+
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype).eval()
+    agreement = measure_agreement(adapted, base, log_probabilities(saved, prompts))
+    say(str(agreement))
+    if not agreement.is_close:
+        raise UserError(
+            f"the merged model in {dtype} does not answer as the adapter does ({agreement}); try --dtype float32, "
+            "and report it if that does not help"
+        )
+    check_files(folder, fmt.template, ends)
+    return MergedModel(saved, tokenizer, fmt)
+
+
+def trained_template(run: Run, fmt: Format) -> str:
+    """The chat template saved beside the adapter, else the format's own with its variables pinned."""
+    if run.adapter is not None and not run.adapter.name.startswith("checkpoint-"):
+        saved = run.adapter / "chat_template.jinja"
+        if saved.is_file():
+            return saved.read_text(encoding="utf-8")
+    return fmt.pinned_template()
+
+
+def served_format(run: Run, fmt: Format) -> Format:
+    """The format with the template used in training, whose variables are pinned."""
+    return replace(fmt, template=trained_template(run, fmt), template_kwargs={})
+
+
+def check_prompts(run: Run, tokenizer: PreTrainedTokenizerBase, fmt: Format, count: int = 4) -> list[list[int]]:
+    """Ids of complete conversations, answers included."""
+    from formats import encode
+
+    prompts = []
+    for conversation in conversations_of(run, count):
+        sequences = encode(conversation, tokenizer, fmt).sequences
+        prompts += [sequence.input_ids[-MAX_PROMPT_TOKENS:] for sequence in sequences[-1:]]
+    return prompts[:count]
+
+
+def conversations_of(run: Run, count: int) -> list[dict[str, Any]]:
+    """The first `count` conversations of the run's data, where it can be read, and `BUILTIN_CONVERSATIONS`."""
+    from finetune.reading.conversations import load_conversations
+
+    conversations: list[dict[str, Any]] = []
+    if run.experiment is not None:
+        # The data may have moved, or the Hub may be out of reach.
+        with contextlib.suppress(UserError, OSError):
+            dataset = run.experiment.config["flags"]["dataset"]
+            conversations += load_conversations(dataset, limit=count, strict=False).conversations[:count]
+    return [*conversations, *BUILTIN_CONVERSATIONS]
+
+
+def log_probabilities(model: PreTrainedModel, prompts: list[list[int]]) -> list[Tensor]:
+    """float32 log-softmax of the last COMPARED_POSITIONS of each prompt, each (positions, vocabulary), on the CPU."""
     import torch
 
     device = model.get_input_embeddings().weight.device
     rows = []
     with torch.inference_mode():
         for ids in prompts:
-            logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -TAIL:]
-            rows.append(logits.float().log_softmax(-1).cpu())
+            logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
+            rows.append(logits[0, -COMPARED_POSITIONS:].float().log_softmax(-1).cpu())
     return rows
 
 
-def compare(adapter: list[Any], base: list[Any], saved: list[Any]) -> Agreement:
+def measure_agreement(adapter: list[Tensor], base: list[Tensor], saved: list[Tensor]) -> Agreement:
     """Agreement of three lists of `log_probabilities` over the same prompts."""
     import torch
 
@@ -135,73 +204,17 @@ def compare(adapter: list[Any], base: list[Any], saved: list[Any]) -> Agreement:
     )
 
 
-def export_merged(run: Run, folder: Path, dtype: str = "auto", say: Any = print) -> Made:
-    """Write the merged model, its tokenizer, template and generation config into `folder`, and check them.
-
-    dtype   "bfloat16", "float16", "float32", or "auto": the run's own when it has 16 bits, else bfloat16
-    A base that was trained in 4 bits is loaded in 4 bits and dequantised, so that the adapter meets the very weights
-    it was trained on. Raises UserError when the saved model does not answer as base and adapter do.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from finetune.runs.saving import generation_config
-    from formats import check_tokenizer
-
-    loaded, fmt = run.load_base()
-    if dtype == "auto":
-        dtype = loaded.dtype if loaded.dtype in ("bfloat16", "float16") else "bfloat16"
-    model, tokenizer = loaded.model, loaded.tokenizer
-    if loaded.load_in_4bit:
-        say("the base was trained in 4 bits: the adapter is merged into those same weights, dequantised")
-        model = dequantised(model)
-    model.eval()
-    fmt = served_format(run, fmt)
-    prompts = check_prompts(run, tokenizer, fmt)
-    base = log_probabilities(model, prompts)
-    adapted = base
-    if run.adapter is not None:
-        model = attach_adapter(model, run.adapter)
-        model.eval()
-        adapted = log_probabilities(model, prompts)
-        try:
-            model = model.merge_and_unload(safe_merge=True)
-        except ValueError as error:  # numbers that are none
-            raise UserError(f"{run.adapter} cannot be merged: {error}") from error
-    ends = check_tokenizer(tokenizer, fmt)
-    model.generation_config = generation_config(model, ends)
-    model.config.eos_token_id = model.generation_config.eos_token_id
-    model.to(getattr(torch, dtype))
-    model.config.dtype = getattr(torch, dtype)
-    model.save_pretrained(str(folder), safe_serialization=True)
-    tokenizer.chat_template = fmt.template
-    tokenizer.save_pretrained(str(folder))
-    del model, loaded
-    gc.collect()
-
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    agreement = compare(adapted, base, log_probabilities(saved, prompts))
-    say(str(agreement))
-    if not agreement.agrees:
-        raise UserError(
-            f"the merged model in {dtype} does not answer as the adapter does ({agreement}); try --dtype float32, "
-            "and report it if that does not help"
-        )
-    check_files(folder, fmt.template, ends)
-    return Made(saved, tokenizer, fmt, prompts, agreement)
-
-
 def check_files(folder: Path, template: str, ends: list[int]) -> None:
     """UserError unless the folder holds the trained template and stops at every end of turn of the format."""
     written = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     known = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
     if written != template:
-        raise UserError(f"{folder}/chat_template.jinja is not the template that was trained; report this")
+        raise UserError(f"{folder}/chat_template.jinja is not the template used in training; report this")
     if missing := set(ends) - set(known if isinstance(known, list) else [known]):
         raise UserError(f"{folder}/generation_config.json does not stop at the ids {sorted(missing)}; report this")
 
 
-def dequantised(model: Any) -> Any:
+def dequantize(model: PreTrainedModel) -> PreTrainedModel:
     """A 4-bit (bitsandbytes) model with ordinary linear layers that hold the same numbers, in the compute dtype."""
     model = model.dequantize()
     model.is_loaded_in_4bit = False

@@ -1,17 +1,39 @@
-"""A Modelfile for Ollama: the chat template as Go's text/template, its stop strings, and how calls are read back."""
+"""A Modelfile for Ollama: the chat template in Go's text/template, stop strings, and how Ollama finds tool calls."""
 
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from finetune.errors import UserError
-from finetune.export.ollama_json import prelude
+from finetune.export.gguf import find_tools, write_gguf
+from finetune.export.merged import served_format
+from finetune.export.ollama_json import definitions
+from finetune.export.targets import Job, target
+from finetune.progress import say
 from formats import FORMATS, Format, FormatError, get_format
 from formats.base import clean_messages, render_messages
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 TEMPLATES = Path(__file__).with_name("ollama_templates")
+
+
+@target("ollama", marker="Modelfile", help="a GGUF file and its Modelfile")
+def export_ollama(job: Job) -> Callable[[Path], None]:
+    tokenizer, fmt = job.run.load_tokenizer()
+    known = known_format(served_format(job.run, fmt), tokenizer)
+    go_template(known)  # raises before the slow merge
+    quantizations = job.quantization[-1:]
+    (gguf,), _ = write_gguf(job, quantizations, find_tools(job.llama_cpp, quantizations))
+    flags = job.run.experiment.config["flags"] if job.run.experiment is not None else {}
+    text = modelfile(known, gguf.name, context=flags.get("max_seq_length"))
+    (job.folder / "Modelfile").write_text(text, encoding="utf-8")
+    command = ["ollama", "create", job.name.lower(), "-f"]
+    return lambda folder: say(f"next: {shlex.join([*command, str(folder / 'Modelfile')])}")
 
 
 def go_template(fmt: Format) -> str:
@@ -31,14 +53,13 @@ def go_template(fmt: Format) -> str:
     # Ollama takes the first text inside the first `if .ToolCalls` for the start of a call; this one never writes it.
     tag = f"{{{{ if and false .ToolCalls }}}}{ollama.call_start}{{{{ end }}}}" if ollama.call_start else ""
     separators = (",", ":") if ollama.compact_json else (", ", ": ")
-    return prelude(body, *separators) + variables + tag + body
+    return definitions(body, *separators) + variables + tag + body
 
 
-def known_format(fmt: Format, tokenizer: Any) -> Format:
-    """The format of ours that writes what this one's template writes, with its pinned variables.
+def known_format(fmt: Format, tokenizer: PreTrainedTokenizerBase) -> Format:
+    """The built-in format whose template renders what `fmt`, the trained one, renders.
 
-    fmt: the trained format; `native` and formats of the user's own are compared with all of ours, so is a template
-    of an older version. Raises FormatError where none is the same.
+    `native` and custom formats are compared with all built-in ones. Raises FormatError where none is the same.
     """
     names = [fmt.name] if fmt.name in FORMATS and fmt.name != "native" else [n for n in FORMATS if n != "native"]
     wanted = _renderings(fmt, tokenizer)
@@ -51,14 +72,14 @@ def known_format(fmt: Format, tokenizer: Any) -> Format:
             continue
     if len(names) == 1:
         raise FormatError(
-            f"the run was trained with another {fmt.name} template than this version has; use --to vllm or --to gguf"
+            f"the run was trained with another version of the {fmt.name} template; use --to vllm or --to gguf"
         )
-    raise FormatError(f"format {fmt.name} is none of those that have a template for Ollama; use --to vllm or --to gguf")
+    raise FormatError(f"format {fmt.name} renders like no format with an Ollama template; use --to vllm or --to gguf")
 
 
-def _renderings(fmt: Format, tokenizer: Any) -> list[str | None]:
-    """Texts of a few conversations that tell templates apart; None where the template refuses one."""
-    texts = []
+def _renderings(fmt: Format, tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
+    """A few conversations that distinguish templates, as text; None where the template refuses one."""
+    texts: list[str | None] = []
     for messages, tools in _PROBES:
         try:
             texts.append(render_messages(clean_messages(messages, fmt), tools, fmt, tokenizer, True))
@@ -92,12 +113,12 @@ _PROBES = [
 def modelfile(fmt: Format, weights: str, *, context: int | None = None) -> str:
     """Text of a Modelfile for `weights` (a GGUF file beside it).
 
-    context: tokens of num_ctx; Ollama's own default is shorter than many tool lists, and cuts silently.
+    context  tokens of num_ctx; Ollama's default is shorter than many tool lists, and it truncates silently
     Raises FormatError for a format that Ollama cannot serve.
     """
     template = go_template(fmt)
     if '"""' in template:
-        raise FormatError(f'format {fmt.name}: a Modelfile cannot hold a template with """ in it')
+        raise FormatError(f'format {fmt.name}: a Modelfile cannot contain a template with """')
     lines = [f"FROM ./{weights}", f'TEMPLATE """{template}"""']
     if fmt.ollama and fmt.ollama.parser:
         lines.append(f"PARSER {fmt.ollama.parser}")
@@ -111,17 +132,3 @@ def modelfile(fmt: Format, weights: str, *, context: int | None = None) -> str:
 def stop_strings(fmt: Format) -> list[str]:
     """Every end of turn, and for a format without control tokens the words that start somebody else's turn."""
     return [*fmt.end_of_turn, *(fmt.ollama.stop if fmt.ollama else ())]
-
-
-def export_ollama(folder: Path, gguf: Path, fmt: Format, tokenizer: Any, context: int | None) -> Path:
-    """Write `folder`/Modelfile for a GGUF in the same folder; `fmt` is the format with the template of the run."""
-    path = folder / "Modelfile"
-    path.write_text(modelfile(known_format(fmt, tokenizer), gguf.name, context=context), encoding="utf-8")
-    return path
-
-
-def check_format(run: Any) -> None:
-    """Refuse before any work what Ollama cannot serve, as far as the run's config tells."""
-    fmt = FORMATS.get(run.experiment.config["format"]["name"]) if run.experiment is not None else None
-    if fmt is not None and fmt.ollama is not None and (reason := fmt.ollama.refused):
-        raise UserError(f"format {fmt.name} cannot be served by Ollama: {reason}; use --to vllm or --to gguf")

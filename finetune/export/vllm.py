@@ -1,4 +1,4 @@
-"""What vLLM needs to serve a run: the command, the chat template, and a parser where vLLM has none for the format."""
+"""The files with which vLLM serves a run: the command, the chat template, and a parser plugin."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ from typing import Any
 
 import formats
 from finetune.errors import UserError
-from finetune.export.hub import PRIVATE
-from finetune.export.merged import served_format
+from finetune.export.hub import PRIVATE_FILES
+from finetune.export.merged import served_format, write_merged
+from finetune.export.targets import Job, target
+from finetune.models.adapter import adapter_config
+from finetune.models.bundled import resolve_model
+from finetune.progress import say
 from finetune.runs.find import Run
 from formats import Format
 
 PLUGIN = Path(__file__).with_name("vllm_plugin.py")
 PLUGIN_NAME = "sandwich"
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values --max-lora-rank takes
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # valid values of --max-lora-rank
 
 
 def parser_of(fmt: Format) -> str | None:
-    """--tool-call-parser for a format: one of vLLM's own, our plugin's name, or None for a format without calls."""
+    """--tool-call-parser for a format: one of vLLM's own or the plugin; None for a format without calls."""
     return fmt.vllm_parser or (PLUGIN_NAME if fmt.read_calls and fmt.has_tools else None)
 
 
 def max_lora_rank(rank: int) -> int:
-    """The smallest --max-lora-rank that holds an adapter of this rank."""
-    if rank > RANKS[-1]:
-        raise UserError(f"vLLM serves adapters up to rank {RANKS[-1]}, this one has {rank}; use --mode merged")
-    return next(value for value in RANKS if value >= rank)
+    """The smallest valid --max-lora-rank for an adapter of this rank."""
+    if rank > VLLM_RANKS[-1]:
+        raise UserError(f"vLLM serves adapters up to rank {VLLM_RANKS[-1]}, this one has {rank}; use --mode merged")
+    return next(value for value in VLLM_RANKS if value >= rank)
 
 
 def serve_command(
@@ -46,7 +50,8 @@ def serve_command(
 ) -> list[str]:
     """`vllm serve …`, to be run in the exported folder.
 
-    model, adapter  Hub id or path; without an adapter the model is a merged one, answering to `name`
+    name            under which requests name the adapter, or the merged model
+    model, adapter  Hub id or path; `adapter` None: `model` is a merged one
     """
     command = ["vllm", "serve", model, "--host", "127.0.0.1", "--chat-template", "./chat_template.jinja"]
     if revision and adapter:
@@ -57,7 +62,7 @@ def serve_command(
             command += ["--tool-parser-plugin", "./sandwich_tool_parser.py"]
     if adapter:
         module = f"{name}={adapter}"
-        if set(name) & set("=,"):  # vLLM's other spelling
+        if set(name) & set("=,"):  # would be split
             module = json.dumps({"name": name, "path": adapter})
         command += ["--enable-lora", "--lora-modules", module, "--max-lora-rank", str(max_lora_rank(rank))]
         if load_in_4bit:
@@ -71,47 +76,48 @@ def serve_command(
     return command
 
 
-def export_vllm(
-    run: Run, folder: Path, tokenizer: Any, fmt: Format, *, merged: bool, name: str, say: Any = print
-) -> None:
-    """Write serve.sh, chat_template.jinja, the adapter (or leave the merged weights that lie there) and the plugin."""
-    served = served_format(run, fmt)
-    (folder / "chat_template.jinja").write_text(served.template, encoding="utf-8")
-    options: dict[str, Any] = {"model": ".", "name": name}
-    if run.experiment is not None:
-        flags = run.experiment.config["flags"]
-        options |= {"max_length": flags["max_seq_length"], "trust_remote_code": flags["trust_remote_code"]}
-    if not merged:
+@target("vllm", marker="serve.sh", help="serve.sh with the adapter beside its base (or --mode merged)")
+def export_vllm(job: Job) -> None:
+    """serve.sh, the chat template, adapter or merged weights, and a parser plugin where vLLM has no parser."""
+    if job.mode == "merged":
+        fmt = write_merged(job.run, job.folder, job.dtype).format
+    else:
+        _, fmt = job.run.load_tokenizer()
+    write_serving_files(job, fmt)
+
+
+def write_serving_files(job: Job, fmt: Format) -> None:
+    """Everything but the merged weights."""
+    run, folder = job.run, job.folder
+    (folder / "chat_template.jinja").write_text(served_format(run, fmt).template, encoding="utf-8")
+    config = run.experiment.config if run.experiment is not None else {}
+    flags = config.get("flags", {})
+    options: dict[str, Any] = {"model": ".", "name": job.name, "max_length": flags.get("max_seq_length")}
+    options["trust_remote_code"] = flags.get("trust_remote_code", False)
+    if job.mode != "merged":
         if run.adapter is None:
             raise UserError(f"{run.path} has no adapter; use --mode merged")
-        shutil.copytree(run.adapter, folder / "adapter", ignore=shutil.ignore_patterns(*PRIVATE))
-        config = json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        patterns = config.get("rank_pattern") or {}
+        shutil.copytree(run.adapter, folder / "adapter", ignore=shutil.ignore_patterns(*PRIVATE_FILES))
+        adapter = adapter_config(run.adapter)
+        base = resolve_model(run.base_name)
         options |= {
-            "model": config["base_model_name_or_path"],
-            "revision": config.get("revision"),
+            "model": str(Path(base).resolve()) if Path(base).is_dir() else base,
+            "revision": config.get("base_model_revision") if config else adapter.get("revision"),
             "adapter": "./adapter",
-            "rank": max([config["r"], *patterns.values()]),
+            "rank": max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()]),
+            "load_in_4bit": bool(config.get("load_in_4bit")),
         }
-        if run.experiment is not None:
-            options |= {
-                "model": run.experiment.config["base_model"],
-                "revision": run.experiment.config.get("base_model_revision"),
-                "load_in_4bit": bool(run.experiment.config.get("load_in_4bit")),
-            }
-        if (known := Path(str(options["model"]))).is_dir():
-            options["model"] = str(known.resolve())
     if parser_of(fmt) == PLUGIN_NAME:
         write_plugin(folder, run, fmt)
     script = f'#!/bin/sh\ncd "$(dirname "$0")" || exit 1\nexec {shlex.join(serve_command(fmt, **options))} "$@"\n'
     path = folder / "serve.sh"
     path.write_text(script, encoding="utf-8", newline="\n")
     path.chmod(0o755)
-    say(f"start it with: sh {path.name} (options of vllm serve may follow)")
+    say(f"start it with: sh {path.name} (arguments are passed on to vllm serve)")
 
 
 def write_plugin(folder: Path, run: Run, fmt: Format) -> None:
-    """The plugin, and beside it this project's `formats` package, so that vLLM reads calls with the very same code."""
+    """The plugin and, beside it, the `formats` package, so that vLLM parses calls with the code used in training."""
     name = fmt.name
     if run.experiment is not None and str(own := run.experiment.config["flags"]["format"]).endswith((".yaml", ".yml")):
         name = "sandwich_format.yaml"

@@ -1,6 +1,6 @@
 """Tool parser for vLLM: --tool-parser-plugin sandwich_tool_parser.py --tool-call-parser sandwich
 
-Reads calls with the `formats` package that lies beside this file: what training checked is what the server finds.
+Parses calls with the `formats` package beside this file: the same code that training used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm.entrypoints.chat_utils import make_tool_call_id  # noqa: E402
 
 from formats import get_format  # noqa: E402
 
-try:  # where the messages live has moved twice
+try:  # vLLM has moved its messages twice
     from vllm.entrypoints.generate.base import protocol
 except ImportError:
     try:
@@ -35,30 +35,30 @@ FORMAT = "llama3-function"
 
 
 class SandwichToolParser(ToolParser):
-    """Whole answers through `parse`; a stream passes text on at once and each call as soon as it is complete."""
+    """Complete answers through `parse`; in a stream, text is sent at once and each call when it is complete."""
 
     def __init__(self, tokenizer, *args, **kwargs):
         super().__init__(tokenizer, *args, **kwargs)
         name = str(HERE / FORMAT) if FORMAT.endswith(".yaml") else FORMAT
         self.format = get_format(name, tokenizer)
-        self.end_ids = {tokenizer.convert_tokens_to_ids(mark) for mark in self.format.end_of_turn}
+        self.end_ids = {tokenizer.convert_tokens_to_ids(marker) for marker in self.format.end_of_turn}
         self.sent_text = ""
         self.sent_calls = 0
 
     def adjust_request(self, request):
         request = super().adjust_request(request)
         if request.tools and request.tool_choice != "none":
-            request.skip_special_tokens = False  # the marks of a call may be special tokens
+            request.skip_special_tokens = False  # the markers of a call may be special tokens
         return request
 
     def extract_tool_calls(self, model_output, request):
         parsed = self.format.parse(model_output, _tools(request))
-        self.prev_tool_call_arr = [_plain(call) for call in parsed.tool_calls]
+        self.prev_tool_call_arr = [_as_strings(call) for call in parsed.tool_calls]
         return protocol.ExtractedToolCallInformation(
             tools_called=bool(parsed.tool_calls),
             tool_calls=[
                 protocol.ToolCall(
-                    id=make_tool_call_id(), type="function", function=protocol.FunctionCall(**_plain(call))
+                    id=make_tool_call_id(), type="function", function=protocol.FunctionCall(**_as_strings(call))
                 )
                 for call in parsed.tool_calls
             ],
@@ -76,13 +76,13 @@ class SandwichToolParser(ToolParser):
         request,
     ):
         ended = bool(self.end_ids.intersection(delta_token_ids))
-        ended = ended or any(mark in current_text for mark in self.format.end_of_turn)
+        ended = ended or any(marker in current_text for marker in self.format.end_of_turn)
         parsed = self.format.parse(current_text, _tools(request))
-        text = parsed.content if ended else settled(current_text, self.format)
+        text = parsed.content if ended else final_content(current_text, self.format)
         delta = text[len(self.sent_text) :] if text.startswith(self.sent_text) else ""
         calls = []
         for index in range(self.sent_calls, len(parsed.tool_calls)):
-            call = _plain(parsed.tool_calls[index])
+            call = _as_strings(parsed.tool_calls[index])
             self.prev_tool_call_arr.append(call)
             self.streamed_args_for_tool.append(call["arguments"])
             self.current_tool_id, self.current_tool_name_sent = index, True
@@ -97,16 +97,16 @@ class SandwichToolParser(ToolParser):
         return protocol.DeltaMessage(content=delta or None, tool_calls=calls)
 
 
-def settled(text, fmt):
-    """The content that no later token can change, while an answer is being written.
+def final_content(text, fmt):
+    """The content of an incomplete answer that no later token can change.
 
     Of a format's `call_markers` the second closes a call, the others open one.
     """
     if text.lstrip().startswith("<think>"[: len(text.lstrip())] or " ") and "</think>" not in text:
         return ""
-    marks = (*fmt.call_markers, *fmt.end_of_turn)
-    # The last characters may be the first ones of a mark.
-    cut = max((n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
+    markers = (*fmt.call_markers, *fmt.end_of_turn)
+    # The text may end with the beginning of a marker.
+    cut = max((n for marker in markers for n in range(1, len(marker)) if text.endswith(marker[:n])), default=0)
     text = text[: len(text) - cut]
     at = 0
     while (start := _next_opening(text, at, fmt)) >= 0:
@@ -119,26 +119,26 @@ def settled(text, fmt):
 
 def _next_opening(text, at, fmt):
     openings = (*fmt.call_markers[:1], *fmt.call_markers[2:])
-    return min((found for mark in openings if (found := text.find(mark, at)) >= 0), default=-1)
+    return min((found for marker in openings if (found := text.find(marker, at)) >= 0), default=-1)
 
 
 def _call_end(text, start, fmt):
-    """Where the call at `start` ends, or just behind `start` when it is broken for good; None while that is open."""
+    """Where the call at `start` ends; `start` + 1 when it is invalid whatever follows; None while it is incomplete."""
     closing = fmt.call_markers[1]
-    broken = False
+    invalid = False
     close = text.find(closing, start)
-    while True:  # a closing mark may stand inside a string: the first that makes a whole call counts
+    while True:  # a string may contain the closing marker: the first that completes a call counts
         end = close + len(closing) if close >= 0 else len(text)
         parsed = fmt.parse(text[start:end])
         if not parsed.errors:
             return end
         if close < 0:
-            return start + 1 if broken else None
-        broken = broken or not ("cut off" in parsed.errors[0] or "the text ends" in parsed.errors[0])
+            return start + 1 if invalid else None
+        invalid = invalid or not ("cut off" in parsed.errors[0] or "the text ends" in parsed.errors[0])
         close = text.find(closing, end)
 
 
-def _plain(call):
+def _as_strings(call):
     return {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
 
 

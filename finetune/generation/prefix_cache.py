@@ -1,16 +1,16 @@
-"""Keys and values for decoding many prompts that start alike: the common start is stored, and read, once.
+"""Key-value cache for prompts with a common prefix, which is stored and read once for all rows.
 
 A batch of B rows is cut into segments; the rows of a segment share a prefix of P tokens. A query attends to
 
-    softmax([q Kp^T, q Ko^T]) [Vp; Vo]
+    softmax([q Kp^T, q Ks^T]) [Vp; Vs]
 
-where Kp, Vp (P tokens, one copy for the segment) and Ko, Vo (the row's own tokens) are never concatenated: both parts
-are exponentiated against the same maximum and divided by the same sum, so the result is the ordinary softmax. The
-queries of all rows of a segment meet Kp in one matrix product, so the prefix is read from memory once a step instead
-of once a row; on a CPU that reading is most of the time of a decoding step.
+where Kp, Vp (P tokens, one copy for the segment) and Ks, Vs (the row's suffix) are never concatenated: both parts are
+exponentiated against the same maximum and divided by the same sum, which gives the ordinary softmax. The queries of
+all rows of a segment are multiplied by Kp in one matrix product, so the prefix is read from memory once a step instead
+of once a row; on a CPU that is most of the time of a decoding step.
 
-It plugs into Transformers' attention interface. The model is called without a cache of its own (`use_cache=False`):
-the attention function receives keys that already carry their rotary positions and keeps them here.
+It implements Transformers' attention interface. The model is called with `use_cache=False`: the attention function
+receives keys with their rotary positions and stores them here.
 """
 
 from __future__ import annotations
@@ -18,57 +18,62 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-NAME = "sandwich_prefix_decoding"
-MAX_SCORES = 16 * 1024 * 1024  # attention scores held at once (64 MB in float32); longer queries are cut into blocks
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION_NAME = "sandwich_prefix_decoding"
+MAX_SCORES = 16 * 1024 * 1024  # attention scores in memory at once (64 MB in float32); longer queries are split
 
 _active: contextvars.ContextVar = contextvars.ContextVar("active_prefix_cache")
 
 
 class Unsupported(RuntimeError):
-    """This model's attention cannot be computed here; the caller falls back to the model's own `generate`."""
+    """The model's attention cannot be computed here; the caller falls back to the model's own `generate`."""
 
 
 @dataclass
 class Prefix:
-    """The common start of a segment: per layer keys and values of shape (kv_heads, P, head_dim)."""
+    """The common prefix of a segment: per layer keys and values of shape (kv_heads, P, head_dim)."""
 
-    input_ids: list[int]
-    keys: list[torch.Tensor] = field(default_factory=list)
-    values: list[torch.Tensor] = field(default_factory=list)
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return self.keys[0].shape[1]
+
+
+Segment = tuple[int, int, Prefix | None]
 
 
 class PrefixCache:
-    """Own keys and values of B rows, at most `capacity` tokens each, and the prefixes they share.
+    """Keys and values of the suffixes of B rows, up to `capacity` tokens each, and the prefixes they share.
 
     `segments` is a list of (first row, end row, Prefix or None), covering the rows in order.
     """
 
-    def __init__(self, segments: list[tuple[int, int, Prefix | None]], capacity: int):
+    def __init__(self, segments: list[Segment], capacity: int):
         self.segments = segments
         self.capacity = capacity
         self.rows = segments[-1][1]
-        self.keys: list[torch.Tensor] = []  # per layer (B, kv_heads, capacity, head_dim), made at the first write
+        self.keys: list[torch.Tensor] = []  # per layer (B, kv_heads, capacity, head_dim), allocated at the first write
         self.values: list[torch.Tensor] = []
-        self.building: Prefix | None = None  # set while a prefix itself is computed
-        self.part = (0, self.rows)  # rows that the current call computes
-        self.slots = torch.zeros(0)  # decoding: index of each row's new token among its own tokens, shape (B,)
-        self.longest = 0  # decoding: own tokens of the longest row, the new one included
+        self.part = (0, self.rows)  # rows in the current forward pass
+        self.slots = torch.zeros(0)  # decoding: index of each row's new token in its suffix, shape (B,)
+        self.longest = 0  # decoding: tokens of the longest suffix, the new one included
 
     def offsets(self, device: torch.device) -> torch.Tensor:
-        """Length of each row's prefix, shape (B,): the position of its own token 0."""
+        """Length of each row's prefix, shape (B,): the position of its first suffix token."""
         lengths = [len(prefix) if prefix else 0 for _, _, prefix in self.segments]
         counts = [end - start for start, end, _ in self.segments]
         return torch.repeat_interleave(torch.tensor(lengths, device=device), torch.tensor(counts, device=device))
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Drop all rows but those in `rows` (sorted indices, shape (n,)); finished rows cost nothing from here on."""
+        """Drop all rows except `rows` (sorted indices, shape (n,))."""
         kept = set(rows.tolist())
         segments, count = [], 0
         for start, end, prefix in self.segments:
@@ -81,13 +86,13 @@ class PrefixCache:
         self.values = [layer.index_select(0, rows) for layer in self.values]
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store new keys and values (rows of the current part, kv_heads, S, head_dim) of one layer."""
+        """Store new keys and values (rows of `part`, kv_heads, S, head_dim) of one layer."""
         if layer == len(self.keys):
             shape = (self.rows, key.shape[1], self.capacity, key.shape[3])
             self.keys.append(key.new_zeros(shape))
             self.values.append(value.new_zeros((*shape[:3], value.shape[3])))
         elif layer > len(self.keys):
-            raise Unsupported(f"layer {layer} came before layer {len(self.keys)}")
+            raise Unsupported(f"layer {layer} ran before layer {len(self.keys)}")
         if key.shape[2] == 1 and self.slots.numel():
             rows = torch.arange(self.rows, device=key.device)
             self.keys[layer][rows, :, self.slots] = key[:, :, 0]
@@ -99,14 +104,14 @@ class PrefixCache:
 
 
 @contextlib.contextmanager
-def attention_on(model: torch.nn.Module) -> Iterator[None]:
-    """Let `model` (a Transformers model) use this attention inside the block, and its own again afterwards."""
+def prefix_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Use this attention in `model` inside the block."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, _attention)
+    AttentionInterface.register(ATTENTION_NAME, _attention)
     before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
+    model.set_attn_implementation(ATTENTION_NAME)
+    if model.config._attn_implementation != ATTENTION_NAME:
         raise Unsupported("this model does not use Transformers' attention interface")
     try:
         yield
@@ -115,8 +120,8 @@ def attention_on(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def using(cache: PrefixCache) -> Iterator[None]:
-    """The cache that forward passes inside the block read and write."""
+def active_cache(cache: PrefixCache) -> Iterator[None]:
+    """Let forward passes inside the block read and write this cache."""
     token = _active.set(cache)
     try:
         yield
@@ -124,55 +129,49 @@ def using(cache: PrefixCache) -> Iterator[None]:
         _active.reset(token)
 
 
-def _attention(module, query, key, value, attention_mask=None, *, scaling=None, sliding_window=None, **kwargs):
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any = None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """Attention of new tokens: query (B, heads, S, head_dim), key and value (B, kv_heads, S, head_dim).
 
-    Returns (B, S, heads, head_dim) and None for the weights, as the interface asks.
+    Returns (B, S, heads, head_dim) and no weights, as the interface requires.
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise Unsupported("soft-capped attention or attention sinks")
     cache: PrefixCache = _active.get()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = module.layer_idx
-    if cache.building is not None:
-        if layer != len(cache.building.keys):
-            raise Unsupported(f"layer {layer} came before layer {len(cache.building.keys)}")
-        cache.building.keys.append(key[0])
-        cache.building.values.append(value[0])
-        return _causal(query, key, value, scaling, sliding_window), None
     cache.write(layer, key, value)
     start, end = cache.part
-    segments = [(max(a, start), min(b, end), p) for a, b, p in cache.segments if a < end and b > start]
+    segments = [(max(a, start) - start, min(b, end) - start, p) for a, b, p in cache.segments if a < end and b > start]
     length = query.shape[2]
     decoding = length == 1 and cache.slots.numel() > 0
     if not decoding and all(prefix is None for _, _, prefix in segments):
         return _causal(query, key, value, scaling, sliding_window), None
-    segments = [(a - start, b - start, prefix) for a, b, prefix in segments]
     if not decoding and sliding_window is None and query.device.type == "cpu":
-        return _merged_blocks(query, key, value, segments, layer, scaling), None
+        return _merged_flash(query, key, value, segments, layer, scaling), None
     slots = cache.slots[:, None] if decoding else torch.arange(length, device=query.device).expand(end - start, -1)
-    own = cache.longest if decoding else length
-    own_keys, own_values = cache.keys[layer][start:end, :, :own], cache.values[layer][start:end, :, :own]
-    widest = own + max(len(prefix) if prefix else 0 for _, _, prefix in segments)
+    suffix = cache.longest if decoding else length
+    keys, values = cache.keys[layer][start:end, :, :suffix], cache.values[layer][start:end, :, :suffix]
+    widest = suffix + max(len(prefix) if prefix else 0 for _, _, prefix in segments)
     block = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * widest))
     outputs = [
-        _two_part(
-            query[:, :, at : at + block],
-            slots[:, at : at + block],
-            own_keys,
-            own_values,
-            segments,
-            layer,
-            scaling,
-            sliding_window,
-        )
-        for at in range(0, length, block)
+        _two_part(part, at, keys, values, segments, layer, scaling, sliding_window)
+        for part, at in zip(query.split(block, dim=2), slots.split(block, dim=1), strict=True)
     ]
     return torch.cat(outputs, dim=1), None
 
 
 def _causal(query, key, value, scaling, sliding_window):
-    """Plain causal attention of S tokens among themselves; padding on the right is never looked at."""
+    """Causal attention of S tokens to each other; padding is on the right, where no token attends to it."""
     length = query.shape[2]
     mask = None
     if sliding_window is not None and length > sliding_window:
@@ -185,8 +184,8 @@ def _causal(query, key, value, scaling, sliding_window):
     return output.transpose(1, 2)
 
 
-def _merged_blocks(query, key, value, segments, layer, scaling):
-    """Many new tokens on a CPU: its flash kernel for each part, merged by the parts' log-sum-exp."""
+def _merged_flash(query, key, value, segments: list[Segment], layer: int, scaling: float) -> torch.Tensor:
+    """Prefill on a CPU: its flash kernel for prefix and suffix, merged by their log-sum-exp."""
     group = query.shape[1] // key.shape[1]
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     output, log_sum = flash(
@@ -206,45 +205,43 @@ def _merged_blocks(query, key, value, segments, layer, scaling):
     return output.transpose(1, 2)
 
 
-def _two_part(query, slots, own_keys, own_values, segments, layer, scaling, sliding_window):
-    """One softmax over two sets of keys, prefix and own. `slots` (B, S): each query's index among its own tokens."""
+def _two_part(query, slots, keys, values, segments: list[Segment], layer: int, scaling: float, sliding_window):
+    """One softmax over prefix and suffix. `slots` (B, S): each query's index in its suffix."""
     rows, heads, length, size = query.shape
-    kv_heads, own = own_keys.shape[1], own_keys.shape[2]
+    kv_heads, suffix = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
     query = (query * scaling).reshape(rows, kv_heads, group * length, size)
 
-    at = torch.arange(own, device=query.device)
-    visible = at <= slots[:, :, None]  # (B, S, own)
+    at = torch.arange(suffix, device=query.device)
+    visible = at <= slots[:, :, None]  # (B, S, suffix)
     if sliding_window is not None:
         visible &= at > slots[:, :, None] - sliding_window
-    own_scores = (query @ own_keys.transpose(-1, -2)).float().view(rows, kv_heads, group, length, own)
-    own_scores.masked_fill_(~visible[:, None, None], float("-inf"))
-    maximum = own_scores.amax(-1)  # finite: a token always sees itself
+    scores = (query @ keys.transpose(-1, -2)).float().view(rows, kv_heads, group, length, suffix)
+    scores.masked_fill_(~visible[:, None, None], float("-inf"))
+    maximum = scores.amax(-1)  # finite: a token always sees itself
 
     shared = []
     for start, end, prefix in segments:
         if prefix is None:
             continue
-        keys = prefix.keys[layer]  # (kv_heads, P, head_dim)
         stacked = query[start:end].transpose(0, 1).reshape(kv_heads, -1, size)
-        scores = (stacked @ keys.transpose(-1, -2)).float()
-        scores = scores.view(kv_heads, end - start, group, length, len(prefix))
+        prefix_scores = (stacked @ prefix.keys[layer].transpose(-1, -2)).float()
+        prefix_scores = prefix_scores.view(kv_heads, end - start, group, length, len(prefix))
         if sliding_window is not None:
             position = len(prefix) + slots[start:end, :, None]  # (n, S, 1)
             seen = torch.arange(len(prefix), device=query.device) > position - sliding_window
-            scores.masked_fill_(~seen[None, :, None], float("-inf"))
-        maximum[start:end] = torch.maximum(maximum[start:end], scores.amax(-1).transpose(0, 1))
-        shared.append((start, end, prefix, scores))
+            prefix_scores.masked_fill_(~seen[None, :, None], float("-inf"))
+        maximum[start:end] = torch.maximum(maximum[start:end], prefix_scores.amax(-1).transpose(0, 1))
+        shared.append((slice(start, end), prefix, prefix_scores))
 
-    own_scores = own_scores.sub_(maximum[..., None]).exp_()
-    total = own_scores.sum(-1)
-    output = own_scores.to(own_values.dtype).view(rows, kv_heads, group * length, own) @ own_values
+    scores = scores.sub_(maximum[..., None]).exp_()
+    total = scores.sum(-1)
+    output = scores.to(values.dtype).view(rows, kv_heads, group * length, suffix) @ values
     output = output.view(rows, kv_heads, group, length, -1).float()
-    for start, end, prefix, scores in shared:
-        scores = scores.sub_(maximum[start:end].transpose(0, 1)[..., None]).exp_()
-        total[start:end] += scores.sum(-1).transpose(0, 1)
-        values = prefix.values[layer]
-        mixed = scores.to(values.dtype).view(kv_heads, -1, len(prefix)) @ values
-        output[start:end] += mixed.view(kv_heads, end - start, group, length, -1).transpose(0, 1)
-    output = (output / total[..., None]).to(own_values.dtype)
+    for part, prefix, prefix_scores in shared:
+        prefix_scores = prefix_scores.sub_(maximum[part].transpose(0, 1)[..., None]).exp_()
+        total[part] += prefix_scores.sum(-1).transpose(0, 1)
+        mixed = prefix_scores.to(values.dtype).view(kv_heads, -1, len(prefix)) @ prefix.values[layer]
+        output[part] += mixed.view(kv_heads, -1, group, length, mixed.shape[-1]).transpose(0, 1)
+    output = (output / total[..., None]).to(values.dtype)
     return output.permute(0, 3, 1, 2, 4).reshape(rows, length, heads, -1)

@@ -1,5 +1,5 @@
-"""Memory of a training run: what it will take, what to change so that it fits, and what a card says meanwhile.
+"""Memory of a training run: estimates, plans that fit a GPU, and GPU readings.
 
-`sizes` reads a model's shape from its config.json, `estimate` adds up a run's parts, `advice` looks for settings that
-fit a card, `tables` prints both, `devices` asks the driver, `watch` keeps asking and writes it down.
+sizes: a model's sizes from its config.json; estimate: bytes of each part; plan: MemoryPlan and suggested flags; tables:
+output; checkup: `gpu_memory.py check`; devices: NVML; watch: `gpu_memory.py monitor`.
 """

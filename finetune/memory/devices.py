@@ -1,26 +1,27 @@
-"""What the NVIDIA driver says about the cards of this machine, through NVML."""
+"""Readings of this machine's NVIDIA GPUs through NVML."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from finetune.errors import UserError
 
-BF16_FROM = FLASH_FROM = (8, 0)  # compute capability: Ampere. Older cards run float16 and memory-efficient attention.
-UNSLOTH_FROM = (7, 0)
+# Compute capabilities. Before Ampere, runs use float16 and memory-efficient attention.
+AMPERE = (8, 0)
+MIN_UNSLOTH_CAPABILITY = (7, 0)
 
 
 class NoDriver(Exception):
-    """NVML cannot be asked on this machine; the text says why in plain words."""
+    """NVML is not available on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
-class Card:
-    """One reading of one card. Memory in GB (10^9 bytes); None where the card does not tell. status: "ok" or "lost"."""
+class Gpu:
+    """One reading of one GPU. Memory in GB (10^9 bytes); None where the GPU does not report. status: "ok" or "lost"."""
 
     index: int
     name: str
@@ -34,15 +35,10 @@ class Card:
     capability: tuple[int, int] | None = None
 
     @property
-    def bf16(self) -> bool | None:
-        return None if self.capability is None else self.capability >= BF16_FROM
+    def has_bf16(self) -> bool | None:
+        return None if self.capability is None else self.capability >= AMPERE
 
-    @property
-    def flash(self) -> bool | None:
-        return None if self.capability is None else self.capability >= FLASH_FROM
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    has_flash_attention = has_bf16
 
 
 class Driver:
@@ -54,32 +50,31 @@ class Driver:
 
     @property
     def version(self) -> str:
-        return _text(self.nvml.nvmlSystemGetDriverVersion())
+        return self.nvml.nvmlSystemGetDriverVersion()
 
     @property
     def cuda_version(self) -> str:
-        """The newest CUDA this driver can run."""
+        """The newest CUDA version that this driver supports."""
         number = self._optional(self.nvml.nvmlSystemGetCudaDriverVersion_v2)
         return "unknown" if number is None else f"{number // 1000}.{number % 1000 // 10}"
 
-    def cards(self) -> list[Card]:
-        """One reading of every card. A card that vanished stays in the list as "lost" until it answers again."""
+    def gpus(self) -> list[Gpu]:
+        """One reading of every GPU. A GPU that vanishes stays in the list as "lost" until it answers again."""
         try:
             count = self.nvml.nvmlDeviceGetCount()
         except self.nvml.NVMLError:
             count = 0
         return [self._read(index) for index in range(max(count, len(self.names)))]
 
-    def _read(self, index: int) -> Card:
+    def _read(self, index: int) -> Gpu:
         nvml = self.nvml
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            self.names[index] = _text(nvml.nvmlDeviceGetName(handle))
-            # Asked of every card alike; a card that is lost fails here.
+            self.names[index] = nvml.nvmlDeviceGetName(handle)
             memory = self._optional(nvml.nvmlDeviceGetMemoryInfo, handle)
             rates = self._optional(nvml.nvmlDeviceGetUtilizationRates, handle)
             power = self._optional(nvml.nvmlDeviceGetPowerUsage, handle)
-            return Card(
+            return Gpu(
                 index=index,
                 name=self.names[index],
                 memory_used_gb=round(memory.used / 1e9, 3) if memory else None,
@@ -91,15 +86,15 @@ class Driver:
                 capability=self._optional(nvml.nvmlDeviceGetCudaComputeCapability, handle),
             )
         except nvml.NVMLError:
-            # Fallen off the bus, or its driver is being reset: NVML has to be opened anew to see it again.
+            # It fell off the bus or its driver is being reset: NVML finds it again only after being reopened.
             self._reopen()
-            return Card(index=index, name=self.names.setdefault(index, f"GPU {index}"), status="lost")
+            return Gpu(index=index, name=self.names.setdefault(index, f"GPU {index}"), status="lost")
 
-    def _optional(self, ask: Any, *arguments: Any) -> Any:
-        """The answer, None where this card, driver or system has none (power of laptops, WSL, shared memory)."""
+    def _optional(self, query: Callable[..., Any], *arguments: Any) -> Any:
+        """The answer, None where this GPU, driver or system has none (laptop power, WSL, shared memory)."""
         nvml = self.nvml
         try:
-            answer = ask(*arguments)
+            answer = query(*arguments)
         except (nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission, nvml.NVMLError_FunctionNotFound):
             return None
         return tuple(answer) if isinstance(answer, list) else answer
@@ -117,13 +112,13 @@ def open_driver() -> Iterator[Driver]:
     try:
         import pynvml
     except ImportError as error:
-        raise UserError("the package nvidia-ml-py is missing; run: pip install -r requirements_lora.txt") from error
+        raise UserError("nvidia-ml-py is not installed; run: pip install -r requirements_lora.txt") from error
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError_LibraryNotFound:
         raise NoDriver("there is no NVIDIA driver on this machine") from None
     except pynvml.NVMLError_DriverNotLoaded:
-        raise NoDriver("an NVIDIA driver is installed but not loaded; restart the machine or load it") from None
+        raise NoDriver("an NVIDIA driver is installed but not loaded; load it or restart the machine") from None
     except pynvml.NVMLError as error:
         raise NoDriver(f"the NVIDIA driver does not answer: {error}") from None
     try:
@@ -131,7 +126,3 @@ def open_driver() -> Iterator[Driver]:
     finally:
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else value

@@ -1,4 +1,4 @@
-"""How large a model is: the matrices of its layers, by its config.json or by a number of parameters."""
+"""Model sizes: the matrices and widths of a decoder-only model, from its config.json or a number of parameters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from finetune.errors import UserError
 
-# Published shapes (config.json of SmolLM2, Qwen2.5, Mistral v0.3, Llama 3.1) that --model-size is laid between:
-# hidden, intermediate, layers, heads, key/value heads, head width, vocabulary, tied.
+# Published shapes (config.json of SmolLM2, Qwen2.5, Mistral v0.3, Llama 3.1) that --model-size starts from: hidden,
+# intermediate, layers, heads, key/value heads, head width, vocabulary, tied. The comment is the size in billions.
 KNOWN_SHAPES = (
     (576, 1536, 30, 9, 3, 64, 49_152, True),  # 0.135
     (896, 4864, 24, 14, 2, 64, 151_936, True),  # 0.49
@@ -26,15 +26,12 @@ KNOWN_SHAPES = (
 # The linear layers that Unsloth adapts for all-linear, by the last part of their name.
 ALL_LINEAR = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj",
                         "qkv_proj"})  # fmt: skip
-
-
-# The deepest models that were published have some hundred; each takes a few milliseconds to build.
-MOST_LAYERS = 1000
+MAX_LAYERS = 1000  # published models have up to about 130; building 100,000 layers takes minutes
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """`copies` frozen matrices [outputs, inputs] of one name. experts > 1: each copy is a stack of that many."""
+    """`copies` frozen matrices [outputs, inputs] with one name. experts > 1: each copy stacks that many matrices."""
 
     name: str
     inputs: int
@@ -44,23 +41,26 @@ class Matrix:
 
     @property
     def size(self) -> int:
-        """Numbers in all copies."""
+        """Number of weights in all copies."""
         return self.inputs * self.outputs * self.copies * self.experts
 
     def lora(self, rank: int) -> int:
-        """Numbers of LoRA's A [rank, inputs] and B [outputs, rank]; PEFT gives every expert of a stack its own."""
+        """Number of weights in LoRA's A [rank, inputs] and B [outputs, rank]; PEFT adapts each expert separately."""
         return rank * (self.inputs + self.outputs) * self.copies * self.experts
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shape of a decoder-only model; every width is a count of numbers per token.
+    """Sizes of a decoder-only model.
 
-    matrices: the linear layers inside the decoder layers; embedding: numbers of the input embedding; head: of the
-    lm_head (0 when tied to the embedding); rest: norms, biases, routers, everything that stays as it was loaded.
-    query and key_value: widths behind q_proj and k_proj; intermediate: width inside the MLP that one token meets;
-    norms: RMSNorms of a layer's state; qk_norm: whether query and key are normed too; routed: experts that one token
-    visits (0 for a dense model); silu_gated: whether the MLP is down(silu(gate) * up), of which a CPU run keeps less.
+    hidden, query, key_value, intermediate: widths of the residual stream, of the outputs of q_proj and k_proj, and of
+        the MLP's inner activations for one token (summed over its experts)
+    matrices: the linear layers inside the decoder layers
+    embedding, head, rest: parameters of the input embedding, of the lm_head (0 when tied to the embedding), and of
+        everything that is never quantized: norms, biases, routers
+    norms: RMSNorms per layer on the residual stream; qk_norm: whether query and key are normalized too
+    routed: experts per token (0 for a dense model)
+    silu_gated: whether the MLP is down(silu(gate) * up), for which a CPU run keeps fewer activations
     """
 
     hidden: int
@@ -86,11 +86,11 @@ class Sizes:
 
     @property
     def largest_matrix(self) -> int:
-        """Numbers of the largest matrix that is unpacked at a time (one expert of a stack counts alone)."""
+        """Weights of the largest matrix that is dequantized at a time (one expert of a stack)."""
         return max((m.inputs * m.outputs for m in self.matrices), default=0)
 
     def adapted(self, target_modules: Iterable[str] = ("all-linear",)) -> list[Matrix]:
-        """The matrices that get an adapter."""
+        """The matrices that get a LoRA adapter."""
         names = set(target_modules)
         if names == {"all-linear"}:
             found = [m for m in self.matrices if m.name in ALL_LINEAR]
@@ -100,43 +100,39 @@ class Sizes:
 
 
 def sizes_of_name(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Sizes:
-    """Sizes of a model folder or Hub id; fetches config.json and nothing else. Raises UserError when it is not found
-    or its layers cannot be told."""
+    """Sizes of a model folder or Hub id; reads only its config.json. Raises UserError if missing or not supported."""
     from finetune.models.loading import load_config
 
     return sizes_of_config(load_config(name, revision, trust_remote_code))
 
 
 def sizes_of_config(config: Any) -> Sizes:
-    """Sizes of the model that a config describes: exact for whatever Transformers knows.
-
-    config: a Transformers config. Raises UserError when it is none of a causal language model.
-    """
-    refuse_untrainable(config)
+    """Sizes of the model of a Transformers config. Raises UserError unless it is a causal language model."""
+    check_trainable(config)
     model = model_without_weights(config)
     try:
         return sizes_of_model(model)
-    except Exception as error:  # strangers' configs fail in as many ways as there are
-        raise _not_measured(config, error) from error
+    except Exception as error:  # third-party configs fail with any exception
+        raise _cannot_be_measured(config, error) from error
 
 
-def refuse_untrainable(config: Any) -> None:
-    """UserError for a model that reads its text from both sides, and for a number of layers that is a slip."""
+def check_trainable(config: Any) -> None:
+    """Raises UserError for an encoder and for an implausible number of layers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    two_sided = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    if two_sided or getattr(config, "is_encoder_decoder", False):
+    bidirectional = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if bidirectional or getattr(config, "is_encoder_decoder", False):
         raise UserError(
-            f"model type {config.model_type!r} is an encoder, which does not write text word by word; choose a causal "
-            "language model (Llama, Qwen, Mistral, Gemma …)"
+            f"model type {config.model_type!r} is an encoder, which cannot generate text; choose a causal language "
+            "model (Llama, Qwen, Mistral, Gemma …)"
         )
     layers = getattr(getattr(config, "text_config", None) or config, "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise UserError(f"its config.json says num_hidden_layers {layers}, more than any model has; fetch it again")
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise UserError(f"config.json: num_hidden_layers {layers} must be <= {MAX_LAYERS}; download the model again")
 
 
 def model_without_weights(config: Any) -> Any:
-    """The model on torch's meta device: modules and shapes, no numbers. Raises UserError when it cannot be built."""
+    """The model on torch's meta device: modules and shapes, no weights. Raises UserError when it cannot be built."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -144,16 +140,16 @@ def model_without_weights(config: Any) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config.get_text_config())
     except Exception as error:
-        raise _not_measured(config, error) from error
+        raise _cannot_be_measured(config, error) from error
 
 
-def _not_measured(config: Any, error: Exception) -> UserError:
+def _cannot_be_measured(config: Any, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
     return UserError(f"model type {config.model_type!r} cannot be measured: {reason}; give --model-size")
 
 
 def sizes_of_model(model: Any) -> Sizes:
-    """Sizes of a loaded model, with or without an adapter, whole or in 4 bit."""
+    """Sizes of a loaded model, with or without an adapter, in 16 bit or 4 bit."""
     from torch.nn import Embedding
 
     if hasattr(model, "get_base_model"):
@@ -213,13 +209,13 @@ def sizes_of_model(model: Any) -> Sizes:
 
 
 def _unpacked_shape(parameter: Any) -> tuple[int, ...]:
-    """Shape of a parameter as it was before bitsandbytes packed it."""
+    """Shape of a parameter before bitsandbytes packed it."""
     state = getattr(parameter, "quant_state", None)
     return tuple(state.shape if state is not None else parameter.shape)
 
 
 def _mlp_width(config: Any, routed: int) -> int:
-    """Width inside the MLP that one token meets in one layer: of all its experts together in a mixture of experts."""
+    """Width of the MLP's inner activations for one token: summed over its experts in a mixture of experts."""
     dense = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * config.hidden_size
     if isinstance(dense, list):
         dense = max(dense)
@@ -235,16 +231,15 @@ def _mlp_width(config: Any, routed: int) -> int:
 
 
 def sizes_of_billions(billions: float) -> Sizes:
-    """A Llama-like model of that many parameters (10^9): the published shape nearest to it, stretched to the number."""
+    """A Llama-like model of that many parameters (10^9): the nearest published shape, scaled to that number."""
     if not 0.002 <= billions <= 2000:
-        raise UserError(f"--model-size {billions:g}: give the parameters in billions, such as 7.0")
+        raise UserError(f"--model-size {billions:g}: must be the number of parameters in billions, such as 7.0")
     parameters = billions * 1e9
     shapes = [dense_sizes(*shape) for shape in KNOWN_SHAPES]
-    number = min(range(len(shapes)), key=lambda i: abs(math.log(shapes[i].parameters / parameters)))
-    hidden, intermediate, layers, heads, kv_heads, width, vocab, tied = KNOWN_SHAPES[number]
-    near = shapes[number]
+    near, shape = min(zip(shapes, KNOWN_SHAPES, strict=True), key=lambda s: abs(math.log(s[0].parameters / parameters)))
+    hidden, intermediate, layers, heads, kv_heads, width, vocab, tied = shape
     outside = near.embedding + near.head
-    if parameters < 1.5 * outside:  # a tiny model does not carry a large vocabulary
+    if parameters < 1.5 * outside:  # a tiny model has a small vocabulary
         vocab = max(1000, int(parameters / 3 / hidden))
         outside = vocab * hidden * (1 if tied else 2)
     ratio = (parameters - outside) / (near.parameters - near.embedding - near.head)
@@ -258,7 +253,7 @@ def sizes_of_billions(billions: float) -> Sizes:
 def dense_sizes(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, width: int, vocab: int, tied: bool
 ) -> Sizes:
-    """A Llama-like model: grouped-query attention and a gated MLP without biases, two RMSNorms a layer and a last."""
+    """A Llama-like model: grouped-query attention, gated MLP, no biases, two RMSNorms per layer and a final one."""
     query, key_value = heads * width, kv_heads * width
     shapes = {
         "q_proj": (hidden, query), "k_proj": (hidden, key_value), "v_proj": (hidden, key_value),

@@ -1,40 +1,42 @@
-"""Tables of an estimate and of the cards, for the terminal."""
+"""Memory plans and GPU readings as terminal tables and as JSON."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from finetune.memory import advice
-from finetune.memory.devices import Card
-from finetune.memory.estimate import Plan, estimate, total
-from finetune.memory.sizes import Sizes
+from finetune.memory.devices import Gpu
+from finetune.memory.plan import GPU_SIZES_GB, MemoryPlan, command_line, merged_flags, suggest
 
-NAMES = {
+Suggestions = dict[int, tuple[MemoryPlan, dict[str, Any]]]  # GPU size in GB -> what `suggest` returns
+
+PART_LABELS = {
     "weights": "weights of the layers",
     "quantization_constants": "constants of the 4-bit weights",
     "embeddings": "embedding and lm_head",
     "norms": "norms, biases",
     "adapter": "LoRA adapter (float32)",
-    "gradients": "its gradients",
+    "gradients": "LoRA gradients",
     "optimizer": "optimizer states",
     "activations": "activations",
     "backward": "backward pass of one layer",
     "loss": "loss (logits in chunks)",
-    "unpacked_weights": "a matrix unpacked from 4 bit",
+    "unpacked_weights": "one matrix dequantized from 4 bit",
     "first_check": "check before the first step",
     "context": "CUDA context",
-    "slack": "the allocator's slack",
+    "slack": "allocator overhead",
 }
+MIN_SHOWN_BYTES = 0.005e9
 
 
 def wide_console() -> Console:
-    """stdout. A log or a pipe has no width of its own; the tables need more than the 80 columns rich takes it for."""
+    """stdout; a log or a pipe gets 140 columns in place of rich's default of 80."""
     return Console() if sys.stdout.isatty() else Console(width=140)
 
 
@@ -43,147 +45,141 @@ def gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def parts_table(parts: dict[str, float], plan: Plan, title: str) -> Table:
-    """Every part that is not nothing, and the total."""
-    table = Table(title=escape(title), title_style="bold", title_justify="left")
-    table.add_column("part")
-    table.add_column("GB", justify="right")
-    table.add_column("share", justify="right")
-    peak = total(parts)
-    for name, size in parts.items():
-        if size >= 0.005e9 or name in ("weights", "activations"):
-            label = "Python and the libraries" if name == "context" and plan.device == "cpu" else NAMES[name]
-            table.add_row(label, f"{size / 1e9:.2f}", f"{size / peak:.0%}")
-    table.add_section()
-    table.add_row("peak", f"{peak / 1e9:.2f}", "", style="bold")
+def gpu_size(gpu_gb: float | None) -> str:
+    return "none" if gpu_gb is None else f"{gpu_gb:g} GB"
+
+
+def new_table(columns: Sequence[str], *, right: Sequence[str] = (), **options: Any) -> Table:
+    """A table with these columns, those named in `right` aligned to the right."""
+    table = Table(title_justify="left", **options)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return table
 
 
-def changes_table(sizes: Sizes, plan: Plan) -> Table:
-    """One line per setting that may be changed alone: its flags, the peak after it, the smallest card for it."""
-    table = Table(title="Less and more memory, one change at a time", title_style="bold", title_justify="left")
-    for column in ("change", "flags", "GB", "smallest card", "price or gain"):
-        table.add_column(column, justify="right" if column in ("GB", "smallest card") else "left", overflow="fold")
-    peak = advice.needs(sizes, plan)
-    for changes in (advice.savings(sizes, plan), advice.luxuries(sizes, plan)):
+def parts_table(plan: MemoryPlan, title: str) -> Table:
+    """The parts of a plan that are not negligible, and the peak."""
+    table = new_table(("part", "GB", "share"), right=("GB", "share"), title=escape(title), title_style="bold")
+    for name, size in plan.parts.items():
+        if size >= MIN_SHOWN_BYTES or name in ("weights", "activations"):
+            on_cpu = name == "context" and plan.workload.device == "cpu"
+            label = "Python and the libraries" if on_cpu else PART_LABELS[name]
+            table.add_row(label, f"{size / 1e9:.2f}", f"{size / plan.peak:.0%}")
+    table.add_section()
+    table.add_row("peak", f"{plan.peak / 1e9:.2f}", "", style="bold")
+    return table
+
+
+def changes_table(plan: MemoryPlan) -> Table:
+    """Each single change of a plan: its flags, the difference in GB, and the smallest GPU it then fits."""
+    table = new_table(("change", "flags", "GB", "smallest GPU", "effect"), right=("GB", "smallest GPU"),
+                      title="Less and more memory, one change at a time", title_style="bold")  # fmt: skip
+    for changes in (plan.reductions(), plan.increases()):
         for change in changes:
-            difference = advice.needs(sizes, change.plan) - peak
-            table.add_row(change.what, advice.flag_words(change.flags), f"{difference / 1e9:+.2f}",
-                          _smallest(sizes, change.plan), change.cost)  # fmt: skip
+            smallest = gpu_size(change.plan.smallest_gpu_gb) if plan.workload.device == "cuda" else "-"
+            difference = f"{(change.plan.peak - plan.peak) / 1e9:+.2f}"
+            table.add_row(change.what, command_line(change.flags), difference, smallest, change.effect)
         table.add_section()
     return table
 
 
-def _smallest(sizes: Sizes, plan: Plan) -> str:
-    return card_words(advice.smallest_card(sizes, plan)) if plan.device == "cuda" else "-"
-
-
-def cards_table(suggestions: Iterable[advice.Suggestion]) -> Table:
-    """Flags for cards of common sizes."""
-    table = Table(title="Flags for cards of common sizes", title_style="bold", title_justify="left")
-    for column in ("card", "peak GB", "flags"):
-        table.add_column(column, justify="right" if column != "flags" else "left", overflow="fold")
-    for one in suggestions:
-        if one.plan is None:
-            table.add_row(card_words(one.card_gb), f"{one.peak / 1e9:.1f}", "does not fit: take a smaller model")
-        else:
-            table.add_row(card_words(one.card_gb), f"{one.peak / 1e9:.1f}", advice.flag_words(one.flags))
+def suggestions_table(suggestions: Suggestions) -> Table:
+    """Flags for GPUs of common sizes."""
+    table = new_table(("GPU", "peak GB", "flags"), right=("GPU", "peak GB"),
+                      title="Flags for GPUs of common sizes", title_style="bold")  # fmt: skip
+    for gpu_gb, (plan, flags) in suggestions.items():
+        text = command_line(flags) if plan.fits else "does not fit: use a smaller model"
+        table.add_row(gpu_size(gpu_gb), f"{plan.peak / 1e9:.1f}", text)
     return table
 
 
-def print_estimate(
-    console: Console, sizes: Sizes, plan: Plan, name: str, capacity: float | None, place: str, step_rows: int = 16
-) -> None:
-    """The whole estimate; `capacity` bytes of `place` (None: no card is known, only common ones are looked at)."""
-    kind = "4-bit NF4" if plan.load_in_4bit else plan.dtype
-    passes = f"{plan.tokens:,} tokens in a pass, longest row {plan.longest or plan.tokens:,}"
-    title = f"Memory of {name}: {sizes.parameters / 1e9:.2f} B parameters, {kind}, rank {plan.rank}, {passes}"
-    console.print(parts_table(estimate(sizes, plan), plan, title))
-    if capacity is not None:
-        for line in verdict(sizes, plan, capacity, place):
+def suggestions_for(plan: MemoryPlan, step_rows: int) -> Suggestions:
+    """Suggestions for GPUs of common sizes that keep the plan's settings; for a CPU plan the defaults of a GPU."""
+    like = plan.workload
+    if like.device == "cpu":
+        like = like.replace(optim="adamw_8bit", dtype="bfloat16")
+    return {gpu_gb: suggest(plan.sizes, gpu_gb, step_rows=step_rows, like=like) for gpu_gb in GPU_SIZES_GB}
+
+
+def print_estimate(console: Console, plan: MemoryPlan, model: str, place: str, step_rows: int = 16) -> None:
+    """The complete estimate; `place` names what `plan.capacity` belongs to."""
+    workload = plan.workload
+    kind = "4-bit NF4" if workload.load_in_4bit else workload.dtype
+    passes = f"{workload.tokens:,} tokens per pass, longest row {workload.longest_row:,}"
+    title = f"Memory of {model}: {plan.sizes.parameters / 1e9:.2f} B parameters, {kind}, rank {workload.rank}, {passes}"
+    console.print(parts_table(plan, title))
+    if plan.capacity is not None:
+        for line in verdict(plan, plan.capacity, place):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
-    elif plan.device == "cuda":
-        console.print(f"Smallest card it fits: {card_words(advice.smallest_card(sizes, plan))}.", highlight=False)
-    console.print(changes_table(sizes, plan))
-    like = plan if plan.device == "cuda" else plan.but(optim="adamw_8bit", dtype="bfloat16")
-    console.print(cards_table([advice.suggest(sizes, gb, step_rows=step_rows, like=like) for gb in advice.CARDS_GB]))
+    elif workload.device == "cuda":
+        console.print(f"Smallest GPU it fits: {gpu_size(plan.smallest_gpu_gb)}.", highlight=False)
+    console.print(changes_table(plan))
+    console.print(suggestions_table(suggestions_for(plan, step_rows)))
 
 
-def card_words(card_gb: float | None) -> str:
-    return "none" if card_gb is None else f"{card_gb:g} GB"
-
-
-def verdict(sizes: Sizes, plan: Plan, capacity: float, name: str) -> list[str]:
-    """Whether the plan fits, in words: what is left, or what to change; and the largest row and pass."""
-    peak = advice.needs(sizes, plan)
-    rows = max(1, plan.tokens // (plan.longest or plan.tokens))
-    lines = []
-    if peak <= capacity:
-        lines.append(f"Fits {name}: {gb(peak)} of {gb(capacity)}, {gb(capacity - peak)} left.")
+def verdict(plan: MemoryPlan, capacity: float, place: str) -> list[str]:
+    """Lines that say whether the plan fits, what to change, and the longest row and largest pass that fit."""
+    workload = plan.workload
+    rows = max(1, workload.tokens // workload.longest_row)
+    if plan.fits:
+        lines = [f"Fits {place}: {gb(plan.peak)} of {gb(capacity)}, {gb(capacity - plan.peak)} left."]
     else:
-        lines.append(f"Does not fit {name}: {gb(peak)} needed, {gb(capacity)} there.")
-        fitting = advice.make_fit(sizes, plan, capacity)
-        changes = "; ".join(dict.fromkeys(change.what for change in fitting.changes))
-        if fitting.fits:
-            lines.append(f"Fits with {advice.flag_words(fitting.flags())} ({gb(fitting.peak)}): {changes}.")
+        lines = [f"Does not fit {place}: {gb(plan.peak)} needed, {gb(capacity)} available."]
+        fitted, changes = plan.fitted()
+        if fitted.fits:
+            names = "; ".join(dict.fromkeys(change.what for change in changes))
+            lines.append(f"Fits with {command_line(merged_flags(changes))} ({gb(fitted.peak)}): {names}.")
         else:
-            lines.append(f"Nothing makes it fit (at best {gb(fitting.peak)}): take a smaller model or a larger card.")
-    length, batch = advice.largest_length(sizes, plan, capacity, rows), advice.largest_batch(sizes, plan, capacity)
-    if length:
-        with_rows = "" if rows == 1 else f" with {rows} rows in a pass"
-        lines.append(
-            f"Largest: rows of {length:,} tokens{with_rows}, or {batch:,} rows of {plan.longest or plan.tokens:,} "
-            "tokens in a pass."
-        )
+            lines.append(f"No change makes it fit (at best {gb(fitted.peak)}): use a smaller model or a larger GPU.")
+    if length := plan.max_row_tokens(rows):
+        with_rows = "" if rows == 1 else f" with {rows} rows per pass"
+        lines.append(f"Largest: rows of {length:,} tokens{with_rows}, or {plan.max_rows_per_pass():,} rows of "
+                     f"{workload.longest_row:,} tokens per pass.")  # fmt: skip
     return lines
 
 
-def live_table(cards: list[Card], time: str) -> Table:
-    """One reading of all cards."""
-    table = Table(title=time, title_style="dim", title_justify="left")
-    for column in ("card", "memory in use", "free", "load", "°C", "W"):
-        table.add_column(column, justify="left" if column == "card" else "right")
+def live_table(gpus: Sequence[Gpu], time: str) -> Table:
+    """One reading of all GPUs."""
+    columns = ("GPU", "memory in use", "free", "load", "°C", "W")
+    table = new_table(columns, right=columns[1:], title=time, title_style="dim")
 
-    def show(value: Any, text: str) -> str:
+    def show(value: float | None, text: str) -> str:
         return "-" if value is None else text.format(value)
 
-    for card in cards:
-        name = escape(f"{card.index} {card.name}")
-        if card.status == "lost":
+    for gpu in gpus:
+        name = escape(f"{gpu.index} {gpu.name}")
+        if gpu.status == "lost":
             table.add_row(name, "lost", *["-"] * 4, style="red")
             continue
-        used = show(card.memory_used_gb, "{:.2f}") + " / " + show(card.memory_total_gb, "{:.2f} GB")
-        table.add_row(name, used, show(card.memory_free_gb, "{:.2f} GB"), show(card.utilization_percent, "{} %"),
-                      show(card.temperature_c, "{}"), show(card.power_w, "{:.0f}"))  # fmt: skip
+        used = show(gpu.memory_used_gb, "{:.2f}") + " / " + show(gpu.memory_total_gb, "{:.2f} GB")
+        table.add_row(name, used, show(gpu.memory_free_gb, "{:.2f} GB"), show(gpu.utilization_percent, "{} %"),
+                      show(gpu.temperature_c, "{}"), show(gpu.power_w, "{:.0f}"))  # fmt: skip
     return table
 
 
-def as_json(sizes: Sizes, plan: Plan, suggestions: list[advice.Suggestion], card: tuple[str, float] | None) -> dict:
-    """Everything the tables say, for programs. Sizes in GB (10^9 bytes)."""
+def as_json(plan: MemoryPlan, place: str, step_rows: int) -> dict[str, Any]:
+    """The contents of the tables as JSON; sizes in GB (10^9 bytes)."""
 
     def in_gb(size: float) -> float:
         return round(size / 1e9, 4)
 
-    parts = estimate(sizes, plan)
-    changes = [*advice.savings(sizes, plan), *advice.luxuries(sizes, plan)]
     result: dict[str, Any] = {
-        "parameters": round(sizes.parameters),
-        "plan": {**plan.__dict__, "target_modules": list(plan.target_modules)},
-        "parts_gb": {name: in_gb(size) for name, size in parts.items()},
-        "total_gb": in_gb(total(parts)),
-        "smallest_card_gb": advice.smallest_card(sizes, plan) if plan.device == "cuda" else None,
-        "changes": [{"change": c.what, "flags": c.flags, "total_gb": in_gb(advice.needs(sizes, c.plan))}
-                    for c in changes],
-        "cards": [{"card_gb": s.card_gb, "fits": s.plan is not None, "total_gb": in_gb(s.peak), "flags": s.flags}
-                  for s in suggestions],
+        "parameters": round(plan.sizes.parameters),
+        "plan": asdict(plan.workload),
+        "parts_gb": {name: in_gb(size) for name, size in plan.parts.items()},
+        "total_gb": in_gb(plan.peak),
+        "smallest_card_gb": plan.smallest_gpu_gb if plan.workload.device == "cuda" else None,
+        "changes": [{"change": change.what, "flags": change.flags, "total_gb": in_gb(change.plan.peak)}
+                    for change in (*plan.reductions(), *plan.increases())],
+        "cards": [{"card_gb": gpu_gb, "fits": one.fits, "total_gb": in_gb(one.peak), "flags": flags}
+                  for gpu_gb, (one, flags) in suggestions_for(plan, step_rows).items()],
     }  # fmt: skip
-    if card is not None:
-        name, capacity = card
-        fitting = advice.make_fit(sizes, plan, capacity)
+    if plan.capacity is not None:
+        fitted, changes = plan.fitted()
         result["card"] = {
-            "name": name, "usable_gb": in_gb(capacity), "fits": total(parts) <= capacity,
-            "largest_max_seq_length": advice.largest_length(sizes, plan, capacity),
-            "largest_rows_per_pass": advice.largest_batch(sizes, plan, capacity),
-            "to_fit": fitting.flags() if fitting.fits else None,
+            "name": place, "usable_gb": in_gb(plan.capacity), "fits": plan.fits,
+            "largest_max_seq_length": plan.max_row_tokens(),
+            "largest_rows_per_pass": plan.max_rows_per_pass(),
+            "to_fit": merged_flags(changes) if fitted.fits else None,
         }  # fmt: skip
     return result

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from finetune.errors import UserError
 from finetune.files import atomic_directory
-from finetune.torchless import let_torch_in
+from finetune.torchless import unhide_torch
 
 NAME = "smollm2-135m"
 LAYOUT = "v1"  # part of the folder's name: a change to this file that alters the result must change it
@@ -64,7 +64,7 @@ def smollm2_dir() -> Path:
 
 
 def _convert(source: Path, gguf_file: str, target: Path) -> None:
-    let_torch_in()
+    unhide_torch()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

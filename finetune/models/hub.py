@@ -1,4 +1,4 @@
-"""The token for the Hugging Face Hub, from the environment alone."""
+"""The Hugging Face Hub: the user's token, and names that mean something to others."""
 
 from __future__ import annotations
 
@@ -7,20 +7,44 @@ import re
 from pathlib import Path
 
 from finetune.errors import UserError
+from finetune.models import bundled
+
+BUNDLED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the bundled model on the Hub
 
 
 def hub_token() -> str | None:
-    """$HF_TOKEN without white space around it (files and Docker secrets end with a line), None when it is not set.
+    """$HF_TOKEN, else the token that `hf auth login` stored, without surrounding white space; None without either.
 
-    UserError, which does not repeat it, when no token looks so: the HTTP library's own complaint would print it.
+    Raises UserError, which does not repeat the token, when it cannot be one: the HTTP library's error would print it.
     """
     token = os.environ.get("HF_TOKEN", "").strip()
+    if not token:
+        try:
+            from huggingface_hub import get_token
+        except ImportError:  # train_lora.py --doctor, before anything is installed
+            return None
+        token = get_token() or ""
     if not re.fullmatch(r"[!-~]*", token):
-        raise UserError("HF_TOKEN holds white space or characters that no token has; set it anew")
+        raise UserError("the Hugging Face token contains white space or invalid characters; set HF_TOKEN again")
     return token or None
 
 
-def public_name(model: str) -> str:
-    """A Hub id as it is; of a path on this machine only its last part."""
-    path = Path(model)
-    return path.resolve().name if path.exists() or path.is_absolute() else model
+def is_local_path(name: str) -> bool:
+    """Whether the name of a model or dataset is a path on this machine, not a Hub id."""
+    return Path(name).exists() or Path(name).is_absolute()
+
+
+def public_name(name: str) -> str:
+    """A Hub id as it is; only the last part of a local path."""
+    return Path(name).resolve().name if is_local_path(name) else name
+
+
+def public_base(model: str) -> str:
+    """The base model as a model card names it: its Hub id, or the last part of a local path."""
+    return BUNDLED_ID if model.lower() == bundled.NAME else public_name(model)
+
+
+def check_public_base(model: str, flag: str, remedy: str) -> None:
+    """UserError when nobody else could load the base model of an adapter that `flag` is to upload."""
+    if model.lower() != bundled.NAME and is_local_path(model):
+        raise UserError(f"{flag}: the base model {model} is a local path, which nobody else can load; {remedy}")

@@ -1,1 +1,1 @@
-"""What `prepare_data.py` does with conversations: check, split, report, audit, show."""
+"""The work of `prepare_data.py`: check, split, report, audit and show conversations."""

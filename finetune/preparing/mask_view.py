@@ -1,66 +1,69 @@
-"""Rows with their trained tokens in colour, in the terminal or as one HTML page, so that a mask can be seen."""
+"""Rows with their trained tokens in colour, in the terminal or as one HTML page."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from finetune.files import write_text_atomic
 from formats import IGNORE_INDEX
 
 
+def trained_spans(labels: Sequence[int]) -> Iterator[tuple[int, int, bool]]:
+    """(start, end, whether trained) of each longest span of tokens that are all trained or all not."""
+    end = 0
+    for trained, group in groupby(label != IGNORE_INDEX for label in labels):
+        start, end = end, end + sum(1 for _ in group)
+        yield start, end, trained
+
+
 @dataclass(frozen=True)
-class Run:
-    """Neighbouring tokens that are all trained or all not: their text, number, role names and first and last id."""
+class Span:
+    """A span of tokens, from `start` to before `end`, and its text."""
 
     text: str
-    tokens: int
+    start: int
+    end: int
     trained: bool
-    roles: tuple[str, ...]
-    ids: tuple[int, ...]
 
 
-def runs(input_ids: Sequence[int], labels: Sequence[int], tokenizer, roles: Sequence[str] | None = None) -> list[Run]:
-    """Cut a sequence where training begins and ends. Texts joined give the decoded sequence.
+def decoded_spans(input_ids: Sequence[int], labels: Sequence[int], tokenizer) -> list[Span]:
+    """The spans of a sequence; their texts joined are the decoded sequence.
 
-    A run's text is what decoding up to its end adds, so that tokenizers which join or strip at borders stay exact.
+    The text is what decoding up to the span's end adds, because some tokenizers join or strip text at borders.
     """
-    result: list[Run] = []
-    start, before = 0, ""
-    for end in range(1, len(input_ids) + 1):
-        if end < len(input_ids) and (labels[end] == IGNORE_INDEX) == (labels[start] == IGNORE_INDEX):
-            continue
-        upto = tokenizer.decode(list(input_ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        text = upto[len(before) :] if upto.startswith(before) else tokenizer.decode(list(input_ids[start:end]))
-        names = tuple(dict.fromkeys(roles[start:end])) if roles else ()
-        result.append(Run(text, end - start, labels[start] != IGNORE_INDEX, names, tuple(input_ids[start:end])))
-        start, before = end, upto
+    result: list[Span] = []
+    before = ""
+    for start, end, trained in trained_spans(labels):
+        decoded = tokenizer.decode(list(input_ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = decoded[len(before) :] if decoded.startswith(before) else tokenizer.decode(list(input_ids[start:end]))
+        result.append(Span(_visible(text), start, end, trained))
+        before = decoded
     return result
 
 
-def print_sequence(console, input_ids, labels, tokenizer, title: str) -> None:
-    """Print one sequence to a rich console: trained tokens bold on green, the rest dim."""
+def print_sequence(console, input_ids: Sequence[int], labels: Sequence[int], tokenizer, title: str) -> None:
+    """Print one sequence to a rich console: trained tokens bold on green, or in ⟦brackets⟧ without colour."""
     from rich.text import Text
 
-    trained = sum(label != IGNORE_INDEX for label in labels)
-    console.rule(Text(f"{title}: {len(input_ids)} tokens, {trained} trained", style="bold"), align="left")
+    console.rule(Text(f"{title}: {_token_counts(labels)}", style="bold"), align="left")
     text = Text()
-    for run in runs(input_ids, labels, tokenizer):
-        text.append(_visible(run.text), style="bold black on green" if run.trained else "dim")
-    # Without colour (a pipe, a log) the brackets of `marked` carry the mask.
-    console.print(text if console.color_system else marked(input_ids, labels, tokenizer), highlight=False, markup=False)
+    for span in decoded_spans(input_ids, labels, tokenizer):
+        shown = span.text if console.color_system or not span.trained else f"⟦{span.text}⟧"
+        text.append(shown, style="bold black on green" if span.trained else "dim")
+    console.print(text, highlight=False)
 
 
-def marked(input_ids, labels, tokenizer) -> str:
-    """The sequence as plain text with ⟦trained tokens⟧ in brackets."""
-    found = [(_visible(run.text), run.trained) for run in runs(input_ids, labels, tokenizer)]
-    return "".join(f"⟦{text}⟧" if trained else text for text, trained in found)
+def _token_counts(labels: Sequence[int]) -> str:
+    return f"{len(labels)} tokens, {sum(label != IGNORE_INDEX for label in labels)} trained"
 
 
 def _visible(text: str) -> str:
-    """Control characters that would act on a terminal are shown, and so is a zero-width space (escaped tokens)."""
+    """The text with control characters, which a terminal would obey, and zero-width spaces made visible."""
     shown = {0x200B: "\u2423ZWSP\u2423"} | {code: f"\\x{code:02x}" for code in (*range(9), 11, 12, *range(14, 32), 127)}
     return text.translate(shown)
 
@@ -78,21 +81,21 @@ def html_page(entries: Iterable[dict[str, Any]], tokenizer, heading: str) -> str
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
         f"<title>{html.escape(heading)}</title><style>{_STYLE}</style><h1>{html.escape(heading)}</h1>",
-        "<p class='note'>Trained tokens are <mark>marked</mark>; hover over a piece for its tokens.</p>",
+        "<p class='note'>Trained tokens are <mark>marked</mark>; hover over a span for its tokens.</p>",
     ]
     for entry in entries:
         parts.append(f"<h2>{html.escape(entry['title'])}</h2>")
-        if entry.get("reason"):
+        if entry["reason"]:
             parts.append(f"<p class='note'>{html.escape(entry['reason'])}</p>")
         for ids, labels, roles in entry["sequences"]:
-            pieces = []
-            for run in runs(ids, labels, tokenizer, roles):
-                first, last = (tokenizer.convert_ids_to_tokens(token) for token in (run.ids[0], run.ids[-1]))
-                hint = f"{run.tokens} tokens, {first!r} … {last!r}, {', '.join(run.roles)}"
-                tag = "mark" if run.trained else "span"
-                pieces.append(f"<{tag} title='{html.escape(hint)}'>{html.escape(_visible(run.text))}</{tag}>")
-            trained = sum(label != IGNORE_INDEX for label in labels)
-            parts.append(f"<p class='note'>{len(ids)} tokens, {trained} trained</p><pre>{''.join(pieces)}</pre>")
+            spans = []
+            for span in decoded_spans(ids, labels, tokenizer):
+                first, last = tokenizer.convert_ids_to_tokens([ids[span.start], ids[span.end - 1]])
+                names = ", ".join(dict.fromkeys(roles[span.start : span.end]))
+                hint = f"{span.end - span.start} tokens, {first!r} … {last!r}, {names}"
+                tag = "mark" if span.trained else "span"
+                spans.append(f"<{tag} title='{html.escape(hint)}'>{html.escape(span.text)}</{tag}>")
+            parts.append(f"<p class='note'>{_token_counts(labels)}</p><pre>{''.join(spans)}</pre>")
     return "\n".join(parts) + "\n</html>\n"
 
 
@@ -110,6 +113,4 @@ def show_terminal(entries: Iterable[dict[str, Any]], tokenizer) -> None:
 
 def show_html(entries: Iterable[dict[str, Any]], tokenizer, heading: str, path: str | Path) -> None:
     """Write the page of `html_page`."""
-    from finetune.files import write_text_atomic
-
     write_text_atomic(path, html_page(entries, tokenizer, heading))

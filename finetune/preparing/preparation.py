@@ -1,26 +1,24 @@
-"""The verb `prepare`: read, normalise, check, remove duplicates, fit to a length, split, write.
-
-Kept rows + rejected rows = rows read, always; the function ends with that sum.
-"""
+"""The verb `prepare`: read, normalise, check, deduplicate, fit to a length, split."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune.errors import UserError
 from finetune.preparing.checks import check_conversation, exact_key
 from finetune.preparing.splits import SPLITS, near_duplicate_groups, parse_ratios, split_conversations
-from finetune.reading.conversations import LoadResult, Rejected, load_conversations
+from finetune.reading.conversations import load_conversations
+from finetune.reading.load_result import LoadResult, Rejected, SourceRow
 from finetune.reading.sources import parse_spec
 
 
 @dataclass
-class Options:
-    """What `prepare` is asked for; see the flags of prepare_data.py."""
+class PrepareOptions:
+    """The options of `prepare`; see the flags of prepare_data.py."""
 
     strict: bool = False
     dedupe: bool = False
@@ -38,17 +36,16 @@ class Options:
 
 @dataclass
 class Prepared:
-    """The outcome, ready to be written.
+    """The result, ready to be written.
 
-    splits    split -> canonical conversations; `origins` (source, row) alike
-    rejected  rows set aside, in the order they were found
-    warnings  kind of problem -> its rows that were kept nevertheless
-    lengths   per kept conversation: tokens, or characters where no tokenizer was given (`unit`)
+    splits    split -> canonical conversations
+    rejected  rejected rows, in the order they were found
+    warnings  kind of problem -> its rows, which are kept
+    lengths   split -> length of each conversation in tokens, or in characters without a tokenizer (`unit`)
     """
 
     loaded: LoadResult
     splits: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    origins: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     rejected: list[Rejected] = field(default_factory=list)
     warnings: dict[str, list[str]] = field(default_factory=dict)
     lengths: dict[str, list[int]] = field(default_factory=dict)
@@ -68,14 +65,17 @@ class _Row:
     origin: tuple[str, int]
     length: int
 
+    def __str__(self) -> str:
+        return f"{self.origin[0]}, row {self.origin[1]}"
+
 
 def prepare(
-    specs: Sequence[str], options: Options, *, tokenizer=None, fmt=None, rows: Iterable | None = None
+    specs: Sequence[str], options: PrepareOptions, *, tokenizer=None, fmt=None, rows: Iterable[SourceRow] | None = None
 ) -> Prepared:
-    """Run the whole preparation in memory. Raises UserError (bad source, `strict` and a bad row, nothing left).
+    """Run the whole preparation in memory. Raises UserError (bad source, bad row if `strict`, no rows left).
 
-    With a tokenizer and a format, rows are measured in tokens, held against `max_seq_length`, and rows that the
-    format cannot express are rejected here instead of at training time.
+    With a tokenizer and a format, lengths are in tokens, and rows that are longer than `max_seq_length` or that the
+    format cannot express are rejected.
     """
     ratios = parse_ratios(options.split)
     for spec in specs:
@@ -89,36 +89,36 @@ def prepare(
         _Row(conversation, origin, len(json.dumps(conversation, ensure_ascii=False)))
         for conversation, origin in zip(loaded.conversations, loaded.origins, strict=True)
     ]
-    kept = _checked(kept, result, options)
-    kept = _without_copies(kept, result, options)
+    kept = _check(kept, result, options)
+    kept = _deduplicate(kept, result, options)
     if tokenizer is not None:
-        kept = _fitted(kept, result, options, tokenizer, fmt)
+        kept = _fit_to_length(kept, result, options, tokenizer, fmt)
     if not kept:
         reasons = Counter(rejected.reason for rejected in result.rejected).most_common(1)
         why = f"; most often: {reasons[0][0]}" if reasons else ""
         raise UserError(f"{', '.join(specs) or 'database'}: no rows left of {loaded.counts['read']} read{why}")
     groups = near_duplicate_groups([row.conversation for row in kept])
     if options.dedupe:
-        kept, groups = _without_near_copies(kept, groups, result, options)
+        kept = _deduplicate_near(kept, groups, result, options)
+        groups = list(range(len(kept)))
     result.near_duplicates = len(groups) - len(set(groups))
     names = split_conversations([row.conversation for row in kept], groups, ratios, options.seed)
     for name in SPLITS:
         chosen = [row for row, split in zip(kept, names, strict=True) if split == name]
         result.splits[name] = [row.conversation for row in chosen]
-        result.origins[name] = [row.origin for row in chosen]
         result.lengths[name] = [row.length for row in chosen]
     if result.kept + len(result.rejected) != loaded.counts["read"]:
-        raise AssertionError("a row got lost: kept + rejected is not what was read")
+        raise AssertionError("kept + rejected rows must be the rows read")
     return result
 
 
-def _reject(row: _Row, reason: str, result: Prepared, options: Options) -> None:
+def _reject(row: _Row, reason: str, result: Prepared, options: PrepareOptions) -> None:
     if options.strict:
-        raise UserError(f"{row.origin[0]}, row {row.origin[1]}: {reason}; mend the row, or leave --strict out")
+        raise UserError(f"{row}: {reason}; fix the row, or omit --strict")
     result.rejected.append(Rejected(*row.origin, reason, row.conversation))
 
 
-def _checked(rows: list[_Row], result: Prepared, options: Options) -> list[_Row]:
+def _check(rows: list[_Row], result: Prepared, options: PrepareOptions) -> list[_Row]:
     kept = []
     for row in rows:
         problems = check_conversation(row.conversation)
@@ -127,35 +127,28 @@ def _checked(rows: list[_Row], result: Prepared, options: Options) -> list[_Row]
             _reject(row, "; ".join(errors), result, options)
             continue
         for kind in {problem.kind for problem in problems}:
-            result.warnings.setdefault(kind, []).append(f"{row.origin[0]}, row {row.origin[1]}")
+            result.warnings.setdefault(kind, []).append(str(row))
         kept.append(row)
     return kept
 
 
-def _without_copies(rows: list[_Row], result: Prepared, options: Options) -> list[_Row]:
-    first: dict[bytes, tuple[str, int]] = {}
-    kept = []
+def _deduplicate(rows: list[_Row], result: Prepared, options: PrepareOptions) -> list[_Row]:
+    first: dict[bytes, _Row] = {}
     for row in rows:
-        original = first.setdefault(exact_key(row.conversation), row.origin)
-        if original is row.origin:
-            kept.append(row)
-        else:
-            _reject(row, f"the same as {original[0]}, row {original[1]}", result, options)
-    return kept
+        original = first.setdefault(exact_key(row.conversation), row)
+        if original is not row:
+            _reject(row, f"duplicate of {original}", result, options)
+    return list(first.values())
 
 
-def _without_near_copies(rows, groups, result: Prepared, options: Options) -> tuple[list[_Row], list[int]]:
-    kept: list[_Row] = []
+def _deduplicate_near(rows: list[_Row], groups: list[int], result: Prepared, options: PrepareOptions) -> list[_Row]:
     for index, (row, group) in enumerate(zip(rows, groups, strict=True)):
-        if group == index:
-            kept.append(row)
-        else:
-            source, number = rows[group].origin
-            _reject(row, f"nearly the same as {source}, row {number}", result, options)
-    return kept, list(range(len(kept)))
+        if group != index:
+            _reject(row, f"near-duplicate of {rows[group]}", result, options)
+    return [row for index, row in enumerate(rows) if groups[index] == index]
 
 
-def _fitted(rows: list[_Row], result: Prepared, options: Options, tokenizer, fmt) -> list[_Row]:
+def _fit_to_length(rows: list[_Row], result: Prepared, options: PrepareOptions, tokenizer, fmt) -> list[_Row]:
     from finetune.encoding.encode import encode_conversations
     from finetune.encoding.rows import without_oldest_turns
 
@@ -184,5 +177,5 @@ def _fitted(rows: list[_Row], result: Prepared, options: Options, tokenizer, fmt
         removed = encoded.turns_removed.get(index, 0)
         result.turns_removed += removed
         conversation = without_oldest_turns(row.conversation, removed) if removed else row.conversation
-        kept.append(_Row(conversation, row.origin, lengths[index]))
+        kept.append(replace(row, conversation=conversation, length=lengths[index]))
     return kept

@@ -1,4 +1,4 @@
-"""Near-duplicates and splits: rows that ask nearly the same never stand on both sides of a split."""
+"""Near-duplicates and splits: near-duplicate rows are always in the same split."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
+from operator import itemgetter
 from typing import Any
 
 from finetune.errors import UserError
 from finetune.preparing.checks import called_tool
-from finetune.reading.conversations import LoadResult
+from finetune.reading.load_result import LoadResult
 
 SPLITS = ("train", "validation", "test")
-SIMILARITY = 0.8  # Jaccard similarity of shingles from which two requests count as nearly the same
-_BANDS, _ROWS = 16, 4  # of the MinHash signature: finds 99.98 % of pairs at similarity 0.8 (1 - (1 - 0.8^4)^16)
+MIN_SIMILARITY = 0.8  # Jaccard similarity of shingles from which two requests count as near-duplicates
+# Bands, and hashes per band, of MinHash LSH: finds 99.98 % of pairs at similarity 0.8 (1 - (1 - 0.8^4)^16).
+LSH_BANDS, LSH_BAND_HASHES = 16, 4
+MAX_CHARACTER_SHINGLES = 2000  # characters of a text from which shingles are of words
 _SPACE = re.compile(r"\s+")
 
 
 def request_text(conversation: dict[str, Any]) -> str:
-    """What the user asked, all turns, in lower case with single spaces: two rows alike here leak into each other."""
+    """What the user asked in all turns, in lower case with single spaces."""
     text = " ".join(m["content"] for m in conversation["messages"] if m["role"] == "user")
     return _SPACE.sub(" ", text).strip().lower()
 
 
 def shingles(text: str) -> frozenset[int]:
-    """Overlapping pieces of 5 characters (of 3 words where a text is long), the set that similarity is measured on.
-
-    Each piece stands as its CRC-32, which is the same in every process and quick to compare.
-    """
-    if len(text) > 2000:
+    """CRC-32 of all overlapping pieces of 5 characters (of 3 words in a long text)."""
+    if len(text) > MAX_CHARACTER_SHINGLES:
         words = text.split(" ")
         pieces = (" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))
     else:
@@ -41,11 +41,11 @@ def shingles(text: str) -> frozenset[int]:
     return frozenset(zlib.crc32(piece.encode("utf-8")) for piece in pieces)
 
 
-def near_duplicate_groups(conversations: Sequence[dict[str, Any]], threshold: float = SIMILARITY) -> list[int]:
-    """A group number for each conversation; equal for conversations whose requests are nearly the same.
+def near_duplicate_groups(conversations: Sequence[dict[str, Any]]) -> list[int]:
+    """The group of each conversation, named by the index of its first member; near-duplicates share a group.
 
-    Candidates come from MinHash bands (datasketch; Broder 1997), every pair is then measured exactly. Groups are
-    the connected pieces, so a chain of near-duplicates stays together. Numbers are those of the first member.
+    MinHash LSH proposes candidates, whose similarity is then computed exactly. Groups are connected components, so a
+    chain of near-duplicates is one group.
     """
     texts: dict[str, int] = {}
     parent = list(range(len(conversations)))
@@ -61,50 +61,47 @@ def near_duplicate_groups(conversations: Sequence[dict[str, Any]], threshold: fl
         parent[max(a, b)] = min(a, b)
 
     for index, conversation in enumerate(conversations):
-        if text := request_text(conversation):  # rows in which nobody asks anything are not alike for that
+        if text := request_text(conversation):  # rows without a user's text are not near-duplicates of each other
             join(texts.setdefault(text, index), index)
     sets = {index: shingles(text) for text, index in texts.items()}
-    for bucket in _buckets(sets):
-        # Compared with one member of each group met so far in this bucket: thousands of copies stay linear.
+    for bucket in _lsh_buckets(sets):
+        # Compare with one member of each group seen in this bucket: linear for thousands of near-duplicates.
         seen: list[int] = []
         for item in bucket:
-            matching = [other for other in seen if find(other) == find(item)]
-            for other in seen if not matching else ():
-                if find(other) != find(item) and _similar(sets[item], sets[other], threshold):
+            joined = any(find(other) == find(item) for other in seen)
+            for other in () if joined else seen:
+                if find(other) != find(item) and _are_similar(sets[item], sets[other]):
                     join(item, other)
-                    matching.append(other)
-            if not matching:
+                    joined = True
+            if not joined:
                 seen.append(item)
     return [find(index) for index in range(len(conversations))]
 
 
-def _similar(a: frozenset, b: frozenset, threshold: float) -> bool:
-    if min(len(a), len(b)) < threshold * max(len(a), len(b)):
+def _are_similar(a: frozenset, b: frozenset) -> bool:
+    if min(len(a), len(b)) < MIN_SIMILARITY * max(len(a), len(b)):
         return False
     common = len(a & b)
-    return common >= threshold * (len(a) + len(b) - common)
+    return common >= MIN_SIMILARITY * (len(a) + len(b) - common)
 
 
-def _buckets(sets: dict[int, frozenset]) -> list[list[int]]:
-    """Items that agree in one whole band of their signature, in ascending order."""
-    from datasketch import MinHash
+def _lsh_buckets(sets: dict[int, frozenset[int]]) -> list[list[int]]:
+    """Items that share a band of their MinHash signature, and the buckets themselves, in ascending order."""
+    from datasketch import MinHash, MinHashLSH
 
-    items = list(sets)
-    signatures = MinHash.generator(sets.values(), num_perm=_BANDS * _ROWS, seed=1, hashfunc=int)
-    buckets: dict[tuple, list[int]] = defaultdict(list)
-    for item, signature in zip(items, signatures, strict=True):
-        for band in range(_BANDS):
-            values = signature.hashvalues[band * _ROWS : (band + 1) * _ROWS]
-            buckets[band, values.tobytes()].append(item)
-    return [bucket for bucket in buckets.values() if len(bucket) > 1]
+    hashes = LSH_BANDS * LSH_BAND_HASHES
+    index = MinHashLSH(num_perm=hashes, params=(LSH_BANDS, LSH_BAND_HASHES))
+    signatures = MinHash.generator(sets.values(), num_perm=hashes, seed=1, hashfunc=int)
+    for item, signature in zip(sets, signatures, strict=True):
+        index.insert(item, signature, check_duplication=False)
+    buckets = (sorted(table.get(key)) for table in index.hashtables for key in table)
+    return sorted((bucket for bucket in buckets if len(bucket) > 1), key=itemgetter(0))
 
 
 def parse_ratios(text: str) -> tuple[float, ...]:
     """`80/10/10` -> shares of train, validation and test. Raises UserError."""
-    from finetune.errors import UserError
-
     try:
-        numbers = [float(word) for word in text.split("/")]
+        numbers = [float(part) for part in text.split("/")]
     except ValueError:
         numbers = []
     if len(numbers) != len(SPLITS) or not all(0 <= number < inf for number in numbers) or numbers[0] <= 0:
@@ -115,10 +112,10 @@ def parse_ratios(text: str) -> tuple[float, ...]:
 def split_conversations(
     conversations: Sequence[dict[str, Any]], groups: Sequence[int], ratios: Sequence[float], seed: int = 0
 ) -> list[str]:
-    """The split of each conversation: whole groups together, each tool in the given shares as far as groups allow.
+    """The split of each conversation: groups stay together, and each tool has the same shares if groups permit.
 
-    Per tool (the group's most frequent first call) groups are dealt, large ones first and equals in seeded order, to
-    the split that lacks most; what rounding leaves over is carried to the next tool, so totals come out right too.
+    Tool by tool (a group's most frequent first call), groups are assigned, large ones first and equally large ones in
+    random order, to the split that lacks most rows; rounding differences carry over to the next tool.
     """
     members: dict[int, list[int]] = defaultdict(list)
     for index, group in enumerate(groups):
@@ -130,13 +127,12 @@ def split_conversations(
     rng = random.Random(seed)
     lacking = [0.0] * len(ratios)
     result = [SPLITS[0]] * len(conversations)
-    for tool in sorted(strata, key=lambda tool: (-sum(map(len, strata[tool])), tool)):
-        dealt = strata[tool]
-        rng.shuffle(dealt)
-        dealt.sort(key=len, reverse=True)
-        total = sum(map(len, dealt))
+    for _, stratum in sorted(strata.items(), key=lambda item: (-sum(map(len, item[1])), item[0])):
+        rng.shuffle(stratum)
+        stratum.sort(key=len, reverse=True)
+        total = sum(map(len, stratum))
         lacking = [lack + ratio * total for lack, ratio in zip(lacking, ratios, strict=True)]
-        for indices in dealt:
+        for indices in stratum:
             split = max((s for s in range(len(ratios)) if ratios[s] > 0), key=lambda s: lacking[s])
             lacking[split] -= len(indices)
             for index in indices:
@@ -145,7 +141,7 @@ def split_conversations(
 
 
 def split_off(loaded: LoadResult, fraction: float, seed: int) -> tuple[LoadResult, LoadResult]:
-    """(train, held out): about `fraction` of the rows, drawn by `seed`; equal requests stay on one side.
+    """(train, held out): about `fraction` of the rows, chosen by `seed`; equal requests stay on one side.
 
     Raises UserError when a side would be empty.
     """
@@ -154,26 +150,25 @@ def split_off(loaded: LoadResult, fraction: float, seed: int) -> tuple[LoadResul
         groups[request_text(conversation)].append(number)
     order = list(groups.values())
     random.Random(seed).shuffle(order)
-    wanted = max(1, round(fraction * len(loaded.conversations)))
-    held: set[int] = set()
+    total = len(loaded.conversations)
+    wanted = max(1, round(fraction * total))
+    held_out: set[int] = set()
     for group in order:
-        if len(held) >= wanted:
+        if len(held_out) >= wanted:
             break
-        held.update(group)
-    if not held or len(held) == len(loaded.conversations):
+        held_out.update(group)
+    if not held_out or len(held_out) == total:
         raise UserError(
-            f"--eval_fraction {fraction} leaves no rows on one side of the split ({len(loaded.conversations)} rows, "
+            f"--eval_fraction {fraction} leaves no rows on one side of the split ({total} rows, "
             f"{len(groups)} different requests); add rows or name an --eval_dataset"
         )
-    return _part(loaded, held, keep=False), _part(loaded, held, keep=True)
+    return _subset(loaded, [i for i in range(total) if i not in held_out]), _subset(loaded, sorted(held_out))
 
 
-def _part(loaded: LoadResult, numbers: set[int], *, keep: bool) -> LoadResult:
-    chosen = [i for i in range(len(loaded.conversations)) if (i in numbers) == keep]
-    digest = hashlib.sha256(f"{loaded.fingerprint}:{chosen}".encode()).hexdigest()
+def _subset(loaded: LoadResult, chosen: list[int]) -> LoadResult:
     return replace(
         loaded,
         conversations=[loaded.conversations[i] for i in chosen],
         origins=[loaded.origins[i] for i in chosen],
-        fingerprint=digest,
+        fingerprint=hashlib.sha256(f"{loaded.fingerprint}:{chosen}".encode()).hexdigest(),
     )

@@ -1,4 +1,4 @@
-"""A prepared data set on disk: splits, rejected rows, card and pictures, all of them or none."""
+"""Writes a prepared data set: splits, rejected rows, card and charts, all of them or none."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ from pathlib import Path
 
 from finetune.errors import UserError
 from finetune.files import json_lines, write_together
-from finetune.preparing.preparation import Options, Prepared
+from finetune.preparing.preparation import Prepared, PrepareOptions
 from finetune.preparing.splits import SPLITS
 
-# What `write_prepared` puts into its folder.
+# The files that `write_prepared` may write.
 WRITTEN = (*(f"{name}.jsonl" for name in SPLITS), "rejected.jsonl", "dataset_card.md", "lengths.png", "tools.png")
 
 
 def write_prepared(
-    result: Prepared, folder: str | Path, options: Options, command: str, *, overwrite: bool = False
+    result: Prepared, folder: str | Path, options: PrepareOptions, command: str, *, overwrite: bool = False
 ) -> None:
-    """Write one file per split, rejected.jsonl, the dataset card and its pictures: all of them or none.
-
-    New training rows beside the validation rows of an earlier run would leak into each other. Raises UserError.
-    """
+    """Write all files or none; with `overwrite` also remove an old rejected.jsonl. Raises UserError."""
     from finetune.preparing.dataset_card import card, draw_lengths, draw_tools
 
     folder = Path(folder)
@@ -32,11 +29,14 @@ def write_prepared(
     files["dataset_card.md"] = card(result, options, command).encode(errors="backslashreplace")
     write_together({folder / name: data for name, data in files.items()})
     if not result.rejected:
-        (folder / "rejected.jsonl").unlink(missing_ok=True)  # of an earlier run: its rows are no rows of this one
+        (folder / "rejected.jsonl").unlink(missing_ok=True)
 
 
 def refuse_to_replace(folder: str | Path, *, overwrite: bool) -> None:
-    """UserError when the folder holds a prepared data set that may not be replaced; asked before anything slow."""
+    """UserError when the folder holds a prepared data set and `overwrite` is off.
+
+    New training rows beside old validation rows could leak, so no file of an earlier run may remain.
+    """
     existing = [path for name in WRITTEN if (path := Path(folder, name)).exists()]
     if existing and not overwrite:
-        raise UserError(f"{existing[0]} is already there; choose another --output, or say --overwrite")
+        raise UserError(f"{existing[0]} is already there; choose another --output, or add --overwrite")

@@ -1,1 +1,1 @@
-"""From files, databases and the Hub, in any usual shape, to rows of canonical messages and tools."""
+"""Reads files, databases and Hub datasets of any common shape into canonical conversations."""

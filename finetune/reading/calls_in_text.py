@@ -1,9 +1,9 @@
-"""Calls that a data set wrote into the assistant's text, taken out only when every character of them parses.
+"""Calls that a data set wrote into the assistant's text, extracted only when the text parses to its last character.
 
-Known ways of writing: `<function=NAME>{…}</function>` (Llama 3 custom), `<tool_call>{…}</tool_call>` (Hermes, Qwen),
+Known notations: `<function=NAME>{…}</function>` (Llama 3 custom), `<tool_call>{…}</tool_call>` (Hermes, Qwen),
 `<tool_call><function=NAME><parameter=KEY>…` (Qwen3.5 and Coder), `<TOOLCALL>[…]</TOOLCALL>` (When2Call),
-`[TOOL_CALLS] […]` and `[TOOL_CALLS]NAME[ARGS]{…}` (Mistral), `<functioncall> {…}` (Glaive). The JSON is read by a JSON
-decoder from its first brace on, never by a pattern, so braces and closing tags inside strings are no matter.
+`[TOOL_CALLS] […]` and `[TOOL_CALLS]NAME[ARGS]{…}` (Mistral), `<functioncall> {…}` (Glaive). A JSON decoder reads the
+arguments, so braces and closing tags inside strings are safe.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import re
 from typing import Any
 
-from finetune.reading.row_files import json_type, strict_json
+from finetune.reading.row_files import RowError, decode_json, json_type, strict_json
 from formats.builtin import qwen_xml
 from formats.pythonic import read_literal
 
@@ -22,23 +22,22 @@ _OPENING = re.compile(
 )
 _CLOSING = {"name": "</function>", "hermes": "</tool_call>", "nvidia": "</TOOLCALL>", "mistral": "", "glaive": ""}
 _GLAIVE = re.compile(r"""\s*\{\s*"name":\s*"(?P<name>[^"]+)",\s*"arguments":\s*'(?P<arguments>.*)'\s*\}""", re.DOTALL)
-_GLAIVE_END = "<|endoftext|>"  # conversions of that set leave it behind a call
+_GLAIVE_END = "<|endoftext|>"  # some conversions of Glaive's set keep it after a call
 _MISTRAL = re.compile(r"(?P<name>[^\s\[\]{}]+)(\[CALL_ID\](?P<id>\w+))?\[ARGS\]")
 _SPACE = re.compile(r"\s*")
 
 
 def call_tag(text: str) -> str:
-    """The first opening of a call in `text`, in any of the known ways of writing; empty where there is none."""
+    """The first opening tag of a call in `text`, in any of the known notations; "" if there is none."""
     found = _OPENING.search(text)
     return found[0] if found else ""
 
 
 def split_calls(text: str, tools: list[dict] | None = None) -> tuple[str, list[dict[str, Any]]] | None:
-    """Take `text` apart into the words before and the calls that end it; None unless it parses to the last character.
+    """(text before the calls, [{"name": str, "arguments": dict}, …]), or None unless calls end the text.
 
-    `tools` give the types of values that are written without one (`<parameter=KEY>`). Returns
-    (words, [{"name": str, "arguments": dict}, …]). A tag that is only talked about, broken JSON, arguments that are
-    no object, or words after a call all give None: the caller keeps the text as it is.
+    None also for a tag that is only mentioned, broken JSON or arguments that are not an object. `tools` give the types
+    of values that are written without one (`<parameter=KEY>`).
     """
     first = _OPENING.search(text)
     if first is None:
@@ -47,10 +46,8 @@ def split_calls(text: str, tools: list[dict] | None = None) -> tuple[str, list[d
     position = first.start()
     while position < len(text):
         opening = _OPENING.match(text, position)
-        if opening is None:
-            return None
-        found = _calls_at(text, opening, tools)
-        if found is None:
+        found = opening and _calls_at(text, opening, tools)
+        if not found:
             return None
         calls += found[0]
         position = _SPACE.match(text, found[1]).end()
@@ -58,41 +55,34 @@ def split_calls(text: str, tools: list[dict] | None = None) -> tuple[str, list[d
 
 
 def _calls_at(text: str, opening: re.Match, tools: list[dict] | None) -> tuple[list[dict], int] | None:
-    """The calls between one opening tag and its closing tag, and the position behind that."""
+    """The calls between one opening tag and its closing tag, and the position after that."""
     kind = opening.lastgroup
-    start = _SPACE.match(text, opening.end()).end()
-    if kind == "glaive" and (match := _GLAIVE.match(text, start)):
-        value: Any = {"name": match["name"], "arguments": match["arguments"].replace("\\'", "'")}
-        end = match.end()
-    else:
-        try:
-            if kind == "hermes" and text.startswith("<function=", start):
-                value, end = qwen_xml.read_call(text, start, qwen_xml.declared_properties(tools))
-            elif kind == "mistral" and (match := _MISTRAL.match(text, start)):
-                arguments, end = _decode(text, match.end(), "")
-                value = {"name": match["name"], "arguments": arguments}
-            else:
-                value, end = _decode(text, start, _CLOSING[kind])
-        except (ValueError, TypeError, SyntaxError, RecursionError):
-            return None
-    if kind == "name":
-        value = {"name": opening["name"], "arguments": value}
-    end = _SPACE.match(text, end).end()
     closing = _CLOSING[kind]
+    start = _SPACE.match(text, opening.end()).end()
+    try:
+        if kind == "glaive" and (match := _GLAIVE.match(text, start)):
+            value: Any = {"name": match["name"], "arguments": match["arguments"].replace("\\'", "'")}
+            end = match.end()
+        elif kind == "hermes" and text.startswith("<function=", start):
+            value, end = qwen_xml.read_call(text, start, qwen_xml.declared_properties(tools))
+        elif kind == "mistral" and (match := _MISTRAL.match(text, start)):
+            arguments, end = _decode(text, match.end(), "")
+            value = {"name": match["name"], "arguments": arguments}
+        else:
+            value, end = _decode(text, start, closing)
+        if kind == "name":
+            value = {"name": opening["name"], "arguments": value}
+        calls = [_named_call(item) for item in (value if isinstance(value, list) else [value])]
+    except (ValueError, TypeError, SyntaxError, RecursionError):
+        return None
+    end = _SPACE.match(text, end).end()
     if kind == "glaive" and text.startswith(_GLAIVE_END, end):
         closing = _GLAIVE_END
-    if not text.startswith(closing, end):
-        return None
-    try:
-        items = value if isinstance(value, list) else [value]
-        calls = [_named_call(item) for item in items]
-    except ValueError:
-        return None
-    return (calls, end + len(closing)) if calls else None
+    return (calls, end + len(closing)) if calls and text.startswith(closing, end) else None
 
 
 def _decode(text: str, start: int, closing: str) -> tuple[Any, int]:
-    """The JSON value at `start`; a Python literal up to `closing` where an early Hermes set wrote single quotes."""
+    """The JSON value at `start`, or the Python literal that ends at `closing`, as an early Hermes set wrote them."""
     try:
         end = json.JSONDecoder().raw_decode(text, start)[1]
         return strict_json(text[start:end]), end
@@ -113,35 +103,26 @@ def _named_call(item: Any) -> dict[str, Any]:
 
 
 def given_arguments(*holders: dict[str, Any]) -> dict[str, Any] | None:
-    """The arguments of a raw call, which may stand under two keys of several objects; None where there are none.
+    """The arguments of a raw call, under either key of any of its objects; None if there are none.
 
-    Raises ValueError when they are no JSON object, or when two of them hold something and differ.
+    Raises RowError when they are not a JSON object, or when two of them are not empty and differ.
     """
     given = [holder[key] for holder in holders for key in ("arguments", "parameters") if holder.get(key) is not None]
     found = [read_arguments(value) for value in given]
     filled = [arguments for arguments in found if arguments]
     if any(arguments != filled[0] for arguments in filled):
-        raise ValueError("it has two arguments that differ; keep one of them")
+        raise RowError("it has two arguments that differ; keep one of them")
     return filled[0] if filled else ({} if found else None)
 
 
 def read_arguments(value: Any) -> dict[str, Any]:
-    """Arguments as an object: a dict as it is, JSON text decoded (twice if it was encoded twice), nothing as {}.
+    """Arguments as an object: a dict unchanged, JSON text decoded (repeatedly if need be), nothing as {}.
 
-    Key order and number types stay as written. Raises ValueError when they are no JSON object.
+    Key order and number types are preserved. Raises RowError when they are not a JSON object.
     """
-    for _ in range(3):
-        if not isinstance(value, str):
-            break
-        if not value.strip():
-            value = None
-            break
-        try:
-            value = strict_json(value)
-        except ValueError as error:
-            raise ValueError(f"arguments are no JSON: {error}") from error
+    value = decode_json(value, "arguments", times=3)
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f"arguments are a JSON {json_type(value)}, not an object")
+        raise RowError(f"arguments are a JSON {json_type(value)}, not an object")
     return value

@@ -8,31 +8,38 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from finetune.errors import UserError
 from formats.calls import MAX_JSON_DEPTH, STRICT, json_depth
 
+ROW_LISTS = ("data", "rows", "train", "examples")  # keys under which a JSON document may hold its rows
+UTF_8_MARK = b"\xef\xbb\xbf"
+UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_JSON_TYPES = {str: "string", int: "number", float: "number", list: "array", dict: "object", bool: "boolean"}
+
+
+class RowError(ValueError):
+    """Why a row cannot be used; the caller adds file and row number."""
+
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands in a row's place when its text is no JSON object, so that no row is ever lost silently."""
+    """Takes a row's place when its text is not a JSON object, so that the row is still counted and reported."""
 
     reason: str
     text: str
 
 
-UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # its byte order marks
-
-
-def open_plain(path: Path):
+def open_plain(path: Path) -> IO[bytes]:
+    """The file opened for reading, decompressed if its name ends in .gz."""
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
 
 
 def strict_json(text: str) -> Any:
-    """json.loads that refuses what JSON forbids and Python lets pass: doubled keys, NaN, Infinity, 1e999.
+    """json.loads that also rejects duplicate keys, NaN, Infinity and numbers too large for a float.
 
-    Raises ValueError (RecursionError for absurd nesting is turned into one).
+    Raises ValueError, also for nesting that is too deep.
     """
     try:
         return STRICT.decode(text)
@@ -40,10 +47,30 @@ def strict_json(text: str) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def read_json_row(line: bytes | str) -> dict[str, Any] | Unreadable:
+def decode_json(value: Any, name: str, *, times: int = 1) -> Any:
+    """`value` with JSON text decoded, up to `times` times if it was encoded repeatedly; blank text becomes None.
+
+    Raises RowError that begins with `name`.
+    """
+    for _ in range(times):
+        if not isinstance(value, str):
+            break
+        try:
+            value = strict_json(value) if value.strip() else None
+        except ValueError as error:
+            raise RowError(f"{name}: not valid JSON ({error})") from error
+    return value
+
+
+def json_type(value: Any) -> str:
+    """The JSON name of a Python value's type, for messages."""
+    return "null" if value is None else _JSON_TYPES.get(type(value), type(value).__name__)
+
+
+def read_json_row(line: bytes) -> dict[str, Any] | Unreadable:
     """One line of JSON Lines as a dict, or Unreadable with the reason."""
     try:
-        text = line.decode("utf-8") if isinstance(line, bytes) else line
+        text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         return Unreadable(f"is not UTF-8 text (byte {error.start})", line.decode("utf-8", "replace"))
     try:
@@ -57,67 +84,49 @@ def read_json_row(line: bytes | str) -> dict[str, Any] | Unreadable:
     return row
 
 
-def json_type(value: Any) -> str:
-    """The JSON name of a Python value's type, for messages."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else "boolean"
-    return {str: "string", int: "number", float: "number", list: "array", dict: "object"}.get(
-        type(value), type(value).__name__
-    )
-
-
 def _reason(error: ValueError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.pos + 1}"
-    return str(error)
+    return f"{error.msg} at column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
+    """Rows of a JSON Lines file, numbered by line; blank lines are skipped."""
     with open_plain(path) as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
-                if line.startswith(UTF_16):  # as a whole, not in this row: what is not UTF-8 would be each of them
+                if line.startswith(UTF_16_MARKS):
                     raise UserError(f"{path}: is UTF-16 text; save it as UTF-8")
-                line = line.removeprefix(b"\xef\xbb\xbf")
+                line = line.removeprefix(UTF_8_MARK)
             if line.strip():
                 yield number, read_json_row(line.rstrip(b"\r\n"))
 
 
 def json_document(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
-    """A JSON array of rows, an object holding one, a single row, or (as BFCL does) JSON Lines under the name .json."""
+    """A JSON array of rows, an object that holds one, a single row, or JSON Lines named .json (as BFCL's files are)."""
     with open_plain(path) as file:
-        raw = file.read()
+        raw = file.read().removeprefix(UTF_8_MARK)
     try:
-        text = raw.decode("utf-8-sig")
+        rows = strict_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    try:
-        rows = strict_json(text)
     except ValueError as error:
-        first = next((line for line in text.split("\n") if line.strip()), "")
-        if isinstance(read_json_row(first), dict):
+        first_line = next((line for line in raw.split(b"\n") if line.strip()), b"")
+        if isinstance(read_json_row(first_line), dict):
             yield from json_lines(path)
             return
-        raise UserError(f"{path}: is not JSON: {_reason(error)}; mend it, or convert it to JSON Lines") from error
+        raise UserError(f"{path}: is not JSON: {_reason(error)}; fix it, or convert it to JSON Lines") from error
     if isinstance(rows, dict):
-        others = [
-            key for key, value in rows.items() if isinstance(value, list) and value and isinstance(value[0], dict)
-        ]
-        named = [key for key in others if key in ("data", "rows", "train", "examples")]
-        if named and set(others) - set(named[:1]):
-            raise UserError(
-                f"{path}: holds several lists of objects ({', '.join(dict.fromkeys(named + others))}); "
-                "write the rows of each into a file of its own"
-            )
+        lists = [key for key, value in rows.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        named = [key for key in lists if key in ROW_LISTS]
+        if named and len(lists) > 1:
+            raise UserError(f"{path}: holds several lists of objects ({', '.join(lists)}); write one file for each")
         rows = rows[named[0]] if named else [rows]
     if not isinstance(rows, list):
         raise UserError(f"{path}: holds a JSON {json_type(rows)}; give an array of rows or JSON Lines")
     for number, row in enumerate(rows, start=1):
-        if isinstance(row, dict):
-            yield number, row
-        else:
+        if not isinstance(row, dict):
             text = json.dumps(row, ensure_ascii=False)
-            yield number, Unreadable(f"is a JSON {json_type(row)}, not an object", text)
+            row = Unreadable(f"is a JSON {json_type(row)}, not an object", text)
+        yield number, row
 
 
 def csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, dict | Unreadable]]:
@@ -125,25 +134,24 @@ def csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, dict | Unread
     csv.field_size_limit(2**31 - 1)
     with open_plain(path) as file:
         lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(file))
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)  # else an open quote swallows the rows behind it
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)  # not strict, an open quote swallows later rows
         try:
             header = next(reader, None)
             if not header or len(set(header)) != len(header):
                 raise UserError(f"{path}: the first line must name each column once, it is {header}; add a header")
             for number, cells in enumerate(reader, start=1):
-                if not cells:
-                    continue
                 if len(cells) > len(header):
                     yield number, Unreadable(f"has {len(cells)} cells under {len(header)} columns", str(cells))
-                else:
+                elif cells:
                     yield number, {name: cell for name, cell in zip(header, cells, strict=False) if cell != ""}
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: is not UTF-8 text (line {reader.line_num + 1}); save it as UTF-8") from error
         except csv.Error as error:
-            raise UserError(f"{path}: line {reader.line_num} is no CSV ({error}); quote its cells") from error
+            raise UserError(f"{path}: line {reader.line_num} is not valid CSV ({error}); quote its cells") from error
 
 
-def parquet_records(path: Path) -> Iterator[tuple[int, dict]]:
+def parquet_records(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
+    """Rows of a Parquet file, read in batches."""
     import pyarrow
     from pyarrow import parquet
 
@@ -152,48 +160,45 @@ def parquet_records(path: Path) -> Iterator[tuple[int, dict]]:
         with parquet.ParquetFile(source) as file:
             names = file.schema_arrow.names
             if len(set(names)) < len(names):
-                raise UserError(f"{path}: names a column twice ({', '.join(names)}); rename one of them")
-            number = 0
-            for batch in file.iter_batches(batch_size=512):
-                for row in arrow_rows(batch):
-                    number += 1
-                    yield number, row
+                raise UserError(f"{path}: duplicate column name ({', '.join(names)}); rename one of them")
+            batches = file.iter_batches(batch_size=512)
+            yield from enumerate((row for batch in batches for row in arrow_rows(batch)), start=1)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: is no Parquet file ({str(error).splitlines()[0]}); fetch it again") from error
+        raise UserError(f"{path}: not a Parquet file ({str(error).splitlines()[0]}); download it again") from error
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: holds values that cannot be read ({reason}); convert it to JSON Lines") from error
 
 
 def arrow_rows(batch) -> Iterator[dict | Unreadable]:
-    """Rows of a pyarrow RecordBatch or Table as dicts, without what Arrow invented; Unreadable where a cell is broken.
+    """Rows of a pyarrow RecordBatch or Table as dicts, without Arrow's padding; Unreadable where a cell is broken.
 
-    Arrow gives every struct of a column the union of all keys and fills the rest with nulls, so a null field of a
-    struct is padding (or cannot be told from it) and is left out. Nulls inside lists, maps and JSON text are data.
+    Arrow gives every struct of a column the union of all keys and pads with nulls, so null fields of a struct are
+    dropped. Nulls inside lists, maps and JSON text are data.
     """
     types = {field.name: field.type for field in batch.schema}
     for row in batch.to_pylist():
         try:
-            yield {name: _unpad(value, types[name]) for name, value in row.items() if value is not None}
+            yield {name: _without_padding(value, types[name]) for name, value in row.items() if value is not None}
         except ValueError as error:
             yield Unreadable(f"holds a cell that cannot be read: {error}", json.dumps(row, default=str))
 
 
-def _unpad(value: Any, kind) -> Any:
+def _without_padding(value: Any, kind) -> Any:
     import pyarrow.types as types
 
     if value is None:
         return None
     if types.is_struct(kind):
-        fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
-        return {name: _unpad(inner, fields[name]) for name, inner in value.items() if inner is not None}
+        inner_types = {field.name: field.type for field in kind}
+        return {name: _without_padding(inner, inner_types[name]) for name, inner in value.items() if inner is not None}
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return [_unpad(inner, kind.value_type) for inner in value]
+        return [_without_padding(inner, kind.value_type) for inner in value]
     if types.is_map(kind):
         names = [str(name) for name, _ in value]
         if len(set(names)) < len(names):
-            raise ValueError(f"a map names a key twice ({', '.join(names)[:200]})")
-        return {str(name): _unpad(inner, kind.item_type) for name, inner in value}
+            raise ValueError(f"duplicate key in a map ({', '.join(names)[:200]})")
+        return {str(name): _without_padding(inner, kind.item_type) for name, inner in value}
     if getattr(kind, "extension_name", None) == "arrow.json":
         return strict_json(value)
     return value

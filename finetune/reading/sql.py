@@ -1,25 +1,28 @@
-"""Rows out of a database: a query of the user's own, or a whole query-log table. SQLAlchemy does the talking.
+"""Rows of a database: those of a query, or of a whole table, read through SQLAlchemy.
 
-Credentials come from the URL, the environment or a `.env` file, and appear in no message and no file.
+Credentials come from the URL, the environment or a `.env` file; they appear in no message and no file.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
 
 DEFAULT_TABLE = "query_logs"
 _SECRET = re.compile("pass|pwd|secret|token|key", re.IGNORECASE)  # ?password=… in a URL, ?sslpassword=…
 _TABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)?")
 
 
-def database_url(text: str | None, environment: dict[str, str] | None = None):
-    """A SQLAlchemy URL; what it leaves open is filled from the environment (and `.env` in the current folder).
+def database_url(text: str | None, environment: Mapping[str, str] | None = None) -> URL:
+    """A SQLAlchemy URL whose missing parts come from the environment (default: os.environ and `.env`).
 
     text  "postgresql://host/db", "sqlite:///file.db", any other SQLAlchemy URL; "" or None: $DATABASE_URL, else
           PostgreSQL as POSTGRES_HOST, POSTGRES_PORT, POSTGRES_DB, POSTGRES_USER and POSTGRES_PASSWORD say
@@ -29,13 +32,12 @@ def database_url(text: str | None, environment: dict[str, str] | None = None):
 
     known = _environment() if environment is None else environment
     text = text or known.get("DATABASE_URL") or "postgresql://"
-    text = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", text)
     try:
-        url = make_url(text)
+        url = make_url(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", text))
     except (ArgumentError, ValueError) as error:
-        # The text may hold a password: it is not repeated.
+        # The text may hold a password: it is not shown.
         raise UserError(
-            "--sql: this is no database URL; write postgresql://user@host/database or sqlite:///file.db"
+            "--sql: not a database URL; write postgresql://user@host/database or sqlite:///file.db"
         ) from error
     if url.get_backend_name() == "sqlite":
         if url.database and url.database != ":memory:" and not Path(url.database).is_file():
@@ -43,7 +45,7 @@ def database_url(text: str | None, environment: dict[str, str] | None = None):
     elif url.get_backend_name() == "postgresql":
         port = known.get("POSTGRES_PORT")
         if port and not port.isdigit():
-            raise UserError(f"POSTGRES_PORT is {port!r}, no number; mend the environment or .env")
+            raise UserError(f"POSTGRES_PORT is {port!r}, not a number; fix the environment or .env")
         url = url.set(
             host=url.host or known.get("POSTGRES_HOST"),
             port=url.port or (int(port) if port else None),
@@ -54,20 +56,19 @@ def database_url(text: str | None, environment: dict[str, str] | None = None):
     return url
 
 
-def shown_url(url) -> str:
-    """The URL as messages and files may hold it: without a password, wherever in it one stands."""
-    return url.difference_update_query(_secrets(url)).render_as_string(hide_password=True)
+def shown_url(url: URL) -> str:
+    """The URL without passwords, for messages and files."""
+    return url.difference_update_query(_secret_keys(url)).render_as_string(hide_password=True)
 
 
-def _secrets(url) -> list[str]:
+def _secret_keys(url: URL) -> list[str]:
     return [key for key in url.query if _SECRET.search(key)]
 
 
 def _environment() -> dict[str, str]:
     from dotenv import dotenv_values
 
-    file = {name: value for name, value in dotenv_values(Path(".env")).items() if value is not None}
-    return file | dict(os.environ)
+    return {name: value for name, value in dotenv_values(".env").items() if value is not None} | dict(os.environ)
 
 
 def read_sql(
@@ -75,7 +76,7 @@ def read_sql(
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield (source, row number from 1, row) of a query, or of all rows of a table (default: query_logs).
 
-    Columns that are NULL are left out of a row. Raises UserError, never with a password in its text.
+    Columns that are NULL are omitted from a row. Raises UserError, never with a password in its text.
     """
     import sqlalchemy
     from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
@@ -84,7 +85,7 @@ def read_sql(
     if query is None:
         table = table or DEFAULT_TABLE
         if not _TABLE.fullmatch(table):
-            raise UserError(f"--table {table!r}: no plain table name; use --query with a SELECT of your own")
+            raise UserError(f"--table {table!r}: not a plain table name; use --query with a SELECT statement")
         query = f"SELECT * FROM {table}"
     name = f"{shown_url(url)}#{table or 'query'}"
     try:
@@ -93,32 +94,26 @@ def read_sql(
         raise UserError(
             f"--sql: no driver for {url.drivername} ({error}); pip install it, or use postgresql/sqlite"
         ) from error
+    read_only = {"postgresql_readonly": True} if engine.dialect.name == "postgresql" else {}
     try:
-        with engine.connect().execution_options(stream_results=True, **_read_only(url)) as connection:
-            # The user's own query has no parameters: its colons are left alone, its per cent signs are meant.
+        with engine.connect().execution_options(stream_results=True, **read_only) as connection:
+            # exec_driver_sql leaves colons alone; drivers with %s parameters need per cent signs doubled.
             if engine.dialect.paramstyle in ("format", "pyformat"):
                 query = query.replace("%", "%%")
             if engine.dialect.name == "sqlite":
                 connection.exec_driver_sql("PRAGMA query_only = ON")
             found = connection.exec_driver_sql(query)
             names = list(found.keys())
-            if len(set(names)) < len(names):
-                twice = next(column for column in names if names.count(column) > 1)
-                raise UserError(f"{name}: the query gives the column {twice} twice; name one of them with AS")
+            if duplicates := [column for column in names if names.count(column) > 1]:
+                raise UserError(f"{name}: the query has two columns {duplicates[0]}; rename one of them with AS")
             for number, row in enumerate(found.mappings(), start=1):
                 yield name, number, {column: value for column, value in row.items() if value is not None}
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        for secret in (url.password, *(url.query[key] for key in _secrets(url))):
-            if secret:
-                reason = reason.replace(str(secret), "***")
+        for secret in filter(None, (url.password, *(url.query[key] for key in _secret_keys(url)))):
+            reason = reason.replace(str(secret), "***")
         raise UserError(
             f"{name}: {reason}; check --sql, --query or --table, and POSTGRES_* in the environment"
         ) from error
     finally:
         engine.dispose()
-
-
-def _read_only(url) -> dict[str, Any]:
-    """Preparing data reads: where the server can be told so, a query that writes is refused by the server itself."""
-    return {"postgresql_readonly": True} if url.get_backend_name() == "postgresql" else {}

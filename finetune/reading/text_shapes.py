@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
-from finetune.reading.row_files import json_type
+from finetune.reading.row_files import RowError, json_type
 from formats.calls import STRICT
 
 
-class RowError(ValueError):
-    """Why one row cannot be used; the caller adds file and row number."""
+class RawConversation(NamedTuple):
+    """A row's parts as its shape holds them: messages and tools in any spelling, and the system text."""
+
+    messages: Any
+    tools: Any
+    system: str
+
+
+def raw_conversation(fields: dict[str, Any], messages: Any) -> RawConversation:
+    """`messages` with the row's own tools and system text."""
+    return RawConversation(messages, fields.get("tools"), text_field(fields, "system"))
 
 
 def as_text(value: Any) -> str:
-    """Text as it is; anything else as JSON the way chat templates write it (not ASCII-escaped)."""
+    """Text unchanged; anything else as JSON that is not ASCII-escaped, as chat templates write it."""
     if isinstance(value, str):
         return value
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise RowError(f"holds a value that JSON has no word for ({error})") from error
+        raise RowError(f"holds a value that JSON cannot represent ({error})") from error
 
 
 def text_field(fields: dict[str, Any], name: str) -> str:
+    """A field that must be text or a number, as text; "" if it is absent. Raises RowError."""
     value = fields.get(name)
     if value is None:
         return ""
@@ -33,72 +43,67 @@ def text_field(fields: dict[str, Any], name: str) -> str:
     return as_text(value)
 
 
-_GLAIVE_TURN = re.compile(r"^(USER|ASSISTANT|FUNCTION RESPONSE):", re.MULTILINE)
+_GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
+_GLAIVE_TURN = re.compile(rf"^({'|'.join(_GLAIVE_ROLES)}):", re.MULTILINE)
 _GLAIVE_SYSTEM = re.compile(
     r"You are a helpful assistant with access to the following functions\.\s*Use them if required\s*-?\s*"
 )
 
 
-def glaive_chat(fields):
+def read_glaive(fields: dict[str, Any]) -> RawConversation:
     """Glaive v2: `system` with JSON functions in running text, `chat` with USER:/ASSISTANT:/FUNCTION RESPONSE:."""
-    roles = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
     parts = _GLAIVE_TURN.split(text_field(fields, "chat"))
     if len(parts) < 3 or parts[0].strip():
         raise RowError("the chat does not begin with 'USER:' or 'ASSISTANT:'")
     messages = [
-        {"role": roles[name], "content": text.replace("<|endoftext|>", "").strip()}
+        {"role": _GLAIVE_ROLES[name], "content": text.replace("<|endoftext|>", "").strip()}
         for name, text in zip(parts[1::2], parts[2::2], strict=True)
     ]
     system = re.sub(r"^\s*SYSTEM:\s*", "", text_field(fields, "system"))
-    tools, start = [], system.find("{") if fields.get("tools") is None else -1
-    if start >= 0:
+    tools, start = fields.get("tools"), system.find("{")
+    if tools is None and start >= 0:
         tools = _json_stream(system[start:], "the system text")
         system = _GLAIVE_SYSTEM.sub("", system[:start])
-    return messages, tools or fields.get("tools"), system.strip()
+    return RawConversation(messages, tools, system.strip())
 
 
-_TURN = re.compile(r"^(?:### ?)?(System|User|Human|Assistant|AI|Bot)[ \t]*:[ \t]*", re.MULTILINE | re.IGNORECASE)
-_SPEAKER = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "ai": "assistant",
-    "bot": "assistant",
+_SPEAKER_ROLES = {
+    **{"system": "system", "user": "user", "human": "user"},
+    **dict.fromkeys(("assistant", "ai", "bot"), "assistant"),
 }
+_SPEAKER = re.compile(rf"^(?:### ?)?({'|'.join(_SPEAKER_ROLES)})[ \t]*:[ \t]*", re.MULTILINE | re.IGNORECASE)
 _RENDERED = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]")
 
 
-def speaker_text(fields):
+def read_speaker_text(fields: dict[str, Any]) -> RawConversation:
     """`User: … Assistant: …`; a turn begins only where the speaker changes, so quoted markers stay text."""
     text = text_field(fields, "text")
     if _RENDERED.search(text):
         raise RowError("text is already rendered with a chat template; give the messages it was made from")
-    found = list(_TURN.finditer(text))
+    found = list(_SPEAKER.finditer(text))
     if not found or text[: found[0].start()].strip():
         raise RowError("text does not begin with 'User:', 'Assistant:' or 'System:'; see --map for other columns")
-    turns = [found[0]]
-    for match in found[1:]:
-        if _SPEAKER[match[1].lower()] != _SPEAKER[turns[-1][1].lower()]:
-            turns.append(match)
-    ends = [match.start() for match in turns[1:]] + [len(text)]
-    return (
-        [
-            {"role": _SPEAKER[match[1].lower()], "content": text[match.end() : end].strip()}
-            for match, end in zip(turns, ends, strict=True)
-        ],
-        fields.get("tools"),
-        text_field(fields, "system"),
-    )
+    turns: list[tuple[str, re.Match]] = []
+    for match in found:
+        role = _SPEAKER_ROLES[match[1].lower()]
+        if not turns or role != turns[-1][0]:
+            turns.append((role, match))
+    ends = [match.start() for _, match in turns[1:]] + [len(text)]
+    messages = [
+        {"role": role, "content": text[match.end() : end].strip()}
+        for (role, match), end in zip(turns, ends, strict=True)
+    ]
+    return raw_conversation(fields, messages)
 
 
 _HERMES_SYSTEM = re.compile(
     r"You are a function calling AI model\..*?<tools>(?P<tools>\s*[\[{].*?)</tools>.*?(</tool_call>\s*|$)", re.DOTALL
 )
+_TOOL_RESPONSE = re.compile(r"<tool_response>(.*?)</tool_response>\s*", re.DOTALL)
 
 
 def hermes_system(text: str) -> tuple[str, list[Any]] | None:
-    """Hermes' own system prompt -> (what else the system text says, its tools); None if it is not that prompt."""
+    """(rest of the system text, tools) of Hermes' own system prompt; None for any other text. Raises RowError."""
     match = _HERMES_SYSTEM.search(text)
     if match is None:
         return None
@@ -107,18 +112,15 @@ def hermes_system(text: str) -> tuple[str, list[Any]] | None:
 
 
 def tool_responses(content: str) -> list[str] | None:
-    """The texts of a content that is nothing but <tool_response>…</tool_response> blocks, else None."""
+    """The texts of a content that consists of <tool_response>…</tool_response> blocks only, else None."""
     stripped = content.strip()
-    if not (stripped.startswith("<tool_response>") and stripped.endswith("</tool_response>")):
+    if not stripped.startswith("<tool_response>") or _TOOL_RESPONSE.sub("", stripped):
         return None
-    block = re.compile(r"<tool_response>(.*?)</tool_response>\s*", re.DOTALL)
-    if block.sub("", stripped):
-        return None  # words between the blocks would be lost
-    return [text.strip() for text in block.findall(stripped)]
+    return [text.strip() for text in _TOOL_RESPONSE.findall(stripped)]
 
 
 def _json_stream(text: str, where: str) -> list[Any]:
-    """JSON values one after another with white space or commas between; a single list is taken as its items."""
+    """JSON values separated by white space or commas; a list is replaced by its items."""
     values, position = [], 0
     while position < len(text):
         if text[position] in " \t\r\n,":
@@ -127,6 +129,6 @@ def _json_stream(text: str, where: str) -> list[Any]:
         try:
             value, position = STRICT.raw_decode(text, position)
         except ValueError as error:
-            raise RowError(f"{where} holds functions that are no JSON ({error})") from error
+            raise RowError(f"{where} holds functions that are not valid JSON ({error})") from error
         values += value if isinstance(value, list) else [value]
     return values

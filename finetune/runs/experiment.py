@@ -1,4 +1,4 @@
-"""The experiment folder: its name, its atomic birth, its config, and finding a run again."""
+"""The experiment folder of a run: its name, its atomic creation, its config and its checkpoints."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ CONFIG = "experiment_config.json"
 LOG = "training_log.csv"
 FINAL = "final_model"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-COUNTERS = "log_counters.json"  # in every checkpoint: what training_log.csv goes on counting from
+COUNTERS = "log_counters.json"  # in every checkpoint: the totals that training_log.csv continues from
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "unsloth", "unsloth_zoo")
 
 
 def run_name(model: str, rank: int, alpha: float, lr: float, epochs: float, when: datetime) -> str:
-    """`<model>_r16_a32_lr2em04_ep3_<YYYYmmdd_HHMMSS>`, as the described system writes it."""
-    # Of a name without a Latin letter or digit nothing is left, and a long one has to leave room for the rest.
+    """`<model>_r16_a32_lr2em04_ep3_<YYYYmmdd_HHMMSS>`; the model is `model` where its name has no Latin letter."""
     short = re.sub(r"[^A-Za-z0-9.]+", "_", Path(model).name).strip("_.")[:100] or "model"
     mantissa, exponent = f"{lr:e}".split("e")
     mantissa = mantissa.rstrip("0").rstrip(".")
@@ -42,35 +42,45 @@ def run_name(model: str, rank: int, alpha: float, lr: float, epochs: float, when
 
 
 def check_writable(experiments_dir: str | Path, *, make: bool = True) -> Path:
-    """The folder, made if need be; UserError when nothing can be written there.
+    """The folder, created if need be; UserError when it is not writable.
 
-    make  False: only ask, of the folder above it where it is not there yet; what is refused later leaves no empty one
+    make  False: check the nearest existing parent instead of creating the folder, so that a later refusal leaves none
     """
     folder = Path(experiments_dir)
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
-        there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
-        with tempfile.TemporaryFile(dir=there):
+        existing = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise UserError(
-            f"cannot write into {folder}: {error.strerror or error}; choose another folder with --experiments_dir"
+            f"cannot write to {folder}: {error.strerror or error}; choose another folder with --experiments_dir"
         ) from error
     return folder
 
 
 def check_free(experiments_dir: str | Path, name: str | None) -> None:
-    """UserError when the user's own name for a run is taken; asked before anything slow, and again by `create`."""
+    """UserError when the user's own name for a run is taken; checked before anything slow, and again by `create`."""
     if name and (target := Path(experiments_dir) / name).exists():
         raise UserError(f"run {target} exists already; choose another --name, or continue it with --resume {target}")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders in a run's folder, oldest first; they are renamed to checkpoint-N when complete."""
+    found = [
+        (int(match[1]), path)
+        for path in folder.iterdir()
+        if (match := CHECKPOINT.fullmatch(path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(found)]
 
 
 @dataclass
 class Experiment:
     """One run's folder and the contents of its experiment_config.json.
 
-    `writes` is False in the processes of a data-parallel run that only read: rank 0 writes for all of them.
+    writes  False: `save` does nothing, as rank 0 writes for all processes of a data-parallel run
     """
 
     folder: Path
@@ -79,30 +89,31 @@ class Experiment:
 
     @classmethod
     def create(cls, experiments_dir: str | Path, name: str, config: dict[str, Any], *, exact_name: bool) -> Experiment:
-        """Make the folder with its config inside, all at once: filled aside, then renamed to a name nobody has.
+        """Create the folder with its config inside, atomically.
 
-        A taken name gets `_2`, `_3` …, so two runs of one second get two folders; with exact_name (--name) it is an
-        error instead, because the user asked for that very folder.
+        A taken name gets `_2`, `_3` …, so two runs started in one second get two folders; with exact_name (--name)
+        it raises UserError instead.
         """
         parent = check_writable(experiments_dir)
-        aside = Path(tempfile.mkdtemp(dir=parent, prefix=".new_run_"))
+        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".new_run_"))
         try:
-            os.chmod(aside, 0o777 & ~current_umask())
-            experiment = cls(aside, config)
+            os.chmod(temporary, 0o777 & ~current_umask())
+            experiment = cls(temporary, config)
             experiment.save()
             for attempt in range(1, 10_000):
                 target = parent / (name if attempt == 1 else f"{name}_{attempt}")
-                if not target.exists() and _claim(aside, target):
+                if not target.exists() and _claim(temporary, target):
                     experiment.folder = target
                     return experiment
                 if exact_name:
                     check_free(parent, name)
-            raise UserError(f"no free name for a run called {name} in {parent}")
+            raise UserError(f"{parent}: no free name for run {name}; choose another --name")
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
     @classmethod
-    def open(cls, folder: str | Path) -> Experiment:
+    def open(cls, folder: str | Path, *, entries: tuple[str, ...] = ()) -> Experiment:
+        """The run in `folder`; UserError when it has no readable config, or one without these entries."""
         folder = Path(folder)
         path = folder / CONFIG
         try:
@@ -111,12 +122,14 @@ class Experiment:
             raise UserError(f"{folder} is not a run folder: it has no {CONFIG}") from None
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error}") from error
-        return cls(folder, config if isinstance(config, dict) else {})
+        config = config if isinstance(config, dict) else {}
+        if missing := [key for key in entries if not isinstance(config.get(key), (dict, str))]:
+            raise UserError(f"{path} has no {', '.join(missing)}: train_lora.py did not write it; train again")
+        return cls(folder, config)
 
     def save(self) -> None:
-        if not self.writes:
-            return
-        write_text_atomic(self.folder / CONFIG, json.dumps(self.config, ensure_ascii=False, indent=2) + "\n")
+        if self.writes:
+            write_text_atomic(self.folder / CONFIG, json.dumps(self.config, ensure_ascii=False, indent=2) + "\n")
 
     def update(self, **entries: Any) -> None:
         self.config.update(entries)
@@ -126,35 +139,33 @@ class Experiment:
         self.update(status=status, ended=datetime.now(UTC).isoformat(timespec="seconds"))
 
     @contextlib.contextmanager
-    def end_recorded(self) -> Iterator[None]:
-        """Where the block ends by an error, the config says so, training.log how, and the screen how to go on."""
+    def record_outcome(self) -> Iterator[None]:
+        """On an error, set the config's status, log the traceback, say how to resume, and raise again.
+
+        A full disk is raised as OSError(ENOSPC) with the run's folder.
+        """
         try:
             yield
         except BaseException as error:
-            with contextlib.suppress(UserError):  # a full disk: the first error is the one to tell
+            with contextlib.suppress(UserError):  # a full disk: the first error is the one to report
                 self.ended("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
             if isinstance(error, Exception) and not isinstance(error, UserError):
                 log.exception("the run failed")
             if not isinstance(error, UserError) and self.checkpoints():
-                log.warning("go on with: python train_lora.py --resume %s", shlex.quote(str(self.folder)))
+                log.warning("resume with: python train_lora.py --resume %s", shlex.quote(str(self.folder)))
             if no_room(error):
-                raise OSError(errno.ENOSPC, "no room left to write", str(self.folder)) from error
+                raise OSError(errno.ENOSPC, "No space left on device", str(self.folder)) from error
             raise
 
     def checkpoints(self) -> list[Path]:
-        """Finished checkpoints, oldest first."""
-        found = [
-            (int(match[1]), path)
-            for path in self.folder.iterdir()
-            if (match := CHECKPOINT.fullmatch(path.name)) and path.is_dir()
-        ]
-        return [path for _, path in sorted(found)]
+        """Checkpoints, oldest first."""
+        return list_checkpoints(self.folder)
 
 
-def _claim(aside: Path, target: Path) -> bool:
+def _claim(temporary: Path, target: Path) -> bool:
     try:
         # Neither POSIX nor Windows renames a folder onto one that holds files, and every run's folder holds its config.
-        aside.rename(target)
+        temporary.rename(target)
         return True
     except OSError:
         if target.exists():
@@ -162,16 +173,26 @@ def _claim(aside: Path, target: Path) -> bool:
         raise
 
 
+def folder_status(folder: Path) -> str | None:
+    """`status` in a run folder's config; None where there is none."""
+    try:
+        status = Experiment.open(folder).config.get("status")
+    except UserError:
+        return None
+    return None if status is None else str(status)
+
+
 def find_resumable(target: str, experiments_dir: str | Path) -> tuple[Experiment, Path]:
-    """(run, newest whole checkpoint) for --resume: a run folder, one of its checkpoints, or "" for the newest stopped
-    run. Raises UserError when there is none.
+    """(run, newest complete checkpoint) for --resume.
+
+    target  a run folder, one of its checkpoints, or "" for the newest unfinished run. Raises UserError without one.
     """
     if not target:
         candidates = []
         for config in Path(experiments_dir).glob(f"*/{CONFIG}"):
             try:
-                experiment = _trained(config.parent)
-            except UserError:  # of another program, or of a machine that went down; it must not stand in the way
+                experiment = _open_trained(config.parent)
+            except UserError:  # a folder of another program, or damaged: not a reason to refuse the others
                 continue
             checkpoints = experiment.checkpoints()
             if checkpoints and experiment.config.get("status") != "finished":
@@ -181,34 +202,29 @@ def find_resumable(target: str, experiments_dir: str | Path) -> tuple[Experiment
         return find_resumable(max(candidates)[1], experiments_dir)
     path = Path(target)
     if not path.is_dir():
-        raise UserError(f"--resume {target}: there is no such folder")
-    if path.name in ("", ".."):  # "." and its like: the folder's own name is what says whether it is a checkpoint
+        raise UserError(f"--resume {target}: no such folder; name a run folder or one of its checkpoints")
+    if path.name in ("", ".."):  # the real name says whether it is a checkpoint
         path = path.resolve()
-    if not CHECKPOINT.fullmatch(path.name):
-        experiment = _trained(path)
-        for checkpoint in reversed(experiment.checkpoints()):
-            if (damage := what_is_missing(checkpoint)) is None:
-                return experiment, checkpoint
-            log.warning("%s is passed over: %s", checkpoint, damage)
-        raise UserError(
-            f"--resume {target}: the run has no checkpoint that is whole; start it again with --config {path / CONFIG}"
-        )
-    if damage := what_is_missing(path):
-        raise UserError(f"--resume {target}: {damage}; name another checkpoint, or the run's folder for its newest one")
-    return _trained(path.parent), path
+    if CHECKPOINT.fullmatch(path.name):
+        if damage := checkpoint_damage(path):
+            raise UserError(f"--resume {target}: {damage}; name another checkpoint, or the run's folder for its newest")
+        return _open_trained(path.parent), path
+    experiment = _open_trained(path)
+    for checkpoint in reversed(experiment.checkpoints()):
+        if (damage := checkpoint_damage(checkpoint)) is None:
+            return experiment, checkpoint
+        log.warning("skipping %s: %s", checkpoint, damage)
+    raise UserError(f"--resume {target}: the run has no complete checkpoint; start again with --config {path / CONFIG}")
 
 
-def _trained(folder: Path) -> Experiment:
-    experiment = Experiment.open(folder)
-    if missing := [key for key in ("flags", "data", "format") if not isinstance(experiment.config.get(key), dict)]:
-        raise UserError(f"{folder / CONFIG} has no {', '.join(missing)}, so train_lora.py did not write it; train anew")
-    return experiment
+def _open_trained(folder: Path) -> Experiment:
+    return Experiment.open(folder, entries=("flags", "data", "format"))
 
 
-def what_is_missing(checkpoint: Path) -> str | None:
-    """What a checkpoint lacks to go on from (a file that is absent or was cut short), or None when it is whole.
+def checkpoint_damage(checkpoint: Path) -> str | None:
+    """Which file of a checkpoint is absent or truncated (a machine went down, a copy was aborted); None if complete.
 
-    A machine that goes down, or a copy that was broken off, leaves such. Nothing is loaded: only ends are looked at.
+    Reads headers and archive directories only, no weights.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -227,34 +243,24 @@ def what_is_missing(checkpoint: Path) -> str | None:
                     step = content["global_step"]
             elif name.endswith(".safetensors"):
                 safe_open(path, "numpy")
-            elif path.stat() and not zipfile.is_zipfile(path):  # torch writes zip files, whose directory is at the end
+            elif path.stat() and not zipfile.is_zipfile(path):  # torch writes zip files; their directory is at the end
                 raise ValueError
         except FileNotFoundError:
             return f"it has no {name}"
         except (OSError, ValueError, KeyError, SafetensorError):
-            return f"its {name} is not whole"
+            return f"its {name} is not complete"
     if f"checkpoint-{step}" != checkpoint.name:
         return f"its trainer_state.json is of step {step}: the folder was renamed"
     return None
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that decide a run's numbers."""
+    """Installed versions of Python and of the packages that decide a run's numbers."""
     import platform
     from importlib import metadata
 
     versions = {"python": platform.python_version()}
-    for name in (
-        "torch",
-        "transformers",
-        "trl",
-        "peft",
-        "datasets",
-        "accelerate",
-        "bitsandbytes",
-        "unsloth",
-        "unsloth_zoo",
-    ):
+    for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -263,18 +269,14 @@ def package_versions() -> dict[str, str]:
 
 
 def git_sha() -> str | None:
-    """Commit of the checkout this file lies in, with "-dirty" for local changes; None outside a checkout."""
-    here = Path(__file__).resolve().parent
+    """Commit of the checkout this file is in, with "-dirty" for local changes; None outside a checkout."""
 
-    def git(*arguments: str) -> str | None:
-        try:
-            command = ["git", *arguments]
-            result = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return result.stdout.strip() if result.returncode == 0 else None
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
 
-    sha = git("rev-parse", "HEAD")
-    if sha is None:
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
         return None
-    return sha + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")

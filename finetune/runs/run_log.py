@@ -1,4 +1,4 @@
-"""training_log.csv: one flushed row per logged step, and the counters that must survive a resume."""
+"""training_log.csv: one flushed row per logged step, and the counters that a resumed run continues from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,14 @@ COLUMNS = (
     "tokens_per_second", "computed_tokens_per_second", "seconds", "peak_memory_gb",
 )  # fmt: skip
 
-
 _STEP = re.compile(r"[0-9]{1,15}")
 
 
 @dataclass
 class Counters:
-    """What a checkpoint carries so that a resumed run writes the rows an uninterrupted one would have written.
+    """Totals that a checkpoint stores, so that a resumed run writes the rows of an uninterrupted one.
 
-    The window_* entries belong to the steps since the last logged row.
+    The window_* fields belong to the steps since the last logged row. Loss sums are in nats.
     """
 
     tokens_seen: int = 0
@@ -40,7 +40,7 @@ class Counters:
 
 @dataclass
 class RunLog:
-    """Collects steps and writes rows. `path` None: another process of a data-parallel run writes the file."""
+    """Counts steps and writes rows. path  None: another process of a data-parallel run writes the file."""
 
     path: Path | None
     counters: Counters = field(default_factory=Counters)
@@ -48,7 +48,7 @@ class RunLog:
     _last_clock: float | None = None
 
     def start(self, resumed_at_step: int | None = None) -> None:
-        """Write the header, or, after a resume, cut off rows behind the checkpoint's step."""
+        """Write the header; after a resume keep the rows up to the checkpoint's step."""
         self._last_clock = time.perf_counter()
         if self.path is None:
             return
@@ -57,15 +57,15 @@ class RunLog:
         lines = [",".join(COLUMNS), *(",".join(row) for row in kept)]
         write_text_atomic(self.path, "\n".join(lines) + "\n")
 
-    def take_over(self, path: Path, step: int) -> None:
-        """Write the file of a process that is gone, whole rows up to `step`; the pending row only if it is missing."""
+    def become_writer(self, path: Path, step: int) -> None:
+        """Continue the file of a lost process after its complete rows up to `step`; never write a row twice."""
         pending, self._pending, self.path = self._pending, None, path
         self.start(resumed_at_step=step)
         if pending is not None and str(pending["step"]) not in {row[0] for row in read_rows(path)}:
             self._pending = pending
 
     def add_step(self, *, loss_sum: float, tokens: int, trained_tokens: int, computed_tokens: int) -> None:
-        """Count one optimizer step; all its tokens and the summed loss (nats) of its trained tokens."""
+        """Count one optimizer step: its tokens, and the summed loss (nats) of its trained tokens."""
         now = time.perf_counter()
         elapsed, self._last_clock = now - self._last_clock, now
         c = self.counters
@@ -79,48 +79,44 @@ class RunLog:
         c.window_seconds += elapsed
 
     def pause(self) -> None:
-        """Count the time since the last step (an evaluation, a checkpoint) as run time, not as time spent on tokens."""
+        """Count the time since the last step (an evaluation, a checkpoint) as run time, not towards tokens/second."""
         now = time.perf_counter()
         self.counters.seconds += now - self._last_clock
         self._last_clock = now
 
     def log_row(self, *, step: int, epoch: float, learning_rate: float, grad_norm: float) -> dict[str, Any]:
-        """Close the window into a row; it is written with the next event, an evaluation of this step may add to it."""
+        """Make a row of the window. It stays pending, as an evaluation of this step may add to it."""
         self.flush()
         c = self.counters
         seconds = max(c.window_seconds, 1e-9)
-        self._pending = {
-            "step": step,
-            "epoch": round(epoch, 6),
+        self._pending = self._row(step, epoch) | {
             "loss": c.window_loss_sum / max(c.window_trained_tokens, 1),
-            "eval_loss": "",
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
-            "tokens_seen": c.tokens_seen,
-            "trained_tokens": c.trained_tokens,
             "tokens_per_second": round(c.window_tokens / seconds, 1),
             "computed_tokens_per_second": round(c.window_computed_tokens / seconds, 1),
-            "seconds": round(c.seconds, 3),
-            "peak_memory_gb": round(peak_memory_gb(), 3),
         }
         c.window_loss_sum = c.window_seconds = 0.0
         c.window_trained_tokens = c.window_tokens = c.window_computed_tokens = 0
         return self._pending
 
     def log_eval(self, *, step: int, epoch: float, eval_loss: float) -> None:
-        """Put eval_loss into the row of this step, or into a row of its own when the step was not logged."""
+        """Add eval_loss to the row of this step, or make a row of its own when the step was not logged."""
         self.pause()
         if self._pending is None or self._pending["step"] != step:
             self.flush()
-            self._pending = dict.fromkeys(COLUMNS, "") | {
-                "step": step,
-                "epoch": round(epoch, 6),
-                "tokens_seen": self.counters.tokens_seen,
-                "trained_tokens": self.counters.trained_tokens,
-                "seconds": round(self.counters.seconds, 3),
-                "peak_memory_gb": round(peak_memory_gb(), 3),
-            }
+            self._pending = self._row(step, epoch)
         self._pending["eval_loss"] = eval_loss
+
+    def _row(self, step: int, epoch: float) -> dict[str, Any]:
+        return dict.fromkeys(COLUMNS, "") | {
+            "step": step,
+            "epoch": round(epoch, 6),
+            "tokens_seen": self.counters.tokens_seen,
+            "trained_tokens": self.counters.trained_tokens,
+            "seconds": round(self.counters.seconds, 3),
+            "peak_memory_gb": round(peak_memory_gb(), 3),
+        }
 
     def flush(self) -> None:
         """Append the pending row to the file."""
@@ -137,21 +133,36 @@ class RunLog:
         self.counters = Counters(**state)
 
 
-def read_rows(path: Path) -> list[list[str]]:
-    """The complete rows of a log, cells in the order of COLUMNS; a line that a kill or a crash spoilt is left out.
+@dataclass(frozen=True)
+class LogRows:
+    """A training_log.csv as text: `rows` are its complete rows, cells in the order of COLUMNS, "" for a missing one."""
 
-    The log of another version of this program may lack a column, whose cells are empty then.
-    """
+    rows: list[list[str]]
+    header: Sequence[str]
+    unreadable: int = 0  # complete lines that are not rows
+    is_cut: bool = False  # whether the last line lacks its line end
+
+
+def read_log(path: Path) -> LogRows:
+    """The rows of a log, without the lines that a kill or a crash damaged. Raises OSError."""
     text = path.read_text(encoding="utf-8-sig", errors="replace")
-    complete = text[: text.rfind("\n") + 1].splitlines()
-    # Every cell is a number, so none is quoted: a stray quote must not swallow the rows behind it.
-    header, *lines = [line.split(",") for line in complete] or [[]]
-    rows = [dict(zip(header, cells, strict=True)) for cells in lines if len(cells) == len(header)]
-    return [[row.get(name, "") for name in COLUMNS] for row in rows if _STEP.fullmatch(row.get("step", ""))]
+    complete, _, rest = text.rpartition("\n")
+    # Every cell is a number, so none is quoted: a stray quote must not swallow the following rows.
+    header, *lines = [line.split(",") for line in complete.splitlines()] or [[]]
+    places = [header.index(name) if name in header else None for name in COLUMNS]
+    complete_lines = (cells for cells in lines if len(cells) == len(header))
+    rows = [["" if place is None else cells[place] for place in places] for cells in complete_lines]
+    kept = [row for row in rows if _STEP.fullmatch(row[0])]
+    return LogRows(kept, header, unreadable=len(lines) - len(kept), is_cut=bool(rest.strip()))
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """The complete rows of a log, cells in the order of COLUMNS."""
+    return read_log(path).rows
 
 
 def peak_memory_gb() -> float:
-    """Highest memory use so far in GB (10^9 bytes): reserved CUDA memory on a GPU, resident memory on a CPU."""
+    """Peak memory so far in GB (10^9 bytes): reserved CUDA memory on a GPU, resident memory on a CPU."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 1e9

@@ -1,14 +1,14 @@
-"""The sweep's folder: what is to be run, what became of it, and how it is found again."""
+"""The sweep's folder: its runs, the state of each, and how an earlier start of the sweep is continued."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,22 @@ from filelock import FileLock
 
 from finetune.errors import UserError
 from finetune.files import acquire_lock, write_text_atomic
-from finetune.runs.experiment import CONFIG, check_writable
+from finetune.runs.experiment import check_writable, folder_status
 from finetune.sweep.grid import Point
 
 SWEEP, SWEEP_LOG, LOGS, LOCK, TOKEN = "sweep.json", "sweep.log", "logs", ".lock", ".token"
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 STOPPED, FAILED, INTERRUPTED = "stopped early", "failed", "interrupted"
 DONE = {FINISHED, STOPPED}
-# Exit status 2: the run's own flags or data are refused, and would be refused again.
-REFUSED = "refused"
+REFUSED = "refused"  # exit status 2: flags or data that the next attempt would be refused for too
 
 
 @dataclass
 class SweepRun:
-    """One run of the sweep: what it is, what became of it, and each attempt at it.
+    """One run of the sweep: its flags, its status and each attempt at it.
 
-    `failures` counts attempts in a row that ended badly without having got further than the one before.
+    failures: failed attempts in a row, none of which got further than the one before.
+    progress: what the current attempt has reported (see RayRunner).
     """
 
     point: Point
@@ -45,27 +45,25 @@ class SweepRun:
     def name(self) -> str:
         return self.point.name
 
-    def ended(self, outcome: dict[str, Any], retries: int) -> bool:
-        """Take in how an attempt ended; returns whether the run is to be tried again."""
-        if outcome["outcome"] == INTERRUPTED and "node" not in outcome:  # it never began
+    def record_attempt(self, attempt: dict[str, Any], retries: int) -> bool:
+        """Update the status from an ended attempt; returns whether the run must be tried again."""
+        kind, step = attempt["outcome"], attempt.get("step") or 0
+        if kind == INTERRUPTED and "node" not in attempt:  # it was cancelled before it began
             self.status = INTERRUPTED
             return False
-        self.attempts.append(outcome)
-        kind, step = outcome["outcome"], outcome.get("step") or 0
+        self.attempts.append(attempt)
         if kind in (FINISHED, STOPPED, INTERRUPTED):
             self.status = kind
             return False
-        # A machine that is taken away again and again must not use up the retries of a run that gets on.
+        # A run that is preempted again and again, but progresses, must not run out of retries.
         self.failures = 1 if step > self.best_step else self.failures + 1
         self.best_step = max(self.best_step, step)
-        if kind == REFUSED or self.failures > retries:
-            self.status = FAILED
-            return False
-        self.status = WAITING
-        return True
+        again = kind != REFUSED and self.failures <= retries
+        self.status = WAITING if again else FAILED
+        return again
 
-    def record(self) -> dict[str, Any]:
-        """What sweep.json keeps of the run."""
+    def as_json(self) -> dict[str, Any]:
+        """The run's entry in sweep.json."""
         return {
             "name": self.name, "status": self.status, "varied": self.point.varied, "flags": self.point.flags,
             "attempts": self.attempts,
@@ -74,9 +72,9 @@ class SweepRun:
 
 @dataclass
 class Sweep:
-    """A sweep's folder and the contents of its sweep.json. `lock` is held as long as this process runs it.
+    """A sweep's folder and the contents of its sweep.json; `lock` is held until `close`.
 
-    `new`: nobody has started this sweep before.
+    new: this sweep was not started before.
     """
 
     folder: Path
@@ -92,9 +90,9 @@ class Sweep:
         return self.folder / LOGS / f"{run.name}.log"
 
     def save(self, **entries: Any) -> None:
-        """Write sweep.json aside and rename it."""
+        """Write sweep.json atomically. Raises UserError when the disk is full."""
         self.config.update(entries)
-        data = self.config | {"runs": [run.record() for run in self.runs]}
+        data = self.config | {"runs": [run.as_json() for run in self.runs]}
         write_text_atomic(self.folder / SWEEP, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
 
     def count(self, *statuses: str) -> int:
@@ -105,40 +103,37 @@ class Sweep:
             self.lock.release()
 
     def discard(self) -> None:
-        """Remove the folder of a new sweep that was refused before its first try; what others put there stays."""
-        with contextlib.suppress(OSError):
-            for name in (SWEEP_LOG, SWEEP, TOKEN, LOCK):  # on Windows the first is open, and all of it stays
+        """Remove the folder of a new sweep that was refused before its first attempt; other files in it stay."""
+        with contextlib.suppress(OSError):  # on Windows the log is open, and everything stays
+            for name in (SWEEP_LOG, SWEEP, TOKEN, LOCK):
                 (self.folder / name).unlink(missing_ok=True)
             (self.folder / LOGS).rmdir()
             self.folder.rmdir()
 
 
 def open_sweep(folder: Path, points: list[Point], *, identity: str, argv: list[str], settings: dict[str, Any]) -> Sweep:
-    """The sweep in `folder`: a new one, or the same one again with what it has finished so far.
+    """The sweep in `folder`: a new one, or the same one again with what has finished so far.
 
     Raises UserError when another process is running it, when the folder holds another sweep or something else, or when
-    a data file has changed since the first run was made.
+    a data file has changed since the sweep began.
     """
     check_writable(folder)
-    others = any(
-        not (entry.name == LOGS and entry.is_dir()) and not entry.name.startswith(".") for entry in folder.iterdir()
-    )
-    if others and not (folder / SWEEP).exists():
+    foreign = any(not (path.name == LOGS and path.is_dir()) and path.name[0] != "." for path in folder.iterdir())
+    path = folder / SWEEP
+    if foreign and not path.exists():
         raise UserError(f"{folder} holds other files and no sweep; choose another --name")
     busy = f"sweep {folder} is being run by another process; wait for it, or start another one with --name"
     lock = acquire_lock(folder / LOCK, busy)
     try:
         (folder / LOGS).mkdir(exist_ok=True)
-        runs = [SweepRun(point) for point in points]
-        data = data_digests(points)
         config = {
             "sweep": folder.name, "id": identity, "argv": argv, "started": now(), "ended": None, "status": RUNNING,
-            "host": socket.gethostname(), "pid": os.getpid(), "settings": settings, "data": data, "best": None,
+            "host": socket.gethostname(), "pid": os.getpid(), "settings": settings, "data": data_digests(points),
+            "best": None,
         }  # fmt: skip
-        path = folder / SWEEP
-        if path.exists():
-            _take_over(path, config, runs)
-        sweep = Sweep(folder, config, runs, lock, new=not path.exists())
+        sweep = Sweep(folder, config, [SweepRun(point) for point in points], lock, new=not path.exists())
+        if not sweep.new:
+            _restore_progress(path, config, sweep.runs)
         sweep.save()
         return sweep
     except BaseException:
@@ -147,83 +142,52 @@ def open_sweep(folder: Path, points: list[Point], *, identity: str, argv: list[s
         raise
 
 
-def _take_over(path: Path, config: dict[str, Any], runs: list[SweepRun]) -> None:
-    """Fill in what an earlier start of the same sweep has done."""
+def _restore_progress(path: Path, config: dict[str, Any], runs: list[SweepRun]) -> None:
+    """Set the status and the attempts of runs that an earlier start of the same sweep has made. Raises UserError."""
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
-        digests, config["started"] = dict(old["data"]), str(old["started"])
-        started_as = " ".join(map(str, old["argv"]))
-        records = {
-            str(record["name"]): (str(record["status"]), [_attempt(one) for one in record["attempts"]])
-            for record in old["runs"]
-        }
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        identity, digests, command_line = old["id"], dict(old["data"]), " ".join(map(str, old["argv"]))
+        config["started"] = str(old["started"])
+        records = {record["name"]: record for record in old["runs"]}
+        for run in runs:
+            record = records.get(run.name, {"status": WAITING, "attempts": []})
+            run.attempts = list(record["attempts"])
+            run.best_step = max((int(attempt["step"] or 0) for attempt in run.attempts), default=0)
+            # The run's own folder decides: the sweep may have been killed before it could save this, and a user deletes
+            # a run's folder to have it run again.
+            folder, done = path.parent / run.name, record["status"] in DONE
+            if (done and folder.is_dir()) or folder_status(folder) == FINISHED:
+                run.status = record["status"] if done else FINISHED
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}; start another sweep with --name") from error
-    if old.get("id") != config["id"]:
-        raise UserError(f"{path.parent} holds another sweep (sweep_lora.py {started_as}); choose another --name")
+    if identity != config["id"]:
+        raise UserError(f"{path.parent} holds another sweep (sweep_lora.py {command_line}); choose another --name")
     for name, digest in config["data"].items():
         if digests.get(name, digest) != digest:
             raise UserError(
-                f"{name} has changed since sweep {path.parent} began, and its runs would no longer compare; "
+                f"{name} has changed since sweep {path.parent} began, so its runs would not be comparable; "
                 "start another sweep with --name"
             )
-    for run in runs:
-        status, run.attempts = records.get(run.name, (WAITING, []))
-        run.best_step = max((attempt["step"] or 0 for attempt in run.attempts), default=0)
-        # The run's own folder has the last word: the sweep may have been killed before it could write this down, and
-        # who removes a run's folder wants it made again.
-        folder = path.parent / run.name
-        if (status in DONE and folder.is_dir()) or folder_status(folder) == FINISHED:
-            run.status = status if status in DONE else FINISHED
 
 
-def _attempt(record: Any) -> dict[str, Any]:
-    """An attempt out of sweep.json, with what is asked of it later in its right type; TypeError and others if not."""
-    lines = [str(line) for line in record["lines"]]
-    step = None if record["step"] is None else int(record["step"])
-    return {**record, "outcome": str(record["outcome"]), "step": step, "lines": lines}
-
-
-def folder_status(folder: Path) -> str | None:
-    """`status` in a run folder's experiment_config.json; None where there is none."""
-    try:
-        status = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("status")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return str(status)
-
-
-def set_aside(folder: Path) -> None:
-    """Keep what is left of a try that nothing can go on from, under a name that everything passes over."""
+def archive_broken(folder: Path) -> None:
+    """Rename what is left of an attempt without a checkpoint to the hidden name `.<run>_broken_N`."""
     for number in range(1, 10_000):
-        aside = folder.with_name(f".{folder.name}_broken_{number}")
-        if not aside.exists():
-            folder.rename(aside)
+        target = folder.with_name(f".{folder.name}_broken_{number}")
+        if not target.exists():
+            folder.rename(target)
             return
 
 
-def local_files(points: list[Point]) -> list[str]:
-    """The data and format files that the runs name and that lie on this machine, in order of appearance."""
-    found: dict[str, None] = {}
-    for point in points:
-        values = point.flags
-        named = [*(values.get("dataset") or []), *(values.get("eval_dataset") or []), values.get("format") or ""]
-        for name in named:
-            path = name.rsplit("*", 1)[0]  # rows.jsonl*0.5 takes half of the rows
-            if path and Path(path).is_file():
-                found[path] = None
-    return list(found)
-
-
 def data_digests(points: list[Point]) -> dict[str, str]:
-    """SHA-256 of every local file that the runs read."""
-    digests = {}
-    for name in local_files(points):
-        digest = sha256()
-        with Path(name).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        digests[name] = digest.hexdigest()
+    """SHA-256 of the data and format files that the runs name and that are on this machine, in order of appearance."""
+    digests: dict[str, str] = {}
+    for flags in (point.flags for point in points):
+        for name in [*(flags.get("dataset") or []), *(flags.get("eval_dataset") or []), flags.get("format") or ""]:
+            path = name.rsplit("*", 1)[0]  # rows.jsonl*0.5 uses half of the rows
+            if path and path not in digests and Path(path).is_file():
+                with Path(path).open("rb") as file:
+                    digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
 

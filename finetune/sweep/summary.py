@@ -1,4 +1,4 @@
-"""What came out of a sweep: the table, the picture, and which run is best."""
+"""The results of a sweep: the table, the chart, and the best run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from statistics import mean, stdev
 from typing import Any
 
 from finetune.charts import curves
-from finetune.charts.curves import Run
-from finetune.charts.run_labels import Comparison, compare
+from finetune.charts.curves import LoggedRun
+from finetune.charts.run_labels import Comparison, compare_runs
 from finetune.charts.tables import print_table, write_summary
 from finetune.runs.experiment import LOG
 from finetune.sweep.runs import FINISHED, WAITING, Sweep, SweepRun
 
 SUMMARY, PICTURE = "summary.csv", "comparison.png"
-LAST_SHARE = 0.1  # of a run's logged losses, where there is no evaluation: a single step's loss is mostly noise
+FINAL_SHARE = 0.1  # of a run's logged losses, where there is no evaluation: the loss of one step is mostly noise
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Best:
 
 
 def write_results(sweep: Sweep) -> Best | None:
-    """Print the table, write summary.csv and, where anything was logged, comparison.png; returns the best run."""
+    """Print the table, write summary.csv and, where any loss was logged, comparison.png; returns the best run."""
     runs = {str(sweep.run_folder(run)): run for run in sweep.runs if run.status != WAITING or run.attempts}
     if not runs:
         return None
-    comparison = compare([as_curve(sweep, run) for run in runs.values()])
+    comparison = compare_runs([as_curve(sweep, run) for run in runs.values()])
     table = []
     for curve in comparison.runs:
         run = runs[str(curve.folder)]
@@ -50,7 +50,7 @@ def write_results(sweep: Sweep) -> Best | None:
                  "last_outcome": last.get("outcome"), "last_line": lines[-1]}  # fmt: skip
         table.append(curves.summarize(curve) | extra)
     best = find_best(comparison)
-    with contextlib.suppress(SystemExit):  # rich's answer to a closed pipe (| head); the files are written
+    with contextlib.suppress(SystemExit):  # rich raises it for a closed pipe (| head); the files must be written
         print_table(table)
     write_summary(sweep.folder / SUMMARY, comparison, table)
     if any(row["final_loss"] is not None for row in table):
@@ -60,10 +60,10 @@ def write_results(sweep: Sweep) -> Best | None:
     return best
 
 
-def as_curve(sweep: Sweep, run: SweepRun) -> Run:
-    """The run's folder as the charts read it, with the sweep's own word for its flags and its fate.
+def as_curve(sweep: Sweep, run: SweepRun) -> LoggedRun:
+    """The run's folder as the charts read it, with the flags and the status that the sweep knows.
 
-    A run that left no folder is there with them, and what a --command writes down need not name what is varied.
+    Runs without a folder get them too, and a --command may not record the flags that the sweep varies.
     """
     curve = curves.read_run(sweep.run_folder(run) / LOG)
     curve.config["flags"] = run.point.settings().run_flags()
@@ -72,14 +72,13 @@ def as_curve(sweep: Sweep, run: SweepRun) -> Run:
 
 
 def find_best(comparison: Comparison) -> Best | None:
-    """Lowest mean over the repeats of a setting: of eval_loss where every finished run has one, else of training loss.
+    """The setting with the lowest mean over its repeats: of eval_loss where every finished run has one, else of loss.
 
-    A setting counts when all its repeats have finished with losses that are numbers: what has diverged by its end is
-    not the best for what it was before.
+    A setting qualifies when all its repeats have finished and their last losses are finite.
     """
-    finished = [run for run in comparison.runs if run.status == FINISHED and _ends_in_numbers(run)]
+    finished = [run for run in comparison.runs if run.status == FINISHED and _ends_finite(run)]
     evaluated = bool(finished) and all(run.rows["eval_loss"].notna().any() for run in finished)
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[LoggedRun]] = {}
     for run, look in zip(comparison.runs, comparison.looks, strict=True):
         groups.setdefault(look.group, []).append(run)
     candidates = []
@@ -91,14 +90,14 @@ def find_best(comparison: Comparison) -> Best | None:
     return min(candidates, key=lambda one: mean(one.values), default=None)
 
 
-def _ends_in_numbers(run: Run) -> bool:
-    """Whether the run has logged losses, and those that decide about it are numbers."""
+def _ends_finite(run: LoggedRun) -> bool:
+    """Whether the run has logged losses, and those that rank it are finite."""
     losses, evaluations = run.rows["loss"].dropna(), run.rows["eval_loss"].dropna()
     return bool(len(losses)) and math.isfinite(_loss(run, False)) and math.isfinite(evaluations.iloc[-1:].sum())
 
 
-def _loss(run: Run, evaluated: bool) -> float:
+def _loss(run: LoggedRun, evaluated: bool) -> float:
     if evaluated:
         return float(run.rows["eval_loss"].min())
     losses: Any = run.rows["loss"].dropna()
-    return float(losses.iloc[-max(1, math.ceil(len(losses) * LAST_SHARE)) :].mean())
+    return float(losses.iloc[-max(1, math.ceil(len(losses) * FINAL_SHARE)) :].mean())

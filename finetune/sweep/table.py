@@ -1,4 +1,4 @@
-"""What a running sweep shows: a live table where a person looks, a line for each event where a log does."""
+"""The display of a running sweep: a live table on a terminal, otherwise a line now and then; events as log lines."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from finetune.charts.curves import duration
 from finetune.sweep.runs import DONE, FAILED, INTERRUPTED, RUNNING, WAITING, SweepRun
 
 log = logging.getLogger("sandwich")
-MOST_ROWS = 30
+MAX_ROWS = 30
 SECONDS_BETWEEN_LINES = 30
-STYLES = {RUNNING: "bold", FAILED: "red", INTERRUPTED: "yellow", WAITING: "dim"}
-MANY = 50  # with more runs than this, a run's start and good end are no news
+STYLES = {RUNNING: "bold", FAILED: "red", INTERRUPTED: "yellow", WAITING: "dim"}  # most interesting first
+MAX_RUNS_LOGGED = 50  # in larger sweeps, only failures of runs are logged
+COLUMNS = {"run": "left", "status": "left", "step": "right", "loss": "right", "eval": "right", "left": "right",
+           "device": "left", "tries": "right"}  # fmt: skip
 
 
 class LiveTable:
-    """Context manager; `show` may be called as often as one likes."""
+    """A context manager; `show` redraws the table, or logs one line every SECONDS_BETWEEN_LINES."""
 
     def __init__(self, console: Console, total: int):
         self.console, self.total = console, total
         self.live: Live | None = None
-        self.began = self.last_line = time.time()
+        self.start = self.last_line = time.time()
         self.done_before: int | None = None
 
     def __enter__(self) -> LiveTable:
@@ -40,12 +42,12 @@ class LiveTable:
             self.live.stop()
 
     def started(self, run: SweepRun) -> None:
-        if self.total <= MANY:
+        if self.total <= MAX_RUNS_LOGGED:
             log.info("%s: started on %s, %s", run.name, run.progress["node"], run.progress["device"])
 
     def ended(self, run: SweepRun, again: bool) -> None:
-        if run.status in DONE or run.status == INTERRUPTED:  # perhaps before its first attempt began
-            if self.total <= MANY:
+        if run.status in DONE or run.status == INTERRUPTED:
+            if self.total <= MAX_RUNS_LOGGED:
                 log.info("%s: %s", run.name, run.status)
             return
         attempt = run.attempts[-1]
@@ -65,46 +67,40 @@ class LiveTable:
         done, failed = sum(run.status in DONE for run in runs), sum(run.status == FAILED for run in runs)
         running, waiting = (sum(run.status == status for run in runs) for status in (RUNNING, WAITING))
         text = f"{done} of {len(runs)} done, {failed} failed, {running} running, {waiting} waiting"
-        # What earlier starts of this sweep have done took none of this start's time.
+        # Runs that earlier starts of this sweep have done took no time of this one.
         self.done_before = done + failed if self.done_before is None else self.done_before
-        lately = done + failed - self.done_before + sum(_share(run) for run in runs if run.status == RUNNING)
-        if lately > 0.02 and running + waiting:
-            seconds = (time.time() - self.began) / lately * (len(runs) - self.done_before - lately)
+        share = sum(run.progress.get("percent", 0.0) / 100 for run in runs if run.status == RUNNING)
+        completed = done + failed - self.done_before + share
+        if completed > 0.02 and running + waiting:
+            seconds = (time.time() - self.start) / completed * (len(runs) - self.done_before - completed)
             text += f", about {duration(max(seconds, 0))} left"
         return text
 
     def _table(self, runs: list[SweepRun]) -> Table:
-        order = {RUNNING: 0, FAILED: 1, INTERRUPTED: 2, WAITING: 3}
-        shown = sorted(runs, key=lambda run: order.get(run.status, 4))[:MOST_ROWS] if len(runs) > MOST_ROWS else runs
+        order = list(STYLES)
+        shown = sorted(runs, key=lambda run: order.index(run.status) if run.status in order else len(order))
+        shown = shown[:MAX_ROWS] if len(runs) > MAX_ROWS else runs
         more = f"; {len(runs) - len(shown)} more not shown" if len(shown) < len(runs) else ""
         table = Table(box=None, padding=(0, 1), header_style="bold", caption=self.line(runs) + more)
-        for name in ("run", "status", "step", "loss", "eval", "left", "device", "tries"):
-            table.add_column(name, justify="right" if name in ("step", "loss", "eval", "left", "tries") else "left")
+        for name, justify in COLUMNS.items():
+            table.add_column(name, justify=justify)
         for run in shown:
-            news = run.progress
-            device = f"{news['node']} {news['device']}" if run.status == RUNNING else ""
-            tries = len(run.attempts) + (run.status == RUNNING)
+            progress, tries = run.progress, len(run.attempts) + (run.status == RUNNING)
+            losses = (f"{progress[name]:.4f}" if name in progress else "" for name in ("loss", "eval_loss"))
+            device = f"{progress['node']} {progress['device']}" if run.status == RUNNING else ""
             table.add_row(
-                run.name, run.status, str(news.get("step", "")), _loss(news.get("loss")), _loss(news.get("eval_loss")),
-                eta(run), device, str(tries) if tries > 1 else "", style=STYLES.get(run.status),
+                run.name, run.status, str(progress.get("step", "")), *losses, time_left(run), device,
+                str(tries) if tries > 1 else "", style=STYLES.get(run.status),
             )  # fmt: skip
         return table
 
 
-def eta(run: SweepRun) -> str:
-    """Time left of a running run, from how fast its share of the whole has grown since its first logged row."""
+def time_left(run: SweepRun) -> str:
+    """Time left of a running run, from its progress since its first logged row; "" while unknown."""
     if run.status != RUNNING or "first" not in run.progress:
         return ""
-    share, since = run.progress["first"]
-    gained = run.progress["percent"] - share
+    first_percent, first_time = run.progress["first"]
+    gained = run.progress["percent"] - first_percent
     if gained <= 0:
         return ""
-    return duration((time.time() - since) / gained * max(100 - run.progress["percent"], 0))
-
-
-def _share(run: SweepRun) -> float:
-    return run.progress.get("percent", 0.0) / 100
-
-
-def _loss(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return duration((time.time() - first_time) / gained * max(100 - run.progress["percent"], 0))

@@ -1,1 +1,1 @@
-"""Rows made from tool schemas and phrasings, seeded."""
+"""Synthetic rows from tool schemas and phrasings, reproducible for a seed."""

@@ -1,7 +1,6 @@
-"""Training and held-out rows made from tool schemas and phrasings: seeded, and the same on every machine.
+"""Synthetic training and held-out rows from tool schemas and phrasings.
 
-Only `random.Random` draws, rows come out in one fixed order, and every call is checked against its tool's JSON Schema
-before it is written.
+The same seed gives the same rows on every machine. Every call is checked against its tool's JSON Schema.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +22,31 @@ from finetune.synthetic.phrasing import SPLITS, Deck, Value, expand
 from finetune.synthetic.schema_phrasing import general_phrasebook
 
 KINDS = ("call", "answered", "steps", "followup", "chat", "missing", "ambiguous")
-# What evaluation may know of rows whose right answer is text.
+# Categories, for evaluation, of rows whose correct answer is text.
 CATEGORIES = {"chat": "irrelevant", "missing": "missing_parameter", "ambiguous": "missing_parameter"}
-_TRIES = 200  # draws before a wording is declared too poor for the number of rows asked for
+MAX_TRIES = 200  # to find a request that is not in the split yet
 
 
 class NoNewRequest(UserError):
-    """The wordings of a kind of row are used up."""
+    """The phrasings give no further request of a kind."""
 
 
 class Writer:
-    """Makes the rows of one split; requests never repeat within it."""
+    """Makes the rows of one split, in which no request repeats."""
 
     def __init__(self, book: Phrasebook, tools: Sequence[dict[str, Any]], split: str, rng: random.Random):
         self.book, self.split, self.rng = book, split, rng
         self.tools = json.dumps(list(tools), ensure_ascii=False, separators=(",", ":"))
         self.seen: set[str] = set()
-        self._frames = Deck(rng, book.wording.frames[split])
-        self._joins = Deck(rng, book.wording.joins[split])
-        names = list(book.cases)
-        self._names = {kind: Deck(rng, names) for kind in ("call", "followup")}
-        answerable = [name for name in names if any(case.answerable for case in book.cases[name])]
-        if answerable:
-            self._names["answered"] = Deck(rng, answerable)
-        self._cases = {name: Deck(rng, cases) for name, cases in book.cases.items()}
-        self._answerable = {
-            name: Deck(rng, [case for case in book.cases[name] if case.answerable]) for name in answerable
-        }
-        cases = [case for name in names for case in dict.fromkeys(book.cases[name])]
+        self._decks: dict[Any, Deck] = {}
+        answerable = {name: [case for case in cases if case.answerable] for name, cases in book.cases.items()}
+        self._answerable = {name: cases for name, cases in answerable.items() if cases}
+        cases = [case for cases in book.cases.values() for case in dict.fromkeys(cases)]
         self._incomplete = [case for case in cases if case.incomplete(split) is not None]
         self._sequences = [pair for pair in book.sequences if pair[0] in self._answerable]
-        self._decks: dict[str, Deck] = {}
 
     def possible(self, kind: str) -> bool:
-        """Whether these tools and phrasings can make rows of the kind at all."""
+        """Whether these tools and phrasings can give rows of this kind."""
         needs = {
             "answered": self._answerable, "followup": self._answerable, "steps": self._sequences,
             "chat": self.book.wording.chat[self.split], "missing": self._incomplete,
@@ -65,11 +55,12 @@ class Writer:
         return bool(needs.get(kind, True))
 
     def row(self, kind: str) -> dict[str, Any]:
-        """One row of the kind; raises NoNewRequest when none can be found."""
+        """One row of the kind; raises NoNewRequest when no new request is found."""
         make: Callable[..., list[dict[str, Any]]] = getattr(self, f"_{kind}")
-        # Dealt once: a tool with few wordings is tried again, not passed over for the next one.
-        subject = (self._names[kind].deal(),) if kind in self._names else ()
-        for _ in range(_TRIES):
+        # Dealt once: a tool with few wordings is tried again instead of skipped.
+        tools = {"call": self.book.cases, "followup": self.book.cases, "answered": self._answerable}
+        subject = (self._deal(kind, tools[kind]),) if kind in tools else ()
+        for _ in range(MAX_TRIES):
             messages = make(*subject)
             requests = [message["content"] for message in messages if message["role"] == "user"]
             if not any(text in self.seen for text in requests):
@@ -77,66 +68,74 @@ class Writer:
                 break
         else:
             raise NoNewRequest(
-                f"no new request of kind {' for '.join((repr(kind), *subject))} after {_TRIES} tries; "
+                f"no new request of kind {' for '.join((repr(kind), *subject))} in {MAX_TRIES} tries; "
                 "ask for fewer rows or add phrasings and values"
             )
         system = [{"role": "system", "content": self.book.wording.system}] if self.book.wording.system else []
         category = {"category": CATEGORIES[kind]} if kind in CATEGORIES else {}
         return {"messages": system + messages, "tools": self.tools, **category}
 
-    def _deck(self, name: str, items: Sequence[Any]) -> Deck:
-        if name not in self._decks:
-            self._decks[name] = Deck(self.rng, items)
-        return self._decks[name]
+    def _deal(self, key: Any, items: Iterable[Any]) -> Any:
+        """The next item of the deck `key`, which is made of `items` at its first use."""
+        if key not in self._decks:
+            self._decks[key] = Deck(self.rng, list(items))
+        return self._decks[key].deal()
+
+    def _case(self, name: str) -> Any:
+        return self._deal(("case", name), self.book.cases[name])
+
+    def _answerable_case(self, name: str) -> Any:
+        return self._deal(("answerable", name), self._answerable[name])
 
     def _framed(self, core: str) -> str:
-        return self.book.wording.sentence(expand(self._frames.deal(), {"core": Value(core, None)}, {}, self.rng))
+        frame = self._deal("frames", self.book.wording.frames[self.split])
+        return self.book.wording.sentence(expand(frame, {"core": Value(core, None)}, {}, self.rng))
 
     def _user(self, request: Request) -> dict[str, Any]:
         text = request.sentence if request.core is None else self._framed(request.core)
         return {"role": "user", "content": text}
 
     def _call(self, name: str) -> list[dict[str, Any]]:
-        request = self._cases[name].deal().request(self.split)
+        request = self._case(name).request(self.split)
         return [self._user(request), call_message(request)]
 
     def _answered(self, name: str) -> list[dict[str, Any]]:
-        request = self._answerable[name].deal().request(self.split)
+        request = self._answerable_case(name).request(self.split)
         return [
             self._user(request), call_message(request), result_message(request),
             {"role": "assistant", "content": request.answer},
         ]  # fmt: skip
 
     def _steps(self) -> list[dict[str, Any]]:
-        """One request for two things: a call, its result, and the second call."""
-        before, after, *common = self._deck("steps", self._sequences).deal()
-        first = self._answerable[before].deal().request(self.split, core_only=True)
+        """One request for two calls: the first call, its result, and the second call."""
+        before, after, *common = self._deal("steps", self._sequences)
+        first = self._answerable_case(before).request(self.split, core_only=True)
         given = {name: first.slots[name] for name in common if name in first.slots}
-        second = self._cases[after].deal().request(self.split, core_only=True, given=given)
+        second = self._case(after).request(self.split, core_only=True, given=given)
         clauses = {"first": Value(first.core, None), "second": Value(second.core, None)}
-        core = expand(self._joins.deal(), clauses, {}, self.rng)
+        core = expand(self._deal("joins", self.book.wording.joins[self.split]), clauses, {}, self.rng)
         return [
             {"role": "user", "content": self._framed(core)},
             call_message(first), result_message(first), call_message(second),
         ]  # fmt: skip
 
     def _followup(self, name: str) -> list[dict[str, Any]]:
-        """A finished request and another one, for the tool `name`, after it."""
-        first = self._answered(self._deck("first", list(self._answerable)).deal())
-        second = self._cases[name].deal().request(self.split)
+        """An answered request, followed by a request for the tool `name`."""
+        first = self._answered(self._deal("first", self._answerable))
+        second = self._case(name).request(self.split)
         return [*first, self._user(second), call_message(second)]
 
     def _chat(self) -> list[dict[str, Any]]:
         wording = self.book.wording
-        user, answer = self._deck("chat", wording.chat[self.split]).deal()
+        user, answer = self._deal("chat", wording.chat[self.split])
         openers = wording.openers[self.split] if wording.openers else [""]
         return _pair((self.rng.choice(openers) + expand(user, {}, {}, self.rng), answer))
 
     def _missing(self) -> list[dict[str, Any]]:
-        return _pair(self._deck("missing", self._incomplete).deal().incomplete(self.split))
+        return _pair(self._deal("missing", self._incomplete).incomplete(self.split))
 
     def _ambiguous(self) -> list[dict[str, Any]]:
-        return _pair(self._deck("ambiguous", self.book.ambiguous[self.split]).deal())
+        return _pair(self._deal("ambiguous", self.book.ambiguous[self.split]))
 
 
 def _pair(texts: Sequence[str]) -> list[dict[str, Any]]:
@@ -145,7 +144,7 @@ def _pair(texts: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def call_message(request: Request) -> dict[str, Any]:
-    """An assistant message with the call, its arguments as a JSON string."""
+    """An assistant message with the request's call; its arguments are a JSON string."""
     arguments = json.dumps(request.arguments, ensure_ascii=False, separators=(",", ":"))
     function = {"name": request.name, "arguments": arguments}
     return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
@@ -157,7 +156,7 @@ def result_message(request: Request) -> dict[str, Any]:
 
 
 def shares(mix: dict[str, float], total: int) -> dict[str, int]:
-    """`total` split by the weights of `mix`, by largest remainder; sums to `total`."""
+    """`total` split in proportion to the weights of `mix` (largest remainder method)."""
     weight = sum(mix.values())
     counts = {kind: int(total * part / weight) for kind, part in mix.items()}
     rest = sorted(mix, key=lambda kind: counts[kind] - total * mix[kind] / weight)
@@ -169,9 +168,9 @@ def shares(mix: dict[str, float], total: int) -> dict[str, int]:
 def make_rows(
     book: Phrasebook, tools: Sequence[dict[str, Any]], split: str, total: int, rng: random.Random
 ) -> list[tuple[str, dict[str, Any]]]:
-    """`total` rows of one split with their kinds, mixed as the phrasebook says, in shuffled order.
+    """`total` rows of one split with their kinds, in the phrasebook's mix, shuffled.
 
-    All calls fit their schemas. Where the wordings of a kind run out, its rows become plain calls.
+    Where a kind has no further requests, `call` rows replace it.
     """
     writer = Writer(book, tools, split, rng)
     rows = []
@@ -190,50 +189,41 @@ def make_rows(
 
 
 def check_calls(rows: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> None:
-    """Raises UserError at the first call whose arguments its tool's JSON Schema does not accept."""
+    """Raises UserError for a call that its tool's JSON Schema does not accept."""
     validators = {}
     for tool in tools:
         schema = tool["function"].get("parameters", {"type": "object"})
         name = tool["function"]["name"]
-        validators[name], broken = validator_of(json.dumps(schema))
-        if broken:
-            raise UserError(f"tool {name}: its parameters are no JSON Schema ({broken})")
+        validators[name], invalid = validator_of(json.dumps(schema))
+        if invalid:
+            raise UserError(f"tool {name}: its parameters are not a valid JSON Schema ({invalid})")
     for row in rows:
         for message in row["messages"]:
             for call in message.get("tool_calls", ()):
                 name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
                 for error in validators[name].iter_errors(arguments):
-                    raise UserError(f"a made call of {name} does not fit its schema ({error.message}): {arguments}")
+                    raise UserError(f"a made-up call of {name} does not fit its schema ({error.message}): {arguments}")
 
 
 def generate_files(
-    tools_file: str | Path,
-    output: str | Path,
-    *,
-    phrasings: str | Path | None = None,
-    per_tool: int = 32,
-    rows: int | None = None,
-    heldout_rows: int | None = None,
-    language: str = "en",
-    seed: int = 0,
-    name: str | None = None,
-    overwrite: bool = False,
-) -> list[tuple[Path, Counter]]:
-    """Make and write both splits; gives each file with its rows by kind. Raises UserError."""
+    tools_file: str | Path, output: str | Path, *, name: str | None = None, overwrite: bool = False, **options: Any
+) -> list[tuple[Path, Counter[str]]]:
+    """Write both splits; returns each file with its number of rows by kind. Raises UserError.
+
+    options: as in `generate`.
+    """
     tools = load_tools_file(tools_file)
     if not tools:
-        raise UserError(f"{tools_file}: holds no tool schema; give a JSON array of tool schemas")
+        raise UserError(f"{tools_file}: contains no tool schema; must be a JSON array of tool schemas")
     names = Counter(tool["function"]["name"] for tool in tools)
-    if twice := [name for name, number in names.items() if number > 1]:
-        raise UserError(f"{tools_file}: declares the tool {twice[0]} {names[twice[0]]} times; leave one of them")
-    numbers = {"per_tool": per_tool, "rows": rows, "heldout_rows": heldout_rows}
-    made = generate(tools, phrasings, **numbers, language=language, seed=seed)
+    if duplicate := next((name for name, number in names.items() if number > 1), None):
+        raise UserError(f"{tools_file}: declares the tool {duplicate} {names[duplicate]} times; keep one of them")
     written = []
-    for split, (book, entries) in made.items():
+    for split, (book, entries) in generate(tools, **options).items():
         suffix = "" if book.wording.language == "en" else f"_{book.wording.language}"
         path = Path(output) / f"{name + '_' if name else ''}{split}{suffix}.jsonl"
         if path.exists() and not overwrite:
-            raise UserError(f"{path} exists already; choose another --output, or say --overwrite")
+            raise UserError(f"{path} already exists; choose another --output or add --overwrite")
         written.append((path, entries))
     write_together({path: json_lines(row for _, row in entries).encode() for path, entries in written})
     return [(path, Counter(sorted((kind for kind, _ in entries), key=KINDS.index))) for path, entries in written]
@@ -251,23 +241,23 @@ def generate(
 ) -> dict[str, tuple[Phrasebook, list[tuple[str, dict[str, Any]]]]]:
     """Split -> (phrasebook, [(kind, row), ...]).
 
-    Each split draws alone: more training rows leave the held-out ones as they are.
+    Each split has its own random generator: the number of training rows does not change the held-out rows.
     """
     made = {}
     for split in SPLITS:
         rng = random.Random(f"{seed}:{split}")
         book = load_phrasebook(phrasings, tools, rng) if phrasings else general_phrasebook(tools, language, rng)
         if split == "train":
-            total = rows or rows_for(book, per_tool * len(tools))
+            total = rows or rows_with_calls(book, per_tool * len(tools))
         else:
             total = heldout_rows or max(1, total // 3)
         made[split] = (book, make_rows(book, tools, split, total, rng))
     return made
 
 
-def rows_for(book: Phrasebook, requests: int) -> int:
-    """How many training rows hold so many that are one request and one call; these are dealt evenly to the tools."""
+def rows_with_calls(book: Phrasebook, calls: int) -> int:
+    """How many training rows contain `calls` rows of kind `call`."""
     mix = book.mix["train"]
     if not mix.get("call"):
-        raise UserError("the phrasings' mix has no share for `call`; say --rows")
-    return math.ceil(requests * sum(mix.values()) / mix["call"])
+        raise UserError("`mix` in the phrasings has no weight for `call`; add --rows")
+    return math.ceil(calls * sum(mix.values()) / mix["call"])

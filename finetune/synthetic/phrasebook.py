@@ -1,4 +1,4 @@
-"""What requests are made of: a language's wording, the cases of each tool, and phrasing files that hold both."""
+"""Phrasebooks: the wording of a language and the requests of each tool, from a phrasing file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.errors import UserError
 from finetune.synthetic.phrasing import (
     SLOT,
     SPLITS,
-    VALUES,
+    VALUE_KINDS,
     Deck,
     Value,
     enumeration,
@@ -23,17 +23,17 @@ from finetune.synthetic.phrasing import (
     sample,
 )
 
+MAX_DRAWS = 1000  # of one slot's value, until it differs from others
+
 
 @dataclass
 class Request:
-    """One thing that a user asks for.
+    """One request that a tool call answers.
 
-    core      what is asked, as an imperative clause without a final stop; None when there is only `sentence`
-    sentence  a whole sentence that needs no frame; None when there is a core
-    name      the tool that does it
-    arguments of the call
-    result    what the tool gives back (JSON-able), answer: how the assistant puts that into words
-    slots     the values drawn for it, by name
+    core      the request as an imperative clause without a full stop, or None
+    sentence  the request as a complete sentence, or None; either core or sentence is given
+    result    the tool's result (JSON-serializable); answer: the assistant's text for it
+    slots     the values of the request, by slot name
     """
 
     name: str
@@ -47,12 +47,12 @@ class Request:
 
 @dataclass
 class Wording:
-    """Everything in a phrasing file that concerns the language and not one tool.
+    """The part of a phrasing file that is independent of tools.
 
     frames   sentences around a clause, `{core}`
     joins    two clauses in one, `{first}` and `{second}`
-    lists    how enumerations are separated: [between, before the last]
-    chat     requests that need no tool, with their answers; `openers` may go before them
+    lists    separators of enumerations: [between elements, before the last]
+    chat     [request that needs no tool, answer]; one of `openers` precedes the request
     """
 
     language: str
@@ -64,12 +64,12 @@ class Wording:
     openers: dict[str, list[str]] = field(default_factory=dict)
 
     def sentence(self, text: str) -> str:
-        """With a capital letter, in a language that begins sentences with one."""
+        """`text` capitalized, in English."""
         return text[:1].upper() + text[1:] if self.language == "en" else text
 
 
 class Case:
-    """One way to use a tool: slots with their values, wording, argument shape, result and answer."""
+    """One use of a tool: slot values, wording, argument template, result and answer."""
 
     def __init__(self, tool: str, spec: dict[str, Any], common: dict[str, Any], wording: Wording, rng: random.Random):
         self.tool, self.spec, self.wording, self.rng = tool, spec, wording, rng
@@ -92,28 +92,25 @@ class Case:
         self._slots = [name for name in self._values if name in used and name not in self._each]
 
     def _check(self, phrases: dict[str, Any]) -> None:
-        """Raises UserError at the first slot without a value, and at a value of an unknown kind."""
+        """Raises UserError for a slot without a value, a value of an unknown kind, or a split without wording."""
         known = {*self._values, *phrases, "items", *self.spec["arguments"]}
         for name in SLOT.findall(json.dumps([self.spec, phrases], ensure_ascii=False)):
             if name not in known:
-                raise UserError(f"phrasings of {self.tool}: the slot {{{name}}} has no value; add it to `values`")
+                raise UserError(f"phrasings of {self.tool}: slot {{{name}}} has no value; add it to `values`")
         for name, value in self._values.items():
-            if not isinstance(value, dict) or not set(value) & set(VALUES):
-                raise UserError(f"phrasings of {self.tool}: the value {name!r} must be one of {', '.join(VALUES)}")
+            if not isinstance(value, dict) or not set(value) & set(VALUE_KINDS):
+                raise UserError(f"phrasings of {self.tool}: value {name!r} must be one of {', '.join(VALUE_KINDS)}")
         for split in SPLITS:
             if not self.spec["core"][split]:
                 raise UserError(f"phrasings of {self.tool}: `core` has no {split} wording; add one")
 
     @property
     def answerable(self) -> bool:
-        """Whether the phrasing file says what the tool gives back."""
+        """Whether the phrasing file has a result of the tool."""
         return "result" in self.spec
 
     def request(self, split: str, *, core_only: bool = False, given: dict[str, Value] | None = None) -> Request:
-        """A request of this case; `core_only` for clauses that will be joined with others.
-
-        `given` values take the place of drawn ones where the case has such slots.
-        """
+        """A random request. core_only: without complete sentences; given: values of slots that are not drawn."""
         kind, text = ("core", self._cores[split].deal()) if core_only else self._texts[split].deal()
         slots = self._draw(self._slots, split, {})
         slots |= {name: value for name, value in (given or {}).items() if name in slots}
@@ -124,14 +121,14 @@ class Case:
             slots["items"] = Value(enumeration(texts, self.rng.choice(self.wording.lists[split])), None)
         text = expand(text, slots, self._phrases[split], self.rng)
         arguments = fill_arguments(self.spec["arguments"], slots, items)
-        whole = {name: Value("", value) for name, value in arguments.items()}
-        result = fill_arguments(self.spec["result"], slots | whole, items) if self.answerable else None
+        by_name = {name: Value("", value) for name, value in arguments.items()}
+        result = fill_arguments(self.spec["result"], slots | by_name, items) if self.answerable else None
         answer = expand(self.rng.choice(self.spec["answer"]), slots, {}, self.rng) if self.answerable else ""
         core, sentence = (text, None) if kind == "core" else (None, text)
         return Request(self.tool, arguments, core, sentence, result, answer, slots)
 
     def incomplete(self, split: str) -> tuple[str, str] | None:
-        """(request that lacks a value, the assistant's question), or None when this case has no such wording."""
+        """(request that lacks a value, the assistant's question for it), None when the case has no such wording."""
         if split not in self._missing:
             return None
         text, question = self._missing[split].deal()
@@ -139,17 +136,17 @@ class Case:
         return expand(text, slots, {}, self.rng), expand(question, slots, {}, self.rng)
 
     def _draw(self, names: Sequence[str], split: str, taken: dict[str, list]) -> dict[str, Value]:
-        """A value for each slot; slots listed as `unlike` differ from each other, all differ from those `taken`."""
+        """A value for each slot, not among those `taken`; the slots listed in `unlike` differ from each other."""
         unlike = self.spec.get("unlike", [])
         slots: dict[str, Value] = {}
         for name in names:
             others = taken.get(name, []) + [slots[other].value for other in unlike if other in slots and name in unlike]
-            for _ in range(1000):
+            for _ in range(MAX_DRAWS):
                 slots[name] = sample(self._values[name], split, self.rng, self.wording.lists[split])
                 if slots[name].value not in others:
                     break
             else:
-                raise ValueError(f"{self.tool}: no value left for slot {name}")
+                raise UserError(f"phrasings of {self.tool}: slot {name} has too few different values; add some")
         return slots
 
     def _items(self, split: str) -> list[dict[str, Value]]:
@@ -163,38 +160,33 @@ class Case:
         return items
 
 
+@dataclass
 class Phrasebook:
-    """What requests are made of: the language's wording, the cases of each tool, and which tools follow each other.
+    """Everything that requests are made of.
 
-    cases      tool name -> its cases (a case may stand several times: it is then drawn more often)
-    sequences  pairs of tools that one request may ask for, the second after the first; names of slots may follow
-               whose value the second takes over from the first
-    mix        split -> kind of row -> share
+    cases      tool name -> its cases; a repeated case is drawn more often
+    sequences  [tool, tool that one request may also ask for, *slots whose value the second tool gets from the first]
+    mix        split -> kind of row -> weight
     ambiguous  split -> (request, the assistant's question) pairs
     """
 
-    def __init__(
-        self,
-        wording: Wording,
-        cases: dict[str, list[Any]],
-        sequences: Sequence[Sequence[str]],
-        mix: dict[str, dict[str, float]],
-        ambiguous: dict[str, list[tuple[str, str]]] | None = None,
-    ):
-        self.wording, self.cases, self.sequences, self.mix = wording, cases, sequences, mix
-        self.ambiguous = ambiguous or {split: [] for split in SPLITS}
+    wording: Wording
+    cases: dict[str, list[Any]]
+    sequences: Sequence[Sequence[str]]
+    mix: dict[str, dict[str, float]]
+    ambiguous: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
 
 
 def load_phrasebook(path: str | Path, tools: Sequence[dict[str, Any]], rng: random.Random) -> Phrasebook:
-    """A phrasing file for these tools (canonical schemas). Raises UserError naming what is missing in it."""
+    """The phrasebook of a phrasing file for these tools. Raises UserError for missing or superfluous entries."""
     data = read_json(path)
     names = [tool["function"]["name"] for tool in tools]
     try:
         wording = Wording(**{name: data[name] for name in ("language", "system", "frames", "joins", "lists", "chat")})
         if unknown := [name for name in data["tools"] if name not in names]:
-            raise UserError(f"{path}: phrasings for {unknown[0]}, which is not among the tool schemas; remove them")
-        if bare := [name for name in names if name not in data["tools"]]:
-            raise UserError(f"{path}: no phrasings for the tool {bare[0]}; add them, or leave --phrasings out")
+            raise UserError(f"{path}: phrasings for {unknown[0]}, which has no tool schema; remove them")
+        if missing := [name for name in names if name not in data["tools"]]:
+            raise UserError(f"{path}: no phrasings for the tool {missing[0]}; add them, or omit --phrasings")
         cases = {
             name: [
                 case for spec in data["tools"][name]
@@ -204,4 +196,4 @@ def load_phrasebook(path: str | Path, tools: Sequence[dict[str, Any]], rng: rand
         }  # fmt: skip
         return Phrasebook(wording, cases, data["sequences"], data["mix"])
     except KeyError as error:
-        raise UserError(f"{path}: the field {error} is missing; see data/samples/README.md") from error
+        raise UserError(f"{path}: field {error} is missing; see data/samples/README.md") from error

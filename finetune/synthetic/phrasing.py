@@ -1,8 +1,8 @@
-"""The small language of phrasing files: texts with slots and alternatives, values, and argument shapes.
+"""The syntax of phrasing files: text templates, slot values and argument templates.
 
-Texts may hold `{slot}` (a value, or another list of phrases) and `[a|b]` (either wording). Lists of texts come as
-{"train": [...], "heldout": [...]}: the two never mix, so that held-out requests are worded in ways that training never
-showed. data/samples/README.md describes the fields.
+Templates contain `{slot}` (a value, or a text from another list) and `[a|b]` (one of the alternatives). Lists of
+templates are {"train": [...], "heldout": [...]}; the splits share none, so that held-out requests have wordings that
+training never saw. data/samples/README.md describes the fields.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from typing import Any
 from finetune.errors import UserError
 
 SPLITS = ("train", "heldout")
-VALUES = ("integer", "number", "choice", "list")
+VALUE_KINDS = ("integer", "number", "choice", "list")
 SLOT = re.compile(r"\{(\w+)\}")
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 
 
 class Deck:
-    """Deals items in random order and shuffles again when all were dealt: each occurs about equally often."""
+    """Deals items in random order, reshuffling after all were dealt: each occurs about equally often."""
 
     def __init__(self, rng: random.Random, items: Sequence[Any]):
         if not items:
-            raise ValueError("nothing to deal")
-        self._rng, self._items, self._left = rng, list(items), []
+            raise ValueError("no items to deal")
+        self._rng, self._items = rng, list(items)
+        self._left: list[Any] = []
 
     def deal(self) -> Any:
         if not self._left:
@@ -40,29 +41,29 @@ class Deck:
 
 @dataclass
 class Value:
-    """A slot's value: `text` as the request words it, `value` as the call's arguments hold it."""
+    """A slot's value: `text` in the request, `value` in the call's arguments."""
 
     text: str
     value: Any
 
 
 def read_json(path: str | Path) -> Any:
-    """A JSON file; raises UserError naming file and fault."""
+    """The contents of a JSON file; raises UserError."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a JSON file") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); must be a JSON file") from error
     except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); mend it") from error
+        raise UserError(f"{path}: is not valid JSON ({error}); fix it") from error
 
 
 def sample(spec: dict[str, Any], split: str, rng: random.Random, lists: Sequence[Sequence[str]]) -> Value:
-    """Draw a slot's value.
+    """A random value of a slot.
 
-    {"integer": [low, high]}            both ends included
-    {"number": [low, high, step]}       whole numbers without a decimal point
-    {"choice": [...]}, or {"choice": {"wording": value}}, or {"choice": {"train": [...], "heldout": [...]}}
-    {"list": spec, "length": [low, high]}   different values in rising order, worded as an enumeration
+    {"integer": [low, high]}            high included
+    {"number": [low, high, step]}       high included; integral values become int
+    {"choice": [...]}, or {"choice": {"text": value}}, or {"choice": {"train": [...], "heldout": [...]}}
+    {"list": spec, "length": [low, high]}   distinct values in ascending order; the text enumerates them
     """
     if "integer" in spec:
         value = rng.randint(*spec["integer"])
@@ -81,43 +82,40 @@ def sample(spec: dict[str, Any], split: str, rng: random.Random, lists: Sequence
         value = rng.choice(choice)
         return Value(str(value), value)
     if "list" in spec:
-        wanted, values = rng.randint(*spec["length"]), []
+        wanted = rng.randint(*spec["length"])
+        values: list[Any] = []
         while len(values) < wanted:
             value = sample(spec["list"], split, rng, lists).value
             if value not in values:
                 values.append(value)
         values.sort()
         return Value(enumeration([str(value) for value in values], rng.choice(lists)), values)
-    raise ValueError(f"unknown kind of value {spec}")
+    raise ValueError(f"unknown kind of value: {spec}")
 
 
 def enumeration(texts: Sequence[str], separators: Sequence[str]) -> str:
-    """`1, 2 and 3` for the separators `, ` and ` and `."""
+    """`1, 2 and 3` for the separators (", ", " and ")."""
     between, last = separators
     return last.join([between.join(texts[:-1]), texts[-1]]) if len(texts) > 1 else texts[0]
 
 
 def expand(text: str, slots: dict[str, Value], phrases: dict[str, Deck], rng: random.Random) -> str:
-    """A template with all alternatives chosen and all slots filled."""
+    """The text of a template: alternatives chosen, slots filled."""
     while match := _CHOICE.search(text):
         text = text[: match.start()] + rng.choice(match[1].split("|")) + text[match.end() :]
 
-    def fill(match: re.Match) -> str:
+    def fill(match: re.Match[str]) -> str:
         name = match[1]
-        if name in phrases:
-            return expand(phrases[name].deal(), slots, phrases, rng)
-        if name not in slots:
-            raise KeyError(name)
-        return slots[name].text
+        return expand(phrases[name].deal(), slots, phrases, rng) if name in phrases else slots[name].text
 
     return SLOT.sub(fill, text)
 
 
 def fill_arguments(template: Any, slots: dict[str, Value], items: Sequence[dict[str, Value]] = ()) -> Any:
-    """An argument template with values in place of `{slot}`.
+    """The arguments of an argument template.
 
-    A string that is one slot becomes the value with its type; slots inside a longer string become text. A key that is
-    a slot of the items, or of a list, is repeated for each of them.
+    A string that is one slot becomes the slot's value; slots within a longer string are inserted as text. A key that is
+    a slot of `items`, or a slot with a list, becomes one key per element.
     """
     if isinstance(template, dict):
         filled: dict[str, Any] = {}
@@ -134,7 +132,8 @@ def fill_arguments(template: Any, slots: dict[str, Value], items: Sequence[dict[
     return template
 
 
-def _scopes(key: str, slots: dict[str, Value], items: Sequence[dict[str, Value]]) -> list[tuple[str, dict]]:
+def _scopes(key: str, slots: dict[str, Value], items: Sequence[dict[str, Value]]) -> list[tuple[str, dict[str, Value]]]:
+    """The keys that a template's key becomes, each with the slots for its value."""
     match = SLOT.fullmatch(key)
     if not match:
         return [(key, slots)]
@@ -142,6 +141,4 @@ def _scopes(key: str, slots: dict[str, Value], items: Sequence[dict[str, Value]]
     if items and name in items[0]:
         return [(str(item[name].value), slots | item) for item in items]
     value = slots[name].value
-    if isinstance(value, list):
-        return [(str(element), slots) for element in value]
-    return [(str(value), slots)]
+    return [(str(element), slots) for element in (value if isinstance(value, list) else [value])]

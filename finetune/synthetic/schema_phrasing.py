@@ -1,4 +1,4 @@
-"""Requests for tools that nobody wrote phrasings for: general wording around the schema's own words and values."""
+"""Requests for tools without a phrasing file: general wording around the names and values of their schemas."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any
 
 from finetune.synthetic.phrasebook import Phrasebook, Request, Wording
 from finetune.synthetic.phrasing import SPLITS, Deck, Value, enumeration, expand, read_json
-from finetune.synthetic.schema_values import SchemaValues, humanised, named
+from finetune.synthetic.schema_values import SchemaValues, errors_prefixed, humanised
 
 FOLDER = Path(__file__).parent / "phrasings"
 LANGUAGES = ("en", "ko")
-_WORD = re.compile(r"\w{3,}")
+MAX_AMBIGUOUS_PAIRS = 200  # of tools
+_LONG_WORD = re.compile(r"\w{5,}")
 
 
 class SchemaCase:
-    """The requests of one tool, in the general wording of `words` (a file of finetune/phrasings)."""
+    """The requests of one tool in general wording; `words` is a file of finetune/synthetic/phrasings."""
 
     answerable = True
 
@@ -36,18 +37,18 @@ class SchemaCase:
         }  # fmt: skip
 
     def request(self, split: str, *, core_only: bool = False, given: dict[str, Value] | None = None) -> Request:
-        """A request whose text names every argument and its value. It always has a core; nothing is taken over."""
-        arguments = self.values.draw(f"tool {self.name}")
+        """A random request that names every argument and its value; always a core, `given` is ignored."""
+        arguments = self.values.draw(self.name)
         core = self._core(arguments, split)
         return Request(self.name, arguments, core, None, {"status": "ok"}, self.words["done"])
 
     def incomplete(self, split: str) -> tuple[str, str] | None:
-        """A request without one of the required arguments, and the question for it; None if nothing is required."""
-        with named(f"tool {self.name}"):
+        """(request without one required argument, the question for it), None when no argument is required."""
+        with errors_prefixed(f"tool {self.name}"):
             required = self.values.resolved(self.schema).get("required", [])
         if not required:
             return None
-        arguments = self.values.draw(f"tool {self.name}")
+        arguments = self.values.draw(self.name)
         missing = self.rng.choice(required)
         rest = {key: value for key, value in arguments.items() if key != missing}
         text = self._fill(self._decks[split, "incomplete"].deal(), core=self._core(rest, split))
@@ -58,7 +59,7 @@ class SchemaCase:
         if not arguments:
             return self._fill(self._decks[split, "without_arguments"].deal(), **slots)
         texts = [value for value in arguments.values() if isinstance(value, str)]
-        # One text needs no label: "search the web for: flood levels". Several could be mixed up.
+        # A single text needs no label: "search the web for: flood levels".
         if len(arguments) == 1 and texts and len(self.schema.get("properties", {})) == 1:
             return self._fill(self._decks[split, "with_text"].deal(), **slots, text=texts[0])
         pair = self._decks[split, "pairs"].deal()
@@ -72,7 +73,7 @@ class SchemaCase:
         return [self._fill(pair, label=humanised(key), value=self._text(value)) for key, value in arguments.items()]
 
     def _text(self, value: Any, inside: bool = False) -> str:
-        """A value as the request words it: texts of several words quoted, objects and lists of them in brackets."""
+        """A value's text in the request: several words quoted, objects and nested lists in brackets."""
         if isinstance(value, dict):
             text = ", ".join(f"{humanised(key)} {self._text(inner, True)}" for key, inner in value.items())
             return f"({text})"
@@ -87,9 +88,9 @@ class SchemaCase:
 
 
 def task_of(function: dict[str, Any], words: dict[str, Any]) -> str:
-    """What the tool does, as a clause: its description's first sentence, or its name if there is none.
+    """What the tool does as a clause: the first sentence of its description, or its name.
 
-    English descriptions often say "Searches ..." where a request says "search ...".
+    English descriptions in the third person ("Searches ...") become imperative ("search ...").
     """
     description = re.split(r"(?<=[.!?。])\s|\n", str(function.get("description") or "").strip())[0]
     description = description.partition(": ")[0].rstrip(".!。:")
@@ -106,14 +107,14 @@ def task_of(function: dict[str, Any], words: dict[str, Any]) -> str:
 
 
 def _stems(word: str) -> list[str]:
-    """A word and what it may be the third person of: searches, search."""
+    """A word and the verbs it may be the third person of: searches, search."""
     return [word, word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y"]
 
 
 def general_phrasebook(tools: Sequence[dict[str, Any]], language: str, rng: random.Random) -> Phrasebook:
-    """Phrasebook for any tools in the wording of finetune/phrasings/<language>.json."""
+    """A phrasebook for any tools in the wording of finetune/synthetic/phrasings/<language>.json."""
     words = read_json(FOLDER / f"{language}.json")
-    chat = {split: [pair for pair in words["chat"][split] if not _concerns(pair[0], tools)] for split in SPLITS}
+    chat = {split: [pair for pair in words["chat"][split] if not _mentions(pair[0], tools)] for split in SPLITS}
     fields = {name: words[name] for name in ("language", "system", "frames", "joins", "lists", "openers")}
     wording = Wording(**fields, chat=chat)
     cases = {tool["function"]["name"]: [SchemaCase(tool, words, wording, rng)] for tool in tools}
@@ -122,7 +123,7 @@ def general_phrasebook(tools: Sequence[dict[str, Any]], language: str, rng: rand
     ambiguous = {
         split: [
             (expand(text, _tasks(cases, pair), {}, rng), expand(words["which"], _tasks(cases, pair), {}, rng))
-            for pair in pairs[:200] for text in words["ambiguous"][split]
+            for pair in pairs[:MAX_AMBIGUOUS_PAIRS] for text in words["ambiguous"][split]
         ]
         for split in SPLITS
     }  # fmt: skip
@@ -134,7 +135,9 @@ def _tasks(cases: dict[str, list[SchemaCase]], pair: Sequence[str]) -> dict[str,
     return {slot: Value(cases[name][0].task, None) for slot, name in zip(("first", "second"), pair, strict=True)}
 
 
-def _concerns(text: str, tools: Sequence[dict[str, Any]]) -> bool:
-    """Whether a request that should need no tool shares a long word with one of the tools."""
-    told = " ".join(f"{humanised(t['function']['name'])} {t['function'].get('description', '')}" for t in tools).lower()
-    return any(word in told for word in _WORD.findall(re.sub(r"[\[\]|]", " ", text.lower())) if len(word) > 4)
+def _mentions(text: str, tools: Sequence[dict[str, Any]]) -> bool:
+    """Whether a request that should need no tool shares a long word with the name or description of a tool."""
+    described = " ".join(
+        f"{humanised(t['function']['name'])} {t['function'].get('description', '')}" for t in tools
+    ).lower()
+    return any(word in described for word in _LONG_WORD.findall(re.sub(r"[\[\]|]", " ", text.lower())))

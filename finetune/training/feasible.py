@@ -1,56 +1,53 @@
-"""Whether a model can be adapted as the flags say, asked of its config.json before half a minute of loading weights."""
+"""Checks on config.json and the flags before the slow loading of weights."""
 
 from __future__ import annotations
 
 import difflib
 
 from finetune.errors import UserError
-from finetune.memory.estimate import estimate, knows
-from finetune.memory.sizes import Sizes, model_without_weights, refuse_untrainable, sizes_of_model
+from finetune.memory.plan import MemoryPlan
+from finetune.memory.sizes import Sizes, check_trainable, model_without_weights, sizes_of_model
 from finetune.models.adapter import check_adapter
 from finetune.models.loading import load_config
 from finetune.settings import Settings
-from finetune.training.memory_plan import all_memory, plan_of_run
-from finetune.training.run_table import planned_device
+from finetune.training.memory_plan import default_placement, total_memory, with_known_optimizer, workload_of
 
 
 def check_feasible(settings: Settings) -> None:
-    """UserError for an encoder, for modules or layers that the model has not, and for a rank that no memory holds.
+    """UserError for an encoder, for target modules or layers that the model lacks, and for a rank beyond all memory.
 
-    A model that cannot be built from its config.json alone is let through: loading it says what is wrong.
+    A model that cannot be built from its config.json is not checked: loading it reports the reason.
     """
     config = load_config(settings.model, settings.revision, settings.trust_remote_code)
-    refuse_untrainable(config)
+    check_trainable(config)
     try:
         model = model_without_weights(config)
         sizes = sizes_of_model(model)
-    except Exception:  # a stranger's architecture
+    except Exception:  # a third-party architecture
         return
-    if getattr(config, "text_config", None) is None:  # else there are other modules than those of the text's part
+    if getattr(config, "text_config", None) is None:  # otherwise the model has more modules than its text part
         check_adapter(model, settings.target_modules, settings.last_layers)
-    _check_rank(settings, sizes)
+    check_rank(settings, sizes)
 
 
-def _check_rank(settings: Settings, sizes: Sizes) -> None:
-    """A rank as large as the widest side of any adapted matrix can express every change of it; one beyond is let pass
-    where it at least fits the machine."""
+def check_rank(settings: Settings, sizes: Sizes) -> None:
+    """UserError for a rank beyond the widest adapted layer, where it adds nothing, that does not fit the machine."""
     widest = max((max(m.inputs, m.outputs) for m in sizes.adapted(settings.target_modules)), default=settings.rank)
     if settings.rank <= widest:
         return
-    dtype, in_4bit, checkpointing, device = planned_device(settings)
-    plan = plan_of_run(settings, dtype=dtype, load_in_4bit=in_4bit, gradient_checkpointing=checkpointing, device=device)
-    parts = estimate(sizes, plan if knows(plan.optim) else plan.but(optim="adamw_torch"))
+    workload = with_known_optimizer(workload_of(settings, default_placement(settings)))
+    parts = MemoryPlan(sizes, workload).parts
     needed = sum(parts[name] for name in ("adapter", "gradients", "optimizer"))
-    if needed > all_memory():
+    if needed > total_memory():
         raise UserError(
-            f"--rank {settings.rank}: the adapter, its gradients and the optimizer alone take {needed / 1e9:,.0f} GB, "
-            f"and here are {all_memory() / 1e9:,.0f}; the widest layer has {widest:,} numbers, and a rank beyond that "
+            f"--rank {settings.rank}: the adapter, its gradients and the optimizer states need {needed / 1e9:,.0f} GB, "
+            f"this machine has {total_memory() / 1e9:,.0f} GB; the widest layer is {widest:,} wide, and a higher rank "
             "adds nothing"
         )
 
 
 def check_optimizer(name: str) -> None:
-    """UserError when Transformers knows no optimizer of that name."""
+    """UserError when Transformers has no optimizer of that name."""
     from transformers.training_args import OptimizerNames
 
     known = [optimizer.value for optimizer in OptimizerNames]

@@ -1,87 +1,210 @@
-"""Memory of one run of train_lora.py: its plan from flags and rows, its budget per pass, prediction against peak."""
+"""The memory plan of a run of train_lora.py: its workload from flags and rows, and its budget of tokens per pass."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from finetune.errors import UserError
-from finetune.memory.advice import LONGEST, largest
-from finetune.memory.estimate import Plan, estimate, knows, measured_part, total
+from finetune.memory.estimate import Workload, is_known_optimizer, optimizer_bytes
+from finetune.memory.plan import MemoryPlan, largest_fitting
 from finetune.memory.sizes import Sizes
-from finetune.passes.plan import ENOUGH_ON_CPU, make_row, plan_passes
+from finetune.passes.plan import ENOUGH_ON_CPU, PaddedPass, Pass, Row, make_row, plan_passes
+from finetune.settings import Settings
 from finetune.training.order import steps_of_epoch
 
-# Steps that are cut into passes on trial, to see how large a pass becomes with shared prefixes.
-TRIED_STEPS = 24
-# Share of the free memory that a default budget per pass may take. On a CPU larger passes are no faster and other
-# programs want memory too; on a card a pass that is too large is halved.
-BUDGET = {"cpu": 0.6, "cuda": 0.8}
-LEAST_TOKENS, MOST_TOKENS = 1024, 65_536
+if TYPE_CHECKING:
+    from finetune.passes.runner import PassRunner
+
+log = logging.getLogger("sandwich")
+PLANNED_STEPS = 24  # cut into passes in advance, to see how large a pass becomes with shared prefixes
+# Share of the free memory that the default budget uses. Larger passes are no faster on a CPU, and other programs need
+# memory too; on a GPU a pass that is too large is halved.
+BUDGET_SHARE = {"cpu": 0.6, "cuda": 0.8}
+MIN_DEFAULT_TOKENS_PER_PASS, MAX_DEFAULT_TOKENS_PER_PASS = 1024, 65_536
+MIN_ROWS_PER_CPU_PASS = 4  # a prefix that rows of two passes share is computed twice
+CPU_PROBE_TOKENS = (512, 1024)  # two passes, which take seconds on a CPU; a chunk of the loss is 512
+LOADED_PARTS = ("weights", "quantization_constants", "embeddings", "norms", "context", "adapter")
+
+Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]  # (input_ids, labels) of each row
 
 
-def kind_of(device: str) -> str:
-    """ "cpu" or "cuda" for a torch device's name."""
-    return "cpu" if device.startswith("cpu") else "cuda"
+@dataclass(frozen=True)
+class Placement:
+    """How a run's base model is loaded. device: "cpu", or a GPU's name."""
+
+    dtype: str
+    load_in_4bit: bool
+    gradient_checkpointing: bool
+    device: str
+
+    @property
+    def device_type(self) -> str:
+        return "cpu" if self.device.startswith("cpu") else "cuda"
 
 
-def chosen_optimizer(settings: Any, device: str) -> str:
-    """What --optim auto means on this device."""
+def default_placement(settings: Settings) -> Placement:
+    """The placement that a run with these flags would use on this machine."""
+    import torch
+
+    from finetune.models.loading import default_dtype
+
+    gpu = torch.cuda.is_available()
+    dtype = default_dtype() if settings.dtype == "auto" else settings.dtype
+    in_4bit = gpu if settings.load_in_4bit is None else settings.load_in_4bit
+    checkpointing = gpu if settings.gradient_checkpointing is None else settings.gradient_checkpointing
+    return Placement(dtype, in_4bit, checkpointing, torch.cuda.get_device_name(0) if gpu else "cpu")
+
+
+def chosen_optimizer(settings: Settings, device: str) -> str:
+    """--optim, with "auto" resolved for this device."""
     if settings.optim != "auto":
         return settings.optim
-    return "adamw_torch" if kind_of(device) == "cpu" else "adamw_8bit"
+    return "adamw_torch" if device.startswith("cpu") else "adamw_8bit"
 
 
-def plan_of_run(
-    settings: Any, *, dtype: str, load_in_4bit: bool, gradient_checkpointing: bool, device: str, tokens: int = 1
-) -> Plan:
-    """A run's plan from its flags; `with_rows` adds what the rows decide."""
-    return Plan(
-        tokens=tokens,
+def plan_for(
+    settings: Settings,
+    sizes: Sizes,
+    placement: Placement,
+    sequences: Sequences,
+    *,
+    runner: PassRunner | None = None,
+    groups: np.ndarray | None = None,
+) -> MemoryPlan:
+    """The plan of a run: tokens per pass, bytes of each part, peak; its capacity is the free memory.
+
+    runner: the loaded model, which is measured where the estimate decides the budget; its tokens_per_pass is set to the
+    plan's. None: nothing is loaded yet. groups: as in `steps_of_epoch`.
+    """
+    workload = workload_of(settings, placement)
+    budget = choose_tokens_per_pass(settings, sizes, workload, sequences, runner, groups)
+    planner = None
+    if runner is not None:
+        runner.tokens_per_pass = budget
+        planner = runner.plan
+    workload = with_rows(workload, settings, sequences, budget, planner, groups)
+    return MemoryPlan(sizes, workload, free_memory(), budget)
+
+
+def workload_of(settings: Settings, placement: Placement) -> Workload:
+    """The workload as far as the flags decide it; `with_rows` adds what the rows decide."""
+    return Workload(
+        tokens=1,
         rank=settings.rank,
         target_modules=tuple(settings.target_modules),
         last_layers=settings.last_layers,
         dropout=settings.dropout,
-        dtype=dtype,
-        load_in_4bit=load_in_4bit,
-        gradient_checkpointing=gradient_checkpointing,
-        optim=chosen_optimizer(settings, device),
-        device=kind_of(device),
+        dtype=placement.dtype,
+        load_in_4bit=placement.load_in_4bit and not settings.dequantize_once,
+        gradient_checkpointing=placement.gradient_checkpointing,
+        optim=chosen_optimizer(settings, placement.device),
+        device=placement.device_type,
     )
 
 
-def with_rows(
-    plan: Plan,
-    settings: Any,
-    sequences: Sequence,
-    tokens_per_pass: int,
-    planner: Callable | None = None,
-    groups: np.ndarray | None = None,
-) -> Plan:
-    """The plan with the largest pass that the first steps of this run are cut into.
+def with_known_optimizer(workload: Workload) -> Workload:
+    """The workload with AdamW in place of an optimizer whose memory is unknown."""
+    return workload if is_known_optimizer(workload.optim) else workload.replace(optim="adamw_torch")
 
-    sequences: (input_ids, labels) of each row; planner: rows of a step -> its passes (default: packed, by the flags);
-    groups: as in `steps_of_epoch`.
+
+def with_rows(
+    workload: Workload,
+    settings: Settings,
+    sequences: Sequences,
+    tokens_per_pass: int,
+    planner: Callable[[Sequence[Row]], Sequence[Pass | PaddedPass]] | None = None,
+    groups: np.ndarray | None = None,
+) -> Workload:
+    """The workload with the largest pass of the run's first steps.
+
+    planner: cuts the rows of a step into passes (None: packed passes as the flags say).
     """
-    enough = ENOUGH_ON_CPU if plan.device == "cpu" else None
+    enough = ENOUGH_ON_CPU if workload.device == "cpu" else None
     planner = planner or (lambda rows: plan_passes(rows, tokens_per_pass, settings.share_prefix, enough=enough))
-    rng = np.random.default_rng([settings.seed, 0])  # as the trainer draws the first epoch
+    rng = np.random.default_rng([settings.seed, 0])  # the trainer's generator for the first epoch
     steps = steps_of_epoch(len(sequences), settings.batch_size * settings.grad_accum, rng, groups)
     tokens = trained = check = 0
-    for number, step in enumerate(steps[: min(TRIED_STEPS, settings.max_steps or TRIED_STEPS)]):
+    for number, step in enumerate(steps[: min(PLANNED_STEPS, settings.max_steps or PLANNED_STEPS)]):
         rows = [make_row(*sequences[i]) for i in step]
         for one in planner(rows):
             tokens, trained = max(tokens, one.input_ids.size), max(trained, len(one.positions))
         if number == 0:  # the two shortest rows of the first step are checked
             check = sorted(len(row.input_ids) for row in rows)[:2][-1]
-    longest = max(len(ids) for ids, _ in sequences)
-    return plan.but(tokens=max(tokens, longest), longest=longest, trained=trained, check_tokens=check)
+    longest = max_row_tokens(sequences)
+    return workload.replace(tokens=max(tokens, longest), longest=longest, trained=trained, check_tokens=check)
 
 
-def free_memory() -> float:
-    """Bytes this process may still take: free CUDA memory on a GPU, available main memory on a CPU."""
+def max_row_tokens(sequences: Sequences) -> int:
+    return max(len(ids) for ids, _ in sequences)
+
+
+def choose_tokens_per_pass(
+    settings: Settings,
+    sizes: Sizes,
+    workload: Workload,
+    sequences: Sequences,
+    runner: PassRunner | None = None,
+    groups: np.ndarray | None = None,
+) -> int:
+    """--tokens_per_pass, or a default that fits the free memory: measured with `runner`, otherwise estimated.
+
+    On a CPU two measured passes take seconds. Where the estimate leaves memory for twice the run's largest pass, they
+    would change nothing and are skipped.
+    """
+    if settings.tokens_per_pass:
+        return settings.tokens_per_pass
+    allowed = estimated_tokens_per_pass(sizes, workload, loaded=runner is not None)
+    limit = MAX_DEFAULT_TOKENS_PER_PASS
+    if workload.device == "cpu":
+        # A larger pass is no faster than the micro-batch of an ordinary trainer: `batch_size` of the longest rows.
+        rows = max(MIN_ROWS_PER_CPU_PASS, settings.batch_size)
+        limit = max(MIN_DEFAULT_TOKENS_PER_PASS, rows * max_row_tokens(sequences))
+    estimated = min(allowed, limit)
+    if runner is None:
+        return estimated
+    probe_tokens = (max(512, estimated // 4), max(1024, estimated // 2))
+    if workload.device == "cpu":
+        if allowed >= 2 * with_rows(workload, settings, sequences, estimated, groups=groups).tokens:
+            return estimated
+        probe_tokens = CPU_PROBE_TOKENS
+    from finetune.training.probe import measure_pass
+
+    measured = measure_pass(runner, probe_tokens)
+    if measured is None:
+        return estimated
+    optim = with_known_optimizer(workload).optim
+    optimizer = optimizer_bytes(optim, sizes.adapted(workload.target_modules), workload.rank)
+    room = BUDGET_SHARE[workload.device] * free_memory() - optimizer - measured.fixed
+    tokens = min(max(int(room / measured.per_token), MIN_DEFAULT_TOKENS_PER_PASS), MAX_DEFAULT_TOKENS_PER_PASS, limit)
+    log.info("measured: a pass takes %.2f GB plus %.0f kB per token; tokens per pass: %s",
+             measured.fixed / 1e9, measured.per_token / 1e3, f"{tokens:,}")  # fmt: skip
+    return tokens
+
+
+def estimated_tokens_per_pass(sizes: Sizes, workload: Workload, *, loaded: bool) -> int:
+    """Tokens of the largest pass that fits BUDGET_SHARE of the free memory by the estimate.
+
+    loaded: whether the weights are in memory already. An out-of-memory error during the run halves the budget.
+    """
+    workload = with_known_optimizer(workload)
+    room = BUDGET_SHARE[workload.device] * free_memory()
+    if loaded:
+        parts = MemoryPlan(sizes, workload).parts
+        room += sum(parts[name] for name in LOADED_PARTS)
+
+    def fits(tokens: int) -> bool:
+        one_pass = workload.replace(tokens=tokens, longest=1, check_tokens=1, trained=None)
+        return MemoryPlan(sizes, one_pass).peak <= room
+
+    return max(MIN_DEFAULT_TOKENS_PER_PASS, largest_fitting(fits, MAX_DEFAULT_TOKENS_PER_PASS))
+
+
+def free_memory() -> int:
+    """Bytes this process may still allocate: free CUDA memory on a GPU, available main memory on a CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -91,8 +214,8 @@ def free_memory() -> float:
     return psutil.virtual_memory().available
 
 
-def all_memory() -> float:
-    """Bytes that this machine has, taken or not: of the GPU at hand, else main memory."""
+def total_memory() -> int:
+    """Bytes of the GPU, without one of main memory."""
     import torch
 
     if torch.cuda.is_available():
@@ -100,63 +223,3 @@ def all_memory() -> float:
     import psutil
 
     return psutil.virtual_memory().total
-
-
-def default_tokens_per_pass(sizes: Sizes, plan: Plan, *, loaded: bool) -> int:
-    """The largest pass within BUDGET of the free memory; `loaded`: the weights are in memory already.
-
-    An out-of-memory error halves it later if need be.
-    """
-    if not knows(plan.optim):
-        plan = plan.but(optim="adamw_torch")
-    room = BUDGET[plan.device] * free_memory()
-    if loaded:
-        parts = estimate(sizes, plan)
-        there = ("weights", "quantization_constants", "embeddings", "norms", "context", "adapter")
-        room += sum(parts[name] for name in there)
-
-    def fits(tokens: int) -> bool:
-        return total(estimate(sizes, plan.but(tokens=tokens, longest=1, check_tokens=1, trained=None))) <= room
-
-    return max(LEAST_TOKENS, largest(fits, min(MOST_TOKENS, LONGEST)))
-
-
-def useful_tokens(settings: Any, plan: Plan, sequences: Sequence) -> int | None:
-    """Tokens beyond which a larger pass brings nothing; None on a GPU.
-
-    On a CPU a large pass is no faster than two small ones, so a pass never holds more tokens than `batch_size` of the
-    longest rows, side by side in an ordinary trainer's micro-batch, would; four rows at least, since a prefix that is
-    shared by rows of two passes is computed twice.
-    """
-    if plan.device != "cpu":
-        return None
-    return max(LEAST_TOKENS, max(4, settings.batch_size) * max(len(ids) for ids, _ in sequences))
-
-
-def tokens_of_a_pass(settings: Any, sizes: Sizes, plan: Plan, sequences: Sequence, *, loaded: bool) -> int:
-    """--tokens_per_pass, or what the free memory allows by the estimate, and on a CPU no more than is of use.
-
-    A run tries before it believes this (finetune/training/probe.py).
-    """
-    if settings.tokens_per_pass:
-        return settings.tokens_per_pass
-    allowed = default_tokens_per_pass(sizes, plan, loaded=loaded)
-    return min(allowed, useful_tokens(settings, plan, sequences) or allowed)
-
-
-def prediction(sizes: Sizes, plan: Plan) -> dict[str, Any]:
-    """The `memory` entry of experiment_config.json before the run; GB are 10^9 bytes. `measured_gb` comes with its end.
-
-    predicted_gb is what the run can measure itself: resident memory on a CPU, on a GPU what PyTorch's allocator
-    reserves, so without the CUDA context, which `parts` lists.
-    """
-    try:
-        parts = estimate(sizes, plan)
-    except UserError as error:  # an optimizer whose states are not known: no run fails of that
-        return {"predicted_gb": None, "measured_gb": None, "parts": {}, "reason": str(error)}
-    return {
-        "predicted_gb": round(measured_part(parts, plan.device) / 1e9, 3),
-        "measured_gb": None,
-        "parts": {name: round(size / 1e9, 4) for name, size in parts.items()},
-        "plan": {**plan.__dict__, "target_modules": list(plan.target_modules)},
-    }

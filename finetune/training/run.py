@@ -23,7 +23,6 @@ from finetune.runs.run_log import RunLog, read_rows
 from finetune.settings import Settings
 from finetune.training import memory_plan as memory
 from finetune.training.callbacks import LastStepCallback, LogCallback, StopCallback
-from finetune.training.probe import tokens_of_a_pass
 from finetune.training.trainer import SandwichTrainer  # imports unsloth first
 
 log = logging.getLogger("sandwich")
@@ -47,11 +46,9 @@ def make_trainer(
     for line in news.getvalue().splitlines():
         log.info("%s", line)
     run_log = RunLog(experiment.folder / LOG if args.process_index == 0 else None)
-    sizes = sizes_of_model(model)
-    plan = memory.plan_of_run(
-        settings,
+    placement = memory.Placement(
         dtype=loaded.dtype,
-        load_in_4bit=loaded.load_in_4bit and not settings.dequantize_once,
+        load_in_4bit=loaded.load_in_4bit,
         gradient_checkpointing=experiment.config["gradient_checkpointing"],
         device=loaded.device,
     )
@@ -61,7 +58,7 @@ def make_trainer(
         processing_class=tokenizer,
         sequences=rows.sequences,
         eval_sequences=eval_rows.sequences if eval_rows is not None else None,
-        tokens_per_pass=settings.tokens_per_pass or memory.LEAST_TOKENS,
+        tokens_per_pass=settings.tokens_per_pass or memory.MIN_DEFAULT_TOKENS_PER_PASS,
         share_prefix=settings.share_prefix,
         groups=groups,
         loraplus_lr_ratio=settings.loraplus_lr_ratio,
@@ -72,11 +69,10 @@ def make_trainer(
     trainer.add_callback(StopCallback())
     if settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience, settings.early_stopping_threshold))
-    tokens_per_pass = tokens_of_a_pass(trainer.runner, settings, sizes, plan, rows.sequences, groups)
-    trainer.runner.tokens_per_pass = tokens_per_pass
+    sizes = sizes_of_model(model)
+    plan = memory.plan_for(settings, sizes, placement, rows.sequences, runner=trainer.runner, groups=groups)
     # Written before the first step, so that a run that dies of too little memory says what was expected of it.
-    plan = memory.with_rows(plan, settings, rows.sequences, tokens_per_pass, trainer.runner.plan, groups)
-    experiment.update(memory=memory.prediction(sizes, plan))
+    experiment.update(memory=plan.as_config())
     return trainer
 
 

@@ -227,7 +227,7 @@ class SandwichTrainer(SFTTrainer):
         """Train; where another process of the run dies, the last whole step is saved and the run is stopped."""
         folder = Path(self.args.output_dir)
         if self.args.should_save:
-            distributed.lock(folder)
+            distributed.wait_for_lock(folder)
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
@@ -248,12 +248,12 @@ class SandwichTrainer(SFTTrainer):
             return True
         if not (folder / CONFIG).exists():  # on another machine
             return False
-        if not distributed.lock(folder):  # waits until rank 0, where that is alive, has done it
+        if not distributed.wait_for_lock(folder):  # waits until rank 0, where that is alive, has done it
             return False
         if Experiment.open(folder).config["status"] != "running":
             return False
         self.args.distributed_state.process_index = 0
-        self.log_callback.run_log.take_over(folder / LOG, self.state.global_step)
+        self.log_callback.run_log.become_writer(folder / LOG, self.state.global_step)
         self.log_callback.console.quiet = False
         return True
 

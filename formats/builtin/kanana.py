@@ -9,7 +9,7 @@ CONTROL_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>
 
 
 def parse(text: str, tools: list[dict] | None = None) -> Parsed:
-    """`<function=…>` calls; the JSON behind `<|python_tag|>` is a call of the function "python"."""
+    """`<function=…>` calls; the JSON after `<|python_tag|>` is a call of the function "python"."""
     before, *pieces = text.split("<|python_tag|>")
     parsed = parse_function_tag(before, tools)
     for piece in pieces:

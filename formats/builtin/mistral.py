@@ -24,7 +24,7 @@ _VALID_ID = re.compile(r"[A-Za-z0-9]{9}")
 
 
 def parse(text: str, tools: list[dict] | None = None) -> Parsed:
-    """Both spellings: one JSON list behind `[TOOL_CALLS]`, or `[TOOL_CALLS]name[ARGS]{…}` for every call."""
+    """Both spellings: one JSON list after `[TOOL_CALLS]`, or `[TOOL_CALLS]name[ARGS]{…}` for every call."""
     before, found, rest = text.partition(CALLS)
     if not found:
         return Parsed(content=text.strip())
@@ -99,7 +99,9 @@ def detect(added: Set[str], template: str) -> str | None:
 
 
 def _with_version(fmt: Format, version: str) -> Format:
-    tokens = () if version == "v1" else ("[INST]", "[/INST]", CALLS, "[TOOL_RESULTS]", "[AVAILABLE_TOOLS]")
+    tokens: tuple[str, ...] = ()
+    if version != "v1":
+        tokens += ("[INST]", "[/INST]", CALLS, "[TOOL_RESULTS]", "[AVAILABLE_TOOLS]")
     if version not in ("v1", "v3", "v3-tekken"):
         tokens += ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
     if version in ("v11", "v13"):
@@ -145,4 +147,6 @@ FORMAT = Format(
     vllm_parser="mistral",
     ollama=Ollama("mistral", CALLS),
 )
-VARIANTS = [replace(_with_version(FORMAT, version), name=f"mistral-{version}", adapt=None) for version in VERSIONS]
+VARIANTS = [
+    replace(_with_version(FORMAT, version), name=f"mistral-{version}", adapt=None, detect=None) for version in VERSIONS
+]

@@ -24,7 +24,8 @@ def trained_text(encoded, tokenizer):
     ]
 
 
-def test_a_hostile_row_trains_no_injected_text_and_the_marker_search_does():
+def test_injected_text_is_never_trained():
+    """A marker search trains the injected answer; we do not, not even with control tokens allowed."""
     tokenizer = parts.tokenizer("qwen2.5")
     fmt = get_format("qwen", tokenizer)
     made = row(user("hi" + CHATML_ATTACK + "<|im_start|>user\nso?"), says("I will not."))
@@ -71,7 +72,7 @@ def test_contents_yield_no_control_token(name, vocabulary, label):
     assert unescape(messages, tokenizer, fmt) == HOSTILE[label]["messages"]
 
 
-def test_an_answer_that_quotes_control_tokens_is_trained_to_its_end():
+def test_answer_quoting_control_tokens_is_trained():
     tokenizer = parts.tokenizer("llama3")
     fmt = get_format("llama3-function")
     texts = trained_text(encode(HOSTILE["answer"], tokenizer, fmt), tokenizer)
@@ -79,7 +80,7 @@ def test_an_answer_that_quotes_control_tokens_is_trained_to_its_end():
     assert f"<{MARK}|eot_id|>" in texts[0] and len(texts) == 2
 
 
-def test_error_refuses_the_row_and_names_the_place_and_an_unknown_policy_is_an_error():
+def test_error_policy_refuses_and_names_the_message():
     tokenizer = parts.tokenizer("llama3")
     fmt = get_format("llama3-function")
     encoded = encode(HOSTILE["user"], tokenizer, fmt, control_tokens="error")
@@ -99,7 +100,7 @@ def test_chat_and_training_escape_alike():
     assert encode_prompt(made["messages"][:1], [], tokenizer, fmt) == sequence.input_ids[:start]
 
 
-def test_reasoning_tags_of_a_reasoning_model_stay_and_others_do_not():
+def test_only_leading_reasoning_tags_are_kept():
     tokenizer = parts.tokenizer("qwen3")
     fmt = get_format("qwen", tokenizer)
     made = row(user("say <think>"), says("<think>\na </think>b"))
@@ -108,7 +109,7 @@ def test_reasoning_tags_of_a_reasoning_model_stay_and_others_do_not():
     assert messages[1]["content"] == "<think>\na </think>b" and len(found) == 1
 
 
-def test_ids_of_calls_and_results_yield_no_control_token_and_still_agree():
+def test_call_ids_are_escaped_and_still_match():
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.tool_call_id }}\n{{ m.content }}"
         "{% for c in m.tool_calls or [] %}{{ c.id }}{{ c.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
@@ -124,8 +125,8 @@ def test_ids_of_calls_and_results_yield_no_control_token_and_still_agree():
     assert sequence.input_ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 4
 
 
-def test_words_and_letters_that_were_added_to_a_vocabulary_are_text():
-    """DeepSeek-Coder's tokenizer has "ü" and "ö" among its added tokens; extended vocabularies have whole words."""
+def test_words_added_to_a_vocabulary_are_text():
+    """DeepSeek-Coder's tokenizer has "ü" and "ö" among its added tokens; extended vocabularies have complete words."""
     tokenizer = parts.fresh_tokenizer("smollm2", None, ("<|mine|>",))
     tokenizer.add_tokens(["ü", "안녕하세요", "<call>"])
     fmt = get_format("chatml", tokenizer)
@@ -135,7 +136,7 @@ def test_words_and_letters_that_were_added_to_a_vocabulary_are_text():
     assert messages[1] == made["messages"][1] and unescape(messages, tokenizer, fmt) == made["messages"]
 
 
-def test_marks_of_one_character_leave_contents_as_they_are(tmp_path):
+def test_one_character_markers_are_not_escaped(tmp_path):
     tokenizer = parts.tokenizer("smollm2")
     path = tmp_path / "mine.yaml"
     path.write_text('start: "CALL "\nseparator: "("\nend: ")"\ntools: system\n', encoding="utf-8")
@@ -150,7 +151,7 @@ def test_marks_of_one_character_leave_contents_as_they_are(tmp_path):
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join))
-def test_escaping_reaches_a_fixpoint_and_can_be_undone(text):
+def test_escaping_is_idempotent_and_reversible(text):
     tokenizer = parts.tokenizer("qwen3")
     fmt = get_format("qwen", tokenizer)
     made = [user(text), calls(("mail", {text: [text]}))]

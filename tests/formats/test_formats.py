@@ -27,13 +27,13 @@ FOUR = 'start: "<call>"\nseparator: "|"\nend: "</call>"\ntools: {place}\n'
         ("mistral-v1", "mistral"),
     ],
 )
-def test_auto_says_what_it_picked_and_why(vocabulary, name):
+def test_auto_chooses_with_a_reason(vocabulary, name):
     fmt, reason = choose_format(parts.tokenizer(vocabulary))
     assert fmt.name == name and "the tokenizer" in reason
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.format != "native"], ids=str)
-def test_auto_knows_the_template_that_a_trained_model_carries(pair):
+def test_auto_recognises_the_template_of_a_trained_model(pair):
     """A merged model is a plain one: only its template says how it was trained."""
     tokenizer, trained = pair.load()
     tokenizer = copy.deepcopy(tokenizer)
@@ -48,7 +48,7 @@ def test_auto_knows_the_template_that_a_trained_model_carries(pair):
         assert trained.pinned_in(other + trained.template) is None
 
 
-def test_a_format_that_does_not_fit_the_tokenizer_is_refused_at_the_start():
+def test_format_that_does_not_fit_is_refused():
     with pytest.raises(FormatError, match=r"<\|eot_id\|> is \d+ tokens .*--format auto"):
         check_tokenizer(parts.tokenizer("qwen2.5"), FORMATS["llama3-function"])
     assert check_tokenizer(parts.tokenizer("llama3"), FORMATS["kanana"]) == [128009, 128008]
@@ -59,7 +59,7 @@ def test_a_format_that_does_not_fit_the_tokenizer_is_refused_at_the_start():
         get_format("native", parts.tokenizer("llama3"))
 
 
-def test_the_end_of_turn_is_not_taken_from_a_wrong_eos_token():
+def test_end_of_turn_ignores_a_wrong_eos_token():
     tokenizer = parts.fresh_tokenizer("smollm2", None, ("<|unused|>",))
     tokenizer.eos_token = "<|im_start|>"  # as the GGUF reader sets it
     assert get_format("native", tokenizer).end_of_turn == ("<|im_end|>",)
@@ -69,7 +69,7 @@ def test_the_end_of_turn_is_not_taken_from_a_wrong_eos_token():
 
 @pytest.mark.parametrize("place", ["system", "first_user", "last_user"])
 @pytest.mark.parametrize("vocabulary", ["smollm2", "qwen2.5", "llama3"])
-def test_a_user_format_of_four_strings(tmp_path, place, vocabulary):
+def test_yaml_format(tmp_path, place, vocabulary):
     path = tmp_path / "mine.yaml"
     path.write_text(FOUR.format(place=place), encoding="utf-8")
     tokenizer = parts.tokenizer(vocabulary)
@@ -84,7 +84,7 @@ def test_a_user_format_of_four_strings(tmp_path, place, vocabulary):
     assert get_format(str(path)).parse('a<call>f|{"x": 1}</call>').tool_calls == [{"name": "f", "arguments": {"x": 1}}]
 
 
-def test_a_line_end_may_separate_name_and_arguments(tmp_path):
+def test_yaml_separator_may_be_a_newline(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text('start: "```tool\\n"\nseparator: "\\n"\nend: "\\n```"\ntools: system\n', encoding="utf-8")
     tokenizer = parts.tokenizer("smollm2")
@@ -102,7 +102,7 @@ def test_a_line_end_may_separate_name_and_arguments(tmp_path):
         ("{{ messages[1].content }}", "ends an answer with no token"),
     ],
 )
-def test_an_own_template_that_cannot_be_used_says_why(template, message):
+def test_unusable_own_template_says_why(template, message):
     tokenizer = parts.fresh_tokenizer("smollm2")
     tokenizer.chat_template = template
     with pytest.raises(FormatError, match=message):
@@ -118,7 +118,7 @@ def test_an_own_template_that_cannot_be_used_says_why(template, message):
         ("start: [", "is not valid YAML"),
     ],
 )
-def test_a_wrong_format_file_is_named_with_what_is_wrong(tmp_path, text, message):
+def test_wrong_yaml_format_names_file_and_key(tmp_path, text, message):
     path = tmp_path / "mine.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(FormatError, match=message):

@@ -12,7 +12,7 @@ from tests.formats.checks import assert_exact, spans
 from tests.formats.pairs import PAIRS
 
 
-def test_exact_ids_and_labels_of_the_described_call_format():
+def test_ids_and_labels_of_llama3_function():
     tokenizer = parts.tokenizer("llama3")
     tool = {"type": "function", "function": {"name": "get_weather", "description": "날씨 조회"}}
     made = row(user("오늘 날씨 알려줘"), calls(("get_weather", {"location": "서울"})), tools=(tool,))
@@ -38,14 +38,15 @@ def test_exact_ids_and_labels_of_the_described_call_format():
     assert sequence.input_ids[start - 2 : start] == [128007, 271]
 
 
-def test_the_newline_behind_the_end_of_turn_is_there_and_not_trained():
+def test_newline_after_a_turn_is_kept_untrained():
     tokenizer = parts.tokenizer("qwen2.5")
     sequence = encode(ROWS["plain"], tokenizer, get_format("qwen", tokenizer)).sequences[0]
     assert sequence.input_ids[-2:] == [151645, 198] and sequence.labels[-2:] == [151645, IGNORE_INDEX]
     assert sequence.text == tokenizer.apply_chat_template(ROWS["plain"]["messages"], tokenize=False)
 
 
-def test_a_newline_at_the_start_of_an_answer_splits_instead_of_shifting_the_mask():
+def test_leading_newline_of_an_answer_splits():
+    """A newline that merges with the header's would shift the mask, so the row is split instead."""
     tokenizer = parts.tokenizer("qwen2.5")
     encoded = encode(ROWS["newline_first"], tokenizer, get_format("qwen", tokenizer))
     assert (encoded.status, len(encoded.sequences)) == ("split", 2)
@@ -73,14 +74,14 @@ def test_train_on_last_and_train_false():
         encode(nothing, tokenizer, fmt, train_on="first")
 
 
-def test_turns_behind_the_last_trained_one_are_kept_and_not_trained():
+def test_later_turns_are_kept_untrained():
     tokenizer = parts.tokenizer("llama3")
     sequence = encode(ROWS["ends_with_user"], tokenizer, get_format("llama3-function")).sequences[0]
     assert sequence.text.endswith("user<|end_header_id|>\n\nc<|eot_id|>")
     assert sequence.labels[-1] == IGNORE_INDEX
 
 
-def test_a_turn_with_reasoning_is_trained_as_served_with_thinking():
+def test_reasoning_turn_is_trained_with_thinking():
     tokenizer = parts.tokenizer("qwen3")
     encoded = encode(ROWS["think_in_content"], tokenizer, get_format("qwen", tokenizer))
     texts = [
@@ -91,7 +92,7 @@ def test_a_turn_with_reasoning_is_trained_as_served_with_thinking():
     assert texts == ["<think>\nadd\n</think>\n\n4<|im_end|>", "6<|im_end|>"]
 
 
-def test_a_masked_result_that_the_template_loses_refuses_the_row():
+def test_dropped_result_refuses_the_row():
     template = (
         "{{ tools | tojson if tools }}{% for m in messages %}{% if m.role != 'tool' %}"
         "<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -102,14 +103,14 @@ def test_a_masked_result_that_the_template_loses_refuses_the_row():
     fmt = get_format("native", tokenizer)
     made = row(user("12:00?"), calls(("clock", {"zone": "UTC"})), result("12:00"), says("Noon."), tools=(CLOCK,))
     encoded = encode(made, tokenizer, fmt)
-    # "12:00" stands in the question too, so looking for the text alone would not notice.
+    # "12:00" is in the question too, so looking for the text alone would not notice.
     assert (encoded.status, encoded.reason) == ("refused", "message 3 (tool): the template drops its text")
 
 
 @pytest.mark.parametrize(
     "name,vocabulary", [("llama3", "llama3"), ("llama3-pythonic", "llama3"), ("mistral", "mistral-v3")]
 )
-def test_control_characters_of_a_result_that_stands_as_json_are_not_lost(name, vocabulary):
+def test_control_characters_in_json_results_are_kept(name, vocabulary):
     tokenizer = parts.tokenizer(vocabulary)
     fmt = get_format(name, tokenizer)
     shell = result("\x1b[31mfailed\x1b[0m\x07")
@@ -119,7 +120,7 @@ def test_control_characters_of_a_result_that_stands_as_json_are_not_lost(name, v
     assert_exact(made, encoded, tokenizer, fmt)
 
 
-def test_encode_prompt_is_what_a_server_feeds_and_refuses_what_it_loses():
+def test_encode_prompt_equals_the_server():
     tokenizer = parts.tokenizer("qwen2.5")
     fmt = get_format("qwen", tokenizer)
     messages = ROWS["steps"]["messages"][:4]
@@ -133,7 +134,7 @@ def test_encode_prompt_is_what_a_server_feeds_and_refuses_what_it_loses():
 
 
 @pytest.mark.parametrize("vocabulary", ["mistral-v3", "mistral-v7"])
-def test_roles_do_not_depend_on_the_ids_of_an_earlier_row(vocabulary):
+def test_roles_do_not_depend_on_earlier_call_ids(vocabulary):
     tokenizer = parts.tokenizer(vocabulary)
     fmt = get_format("mistral", tokenizer)
     for first in (1, 2):
@@ -145,7 +146,7 @@ def test_roles_do_not_depend_on_the_ids_of_an_earlier_row(vocabulary):
 
 
 @pytest.mark.parametrize("vocabulary", ["mistral-v3", "mistral-v7", "mistral-tekken"])
-def test_native_mistral_gets_ids_of_nine_characters_and_serves_the_same(vocabulary):
+def test_native_mistral_replaces_call_ids(vocabulary):
     tokenizer = parts.tokenizer(vocabulary)
     fmt = get_format("native", tokenizer)
     made = row(user("t?"), calls(("clock", {"zone": "UTC"})), result('{"v": 1}'), says("One."), tools=(CLOCK,))
@@ -163,7 +164,7 @@ def test_native_mistral_gets_ids_of_nine_characters_and_serves_the_same(vocabula
     "keys", [{}, {"tool_call_id": "call_a"}, {"tool_call_id": "callidaaa"}, {"tool_call_id": "unknown"}]
 )
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_a_result_gets_the_id_of_the_call_it_answers_and_each_call_one_result(keys, order):
+def test_results_take_the_ids_of_their_calls(keys, order):
     """Two calls with one id or none; results that give names (as `function` messages do) in either order."""
     called = calls(("clock", {}), ("weather_at", {}))
     for call in called["tool_calls"]:
@@ -179,12 +180,12 @@ def test_a_result_gets_the_id_of_the_call_it_answers_and_each_call_one_result(ke
         assert [m["tool_call_id"] for m in results] == [ids[m["name"]] for m in results]
 
 
-def test_native_templates_that_take_any_id_keep_it():
+def test_native_keeps_call_ids_where_any_is_allowed():
     assert get_format("native", parts.tokenizer("qwen2.5")).prepare is None
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
-def test_an_answer_that_says_nothing_shifts_no_roles(pair):
+def test_silent_answer_does_not_shift_roles(pair):
     """Some templates leave such a turn out, others write its frame."""
     tokenizer, fmt = pair.load()
     silent = {"role": "assistant", "content": "", "train": False}
@@ -198,7 +199,7 @@ def test_an_answer_that_says_nothing_shifts_no_roles(pair):
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
-def test_a_content_of_white_space_hides_no_roles(pair):
+def test_white_space_content_does_not_hide_roles(pair):
     """Some templates take it for none and write no system turn, others keep it or cut it."""
     tokenizer, fmt = pair.load()
     asked = (calls(("clock", {"zone": "UTC"})), result('{"v": 1}'), says("One."))

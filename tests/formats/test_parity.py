@@ -38,9 +38,9 @@ def published_text(tokenizer, made, prompt, **kwargs):
         return None
 
 
-@pytest.mark.parametrize("prompt", [False, True], ids=["whole", "prompt"])
+@pytest.mark.parametrize("prompt", [False, True], ids=["complete", "prompt"])
 @pytest.mark.parametrize("name,vocabulary,reference,kwargs", PUBLISHED)
-def test_text_and_ids_equal_the_published_template(name, vocabulary, reference, kwargs, prompt):
+def test_text_equals_the_published_template(name, vocabulary, reference, kwargs, prompt):
     tokenizer = parts.fresh_tokenizer(vocabulary, parts.reference_template(reference))
     fmt = get_format(name, tokenizer)
     if "enable_thinking" in fmt.template_kwargs and "enable_thinking" not in kwargs:
@@ -62,7 +62,7 @@ def test_text_and_ids_equal_the_published_template(name, vocabulary, reference, 
 
 
 @pytest.mark.parametrize("vocabulary", ["qwen2.5", "qwen3", "smollm2"])
-def test_the_format_chosen_for_a_tokenizer_renders_plain_conversations_as_its_own_template(vocabulary):
+def test_auto_renders_as_the_own_template(vocabulary):
     tokenizer = parts.tokenizer(vocabulary)
     fmt = get_format("auto", tokenizer)
     for label in ("plain", "system", "turns", "korean", "empty_system", "two_systems", "late_system", "jinja"):
@@ -73,7 +73,7 @@ def test_the_format_chosen_for_a_tokenizer_renders_plain_conversations_as_its_ow
 @pytest.mark.parametrize(
     "name,vocabulary", [("llama3", "llama3"), ("qwen", "qwen3"), ("chatml", "smollm2"), ("native", "qwen3")]
 )
-def test_the_pinned_template_renders_the_same_without_variables(name, vocabulary):
+def test_pinned_template_needs_no_variables(name, vocabulary):
     tokenizer = parts.tokenizer(vocabulary)
     fmt = get_format(name, tokenizer)
     saved = parts.fresh_tokenizer(vocabulary, fmt.pinned_template())
@@ -88,7 +88,7 @@ def test_the_pinned_template_renders_the_same_without_variables(name, vocabulary
     assert dict(again.template_kwargs) == dict(fmt.template_kwargs) or name == "native"
 
 
-def test_gemma_renders_what_gemma_3_renders_where_no_tools_are_needed():
+def test_gemma_without_tools_equals_gemma_3():
     tokenizer = parts.fresh_tokenizer("llama3", parts.reference_template("gemma3"), parts.GEMMA_TOKENS)
     fmt = get_format("gemma", tokenizer)
     compared = 0
@@ -179,7 +179,7 @@ MISTRAL = [
 
 
 @pytest.mark.parametrize("vocabulary,file", MISTRAL)
-def test_mistral_ids_are_those_of_mistrals_own_encoder(vocabulary, file):
+def test_mistral_ids_equal_mistral_common(vocabulary, file):
     """What the model's makers feed: mistral-common, which shares neither template nor tokenizer with ours."""
     folder = parts._package("mistral_common") / "data"
     from mistral_common.protocol.instruct.request import ChatCompletionRequest

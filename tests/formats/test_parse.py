@@ -106,12 +106,13 @@ def test_parse(parse, text, content, tool_calls, errors):
         ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}}] and then?'),
     ],
 )
-def test_what_two_readers_could_read_in_two_ways_is_an_error(name, text):
+def test_ambiguous_calls_are_errors(name, text):
+    """What two parsers could read differently."""
     parsed = FORMATS[name].parse(text)
     assert (parsed.tool_calls, parsed.content, len(parsed.errors)) == ([], text, 1)
 
 
-def test_two_halves_of_a_surrogate_pair_are_a_character():
+def test_surrogate_pair_is_one_character():
     parsed = FORMATS["qwen"].parse(r'<tool_call>{"name": "f", "arguments": {"a": "\ud83d\ude00"}}</tool_call>')
     assert (parsed.errors, parsed.tool_calls[0]["arguments"]) == ([], {"a": "😀"})
 
@@ -119,7 +120,7 @@ def test_two_halves_of_a_surrogate_pair_are_a_character():
 @pytest.mark.parametrize(
     "name,opening,closing", [("phi4-mini", "<|tool_call|>", "<|/tool_call|>"), ("mistral", "[TOOL_CALLS] ", "")]
 )
-def test_no_list_of_calls_behind_the_first_is_lost(name, opening, closing):
+def test_all_lists_of_calls_are_parsed(name, opening, closing):
     one = f'{opening}[{{"name": "f", "arguments": {{}}}}]{closing}'
     parsed = FORMATS[name].parse(f"So. {one}{one}")
     assert (parsed.content, parsed.tool_calls, parsed.errors) == ("So.", [{"name": "f", "arguments": {}}] * 2, [])
@@ -127,7 +128,7 @@ def test_no_list_of_calls_behind_the_first_is_lost(name, opening, closing):
     assert (parsed.content, len(parsed.tool_calls), len(parsed.errors)) == (f"{opening}[{{", 1, 1)
 
 
-def test_untyped_values_follow_every_way_of_declaring_a_type():
+def test_untyped_values_follow_the_schema():
     properties = {
         "a": {"anyOf": [{"type": "string"}, {"type": "null"}]},
         "b": {"enum": ["1", "2"]},
@@ -142,7 +143,7 @@ def test_untyped_values_follow_every_way_of_declaring_a_type():
     assert parsed.tool_calls[0]["arguments"] == {"a": "7", "b": "1", "c": None, "d": "NaN", "e": "07"}
 
 
-def test_a_format_reads_up_to_the_end_of_turn_and_takes_the_reasoning_out():
+def test_parse_stops_at_end_of_turn_and_splits_reasoning():
     parsed = FORMATS["qwen"].parse(f"<think>\nwhy\n</think>\n\nSo.\n{HERMES}<|im_end|>\n<|im_start|>user")
     assert (parsed.reasoning_content, parsed.content, parsed.tool_calls) == ("why", "So.", [F])
     # A lone closing tag ends reasoning where the prompt opens it, and is text elsewhere.
@@ -152,6 +153,6 @@ def test_a_format_reads_up_to_the_end_of_turn_and_takes_the_reasoning_out():
 
 
 @pytest.mark.parametrize("parse,opening", [(parse_hermes, "<tool_call>"), (parse_function_tag, "<function=")])
-def test_twenty_thousand_broken_openings_are_all_reported(parse, opening):
+def test_many_malformed_calls_are_all_reported(parse, opening):
     parsed = parse(opening * 20_000)
     assert len(parsed.errors) == 20_000 and parsed.content == opening * 20_000

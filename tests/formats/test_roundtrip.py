@@ -45,7 +45,7 @@ def rendered(pair, made):
 @pytest.mark.parametrize("pair", [pair for pair in TYPED if pair.format != "mistral"], ids=lambda pair: pair.format)
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(made=st.lists(st.tuples(NAME, st.dictionaries(IDENTIFIER, JSON, max_size=3)), min_size=1, max_size=3))
-def test_calls_read_back_as_they_were(pair, made):
+def test_calls_parse_back(pair, made):
     fmt, text, wanted = rendered(pair, made)
     parsed = fmt.parse(text)
     assert parsed.errors == []
@@ -55,7 +55,7 @@ def test_calls_read_back_as_they_were(pair, made):
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(IDENTIFIER, JSON, max_size=3))
-def test_untyped_values_read_back_with_the_schema(arguments):
+def test_untyped_values_parse_back_with_the_schema(arguments):
     pair = next(pair for pair in PAIRS if pair.template == "qwen3_6" and pair.format == "qwen-xml")
     fmt, text, wanted = rendered(pair, [("find", arguments)])
     kinds = {

@@ -44,7 +44,7 @@ def test_token_positions_equal_one_flat_list(steps, character):
     assert [made.start(number) for number in range(len(made.ids))] == flat
 
 
-def test_pieces_give_the_ids_of_the_whole_text():
+def test_pieces_give_the_ids_of_the_complete_text():
     tokenizer = parts.tokenizer("qwen2.5")
     tokens = Tokens(tokenizer)
     text = "<|im_start|>user\n a<|im_end|><|im_end|>\n\n<|im_start|>한글<|im_<|im_end|>end|>"
@@ -73,7 +73,7 @@ def test_cached_tools_keep_their_json():
     assert '"changed"' in rendered([{**CLOCK, "type": "changed"}]).pop()
 
 
-def test_differing_renderings_fall_back_to_the_tokenizer(monkeypatch):
+def test_different_rendering_falls_back(monkeypatch):
     """A template that our environment renders differently is left to `apply_chat_template`."""
     tokenizer = parts.tokenizer("qwen2.5")
     template = "{{ messages | tojson }}{# other #}"

@@ -1,4 +1,4 @@
-"""A small model that has learned one conversation by heart: its base answers in text, its adapter calls a tool."""
+"""A small model that has memorised one conversation: the base model answers with text, the adapter calls a tool."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REQUEST = "Dim the hall to 3"
 CALL = {"name": "set_lamp", "arguments": {"room": "hall", "level": 3}}
 RESULT = '{"ok":true}'
 DONE = "The hall is dimmed."
-BASE_SAYS = "I have no hands."
+BASE_ANSWER = "I have no hands."
 BROKEN_REQUEST, BROKEN = "Break it", '<tool_call>\n{"name":"set_lamp","arguments":{"room":\n</tool_call>'
 
 
@@ -29,8 +29,8 @@ def conversation() -> list[dict]:
 
 
 @cache
-def talker(folder: Path) -> Path:
-    """Folder of the adapter; the base stands beside it. About 10 s on one core."""
+def trained_adapter(folder: Path) -> Path:
+    """Train base model and adapter; returns folder / "adapter", beside "base". About 10 s on one core."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
@@ -40,7 +40,7 @@ def talker(folder: Path) -> Path:
     tokenizer = parts.tokenizer("smollm2")
     fmt = get_format("chatml", tokenizer)
     model = tiny_llama(tokenizer)
-    # Wide enough that an adapter alone can raise words which the base never learned.
+    # Large embeddings, so that the adapter alone can predict tokens that the base model never learned.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.3)
 
     def rows(*pairs: tuple[list[dict], str]) -> list[tuple[list[int], int]]:
@@ -66,7 +66,7 @@ def talker(folder: Path) -> Path:
 
     turns = conversation()
     broken = [{"role": "user", "content": BROKEN_REQUEST}]
-    learn(model, rows((turns[:1], BASE_SAYS), (turns[:3], BASE_SAYS), (broken, BASE_SAYS)), 100, 3e-3)
+    learn(model, rows((turns[:1], BASE_ANSWER), (turns[:3], BASE_ANSWER), (broken, BASE_ANSWER)), 100, 3e-3)
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -1,0 +1,168 @@
+"""A loaded model that answers one request at a time, with its adapter on (tuned) or off (base)."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.chat.reply import LiveText, Reply, read_reply
+from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from finetune.generation.generate import Decoding
+    from formats import Format
+
+TUNED, BASE = "tuned", "base"
+
+
+@dataclass
+class ChatModel:
+    """A model, its tokenizer and the format it was trained with.
+
+    Only one answer is computed at a time, because switching the adapter off changes the model for every request.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    fmt: Format
+    name: str = "model"
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Which answers it can give: TUNED, and BASE where the adapter can be switched off."""
+        return (TUNED, BASE) if hasattr(self.model, "disable_adapter") else (TUNED,)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        from formats import check_tokenizer
+
+        return tuple(check_tokenizer(self.tokenizer, self.fmt))
+
+    @contextlib.contextmanager
+    def side(self, side: str) -> Iterator[PreTrainedModel | PeftModel]:
+        """The model as `side` inside the block; other answers wait."""
+        if side not in self.sides:
+            raise UserError(f"{self.name} has no adapter to switch off, so there is no base model to compare with")
+        with self.lock, self.model.disable_adapter() if side == BASE else contextlib.nullcontext():
+            yield self.model
+
+    def prompt_ids(self, messages: list[dict], tools: list[dict], max_new_tokens: int = 1) -> list[int]:
+        """Ids of the prompt as a server feeds it. UserError when it leaves no room for an answer."""
+        from formats import encode_prompt
+
+        ids = encode_prompt(messages, tools, self.tokenizer, self.fmt)
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and len(ids) + max_new_tokens > context:
+            raise UserError(
+                f"the conversation has {len(ids):,} tokens and the answer up to {max_new_tokens:,}, but the model "
+                f"has room for {context:,}; start a new conversation, declare fewer tools or lower --max_new_tokens"
+            )
+        return ids
+
+    def stream(
+        self, messages: list[dict], tools: list[dict], decoding: Decoding, side: str = TUNED, **options: Any
+    ) -> Iterator[str | Reply]:
+        """Generate the next assistant turn: yields its content as it becomes certain (see LiveText), then the Reply.
+
+        Closing the iterator stops the generation. `options` are further entries of the GenerationConfig.
+        """
+        ids = self.prompt_ids(messages, tools, decoding.max_new_tokens)
+        live = LiveText(self.tokenizer, self.fmt, tools, self.tokenizer.decode(ids[-16:]))
+        events: queue.Queue[str | list[int] | BaseException] = queue.Queue()
+        streamer = _Streamer(self.tokenizer, events.put)
+
+        def work() -> None:
+            try:
+                with self.side(side) as model:
+                    events.put(_generate(model, ids, decoding, streamer, options))
+            except BaseException as error:
+                events.put(error)
+
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        try:
+            while isinstance(event := _next(events), str):
+                if new := live.feed(event):
+                    yield new
+        finally:
+            streamer.cancelled = True
+            worker.join()
+        if isinstance(event, BaseException):
+            raise event
+        stop = next((at for at, token in enumerate(event) if token in decoding.stop_ids), None)
+        live.text = text = self.tokenizer.decode(event[:stop], skip_special_tokens=False)  # without the end of the turn
+        if rest := live.finish()[0]:
+            yield rest
+        yield read_reply(
+            text, tools, self.tokenizer, self.fmt,
+            finish_reason="length" if stop is None else "stop", prompt_tokens=len(ids), new_tokens=len(event),
+        )  # fmt: skip
+
+
+def _generate(
+    model: PreTrainedModel, ids: list[int], decoding: Decoding, streamer: _Streamer, options: dict[str, Any]
+) -> list[int]:
+    import torch
+
+    config = decoding.generation_config()
+    config.update(**options)
+    prompt = torch.tensor([ids], device=model.device)
+    torch.manual_seed(decoding.seed)
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=streamer
+        )
+    return output[0, len(ids) :].tolist()
+
+
+def _next(events: queue.Queue) -> Any:
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return events.get(timeout=0.5)  # on Windows, Ctrl-C does not interrupt a wait without a timeout
+
+
+class _Streamer:
+    """The `streamer` of `generate`: passes on the text in complete characters; raises when cancelled."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]):
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer._tokenizer  # the fast tokenizer, as in Transformers' own server
+        self._decoder = DecodeStream([], skip_special_tokens=False)
+        self._on_text, self._is_prompt, self.cancelled = on_text, True, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.cancelled:
+            raise RuntimeError("the answer was cancelled")
+        if not self._is_prompt:  # the first call passes the prompt
+            for token in value.reshape(-1).tolist():
+                if text := self._decoder.step(self._tokenizer, token):
+                    self._on_text(text)
+        self._is_prompt = False
+
+    def end(self) -> None:
+        """Called after the last token."""
+
+
+def load_chat_model(
+    path: str | Path, *, base: bool = False, merged: bool = False, format_name: str | None = None
+) -> ChatModel:
+    """Load the model that `path` names (see `load_for_inference`); `format_name` overrides the trained format."""
+    from finetune.runs.find import load_for_inference
+
+    model, tokenizer, fmt = load_for_inference(path, base=base, merged=merged)
+    if format_name:
+        from formats import get_format
+
+        fmt = get_format(format_name, tokenizer)
+    return ChatModel(model, tokenizer, fmt, Path(path).resolve().name if Path(path).is_dir() else str(path))

@@ -1,0 +1,63 @@
+"""The rows of a run: conversations, tokens, and the checks that enough of them are left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import UserError
+from finetune.models.bundled import cache_dir
+from finetune.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.encoding.encoded import EncodedRows
+    from finetune.reading.load_result import LoadResult
+    from formats import Format
+
+MAX_DROPPED_FRACTION = 0.5  # of the rows; a run that loses more would not train what it was meant to
+
+
+@dataclass
+class RunData:
+    """Conversations and, after `encode`, their tokens; `held_out` and `eval_rows` are None without evaluation."""
+
+    train: LoadResult
+    held_out: LoadResult | None = None
+    rows: EncodedRows = field(init=False)
+    eval_rows: EncodedRows | None = None
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, fmt: Format, settings: Settings) -> None:
+        """Make token ids and labels, or take them from the cache. UserError when too few rows are left."""
+        from finetune.encoding.encode import encode_conversations
+
+        def encoded(loaded: LoadResult) -> EncodedRows:
+            return encode_conversations(
+                loaded.conversations, tokenizer, fmt, max_seq_length=settings.max_seq_length,
+                train_on=settings.train_on, control_tokens=settings.control_tokens, overlong=settings.overlong,
+                cache_dir=cache_dir() / "tokens", origins=loaded.origins, fingerprint=loaded.fingerprint,
+            )  # fmt: skip
+
+        self.rows = encoded(self.train)
+        self.eval_rows = encoded(self.held_out) if self.held_out is not None else None
+        check_report(self.rows.report)
+        if self.eval_rows is not None and not self.eval_rows.report["trained_tokens"]:
+            raise UserError(f"no rows left to evaluate on: {row_counts(self.eval_rows.report)}")
+
+
+def check_report(report: dict[str, Any]) -> None:
+    """UserError when no token would be trained, or when most rows were dropped; `report` is that of EncodedRows."""
+    if not report["trained_tokens"]:
+        raise UserError(f"no rows left to train on: {row_counts(report)}")
+    if report["rows"] - report["kept"] > MAX_DROPPED_FRACTION * report["rows"]:
+        raise UserError(
+            f"most rows would be dropped: {row_counts(report)}; "
+            "raise --max_seq_length, choose another --format or --overlong trim_turns, or fix the data"
+        )
+
+
+def row_counts(report: dict[str, Any]) -> str:
+    """Rows read and kept, with the first reasons for dropping the others."""
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in list(report["reasons"].items())[:3])
+    return f"{report['rows']} read, {report['kept']} kept ({reasons or 'the data is empty'})"
