@@ -286,7 +286,7 @@ def runner_of(model, dtype: str):
 
     runner = PassRunner(model, 10**9, share_prefix=True, pad_token_id=0)
     if dtype == "bfloat16":
-        runner.context = lambda: torch.autocast("cuda", dtype=torch.bfloat16)
+        runner.autocast = lambda: torch.autocast("cuda", dtype=torch.bfloat16)
     return runner
 
 
@@ -326,7 +326,7 @@ def gradients(path: str) -> dict[str, Any]:
             runner.run(rows, scale, lambda loss: loss.backward())
 
         exact = gradients_of(model, alone)
-        distances = {"mode": runner.mode, "why": runner.why, "tree": difference(gradients_of(model, ours), exact)}
+        distances = {"mode": runner.mode, "why": runner.reason, "tree": difference(gradients_of(model, ours), exact)}
         for runner.mode, runner.attention in (("packed", UnslothPacked()), ("padded", None)):
             distances[runner.mode] = difference(gradients_of(model, ours), exact)
         result["recomputed" if checkpointing else "kept"] = distances

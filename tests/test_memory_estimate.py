@@ -401,7 +401,7 @@ def test_every_suggested_flag_is_a_flag_of_train_lora():
 
 def test_the_plan_of_a_run_counts_shared_prefixes_once():
     from finetune import settings
-    from finetune.passes.plan import ENOUGH_ON_CPU
+    from finetune.passes.plan import CPU_TARGET_TOKENS
 
     prefix, rows = list(range(400)), []
     for number in range(8):
@@ -416,7 +416,7 @@ def test_the_plan_of_a_run_counts_shared_prefixes_once():
     flags.share_prefix = False
     assert memory_plan.with_rows(plan.but(device="cuda"), flags, rows, 10_000).tokens > 3500
     # On a CPU a full pass takes no row that shares nothing with it.
-    assert ENOUGH_ON_CPU <= memory_plan.with_rows(plan, flags, rows, 10_000).tokens < ENOUGH_ON_CPU + 450
+    assert CPU_TARGET_TOKENS <= memory_plan.with_rows(plan, flags, rows, 10_000).tokens < CPU_TARGET_TOKENS + 450
     assert memory_plan.with_rows(plan, flags, rows, 600).tokens <= 600  # one row in a pass
 
 

@@ -11,7 +11,7 @@ from finetune.memory.estimate import Plan
 from finetune.memory.sizes import sizes_of_model
 from finetune.passes.runner import PassRunner
 from finetune.training import memory_plan, probe
-from tests.test_shared_prefix import adapted
+from tests.gradient_check import with_random_lora
 
 ROWS = [([1] * 3000, [1] * 3000)]
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for the high-water mark")
@@ -24,7 +24,7 @@ def runner():
         vocab_size=1000, hidden_size=128, intermediate_size=384, num_hidden_layers=8, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=8192,
     )  # fmt: skip
-    model = adapted(LlamaForCausalLM(config))
+    model = with_random_lora(LlamaForCausalLM(config))
     return PassRunner(model, 4096, share_prefix=True, pad_token_id=0)
 
 

@@ -288,7 +288,7 @@ def ours(way, steps, task, meter, folder) -> dict[str, Any]:
     trainer.train()
     plans = [trainer.runner.plan([make_row(*row) for row in step]) for step in steps[-task.steps :]]
     return {
-        "path": trainer.runner.why,
+        "path": trainer.runner.reason,
         "tokens_per_pass": trainer.runner.tokens_per_pass,
         "computed_tokens_per_step": sum(one.input_ids.size for plan in plans for one in plan) / len(plans),
         "passes_per_step": sum(map(len, plans)) / len(plans),

@@ -11,7 +11,7 @@ from finetune.errors import UserError
 from finetune.memory.advice import LONGEST, largest
 from finetune.memory.estimate import Plan, estimate, knows, measured_part, total
 from finetune.memory.sizes import Sizes
-from finetune.passes.plan import ENOUGH_ON_CPU, make_row, plan_passes
+from finetune.passes.plan import CPU_TARGET_TOKENS, make_row, plan_passes
 from finetune.training.order import steps_of_epoch
 
 # Steps that are cut into passes on trial, to see how large a pass becomes with shared prefixes.
@@ -65,8 +65,8 @@ def with_rows(
     sequences: (input_ids, labels) of each row; planner: rows of a step -> its passes (default: packed, by the flags);
     groups: as in `steps_of_epoch`.
     """
-    enough = ENOUGH_ON_CPU if plan.device == "cpu" else None
-    planner = planner or (lambda rows: plan_passes(rows, tokens_per_pass, settings.share_prefix, enough=enough))
+    enough = CPU_TARGET_TOKENS if plan.device == "cpu" else None
+    planner = planner or (lambda rows: plan_passes(rows, tokens_per_pass, settings.share_prefix, target_tokens=enough))
     rng = np.random.default_rng([settings.seed, 0])  # as the trainer draws the first epoch
     steps = steps_of_epoch(len(sequences), settings.batch_size * settings.grad_accum, rng, groups)
     tokens = trained = check = 0

@@ -64,7 +64,7 @@ def print_run_table(
         kind = "4-bit NF4" if config["load_in_4bit"] else config["dtype"]
         several = f", {distributed.size()} processes" if distributed.size() > 1 else ""
         add("device", f"{config['device']}, base weights {kind}{several}")
-        add("passes", f"{trainer.runner.why}; at most {trainer.runner.tokens_per_pass:,} tokens each")
+        add("passes", f"{trainer.runner.reason}; at most {trainer.runner.tokens_per_pass:,} tokens each")
         add("memory", memory_line(config["memory"]))
         Console(stderr=True).print(table)
         return

@@ -116,7 +116,7 @@ class SandwichTrainer(SFTTrainer):
         self.add_callback(log_callback)
         pad = self.processing_class.pad_token_id
         self.runner = PassRunner(self.model, tokens_per_pass, share_prefix, pad if pad is not None else 0)
-        self.runner.context = self.accelerator.autocast
+        self.runner.autocast = self.accelerator.autocast
 
     # --- data ---------------------------------------------------------------------------------------------------------
 

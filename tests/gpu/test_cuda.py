@@ -31,7 +31,7 @@ def row_by_row(runner, rows, scale):
 
     def compute():
         for row in rows:
-            with runner.context():
+            with runner.autocast():
                 logits = runner.causal_lm(input_ids=torch.from_numpy(row.input_ids).long().cuda()[None]).logits[0]
             picked = logits[torch.from_numpy(row.positions).long().cuda()].float()
             targets = torch.from_numpy(row.targets).long().cuda()
@@ -49,7 +49,7 @@ def test_flex_attention_gives_the_gradients_of_row_by_row():
     rows = some_rows(3, 4, nested=True)
     scale = 1 / sum(len(row.positions) for row in rows)
     runner = PassRunner(exact_model, 10**9, share_prefix=True, pad_token_id=0)
-    assert runner.mode == "tree" and "FlexAttention" in runner.why
+    assert runner.mode == "tree" and "FlexAttention" in runner.reason
     exact = gradients(exact_model, row_by_row(runner, rows, scale))
     shared = gradients(exact_model, lambda: runner.run(rows, scale, lambda loss: loss.backward()))
     assert difference(shared, exact) < 1e-4
@@ -85,8 +85,8 @@ def test_unsloths_model_shares_exactly(load_in_4bit, checkpointing):
     rows = some_rows(2, 4, nested=True)
     scale = 1 / sum(len(row.positions) for row in rows)
     runner = PassRunner(model.train(), 10**9, share_prefix=True, pad_token_id=0)
-    runner.context = lambda: torch.autocast("cuda", dtype=torch.bfloat16)
-    assert runner.mode == "tree", runner.why
+    runner.autocast = lambda: torch.autocast("cuda", dtype=torch.bfloat16)
+    assert runner.mode == "tree", runner.reason
     assert runner.run(rows, scale).loss_sum == pytest.approx(runner.reference_loss(rows), rel=2e-2)
     alone = gradients(model, row_by_row(runner, rows, scale))
     shared = gradients(model, lambda: runner.run(rows, scale, lambda loss: loss.backward()))
