@@ -43,11 +43,11 @@ def random_rows(groups: int, rows_per_group: int, prefix: int = 150, seed: int =
     return rows
 
 
-def small_llama(dtype: torch.dtype | None = None, **changes: Any) -> Any:
+def small_llama(dtype: torch.dtype | None = None, seed: int = 1, **changes: Any) -> Any:
     """A Llama with random weights, the same at every call; `changes` are entries of its LlamaConfig."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**SMALL_LLAMA | changes)).to(dtype or torch.float32)
 
 
