@@ -128,9 +128,9 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     # 5. The experiment folder, then the steps. From here on there is something to tidy when we are told to end.
-    from finetune.training.callbacks import ENDING
+    from finetune.training.callbacks import TERMINATION_SIGNALS
 
-    for number in ENDING:
+    for number in TERMINATION_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, signal.default_int_handler)
     from finetune.logs import log_to_file
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
         if is_main:
             final = save_final_model(experiment, model, tokenizer, fmt, end_of_turn_ids)
             experiment.ended("finished")
-    trainer.stop_callback.restore()
+    trainer.stop_callback.restore_handlers()
     if is_main:
         log.info("finished: loss %.4f in %d steps", result["final_loss"] or math.nan, trainer.state.global_step)
         print(experiment.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from finetune.errors import UserError
 from finetune.passes.attention import CpuTree, PackedAttention, UnsupportedModelError
 from finetune.passes.loss import CHUNK_POSITIONS, head_loss, logit_transform
 from finetune.passes.plan import (
@@ -26,6 +28,10 @@ from finetune.passes.plan import (
 MIN_TOKENS_PER_PASS = 256
 # Allowed relative distance of hidden states; the 16-bit types round by a few thousandths in each layer.
 HIDDEN_STATE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 4e-2}
+
+# Allowed difference in nats per trained token. In float32 sums in another order differ by about 1e-6.
+LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+CHECKED_ROWS = 2
 
 
 @dataclass
@@ -126,6 +132,27 @@ class PassRunner:
             for positions, targets in zip(*chunks, strict=True):
                 total += torch.nn.functional.cross_entropy(logits[positions].float(), targets, reduction="sum").item()
         return total
+
+    def check_against_model(self, rows: Sequence[Row]) -> None:
+        """UserError when the loss of the shortest rows, computed together, differs from the model's own."""
+        few = sorted(rows, key=lambda row: len(row.input_ids))[:CHECKED_ROWS]
+        self.model.eval()
+        alone = self.reference_loss(few)
+        together = self.run(few, 1.0).loss_sum
+        self.model.train()
+        if not math.isfinite(alone):
+            raise UserError(
+                f"the model's own loss is {alone} before training; its weights are broken, or too large for this "
+                "--dtype (try --dtype float32)"
+            )
+        difference = abs(together - alone) / sum(len(row.positions) for row in few)
+        tolerance = LOSS_TOLERANCE.get(self.head.weight.dtype, 5e-2)
+        if not difference <= tolerance:
+            raise UserError(
+                f"first step: the loss of rows computed together differs from that of rows computed alone by "
+                f"{difference:.2g} nats per token (allowed: {tolerance:.0e}); train with --no-share_prefix, and please "
+                "report the model's name"
+            )
 
 
 def attention_candidates(device_type: str) -> list[PackedAttention]:
