@@ -14,7 +14,7 @@ from tests.test_train_lora import ROOT, command, config_of, log_rows, rows, run,
 # 10 rows in steps of 3: the last step of an epoch has one row and the second process none.
 FLAGS = ("--format", "chatml", "--dtype", "float32", "--batch_size", "3", "--grad_accum", "1", "--lr", "5e-3",
          "--scheduler", "constant", "--eval_fraction", "0.17", "--eval_steps", "4", "--save_steps", "0")  # fmt: skip
-TORCHRUN = ("-m", "torch.distributed.run", "--standsingle_log", "--nproc_per_node", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
 STEPS = 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -65,8 +66,8 @@ class LogCallback(TrainerCallback):
             self.progress.update(self.task, status=status)
         elif not self.quiet:
             done = state.global_step
-            seconds = self.run_log.counters.seconds / max(done, 1) * (state.max_steps - done)
-            log.info("step %d of %d  %s  %s left", done, state.max_steps, status, format_seconds(seconds))
+            left = timedelta(seconds=round(self.run_log.counters.seconds / max(done, 1) * (state.max_steps - done)))
+            log.info("step %d of %d  %s  %s left", done, state.max_steps, status, left)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.run_log.flush()
@@ -128,10 +129,3 @@ class StopCallback(TrainerCallback):
         if distributed.size() == 1:  # a launcher's SIGTERM must not interrupt what is still to be written
             for number, handler in self._former_handlers.items():
                 signal.signal(number, handler)
-
-
-def format_seconds(seconds: float) -> str:
-    """1:02:03, or 2:03 below an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -264,16 +264,15 @@ class SandwichTrainer(SFTTrainer):
                 # A pickle that nothing here reads: the flags are in experiment_config.json.
                 (saved / "training_args.bin").unlink(missing_ok=True)
                 os.replace(saved, target)
+                rotate_checkpoints(
+                    output_dir=str(self.folder),
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                    use_mtime=False,
+                )
         finally:
             if self.args.should_save:
                 shutil.rmtree(temporary, ignore_errors=True)
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(self.folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
         self._wait_for_everyone()
         self.run_log.pause()
 
