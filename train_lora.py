@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
             save_final_model(experiment, model, tokenizer, fmt, end_of_turn_ids)
             experiment.ended("finished")
-    trainer.stop_callback.restore()
+    trainer.stop_callback.restore_handlers()
     if distributed.rank() == 0:
         finish(experiment, settings.push_to_hub)
     distributed.end()
@@ -216,9 +216,9 @@ def load_model(settings: Settings) -> tuple[Loaded, PeftModel]:
 
 def interrupt_on_signals() -> None:
     """Treat SIGTERM and SIGHUP like Ctrl-C from here on, because there is a run to finish."""
-    from finetune.training.callbacks import ENDING
+    from finetune.training.callbacks import TERMINATION_SIGNALS
 
-    for number in ENDING:
+    for number in TERMINATION_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, signal.default_int_handler)
 

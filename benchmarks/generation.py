@@ -1,14 +1,14 @@
-"""What sharing prefixes saves when many prompts are answered: the same rows three ways, in one process, greedy.
+"""What shared prefixes save in generation: the same rows by three methods, in one process, greedy.
 
-one by one      `model.generate` of Transformers, a prompt at a time
-padded batch    `model.generate` on batches of prompts of like length, padded on the left
-shared prefix   finetune/generation/generate.py, as evaluate_lora.py answers: a common start is computed once, then read
+one by one      `model.generate` of Transformers, one prompt at a time
+padded batch    `model.generate` on batches of prompts of similar length, padded on the left
+shared prefix   finetune/generation/generate.py, as in evaluate_lora.py: a common prefix is computed once and cached
 
     python benchmarks/generation.py --limit 24 --json generation.json
     python benchmarks/generation.py --adapter experiments/RUN/final_model --limit 24
 
-The answers must be the same ids. Where one is not, the table counts it, and below it stands how far apart the two
-likeliest tokens were at the first place that differs: a tie within rounding, or a fault.
+The answers should be the same ids. The table counts those that differ; below it is the difference between the logits
+of the two tokens at the first position that differs: a tie within rounding, or an error.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", default="chatml")
     parser.add_argument("--dataset", action="append", metavar="ROWS", help="default: the English held-out sample rows")
     parser.add_argument("--limit", type=positive_int, default=24, help="only the first N rows (default: 24)")
-    parser.add_argument("--batch_size", type=positive_int, default=32, help="of the two batched ways (default: 32)")
-    parser.add_argument("--max_new_tokens", type=positive_int, help="default: as evaluate_lora.py takes it")
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--batch_size", type=positive_int, default=32, help="of the two batched methods (default: 32)")
+    parser.add_argument("--max_new_tokens", type=positive_int, help="default: as in evaluate_lora.py")
+    parser.add_argument("--json", metavar="FILE", help="write all measurements to this file")
     return parser
 
 
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     prompts = make_prompts(items, tokenizer, fmt).input_ids
     decoding = Decoding(tuple(check_tokenizer(tokenizer, fmt)), longest, args.batch_size)
     results = measure(model, prompts, decoding)
-    differences = compare(model, prompts, results)
+    differences = compare_answers(model, prompts, results)
     record = {
         "command": " ".join(["python", "benchmarks/generation.py", *(sys.argv[1:] if argv is None else argv)]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load(name: str, adapter: str | None) -> tuple[Any, Any]:
-    """(model, tokenizer) by Transformers and PEFT alone, so that `generate` is the one everybody has."""
+    """(model, tokenizer) by Transformers and PEFT alone, so that `generate` is the standard one."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -101,25 +101,25 @@ def load(name: str, adapter: str | None) -> tuple[Any, Any]:
 
 
 def measure(model: Any, prompts: list[list[int]], decoding: Any) -> dict[str, dict[str, Any]]:
-    """{way: seconds, processor seconds, tokens computed and made, the answers' ids}, after a short warm-up of each."""
+    """{method: seconds, CPU seconds, computed and new tokens, the answers' ids}, after a short warm-up of each."""
     from finetune.generation.generate import generate
 
-    ways = {
+    methods = {
         "one by one": {"decoding": replace(decoding, batch_size=1), "share_prefix": False},
         "padded batch": {"decoding": decoding, "share_prefix": False},
         "shared prefix": {"decoding": decoding, "share_prefix": True},
     }
     results = {}
-    for way in ways.values():
-        generate(model, prompts[:2], **way | {"decoding": replace(way["decoding"], max_new_tokens=2)})
-    for name, way in ways.items():
+    for method in methods.values():
+        generate(model, prompts[:2], **method | {"decoding": replace(method["decoding"], max_new_tokens=2)})
+    for name, method in methods.items():
         print(f"{name} …", file=sys.stderr, flush=True)
-        processor = time.process_time()
-        report = generate(model, prompts, **way)
+        cpu_start = time.process_time()
+        report = generate(model, prompts, **method)
         results[name] = {
             "seconds": round(report.seconds, 2),
-            "processor_seconds": round(time.process_time() - processor, 2),
-            "method": report.method + (f" ({report.reason})" if way["share_prefix"] and report.reason else ""),
+            "processor_seconds": round(time.process_time() - cpu_start, 2),
+            "method": report.method + (f" ({report.reason})" if method["share_prefix"] and report.reason else ""),
             "computed_prompt_tokens": report.computed_prompt_tokens,
             "new_tokens": report.new_tokens,
             "cut_off": sum(answer.finish_reason == "length" for answer in report.results),
@@ -129,40 +129,40 @@ def measure(model: Any, prompts: list[list[int]], decoding: Any) -> dict[str, di
     return results
 
 
-def compare(model: Any, prompts: list[list[int]], results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Notes `equal_answers` in every way's result; returns each answer that is not the one of "one by one".
+def compare_answers(model: Any, prompts: list[list[int]], results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Record `equal_answers` in every method's result; return each answer that differs from "one by one".
 
-    `margin` is the difference, in nats, of the log-probabilities of the two tokens that were chosen there, from one
-    forward pass over prompt and common start of the answer.
+    `margin` is the difference, in nats, between the log-probabilities of the two tokens at the first position that
+    differs, from one forward pass over the prompt and the answers' common prefix.
     """
     import torch
 
-    wanted, differences = results["one by one"]["answers"], []
+    expected, differences = results["one by one"]["answers"], []
     for name, result in results.items():
-        result["equal_answers"] = len(wanted)
-        for number, (prompt, right, made) in enumerate(zip(prompts, wanted, result["answers"], strict=True)):
-            if right == made:
+        result["equal_answers"] = len(expected)
+        for number, (prompt, right, actual) in enumerate(zip(prompts, expected, result["answers"], strict=True)):
+            if right == actual:
                 continue
             result["equal_answers"] -= 1
-            same = next((n for n, (a, b) in enumerate(zip(right, made, strict=False)) if a != b), None)
-            shorter = min(len(right), len(made))
+            same = next((n for n, (a, b) in enumerate(zip(right, actual, strict=False)) if a != b), None)
+            shorter = min(len(right), len(actual))
             entry = {"way": name, "answer": number, "equal_tokens": shorter if same is None else same, "margin": None}
-            if same is not None:  # else one ended where the other went on
+            if same is not None:  # else one answer is a prefix of the other
                 with torch.inference_mode():
                     ids = torch.tensor([prompt + right[:same]], device=model.device)
                     logits = model(input_ids=ids, logits_to_keep=1).logits[0, -1].float()
-                entry["margin"] = round(float((logits[right[same]] - logits[made[same]]).abs()), 6)
+                entry["margin"] = round(float((logits[right[same]] - logits[actual[same]]).abs()), 6)
             differences.append(entry)
     return differences
 
 
 def print_table(record: dict[str, Any]) -> None:
-    """One line a way, as Markdown."""
+    """One line per method, as Markdown."""
     print(
         f"{record['answers']} answers of {record['rows']} rows, {record['prompt_tokens']:,} prompt tokens, at most "
-        f"{record['max_new_tokens']} new ones, {record['dtype']} on {record['machine']['device']}\n"
+        f"{record['max_new_tokens']} new tokens, {record['dtype']} on {record['machine']['device']}\n"
     )
-    print("| way | s | processor s | x one by one | answers/s | prompt tokens computed | new tokens | equal answers |")
+    print("| method | s | CPU s | x one by one | answers/s | prompt tokens computed | new tokens | equal answers |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, result in record["ways"].items():
         print(
@@ -172,7 +172,7 @@ def print_table(record: dict[str, Any]) -> None:
             f"{result['equal_answers']} of {record['answers']} |"
         )
     for one in record["differences"]:
-        where = "one ends where the other goes on" if one["margin"] is None else f"margin {one['margin']:.2g} nats"
+        where = "one of them ends" if one["margin"] is None else f"margin {one['margin']:.2g} nats"
         print(f"answer {one['answer']}, {one['way']}: equal for {one['equal_tokens']} tokens, then {where}")
 
 

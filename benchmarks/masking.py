@@ -1,10 +1,10 @@
-"""Rendering and masking the same rows four ways: ours, TRL's, and a marker search as Unsloth users know it.
+"""Rendering and masking the same rows by four methods: ours (two), TRL's, and Unsloth's marker search.
 
     python benchmarks/masking.py --rows 300 --json masking.json
 
-Wrong tokens are counted against the definition, turn by turn: an answer's tokens and its end-of-turn token are
-trained, nothing else. "missed" are tokens of answers that are not trained, "wrong" are trained tokens that are
-somebody else's (a header, a newline behind the turn, a user's or a tool's text).
+By definition an answer's tokens and its end-of-turn token are trained, nothing else. "missed" counts tokens of answers
+that are not trained; "wrong" counts other trained tokens (a header, a newline after the turn, a user's or a tool's
+text).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MARKERS = ("<|im_start|>user\n", "<|im_start|>assistant\n")
 
 
 def marker_search(input_ids: list[int], instruction: list[int], response: list[int]) -> list[int]:
-    """Labels by looking for markers in the ids: trained from behind each `response` to the next `instruction`."""
+    """Labels by searching the ids for markers: trained after each `response` up to the next `instruction`."""
     labels = [IGNORE_INDEX] * len(input_ids)
     at = 0
     while at < len(input_ids):
@@ -42,11 +42,11 @@ def marker_search(input_ids: list[int], instruction: list[int], response: list[i
 
 def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Tool-calling conversations of about 800 tokens, one in twenty with control tokens typed by the user."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     nouns = ["order", "ticket", "invoice", "room", "flight", "parcel", "account", "report", "beam", "node", "load"]
 
     def words(number: int) -> str:
-        return " ".join(chance.choice(nouns) for _ in range(number))
+        return " ".join(rng.choice(nouns) for _ in range(number))
 
     made = []
     for index in range(count):
@@ -62,12 +62,12 @@ def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
                     },
                 },
             }
-            for noun in chance.sample(nouns, 5)
+            for noun in rng.sample(nouns, 5)
         ]
         messages: list[dict[str, Any]] = []
         for _ in range(3):
-            name = chance.choice(tools)["function"]["name"]
-            call = {"type": "function", "function": {"name": name, "arguments": {"id": str(chance.randrange(10**6))}}}
+            name = rng.choice(tools)["function"]["name"]
+            call = {"type": "function", "function": {"name": name, "arguments": {"id": str(rng.randrange(10**6))}}}
             messages += [
                 {"role": "user", "content": words(20)},
                 {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -80,8 +80,8 @@ def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return made
 
 
-def truth(row: dict, tokenizer: Any, fmt: Any, text: str) -> list[tuple[int, int]]:
-    """(start, end) in `text` of every answer with its end of turn, from the messages alone."""
+def answer_spans(row: dict, text: str) -> list[tuple[int, int]]:
+    """(start, end) in `text` of every answer with its end of turn."""
     spans, at = [], 0
     for message in row["messages"]:
         if message["role"] != "assistant":
@@ -94,13 +94,13 @@ def truth(row: dict, tokenizer: Any, fmt: Any, text: str) -> list[tuple[int, int
     return spans
 
 
-def judge(
+def count_errors(
     text: str, ids: list[int], labels: list[int], spans: list[tuple[int, int]], tokenizer: Any
 ) -> tuple[int, int]:
-    """(tokens wrongly trained, tokens of answers missed)."""
+    """(wrong tokens, missed tokens); see the module docstring."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if encoded["input_ids"] != list(ids):
-        raise ValueError("ids and text do not belong together")
+        raise ValueError("the ids are not those of the text")
     wrong = missed = 0
     for (start, _), label in zip(encoded["offset_mapping"], labels, strict=True):
         inside = any(first <= start < last for first, last in spans)
@@ -112,7 +112,7 @@ def judge(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=300)
-    parser.add_argument("--json", type=Path, help="write the table here as well")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     args = parser.parse_args()
 
     import formats.tokens as tokens_module
@@ -151,18 +151,18 @@ def main() -> int:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return text, ids, marker_search(ids, instruction, response)
 
-    ways = {
+    methods = {
         "ours (escape)": ours,
         "ours (control tokens allowed)": allowed,
         "generation tags (TRL's training template)": generation_tags,
         "marker search (train_on_responses_only)": markers,
     }
     results = []
-    for name, way in ways.items():
-        tokens_module._KNOWN.clear()  # nobody profits from what another way has tokenised
-        way(data[0])
+    for name, method in methods.items():
+        tokens_module._KNOWN.clear()  # no method may reuse what another one has tokenized
+        method(data[0])
         started = time.process_time()
-        made = [way(row) for row in data]
+        made = [method(row) for row in data]
         seconds = time.process_time() - started
         wrong = missed = trained = tokens = 0
         for row, (text, ids, labels) in zip(data, made, strict=True):
@@ -172,7 +172,7 @@ def main() -> int:
 
                 messages, tools, _ = escape_conversation(row["messages"], row["tools"], tokenizer, fmt)
                 escaped = {"messages": messages, "tools": tools}
-            bad, lost = judge(text, ids, labels, truth(escaped, tokenizer, fmt, text), tokenizer)
+            bad, lost = count_errors(text, ids, labels, answer_spans(escaped, text), tokenizer)
             wrong, missed = wrong + bad, missed + lost
             trained += sum(label != IGNORE_INDEX for label in labels)
             tokens += len(ids)

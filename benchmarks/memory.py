@@ -1,13 +1,13 @@
-"""Predicted against measured memory: real runs of train_lora.py, a few steps each, in a process of their own.
+"""Predicted and measured memory: runs of train_lora.py of a few steps, each in a process of its own.
 
-Models of several shapes with random weights and the bundled 135M model; rows of a chosen length that share nothing. On
-a machine without a GPU the measured peak is resident memory, on one with a GPU what PyTorch's allocator reserved. The
-records go into a JSON file that the estimator's tests are held against.
+Models of several shapes with random weights, and the bundled 135M model; rows of a given length that share nothing. The
+measured peak is resident memory on a CPU, and what PyTorch's allocator reserved on a GPU. The tests of the estimator
+read the JSON file of records.
 
-  python benchmarks/memory.py                                   every case for this machine, as a table
+  python benchmarks/memory.py                                   all cases for this machine, as a table
   python benchmarks/memory.py --only 135m_512 135m_4x512        some of them
-  python benchmarks/memory.py --json benchmarks/results/memory_cpu.json     add to (or renew in) a file of records
-  python benchmarks/memory.py --show benchmarks/results/memory_cpu.json     the table of a file, with today's estimator
+  python benchmarks/memory.py --json benchmarks/results/memory_cpu.json     add to or replace in a file of records
+  python benchmarks/memory.py --show benchmarks/results/memory_cpu.json     the table of a file by today's estimator
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One run. model: "smollm2-135m" or the config of a random one; `rows` rows a step of up to `tokens` words,
-    `trained` of them the answer; flags: of train_lora.py; recipe: runs this file as it is, its own rows and all."""
+    """One run. model: "smollm2-135m" or the config of a random one; `rows` rows per step of up to `tokens` words, of
+    which `trained` are the answer; flags: of train_lora.py; recipe: runs this config file, with its own rows."""
 
     model: Any
     tokens: int = 0
@@ -48,8 +48,8 @@ class Case:
     recipe: str | None = None
 
 
-# Length of the rows of each step, as a share: blocks of changing sizes are what leaves fragments in an allocator.
-LENGTHS = (0.7, 1.0, 0.85, 0.95)
+# Relative row length of each step: blocks of changing sizes fragment an allocator.
+LENGTH_FRACTIONS = (0.7, 1.0, 0.85, 0.95)
 
 
 def shape(kind: str, hidden: int, intermediate: int, layers: int, heads: int, kv: int, vocab: int = 49_152,
@@ -83,7 +83,7 @@ CPU_CASES = {
     "deep_qwen3_1024_checkpoint": Case(shape("qwen3", 384, 1024, 40, 6, 2, head_dim=64), 1024, flags=(CKPT,)),
     "large_vocabulary_1024": Case(shape("llama", 512, 1536, 8, 8, 8, vocab=151_936), 1024, trained=600),
 }
-# The same in bfloat16, for a CPU that multiplies it in hardware, and the demo as it is: fifty steps, shared prefixes.
+# The same in bfloat16, for a CPU with bfloat16 hardware, and the demo: fifty steps, shared prefixes.
 CPU_CASES |= {
     f"{name}_bf16": dataclasses.replace(CPU_CASES[name], dtype="bfloat16")
     for name in (
@@ -92,7 +92,7 @@ CPU_CASES |= {
         "large_vocabulary_1024",
     )
 } | {"demo_bf16": Case(SMALL, dtype="bfloat16", recipe="configs/demo.yaml")}  # fmt: skip
-# Sizes as published; random weights take the memory that trained ones take.
+# Published sizes; random weights take as much memory as trained ones.
 B05 = shape("qwen2", 896, 4864, 24, 14, 2, vocab=151_936)
 B15 = shape("qwen2", 1536, 8960, 28, 12, 2, vocab=151_936)
 B8 = shape("llama", 4096, 14_336, 32, 32, 8, vocab=128_256, tie_word_embeddings=False)
@@ -122,14 +122,14 @@ def make_model(config: dict[str, Any], folder: Path) -> Path:
 
 
 def make_rows(case: Case, path: Path) -> Path:
-    """Rows of this case's lengths, of words drawn by chance, one step after another."""
-    dice = random.Random(0)
+    """Rows of this case's lengths with random words, step by step."""
+    rng = random.Random(0)
 
     def words(count: int) -> str:
-        return " ".join(dice.choice(WORDS) for _ in range(count))
+        return " ".join(rng.choice(WORDS) for _ in range(count))
 
     rows = []
-    for share in LENGTHS[: case.steps]:
+    for share in LENGTH_FRACTIONS[: case.steps]:
         for _ in range(case.rows):
             asked = words(max(1, round(share * case.tokens) - case.trained - 12))
             messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": words(case.trained)}]
@@ -139,12 +139,12 @@ def make_rows(case: Case, path: Path) -> Path:
 
 
 def run(name: str, case: Case) -> dict[str, Any]:
-    """Train a few steps; the record of the run, or its last line where it failed."""
+    """Train a few steps; returns the record of the run, or its last line when it failed."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = case.model
         if isinstance(model, dict):
-            # In a process of its own, so that no model but the trained one is ever in this one's memory.
+            # In a process of its own, so that this one's memory never holds a model.
             code = "import sys, json; from pathlib import Path; from benchmarks.memory import make_model; " \
                    "make_model(json.loads(sys.argv[1]), Path(sys.argv[2]))"  # fmt: skip
             model = str(folder / "model")
@@ -169,7 +169,7 @@ def run(name: str, case: Case) -> dict[str, Any]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown: measured, predicted by the estimator as it is now, and the difference."""
+    """Markdown: measured, predicted by the current estimator, and the difference."""
     from finetune.memory.estimate import estimate, measurable_bytes
 
     lines = ["| case | parameters | tokens in a pass | measured GB | predicted GB | difference |",

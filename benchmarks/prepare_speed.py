@@ -1,4 +1,4 @@
-"""How long rows take to become tokens: read, normalise, render, tokenise and mask, then the same again from the cache.
+"""Seconds to prepare rows: read, normalize, render, tokenize and mask, then the same from the cache.
 
 python benchmarks/prepare_speed.py --tokenizer smollm2-135m --format chatml --rows 15000 --tokens 1000
 """
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="smollm2-135m")
     parser.add_argument("--format", default="chatml")
     parser.add_argument("--rows", type=int, default=15000)
-    parser.add_argument("--tokens", type=int, default=1000, help="about so many tokens per row")
+    parser.add_argument("--tokens", type=int, default=1000, help="approximate tokens per row")
     parser.add_argument("--num_proc", type=int)
     args = parser.parse_args()
 
@@ -107,7 +107,7 @@ def main() -> None:
             f"({report['tokens'] / report['kept']:.0f} per row), {report['trained_tokens']:,} trained"
         )
         print(f"tokenizer loaded in {loaded_tokenizer:.1f} s")
-        print("| run | read and normalise, s | render, tokenise, mask, s | together, s |\n| --- | --- | --- | --- |")
+        print("| run | read and normalize, s | render, tokenize, mask, s | together, s |\n| --- | --- | --- | --- |")
         for run, read, encode in table:
             print(f"| {run} | {read:.1f} | {encode:.1f} | {read + encode:.1f} |")
 

@@ -1,10 +1,10 @@
-"""What a row costs as a step holds more rows and as their common prefix grows, beside the ideal.
+"""Cost of a row by rows per step and length of their common prefix, compared with the ideal.
 
     python benchmarks/scaling.py --json benchmarks/results/scaling.json --picture docs/images/scaling.png
 
 Forward and backward of one step of a small Llama-shaped model with random weights and LoRA on all linear layers,
-processor seconds of the whole process (the least of the repeats). The ideal computes the prefix once and then every
-token at the price that it has in a row computed alone: time(alone) x (prefix + rows x own) / (rows x (prefix + own)).
+CPU seconds of the process (the minimum of the repeats). The ideal computes the prefix once and every token at its cost
+in a row that is computed alone: time(alone) x (prefix + rows x own) / (rows x (prefix + own)).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Measure:
-    """Processor seconds of one step of rows that share a prefix."""
+    """CPU seconds of one step of rows that share a prefix."""
 
     def __init__(self, own: int, repeats: int):
         import torch
@@ -96,10 +96,10 @@ class Measure:
         from finetune.passes.plan import make_row
 
         rng = np.random.default_rng(0)
-        beginning = rng.integers(0, SHAPE["vocab_size"], prefix)
+        shared = rng.integers(0, SHAPE["vocab_size"], prefix)
         made = []
         for _ in range(rows):
-            ids = np.concatenate([beginning, rng.integers(0, SHAPE["vocab_size"], self.own)])
+            ids = np.concatenate([shared, rng.integers(0, SHAPE["vocab_size"], self.own)])
             made.append(make_row(ids, np.where(np.arange(len(ids)) >= prefix + self.own // 2, ids, IGNORE_INDEX)))
         times = []
         for _ in range(self.repeats):
@@ -125,7 +125,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
             axes.plot(rows, [1e3 * point[key] for point in points], style, color=colour,
                       label=f"{name}, prefix {prefix:,}")  # fmt: skip
     axes.set(xscale="log", yscale="log", xticks=rows, xticklabels=[str(n) for n in rows],
-             xlabel="rows per step", ylabel="processor milliseconds per row",
+             xlabel="rows per step", ylabel="CPU milliseconds per row",
              title=f"Forward and backward of a row, {record['own']} tokens of its own")  # fmt: skip
     axes.minorticks_off()
     axes.grid(alpha=0.3)

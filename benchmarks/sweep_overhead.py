@@ -1,10 +1,10 @@
-"""What a sweep costs beyond its runs: seconds per run, next to the same processes started by a plain loop.
+"""Overhead of a sweep: seconds per run, compared with the same processes started by a plain loop.
 
     python benchmarks/sweep_overhead.py                 1,000 queued runs of a stub; prints a table
     python benchmarks/sweep_overhead.py --runs 50 --seconds 1
 
-The stub makes a run's folder as train_lora.py does, and no model. Only the clock is read, because most of a sweep's
-processes are children of Ray's daemons, whose CPU time nobody is told; so let the machine do nothing else.
+The stub creates a run's folder like train_lora.py, but no model. Only wall time is measured, because most processes of
+a sweep are children of Ray's daemons, whose CPU time is not known; so nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ def stub_command(folder: Path, seconds: float) -> list[str]:
 
 
 def bare(folder: Path, runs: int, seconds: float, side_by_side: int) -> None:
-    """The same processes without a sweep, so many at a time."""
+    """The same processes without a sweep, `side_by_side` at a time."""
     command = stub_command(folder / "plan", seconds)
     (folder / "s").mkdir()
-    going: list[subprocess.Popen] = []
+    running: list[subprocess.Popen] = []
     for rank in range(1, runs + 1):
-        if len(going) == side_by_side:
-            going.pop(0).wait()
-        words = ["--rank", str(rank), "--experiments_dir", str(folder / "s"), "--name", f"rank{rank}"]
-        going.append(subprocess.Popen([*command, *words]))
-    for process in going:
+        if len(running) == side_by_side:
+            running.pop(0).wait()
+        flags = ["--rank", str(rank), "--experiments_dir", str(folder / "s"), "--name", f"rank{rank}"]
+        running.append(subprocess.Popen([*command, *flags]))
+    for process in running:
         process.wait()
 
 
 def sweep(folder: Path, runs: int, seconds: float) -> str:
     command = stub_command(folder / "plan", seconds)
     ranks = [str(rank) for rank in range(1, runs + 1)]
-    words = ["--rank", *ranks, "--experiments_dir", str(folder), "--name", "s", "--cpus_per_run", "1"]
-    script = [sys.executable, str(ROOT / "sweep_lora.py"), *words, "--command", shlex.join(command)]
+    flags = ["--rank", *ranks, "--experiments_dir", str(folder), "--name", "s", "--cpus_per_run", "1"]
+    script = [sys.executable, str(ROOT / "sweep_lora.py"), *flags, "--command", shlex.join(command)]
     result = subprocess.run(script, cwd=folder, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     records = json.loads((folder / "s" / "sweep.json").read_text())["runs"]
@@ -61,9 +61,9 @@ def sweep(folder: Path, runs: int, seconds: float) -> str:
 
 def timed(function, *arguments) -> float:
     """Wall seconds."""
-    begin = time.perf_counter()
+    start = time.perf_counter()
     function(*arguments)
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     cores = os.cpu_count() or 1
     print(f"{options.runs} runs, {cores} side by side, load average before: {os.getloadavg()[0]:.1f}\n")
-    print("| what | wall s | wall s a run |\n| --- | --- | --- |")
+    print("| what | wall s | wall s per run |\n| --- | --- | --- |")
     walls = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, function, runs, arguments in (
@@ -85,7 +85,7 @@ def main() -> None:
             print(f"| {name} | {wall:.1f} | {wall / runs:.3f} |", flush=True)
     more = (walls["sweep"] - walls["bare processes"]) / options.runs
     start = walls["sweep of 2 runs"]
-    print(f"\nOverhead a run: {more:.3f} s, the sweep's own start and end ({start:.1f} s) shared out among them")
+    print(f"\nOverhead per run: {more:.3f} s, including its share of the sweep's start and end ({start:.1f} s)")
 
 
 if __name__ == "__main__":

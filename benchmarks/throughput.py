@@ -1,13 +1,13 @@
-"""One optimizer step, six ways, side by side: Unsloth's trainer (as it comes, without gradient checkpointing, packed),
-plain PEFT, ours with and without shared prefixes. Same rows, same trained tokens, same rows per step; each way in a
-process of its own.
+"""The same optimizer steps by six trainers: Unsloth's (default, without gradient checkpointing, packed), plain PEFT,
+ours with and without shared prefixes. Same rows, same trained tokens, same rows per step; each trainer in a process of
+its own.
 
     python benchmarks/throughput.py --workload fixed_tools --steps 2 --json throughput.json
     python benchmarks/throughput.py --ways stock,ours --steps 1
     python benchmarks/throughput.py --device cuda --model qwen2.5-1.5b --load_in_4bit --checkpointing --warmup 2
 
-A model name of MODELS stands for that model's shape with random weights: enough for time and memory. Seconds are the
-median of the measured steps. On a machine where other programs run, processor seconds say more than wall seconds.
+A model name of MODELS means that model's shape with random weights: enough for time and memory. Seconds are the
+median of the measured steps. On a machine where other programs run, compare CPU seconds rather than wall seconds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.throughput_parts import rows as throughput_rows  # noqa: E402
-from benchmarks.throughput_parts.ways import WAYS  # noqa: E402
+from benchmarks.throughput_parts.trainers import TRAINERS  # noqa: E402
 from formats import IGNORE_INDEX  # noqa: E402
 
 # Shapes as published in each model's config.json.
@@ -48,8 +48,8 @@ MODELS = {
         "rope_theta": 5e5, "max_position_embeddings": 131072,
     }),
 }  # fmt: skip
-# Dense bfloat16 in FLOP/s, from the makers' data sheets (without sparsity).
-BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+# Dense bfloat16 FLOP/s from the manufacturers' data sheets (without sparsity).
+BF16_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,28 +58,28 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=__doc__.split("\n\n", 1)[1],
     )  # fmt: skip
     listed = "; ".join(f"{name}: {what}" for name, what in throughput_rows.WORKLOADS.items())
-    parser.add_argument("--workload", default="all", help=f"names with commas, or all. {listed}")
-    listed = "; ".join(f"{name}: {what}" for name, what in WAYS.items())
-    parser.add_argument("--ways", default="all", help=f"names with commas, or all. {listed}")
+    parser.add_argument("--workload", default="all", help=f"comma-separated names, or all. {listed}")
+    listed = "; ".join(f"{name}: {what}" for name, what in TRAINERS.items())
+    parser.add_argument("--ways", default="all", help=f"comma-separated names, or all. {listed}")
     parser.add_argument("--model", default="smollm2-135m", help=f"folder, Hub id, smollm2-135m or {', '.join(MODELS)}")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--load_in_4bit", action="store_true", help="4-bit NF4 base in every way")
+    parser.add_argument("--load_in_4bit", action="store_true", help="4-bit NF4 base in every trainer")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in plain PEFT and in ours")
     parser.add_argument("--optim", default=None, help="default: adamw_8bit on a GPU, adamw_torch on a CPU")
     parser.add_argument("--steps", type=int, default=3, help="measured steps (default 3)")
-    parser.add_argument("--warmup", type=int, default=0, help="whole steps before them (on a GPU: 2)")
+    parser.add_argument("--warmup", type=int, default=0, help="complete steps before them (on a GPU: 2)")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--grad_accum", type=int, default=2)
-    parser.add_argument("--our_flags", default="", help="further flags of train_lora.py for our two ways, in one word")
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--our_flags", default="", help="more flags of train_lora.py for ours, as one argument")
+    parser.add_argument("--json", metavar="FILE", help="write all measurements to this file")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    workloads = _chosen(args.workload, list(throughput_rows.WORKLOADS), "--workload")
-    ways = _chosen(args.ways, list(WAYS), "--ways")
+    workloads = selected(args.workload, list(throughput_rows.WORKLOADS), "--workload")
+    trainers = selected(args.ways, list(TRAINERS), "--ways")
     device, dtype = _device(args.device, args.dtype)
     folder = _model_folder(args.model, device, dtype)
     record = {
@@ -104,21 +104,22 @@ def main(argv: list[str] | None = None) -> int:
                 "our_flags": args.our_flags.split(), "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())),
             }  # fmt: skip
             results = {}
-            for way in ways:
-                print(f"{workload}: {way} …", file=sys.stderr, flush=True)
+            for trainer in trainers:
+                print(f"{workload}: {trainer} …", file=sys.stderr, flush=True)
                 load = _load()
-                results[way] = _run(way, task, Path(temporary)) | {"load_average": [load, _load()]}
-            _judge(results)
+                results[trainer] = _run(trainer, task, Path(temporary)) | {"load_average": [load, _load()]}
+            compare_with_stock(results)
             _share_of_peak(results, folder)
             record["results"][workload] = results
             print_table(workload, results, steps)
-            if args.json:  # after every workload, so that an interrupted run keeps what it has
+            if args.json:  # after every workload, so that an interrupted run keeps its results
                 Path(args.json).write_text(json.dumps(record, indent=1), encoding="utf-8")
     return 0
 
 
-def _chosen(words: str, known: list[str], flag: str) -> list[str]:
-    names = known if words == "all" else words.split(",")
+def selected(value: str, known: list[str], flag: str) -> list[str]:
+    """The names in a comma-separated flag; SystemExit for an unknown one."""
+    names = known if value == "all" else value.split(",")
     if unknown := [name for name in names if name not in known]:
         raise SystemExit(f"error: {flag}: no {', '.join(unknown)}; there are {', '.join(known)}")
     return names
@@ -130,7 +131,7 @@ def _device(device: str, dtype: str) -> tuple[str, str]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: --device cuda: torch sees no CUDA card (python train_lora.py --doctor says why)")
+        raise SystemExit("error: --device cuda: torch finds no CUDA device; run: python train_lora.py --doctor")
     if dtype == "auto":
         fast = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
         dtype = "bfloat16" if fast else "float32"
@@ -138,7 +139,7 @@ def _device(device: str, dtype: str) -> tuple[str, str]:
 
 
 def _model_folder(name: str, device: str, dtype: str) -> str:
-    """A folder that every way loads; random weights are written into the cache once."""
+    """A folder that every trainer loads; random weights are written into the cache once."""
     from finetune.models.bundled import cache_dir, resolve_model, smollm2_dir
 
     if name not in MODELS:
@@ -172,20 +173,20 @@ def _rows(folder: str, workload: str, args) -> list:
     return throughput_rows.steps_of(workload, tokenizer, fmt, args.steps, args.batch_size * args.grad_accum)
 
 
-def _run(way: str, task: dict[str, Any], folder: Path) -> dict[str, Any]:
-    path = folder / f"{way}.task"
-    path.write_text(json.dumps(task | {"way": way}), encoding="utf-8")
+def _run(trainer: str, task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    path = folder / f"{trainer}.task"
+    path.write_text(json.dumps(task | {"way": trainer}), encoding="utf-8")
     result = path.with_suffix(".result")
     result.unlink(missing_ok=True)
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.throughput_parts.ways", str(path)],
+        [sys.executable, "-m", "benchmarks.throughput_parts.trainers", str(path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     if not result.is_file():
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         return {"error": f"process ended with code {done.returncode}: {last}"}
     answer = json.loads(result.read_text(encoding="utf-8"))
     if "error" in answer:
@@ -193,8 +194,8 @@ def _run(way: str, task: dict[str, Any], folder: Path) -> dict[str, Any]:
     return answer
 
 
-def _judge(results: dict[str, dict[str, Any]]) -> None:
-    """Ratios to `stock`, and the way whose loss is another one: it did not do the same work."""
+def compare_with_stock(results: dict[str, dict[str, Any]]) -> None:
+    """Add the speedup over `stock`, and a note where the first loss differs: not the same work."""
     stock = results.get("stock", {})
     for result in results.values():
         if "error" in result or "error" in stock or not stock:
@@ -206,11 +207,11 @@ def _judge(results: dict[str, dict[str, Any]]) -> None:
 
 
 def _share_of_peak(results: dict[str, dict[str, Any]], folder: str) -> None:
-    """Matrix products that the rows' own tokens need, per second, as a share of the card's bfloat16 peak.
+    """Add the FLOP/s that the rows' tokens need, as a share of the GPU's bfloat16 peak.
 
     2 x weights per token forward and 2 backward (frozen weights get no gradient), 2 more where activations are
-    recomputed; attention left out. Tokens that are shared or padding count as the row's own: it is useful work per
-    second, so sharing can bring it above what the card could compute.
+    recomputed; without attention. `useful_share_of_bf16_peak` counts shared tokens once per row, so that sharing can
+    raise it above the peak; `share_of_bf16_peak` counts computed tokens.
     """
     from transformers import AutoConfig
 
@@ -220,7 +221,7 @@ def _share_of_peak(results: dict[str, dict[str, Any]], folder: str) -> None:
     layer = config.hidden_size * (2 * queries + 2 * keys) + 3 * config.hidden_size * config.intermediate_size
     weights = config.num_hidden_layers * layer
     for result in results.values():
-        peak = next((flops for name, flops in BF16_PEAK.items() if name in result.get("device", "")), None)
+        peak = next((flops for name, flops in BF16_PEAK_FLOPS.items() if name in result.get("device", "")), None)
         if peak and "seconds_per_step" in result:
             per_token = (6 if result["gradient_checkpointing"] else 4) * weights
             result["useful_share_of_bf16_peak"] = per_token * result["tokens_per_second"] / peak
@@ -236,26 +237,36 @@ def print_table(workload: str, results: dict[str, dict[str, Any]], steps: list) 
     trained = sum(sum(label != IGNORE_INDEX for label in labels[1:]) for _, labels in rows)
     table = Table(title=f"{workload}: {throughput_rows.WORKLOADS[workload]}\n{len(rows)} rows in {len(steps)} steps, "
                         f"{sum(len(ids) for ids, _ in rows):,} tokens, {trained:,} of them trained")  # fmt: skip
-    names = ["way", "s/step", "CPU s/step", "rows/s", "tokens/s", "x stock", "x stock (CPU s)", "peak GB", "final loss"]
+    names = [
+        "trainer",
+        "s/step",
+        "CPU s/step",
+        "rows/s",
+        "tokens/s",
+        "x stock",
+        "x stock (CPU s)",
+        "peak GB",
+        "final loss",
+    ]
     gpu = any("share_of_bf16_peak" in result for result in results.values())
     for name in [*names, *(["of bf16 peak"] if gpu else [])]:
-        table.add_column(name, justify="left" if name == "way" else "right")
-    for way, result in results.items():
+        table.add_column(name, justify="left" if name == "trainer" else "right")
+    for trainer, result in results.items():
         if "error" in result:
-            table.add_row(WAYS[way], result["error"])
+            table.add_row(TRAINERS[trainer], result["error"])
             continue
         cells = [result[k] for k in ("seconds_per_step", "cpu_seconds_per_step", "rows_per_second")]
-        words = [f"{cell:.2f}" for cell in cells] + [f"{result['tokens_per_second']:,.0f}"]
-        words += [f"{result[k]:.2f}" if k in result else "" for k in ("times_stock", "times_stock_cpu")]
-        words += [f"{result['peak_memory_gb']:.2f}", f"{result['final_loss']:.4f}"]
-        words += [f"{result['share_of_bf16_peak']:.0%}"] if "share_of_bf16_peak" in result else []
-        name = WAYS[way] + (f"\n({result['note']})" if "note" in result else "")
-        table.add_row(name, *words)
+        texts = [f"{cell:.2f}" for cell in cells] + [f"{result['tokens_per_second']:,.0f}"]
+        texts += [f"{result[k]:.2f}" if k in result else "" for k in ("times_stock", "times_stock_cpu")]
+        texts += [f"{result['peak_memory_gb']:.2f}", f"{result['final_loss']:.4f}"]
+        texts += [f"{result['share_of_bf16_peak']:.0%}"] if "share_of_bf16_peak" in result else []
+        name = TRAINERS[trainer] + (f"\n({result['note']})" if "note" in result else "")
+        table.add_row(name, *texts)
     Console(width=150).print(table)
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, card and versions, for a record."""
+    """Processor, cores, GPU and versions, for a record."""
     import torch
 
     name = platform.processor()

@@ -1,14 +1,14 @@
-"""Unsloth's CUDA code on a machine without a card: Triton's interpreter runs its kernels on CPU tensors.
+"""Unsloth's CUDA code on a machine without a GPU: Triton's interpreter runs its kernels on CPU tensors.
 
 Unsloth takes its CUDA branches without a device under UNSLOTH_ALLOW_CPU, Triton interprets kernels under
-TRITON_INTERPRET; what is missing between the two is put in place by `begin`. What this cannot tell: compiled kernels
-(FlexAttention's own is a dense one here), the memory allocator, streams, speed, several cards.
+TRITON_INTERPRET, and `patch_and_import` adds what is missing between the two. Not covered: compiled kernels (here
+FlexAttention is a dense kernel), the memory allocator, streams, speed, several GPUs.
 
-A process of its own for each use, because Unsloth and torch are changed for good:
+Each use needs a process of its own, because the patches of Unsloth and torch stay:
 
   python -m tests.interpreted_cuda train_lora.py FLAGS …    any of the scripts
-  python -m tests.interpreted_cuda gradients MODEL          shared, packed and padded passes against row by row
-  python -m tests.interpreted_cuda memory MODEL …           what a step holds, against the estimate
+  python -m tests.interpreted_cuda gradients MODEL          shared, packed and padded passes compared with single rows
+  python -m tests.interpreted_cuda memory MODEL …           memory of a step compared with the estimate
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from formats import IGNORE_INDEX
 
 ROOT = Path(__file__).resolve().parents[1]
 ROTARY_TABLES = ("multi_gpu_cos_cached", "multi_gpu_sin_cached")
-TRITON = ROOT / ".venv" / "triton"  # `make test-slow` puts it there: beside a CPU torch it would break TRL's import
+TRITON = ROOT / ".venv" / "triton"  # from `make test-slow`: next to a CPU torch it would break TRL's import
 
 
-def on_cpu(place: Any) -> Any:
-    """A device as the CPU where it names a card."""
-    if isinstance(place, torch.device):
-        return torch.device("cpu") if place.type == "cuda" else place
-    return "cpu" if isinstance(place, str) and place.split(":")[0] == "cuda" else place
+def on_cpu(value: Any) -> Any:
+    """The CPU for a CUDA device or its name; any other value as it is."""
+    if isinstance(value, torch.device):
+        return torch.device("cpu") if value.type == "cuda" else value
+    return "cpu" if isinstance(value, str) and value.split(":")[0] == "cuda" else value
 
 
-class CardIsCpu(TorchFunctionMode):
-    """Every call that names a card gets the CPU."""
+class CudaToCpu(TorchFunctionMode):
+    """Replaces CUDA devices by the CPU in the arguments of every call."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -56,8 +56,8 @@ class CardIsCpu(TorchFunctionMode):
         return func(*map(on_cpu, args), **kwargs)
 
 
-class Idle:
-    """A stream, an event or a device context that has nothing to do."""
+class NoOp:
+    """A stream, an event or a device context that does nothing."""
 
     idx = cuda_stream = 0
 
@@ -71,28 +71,28 @@ class Idle:
         pass
 
     def __getattr__(self, name):
-        return lambda *args, **kwargs: Idle()
+        return lambda *args, **kwargs: NoOp()
 
 
-class Meter(TorchDispatchMode):
-    """Bytes of the tensor storages that live, and their peak, while it is entered."""
+class MemoryMeter(TorchDispatchMode):
+    """Bytes of the live tensor storages that were added or created inside the context, and their peak."""
 
     def __init__(self):
         super().__init__()
         self.live = self.peak = 0
         self.known: dict[int, weakref.ref] = {}
 
-    def see(self, tensor: torch.Tensor) -> None:
+    def add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self.known and self.known[key]() is not None:
             return
 
-        def gone(_):
+        def on_freed(_):
             self.live -= size
             self.known.pop(key, None)
 
-        self.known[key] = weakref.ref(storage, gone)
+        self.known[key] = weakref.ref(storage, on_freed)
         self.live += size
         self.peak = max(self.peak, self.live)
 
@@ -100,15 +100,15 @@ class Meter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self.see(leaf)
+                self.add(leaf)
         return out
 
 
-METER = Meter()
+METER = MemoryMeter()
 
 
-class FlexStandIn(torch.autograd.Function):
-    """FlexAttention by a dense mask; allocates and keeps what the compiled kernel does: q, k, v, out, log-sum-exp."""
+class DenseFlexAttention(torch.autograd.Function):
+    """FlexAttention by a dense mask; saves what the compiled kernel saves: q, k, v, out, log-sum-exp."""
 
     @staticmethod
     def dense(q, k, v, mask, scale):
@@ -121,8 +121,8 @@ class FlexStandIn(torch.autograd.Function):
         with _disable_current_modes():
             at = torch.arange(q.shape[2])
             ctx.mask, ctx.scale = block_mask.mask_mod(0, 0, at[:, None], at[None, :]), scale
-            dense = FlexStandIn.dense(q, k, v, ctx.mask, scale)
-        out = torch.empty_like(q)  # in the query's layout, as the kernel's
+            dense = DenseFlexAttention.dense(q, k, v, ctx.mask, scale)
+        out = torch.empty_like(q)  # in the query's layout, like the kernel's
         out.copy_(dense)
         ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:3], dtype=torch.float32))
         return out
@@ -132,12 +132,12 @@ class FlexStandIn(torch.autograd.Function):
         inputs = ctx.saved_tensors[:3]
         with _disable_current_modes(), torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in inputs]
-            dense = torch.autograd.grad(FlexStandIn.dense(*leaves, ctx.mask, ctx.scale), leaves, grad)
+            dense = torch.autograd.grad(DenseFlexAttention.dense(*leaves, ctx.mask, ctx.scale), leaves, grad)
         return *(torch.empty_like(x).copy_(g) for x, g in zip(inputs, dense, strict=True)), None, None
 
 
 class CudaLibrary:
-    """bitsandbytes' native library for what Unsloth looks up there and, having Triton kernels, does not call."""
+    """bitsandbytes' native library, with placeholders for functions that Unsloth looks up but does not call."""
 
     def __init__(self, on_cpu: Any):
         self.on_cpu = on_cpu
@@ -147,8 +147,8 @@ class CudaLibrary:
         return function if hasattr(function, "restype") else types.SimpleNamespace(restype=None)
 
 
-class FirstCard(list):
-    """A list with one entry for each card; the index of a CPU tensor's device, None, is the first one's."""
+class PerDeviceList(list):
+    """A list with one entry per GPU, where None, the index of the CPU, selects the first."""
 
     def __getitem__(self, index):
         return super().__getitem__(index or 0)
@@ -157,52 +157,52 @@ class FirstCard(list):
         super().__setitem__(index or 0, value)
 
 
-def begin() -> None:
-    """Put everything in place and import Unsloth."""
+def patch_and_import() -> None:
+    """Patch torch, Triton and bitsandbytes, then import Unsloth."""
     os.environ |= {"UNSLOTH_ALLOW_CPU": "1", "TRITON_INTERPRET": "1", "UNSLOTH_COMPILE_DISABLE": "1"}
-    # Modes are a thread's own, so weights must be loaded in this one.
+    # Torch modes are per thread, so weights must be loaded in this one.
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     sys.path.insert(0, str(TRITON))
-    import bitsandbytes  # before torch claims a card: it would look for its CUDA library
+    import bitsandbytes  # before torch reports a GPU: it would load its CUDA library
 
     bitsandbytes.functional.lib = CudaLibrary(bitsandbytes.functional.lib)
     from triton.backends.nvidia import driver
 
-    driver.libcuda_dirs = list  # Unsloth would link the driver's library anew
-    pretend_a_card()
-    CardIsCpu().__enter__()
-    import finetune.models.loading as model
+    driver.libcuda_dirs = list  # Unsloth would link the driver's library again
+    fake_cuda()
+    CudaToCpu().__enter__()
+    from finetune.models import loading
     from finetune.passes import runner
 
-    model.import_unsloth()
+    loading.import_unsloth()
     from unsloth.utils import prefix_grouper_kernel
 
     prefix_grouper_kernel._flex_attention_compiled = lambda q, k, v, *, block_mask, enable_gqa, scale, kernel_options: (
-        FlexStandIn.apply(q, k, v, block_mask, scale)
+        DenseFlexAttention.apply(q, k, v, block_mask, scale)
     )
     interpret_bfloat16()
 
-    candidates, load_base = runner.attentions, model.load_base
-    runner.attentions = lambda device_type: candidates("cuda")
+    candidates, load_base = runner.attention_candidates, loading.load_base
+    runner.attention_candidates = lambda device_type: candidates("cuda")
 
-    def loaded(*args, **kwargs):
+    def load_with_tables(*args, **kwargs):
         result = load_base(*args, **kwargs)
         for module in result.model.modules():
             for name in ROTARY_TABLES:
                 if hasattr(module, name):
-                    setattr(module, name, FirstCard(getattr(module, name)))
+                    setattr(module, name, PerDeviceList(getattr(module, name)))
         return result
 
-    model.load_base = loaded
+    loading.load_base = load_with_tables
 
 
-def pretend_a_card() -> None:
-    """torch.cuda with one card of the Hopper kind, whose memory is what METER sees."""
+def fake_cuda() -> None:
+    """Let torch.cuda report one Hopper GPU, with the memory use that METER measures."""
     cuda = torch.cuda
     torch.version.cuda = "13.0"
-    cuda.Stream = cuda.Event = cuda.device = Idle
+    cuda.Stream = cuda.Event = cuda.device = NoOp
     for name in ("current_stream", "default_stream", "stream"):
-        setattr(cuda, name, lambda *args, **kwargs: Idle())
+        setattr(cuda, name, lambda *args, **kwargs: NoOp())
     torch.Tensor.record_stream = lambda self, stream: None
     torch._C._cuda_getCurrentRawStream = lambda *args: 0
     properties = types.SimpleNamespace(
@@ -213,17 +213,17 @@ def pretend_a_card() -> None:
     def reset(*args):
         METER.peak = METER.live
 
-    answers = {
+    results = {
         "is_available": True, "current_device": 0, "device_count": 1, "is_bf16_supported": True,
         "get_device_capability": (9, 0), "get_device_properties": properties, "get_device_name": properties.name,
         "mem_get_info": (70 << 30, 80 << 30), "synchronize": None, "empty_cache": None, "_lazy_init": None,
         "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None,
         "manual_seed": None, "manual_seed_all": None, "is_current_stream_capturing": False,
     }  # fmt: skip
-    for name, answer in answers.items():
+    for name, result in results.items():
         for module in (cuda, cuda.random):
             if hasattr(module, name):
-                setattr(module, name, lambda *args, answer=answer, **kwargs: answer)
+                setattr(module, name, lambda *args, result=result, **kwargs: result)
     cuda.memory_allocated = cuda.memory_reserved = lambda *args: METER.live
     cuda.max_memory_allocated = cuda.max_memory_reserved = lambda *args: METER.peak
     cuda.reset_peak_memory_stats = reset
@@ -239,15 +239,15 @@ def pretend_a_card() -> None:
 
 
 def interpret_bfloat16() -> None:
-    """The interpreter keeps bfloat16 as uint16 and multiplies the bit patterns: kernels get float32 in its place."""
+    """Give kernels float32 instead of bfloat16, which the interpreter stores as uint16, multiplying bit patterns."""
     from triton.runtime.interpreter import GridExecutor
 
     run = GridExecutor.__call__
 
-    def widened(self, *args, **kwargs):
+    def run_in_float32(self, *args, **kwargs):
         storages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-        def wide(value):
+        def to_float32(value):
             if not (isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16):
                 return value
             storage = value.untyped_storage()
@@ -257,54 +257,53 @@ def interpret_bfloat16() -> None:
             return storages[storage.data_ptr()][1].as_strided(value.shape, value.stride(), value.storage_offset())
 
         with _disable_current_modes(), torch.no_grad():
-            out = run(self, *map(wide, args), **{name: wide(value) for name, value in kwargs.items()})
-            for flat, widened in storages.values():
-                flat.copy_(widened)
+            out = run(self, *map(to_float32, args), **{name: to_float32(value) for name, value in kwargs.items()})
+            for flat, in_float32 in storages.values():
+                flat.copy_(in_float32)
         return out
 
-    GridExecutor.__call__ = widened
+    GridExecutor.__call__ = run_in_float32
 
 
-# --- what the tests ask -----------------------------------------------------------------------------------------------
+# --- what the tests run -----------------------------------------------------------------------------------------------
 
 
 def lora_model(path: str, *, dtype: str, load_in_4bit: bool = False, gradient_checkpointing: bool = False):
-    """The model of a folder with LoRA of rank 8 on all linear layers, B not zero."""
-    import finetune.models.loading as model
+    """The model of a folder with LoRA of rank 8 on all linear layers and non-zero B."""
+    from finetune.models import loading
+    from finetune.models.adapter import add_lora
+    from tests.gradient_check import randomize_lora_b
 
-    loaded = model.load_base(path, dtype=dtype, load_in_4bit=load_in_4bit, max_seq_length=2048)
-    adapted = model.add_lora(
+    loaded = loading.load_base(path, dtype=dtype, load_in_4bit=load_in_4bit, max_seq_length=2048)
+    adapted = add_lora(
         loaded.model, rank=8, alpha=16, dropout=0.0, target_modules=["all-linear"], use_rslora=False,
         gradient_checkpointing=gradient_checkpointing, seed=0,
     )  # fmt: skip
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    return adapted.train()
+    return randomize_lora_b(adapted).train()
 
 
-def runner_of(model, dtype: str):
+def make_runner(model, dtype: str):
     from finetune.passes.runner import PassRunner
 
     runner = PassRunner(model, 10**9, share_prefix=True, pad_token_id=0)
     if dtype == "bfloat16":
-        runner.context = lambda: torch.autocast("cuda", dtype=torch.bfloat16)
+        runner.autocast = lambda: torch.autocast("cuda", dtype=torch.bfloat16)
     return runner
 
 
 def gradients(path: str) -> dict[str, Any]:
-    """Relative distances of the gradients of shared, packed and padded passes from row by row, in float32."""
+    """Relative distances between the gradients of shared, packed and padded passes and of single rows, in float32."""
     import numpy as np
 
+    from finetune.passes.attention import PackedAttention
     from finetune.passes.attention_cuda import UnslothPacked
     from finetune.passes.plan import make_row
-    from tests.test_shared_prefix import difference
-    from tests.test_shared_prefix import gradients as gradients_of
+    from tests.gradient_check import relative_distance, row_by_row_gradients, shared_gradients
 
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
 
     def ids(count):
-        return dice.integers(3, 900, count).tolist()
+        return rng.integers(3, 900, count).tolist()
 
     rows = []
     for group in range(2):
@@ -312,31 +311,20 @@ def gradients(path: str) -> dict[str, Any]:
         for number in range(2):
             row = [*tools, *(turn if group or number else []), *ids(9 + 5 * number + 3 * group)]
             rows.append(make_row(row, [*[IGNORE_INDEX] * (len(row) - 6), *row[-6:]]))
-    scale = 1 / sum(len(row.positions) for row in rows)
     result = {}
     for checkpointing in (False, True):
-        model = lora_model(path, dtype="float32", gradient_checkpointing=checkpointing)
-        runner = runner_of(model, "float32")
-
-        def alone(runner=runner):
-            for row in rows:
-                logits = runner.causal_lm(input_ids=torch.from_numpy(row.input_ids).long()[None]).logits[0]
-                picked, targets = logits[torch.from_numpy(row.positions).long()], torch.from_numpy(row.targets).long()
-                (torch.nn.functional.cross_entropy(picked, targets, reduction="sum") * scale).backward()
-
-        def ours(runner=runner):
-            runner.run(rows, scale, lambda loss: loss.backward())
-
-        exact = gradients_of(model, alone)
-        distances = {"mode": runner.mode, "why": runner.why, "tree": difference(gradients_of(model, ours), exact)}
-        for runner.mode, runner.attention in (("packed", UnslothPacked()), ("padded", None)):
-            distances[runner.mode] = difference(gradients_of(model, ours), exact)
+        runner = make_runner(lora_model(path, dtype="float32", gradient_checkpointing=checkpointing), "float32")
+        exact = row_by_row_gradients(runner, rows)
+        distances = {"mode": runner.mode, "reason": runner.reason}
+        distances["tree"] = relative_distance(shared_gradients(runner, rows), exact)
+        for runner.mode, runner.attention in (("packed", UnslothPacked()), ("padded", PackedAttention())):
+            distances[runner.mode] = relative_distance(shared_gradients(runner, rows), exact)
         result["recomputed" if checkpointing else "kept"] = distances
     return result
 
 
 def memory(path: str, tokens: int, trained: int, load_in_4bit: bool, gradient_checkpointing: bool) -> dict[str, Any]:
-    """Bytes that one step of one row takes on top of weights, adapter and gradients, and the estimate of the same."""
+    """Bytes that a step of one row takes in addition to weights, adapter and gradients, measured and estimated."""
     import numpy as np
 
     from finetune.memory.estimate import Workload, estimate
@@ -344,8 +332,8 @@ def memory(path: str, tokens: int, trained: int, load_in_4bit: bool, gradient_ch
     from finetune.passes import loss
     from finetune.passes.plan import make_row
 
-    # The loss on a card: all of a chunk at once, and a kernel that reads 16 bits and writes 32 without a copy between.
-    loss.ROWS_ON_CPU = loss.CHUNK
+    # The loss as on a GPU: a chunk at once, by a kernel that reads 16 bits and writes 32 without a copy in between.
+    loss.CPU_SOFTMAX_POSITIONS = loss.CHUNK_POSITIONS
     log_softmax = torch.log_softmax
 
     def fused(logits, dim, dtype):
@@ -355,21 +343,21 @@ def memory(path: str, tokens: int, trained: int, load_in_4bit: bool, gradient_ch
 
     torch.log_softmax = fused
     model = lora_model(path, dtype="bfloat16", load_in_4bit=load_in_4bit, gradient_checkpointing=gradient_checkpointing)
-    runner = runner_of(model, "bfloat16")
-    dice = np.random.default_rng(0)
+    runner = make_runner(model, "bfloat16")
+    rng = np.random.default_rng(0)
 
     def step(length):
-        ids = dice.integers(3, 900, length + 1).tolist()
+        ids = rng.integers(3, 900, length + 1).tolist()
         row = make_row(ids, [*[IGNORE_INDEX] * (length + 1 - trained), *ids[-trained:]])
         runner.run([row], 1.0, lambda loss: loss.backward())
 
-    step(trained + 8)  # rotary tables, buffers and the gradients are there after it
+    step(trained + 8)  # creates rotary tables, buffers and gradients
     known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
     for module in model.modules():
         known += [table for name in ROTARY_TABLES for table in getattr(module, name, []) if table is not None]
     with METER:
         for tensor in known:
-            METER.see(tensor)
+            METER.add(tensor)
         start = METER.peak = METER.live
         step(tokens)
     plan = Workload(
@@ -381,13 +369,13 @@ def memory(path: str, tokens: int, trained: int, load_in_4bit: bool, gradient_ch
     return {"mode": runner.mode, "measured": METER.peak - start, "estimate": sum(step_parts.values()), **step_parts}
 
 
-def main(words: list[str]) -> int:
-    what, *more = words
+def main(arguments: list[str]) -> int:
+    what, *more = arguments
     if what.endswith(".py"):
-        begin()
+        patch_and_import()
         return importlib.import_module(what.removesuffix(".py")).main(more)
     with contextlib.redirect_stdout(sys.stderr):
-        begin()
+        patch_and_import()
         if what == "gradients":
             result = gradients(*more)
         else:

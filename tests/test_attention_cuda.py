@@ -1,114 +1,99 @@
-"""The GPU's attention as far as a CPU can tell: FlexAttention's mask, and its uncompiled numbers against the tree's."""
+"""The GPU's attention as far as a CPU can check it: FlexAttention's mask, and its uncompiled results."""
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
-from torch._dynamo.testing import CompileCounter
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from finetune.passes.attention import Layout, packed_inputs, tree_attention
-from finetune.passes.attention_cuda import (
-    BLOCK,
-    FlexTree,
-    UnslothTree,
-    block_counts,
-    block_mask,
-    fill_up,
-    flex,
-    reach_of,
-)
 from finetune.passes.plan import plan_passes
-from finetune.passes.runner import PassRunner, why_not
-from tests.test_shared_prefix import adapted, llama, some_rows
+from tests.gradient_check import random_rows, small_llama, with_random_lora
+from tests.helpers import lazy
+
+torch = lazy("torch")
+flex_attention = lazy("torch.nn.attention.flex_attention")
+attention = lazy("finetune.passes.attention")
+cuda = lazy("finetune.passes.attention_cuda")
+runner_module = lazy("finetune.passes.runner")
+
+PASSES = [
+    plan_passes(random_rows(groups, rows, prefix=prefix, nested=nested), 10**9)[0]
+    for groups, rows, prefix, nested in ((1, 3, 150, False), (3, 4, 400, True), (2, 3, 256, True))
+]
 
 
-def passes():
-    for groups, rows, prefix, nested in ((1, 3, 150, False), (3, 4, 400, True), (2, 3, 2 * BLOCK, True)):
-        yield plan_passes(some_rows(groups, rows, prefix=prefix, nested=nested), 10**9)[0]
+def dense_mask(pass_, padded):
+    until = cuda.visible_until(pass_.segments, padded)
+    tokens = np.arange(padded)
+    return (tokens[None, :] <= tokens[:, None]) & (tokens[:, None] < until[None, :])
 
 
-def dense(one, padded):
-    reach = reach_of(one.segments, padded)
-    at = np.arange(padded)
-    return (at[None, :] <= at[:, None]) & (at[:, None] < reach[None, :])
-
-
-@pytest.mark.parametrize("one", list(passes()))
-def test_reach_is_the_tree(one):
-    """The mask by `reach` against the mask by the tree's definition."""
-    tokens = len(one.input_ids)
+@pytest.mark.parametrize("pass_", PASSES)
+def test_visible_until_describes_the_tree(pass_):
+    tokens = len(pass_.input_ids)
     allowed = np.zeros((tokens, tokens), dtype=bool)
-    for s in one.segments:
+    for s in pass_.segments:
         allowed[s.start : s.end, s.start : s.end] = np.tri(s.end - s.start, dtype=bool)
         allowed[s.end : s.subtree_end, s.start : s.end] = True
-    assert np.array_equal(dense(one, tokens), allowed)
+    assert np.array_equal(dense_mask(pass_, tokens), allowed)
 
 
-@pytest.mark.parametrize("one", list(passes()))
-def test_blocks_are_counted_without_the_mask(one):
-    padded = fill_up(len(one.input_ids))
-    blocks = dense(one, padded).reshape(padded // BLOCK, BLOCK, -1, BLOCK).swapaxes(1, 2)
-    partial, full = block_counts(reach_of(one.segments, padded))
+@pytest.mark.parametrize("pass_", PASSES)
+def test_block_mask_equals_pytorchs(pass_):
+    """Blocks counted without the mask, against the mask and against what PyTorch makes of the same rule."""
+    size, padded = cuda.BLOCK_SIZE, cuda.padded_length(len(pass_.input_ids))
+    blocks = dense_mask(pass_, padded).reshape(padded // size, size, -1, size).swapaxes(1, 2)
+    partial, full = cuda.classify_blocks(cuda.visible_until(pass_.segments, padded))
     assert np.array_equal(full, blocks.all((2, 3)))
     assert np.array_equal(partial, blocks.any((2, 3)) & ~blocks.all((2, 3)))
-    # And what PyTorch makes of the same rule, entry by entry.
-    ours = block_mask(one.segments, len(one.input_ids), "cpu")
-    theirs = create_block_mask(ours.mask_mod, None, None, padded, padded, device="cpu")
+    ours = cuda.block_mask(pass_.segments, len(pass_.input_ids), "cpu")
+    theirs = flex_attention.create_block_mask(ours.mask_mod, None, None, padded, padded, device="cpu")
     assert torch.equal(ours.to_dense(), theirs.to_dense())
     assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 6])
-def test_flex_attention_equals_the_tree(kv_heads):
-    for one in passes():
-        tokens = len(one.input_ids)
-        torch.manual_seed(0)
-        q, k, v = (torch.randn(1, heads, tokens, 16) for heads in (6, kv_heads, kv_heads))
-        filled = (F.pad(x, (0, 0, 0, fill_up(tokens) - tokens), value=1.0) for x in (q, k, v))
-        got = flex(*filled, block_mask(one.segments, tokens, "cpu"), 0.25)
-        assert torch.allclose(got[:, :, :tokens], tree_attention(q, k, v, Layout.of(one.segments)), atol=2e-6)
-        assert got.isfinite().all()
+@pytest.mark.parametrize("pass_", PASSES)
+def test_flex_attention_equals_tree_attention(pass_, kv_heads):
+    tokens = len(pass_.input_ids)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, tokens, 16) for heads in (6, kv_heads, kv_heads))
+    padding = (0, 0, 0, cuda.padded_length(tokens) - tokens)
+    padded = (torch.nn.functional.pad(x, padding, value=1.0) for x in (q, k, v))
+    actual = cuda.FlexTree().attend(*padded, cuda.block_mask(pass_.segments, tokens, "cpu"), 0.25)
+    expected = attention.tree_attention(q, k, v, attention.Layout.of(pass_.segments), 0.25)
+    assert torch.allclose(actual[:, :, :tokens], expected, atol=2e-6)
+    assert actual.isfinite().all()
 
 
-def test_passes_of_many_lengths_are_compiled_once():
-    """Each new length or shape of a tree would otherwise cost its step the seconds of a compilation."""
+def test_passes_of_many_lengths_compile_once():
+    """Otherwise each new length or shape of a tree would cost its step the seconds of a compilation."""
+    from torch._dynamo.testing import CompileCounter
+
     counter = CompileCounter()
-    compiled = torch.compile(flex_attention, dynamic=True, backend=counter)
+    compiled = torch.compile(flex_attention.flex_attention, dynamic=True, backend=counter)
     for prefix in (150, 230, 400, 513, 1100):
         for nested in (False, True):
-            one = plan_passes(some_rows(2, 3, prefix=prefix, nested=nested, seed=prefix), 10**9)[0]
-            mask = block_mask(one.segments, len(one.input_ids), "cpu")
+            pass_ = plan_passes(random_rows(2, 3, prefix=prefix, nested=nested, seed=prefix), 10**9)[0]
+            mask = cuda.block_mask(pass_.segments, len(pass_.input_ids), "cpu")
             q, k, v = (torch.randn(1, heads, mask.seq_lengths[0], 16) for heads in (4, 2, 2))
             compiled(q, k, v, block_mask=mask, enable_gqa=True, scale=0.25)
     assert counter.frame_count == 1
 
 
-def test_a_model_runs_through_flex_attention():
-    model = adapted(llama())
-    runner = PassRunner(model, 10**9, share_prefix=True, pad_token_id=0)
-    rows = some_rows(2, 3, nested=True)
-    assert why_not(runner.causal_lm, FlexTree()) == ""
-    runner.attention = FlexTree()
+def test_model_runs_through_flex_attention():
+    model = with_random_lora(small_llama())
+    runner = runner_module.PassRunner(model, 10**9, share_prefix=True, pad_token_id=0)
+    rows = random_rows(2, 3, nested=True)
+    assert runner_module.incompatibility(runner.causal_lm, cuda.FlexTree()) == ""
+    runner.attention = cuda.FlexTree()
     assert runner.run(rows, 1.0).loss_sum == pytest.approx(runner.reference_loss(rows), rel=1e-5)
     assert model.base_model.model.config._attn_implementation != "sandwich_flex"
 
 
-class Deaf(FlexTree):
-    """Packs rows, but the model attends as it always does: what a forward that ignores our arguments would do."""
-
-    def inputs(self, one, device):
-        return packed_inputs(one, device)
-
-    def inside(self, model):
-        return UnslothTree.inside(self, model)
+def test_attention_ignored_by_the_model_is_detected():
+    """The base class packs rows, but the model attends as it always does."""
+    assert "hidden states differ" in runner_module.incompatibility(small_llama(), attention.PackedAttention())
 
 
-def test_an_attention_that_the_model_ignores_is_found_out():
-    assert "computes something else" in why_not(llama(), Deaf())
-
-
-def test_what_unsloths_kernel_does_not_know_is_refused():
-    model = llama()
+def test_unsloth_kernel_refuses_sliding_windows():
+    model = small_llama()
     model.config.sliding_window = 64
-    assert "sliding_window" in why_not(model, UnslothTree())
+    assert "sliding_window" in runner_module.incompatibility(model, cuda.UnslothTree())

@@ -3,26 +3,24 @@
 import copy
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from finetune.models import lora_linear
-from finetune.models.lora_linear import fuse_lora_linears
+from tests.gradient_check import randomize_lora_b, relative_distance, small_llama
+from tests.helpers import lazy
+
+torch = lazy("torch")
+lora_linear = lazy("finetune.models.lora_linear")
+LAYERS, WIDTH = 2, 96
 
 
-def tiny(dropout=0.0, hidden_act="silu", **lora):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, attention_bias=True, hidden_act=hidden_act,
+def lora_model(dropout=0.0, hidden_act="silu", target_modules="all-linear", **lora):
+    from peft import LoraConfig, get_peft_model
+
+    model = small_llama(
+        seed=0, vocab_size=100, hidden_size=64, intermediate_size=WIDTH, num_hidden_layers=LAYERS,
+        num_attention_heads=4, attention_bias=True, hidden_act=hidden_act,
     )  # fmt: skip
-    lora_config = LoraConfig(r=8, lora_alpha=24, lora_dropout=dropout, target_modules="all-linear", **lora)
-    model = get_peft_model(LlamaForCausalLM(config), lora_config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
+    config = LoraConfig(r=8, lora_alpha=24, lora_dropout=dropout, target_modules=target_modules, **lora)
+    return randomize_lora_b(get_peft_model(model, config), std=0.1)
 
 
 def loss_and_gradients(model):
@@ -33,24 +31,26 @@ def loss_and_gradients(model):
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_loss_and_gradients_are_those_of_peft(rslora):
-    model = tiny(use_rslora=rslora)
+@pytest.mark.parametrize("target_modules", ["all-linear", ["up_proj", "down_proj"]])
+def test_loss_and_gradients_equal_peft(target_modules):
+    """Also where no gradient reaches the gate of the first layer."""
+    model = lora_model(target_modules=target_modules, use_rslora=True)
     loss, gradients = loss_and_gradients(model)
-    assert fuse_lora_linears(model) == 14
+    assert lora_linear.fuse_lora_linears(model) == LAYERS * (7 if target_modules == "all-linear" else 2)
     fused_loss, fused_gradients = loss_and_gradients(model)
     assert fused_loss == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
         assert (fused_gradients[name] - gradient).norm() < 1e-5 * gradient.norm(), name
 
 
-def test_float32_adapters_over_bfloat16_are_fused_under_autocast_and_no_coarser_than_peft():
-    exact = tiny()
+def test_float32_adapters_on_bfloat16_under_autocast():
+    """Fused under autocast only, and not less exact than PEFT."""
+    exact = lora_model()
     # The numbers that the 16-bit models hold, so that only the arithmetic differs.
     for name, parameter in exact.named_parameters():
         if "lora_" not in name:
             parameter.data = parameter.data.bfloat16().float()
-    _, wanted = loss_and_gradients(exact)
+    _, expected = loss_and_gradients(exact)
     half = copy.deepcopy(exact)
     for name, parameter in half.named_parameters():
         if "lora_" not in name:
@@ -59,45 +59,40 @@ def test_float32_adapters_over_bfloat16_are_fused_under_autocast_and_no_coarser_
         _, peft = loss_and_gradients(half)
     plain, _ = loss_and_gradients(half)
 
-    assert fuse_lora_linears(half) == 14
+    assert lora_linear.fuse_lora_linears(half) == 7 * LAYERS
     assert loss_and_gradients(half)[0] == plain  # outside autocast the layers are PEFT's
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, fused = loss_and_gradients(half)
-
-    def distance(a, b):
-        return sum((a[name] - b[name]).norm() ** 2 for name in wanted) ** 0.5
-
-    size = sum(wanted[name].norm() ** 2 for name in wanted) ** 0.5
     assert all(gradient.dtype == torch.float32 for gradient in fused.values())
-    assert distance(fused, peft) > 0  # they are really fused
-    assert distance(fused, wanted) < 1.1 * distance(peft, wanted) < 0.05 * size
+    assert relative_distance(fused, peft) > 0  # they are really fused
+    assert relative_distance(fused, expected) < 1.1 * relative_distance(peft, expected) < 0.05
 
 
-def test_disabling_the_adapter_still_gives_the_base_model():
-    model = tiny()
+def test_disabled_adapter_gives_the_base_model():
+    model = lora_model()
     ids = torch.arange(10)[None]
     with model.disable_adapter(), torch.no_grad():
-        wanted = model(input_ids=ids).logits
-    fuse_lora_linears(model)
+        base = model(input_ids=ids).logits
+    lora_linear.fuse_lora_linears(model)
     with model.disable_adapter(), torch.no_grad():
-        assert torch.equal(model(input_ids=ids).logits, wanted)
+        assert torch.equal(model(input_ids=ids).logits, base)
     with torch.no_grad():
-        assert not torch.allclose(model(input_ids=ids).logits, wanted)
+        assert not torch.allclose(model(input_ids=ids).logits, base)
 
 
 @pytest.mark.parametrize("lora", [{"dropout": 0.1}, {"use_dora": True}])
-def test_layers_with_dropout_or_dora_are_left_to_peft(lora):
-    assert fuse_lora_linears(tiny(**lora)) == 0
+def test_dropout_and_dora_are_left_to_peft(lora):
+    assert lora_linear.fuse_lora_linears(lora_model(**lora)) == 0
 
 
 def saved_bytes(model):
-    """Bytes of all tensors that autograd keeps of one forward pass of 80 tokens, parameters left out."""
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """Bytes of all tensors that autograd keeps of one forward pass of 80 tokens, except parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
     def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in known:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -105,19 +100,19 @@ def saved_bytes(model):
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
-def test_a_gated_mlp_keeps_two_of_its_four_wide_tensors(monkeypatch):
-    whole = tiny()
-    monkeypatch.setattr(lora_linear, "_is_gated", lambda module: False)
-    fuse_lora_linears(whole)
+def test_gated_mlp_keeps_two_of_its_four_wide_tensors(monkeypatch):
+    ungated = lora_model()
+    monkeypatch.setattr("finetune.models.lora_linear._is_gated_mlp", lambda module: False)
+    lora_linear.fuse_lora_linears(ungated)
     monkeypatch.undo()
-    gated = tiny()
-    fuse_lora_linears(gated)
-    assert saved_bytes(whole) - saved_bytes(gated) == 2 * 80 * 96 * 4 * 2  # of 2 layers, 96 wide, in float32
+    gated = lora_model()
+    lora_linear.fuse_lora_linears(gated)
+    assert saved_bytes(ungated) - saved_bytes(gated) == 2 * 80 * WIDTH * 4 * LAYERS  # float32
 
 
-def test_another_activation_is_left_alone():
-    model = tiny(hidden_act="gelu")
+def test_mlp_with_another_activation_is_not_changed():
+    model = lora_model(hidden_act="gelu")
     loss, _ = loss_and_gradients(model)
-    fuse_lora_linears(model)
+    lora_linear.fuse_lora_linears(model)
     assert all(m.forward.__func__ is type(m).forward for n, m in model.named_modules() if n.endswith(".mlp"))
     assert loss_and_gradients(model)[0] == pytest.approx(loss, rel=1e-6)

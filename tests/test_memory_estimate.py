@@ -408,7 +408,7 @@ def placement(device):
 
 
 def test_plan_of_a_run_counts_shared_prefixes_once():
-    from finetune.passes.plan import ENOUGH_ON_CPU
+    from finetune.passes.plan import CPU_TARGET_TOKENS
 
     prefix, rows = list(range(400)), []
     for number in range(8):
@@ -424,7 +424,7 @@ def test_plan_of_a_run_counts_shared_prefixes_once():
     assert workload("NVIDIA L4", "--tokens_per_pass", "10000", "--no-share_prefix").tokens > 3500
     # On a CPU a full pass takes no row that shares nothing with it.
     full = workload("cpu", "--tokens_per_pass", "10000", "--no-share_prefix")
-    assert ENOUGH_ON_CPU <= full.tokens < ENOUGH_ON_CPU + 450
+    assert CPU_TARGET_TOKENS <= full.tokens < CPU_TARGET_TOKENS + 450
     assert workload("cpu", "--tokens_per_pass", "600", "--no-share_prefix").tokens <= 600  # one row per pass
 
 

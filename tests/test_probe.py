@@ -7,6 +7,7 @@ import pytest
 from finetune import settings
 from finetune.memory.sizes import sizes_of_model
 from formats import IGNORE_INDEX
+from tests.gradient_check import with_random_lora
 from tests.helpers import lazy
 
 torch = lazy("torch")
@@ -21,7 +22,6 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads t
 
 @pytest.fixture(scope="module")
 def runner():
-    from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from finetune.passes.runner import PassRunner
@@ -31,7 +31,7 @@ def runner():
         vocab_size=1000, hidden_size=128, intermediate_size=384, num_hidden_layers=8, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=8192,
     )  # fmt: skip
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules="all-linear"))
+    model = with_random_lora(LlamaForCausalLM(config))
     return PassRunner(model, 4096, share_prefix=True, pad_token_id=0)
 
 

@@ -1,88 +1,39 @@
-"""Exactness of shared-prefix steps: attention, loss and gradients against the plain way, row by row."""
+"""Exactness of shared-prefix steps: attention, loss and gradients compared with each row computed alone."""
 
-import numpy as np
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from finetune.passes import attention, attention_gemm
-from finetune.passes.attention import Layout, tree_attention
-from finetune.passes.loss import head_loss
-from finetune.passes.plan import make_row, plan_passes
-from finetune.passes.runner import PassRunner, choose_mode
-from formats import IGNORE_INDEX
+from finetune.passes.plan import plan_passes
+from tests.gradient_check import (
+    SMALL_LLAMA,
+    random_rows,
+    relative_distance,
+    row_by_row_gradients,
+    shared_gradients,
+    small_llama,
+    with_random_lora,
+)
+from tests.helpers import lazy
 
-SMALL = {
-    "vocab_size": 300, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 3,
-    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
-}  # fmt: skip
-
-
-def some_rows(groups, rows_per_group, prefix=150, seed=0, nested=False):
-    """Rows of `groups` different beginnings with own parts of unequal length, and one that is all prefix."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for _ in range(groups):
-        shared = rng.integers(0, 300, prefix)
-        turn = rng.integers(0, 300, 60)
-        for number in range(rows_per_group):
-            middle = turn if nested and number % 2 else np.empty(0, dtype=int)
-            own = rng.integers(0, 300, rng.integers(3, 90))
-            ids = np.concatenate([shared, middle, own])
-            labels = np.where(np.arange(len(ids)) >= len(ids) - len(own) // 2 - 1, ids, IGNORE_INDEX)
-            rows.append(make_row(ids, labels))
-        ids = shared[: prefix - 20]
-        rows.append(make_row(ids, np.where(np.arange(len(ids)) > 100, ids, IGNORE_INDEX)))
-    return rows
+torch = lazy("torch")
+transformers = lazy("transformers")
+attention = lazy("finetune.passes.attention")
+attention_gemm = lazy("finetune.passes.attention_gemm")
+loss = lazy("finetune.passes.loss")
+runner_module = lazy("finetune.passes.runner")
 
 
-def adapted(model, rank=8, seed=0):
-    torch.manual_seed(seed)
-    model = get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # PEFT starts B at zero, and then no gradient reaches A
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model.train()
+def make_runner(model, tokens_per_pass=10**9, share_prefix=True):
+    return runner_module.PassRunner(model, tokens_per_pass, share_prefix, pad_token_id=0)
 
 
-def llama(dtype=torch.float32, **changes):
-    torch.manual_seed(1)
-    return LlamaForCausalLM(LlamaConfig(**SMALL | changes)).to(dtype)
+def use_padding(runner):
+    runner.mode, runner.attention = "padded", attention.PackedAttention()
 
 
-def gradients(model, compute):
-    model.zero_grad()
-    compute()
-    return {n: p.grad.double().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def difference(a, b):
-    """Relative distance of two sets of gradients, |a - b| / |b| over all parameters together."""
-    assert a.keys() == b.keys()
-    distance = sum(((a[n] - b[n]) ** 2).sum() for n in a).sqrt()
-    return (distance / sum((b[n] ** 2).sum() for n in b).sqrt()).item()
-
-
-def row_by_row(runner, rows, scale):
-    """The plain way: each row alone through the model's own forward with all its logits."""
-
-    def compute():
-        for row in rows:
-            logits = runner.causal_lm(input_ids=torch.from_numpy(row.input_ids).long()[None]).logits[0].float()
-            picked = logits[torch.from_numpy(row.positions).long()]
-            targets = torch.from_numpy(row.targets).long()
-            (torch.nn.functional.cross_entropy(picked, targets, reduction="sum") * scale).backward()
-
-    return compute
-
-
-def dense_reference(q, k, v, one):
-    tokens = len(one.input_ids)
+def dense_reference(q, k, v, pass_):
+    tokens = len(pass_.input_ids)
     allowed = torch.zeros(tokens, tokens, dtype=torch.bool)
-    for s in one.segments:
+    for s in pass_.segments:
         allowed[s.start : s.end, s.start : s.end] = torch.ones(s.end - s.start, s.end - s.start).tril().bool()
         allowed[s.end : s.subtree_end, s.start : s.end] = True
     groups = q.shape[1] // k.shape[1]
@@ -93,176 +44,161 @@ def dense_reference(q, k, v, one):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("nested", [False, True])
-def test_tree_attention_is_dense_attention_under_the_tree_mask(kv_heads, nested):
-    rows = some_rows(groups=3, rows_per_group=4, prefix=400, nested=nested)
-    (one,) = plan_passes(rows, 10**9)
-    tokens = len(one.input_ids)
+def test_tree_attention_equals_dense_attention(kv_heads, nested):
+    """Output and gradients, against float64 under the mask of the tree."""
+    (pass_,) = plan_passes(random_rows(groups=3, rows_per_group=4, prefix=400, nested=nested), 10**9)
+    tokens = len(pass_.input_ids)
     torch.manual_seed(0)
     q = torch.randn(1, 6, tokens, 16, requires_grad=True)
     k, v = (torch.randn(1, kv_heads, tokens, 16, requires_grad=True) for _ in range(2))
-    out = tree_attention(q, k, v, Layout.of(one.segments))
+    out = attention.tree_attention(q, k, v, attention.Layout.of(pass_.segments))
     upstream = torch.randn_like(out)
-    got = (out, *torch.autograd.grad(out, (q, k, v), upstream))
+    actual = (out, *torch.autograd.grad(out, (q, k, v), upstream))
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    reference = dense_reference(*exact, one)
-    wanted = (reference, *torch.autograd.grad(reference, exact, upstream.double()))
-    for a, b in zip(got, wanted, strict=True):
+    reference = dense_reference(*exact, pass_)
+    expected = (reference, *torch.autograd.grad(reference, exact, upstream.double()))
+    for a, b in zip(actual, expected, strict=True):
         assert ((a - b).norm() / b.norm()).item() < 2e-6
 
 
 @pytest.mark.parametrize(
     ("groups", "rows_per_group", "nested", "rank", "checkpointing"),
-    [(1, 8, False, 8, False), (2, 4, False, 8, False), (2, 4, True, 64, False), (6, 2, True, 8, False),
-     (2, 4, True, 8, True), (1, 1, False, 64, True)],
+    [(1, 8, False, 8, False), (2, 4, True, 64, False), (6, 2, True, 8, False), (2, 4, True, 8, True),
+     (1, 1, False, 64, True)],
 )  # fmt: skip
 def test_gradients_equal_row_by_row_in_float32(groups, rows_per_group, nested, rank, checkpointing):
-    model = adapted(llama(), rank)
+    """In one pass, and split into several passes."""
+    model = with_random_lora(small_llama(), rank)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    rows = some_rows(groups, rows_per_group, nested=nested)
-    scale = 1 / sum(len(r.positions) for r in rows)
-    runner = PassRunner(model, 10**9, share_prefix=True, pad_token_id=0)
+    rows = random_rows(groups, rows_per_group, nested=nested)
+    runner = make_runner(model)
     assert runner.mode == "tree"
-    alone = gradients(model, row_by_row(runner, rows, scale))
-    together = gradients(model, lambda: runner.run(rows, scale, lambda loss: loss.backward()))
-    assert difference(together, alone) < 1e-5
-    # The cut into passes changes nothing either.
+    alone = row_by_row_gradients(runner, rows)
+    assert relative_distance(shared_gradients(runner, rows), alone) < 1e-5
     runner.tokens_per_pass = 100
-    assert runner.run(rows, scale).passes > 1
-    assert difference(gradients(model, lambda: runner.run(rows, scale, lambda loss: loss.backward())), alone) < 1e-5
+    assert runner.run(rows, 1.0).passes > 1
+    assert relative_distance(shared_gradients(runner, rows), alone) < 1e-5
 
 
 @pytest.mark.parametrize("mode", ["packed", "padded"])
-def test_the_other_modes_are_exact_too(mode):
-    model = adapted(llama())
-    rows = some_rows(2, 4)
-    scale = 1 / sum(len(r.positions) for r in rows)
-    runner = PassRunner(model, 700, share_prefix=False, pad_token_id=0)
+def test_unshared_modes_are_exact(mode):
+    rows = random_rows(2, 4)
+    runner = make_runner(with_random_lora(small_llama()), 700, share_prefix=False)
     assert runner.mode == "packed"
-    runner.mode = mode
-    alone = gradients(model, row_by_row(runner, rows, scale))
-    together = gradients(model, lambda: runner.run(rows, scale, lambda loss: loss.backward()))
-    assert difference(together, alone) < 1e-5
+    if mode == "padded":
+        use_padding(runner)
+    assert relative_distance(shared_gradients(runner, rows), row_by_row_gradients(runner, rows)) < 1e-5
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 64), (4, 4, 80), (3, 1, 128)])
 @pytest.mark.parametrize(("queries", "keys", "causal"), [(700, 700, True), (1, 1, True), (600, 300, False)])
-def test_bfloat16_products_give_the_gradient_of_the_flash_kernel(heads, kv_heads, width, queries, keys, causal):
-    """Both against float64. Scores reach 20, where bfloat16 knows steps of 0.125."""
+def test_bfloat16_gemm_matches_the_flash_kernel(heads, kv_heads, width, queries, keys, causal):
+    """Gradients of both against float64. Scores reach 20, where bfloat16 has steps of 0.125."""
+
+    def random(heads, tokens, spread=1.0):
+        return (spread * torch.randn(2, heads, tokens, width)).bfloat16()
+
     torch.manual_seed(0)
-    make = lambda h, t, spread=1.0: (spread * torch.randn(2, h, t, width)).bfloat16()  # noqa: E731
-    query, key = make(heads, queries, 2.0), make(kv_heads, keys, 2.0)
-    value, upstream = make(kv_heads, keys), make(heads, queries)
+    query, key = random(heads, queries, 2.0), random(kv_heads, keys, 2.0)
+    value, upstream = random(kv_heads, keys), random(heads, queries)
     groups, scale = heads // kv_heads, width**-0.5
     repeated = [x.repeat_interleave(groups, 1) for x in (key, value)]
-    output, lse = attention._flash(query, *repeated, 0.0, causal, scale=scale)
-    flash = attention._flash_grads(upstream, query, *repeated, output, lse, causal, scale)
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, *repeated, 0.0, causal, scale=scale)
+    flash = attention.flash_grads(upstream, query, *repeated, output, lse, causal=causal, scale=scale)
     flash = [flash[0], *(x.double().unflatten(1, (kv_heads, groups)).sum(2) for x in flash[1:])]
-    products = attention_gemm.block_grads(upstream, query, key, value, output, lse, causal, scale)
+    gemm = attention_gemm.block_grads(upstream, query, key, value, output, lse, causal=causal, scale=scale)
 
     exact = [x.double().requires_grad_() for x in (query, key, value)]
     k, v = (x.repeat_interleave(groups, 1) for x in exact[1:])
     result = torch.nn.functional.scaled_dot_product_attention(exact[0], k, v, is_causal=causal, scale=scale)
-    wanted = torch.autograd.grad(result, exact, upstream.double())
-    for ours, theirs, right in zip(products, flash, wanted, strict=True):
-        distances = [(x - right).norm().item() for x in (ours, theirs)]
-        # A sum over grouped heads is rounded once, by a 512th at most; where the kernel is exact that shows.
-        assert distances[0] <= 2 * distances[1] + right.norm() / 512 + 1e-3
-        assert distances[0] < 1e-2 * right.norm() + 1e-3
+    expected = torch.autograd.grad(result, exact, upstream.double())
+    for ours, theirs, wanted in zip(gemm, flash, expected, strict=True):
+        distances = [(x - wanted).norm().item() for x in (ours, theirs)]
+        # A sum over grouped heads is rounded once, by at most 1/512; it shows where the kernel is exact.
+        assert distances[0] <= 2 * distances[1] + wanted.norm() / 512 + 1e-3
+        assert distances[0] < 1e-2 * wanted.norm() + 1e-3
 
 
-def test_bfloat16_stays_within_its_own_noise():
-    """The distance to row-by-row in bfloat16 is no larger than what the order of summation does to plain batches."""
-    model = adapted(llama(torch.bfloat16))
-    rows = some_rows(2, 6)
-    scale = 1 / sum(len(r.positions) for r in rows)
-    runner = PassRunner(model, 10**9, share_prefix=True, pad_token_id=0)
-    alone = gradients(model, row_by_row(runner, rows, scale))
-    shared = gradients(model, lambda: runner.run(rows, scale, lambda loss: loss.backward()))
-    runner.mode = "padded"
-    padded = gradients(model, lambda: runner.run(rows, scale, lambda loss: loss.backward()))
-    exact_model = adapted(llama(torch.float32))
+def test_bfloat16_error_is_within_rounding_noise():
+    """The error of a shared step against float32 is not larger than that of rows alone or of padded batches."""
+    model = with_random_lora(small_llama(torch.bfloat16))
+    rows = random_rows(2, 6)
+    runner = make_runner(model)
+    alone, shared = row_by_row_gradients(runner, rows), shared_gradients(runner, rows)
+    use_padding(runner)
+    padded = shared_gradients(runner, rows)
+    exact_model = with_random_lora(small_llama(torch.float32))
     exact_model.load_state_dict(model.state_dict())
-    exact_runner = PassRunner(exact_model, 10**9, share_prefix=True, pad_token_id=0)
-    exact = gradients(exact_model, row_by_row(exact_runner, rows, scale))
-    noise = max(difference(alone, exact), difference(padded, exact))
-    assert difference(shared, exact) < 1.5 * noise
+    exact = row_by_row_gradients(make_runner(exact_model), rows)
+    noise = max(relative_distance(alone, exact), relative_distance(padded, exact))
+    assert relative_distance(shared, exact) < 1.5 * noise
 
 
-def test_a_frozen_head_gives_the_same_as_autograd_through_it():
+def test_frozen_head_loss_equals_autograd():
     torch.manual_seed(0)
     head = torch.nn.Linear(32, 500, bias=False)
     hidden = torch.randn(1300, 32, requires_grad=True)
     targets, weights = torch.randint(0, 500, (1300,)), torch.randint(1, 4, (1300,)).float()
-
-    def both():
-        loss = head_loss(head, hidden, targets, weights)
-        return loss, torch.autograd.grad(loss, hidden)[0]
-
-    head.weight.requires_grad_(False)
-    fast_loss, fast_grad = both()
-    head.weight.requires_grad_(True)
-    plain_loss, plain_grad = both()
     reference = torch.nn.functional.cross_entropy(hidden @ head.weight.T, targets, reduction="none") @ weights
-    assert torch.allclose(fast_loss, reference, rtol=1e-6)
-    assert torch.allclose(plain_loss, reference, rtol=1e-6)
-    assert torch.allclose(fast_grad, plain_grad, atol=1e-6)
+    gradients = []
+    for trained in (False, True):
+        head.weight.requires_grad_(trained)
+        total = loss.head_loss(head, hidden, targets, weights)
+        assert torch.allclose(total, reference, rtol=1e-6)
+        gradients.append(torch.autograd.grad(total, hidden)[0])
+    assert torch.allclose(*gradients, atol=1e-6)
 
 
-def test_softcap_and_scale_follow_the_models_that_use_them():
+def test_head_loss_applies_softcap_and_scale():
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 50, bias=False).requires_grad_(False)
     hidden, targets = torch.randn(5, 8, requires_grad=True), torch.arange(5)
-    loss = head_loss(head, hidden, targets, torch.ones(5), softcap=3.0, scale=0.5)
+    total = loss.head_loss(head, hidden, targets, torch.ones(5), softcap=3.0, scale=0.5)
     logits = torch.tanh(head(hidden) * 0.5 / 3.0) * 3.0
-    assert torch.allclose(loss, torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    assert torch.allclose(total, torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, use_sliding_window=False)),
-     lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None))],
-)  # fmt: skip
-def test_other_families_share_through_the_same_interface(make):
+@pytest.mark.parametrize(("family", "options"), [("Qwen2", {"use_sliding_window": False}),
+                                                 ("Mistral", {"sliding_window": None})])  # fmt: skip
+def test_other_families_share_prefixes(family, options):
     torch.manual_seed(0)
-    model = adapted(make())
-    runner = PassRunner(model, 10**9, share_prefix=True, pad_token_id=0)
+    config = getattr(transformers, f"{family}Config")(**SMALL_LLAMA, **options)
+    runner = make_runner(with_random_lora(getattr(transformers, f"{family}ForCausalLM")(config)))
     assert runner.mode == "tree"
-    rows = some_rows(2, 3)
+    rows = random_rows(2, 3)
     assert runner.run(rows, 1.0).loss_sum == pytest.approx(runner.reference_loss(rows), rel=1e-5)
 
 
-def test_a_sliding_window_falls_back_to_padding_and_says_so():
+def test_sliding_window_falls_back_to_padding():
     torch.manual_seed(0)
-    model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=64))
-    mode, why, _ = choose_mode(model, share_prefix=True)
+    model = transformers.MistralForCausalLM(transformers.MistralConfig(**SMALL_LLAMA, sliding_window=64))
+    mode, reason, _ = runner_module.choose_mode(model, share_prefix=True)
     assert mode == "padded"
-    assert "sliding_window" in why
+    assert "sliding_window" in reason
     assert model.config._attn_implementation != "sandwich_tree"
 
 
-def test_out_of_memory_halves_the_passes_and_keeps_the_step(monkeypatch):
-    model = adapted(llama())
-    rows = some_rows(1, 8)  # all share, so one pass takes them
-    scale = 1 / sum(len(r.positions) for r in rows)
-    runner = PassRunner(model, 10**9, share_prefix=True, pad_token_id=0)
-    wanted = gradients(model, lambda: runner.run(rows, scale, lambda loss: loss.backward()))
+def test_out_of_memory_halves_passes_and_keeps_the_step(monkeypatch):
+    rows = random_rows(1, 8)  # all share, so one pass holds them
+    runner = make_runner(with_random_lora(small_llama()))
+    expected = shared_gradients(runner, rows)
     hidden_states = runner.hidden_states
 
-    def too_large(one):
-        if one.input_ids.size > 400:
+    def limited(pass_):
+        if pass_.input_ids.size > 400:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
-        return hidden_states(one)
+        return hidden_states(pass_)
 
-    monkeypatch.setattr(runner, "hidden_states", too_large)
-    got = gradients(model, lambda: runner.run(rows, scale, lambda loss: loss.backward()))
+    monkeypatch.setattr(runner, "hidden_states", limited)
+    actual = shared_gradients(runner, rows)
     assert runner.tokens_per_pass <= 400
-    assert difference(got, wanted) < 1e-5
+    assert relative_distance(actual, expected) < 1e-5
 
 
-def test_other_runtime_errors_are_not_swallowed(monkeypatch):
-    runner = PassRunner(adapted(llama()), 10**9, share_prefix=True, pad_token_id=0)
-    monkeypatch.setattr(runner, "hidden_states", lambda one: 1 / 0)
+def test_other_errors_are_raised(monkeypatch):
+    runner = make_runner(with_random_lora(small_llama()))
+    monkeypatch.setattr(runner, "hidden_states", lambda pass_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        runner.run(some_rows(1, 1), 1.0)
+        runner.run(random_rows(1, 1), 1.0)

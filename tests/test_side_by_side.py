@@ -101,8 +101,8 @@ def test_record_of_a_sweep(tmp_path):
 
 
 @pytest.mark.parametrize("spans", [[(1, 10), (10, 20)], [(1, 10), (2, 9), (3, 8)]])
-def test_runs_must_have_been_side_by_side(tmp_path, spans):
-    with pytest.raises(UserError, match="2 runs were to be side by side"):
+def test_runs_that_were_not_side_by_side_measure_nothing(tmp_path, spans):
+    with pytest.raises(UserError, match="2 runs should have been side by side"):
         side_by_side.record_of(finished_sweep(tmp_path / "s", spans), 2)
 
 
@@ -157,7 +157,7 @@ def test_failing_measurement_is_recorded(tmp_path, monkeypatch, capsys):
     assert order == [(1, 1), (1, 4), (2, 4), (4, 4), (2, 4), (1, 4)]
     assert on_disk == [0, 0, 1, 2, 2, 3]
     said = capsys.readouterr().out
-    assert "4 at a time is out: out of memory" in said
+    assert "4 at a time failed: out of memory" in said
     assert said.splitlines()[-1].startswith("default should be: 2 at a time (--gpus_per_run 0.5)")
     kept = json.loads(path.read_text())
     assert kept["machine"]["gpu"] == "a card"
@@ -175,7 +175,7 @@ def test_failing_measurement_is_recorded(tmp_path, monkeypatch, capsys):
         (["--at_once", "4"], "2 cores"),
         (["--steps", "2"], "--steps"),
         (["--show", "no-such.json"], "no-such.json"),
-        (["--show", __file__], "no file of this benchmark"),
+        (["--show", __file__], "not a file of this benchmark"),
     ],
 )
 def test_refused_arguments(argv, wanted, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""A random Llama of two small layers under a real tokenizer: for what does not depend on sense."""
+"""A random Llama of two small layers for a real tokenizer, where the text it generates does not matter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def tiny_llama(tokenizer: Any, **changes: Any) -> Any:
-    """The same weights at every call; `changes` are entries of its LlamaConfig."""
+    """A LlamaForCausalLM, the same weights at every call; `changes` are entries of its LlamaConfig."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,1 +1,1 @@
-"""From what is on disk or on the Hub to a model and a tokenizer: loading, LoRA, quantized layers."""
+"""Models and tokenizers from disk or from the Hub: loading, LoRA, quantized layers."""

@@ -1,18 +1,14 @@
-"""LoRA: attached to a base model, checked against it, loaded onto it."""
+"""LoRA adapters: attached to a base model, checked against it, loaded onto it."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
+import json
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
 from finetune.models.faults import one_line
-from finetune.models.loading import import_unsloth
-
-log = logging.getLogger("sandwich")
+from finetune.models.loading import import_unsloth, stdout_to_log
 
 
 def add_lora(
@@ -27,81 +23,77 @@ def add_lora(
     gradient_checkpointing: bool,
     seed: int,
 ) -> Any:
-    """Attach a fresh LoRA through Unsloth; UserError names target modules the model does not have."""
+    """Attach a new LoRA through Unsloth; UserError names target modules that the model does not have."""
     unsloth = import_unsloth()
     import torch
 
     from finetune.models.lora_linear import fuse_lora_linears
 
     check_adapter(model, target_modules, last_layers)
-    # Unsloth's default is all linear layers of attention and MLP.
-    targets = None if target_modules == ["all-linear"] else target_modules
-    layers = None
+    options: dict[str, Any] = {}
+    if target_modules != ["all-linear"]:  # Unsloth's default is all linear layers of attention and MLP
+        options["target_modules"] = target_modules
     if last_layers is not None:
         count = model.config.get_text_config().num_hidden_layers
-        layers = list(range(count - last_layers, count))
-    news = io.StringIO()
+        options["layers_to_transform"] = list(range(count - last_layers, count))
     try:
-        with contextlib.redirect_stdout(news):
+        with stdout_to_log():
             adapted = unsloth.FastLanguageModel.get_peft_model(
                 model,
                 r=rank,
                 lora_alpha=alpha,
                 lora_dropout=dropout,
-                **({"target_modules": targets} if targets else {}),
                 bias="none",
-                layers_to_transform=layers,
                 use_rslora=use_rslora,
                 use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
                 random_state=seed,
+                **options,
             )
-    except ValueError as error:  # PEFT's own word on modules that it has no LoRA for
+    except ValueError as error:  # PEFT names modules that it has no LoRA for
         raise UserError(f"--target_modules {' '.join(target_modules)}: {one_line(error)}") from error
-    for line in news.getvalue().splitlines():
-        log.info("%s", line)
     if not torch.cuda.is_available():
         fuse_lora_linears(adapted)
     return adapted
 
 
-# What Unsloth trains whole, not by an adapter, and only beside one.
-_TRAINED_WHOLE = {"lm_head", "embed_tokens"}
+# Unsloth trains these modules themselves instead of an adapter, and only next to an adapter.
+_FULLY_TRAINED = {"lm_head", "embed_tokens"}
 
 
 def check_adapter(model: Any, target_modules: list[str], last_layers: int | None) -> None:
-    """UserError when a model, with weights or on the meta device, cannot be adapted so."""
-    if target_modules != ["all-linear"]:
-        adaptable: dict[str, bool] = {}
-        for path, module in model.named_modules():
-            matrix = hasattr(module, "in_features") or any(p.ndim == 2 for p in module.parameters(recurse=False))
-            name = path.rsplit(".", 1)[-1]
-            adaptable[name] = adaptable.get(name, False) or matrix or "conv" in type(module).__name__.lower()
-        has = ", ".join(sorted(name for name, can in adaptable.items() if can))
-        wanted = sorted(set(target_modules))
-        if missing := [name for name in wanted if name not in adaptable]:
-            raise UserError(f"--target_modules: the model has no module called {', '.join(missing)}; it has {has}")
-        if others := [name for name in wanted if not adaptable[name]]:
-            raise UserError(f"--target_modules: {', '.join(others)} holds no matrix to adapt; the model has {has}")
-        if set(wanted) <= _TRAINED_WHOLE:
-            raise UserError(
-                f"--target_modules {' '.join(wanted)}: trained whole, and only beside an adapter; add another of {has}"
-            )
+    """UserError when a model, with weights or on the meta device, has no such target modules or too few layers."""
     count = model.config.get_text_config().num_hidden_layers
     if last_layers is not None and last_layers > count:
-        raise UserError(f"--last_layers {last_layers}: the model has {count} decoder layers; give at most so many")
+        raise UserError(f"--last_layers {last_layers}: must be <= {count}, the model's number of decoder layers")
+    if target_modules == ["all-linear"]:
+        return
+    adaptable: dict[str, bool] = {}
+    for path, module in model.named_modules():
+        is_matrix = hasattr(module, "in_features") or any(p.ndim == 2 for p in module.parameters(recurse=False))
+        name = path.rsplit(".", 1)[-1]
+        adaptable[name] = adaptable.get(name, False) or is_matrix or "conv" in type(module).__name__.lower()
+    available = ", ".join(sorted(name for name, can in adaptable.items() if can))
+    wanted = sorted(set(target_modules))
+    if missing := [name for name in wanted if name not in adaptable]:
+        raise UserError(f"--target_modules: the model has no module called {', '.join(missing)}; it has {available}")
+    if others := [name for name in wanted if not adaptable[name]]:
+        raise UserError(f"--target_modules: {', '.join(others)} has no matrix to adapt; the model has {available}")
+    if set(wanted) <= _FULLY_TRAINED:
+        raise UserError(
+            f"--target_modules {' '.join(wanted)}: fully trained, which works only next to an adapter; add another of "
+            f"{available}"
+        )
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
-    """A stranger's adapter_config.json; UserError when it does not name its base model."""
-    import json
-
+    """The adapter_config.json of a third-party adapter; UserError when it does not name its base model."""
     path = folder / "adapter_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not config["base_model_name_or_path"]:
             raise KeyError("base_model_name_or_path")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not name the adapter's base model ({error}); save the adapter anew") from error
+        raise UserError(f"{path} does not name the adapter's base model ({error}); save the adapter again") from error
     return config
 
 
@@ -110,9 +102,9 @@ def attach_adapter(model: Any, folder: Path) -> Any:
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    # Only safetensors: PEFT would take adapter_model.bin too, which is a pickle.
+    # Only safetensors: PEFT would also load adapter_model.bin, which is a pickle.
     if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder} holds no adapter_model.safetensors; name a folder in which an adapter was saved so")
+        raise UserError(f"{folder} has no adapter_model.safetensors; save the adapter in that format")
     try:
         return PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:

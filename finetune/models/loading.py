@@ -8,29 +8,39 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune import distributed
 from finetune.errors import UserError
 from finetune.models.bundled import cache_dir, resolve_model
-from finetune.models.faults import LoadReport, hub_errors
+from finetune.models.faults import hub_errors, missing_weights
 from finetune.models.hub import hub_token
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger("sandwich")
 
 
-def import_unsloth() -> Any:
-    """Import unsloth ahead of transformers, trl and peft, quietly; its one line of news goes to the log.
+@contextlib.contextmanager
+def stdout_to_log() -> Iterator[None]:
+    """Log what Unsloth prints: stdout is for a script's results."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        yield
+    for line in printed.getvalue().splitlines():
+        log.info("%s", line)
 
-    Three conditions of its import are arranged here, the only place that patches anything:
-    * its compiled cache goes to the user's cache instead of the working directory;
-    * on a torch without CUDA, triton and torchvision are hidden: their wheels are built for CUDA, torchvision's import
-      then fails and TRL's fused loss asks for triton kernels that cannot run (unsloth 2026.10.9, trl 1.15.0);
-    * several visible GPUs would make Trainer wrap the model in DataParallel, which TRL refuses: one GPU per process.
+
+def import_unsloth() -> Any:
+    """Import unsloth before transformers, trl and peft, after three changes to its surroundings:
+
+    * its compiled cache is in the user's cache instead of the working directory;
+    * with a torch without CUDA, triton and torchvision are hidden: their wheels are built for CUDA, torchvision's
+      import then fails and TRL's fused loss needs triton kernels that cannot run (unsloth 2026.10.9, trl 1.15.0);
+    * of several GPUs one is visible: Trainer would wrap the model in DataParallel, which TRL refuses.
     """
     if "unsloth" in sys.modules:
         return sys.modules["unsloth"]
@@ -43,26 +53,23 @@ def import_unsloth() -> Any:
     if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
         for name in ("triton", "torchvision"):
             if name not in sys.modules and importlib.util.find_spec(name) is not None:
-                sys.modules[name] = None
-                log.warning("%s is installed beside a CPU build of torch and was hidden from this run", name)
+                sys.modules[name] = None  # type: ignore[assignment]
+                log.warning("%s is installed but torch is a CPU build; %s is hidden from this run", name, name)
     elif "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    news = io.StringIO()
     try:
-        with contextlib.redirect_stdout(news):
+        with stdout_to_log():
             import unsloth
     except ImportError as error:
         raise UserError(
             f"unsloth cannot be imported ({error}); run: pip install --no-deps -r requirements_unsloth.txt, "
             "then: python train_lora.py --doctor"
         ) from error
-    for line in news.getvalue().splitlines():
-        log.info("%s", line)
     return unsloth
 
 
 def default_dtype() -> str:
-    """What --dtype auto means here: bfloat16 in hardware, else float16 on a GPU, else float32.
+    """--dtype auto on this machine: bfloat16 where the hardware has it, else float16 on a GPU, else float32.
 
     A CPU without AMX or AVX512-BF16 emulates bfloat16: measured 50 against 170 GFLOP/s in float32 on a Cascade Lake.
     """
@@ -76,7 +83,7 @@ def default_dtype() -> str:
 
 @dataclass
 class Loaded:
-    """A base model with its tokenizer and how it was loaded."""
+    """A base model, its tokenizer and how it was loaded."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
@@ -88,7 +95,7 @@ class Loaded:
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, with a padding token that is not an end of turn where one can be had."""
+    """The model's own tokenizer; its end-of-sequence token becomes the padding token where it has none."""
     from transformers import AutoTokenizer
 
     with hub_errors(name):
@@ -100,8 +107,8 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     return tokenizer
 
 
-def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Only the model's config.json, for the memory estimate of a dry run."""
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's config.json without its weights."""
     from transformers import AutoConfig
 
     with hub_errors(name):
@@ -117,7 +124,7 @@ def load_base(
     max_seq_length: int = 2048,
     trust_remote_code: bool = False,
 ) -> Loaded:
-    """Load a base model through Unsloth's FastLanguageModel: 4-bit on a GPU, whole on a CPU, unless told otherwise.
+    """Load a base model through Unsloth's FastLanguageModel; `load_in_4bit` None: 4-bit on a GPU only.
 
     Raises UserError for an unknown, gated or unreachable model.
     """
@@ -129,10 +136,9 @@ def load_base(
     if load_in_4bit is None:
         load_in_4bit = torch.cuda.is_available()
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
-    # Unsloth gives process N of a data-parallel run the device N, and there is no cpu:1.
-    place = {"device_map": {"": "cpu"}} if distributed.size() > 1 and not torch.cuda.is_available() else {}
-    news, report = io.StringIO(), LoadReport()
-    with hub_errors(name), contextlib.redirect_stdout(news), report.kept():
+    # Unsloth assigns device N to process N of a data-parallel run, and there is no cpu:1.
+    placement = {"device_map": {"": "cpu"}} if distributed.size() > 1 and not torch.cuda.is_available() else {}
+    with hub_errors(name), stdout_to_log(), missing_weights() as missing:
         model, _ = unsloth.FastLanguageModel.from_pretrained(
             model_name=resolve_model(name),
             max_seq_length=max_seq_length,
@@ -141,20 +147,16 @@ def load_base(
             revision=revision,
             trust_remote_code=trust_remote_code,
             token=hub_token(),
-            use_safetensors=True,  # the other kind is a pickle, which runs what is in it
-            **place,
+            use_safetensors=True,  # a pickle could run code
+            **placement,
         )
-    for line in news.getvalue().splitlines():
-        log.info("%s", line)
-    if report.missing:
+    if missing:
+        names = ", ".join(missing[:3]) + " …" * (len(missing) > 3)
+        log.warning("model %s: its files lack %s, now random numbers; a complete model has all weights", name, names)
+    is_4bit = bool(getattr(model, "is_loaded_in_4bit", False))
+    if load_in_4bit and not is_4bit:
         log.warning(
-            "model %s: its files lack %s, which are random numbers now; a model that is whole has them all",
-            name, ", ".join(report.missing[:3]) + " …" * (len(report.missing) > 3),
-        )  # fmt: skip
-    in_4bit = bool(getattr(model, "is_loaded_in_4bit", False))
-    if load_in_4bit and not in_4bit:
-        log.warning(
-            "model %s: 4-bit weights were asked for, but Unsloth has loaded %s; see: python train_lora.py --doctor",
+            "model %s: 4-bit weights were requested, but Unsloth loaded %s; see: python train_lora.py --doctor",
             name, dtype,
         )  # fmt: skip
     return Loaded(
@@ -163,6 +165,6 @@ def load_base(
         name=name,
         revision=getattr(model.config, "_commit_hash", None) or revision,
         dtype=dtype,
-        load_in_4bit=in_4bit,
+        load_in_4bit=is_4bit,
         device=str(model.get_input_embeddings().weight.device),
     )

@@ -1,19 +1,19 @@
 """Attention over a packed tree of segments, exact and without a mask.
 
-A token sees the tokens before it in its own segment (causal) and all tokens of the segments above it. Each of these
-blocks is one call of a flash-attention kernel; their results are merged by log-sum-exp. With the merged output and
-log-sum-exp, a flash backward of each block alone gives exactly its share of the gradient, because the kernel rebuilds
-the probabilities as exp(q k^T - lse). (Dao et al., FlashAttention-2, arXiv:2307.08691, section 3.1; the merging of
-blocks is that of ring attention, arXiv:2310.01889.)
+A token attends to the earlier tokens of its own segment (causal) and to all tokens of the segments above it. Each of
+these blocks is one call of a flash attention kernel; the results are merged by log-sum-exp. With the merged output and
+log-sum-exp, a flash backward of each block alone gives exactly its part of the gradient, because the kernel recomputes
+the probabilities as exp(q k^T - lse). (Dao et al., FlashAttention-2, arXiv:2307.08691, section 3.1; merging of blocks:
+ring attention, arXiv:2310.01889.)
 
-Registered with Transformers' attention interface; the CPU kernels are PyTorch's own, but for the backward of bfloat16
+Registered with Transformers' attention interface. The CPU kernels are PyTorch's, except for the backward in bfloat16
 (finetune/passes/attention_gemm.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,7 @@ import torch
 from finetune.passes import attention_gemm
 from finetune.passes.plan import Pass, Segment
 
-NAME = "sandwich_tree"
-# Segments up to this length go through one batched call; the padding is bounded by the power-of-two buckets.
-SHORT = 256
+MAX_BATCHED_LENGTH = 256  # shorter segments share a call, padded to the longest of their power-of-two bucket
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -33,10 +31,10 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @dataclass
 class Layout:
-    """The attention blocks of one pass of T tokens, made once and used by every layer.
+    """The attention blocks of one pass of T tokens, computed once and used by every layer.
 
-    long: (start, end) of segments whose causal block is a call of its own; short: int64 index [n, L] per bucket of
-    segments, -1 where padded; above: (start, end, subtree_end) of segments with others below them.
+    long: (start, end) of segments whose causal block is a call of its own; short: int64 indices [n, L] per bucket of
+    segments, -1 for padding; above: (start, end, subtree_end) of segments that have descendants.
     """
 
     long: list[tuple[int, int]]
@@ -45,54 +43,47 @@ class Layout:
 
     @classmethod
     def of(cls, segments: list[Segment]) -> Layout:
-        buckets: dict[int, list[Segment]] = {}
-        for segment in segments:
-            length = segment.end - segment.start
-            if length <= SHORT:
-                buckets.setdefault((length - 1).bit_length(), []).append(segment)
-        short = []
-        for bucket in buckets.values():
-            width = max(s.end - s.start for s in bucket)
-            index = torch.full((len(bucket), width), -1, dtype=torch.int64)
-            for line, s in enumerate(bucket):
-                index[line, : s.end - s.start] = torch.arange(s.start, s.end)
-            short.append(index)
-        return cls(
-            long=[(s.start, s.end) for s in segments if s.end - s.start > SHORT],
-            short=short,
-            above=[(s.start, s.end, s.subtree_end) for s in segments if s.subtree_end > s.end],
-        )
+        long: list[tuple[int, int]] = []
+        buckets: dict[int, list[torch.Tensor]] = {}
+        for s in segments:
+            if s.end - s.start > MAX_BATCHED_LENGTH:
+                long.append((s.start, s.end))
+            else:
+                buckets.setdefault((s.end - s.start - 1).bit_length(), []).append(torch.arange(s.start, s.end))
+        short = [
+            torch.nn.utils.rnn.pad_sequence(bucket, batch_first=True, padding_value=-1) for bucket in buckets.values()
+        ]
+        return cls(long, short, [(s.start, s.end, s.subtree_end) for s in segments if s.subtree_end > s.end])
 
 
 def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[1, H, T, D] -> [n, H, L, D]; padded places are zero, which adds nothing to any gradient."""
+    """[1, H, T, D] -> [n, H, L, D]; padding is zero, which adds nothing to any gradient."""
     rows = x[0][:, index.clamp(min=0)]
     rows = rows.masked_fill((index < 0)[None, :, :, None], 0)
     return rows.transpose(0, 1)
 
 
 def _scatter(target: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
-    """Inverse of `_gather`, in place: every token belongs to exactly one segment, so nothing is added up."""
-    filled = index >= 0
-    target[0][:, index[filled]] = rows.transpose(0, 1)[:, filled].to(target.dtype)
+    """Inverse of `_gather`, in place: every token belongs to exactly one segment, so nothing is summed."""
+    is_token = index >= 0
+    target[0][:, index[is_token]] = rows.transpose(0, 1)[:, is_token].to(target.dtype)
 
 
 def _repeat(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """[1, KV, T, D] -> [1, KV * groups, T, D] as grouped-query attention pairs its heads."""
-    if groups == 1:
-        return x
-    _, heads, tokens, width = x.shape
-    return x[:, :, None].expand(1, heads, groups, tokens, width).reshape(1, heads * groups, tokens, width)
+    """[1, KV, T, D] -> [1, KV * groups, T, D], the key or value of each query head (grouped-query attention)."""
+    return x if groups == 1 else x.repeat_interleave(groups, 1)
 
 
-def _flash_grads(grad, query, key, value, output, lse, causal: bool, scale: float):
-    """As attention_gemm.block_grads, by PyTorch's kernel, with keys and values repeated for their heads."""
-    return _flash_backward(grad, query, key, value, output, lse, 0.0, causal, scale=scale)
+def flash_grads(*tensors: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, ...]:
+    """As attention_gemm.block_grads, by PyTorch's kernel; key and value have all H heads."""
+    return _flash_backward(*tensors, 0.0, causal, scale=scale)
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, layout: Layout, scale: float):
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
+    ) -> torch.Tensor:
         groups = query.shape[1] // key.shape[1]
         k, v = _repeat(key, groups), _repeat(value, groups)
         # [1, T, H, D] in memory, as the output projection wants it.
@@ -105,7 +96,7 @@ class _TreeAttention(torch.autograd.Function):
                 query[:, :, block], k[:, :, block], v[:, :, block], 0.0, True, scale=scale
             )
         for index in layout.short:
-            out, log = _flash(_gather(query, index), _gather(k, index), _gather(v, index), 0.0, True, scale=scale)
+            out, log = _flash(*(_gather(x, index) for x in (query, k, v)), 0.0, True, scale=scale)
             _scatter(output, index, out)
             _scatter(lse[..., None], index, log[..., None])
         for start, end, subtree_end in layout.above:
@@ -122,31 +113,31 @@ class _TreeAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
         layout, scale, groups = ctx.layout, ctx.scale, ctx.groups
+        block_grads: Callable[..., tuple[torch.Tensor, ...]]
         if query.dtype == torch.bfloat16:
             k, v, block_grads = key, value, attention_gemm.block_grads
         else:
-            k, v, block_grads = _repeat(key, groups), _repeat(value, groups), _flash_grads
-        # Sums of many blocks: collected in float32 whatever the kernel's type.
+            k, v, block_grads = _repeat(key, groups), _repeat(value, groups), flash_grads
+        # Sums of many blocks: accumulated in float32 whatever the kernel's type.
         dq, dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (query, k, v))
 
         for start, end in layout.long:
             block = slice(start, end)
-            tensors = (x[:, :, block] for x in (grad_output, query, k, v, output, lse))
-            dq[:, :, block], dk[:, :, block], dv[:, :, block] = block_grads(*tensors, True, scale)
+            tensors = [x[:, :, block] for x in (grad_output, query, k, v, output, lse)]
+            dq[:, :, block], dk[:, :, block], dv[:, :, block] = block_grads(*tensors, causal=True, scale=scale)
         for index in layout.short:
             tensors = [_gather(x, index) for x in (grad_output, query, k, v, output, lse[..., None])]
             tensors[5] = tensors[5][..., 0].contiguous()
-            for target, rows in zip((dq, dk, dv), block_grads(*tensors, True, scale), strict=True):
+            for target, rows in zip((dq, dk, dv), block_grads(*tensors, causal=True, scale=scale), strict=True):
                 _scatter(target, index, rows)
         for start, end, subtree_end in layout.above:
             below, above = slice(end, subtree_end), slice(start, end)
-            grads = block_grads(
-                grad_output[:, :, below], query[:, :, below], k[:, :, above], v[:, :, above],
-                output[:, :, below], lse[:, :, below], False, scale,
-            )  # fmt: skip
+            tensors = [grad_output[:, :, below], query[:, :, below], k[:, :, above], v[:, :, above],
+                       output[:, :, below], lse[:, :, below]]  # fmt: skip
+            grads = block_grads(*tensors, causal=False, scale=scale)
             dq[:, :, below] += grads[0]
             dk[:, :, above] += grads[1]
             dv[:, :, above] += grads[2]
@@ -163,58 +154,86 @@ def tree_attention(
     return _TreeAttention.apply(query, key, value, layout, scale if scale is not None else query.shape[-1] ** -0.5)
 
 
-def _interface(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs):
-    if layout is None:
-        raise UnsupportedModel("its layers do not hand keyword arguments on to the attention function")
-    refuse_options(dropout, kwargs)
-    return tree_attention(query, key, value, layout, scaling).transpose(1, 2), None
+class UnsupportedModelError(Exception):
+    """This model's attention cannot process a packed tree; the message says why."""
 
 
-class UnsupportedModel(Exception):
-    """This model's attention cannot run on a packed tree; the text says why."""
+def refuse_options(options: dict[str, Any]) -> None:
+    """UnsupportedModelError for attention options that a packed tree does not support."""
+    for name in ("softcap", "s_aux", "sliding_window"):
+        if options.get(name) is not None:
+            raise UnsupportedModelError(f"its attention uses {name}")
+    if options.get("dropout"):
+        raise UnsupportedModelError("its attention uses dropout")
 
 
-def refuse_options(dropout: float, options: dict[str, Any]) -> None:
-    """UnsupportedModel for what a model asks of its attention that a packed tree does not have."""
-    for option in ("softcap", "s_aux", "sliding_window"):
-        if options.get(option) is not None:
-            raise UnsupportedModel(f"its attention uses {option}")
-    if dropout:
-        raise UnsupportedModel("its attention uses dropout")
-
-
-@contextmanager
-def attention_named(model: torch.nn.Module, name: str, function: Callable) -> Iterator[None]:
-    """Route the model's attention through `function`; the backward belongs inside too (checkpointing recomputes)."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(name, function)
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-def packed_inputs(one: Pass, device: torch.device | str, multiple: int = 1) -> dict[str, torch.Tensor]:
-    """int64 [1, T] input_ids and position_ids of a pass, filled up at the end to a multiple of `multiple` tokens."""
-    more = -len(one.input_ids) % multiple
-    ids, places = np.pad(one.input_ids, (0, more)), np.pad(one.position_ids, (0, more), mode="edge")
+def packed_inputs(pass_: Pass, device: torch.device, multiple: int = 1) -> dict[str, torch.Tensor]:
+    """int64 [1, T] input_ids and position_ids of a pass, padded at the end to a multiple of `multiple` tokens."""
+    padding = -len(pass_.input_ids) % multiple
+    ids, positions = np.pad(pass_.input_ids, (0, padding)), np.pad(pass_.position_ids, (0, padding), mode="edge")
     return {
         "input_ids": torch.from_numpy(ids).to(device)[None],
-        "position_ids": torch.from_numpy(places).to(device)[None],
+        "position_ids": torch.from_numpy(positions).to(device)[None],
     }
 
 
-class CpuTree:
-    """The tree on a CPU, through Transformers' attention interface."""
+class PackedAttention:
+    """How packed rows go through a model; this base class is the model's own attention, for padded rows.
 
-    shares, says = True, ""
+    label: its name in messages; shares_prefixes: whether it accepts a tree.
+    """
 
-    def inputs(self, one: Pass, device: torch.device) -> dict[str, Any]:
-        return {**packed_inputs(one, device), "layout": Layout.of(one.segments)}
+    label = ""
+    shares_prefixes = True
 
-    def inside(self, model: torch.nn.Module):
-        return attention_named(model, NAME, _interface)
+    def inputs(self, pass_: Pass, device: torch.device) -> dict[str, Any]:
+        """Keyword arguments of the model's forward."""
+        return packed_inputs(pass_, device)
+
+    def patched(self, model: Any) -> AbstractContextManager[None]:
+        """Context in which `model` accepts these inputs, for the backward too (checkpointing recomputes)."""
+        return nullcontext()
+
+
+class InterfaceAttention(PackedAttention):
+    """Through Transformers' attention interface; `attend` gets the keyword argument `tree` of the model's forward."""
+
+    name: str
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tree: Any, scale: float | None
+    ) -> torch.Tensor:
+        """Attention output [1, H, T, D]; shapes as in `tree_attention`."""
+        raise NotImplementedError
+
+    def _forward(self, module, query, key, value, attention_mask, scaling=None, tree=None, **kwargs):
+        if tree is None:
+            raise UnsupportedModelError("its layers do not pass keyword arguments to the attention function")
+        refuse_options(kwargs)
+        return self.attend(query, key, value, tree, scaling).transpose(1, 2), None
+
+    @contextmanager
+    def patched(self, model: Any) -> Iterator[None]:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(self.name, self._forward)
+        config = model.config.get_text_config()
+        before = config._attn_implementation
+        # Not set_attn_implementation: it walks all modules and only warns where it fails (transformers 5.17).
+        config._attn_implementation = self.name
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+
+class CpuTree(InterfaceAttention):
+    """Flash kernels on a CPU."""
+
+    name = "sandwich_tree"
+
+    def inputs(self, pass_: Pass, device: torch.device) -> dict[str, Any]:
+        return {**packed_inputs(pass_, device), "tree": Layout.of(pass_.segments)}
+
+    def attend(self, query, key, value, tree, scale):
+        return tree_attention(query, key, value, tree, scale)

@@ -1,183 +1,156 @@
-"""Attention over a packed tree on a GPU: FlexAttention with the tree's block mask, called by whoever runs the model.
+"""Attention over a packed tree on a GPU: FlexAttention (arXiv:2412.05496) with the tree's block mask.
 
-A pass is written in preorder, so one number per token says everything: `reach`, the end of the tokens that may see it
-(the subtree of its segment). Query q sees key k exactly when k <= q < reach[k]. (FlexAttention: arXiv:2412.05496.)
+A pass is written in preorder, so one number per token defines the mask: visible_until, the end of its segment's
+subtree. Query q attends to key k exactly when k <= q < visible_until[k].
 
-Three ways into a model, tried in this order by passes.py:
-* Unsloth's own forward of Llama, Mistral, Qwen, Gemma 2, Granite, Cohere takes the mask as `prefix_seg_info`;
-* models that go through Transformers' attention interface get FlexAttention there;
+Three attentions, tried in this order by runner.py:
+* Unsloth's own forward of Llama, Mistral, Qwen, Gemma 2, Granite and Cohere takes the mask as `prefix_seg_info`;
+* models that use Transformers' attention interface get FlexAttention there;
 * where neither works, Unsloth's forward packs rows without padding and without sharing (`packed_seq_lengths`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from finetune.passes.attention import UnsupportedModel, attention_named, packed_inputs, refuse_options
+from finetune.passes.attention import InterfaceAttention, PackedAttention, packed_inputs, refuse_options
 from finetune.passes.plan import Pass, Segment
 
-NAME = "sandwich_flex"
-# FlexAttention's block. Passes are filled up to a multiple of it before the model runs: filled up in each layer,
+# FlexAttention's block. Passes are padded to a multiple of it before the model runs: with padding in each layer,
 # queries, keys and values would be copied there, and the attention's output kept twice for the backward pass.
-BLOCK = 128
+BLOCK_SIZE = 128
 
 
-def fill_up(tokens: int) -> int:
-    """The multiple of BLOCK that holds so many tokens."""
-    return -(-tokens // BLOCK) * BLOCK
+def padded_length(tokens: int) -> int:
+    """`tokens`, rounded up to a multiple of BLOCK_SIZE."""
+    return -(-tokens // BLOCK_SIZE) * BLOCK_SIZE
 
 
-def reach_of(segments: Sequence[Segment], padded: int) -> np.ndarray:
-    """int32 [padded]: the first token behind those that may see a token. What fills up sees itself and nothing else, so
-    that its numbers stay finite."""
-    reach = np.arange(1, padded + 1, dtype=np.int32)
-    for segment in segments:
-        reach[segment.start : segment.end] = segment.subtree_end
-    return reach
+def visible_until(segments: Sequence[Segment], padded: int) -> np.ndarray:
+    """int32 [padded]: the end of the tokens that may attend to each token.
 
-
-def block_counts(reach: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which blocks of the mask are seen at all, and which wholly: two bool [query blocks, key blocks].
-
-    Key k is seen by the queries k … reach[k] - 1, one run. So its blocks are runs too, and sums over difference arrays
-    count them without ever making the mask of T x T.
+    A padding token is visible to itself only, which keeps its numbers finite.
     """
-    blocks = len(reach) // BLOCK
-    key = np.arange(len(reach))
-    column = key // BLOCK
+    until = np.arange(1, padded + 1, dtype=np.int32)
+    for segment in segments:
+        until[segment.start : segment.end] = segment.subtree_end
+    return until
 
-    def runs(first: np.ndarray, last: np.ndarray) -> np.ndarray:
-        """How many keys of each key block see to it that query blocks first … last - 1 are counted."""
-        marks = np.zeros((blocks + 1, blocks), dtype=np.int64)
-        valid = last > first
-        np.add.at(marks, (first[valid], column[valid]), 1)
-        np.add.at(marks, (last[valid], column[valid]), -1)
-        return marks.cumsum(0)[:-1]
 
-    touched = runs(column, np.where(reach > key, -(-reach // BLOCK), 0))
-    whole = runs(-(-key // BLOCK), reach // BLOCK)
-    full = whole == BLOCK
+def classify_blocks(until: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mask's (partial, full) blocks, each bool [query blocks, key blocks].
+
+    Key k is visible to the consecutive queries k to until[k] - 1, so its query blocks are consecutive too. Cumulative
+    sums over their starts and ends count the keys per block without creating the T x T mask.
+    """
+    blocks = len(until) // BLOCK_SIZE
+    key = np.arange(len(until))
+    key_block = key // BLOCK_SIZE
+
+    def count_keys(first: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """int64 [query blocks, key blocks]: number of keys k whose range [first[k], end[k]) holds the query block."""
+        changes = np.zeros((blocks + 1, blocks), dtype=np.int64)
+        valid = end > first
+        np.add.at(changes, (first[valid], key_block[valid]), 1)
+        np.add.at(changes, (end[valid], key_block[valid]), -1)
+        return changes.cumsum(0)[:-1]
+
+    touched = count_keys(key_block, np.where(until > key, -(-until // BLOCK_SIZE), 0))
+    full = count_keys(-(-key // BLOCK_SIZE), until // BLOCK_SIZE) == BLOCK_SIZE
     return (touched > 0) & ~full, full
 
 
-def block_mask(segments: Sequence[Segment], tokens: int, device: torch.device | str) -> Any:
-    """FlexAttention's BlockMask of a pass of `tokens` tokens, filled up to a multiple of BLOCK."""
-    from torch.nn.attention.flex_attention import BlockMask
+def block_mask(segments: Sequence[Segment], tokens: int, device: torch.device | str) -> BlockMask:
+    """FlexAttention's BlockMask of a pass of `tokens` tokens, padded to a multiple of BLOCK_SIZE."""
+    padded = padded_length(tokens)
+    until = visible_until(segments, padded)
+    until_on_device = torch.from_numpy(until).to(device)
 
-    padded = fill_up(tokens)
-    numbers = reach_of(segments, padded)
-    reach = torch.from_numpy(numbers).to(device)
+    def is_visible(batch, head, query, key):
+        return (key <= query) & (query < until_on_device[key])
 
-    def sees(batch, head, query, key):
-        return (key <= query) & (query < reach[key])
-
-    def ordered(dense: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """[Q, K] bool -> ([1, 1, Q] how many, [1, 1, Q, K] their indices first), as BlockMask stores rows."""
+    def block_rows(dense: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """[Q, K] bool -> ([1, 1, Q] number of blocks, [1, 1, Q, K] their indices first), as BlockMask stores rows."""
         indices = np.argsort(~dense, axis=1, kind="stable").astype(np.int32)
         count = dense.sum(1).astype(np.int32)
         return torch.from_numpy(count).to(device)[None, None], torch.from_numpy(indices).to(device)[None, None]
 
-    partial, full = block_counts(numbers)
+    partial, full = classify_blocks(until)
     return BlockMask.from_kv_blocks(
-        *ordered(partial), *ordered(full), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(padded, padded)
-    )
+        *block_rows(partial), *block_rows(full), BLOCK_SIZE=BLOCK_SIZE, mask_mod=is_visible,
+        seq_lengths=(padded, padded),
+    )  # fmt: skip
 
 
-class _Flex:
+@functools.cache
+def _compiled() -> Callable:
+    # Passes differ in length; without dynamic shapes each length would be compiled again.
+    return torch.compile(flex_attention, dynamic=True)
+
+
+class FlexTree(InterfaceAttention):
     """FlexAttention, compiled on first use; uncompiled on a CPU, where only tests use it."""
 
-    _compiled: Callable | None = None
+    name, label = "sandwich_flex", "FlexAttention"
 
-    def __call__(self, query, key, value, mask, scale):
-        from torch.nn.attention.flex_attention import flex_attention
+    def inputs(self, pass_: Pass, device: torch.device) -> dict[str, Any]:
+        mask = block_mask(pass_.segments, len(pass_.input_ids), device)
+        return {**packed_inputs(pass_, device, BLOCK_SIZE), "tree": mask}
 
-        function = flex_attention
-        if query.device.type != "cpu":
-            if _Flex._compiled is None:
-                # Passes differ in length; without dynamic shapes each length would be compiled anew.
-                _Flex._compiled = torch.compile(flex_attention, dynamic=True)
-            function = _Flex._compiled
-        return function(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    def attend(self, query, key, value, tree, scale):
+        attention: Any = flex_attention if query.device.type == "cpu" else _compiled()
+        return attention(query, key, value, block_mask=tree, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
 
 
-flex = _Flex()
+class UnslothTree(PackedAttention):
+    """Unsloth's own forward on CUDA."""
 
+    label = "Unsloth's shared-prefix kernel"
 
-def _interface(module, query, key, value, attention_mask, scaling=None, dropout=0.0, flex_mask=None, **kwargs):
-    if flex_mask is None:
-        raise UnsupportedModel("its layers do not hand keyword arguments on to the attention function")
-    refuse_options(dropout, kwargs)
-    return flex(query, key, value, flex_mask, scaling).transpose(1, 2), None
+    def inputs(self, pass_: Pass, device: torch.device) -> dict[str, Any]:
+        mask = block_mask(pass_.segments, len(pass_.input_ids), device)
+        return {**packed_inputs(pass_, device, BLOCK_SIZE), "prefix_seg_info": unsloth_segments(mask, device)}
 
-
-class FlexTree:
-    """Through Transformers' attention interface."""
-
-    shares, says = True, "FlexAttention"
-
-    def inputs(self, one: Pass, device: torch.device) -> dict[str, Any]:
-        return {**packed_inputs(one, device, BLOCK), "flex_mask": block_mask(one.segments, len(one.input_ids), device)}
-
-    @contextmanager
-    def inside(self, model: torch.nn.Module) -> Iterator[None]:
-        with attention_named(model, NAME, _interface):
-            yield
-
-
-class UnslothTree:
-    """Through Unsloth's own forward on CUDA."""
-
-    shares, says = True, "Unsloth's shared-prefix kernel"
-
-    def inputs(self, one: Pass, device: torch.device) -> dict[str, Any]:
-
-        mask = block_mask(one.segments, len(one.input_ids), device)
-        return {**packed_inputs(one, device, BLOCK), "prefix_seg_info": unsloth_segments(mask, device)}
-
-    def inside(self, model: torch.nn.Module):
+    def patched(self, model: Any) -> AbstractContextManager[None]:
         config = model.config.get_text_config()
-        # Its kernel knows neither; on the short rows of a trial that would hardly show.
-        refuse_options(0.0, {
-            "sliding_window": getattr(config, "sliding_window", None),
-            "softcap": getattr(config, "attn_logit_softcapping", None),
-        })  # fmt: skip
+        # Its kernel ignores both, and the short rows of the compatibility check would hardly show it.
+        options = {"sliding_window": "sliding_window", "softcap": "attn_logit_softcapping"}
+        refuse_options({option: getattr(config, name, None) for option, name in options.items()})
         return nullcontext()
 
 
-class UnslothPacked:
-    """Packed without padding through Unsloth's own forward; nothing is shared."""
+class UnslothPacked(PackedAttention):
+    """Unsloth's own forward on CUDA: packed without padding, nothing shared."""
 
-    shares, says = False, "Unsloth's packed attention"
+    label, shares_prefixes = "Unsloth's packed attention", False
 
-    def inputs(self, one: Pass, device: torch.device) -> dict[str, Any]:
-        lengths = [segment.end - segment.start for segment in one.segments]
-        lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
-        return {**packed_inputs(one, device), "packed_seq_lengths": lengths}
-
-    def inside(self, model: torch.nn.Module):
-        return nullcontext()
+    def inputs(self, pass_: Pass, device: torch.device) -> dict[str, Any]:
+        lengths = [segment.end - segment.start for segment in pass_.segments]
+        packed_lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+        return {**packed_inputs(pass_, device), "packed_seq_lengths": packed_lengths}
 
 
-def unsloth_segments(block_mask: Any, device: Any) -> Any:
-    """Unsloth's `prefix_seg_info` for a pass of as many tokens as its FlexAttention mask, which is made already.
+def unsloth_segments(mask: BlockMask, device: torch.device) -> Any:
+    """Unsloth's `prefix_seg_info` for a pass with this mask.
 
-    Its kernel looks the mask up by `signature` (unsloth 2026.10.9, utils/prefix_grouper_kernel.py); labels of its own,
-    one prefix and many suffixes, could not say what a deeper tree is, so the mask is put there beforehand.
+    Unsloth's own labels, one prefix and many suffixes, cannot describe a deeper tree. Its kernel looks its mask up by
+    `signature` (unsloth 2026.10.9, utils/prefix_grouper_kernel.py), so this mask is put into that cache.
     """
-    import torch
     from unsloth.utils import prefix_grouper_kernel as kernel
 
-    tokens = block_mask.seq_lengths[0]
-    signature = ("sandwich", id(block_mask))
-    nobody = torch.full((tokens,), -99, dtype=torch.long, device=device)
+    tokens = mask.seq_lengths[0]
+    signature = ("sandwich", id(mask))
+    no_group = torch.full((tokens,), -99, dtype=torch.long, device=device)
     kernel.clear_block_mask_cache()
-    kernel._BLOCK_MASK_CACHE[(signature, str(device))] = block_mask
+    kernel._BLOCK_MASK_CACHE[(signature, str(device))] = mask
     return kernel.PrefixSegInfo(
-        group_of_kv=nobody, is_prefix=torch.zeros(tokens, dtype=torch.bool, device=device), suffix_of_kv=nobody,
+        group_of_kv=no_group, is_prefix=torch.zeros(tokens, dtype=torch.bool, device=device), suffix_of_kv=no_group,
         signature=signature, T=tokens, T_pad=tokens,
     )  # fmt: skip

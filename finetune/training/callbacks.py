@@ -1,10 +1,12 @@
-"""What a run shows and how it is stopped: progress bar, log rows, Ctrl-C."""
+"""Progress and log rows of a run, and stopping it by a signal."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import threading
+from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -15,8 +17,8 @@ from finetune import distributed
 from finetune.runs.run_log import RunLog
 
 log = logging.getLogger("sandwich")
-# What ends a run from outside: a preempted machine, and a terminal that was closed (Windows has no such signal).
-ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+# Signals by which the system ends a run: a preempted machine, a closed terminal (Windows has no SIGHUP).
+TERMINATION_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class LogCallback(TrainerCallback):
@@ -26,7 +28,7 @@ class LogCallback(TrainerCallback):
         self.run_log = run_log
         self.console = console
         self.quiet = quiet
-        self.last: dict[str, Any] = {}
+        self.last_row: dict[str, Any] = {}
         self.progress: Progress | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -37,31 +39,35 @@ class LogCallback(TrainerCallback):
             log.info("step %d of %d", state.global_step, state.max_steps)
             return
         self.progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[news]}"),
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
         )  # fmt: skip
         self.progress.start()
-        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, news="")
+        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, status="")
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.run_log.flush()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.progress is not None:
-            self.progress.update(self.task, completed=state.global_step, news=self._news())
+            self.progress.update(self.task, completed=state.global_step)
+        if state.global_step >= state.max_steps:  # the last step gets a row whatever --logging_steps is
+            control.should_log = True
+        return control
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs or "learning_rate" not in logs:
             return
-        self.last = self.run_log.log_row(
+        self.last_row = self.run_log.log_row(
             step=state.global_step, epoch=state.epoch, learning_rate=logs["learning_rate"], grad_norm=logs["grad_norm"]
         )
+        status = f"loss {self.last_row['loss']:.4f}  {self.last_row['tokens_per_second']:,.0f} tokens/s"
         if self.progress is not None:
-            self.progress.update(self.task, news=self._news())
+            self.progress.update(self.task, status=status)
         elif not self.quiet:
             done = state.global_step
-            seconds = self.run_log.counters.seconds / max(done, 1) * (state.max_steps - done)
-            log.info("step %d of %d  %s  %s left", done, state.max_steps, self._news(), format_seconds(seconds))
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.run_log.flush()
+            left = timedelta(seconds=round(self.run_log.counters.seconds / max(done, 1) * (state.max_steps - done)))
+            log.info("step %d of %d  %s  %s left", done, state.max_steps, status, left)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.run_log.flush()
@@ -72,83 +78,54 @@ class LogCallback(TrainerCallback):
             self.progress.stop()
             self.progress = None
 
-    def _news(self) -> str:
-        if not self.last:
-            return ""
-        return f"loss {self.last['loss']:.4f}  {self.last['tokens_per_second']:,.0f} tokens/s"
-
-
-class LastStepCallback(TrainerCallback):
-    """Evaluates (and, where the best checkpoint is wanted, saves) after the very last step, wherever it falls."""
-
-    def __init__(self, *, evaluate: bool, save: bool):
-        self.evaluate, self.save = evaluate, save
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-            control.should_evaluate |= self.evaluate
-            control.should_save |= self.save
-        return control
-
 
 class StopCallback(TrainerCallback):
-    """The first Ctrl-C (or another signal to end, see ENDING) ends the run after the step at hand, with a checkpoint.
+    """The first Ctrl-C or termination signal ends the run after the current step, with a checkpoint.
 
-    Stopping between steps is what makes the resume exact. A second Ctrl-C stops at once. What comes after the last
-    step is short and is finished: without it the run would have been for nothing. In a data-parallel run all
-    ranks have to stop after the same step, so a request counts when the trainer says that all have heard of it.
+    Stopping between steps makes the resume exact. A second Ctrl-C stops at once. Once the last step is done, the rest
+    of the run is finished. In a data-parallel run all ranks have to stop after the same step, so a request only
+    counts when the trainer confirms that all ranks know of it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.requested: str | None = None
-        self.trained = False
-        self.agreed = distributed.size() == 1
-        self._before: dict[int, Any] = {}
+        self.is_trained = False
+        self.is_confirmed = distributed.size() == 1
+        self._former_handlers: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGINT, *ENDING):
+        for number in (signal.SIGINT, *TERMINATION_SIGNALS):
             if signal.getsignal(number) == signal.SIG_IGN and number != signal.SIGINT:  # nohup
                 continue
-            self._before[number] = signal.signal(number, self._handle)
+            self._former_handlers[number] = signal.signal(number, self._handle)
 
-    def _handle(self, number, frame):
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            if (
-                distributed.size() > 1
-            ):  # torchrun passes a Ctrl-C on as SIGTERM, and ends us itself when we take too long
+            if distributed.size() > 1:  # torchrun forwards a Ctrl-C as SIGTERM and kills ranks that take too long
                 return
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
-        rest = "saving the adapter" if self.trained else "finishing this step, then saving a checkpoint"
+        rest = "saving the adapter" if self.is_trained else "finishing this step, then saving a checkpoint"
         log.warning("%s: %s (again to stop at once)", self.requested, rest)
 
-    def agree(self) -> None:
+    def confirm(self) -> None:
         """All ranks know that one of them was asked to stop."""
         self.requested = self.requested or "another process"
-        self.agreed = True
+        self.is_confirmed = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.requested and self.agreed:
+        if self.requested and self.is_confirmed:
             control.should_save = True
             control.should_training_stop = True
         return control
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.trained = True
+        self.is_trained = True
 
-    def restore(self) -> None:
-        """Give the signals back to their former handlers."""
-        if distributed.size() > 1:  # a launcher's SIGTERM must not cut short what is still to be written
-            return
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-
-def format_seconds(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    def restore_handlers(self) -> None:
+        """Restore the signals' former handlers."""
+        if distributed.size() == 1:  # a launcher's SIGTERM must not interrupt what is still to be written
+            for number, handler in self._former_handlers.items():
+                signal.signal(number, handler)

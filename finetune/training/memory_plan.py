@@ -12,7 +12,7 @@ import numpy as np
 from finetune.memory.estimate import Workload, is_known_optimizer, optimizer_bytes
 from finetune.memory.plan import MemoryPlan, largest_fitting
 from finetune.memory.sizes import Sizes
-from finetune.passes.plan import ENOUGH_ON_CPU, PaddedPass, Pass, Row, make_row, plan_passes
+from finetune.passes.plan import CPU_TARGET_TOKENS, PaddedPass, Pass, Row, make_row, plan_passes
 from finetune.settings import Settings
 from finetune.training.order import steps_of_epoch
 
@@ -123,8 +123,8 @@ def with_rows(
 
     planner: cuts the rows of a step into passes (None: packed passes as the flags say).
     """
-    enough = ENOUGH_ON_CPU if workload.device == "cpu" else None
-    planner = planner or (lambda rows: plan_passes(rows, tokens_per_pass, settings.share_prefix, enough=enough))
+    enough = CPU_TARGET_TOKENS if workload.device == "cpu" else None
+    planner = planner or (lambda rows: plan_passes(rows, tokens_per_pass, settings.share_prefix, target_tokens=enough))
     rng = np.random.default_rng([settings.seed, 0])  # the trainer's generator for the first epoch
     steps = steps_of_epoch(len(sequences), settings.batch_size * settings.grad_accum, rng, groups)
     tokens = trained = check = 0

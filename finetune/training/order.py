@@ -1,44 +1,50 @@
-"""The order of the rows of an epoch, as the steps they make: one shuffle, or rows with the same tools together."""
+"""The order of an epoch's rows and the steps they form: one shuffle, or rows with the same tools together."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 
 def tool_sets(conversations: Sequence[dict[str, Any]], rows: Sequence[int]) -> np.ndarray:
-    """int64 [len(rows)]: a number per set of tools; equal numbers where conversations[rows[i]] carry equal tools."""
+    """int64 [len(rows)]: equal numbers where conversations[rows[i]] have equal tools."""
     numbers: dict[bytes, int] = {}
-    of_conversation: dict[int, int] = {}
-    for row in rows:
-        row = int(row)
-        if row not in of_conversation:
+    number_of: dict[int, int] = {}
+    for row in map(int, rows):
+        if row not in number_of:
             text = json.dumps(conversations[row].get("tools") or [], sort_keys=True)
             key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-            of_conversation[row] = numbers.setdefault(key, len(numbers))
-    return np.array([of_conversation[int(row)] for row in rows], dtype=np.int64)
+            number_of[row] = numbers.setdefault(key, len(numbers))
+    return np.array([number_of[int(row)] for row in rows], dtype=np.int64)
 
 
-def steps_of_epoch(rows: int, step_rows: int, rng: np.random.Generator, groups: np.ndarray | None = None) -> list[list]:
-    """All rows of an epoch, each exactly once, in ceil(rows / step_rows) steps; only the last may be short.
+def steps_of_epoch(
+    rows: int, step_rows: int, rng: np.random.Generator, groups: np.ndarray | None = None
+) -> list[list[int]]:
+    """Every row of an epoch exactly once, in ceil(rows / step_rows) steps; only the last may have fewer rows.
 
-    groups: int64 [rows]; rows of one group come into as few steps as possible, shuffled within their group, the groups
-    and the steps shuffled too. None: one shuffle of everything.
+    groups: int64 [rows]; the rows of a group are distributed over as few steps as possible and shuffled within it, then
+    the steps are shuffled. None: one shuffle of all rows.
     """
-    order = rng.permutation(rows)
+
+    def chunks_of(items: list[int]) -> list[list[int]]:
+        return [items[start : start + step_rows] for start in range(0, len(items), step_rows)]
+
+    order = rng.permutation(rows).tolist()
     if groups is None:
-        order = order.tolist()
-        return [order[start : start + step_rows] for start in range(0, rows, step_rows)]
+        return chunks_of(order)
     members: dict[int, list[int]] = {}
-    for row in order.tolist():
+    for row in order:
         members.setdefault(int(groups[row]), []).append(row)
-    chunks = [m[start : start + step_rows] for m in members.values() for start in range(0, len(m), step_rows)]
-    # First fit, largest first: few groups are cut. Chunks of one size stay in shuffled order, so that other groups meet
-    # in each epoch. by_room[r] holds the steps that have room for r more rows.
+    chunks = [chunk for group in members.values() for chunk in chunks_of(group)]
+    # First fit, largest first: few groups are split. Chunks of equal size stay in shuffled order, so that each epoch
+    # combines other groups. by_room[r] holds the steps that have room for r more rows.
     chunks.sort(key=len, reverse=True)
     by_room: list[list[list[int]]] = [[] for _ in range(step_rows + 1)]
     for chunk in chunks:
@@ -46,9 +52,34 @@ def steps_of_epoch(rows: int, step_rows: int, rng: np.random.Generator, groups: 
         step = by_room[room].pop() if room is not None else []
         step.extend(chunk)
         by_room[step_rows - len(step)].append(step)
-    full = by_room[0]
-    rest = [row for room in by_room[1:] for step in room for row in step]
-    full += [rest[start : start + step_rows] for start in range(0, len(rest), step_rows)]
-    short = full.pop() if len(full[-1]) < step_rows else None
-    steps = [full[i] for i in rng.permutation(len(full))]
-    return steps if short is None else [*steps, short]
+    steps = by_room[0] + chunks_of([row for room in by_room[1:] for step in room for row in step])
+    short = [steps.pop()] if len(steps[-1]) < step_rows else []
+    return [steps[i] for i in rng.permutation(len(steps))] + short
+
+
+@dataclass(eq=False)
+class StepSampler:
+    """Row numbers of each optimizer step; the order depends on (seed, epoch) only, so a resumed run repeats it.
+
+    In a data-parallel run every rank takes its slice of the same steps, so the number of ranks does not change a step's
+    rows; a rank's slice of a short last step may be empty. groups: as in `steps_of_epoch`.
+    """
+
+    rows: int
+    step_rows: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    groups: np.ndarray | None = None
+    epoch: int = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.rows / self.step_rows)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        for step in steps_of_epoch(self.rows, self.step_rows, rng, self.groups):
+            yield step[self.rank :: self.world_size]

@@ -77,7 +77,7 @@ def print_run_table(
         add("LoRA", f"{lora}; {trainable:,} of {total:,} parameters trained ({share(trainable, total)})")
         processes = f", {distributed.size()} processes" if distributed.size() > 1 else ""
         add("device", f"{config['device']}, base weights {dtype_label(config)}{processes}")
-        add("passes", f"{trainer.runner.why}; up to {trainer.runner.tokens_per_pass:,} tokens each")
+        add("passes", f"{trainer.runner.reason}; up to {trainer.runner.tokens_per_pass:,} tokens each")
         add("memory", memory_line(config["memory"]))
         Console(stderr=True).print(table)
         return

@@ -1,8 +1,8 @@
-"""The ways of training that throughput.py compares; each runs in a process of its own and writes what it measured.
+"""The trainers that throughput.py compares; each runs in a process of its own and writes its measurements.
 
-All take the same rows in the same steps: `stock`, `packed` and `plain` in micro-batches of `batch_size` rows, `ours`
-as it likes. Same LoRA, same type, same optimizer. Gradient checkpointing is on where Unsloth and TRL turn it on by
-default (`stock`, `packed`), off in `stock_fast`, and by `--checkpointing` in the others; each result says what it was.
+All train the same rows in the same steps: `stock`, `packed` and `plain` in micro-batches of `batch_size` rows, `ours`
+in its own passes. Same LoRA, dtype and optimizer. Gradient checkpointing is on where Unsloth and TRL turn it on by
+default (`stock`, `packed`), off in `stock_fast`, and set by `--checkpointing` in the others; each result records it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 from benchmarks.throughput_parts import rows as throughput_rows
 from formats import IGNORE_INDEX
 
-WAYS = {
-    "stock": "Unsloth's trainer as it comes (checkpointing), padded batches",
+TRAINERS = {
+    "stock": "Unsloth's trainer with defaults (checkpointing), padded batches",
     "stock_fast": "Unsloth's trainer without checkpointing, padded batches",
-    "packed": "Unsloth's trainer as it comes (checkpointing), packed batches",
+    "packed": "Unsloth's trainer with defaults (checkpointing), packed batches",
     "plain": "Transformers + PEFT, padded batches",
     "unshared": "ours, --no-share_prefix",
     "ours": "ours",
@@ -31,16 +31,16 @@ WAYS = {
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def run_way(way: str, task: Namespace) -> dict[str, Any]:
-    """Train `task.steps_file` one way; the result as throughput.py's table wants it."""
+def measure(trainer: str, task: Namespace) -> dict[str, Any]:
+    """Train `task.steps_file` with one trainer; returns its row of throughput.py's table."""
     steps = throughput_rows.load(Path(task.steps_file))
-    # A short step first: threads, allocator, optimizer state and our comparison of the first step are not the steady
-    # cost of a step. On a GPU kernels are compiled and tuned by shape, so there whole steps warm up too.
+    # A short step first: threads, allocator, optimizer state and our check of the first step are not part of a step's
+    # usual cost. On a GPU kernels are compiled and tuned by shape, so complete steps (--warmup) are needed too.
     warm = [[(ids[:64], ids[:64]) for ids, _ in steps[0]], *steps[: task.warmup]]
     meter = make_meter(len(warm))
-    train = {"plain": plain, "stock": stock, "stock_fast": stock, "packed": packed}.get(way, ours)
+    train = {"plain": plain, "stock": stock, "stock_fast": stock, "packed": packed}.get(trainer, ours)
     with tempfile.TemporaryDirectory() as folder:
-        notes = train(way, [*warm, *steps], task, meter, folder)
+        notes = train(trainer, [*warm, *steps], task, meter, folder)
     import torch
 
     from finetune.runs.run_log import peak_memory_gb
@@ -67,7 +67,7 @@ def run_way(way: str, task: Namespace) -> dict[str, Any]:
 
 
 def make_meter(skipped: int):
-    """A Trainer callback: wall and processor time of each step, and its loss."""
+    """A Trainer callback that records wall time, CPU time and loss of each step."""
     from transformers import TrainerCallback
 
     class Meter(TrainerCallback):
@@ -91,11 +91,11 @@ def make_meter(skipped: int):
             self.checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
             if len(self.steps) == skipped and torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            self.began = self.now()
+            self.started = self.now()
 
         def on_step_end(self, args, state, control, **kwargs):
             wall, cpu = self.now()
-            self.steps.append({"seconds": wall - self.began[0], "cpu_seconds": cpu - self.began[1]})
+            self.steps.append({"seconds": wall - self.started[0], "cpu_seconds": cpu - self.started[1]})
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if logs and "loss" in logs and "grad_norm" in logs:
@@ -104,7 +104,7 @@ def make_meter(skipped: int):
     return Meter()
 
 
-def arguments(task: Namespace, folder: str, steps: int, **more: Any) -> dict[str, Any]:
+def trainer_options(task: Namespace, folder: str, steps: int, **more: Any) -> dict[str, Any]:
     return {
         "output_dir": folder, "max_steps": steps, "learning_rate": 2e-4, "lr_scheduler_type": "constant",
         "optim": task.optim, "weight_decay": 0.01, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
@@ -122,7 +122,7 @@ def columns(rows) -> dict[str, list]:
 
 
 def in_order(trainer_class: type) -> type:
-    """The trainer, reading its rows in the order given."""
+    """The trainer, with its rows in the given order."""
 
     class InOrder(trainer_class):
         def _get_train_sampler(self, *args, **kwargs):
@@ -133,7 +133,7 @@ def in_order(trainer_class: type) -> type:
     return InOrder
 
 
-def plain(way, steps, task, meter, folder) -> dict[str, Any]:
+def plain(name, steps, task, meter, folder) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
@@ -160,7 +160,7 @@ def plain(way, steps, task, meter, folder) -> dict[str, Any]:
     model = get_peft_model(model, config)
     trainer = in_order(Trainer)(
         model=model,
-        args=TrainingArguments(**arguments(
+        args=TrainingArguments(**trainer_options(
             task, folder, len(steps), per_device_train_batch_size=task.batch_size,
             gradient_accumulation_steps=task.grad_accum, gradient_checkpointing=task.checkpointing,
         )),
@@ -189,8 +189,8 @@ def unsloth_model(task: Namespace, checkpointing: bool):
     return model, tokenizer
 
 
-def stock(way, steps, task, meter, folder) -> dict[str, Any]:
-    checkpointing = way != "stock_fast"
+def stock(name, steps, task, meter, folder) -> dict[str, Any]:
+    checkpointing = name != "stock_fast"
     model, tokenizer = unsloth_model(task, checkpointing)
     from datasets import Dataset
     from transformers import DataCollatorForSeq2Seq
@@ -199,7 +199,7 @@ def stock(way, steps, task, meter, folder) -> dict[str, Any]:
     trainer = in_order(SFTTrainer)(
         model=model,
         processing_class=tokenizer,
-        args=SFTConfig(**arguments(
+        args=SFTConfig(**trainer_options(
             task, folder, len(steps), per_device_train_batch_size=task.batch_size, max_length=task.max_seq_length,
             gradient_accumulation_steps=task.grad_accum, padding_free=False, gradient_checkpointing=checkpointing,
             dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
@@ -212,17 +212,17 @@ def stock(way, steps, task, meter, folder) -> dict[str, Any]:
     return {}
 
 
-def packed(way, steps, task, meter, folder) -> dict[str, Any]:
-    """Unsloth's sample packing; a pack is a micro-batch, so that a step has the same rows as in the other ways."""
-    said: list[str] = []
+def packed(name, steps, task, meter, folder) -> dict[str, Any]:
+    """Unsloth's sample packing; a pack is a micro-batch, so that a step has the same rows as in the other trainers."""
+    messages: list[str] = []
 
-    class Listen(logging.Handler):
+    class PackingMessages(logging.Handler):
         def emit(self, record):
             if "pack" in (text := record.getMessage()).lower():
-                said.append(text.splitlines()[0])
+                messages.append(text.splitlines()[0])
 
     for name in ("unsloth", "unsloth.trainer", "trl", "trl.trainer.sft_trainer"):
-        logging.getLogger(name).addHandler(Listen())
+        logging.getLogger(name).addHandler(PackingMessages())
     model, tokenizer = unsloth_model(task, checkpointing=True)
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -232,13 +232,13 @@ def packed(way, steps, task, meter, folder) -> dict[str, Any]:
         for start in range(0, len(step), task.batch_size):
             rows = step[start : start + task.batch_size]
             packs["input_ids"].append([token for ids, _ in rows for token in ids])
-            # The first token of a row is no target: it would be predicted from the row before.
+            # The first token of a row is not a target: it would be predicted from the previous row.
             packs["labels"].append([label for _, labels in rows for label in [IGNORE_INDEX, *labels[1:]]])
             packs["seq_lengths"].append([len(ids) for ids, _ in rows])
     trainer = in_order(SFTTrainer)(
         model=model,
         processing_class=tokenizer,
-        args=SFTConfig(**arguments(
+        args=SFTConfig(**trainer_options(
             task, folder, len(steps), per_device_train_batch_size=1, gradient_accumulation_steps=task.grad_accum,
             packing=True, gradient_checkpointing=True, max_length=max(map(len, packs["input_ids"])),
             dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
@@ -246,14 +246,14 @@ def packed(way, steps, task, meter, folder) -> dict[str, Any]:
         train_dataset=Dataset.from_dict(packs),
         callbacks=[meter],
     )  # fmt: skip
-    ignored = [text for text in said if "ignored" in text or "not supported" in text]
+    ignored = [text for text in messages if "ignored" in text or "not supported" in text]
     if not trainer.args.packing or ignored:
-        raise RuntimeError("packing does not work here: " + ("; ".join(ignored or said) or "Unsloth turned it off"))
+        raise RuntimeError("packing does not work here: " + ("; ".join(ignored or messages) or "Unsloth disabled it"))
     trainer.train()
-    return {"said": said}
+    return {"said": messages}
 
 
-def ours(way, steps, task, meter, folder) -> dict[str, Any]:
+def ours(name, steps, task, meter, folder) -> dict[str, Any]:
     from rich.console import Console
 
     from finetune import settings as flags
@@ -263,14 +263,16 @@ def ours(way, steps, task, meter, folder) -> dict[str, Any]:
     from finetune.runs.experiment import Experiment
     from finetune.training.run import make_trainer
 
-    words = ["--model", task.model, "--dtype", task.dtype, "--max_seq_length", str(task.max_seq_length), "--seed", "0",
-             "--batch_size", str(task.batch_size), "--grad_accum", str(task.grad_accum), "--max_steps", str(len(steps)),
-             "--scheduler", "constant", "--warmup_steps", "0", "--optim", task.optim, "--save_steps", "0",
-             "--max_grad_norm", "1.0"]  # fmt: skip
-    words += ["--load_in_4bit" if task.load_in_4bit else "--no-load_in_4bit"]
-    words += ["--gradient_checkpointing" if task.checkpointing else "--no-gradient_checkpointing"]
-    words += ["--no-share_prefix"] if way == "unshared" else []
-    settings = flags.parse([*words, *task.our_flags])
+    arguments = [
+        "--model", task.model, "--dtype", task.dtype, "--max_seq_length", str(task.max_seq_length), "--seed", "0",
+        "--batch_size", str(task.batch_size), "--grad_accum", str(task.grad_accum), "--max_steps", str(len(steps)),
+        "--scheduler", "constant", "--warmup_steps", "0", "--optim", task.optim, "--save_steps", "0",
+        "--max_grad_norm", "1.0",
+    ]  # fmt: skip
+    arguments += ["--load_in_4bit" if task.load_in_4bit else "--no-load_in_4bit"]
+    arguments += ["--gradient_checkpointing" if task.checkpointing else "--no-gradient_checkpointing"]
+    arguments += ["--no-share_prefix"] if name == "unshared" else []
+    settings = flags.parse([*arguments, *task.our_flags])
     loaded = load_base(task.model, dtype=task.dtype, load_in_4bit=task.load_in_4bit, max_seq_length=task.max_seq_length)
     model = add_lora(
         loaded.model, rank=16, alpha=32, dropout=0.0, target_modules=TARGETS, use_rslora=False,
@@ -289,7 +291,7 @@ def ours(way, steps, task, meter, folder) -> dict[str, Any]:
     trainer.train()
     plans = [trainer.runner.plan([make_row(*row) for row in step]) for step in steps[-task.steps :]]
     return {
-        "path": trainer.runner.why,
+        "path": trainer.runner.reason,
         "tokens_per_pass": trainer.runner.tokens_per_pass,
         "computed_tokens_per_step": sum(one.input_ids.size for plan in plans for one in plan) / len(plans),
         "passes_per_step": sum(map(len, plans)) / len(plans),
@@ -316,14 +318,14 @@ def _steps_in_order(trainer, sizes: list[int]):
 
 
 def child(task_file: str) -> None:
-    """Entry point of the process of one way: reads its task, writes `<task>.result`."""
+    """Entry point of a trainer's process: reads its task, writes `<task>.result`."""
     task = Namespace(**json.loads(Path(task_file).read_text(encoding="utf-8")))
     import torch
 
     torch.set_num_threads(task.threads)
     try:
-        result = run_way(task.way, task)
-    except Exception as error:  # a way that cannot run is a result too, and its reason belongs into the table
+        result = measure(task.way, task)
+    except Exception as error:  # a trainer that cannot run is a result too: its reason is shown in the table
         import traceback
 
         traceback.print_exc()
