@@ -14,7 +14,7 @@ from benchmarks import side_by_side
 from finetune.errors import UserError
 from finetune.runs.run_log import COLUMNS
 from finetune.sweep import grid
-from tests.fake_nvml import FakeCard, FakeNvml
+from tests.fake_nvml import FakeGpu, FakeNvml
 
 STUB = Path(__file__).with_name("sweep_stub.py")
 
@@ -57,8 +57,8 @@ def test_first_visible_gpu(visible, left, number):
 
 def test_peak_gpu_memory(monkeypatch):
     """Of the second GPU; one reading fails."""
-    other = FakeCard(readings=[9 * 10**9])
-    card = FakeCard(readings=[10**9, 3 * 10**9, None, 2 * 10**9])
+    other = FakeGpu(readings=[9 * 10**9])
+    card = FakeGpu(readings=[10**9, 3 * 10**9, None, 2 * 10**9])
     nvml = FakeNvml(other, card)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(side_by_side, "SECONDS_BETWEEN_READINGS", 0.0)
