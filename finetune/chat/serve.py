@@ -25,7 +25,7 @@ try:
     from fastapi.responses import JSONResponse, StreamingResponse
     from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, model_validator
 except ImportError as missing:
-    raise UserError(f"--serve needs {missing.name}; run: pip install -r requirements_optional.txt") from missing
+    raise UserError(f"--serve needs {missing.name}; run: pip install -r requirements/optional.txt") from missing
 
 if TYPE_CHECKING:
     from finetune.generation.generate import Decoding

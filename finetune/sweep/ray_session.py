@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HANGUP = {signal.SIGHUP} if hasattr(signal, "SIGHUP") else set()  # a closed terminal; Windows has no such signal
 OBJECT_STORE_BYTES = 256 << 20  # chunks of files pass through it, never complete models
 CODE = {"finetune", "formats", "train_lora.py"}  # what a node needs of this checkout
-NO_RAY = "a sweep needs Ray; run: pip install -r requirements_optional.txt, or: pip install ray==2.60.0"
+NO_RAY = "a sweep needs Ray; run: pip install -r requirements/optional.txt, or: pip install ray==2.60.0"
 
 
 @dataclass(frozen=True)
