@@ -236,7 +236,7 @@ def _measured(core: Core, one: str, start: int, pair: str) -> _Found | None:
 
 
 def _tagged(one: str, pair: str, turns: Turns, ends: tuple[str, ...]) -> _Found | None:
-    name = one.rfind(NAMES[0], 0, one.find(KEYS[0]))  # the name may stand twice
+    name = one.rfind(NAMES[0], 0, one.find(KEYS[0]))  # the name may occur twice
     words = (NAMES[0], KEYS[0], VALUES[0], KEYS[1], VALUES[1])
     parts = re.fullmatch("(.*?)".join(map(re.escape, words)) + "(.*)", one[max(0, name) :], re.DOTALL)
     if name < 0 or not parts:

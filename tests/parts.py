@@ -147,7 +147,7 @@ def mistral_dir(version: str) -> Path:
 
 
 def smollm2_dir() -> Path:
-    """SmolLM2's tokenizer, mended, without the model's weights; its own template."""
+    """SmolLM2's tokenizer, corrected, without the model's weights; its own template."""
 
     def convert(target: Path) -> None:
         from transformers import AutoTokenizer
@@ -193,7 +193,7 @@ def _state(tokenizer) -> tuple:
 
 
 def changed_tokenizers() -> list[str]:
-    """Names of shared tokenizers that are not as they were loaded; they are loaded anew when asked for again."""
+    """Names of shared tokenizers that are not as they were loaded; they are loaded again at their next use."""
     changed = [name for name, (made, state) in _SHARED.items() if _state(made) != state]
     if changed:
         tokenizer.cache_clear()
