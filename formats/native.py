@@ -139,7 +139,10 @@ def _reader(turns: Turns, ends: tuple[str, ...]) -> Format | None:
 
 def _read_back(fmt: Format, written: list[tuple[str, dict[str, Any]]], ends: tuple[str, ...]) -> int:
     """How many of the turns `fmt` reads back; 0 when it reads not even one with a single call of texts."""
-    read = [fmt.read_calls(cut(text, ends), PROBE_TOOLS) for text, _ in written]
+    reader = fmt.read_calls
+    if reader is None:
+        return 0
+    read = [reader(cut(text, ends), PROBE_TOOLS) for text, _ in written]
     right = [
         parsed.tool_calls == probe["calls"] and parsed.content == probe["content"]
         for parsed, (_, probe) in zip(read, written, strict=True)
