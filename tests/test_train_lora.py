@@ -349,7 +349,7 @@ def test_pickled_weights_are_not_loaded(rows, tiny_model, tmp_path):
     torch.save(safetensors_torch.load_file(model / "model.safetensors"), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
     result = run("--model", model, "--dataset", rows, "--format", "chatml", "--experiments_dir", tmp_path / "e")
-    refused(result, "no weights as safetensors")
+    refused(result, "no weights in safetensors format")
     assert not list((tmp_path / "e").glob("*"))
 
 
@@ -419,8 +419,8 @@ def test_data_without_trained_rows_is_refused(tmp_path):
         (("--model", "smollm2-135m", "--format", "llama3"), "llama3"),
         (("--model", "smollm2-135m", "--format", "no-such-format"), "no-such-format"),
         (("--model", "smollm2-135m", "--format", "chatml", "--target_modules", "qqq_proj"), "qqq_proj"),
-        (("--model", "smollm2-135m", "--format", "chatml", "--target_modules", "mlp"), "mlp holds no matrix to adapt"),
-        (("--model", "smollm2-135m", "--format", "chatml", "--target_modules", "lm_head"), "only beside an adapter"),
+        (("--model", "smollm2-135m", "--format", "chatml", "--target_modules", "mlp"), "mlp has no matrix to adapt"),
+        (("--model", "smollm2-135m", "--format", "chatml", "--target_modules", "lm_head"), "only next to an adapter"),
         (("--model", "smollm2-135m", "--target_modules", "all-linear", "lm_head"), "all-linear cannot be combined"),
         (("--model", "smollm2-135m", "--format", "chatml", "--last_layers", "500"), "the model has 30 decoder layers"),
         (("--model", "smollm2-135m", "--format", "chatml", "--rank", "1000000000"), "the widest layer has 1,536"),

@@ -64,7 +64,7 @@ def check_adapter(model: Any, target_modules: list[str], last_layers: int | None
     """UserError when a model, with weights or on the meta device, has no such target modules or too few layers."""
     count = model.config.get_text_config().num_hidden_layers
     if last_layers is not None and last_layers > count:
-        raise UserError(f"--last_layers {last_layers}: must be <= {count}, the model's number of decoder layers")
+        raise UserError(f"--last_layers {last_layers}: must be <= {count} (the model has {count} decoder layers)")
     if target_modules == ["all-linear"]:
         return
     adaptable: dict[str, bool] = {}
