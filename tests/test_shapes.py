@@ -251,6 +251,8 @@ def test_responses_items():
     assert answers(row) == [("", [("dim", {}), ("dim", {"pct": 1})]), ("Done", [])]
     assert roles(row) == ["system", "user", "assistant", "tool", "tool", "assistant"]
     assert normalize_row(row)["messages"][2]["reasoning_content"] == "Two lamps."
+    text = {"instructions": "Brief.", "input": "Dim", "output": row["input"][6:]}
+    assert roles(text) == ["system", "user", "assistant"]
     with pytest.raises(RowError, match="item 8: has the type web_search_call"):
         normalize_row(row | {"input": [*row["input"], {"type": "web_search_call"}]})
 
@@ -358,6 +360,9 @@ def test_function_chat_dialog_repeats_its_turns():
         {"query": [user("q"), says("a"), user("r")], "ground_truth": says("b")},
     ]
     assert answers({"turns": turns}) == [("a", []), ("b", [])]
+    for turn, arguments in ((turns[0]["ground_truth"], '{"a": 1}'), (turns[1]["query"][1], '{"a":1}')):
+        turn["tool_calls"] = [{"id": arguments, "function": {"name": "f", "arguments": arguments}}]
+    assert answers({"turns": turns})[0] == ("a", [("f", {"a": 1})])
     turns[1]["query"][1] = says("other")
     with pytest.raises(RowError, match="turn 2"):
         normalize_row({"turns": turns})
@@ -388,7 +393,7 @@ def test_glaive_without_line_breaks():
         ({"role": "user", "content": "q"}, "it is one message"),
         ({"gespraech": [user("q"), says("a")]}, "--map gespraech=messages"),
         ({"log": {"steps": [user("q"), says("a")]}}, "log holds some under steps"),
-        ({"ask me": "what is it", "reply": "it is this"}, "--map ask me=prompt --map reply=completion"),
+        ({"ask me": "what is it", "reply": "it is this"}, "--map 'ask me=prompt' --map reply=completion"),
     ],
 )
 def test_rows_without_a_shape_name_the_remedy(row, reason):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetune.reading.columns import decoded
 from finetune.reading.row_files import RowError, json_type
 
 
@@ -67,8 +68,15 @@ def _essence(message: Any) -> Any:
     role, content = (next((message[k] for k in keys if message.get(k)), "") for keys in (("role", "from"), _TEXTS))
     role = {"human": "user", "gpt": "assistant"}.get(role, role) if isinstance(role, str) else role
     calls = message.get("tool_calls") if isinstance(message.get("tool_calls"), list) else []
-    functions = [call.get("function", call) if isinstance(call, dict) else call for call in calls]
-    return role, content.strip() if isinstance(content, str) else content, functions
+    return role, content.strip() if isinstance(content, str) else content, list(map(_call_essence, calls))
+
+
+def _call_essence(call: Any) -> Any:
+    """(name, arguments) of a call, arguments decoded."""
+    function = call["function"] if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
+    if not isinstance(function, dict):
+        return function
+    return function.get("name"), decoded(function.get("arguments"))
 
 
 _TEXTS = ("content", "value")

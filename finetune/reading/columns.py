@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
@@ -30,6 +31,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
             "user",
             "질문",
             "질의",
+            "지시문",
             "지시",
             "问题",
             "問題",
@@ -66,7 +68,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     ),
     "answers": ("answers",),
     "correct_answer": ("correct_answer",),
-    "ground_truth": ("ground_truth",),
+    "ground_truth": ("ground_truth", "ground_truths"),
     "tool": ("tool_used", "selected_tool", "tool_name", "tool"),
     "parameters": ("parameters", "arguments", "tool_parameters"),
     "reasoning": ("reasoning",),
@@ -137,7 +139,8 @@ def _is_usable(raw: dict[str, Any], column: str, name: str) -> bool:
     if name == "tools" and key == "function":  # tools in BFCL, but a name or a flag in many other sets
         return isinstance(value, list)
     if name == "system" and key == "instructions":  # OpenAI's Responses; elsewhere the request
-        return any(column_key(other) == "input" and is_message_list(raw[other]) for other in raw)
+        by_key = {column_key(other): inner for other, inner in raw.items()}
+        return is_message_list(by_key.get("input")) or ("input" in by_key and is_message_list(by_key.get("output")))
     if name == "prompt" and key == "user":  # often the id of a user
         return isinstance(value, str) and any(column_key(other) == "assistant" for other in raw)
     return True
@@ -181,7 +184,7 @@ def no_shape(raw: dict[str, Any]) -> RowError:
         if is_message_list(value):
             return RowError(
                 f"has no messages under a known name (its columns: {columns}); {column} looks like the "
-                f"conversation, try prepare_data.py --map {column}=messages"
+                f"conversation, try prepare_data.py --map {shlex.quote(f'{column}=messages')}"
             )
         for key, inner in value.items() if isinstance(value, dict) else ():
             if is_message_list(inner):
@@ -199,6 +202,6 @@ def no_shape(raw: dict[str, Any]) -> RowError:
     if prompt is not None and answer is not None:
         return RowError(
             f"has no messages (its columns: {columns}); {known}; if {prompt} asks and {answer} answers, try "
-            f"prepare_data.py --map {prompt}=prompt --map {answer}=completion"
+            f"prepare_data.py --map {shlex.quote(f'{prompt}=prompt')} --map {shlex.quote(f'{answer}=completion')}"
         )
     return RowError(f"has no messages (its columns: {columns}); {known}, or name the columns with --map COLUMN=FIELD")

@@ -34,7 +34,7 @@ def bracket_tools(text: str) -> tuple[str, list[Any]] | None:
         tools, end = STRICT.raw_decode(text, match.end())
     except (ValueError, RecursionError) as error:
         raise RowError(f"the list of functions in the system text is not valid JSON ({error})") from error
-    rest = text[: match.start()], text[end:]
+    rest = text[: match.start()], text[end:].lstrip(" .")
     return "\n".join(part for part in (_EXPLANATIONS.sub("", side).strip() for side in rest) if part), tools
 
 
