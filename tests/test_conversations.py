@@ -18,6 +18,7 @@ from finetune.reading.conversations import RowError, load_conversations, normali
 from finetune.reading.row_files import Unreadable
 from finetune.reading.shapes import FIELDS, SHAPES, describe, parse_map
 from tests.rows import LAMP, WRAPPED, calls, chat, last_message
+from tests.shape_rows import docs_table
 
 ROOT = Path(__file__).resolve().parent.parent
 DEEP = json.loads("[" * 900 + "]" * 900)
@@ -25,8 +26,7 @@ DEEP = json.loads("[" * 900 + "]" * 900)
 
 def test_docs_list_each_shape_and_field():
     docs = (ROOT / "docs/data.md").read_text(encoding="utf-8")
-    table = "".join(f"| {shape.name} | {shape.columns} |\n" for shape in SHAPES)
-    assert f"| shape | columns |\n| --- | --- |\n{table}\n" in docs
+    assert f"\n{docs_table()}\n" in docs
     assert ", ".join(f"`{name}`" for name in FIELDS) in " ".join(docs.split())
 
 
@@ -241,7 +241,7 @@ def test_when2call_preference_row():
     }
     assert last_message(row)["content"] == "good"
     assert describe(row) == (
-        "When2Call preference: messages, chosen_response -> completion; not read: rejected_response"
+        "messages and answer column: messages, chosen_response -> completion; not read: rejected_response"
     )
 
 

@@ -16,9 +16,9 @@ from finetune.chat.terminal import printable
 from finetune.errors import UserError
 from finetune.files import json_line
 from finetune.progress import progress_bar
+from finetune.reading.columns import match_columns
 from finetune.reading.conversations import RowError, normalize_row
 from finetune.reading.row_files import strict_json
-from finetune.reading.shapes import FIELDS
 from formats import FormatError
 
 Events = list[Reply | ToolResult]
@@ -46,7 +46,7 @@ def _read_question(line: str, tools: list[dict], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not valid JSON ({reason})") from error
     if isinstance(value, str):
         value = {"prompt": value}
-    known = {field for field, names in FIELDS.items() if isinstance(value, dict) and set(names) & value.keys()}
+    known = set(match_columns(value).values()) if isinstance(value, dict) else set()
     asking = {"prompt", "messages", "chat", "text"}
     if "context" in known and not known & asking:
         value, known = {"prompt": value.get("input", value.get("context"))}, {"prompt"}

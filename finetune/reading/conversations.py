@@ -73,7 +73,6 @@ def _read_all(
 ) -> LoadResult:
     result = LoadResult()
     counts = result.counts = {"read": 0, "kept": 0, "rejected": 0, "repeated": 0, "left_out": 0, "sources": {}}
-    descriptions: dict[tuple, str] = {}
     streams = [(spec.text, spec.weight, read_rows(spec)) for spec in specs]
     if rows is not None:
         streams.append(("rows", 1.0, rows))
@@ -94,10 +93,7 @@ def _read_all(
                 result.rejected.append(Rejected(source, number, str(error), raw))
                 continue
             kept.append((conversation, (source, number)))
-            key = source, tuple(column for column, value in raw.items() if value is not None)
-            if key not in descriptions:
-                descriptions[key] = f"{source}: {describe(raw, column_map)}"
-            result.mappings[descriptions[key]] += 1
+            result.mappings[f"{source}: {describe(raw, column_map)}"] += 1
         used = _weighted(kept, weight, random.Random(f"{seed}:{index}"))
         counts["read"] += read
         counts["kept"] += len(kept)

@@ -77,11 +77,18 @@ def read_json_row(line: bytes) -> dict[str, Any] | Unreadable:
         row = strict_json(text)
     except ValueError as error:
         return Unreadable(f"is not JSON: {_reason(error)}", text)
+    row = messages_row(row)
     if not isinstance(row, dict):
         return Unreadable(f"is a JSON {json_type(row)}, not an object", text)
     if text.count("{") + text.count("[") > MAX_JSON_DEPTH and json_depth(row) > MAX_JSON_DEPTH:
         return Unreadable(f"is nested deeper than {MAX_JSON_DEPTH} levels", text)
     return row
+
+
+def messages_row(row: Any) -> Any:
+    """A row that is a bare list of messages (XTuner) as a row with the column `messages`; others unchanged."""
+    is_list = isinstance(row, list) and row and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in row)
+    return {"messages": row} if is_list else row
 
 
 def _reason(error: ValueError) -> str:
@@ -122,7 +129,7 @@ def json_document(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
         rows = rows[named[0]] if named else [rows]
     if not isinstance(rows, list):
         raise UserError(f"{path}: holds a JSON {json_type(rows)}; give an array of rows or JSON Lines")
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(map(messages_row, rows), start=1):
         if not isinstance(row, dict):
             text = json.dumps(row, ensure_ascii=False)
             row = Unreadable(f"is a JSON {json_type(row)}, not an object", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ class RawConversation(NamedTuple):
 
 def raw_conversation(fields: dict[str, Any], messages: Any) -> RawConversation:
     """`messages` with the row's own tools and system text."""
-    return RawConversation(messages, fields.get("tools"), text_field(fields, "system"))
+    return RawConversation(messages, fields.get("tools"), system_text(fields))
 
 
 def as_text(value: Any) -> str:
@@ -43,6 +44,20 @@ def text_field(fields: dict[str, Any], name: str) -> str:
     return as_text(value)
 
 
+def system_text(fields: dict[str, Any]) -> str:
+    """The system column as text, from text, a message or parts (Anthropic, Converse, Gemini). Raises RowError."""
+    value = fields.get("system")
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("parts", "content", "text") if key in value), value)
+    if isinstance(value, list):
+        parts = [part if isinstance(part, dict) else {"text": part} for part in value]
+        texts = [part.get("text") for part in parts if not part.keys() & {"cachePoint", "cache_point"}]
+        if not all(isinstance(text, str) for text in texts):
+            raise RowError("the system text is a list that holds more than text; only text can be trained")
+        return "\n\n".join(texts)
+    return text_field({"system": value}, "system")
+
+
 _GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
 _GLAIVE_TURN = re.compile(rf"^({'|'.join(_GLAIVE_ROLES)}):", re.MULTILINE)
 _GLAIVE_SYSTEM = re.compile(
@@ -50,9 +65,25 @@ _GLAIVE_SYSTEM = re.compile(
 )
 
 
+_GLAIVE_MARK = re.compile(rf"(?<!\S)({'|'.join(_GLAIVE_ROLES)}):")
+_GLAIVE_NEXT = {"USER": {"ASSISTANT"}, "ASSISTANT": {"USER", "FUNCTION RESPONSE"}, "FUNCTION RESPONSE": {"ASSISTANT"}}
+
+
+def _one_line_glaive(chat: str) -> list[str]:
+    """The turns of a chat whose line breaks are lost; only where their order tells each mark from quoted text."""
+    parts = _GLAIVE_MARK.split(chat)
+    names = parts[1::2]
+    if any(after not in _GLAIVE_NEXT[name] for name, after in itertools.pairwise(names)):
+        raise RowError("the chat's marks 'USER:' and 'ASSISTANT:' do not begin lines; restore its line breaks")
+    return parts
+
+
 def read_glaive(fields: dict[str, Any]) -> RawConversation:
     """Glaive v2: `system` with JSON functions in running text, `chat` with USER:/ASSISTANT:/FUNCTION RESPONSE:."""
-    parts = _GLAIVE_TURN.split(text_field(fields, "chat"))
+    chat = text_field(fields, "chat")
+    parts = _GLAIVE_TURN.split(chat)
+    if len(parts) == 3 and len(_GLAIVE_MARK.findall(chat)) > 1:
+        parts = _one_line_glaive(chat)
     if len(parts) < 3 or parts[0].strip():
         raise RowError("the chat does not begin with 'USER:' or 'ASSISTANT:'")
     messages = [
@@ -62,7 +93,7 @@ def read_glaive(fields: dict[str, Any]) -> RawConversation:
     system = re.sub(r"^\s*SYSTEM:\s*", "", text_field(fields, "system"))
     tools, start = fields.get("tools"), system.find("{")
     if tools is None and start >= 0:
-        tools = _json_stream(system[start:], "the system text")
+        tools = json_stream(system[start:], "the system text")
         system = _GLAIVE_SYSTEM.sub("", system[:start])
     return RawConversation(messages, tools, system.strip())
 
@@ -81,7 +112,12 @@ def read_speaker_text(fields: dict[str, Any]) -> RawConversation:
     if _RENDERED.search(text):
         raise RowError("text is already rendered with a chat template; give the messages it was made from")
     found = list(_SPEAKER.finditer(text))
-    if not found or text[: found[0].start()].strip():
+    if not found:
+        raise RowError(
+            "text is raw text without speakers, which is not trained here; give messages, a prompt and a completion, "
+            "or a text with 'User:' and 'Assistant:' at the beginning of lines"
+        )
+    if text[: found[0].start()].strip():
         raise RowError("text does not begin with 'User:', 'Assistant:' or 'System:'; see --map for other columns")
     turns: list[tuple[str, re.Match]] = []
     for match in found:
@@ -107,7 +143,7 @@ def hermes_system(text: str) -> tuple[str, list[Any]] | None:
     match = _HERMES_SYSTEM.search(text)
     if match is None:
         return None
-    tools = _json_stream(match["tools"], "the <tools> block")
+    tools = json_stream(match["tools"], "the <tools> block")
     return (text[: match.start()] + text[match.end() :]).strip(), tools
 
 
@@ -119,7 +155,7 @@ def tool_responses(content: str) -> list[str] | None:
     return [text.strip() for text in _TOOL_RESPONSE.findall(stripped)]
 
 
-def _json_stream(text: str, where: str) -> list[Any]:
+def json_stream(text: str, where: str) -> list[Any]:
     """JSON values separated by white space or commas; a list is replaced by its items."""
     values, position = [], 0
     while position < len(text):

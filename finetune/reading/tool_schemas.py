@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.reading.row_files import RowError, decode_json, json_type, strict_json
+from finetune.reading.row_files import RowError, decode_json, json_type
+from finetune.reading.text_shapes import json_stream
 
 # Type names of Python and of BFCL -> those of JSON Schema.
 _TYPES = {
@@ -40,7 +41,13 @@ def normalize_tools(value: Any, notes: Counter | None = None) -> list[dict[str, 
 @lru_cache(maxsize=1024)
 def _tools_of_text(text: str) -> tuple[list[dict[str, Any]], Counter]:
     """Cached, because most rows of a data set carry the same text."""
-    return _tools(decode_json(text, "tools", times=2))
+    try:
+        value = decode_json(text, "tools", times=2)
+    except RowError:
+        if not text.lstrip().startswith("{"):
+            raise
+        value = json_stream(text, "tools")  # one object after the other
+    return _tools(value)
 
 
 def _tools(value: Any) -> tuple[list[dict[str, Any]], Counter]:
@@ -49,11 +56,34 @@ def _tools(value: Any) -> tuple[list[dict[str, Any]], Counter]:
     if value is None:  # blank text
         value = []
     if isinstance(value, dict):
-        value = [value]
+        value = _list_inside(value)
     if not isinstance(value, list):
         raise RowError(f"tools are a JSON {json_type(value)}, not a list")
     items = [decode_json(item, f"tool {number}", times=2) for number, item in enumerate(value, start=1)]
+    items = [inner for item in items for inner in _declarations(item)]
     return [_tool(item, number, notes) for number, item in enumerate(items, start=1)], notes
+
+
+def _list_inside(value: dict[str, Any]) -> Any:
+    """The list of a document that holds one: MCP's `tools/list` (in JSON-RPC or not), Converse's toolConfig."""
+    result = value.get("result")
+    if isinstance(result, dict) and "tools" in result and "name" not in value:
+        value = result
+    return value["tools"] if isinstance(value.get("tools"), list) and "name" not in value else [value]
+
+
+def _declarations(item: Any) -> list[Any]:
+    """The tools that an item of a list declares: several in Gemini's `functionDeclarations`, else the item itself."""
+    if isinstance(item, dict) and "name" not in item:
+        for key in ("functionDeclarations", "function_declarations"):
+            if isinstance(item.get(key), list):
+                return item[key]
+        for key in ("toolSpec", "tool_spec"):
+            if isinstance(item.get(key), dict):
+                return [item[key]]
+        if item.keys() & {"cachePoint", "cache_point"}:
+            return []
+    return [item]
 
 
 def _tool(item: Any, number: int, notes: Counter) -> dict[str, Any]:
@@ -72,7 +102,11 @@ def _tool(item: Any, number: int, notes: Counter) -> dict[str, Any]:
         raise RowError(f"tool {number} has no name")
     for key in ("input_schema", "inputSchema"):  # Anthropic's API, MCP servers
         if isinstance(function.get(key), dict) and "parameters" not in function:
-            function = {"parameters" if name == key else name: value for name, value in function.items()}
+            schema = function[key]["json"] if isinstance(function[key].get("json"), dict) else function[key]  # Converse
+            function = {
+                "parameters" if name == key else name: schema if name == key else value
+                for name, value in function.items()
+            }
             notes[f"{key} of a tool -> parameters"] += 1
     if "parameters" in function:
         what = f"parameters of tool {function['name']}"
@@ -148,10 +182,14 @@ def _type(name: str) -> dict[str, Any]:
 
 
 def load_tools_file(path: str | Path) -> list[dict[str, Any]]:
-    """Tool schemas of a JSON file (`--tools FILE`). Raises UserError."""
+    """Tool schemas of a JSON or JSON Lines file (`--tools FILE`). Raises UserError."""
     try:
-        return normalize_tools(strict_json(Path(path).read_text(encoding="utf-8-sig")))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        tools = normalize_tools(text)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a JSON file with tool schemas") from error
     except ValueError as error:
         raise UserError(f"{path}: {error}; give a JSON array of tool schemas") from error
+    if not tools:
+        raise UserError(f"{path}: contains no tool schema; give a JSON array of tool schemas")
+    return tools
