@@ -11,16 +11,19 @@ from formats.calls import STRICT
 
 
 class RawConversation(NamedTuple):
-    """A row's parts as its shape holds them: messages and tools in any spelling, and the system text."""
+    """A row's parts as its shape holds them: messages and tools in any spelling, and the system text or its parts."""
 
     messages: Any
     tools: Any
-    system: str
+    system: str | list[Any] | dict[str, Any]
 
 
 def raw_conversation(fields: dict[str, Any], messages: Any) -> RawConversation:
     """`messages` with the row's own tools and system text."""
-    return RawConversation(messages, fields.get("tools"), text_field(fields, "system"))
+    system = fields.get("system")
+    if not isinstance(system, (list, dict)):
+        system = text_field(fields, "system")
+    return RawConversation(messages, fields.get("tools"), system)
 
 
 def as_text(value: Any) -> str:
