@@ -50,6 +50,7 @@ _API_KEYS = frozenset(
         "provider_metadata",
     ]
 )
+_NOT_DATA = _API_KEYS | TRAINING_MARKS.keys() - {"weight"}  # a weight may be data of a tool
 _RESULT_CONTENT_KEYS = ("content", "output", "result", "response", "text", "value")
 _RESULT_ID_KEYS = ("tool_use_id", "toolUseId", "tool_call_id", "toolCallId", "call_id", "id")
 _RESULT_NAME_KEYS = ("name", "tool_name", "toolName")
@@ -196,7 +197,7 @@ def result_text(content: Any) -> str:
 
 def _result_part(item: dict[str, Any]) -> str | None:
     """The text of a part of a result; None for data."""
-    rest = {key: value for key, value in item.items() if value is not None and key not in _API_KEYS}
+    rest = {key: value for key, value in item.items() if value is not None and key not in _NOT_DATA}
     if rest.keys() == {"json"}:  # Bedrock
         return as_text(rest["json"])
     named = rest.pop("type", None)
@@ -228,3 +229,14 @@ def _squeezed(name: str) -> str:
 
 def _keys(part: dict[str, Any]) -> str:
     return ", ".join(map(str, part))[:80] or "none"
+
+
+def system_text(system: list[Any] | dict[str, Any], notes: Counter) -> str:
+    """The text of a system column that holds content parts. Raises RowError."""
+    try:
+        parts = read_parts(system, notes)
+    except RowError as error:
+        raise RowError(f"the system column: {error}") from error
+    if parts.calls or parts.results or parts.reasoning:
+        raise RowError("the system column has content parts that are not text; only text can be trained")
+    return parts.text

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from finetune.reading.assistant import REASONING_KEYS, read_assistant
-from finetune.reading.content_parts import Parts, read_parts, result_text
+from finetune.reading.content_parts import Parts, read_parts, result_text, system_text
 from finetune.reading.media import refuse_media_columns, refuse_media_keys
-from finetune.reading.raw_calls import refuse_hidden_calls, without_namespace
+from finetune.reading.raw_calls import CALLS_OF_PARTS, refuse_hidden_calls, without_namespace
 from finetune.reading.row_files import RowError, Unreadable, decode_json, json_type
 from finetune.reading.shapes import detect_shape
 from finetune.reading.text_shapes import as_text, hermes_system, tool_responses
@@ -106,7 +106,7 @@ def _conversation(
         raise RowError(f"messages: a JSON {json_type(messages)}, not a list")
     refuse_media_columns(raw, messages)
     if isinstance(system, (list, dict)):  # text parts, as Anthropic and Bedrock have them
-        system = _system_text(system, notes)
+        system = system_text(system, notes)
     if system and not (messages and isinstance(messages[0], dict) and _role(messages[0], 1) == "system"):
         messages = [{"role": "system", "content": system}, *messages]
     elif system and system != _either(messages[0], "content", "value"):
@@ -123,16 +123,6 @@ def _conversation(
     if not read:
         raise RowError("messages is empty")
     return {"messages": merge_turns(read, notes), "tools": declared}
-
-
-def _system_text(system: list[Any] | dict[str, Any], notes: Counter) -> str:
-    try:
-        parts = read_parts(system, notes)
-    except RowError as error:
-        raise RowError(f"the system column {error}") from error
-    if parts.calls or parts.results or parts.reasoning:
-        raise RowError("the system column has content parts that are not text; only text can be trained")
-    return parts.text
 
 
 @contextlib.contextmanager
@@ -193,8 +183,8 @@ def _content(content: Any, role: str, notes: Counter) -> str | Parts:
     if content is None or (content == [] and role != "tool"):  # a tool may return an empty list
         notes["content null or absent -> empty"] += 1
         return ""
-    if role == "call":  # calls that are not JSON text
-        return as_text(content)
+    if role == "call":  # calls as JSON or in text parts
+        return result_text(content)
     if role == "tool" and not (isinstance(content, list) and _holds_results(content)):
         text = result_text(content)
         whole = text == as_text(content)
@@ -225,7 +215,6 @@ def _message(
         mark = mark_of_parts(mark, content.marks)
         message, results, unread, content = _with_parts(message, role, content)
     if role in ("assistant", "call"):
-        refuse_unknown_marks(message)
         canonical, read = read_assistant(message, content, tools, notes, only_calls=role == "call", answered=answered)
     unread |= {k: v for k, v in message.items() if k not in _READ_KEYS[role] and k not in read and v not in _EMPTY}
     if unread:
@@ -257,7 +246,7 @@ def _with_parts(message: Message, role: str, parts: Parts) -> tuple[Message, lis
     if parts.calls and message.get("tool_calls") in _EMPTY:
         message = {**message, "tool_calls": parts.calls}
     elif parts.calls:  # LangChain keeps both
-        message = {**message, "tool_uses": parts.calls}
+        message = {**message, CALLS_OF_PARTS: parts.calls}
     return message, parts.results, parts.unread, parts.text
 
 
@@ -272,6 +261,8 @@ def _beside(message: Message, keys: Iterable[str], text: str) -> str:
 def _check_unread(message: Message, unread: Message, role: str, tools: list[dict[str, Any]], notes: Counter) -> None:
     """Count the keys that are not read; raises RowError when one of them holds a text, a picture or a call."""
     refuse_media_keys(unread)
+    if role in ("assistant", "call"):
+        refuse_unknown_marks(unread)
     for key in unread:
         if key in ("tool_calls", "function_call"):
             raise RowError(f"has {key}; only the assistant calls tools")

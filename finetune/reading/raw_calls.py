@@ -11,6 +11,7 @@ from finetune.reading.row_files import RowError, decode_json, json_type, strict_
 from finetune.reading.training_marks import snake_case
 
 _CALL_KEY = re.compile(r"(?:tool|function)_?(?:call|use|invocation|request)s?")
+CALLS_OF_PARTS = "its content parts"  # takes the place of a key where content parts and tool_calls hold calls
 _READ_CALL_KEYS = ("tool_calls", "function_call")  # read by normalize
 _EMPTY = (None, "", [], {})
 _NAMES = ("name", "toolName", "tool_name", "tool", "functionName", "function_name")
@@ -65,6 +66,8 @@ def calls_under_other_keys(message: dict[str, Any]) -> tuple[list[dict[str, Any]
 
 
 def _is_call_key(key: str) -> bool:
+    if "ool" not in key and "unction" not in key:
+        return key == CALLS_OF_PARTS
     return key not in _READ_CALL_KEYS and bool(_CALL_KEY.fullmatch(snake_case(key)))
 
 
