@@ -221,6 +221,7 @@ def test_calls_under_other_keys(keys):
         ({"toolInvocations": [{"toolName": "set_lamp", "args": {}, "result": 3}]}, "toolInvocations .*has result"),
         ({"tool_uses": ["set_lamp"]}, "tool_uses .*JSON string"),
         ({"tool_uses": [CALL], "tool_calls": [{"name": "other"}]}, "tool_uses are not those"),
+        ({"tool_calls": [CALL | {"train": False}]}, "call of set_lamp has train"),
         ({"metadata": {"called": "set_lamp"}}, "'metadata' .*set_lamp"),
         ({"raw": 'set_lamp(room="hall")'}, "'raw' .*set_lamp"),
         ({"action": json.dumps(AS_JSON)}, "'action' .*set_lamp"),
@@ -230,6 +231,12 @@ def test_calls_under_other_keys(keys):
 def test_calls_that_cannot_be_read_reject_the_row(keys, named):
     with pytest.raises(RowError, match=f"message 2.*{named}"):
         messages(says("Dimming.", **keys))
+
+
+def test_only_the_assistant_calls():
+    for key in ("tool_calls", "toolCalls", "tool_use"):
+        with pytest.raises(RowError, match=rf"message 2 \(user\) has {key}; only the assistant"):
+            messages({"role": "user", "content": "x", key: [CALL]}, says("a"))
 
 
 def test_keys_without_a_call_are_noted():

@@ -14,6 +14,7 @@ from finetune.reading.raw_calls import (
     same_calls,
 )
 from finetune.reading.row_files import RowError, decode_json, json_type
+from finetune.reading.training_marks import TRAINING_MARKS
 from formats.base import split_reasoning
 
 Message = dict[str, Any]
@@ -148,6 +149,8 @@ def _call(item: Any, notes: Counter) -> dict[str, Any]:
     unread = [key for key, value in {**item, **function}.items() if key not in _CALL_KEYS and value not in _EMPTY]
     if unread and arguments is None:  # such as LangChain's "args" or Anthropic's "input"
         raise RowError(f"call of {name} has no arguments but {', '.join(unread)}; rename it to arguments")
+    if marks := [key for key in unread if key in TRAINING_MARKS]:
+        raise RowError(f"call of {name} has {marks[0]}; a turn is trained completely or not at all: mark the message")
     notes.update(f"not read, key {key[:40]!r} of calls" for key in unread)
     call: dict[str, Any] = {"type": "function"}
     if item.get("id") is not None:

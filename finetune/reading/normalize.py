@@ -14,7 +14,7 @@ from typing import Any
 from finetune.reading.assistant import REASONING_KEYS, read_assistant
 from finetune.reading.content_parts import Parts, read_parts, result_text, system_text
 from finetune.reading.media import refuse_media_columns, refuse_media_keys
-from finetune.reading.raw_calls import CALLS_OF_PARTS, refuse_hidden_calls, without_namespace
+from finetune.reading.raw_calls import CALLS_OF_PARTS, is_call_key, refuse_hidden_calls, without_namespace
 from finetune.reading.row_files import RowError, Unreadable, decode_json, json_type
 from finetune.reading.shapes import detect_shape
 from finetune.reading.text_shapes import as_text, hermes_system, tool_responses
@@ -264,7 +264,7 @@ def _check_unread(message: Message, unread: Message, role: str, tools: list[dict
     if role in ("assistant", "call"):
         refuse_unknown_marks(unread)
     for key in unread:
-        if key in ("tool_calls", "function_call"):
+        if key in ("tool_calls", "function_call") or (role in ("system", "user") and is_call_key(key)):
             raise RowError(f"has {key}; only the assistant calls tools")
         if key in _OTHER_CONTENT_KEYS and not _has_content_or_calls(message):
             raise RowError(f"has no content but a key {key}; rename it to content")

@@ -51,7 +51,7 @@ def _plain_call(item: dict[str, Any]) -> dict[str, Any]:
 
 def calls_under_other_keys(message: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(raw calls, {key: value} that held them) of an assistant message. Raises RowError naming a key it cannot read."""
-    held = {k: v for k, v in message.items() if _is_call_key(k) and v not in _EMPTY}
+    held = {k: v for k, v in message.items() if is_call_key(k) and v not in _EMPTY}
     extra = message.get("additional_kwargs")  # LangChain
     if isinstance(extra, dict):
         held |= {f"additional_kwargs.{k}": extra[k] for k in (*_READ_CALL_KEYS,) if extra.get(k) not in _EMPTY}
@@ -65,7 +65,8 @@ def calls_under_other_keys(message: dict[str, Any]) -> tuple[list[dict[str, Any]
     return calls, held
 
 
-def _is_call_key(key: str) -> bool:
+def is_call_key(key: str) -> bool:
+    """Whether calls may be under this key of a message (`toolCalls`), besides those that are always read."""
     if "ool" not in key and "unction" not in key:
         return key == CALLS_OF_PARTS
     return key not in _READ_CALL_KEYS and bool(_CALL_KEY.fullmatch(snake_case(key)))
