@@ -50,9 +50,13 @@ def messages(*given: dict, **more) -> list[dict]:
 def test_text_parts(content):
     assert messages(says(content)) == [{"role": "assistant", "content": "It is dim."}]
     assert messages({"role": "user", "content": content}, says("x"))[0]["content"] == "It is dim."
-    row = {"system": content, "messages": [{"role": "user", "content": "Dim it"}, says("x")]}
-    if not isinstance(content, list) or isinstance(content[0], dict):
-        assert normalize_row(row)["messages"][0] == {"role": "system", "content": "It is dim."}
+
+
+def test_system_column_in_parts():
+    parts = [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}]
+    for system in (parts, [{"text": "Be brief."}], "Be brief."):
+        row = {"system": system, "messages": [{"role": "user", "content": "Dim it"}, says("x")]}
+        assert normalize_row(row)["messages"][0] == {"role": "system", "content": "Be brief."}
 
 
 @pytest.mark.parametrize(
