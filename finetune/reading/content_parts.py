@@ -115,8 +115,8 @@ def _kind_and_payload(part: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         if any(isinstance(part.get(key), str) for key in _TEXT_KEYS) and not _MEDIA_PAYLOADS & part.keys():
             return ("reasoning" if part.get("thought") is True else "text"), part  # Gemini marks thoughts
     if kind is None:
-        what = f"of type {named[:40]!r}" if isinstance(named, str) and named else f"with the keys {_keys(part)}"
-        raise RowError(f"has content parts that are not text: one {what}; only text can be trained")
+        what = f"of type {named[:40]}" if isinstance(named, str) and named else f"with the keys {_keys(part)}"
+        raise RowError(f"a content part {what} is not text; only text can be trained")
     return kind, part
 
 
@@ -188,7 +188,7 @@ def result_text(content: Any) -> str:
     for item in items:
         if isinstance(item, dict) and _is_media(item):
             kind = item.get("type") or next(iter(item))
-            raise RowError(f"has content parts that are not text: one of type {kind!r}; only text can be trained")
+            raise RowError(f"a content part of type {kind} is not text; only text can be trained")
     texts = [_result_part(item) for item in items if isinstance(item, dict)]
     if texts and len(texts) == len(items) and None not in texts:
         return "".join(texts)
@@ -211,9 +211,11 @@ def _result_part(item: dict[str, Any]) -> str | None:
 def _is_media(item: dict[str, Any]) -> bool:
     """An image, sound or file of an API; `{"type": "file", "name": "a.txt"}` is data."""
     keys = {key for key, value in item.items() if value is not None and key not in _API_KEYS}
+    named = item.get("type")
+    if keys == {"type"}:
+        return named in _MEDIA
     if not keys <= _MEDIA_KEYS or not _MEDIA_PAYLOADS & keys:
         return False
-    named = item.get("type")
     if named is None:  # Bedrock's {"image": {"format": …, "source": …}}, Gemini's {"inlineData": …}
         return all(isinstance(item[key], dict) for key in keys) and len(keys) == 1 and not keys & {"url", "data"}
     return named in _MEDIA_TYPES

@@ -238,7 +238,8 @@ def _with_parts(message: Message, role: str, parts: Parts) -> tuple[Message, lis
     allowed = {"assistant": ("tool call", "reasoning"), "user": ("tool result",), "tool": ("tool result",)}
     for kind, values in found.items():
         if values and kind not in allowed.get(role, ()):
-            raise RowError(f"has a {kind} among its content parts, which a message of this role cannot have")
+            remedy = "its role must be user or tool" if kind == "tool result" else "only the assistant calls and thinks"
+            raise RowError(f"has a {kind} among its content parts; {remedy}")
     if role == "tool" and parts.text.strip():
         raise RowError("has text beside tool results among its content parts; keep one of them")
     if parts.reasoning:
