@@ -84,7 +84,7 @@ def test_mention_of_a_tool_is_not_a_call(text):
         ([SAY, ASK], "ends without an answer"),
         ([call(), {"role": "tool", "content": "1"}, ASK, SAY], "result without an answer"),
         ([call(), ASK, SAY], "call without a result"),
-        ([TWO, result("b"), result("a"), SAY], "results in another order than their calls"),
+        ([TWO, result("b"), {"role": "tool", "content": "?"}, SAY], "results in another order than their calls"),
         *(([{"role": "assistant", "content": text}], "call left in the text") for text in CALLS_IN_OTHER_NOTATIONS),
     ],
 )

@@ -11,11 +11,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from finetune.reading.calls_in_text import call_tag, given_arguments, split_calls
+from finetune.reading.assistant import REASONING_KEYS, read_assistant
+from finetune.reading.content_parts import Parts, read_parts, result_text, system_text
+from finetune.reading.media import refuse_media_columns, refuse_media_keys
+from finetune.reading.raw_calls import CALLS_OF_PARTS, is_call_key, refuse_hidden_calls, without_namespace
 from finetune.reading.row_files import RowError, Unreadable, decode_json, json_type
 from finetune.reading.shapes import detect_shape
 from finetune.reading.text_shapes import as_text, hermes_system, tool_responses
 from finetune.reading.tool_schemas import normalize_tools
+from finetune.reading.training_marks import (
+    TRAINING_MARKS,
+    mark_of_parts,
+    refuse_unknown_marks,
+    training_mark,
+)
+from finetune.reading.turns import ReadMessage, merge_turns
 from formats.calls import MAX_JSON_DEPTH, json_depth
 
 Message = dict[str, Any]
@@ -24,22 +34,18 @@ _ROLE_NAMES = {
     "user": ("user", "human"),
     "assistant": ("assistant", "gpt", "model", "chatgpt", "bot"),
     "tool": ("tool", "ipython", "function", "observation", "tool_response", "function_response", "environment"),
-    "call": ("function_call", "tool_call"),
+    "call": ("function_call", "tool_call", "tool_calls", "function_calls"),
 }
 ROLES = {name: role for role, names in _ROLE_NAMES.items() for name in names}
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-# Whether a message is trained, as OpenAI and Mistral (weight), ms-swift (loss) and Axolotl (training) call it.
-_TRAIN_KEYS = ("train", "weight", "loss", "training")
-_TEXT_KEYS = frozenset(("role", "from", "content", "value", *_TRAIN_KEYS))
+_TEXT_KEYS = frozenset(("role", "from", "content", "value", *TRAINING_MARKS))
 # Where other programs keep the content: Gemini's parts, a tool's result, a refusal.
 _OTHER_CONTENT_KEYS = ("text", "parts", "message", "body", "output", "result", "response", "refusal")
-_CALL_KEYS = frozenset(("name", "arguments", "parameters", "id", "type", "index", "function"))
 _EMPTY = (None, "", [], {})
-_ASSISTANT_KEYS = _TEXT_KEYS | {"tool_calls", "function_call", *_REASONING_KEYS}
+_ASSISTANT_KEYS = _TEXT_KEYS | {"tool_calls", "function_call", *REASONING_KEYS}
 _READ_KEYS = {  # keys of a message that are read, by role
     "system": _TEXT_KEYS | {"tools"},
     "user": _TEXT_KEYS,
-    "tool": _TEXT_KEYS | {"name", "tool_call_id"},
+    "tool": _TEXT_KEYS | {"name", "tool_call_id", "channel", "recipient"},
     "assistant": _ASSISTANT_KEYS,
     "call": _ASSISTANT_KEYS,
 }
@@ -98,6 +104,9 @@ def _conversation(
     messages = decode_json(messages, "messages")
     if not isinstance(messages, list):
         raise RowError(f"messages: a JSON {json_type(messages)}, not a list")
+    refuse_media_columns(raw, messages)
+    if isinstance(system, (list, dict)):  # text parts, as Anthropic and Bedrock have them
+        system = system_text(system, notes)
     if system and not (messages and isinstance(messages[0], dict) and _role(messages[0], 1) == "system"):
         messages = [{"role": "system", "content": system}, *messages]
     elif system and system != _either(messages[0], "content", "value"):
@@ -105,21 +114,25 @@ def _conversation(
     if not declared:
         messages, declared = _tools_in_messages(messages, notes)
     declared = declared or list(tools)
-    result = [
-        new for number, message in enumerate(messages, start=1) for new in _message(message, number, declared, notes)
-    ]
-    if not result:
+    roles = [_role(message, number) for number, message in enumerate(messages, start=1)]
+    read = []
+    for number, message in enumerate(messages, start=1):
+        answered = roles[number : number + 1] == ["tool"]
+        with _in_message(number, roles[number - 1]):
+            read += _message(message, number, roles[number - 1], answered, declared, notes)
+    if not read:
         raise RowError("messages is empty")
-    return {"messages": result, "tools": declared}
+    return {"messages": merge_turns(read, notes), "tools": declared}
 
 
 @contextlib.contextmanager
-def _in_message(number: int, what: str = "") -> Iterator[None]:
-    """Adds the message's number, and what of it is read, to a RowError."""
+def _in_message(number: int, role: str = "") -> Iterator[None]:
+    """Adds the message's number to a RowError, and its role where the reason goes on with a verb."""
     try:
         yield
     except RowError as error:
-        raise RowError(f"message {number}: {what}{error}") from error
+        named = f" ({role}) " if role and str(error).startswith(("has ", "is ")) else ": "
+        raise RowError(f"message {number}{named}{error}") from error
 
 
 def _either(message: Message, name: str, other: str) -> Any:
@@ -154,41 +167,111 @@ def _tools_in_messages(messages: list[Any], notes: Counter) -> tuple[list[Any], 
     return messages, []
 
 
-def _content(message: Message, number: int, role: str, notes: Counter) -> str:
+def _raw_content(message: Message) -> Any:
     content = _either(message, "content", "value")
     if message.get("value") not in (*_EMPTY, content):
         if content not in _EMPTY:
-            raise RowError(f"message {number} has a content and another value; keep one of them")
+            raise RowError("has a content and another value; keep one of them")
         content = message["value"]
+    return content
+
+
+def _content(content: Any, role: str, notes: Counter) -> str | Parts:
+    """The text of a content, or its parts where the role allows more than one text."""
+    if isinstance(content, str):
+        return content
     if content is None or (content == [] and role != "tool"):  # a tool may return an empty list
         notes["content null or absent -> empty"] += 1
         return ""
-    if isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content):
-        if any(part["type"] != "text" or not isinstance(part.get("text"), str) for part in content):
-            raise RowError(f"message {number} has content parts that are not text; only text can be trained")
-        notes["content parts joined"] += 1
-        return "".join(part["text"] for part in content)
-    if not isinstance(content, str):
+    if role == "call":  # calls as JSON or in text parts
+        return result_text(content)
+    if role == "tool" and not (isinstance(content, list) and _holds_results(content)):
+        text = result_text(content)
+        whole = text == as_text(content)
+        notes["content that is no text written as JSON" if whole else "content parts joined"] += 1
+        return text
+    if not isinstance(content, (list, dict)):
         notes["content that is no text written as JSON"] += 1
-    return as_text(content)
+        return as_text(content)
+    parts = read_parts(content, notes)
+    notes["content parts joined"] += 1
+    return parts
 
 
-def _message(message: Any, number: int, tools: list[dict[str, Any]], notes: Counter) -> list[Message]:
-    """One raw message as canonical ones: several where it holds several tool responses."""
-    role = _role(message, number)
-    content = _content(message, number, role, notes)
-    for key, value in message.items():
-        if key not in _READ_KEYS[role] and value not in _EMPTY:
-            if key in ("tool_calls", "function_call"):
-                raise RowError(f"message {number} ({role}) has {key}; only the assistant calls tools")
-            if key in _OTHER_CONTENT_KEYS and not _has_content_or_calls(message):
-                raise RowError(f"message {number} ({role}) has no content but a key {key}; rename it to content")
-            notes[f"not read, key {key[:40]!r} of {role} messages"] += 1
-    if role == "tool":
-        return _tool_results(message, content, notes)
-    if role in ("system", "user"):
-        return [{"role": role, "content": content}]
-    return [_assistant(message, number, content, role, tools, notes)]
+def _holds_results(content: list[Any]) -> bool:
+    """Whether a tool message holds results in parts of their own (AI SDK)."""
+    types = ("tool-result", "tool_result", "function_call_output")
+    return bool(content) and all(isinstance(part, dict) and part.get("type") in types for part in content)
+
+
+def _message(
+    message: Message, number: int, role: str, answered: bool, tools: list[dict[str, Any]], notes: Counter
+) -> list[ReadMessage]:
+    """One raw message as canonical ones: several where it holds several tool results."""
+    content, mark, read = _content(_raw_content(message), role, notes), training_mark(message), set()
+    results: list[Message] = []
+    unread: Message = {}
+    if isinstance(content, Parts):
+        mark = mark_of_parts(mark, content.marks)
+        message, results, unread, content = _with_parts(message, role, content)
+    if role in ("assistant", "call"):
+        canonical, read = read_assistant(message, content, tools, notes, only_calls=role == "call", answered=answered)
+    unread |= {k: v for k, v in message.items() if k not in _READ_KEYS[role] and k not in read and v not in _EMPTY}
+    if unread:
+        _check_unread(message, unread, role, tools, notes)
+    if role in ("assistant", "call"):
+        trained = {} if mark is None or mark.trained else {"train": False}
+        return [ReadMessage(canonical | trained, number, mark)]
+    if results:
+        made = [new for result in results for new in _result_part(result, tools, notes)]
+        made += [{"role": role, "content": content}] if content.strip() else []
+    elif role == "tool":
+        made = _tool_results(message, content, tools, notes)
+    else:
+        made = [{"role": role, "content": content}]
+    return [ReadMessage(new, number) for new in made]
+
+
+def _with_parts(message: Message, role: str, parts: Parts) -> tuple[Message, list[Message], Message, str]:
+    """(message with the calls and the reasoning of its parts, results, keys of parts that are not read, text)."""
+    found = {"tool call": parts.calls, "reasoning": parts.reasoning, "tool result": parts.results}
+    allowed = {"assistant": ("tool call", "reasoning"), "user": ("tool result",), "tool": ("tool result",)}
+    for kind, values in found.items():
+        if values and kind not in allowed.get(role, ()):
+            remedy = "its role must be user or tool" if kind == "tool result" else "only the assistant calls and thinks"
+            raise RowError(f"has a {kind} among its content parts; {remedy}")
+    if role == "tool" and parts.text.strip():
+        raise RowError("has text beside tool results among its content parts; keep one of them")
+    if parts.reasoning:
+        message = {**message, "reasoning_content": _beside(message, REASONING_KEYS, "\n\n".join(parts.reasoning))}
+    if parts.calls and message.get("tool_calls") in _EMPTY:
+        message = {**message, "tool_calls": parts.calls}
+    elif parts.calls:  # LangChain keeps both
+        message = {**message, CALLS_OF_PARTS: parts.calls}
+    return message, parts.results, parts.unread, parts.text
+
+
+def _beside(message: Message, keys: Iterable[str], text: str) -> str:
+    """`text` of the content parts; raises RowError when one of the message's keys holds another."""
+    for key in keys:
+        if message.get(key) not in (*_EMPTY, text):
+            raise RowError(f"has {key} and another reasoning among its content parts; keep one of them")
+    return text
+
+
+def _check_unread(message: Message, unread: Message, role: str, tools: list[dict[str, Any]], notes: Counter) -> None:
+    """Count the keys that are not read; raises RowError when one of them holds a text, a picture or a call."""
+    refuse_media_keys(unread)
+    if role in ("assistant", "call"):
+        refuse_unknown_marks(unread)
+    for key in unread:
+        if key in ("tool_calls", "function_call") or (role in ("system", "user") and is_call_key(key)):
+            raise RowError(f"has {key}; only the assistant calls tools")
+        if key in _OTHER_CONTENT_KEYS and not _has_content_or_calls(message):
+            raise RowError(f"has no content but a key {key}; rename it to content")
+        notes[f"not read, key {key[:40]!r} of {role} messages"] += 1
+    if role in ("assistant", "call"):
+        refuse_hidden_calls(unread, [tool["function"]["name"] for tool in tools])
 
 
 def _has_content_or_calls(message: Message) -> bool:
@@ -197,10 +280,15 @@ def _has_content_or_calls(message: Message) -> bool:
     )
 
 
-def _tool_results(message: Message, content: str, notes: Counter) -> list[Message]:
+def _result_part(result: Message, tools: list[dict[str, Any]], notes: Counter) -> list[Message]:
+    content = result["content"]
+    return _tool_results(result, content if isinstance(content, str) else result_text(content), tools, notes)
+
+
+def _tool_results(message: Message, content: str, tools: list[dict[str, Any]], notes: Counter) -> list[Message]:
     result: Message = {"role": "tool", "content": content}
     if isinstance(message.get("name"), str) and message["name"]:
-        result["name"] = message["name"]
+        result["name"] = without_namespace(message["name"], [tool["function"]["name"] for tool in tools])
     if message.get("tool_call_id") is not None:
         result["tool_call_id"] = str(message["tool_call_id"])
     responses = tool_responses(content)
@@ -208,86 +296,3 @@ def _tool_results(message: Message, content: str, notes: Counter) -> list[Messag
         return [result]
     notes["<tool_response> tags taken off"] += 1
     return [result | {"content": text} for text in responses]
-
-
-def _assistant(
-    message: Message, number: int, content: str, role: str, tools: list[dict[str, Any]], notes: Counter
-) -> Message:
-    calls: list[dict[str, Any]] = []
-    if role == "call":
-        calls, content = _call_turn(content, number, tools, notes), ""
-    calls += _tool_calls(message, number, notes)
-    if not calls and call_tag(content):
-        found = split_calls(content, tools)
-        names = {tool["function"]["name"] for tool in tools}
-        # After other text, a tag is a call only if it calls a declared tool; it may just be mentioned.
-        if found and (not found[0] or all(call["name"] in names for call in found[1])):
-            content, calls = found[0], [{"type": "function", "function": call} for call in found[1]]
-            notes["calls written in the text -> tool_calls"] += 1
-        else:
-            notes["call tag in the text left as text (it does not parse cleanly)"] += 1
-    if content != content.strip():
-        notes["assistant text stripped"] += 1
-    result: Message = {"role": "assistant", "content": content.strip()}
-    for name in _REASONING_KEYS:
-        value = message.get(name)
-        if value and not isinstance(value, str):
-            raise RowError(f"message {number}: {name} is a JSON {json_type(value)}, not text")
-        if value and value.strip() and result.setdefault("reasoning_content", value.strip()) != value.strip():
-            notes[f"{name} not read: another reasoning stands beside it"] += 1
-    if calls:
-        result["tool_calls"] = calls
-    key = next((name for name in _TRAIN_KEYS if message.get(name) is not None), "train")
-    trained = message.get(key, True)
-    if trained is not None and not (isinstance(trained, (bool, int, float)) and trained in (0, 1)):
-        raise RowError(f"message {number}: {key} is {trained!r}; write true or false")
-    return result | ({"train": False} if trained == 0 else {})
-
-
-def _call_turn(content: str, number: int, tools: list[dict[str, Any]], notes: Counter) -> list[dict[str, Any]]:
-    """The calls of a ShareGPT `function_call` turn: JSON of one call or of a list of them, or tagged calls."""
-    found = split_calls(content, tools)
-    if found and not found[0]:
-        return [{"type": "function", "function": call} for call in found[1]]
-    with _in_message(number):
-        calls = decode_json(content, "the function call")
-    return [_call(item, number, notes) for item in (calls if isinstance(calls, list) else [calls])]
-
-
-def _tool_calls(message: Message, number: int, notes: Counter) -> list[dict[str, Any]]:
-    calls, legacy = message.get("tool_calls"), message.get("function_call")
-    if calls in _EMPTY and legacy in _EMPTY:
-        return []
-    with _in_message(number):
-        calls, legacy = decode_json(calls, "tool_calls"), decode_json(legacy, "function_call")
-    if legacy not in _EMPTY:
-        notes["function_call not read: tool_calls stand beside it" if calls else "function_call -> tool_calls"] += 1
-        calls = calls or [legacy]
-    if not calls:
-        return []
-    if not isinstance(calls, list):
-        raise RowError(f"message {number}: tool_calls: a JSON {json_type(calls)}, not a list")
-    return [_call(call, number, notes) for call in calls]
-
-
-def _call(item: Any, number: int, notes: Counter) -> dict[str, Any]:
-    if not isinstance(item, dict):
-        raise RowError(f"message {number}: a tool call is a JSON {json_type(item)}, not an object")
-    function = item["function"] if isinstance(item.get("function"), dict) else item
-    name = function.get("name")
-    if not isinstance(name, str) or not name:
-        raise RowError(f"message {number}: a tool call has no name")
-    if item.get("name") not in (None, name):
-        raise RowError(f"message {number}: a tool call has two names, {name} and {item['name']}; keep one of them")
-    with _in_message(number, f"call of {name}: "):
-        arguments = given_arguments(item) if function is item else given_arguments(function, item)
-    unread = [key for key, value in {**item, **function}.items() if key not in _CALL_KEYS and value not in _EMPTY]
-    if unread and arguments is None:  # such as LangChain's "args" or Anthropic's "input"
-        raise RowError(
-            f"message {number}: call of {name} has no arguments but {', '.join(unread)}; rename it to arguments"
-        )
-    notes.update(f"not read, key {key[:40]!r} of calls" for key in unread)
-    call: dict[str, Any] = {"type": "function"}
-    if item.get("id") is not None:
-        call["id"] = str(item["id"])
-    return call | {"function": {"name": name, "arguments": arguments or {}}}

@@ -12,11 +12,11 @@ from formats.calls import STRICT
 
 
 class RawConversation(NamedTuple):
-    """A row's parts as its shape holds them: messages and tools in any spelling, and the system text."""
+    """A row's parts as its shape holds them: messages and tools in any spelling, and the system text or its parts."""
 
     messages: Any
     tools: Any
-    system: str
+    system: str | list[Any] | dict[str, Any]
 
 
 def raw_conversation(fields: dict[str, Any], messages: Any) -> RawConversation:

@@ -1,0 +1,167 @@
+"""Calls under other keys than `tool_calls`, and other keys in the calls themselves."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from finetune.reading.row_files import RowError, decode_json, json_type, strict_json
+from finetune.reading.training_marks import snake_case
+
+_CALL_KEY = re.compile(r"(?:tool|function)_?(?:call|use|invocation|request)s?")
+CALLS_OF_PARTS = "its content parts"  # takes the place of a key where content parts and tool_calls hold calls
+_READ_CALL_KEYS = ("tool_calls", "function_call")  # read by normalize
+_EMPTY = (None, "", [], {})
+_NAMES = ("name", "toolName", "tool_name", "tool", "functionName", "function_name")
+_ARGUMENTS = ("arguments", "parameters", "args", "input")
+_IDS = ("id", "call_id", "toolCallId", "tool_call_id", "toolUseId", "tool_use_id")
+_CALL_TYPES = (None, "", "function", "tool_use", "tool_call", "tool-call", "function_call", "custom")
+_FUNCTION_PREFIX = "functions."  # Harmony's namespace of the declared tools
+
+
+def plain_calls(item: dict[str, Any]) -> list[dict[str, Any]]:
+    """A call of any provider in OpenAI's keys; several where JSON text under `value` holds a list of them."""
+    if isinstance(item.get("value"), (str, dict, list)) and not any(item.get(key) for key in (*_NAMES, "function")):
+        value = decode_json(item["value"], "the call")
+        if isinstance(value, (dict, list)) and value:
+            values = value if isinstance(value, list) else [value]
+            return [_plain_call(_object(value)) for value in values]
+    return [_plain_call(item)]
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RowError(f"a tool call is a JSON {json_type(value)}, not an object")
+    return value
+
+
+def _plain_call(item: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(item.get("function"), dict):
+        return item
+    call: dict[str, Any] = {}
+    rest = {key: value for key, value in item.items() if key != "type"}
+    for name, keys in (("name", _NAMES), ("arguments", _ARGUMENTS), ("id", _IDS)):
+        given = [key for key in keys if rest.get(key) is not None]
+        if given and (name != "arguments" or len(given) == 1):  # two arguments: compared by normalize
+            call[name] = rest.pop(given[0])
+    return call | rest
+
+
+def calls_under_other_keys(message: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(raw calls, {key: value} that held them) of an assistant message. Raises RowError naming a key it cannot read."""
+    held = {k: v for k, v in message.items() if is_call_key(k) and v not in _EMPTY}
+    extra = message.get("additional_kwargs")  # LangChain
+    if isinstance(extra, dict):
+        held |= {f"additional_kwargs.{k}": extra[k] for k in (*_READ_CALL_KEYS,) if extra.get(k) not in _EMPTY}
+    calls: list[dict[str, Any]] = []
+    first = ""
+    for key, value in held.items():
+        found = _readable_calls(key, value)
+        if first and found != calls:
+            raise RowError(f"the calls under {first} and {key} differ; write them into tool_calls")
+        first, calls = key, found
+    return calls, held
+
+
+def is_call_key(key: str) -> bool:
+    """Whether calls may be under this key of a message (`toolCalls`), besides those that are always read."""
+    if "ool" not in key and "unction" not in key:
+        return key == CALLS_OF_PARTS
+    return key not in _READ_CALL_KEYS and bool(_CALL_KEY.fullmatch(snake_case(key)))
+
+
+def _readable_calls(key: str, value: Any) -> list[dict[str, Any]]:
+    try:
+        value = decode_json(value, key)
+        calls = []
+        for item in value if isinstance(value, list) else [value]:
+            call = _plain_call(_object(item))
+            function = call["function"] if isinstance(call.get("function"), dict) else call
+            unknown = {
+                k for k in call if k not in ("name", "arguments", "parameters", "id", "function", "type", "index")
+            }
+            if item.get("type") not in _CALL_TYPES or unknown or not isinstance(function.get("name"), str):
+                raise RowError(f"it has {', '.join(sorted(unknown)) or 'no name'}")
+            calls.append(call)
+    except RowError as error:
+        raise RowError(f"has calls under {key} that cannot be read ({error}); write them into tool_calls") from error
+    return calls
+
+
+def refuse_hidden_calls(unread: dict[str, Any], tools: Iterable[str]) -> None:
+    """Raises RowError when a key of an assistant message that is not read holds the name of a declared tool."""
+    for key, value in unread.items():
+        for name in tools:
+            if value not in _EMPTY and _holds_name(value, name):
+                raise RowError(
+                    f"the key {key[:40]!r} is not read but holds the name of the tool {name}; write the call into "
+                    "tool_calls, or remove the key"
+                )
+
+
+def _holds_name(value: Any, name: str) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_name(key, name) or _holds_name(inner, name) for key, inner in value.items())
+    if isinstance(value, list):
+        return any(_holds_name(inner, name) for inner in value)
+    if not isinstance(value, str) or name not in value:
+        return False
+    # The name itself, in quotes, as a tag or with an opening bracket; not the word in running text.
+    quoted = re.escape(name)
+    return value.strip().removeprefix(_FUNCTION_PREFIX) == name or bool(
+        re.search(rf"[\"'<=.]{quoted}[\"'>\\]|(?<!\w){quoted}\(", value)
+    )
+
+
+def without_namespace(name: str, tools: Iterable[str]) -> str:
+    """`functions.f` (Harmony) as `f`, unless a tool of the full name is declared."""
+    return name if name in tools else name.removeprefix(_FUNCTION_PREFIX)
+
+
+def read_channel(message: dict[str, Any], content: str, tools: Iterable[str]) -> dict[str, Any]:
+    """What a Harmony message is by its `channel` and `recipient`: keys that replace those of the message.
+
+    analysis is reasoning, a recipient makes a call, commentary without one and final are text. Raises RowError.
+    """
+    channel, recipient = message.get("channel"), message.get("recipient")
+    if channel not in (None, "", "analysis", "commentary", "final"):
+        raise RowError(f"has the unknown channel {channel!r}; known are analysis, commentary and final")
+    if recipient not in (None, "", "all", "user", "assistant"):
+        if not isinstance(recipient, str):
+            raise RowError(f"recipient is a JSON {json_type(recipient)}, not text")
+        try:
+            arguments = strict_json(content) if content.strip() else {}
+        except ValueError as error:
+            raise RowError(f"is a call of the recipient {recipient}, but its content is not JSON ({error})") from error
+        call = {"name": without_namespace(recipient, tools), "arguments": arguments}
+        return {"content": "", "tool_calls": [call]}
+    if channel == "analysis":
+        return {"content": "", "reasoning_content": content}
+    return {"content": content}
+
+
+def bare_json_calls(content: str) -> list[dict[str, Any]]:
+    """The calls of a content that is nothing but JSON of one call or of a list of them (GLM-4); [] for another text."""
+    if content[:1] not in ("{", "["):
+        return []
+    try:
+        value = strict_json(content)
+    except ValueError:
+        return []
+    items = value if isinstance(value, list) else [value]
+    known = {"name", "arguments", "parameters", "id", "type"}
+    for item in items:
+        if not isinstance(item, dict) or not item.keys() <= known or not isinstance(item.get("name"), str):
+            return []
+        if not ({"arguments", "parameters"} & item.keys()):
+            return []
+    return items
+
+
+def same_calls(calls: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
+    """Whether two lists of canonical calls have the same names and arguments, whatever their ids."""
+    return [json.dumps(c["function"], sort_keys=True) for c in calls] == [
+        json.dumps(c["function"], sort_keys=True) for c in others
+    ]
