@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from finetune.encoding.rows import empty_answer
-from finetune.json_schema import schema_errors
+from finetune.json_schema import schema_errors, unchecked_keywords
 from finetune.reading.calls_in_text import call_tag
 
 
@@ -143,7 +143,10 @@ def _check_call(function: dict[str, Any], number: int, schemas: dict[str, Any]) 
     errors, broken = schema_errors(schemas[name], arguments)
     if broken:
         yield Problem("broken schema", f"the schema of tool {name} {broken}")
-    elif errors:
+        return
+    for keyword in unchecked_keywords(schemas[name]):
+        yield _warning("schema keyword not checked", f"tool {name}: {keyword}")
+    if errors:
         where = "/".join(map(str, errors[0].absolute_path)) or "arguments"
         text = f"message {number}: call of {name}, {where}: {errors[0].message[:300]}"
         yield Problem("arguments against the schema", text)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from finetune.reading.calls_in_text import call_tag, given_arguments, split_calls
+from finetune.reading.null_padding import remove_null_padding
 from finetune.reading.row_files import RowError, Unreadable, decode_json, json_type
 from finetune.reading.shapes import detect_shape
 from finetune.reading.text_shapes import as_text, hermes_system, tool_responses
@@ -110,7 +111,9 @@ def _conversation(
     ]
     if not result:
         raise RowError("messages is empty")
-    return {"messages": result, "tools": declared}
+    conversation = {"messages": result, "tools": declared}
+    remove_null_padding(conversation, raw, notes)
+    return conversation
 
 
 @contextlib.contextmanager
