@@ -176,7 +176,7 @@ def prepare(args: argparse.Namespace) -> int:
     """Write splits, rejected rows and the dataset card."""
     from finetune.preparing import preparation
     from finetune.preparing.preparation_report import print_prepared
-    from finetune.preparing.writing import WRITTEN, refuse_to_replace, write_prepared
+    from finetune.preparing.writing import WRITTEN, refuse_to_replace, write_prepared, write_rejected
     from finetune.reading.sources import refuse_same_file
 
     if not args.inputs and args.sql is None:
@@ -195,7 +195,12 @@ def prepare(args: argparse.Namespace) -> int:
         from finetune.reading.sql import read_sql
 
         rows = read_sql(args.sql, query=args.query, table=args.table)
-    result = preparation.prepare(args.inputs, options, tokenizer=tokenizer, fmt=fmt, rows=rows)
+    try:
+        result = preparation.prepare(args.inputs, options, tokenizer=tokenizer, fmt=fmt, rows=rows)
+    except preparation.NoRowsLeftError as error:
+        if error.rejected:
+            raise UserError(f"{error}; all reasons: {write_rejected(error.rejected, args.output)}") from error
+        raise
     write_prepared(result, args.output, options, command_line(args), overwrite=args.overwrite)
     print_prepared(result, Path(args.output))
     return 0

@@ -61,16 +61,16 @@ def schema_errors(schema: Any, arguments: dict[str, Any]) -> tuple[list[Any], st
 
 
 def allows_null(schema: Any, root: Any) -> bool:
-    """Whether null satisfies a part of the schema `root`; False where it cannot be evaluated."""
+    """Whether null satisfies a part of the schema `root`; True where it cannot be evaluated."""
     if schema is True or schema is False:
         return schema
     definitions = {key: root[key] for key in ("$defs", "definitions", "$schema") if key in root}
     # The definitions stay where they are, so that "$ref" still finds them.
     validator, broken = validator_of(json.dumps({**definitions, "allOf": [schema]}))
     try:
-        return not broken and validator.is_valid(None)
+        return bool(broken) or validator.is_valid(None)
     except Exception:  # an unresolvable $ref
-        return False
+        return True
 
 
 class ToolSchemas:

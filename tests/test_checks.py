@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from finetune.errors import UserError
 from finetune.preparing.checks import called_tool, check_conversation, exact_key
+from finetune.preparing.related_rows import own_texts
 from finetune.preparing.splits import SPLITS, near_duplicate_groups, parse_ratios, shingles, split_conversations
 from finetune.reading.conversations import normalize_row
 from tests.rows import LAMP, chat
@@ -178,7 +179,7 @@ def test_groups_equal_comparison_of_all_pairs():
         for _ in range(rng.randrange(6)):
             chosen[rng.randrange(len(chosen))] = rng.choice(["red", "blue", "seven", "eight", "wall", "slab"])
         texts.append(" ".join(chosen))
-    sets = [shingles(text.lower()) for text in texts]
+    sets = [shingles(text) for text in own_texts([text.lower() for text in texts])]
     parent = list(range(len(texts)))
 
     def find(i):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from finetune.charts.fonts import missing_glyphs_ignored
 from finetune.charts.palette import BLUE, GREEN, ORANGE
 from finetune.preparing.checks import called_tool
 from finetune.preparing.preparation import Prepared, PrepareOptions
+from finetune.preparing.reason_kinds import count_kinds
 from finetune.preparing.splits import SPLITS, request_text
 
 COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
@@ -49,13 +49,6 @@ def shared_requests(result: Prepared) -> int:
     return sum(map(len, texts)) - len(set().union(*texts))
 
 
-def reason_kind(reason: str) -> str:
-    """A reason without its row, message and value, for counting similar reasons together."""
-    reason = re.sub(r"(duplicate of) .*", r"\1 another row", reason)
-    reason = re.sub(r"messages? \d+( and \d+)?:? ?", "", reason)
-    return re.sub(r"\d+", "N", reason)[:160]
-
-
 def card(result: Prepared, options: PrepareOptions, command: str) -> str:
     """The dataset card in Markdown; its front matter lets the folder be loaded from the Hub with its splits."""
     from huggingface_hub import DatasetCard, DatasetCardData
@@ -77,7 +70,10 @@ def card(result: Prepared, options: PrepareOptions, command: str) -> str:
         ],
         mappings=[(_cell(text), number) for text, number in result.loaded.mappings.most_common()],
         notes=_count_rows(result.loaded.notes),
-        reasons=_count_rows(Counter(reason_kind(row.reason) for row in result.rejected)),
+        reasons=[
+            (f"{_cell(kind)}, first: {_cell(row.source)}, row {row.row}", number)
+            for kind, number, row in count_kinds(result.rejected)
+        ],
         warnings=_count_rows({kind: len(rows) for kind, rows in result.warnings.items()}),
     )
     return f"{filled}\n"

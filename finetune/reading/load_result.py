@@ -20,6 +20,7 @@ class Rejected:
     row: int
     reason: str
     raw: Any
+    kind: str = ""  # a short text for counting, if the check that rejected it has one
 
     def as_json(self) -> dict[str, Any]:
         raw = self.raw.text if isinstance(self.raw, Unreadable) else self.raw

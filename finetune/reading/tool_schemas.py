@@ -88,14 +88,16 @@ def _tool(item: Any, number: int, notes: Counter) -> dict[str, Any]:
 
 def _json_schema(parameters: dict[str, Any], notes: Counter) -> dict[str, Any]:
     """Parameters as a JSON Schema: built from a flat list, or with Python's type names translated, or unchanged."""
-    given = [value for value in parameters.values() if value is not None]  # Arrow pads with nulls
-    is_flat = given and all(map(_describes_parameter, given))
+    given = {name: schema for name, schema in parameters.items() if schema is not None}  # Arrow pads with nulls
+    is_flat = given and all(map(_describes_parameter, given.values()))
     if is_flat and not isinstance(parameters.get("type"), str):
         notes["tool with a flat parameter list rewritten as JSON Schema"] += 1
         return {
             "type": "object",
-            "properties": {name: _translated(schema) for name, schema in parameters.items() if schema is not None},
-            "required": [name for name, schema in parameters.items() if schema is not None and not _is_optional(schema)],
+            "properties": {name: _translated(schema) for name, schema in given.items()},
+            "required": [
+                name for name, schema in parameters.items() if schema is not None and not _is_optional(schema)
+            ],
         }
     translated = _translated(parameters)
     if translated != parameters:
