@@ -81,6 +81,7 @@ def build_parser() -> FlagParser:
         "PostgreSQL by POSTGRES_HOST, _PORT, _DB, _USER, _PASSWORD")
     add("--query", metavar="SELECT", help="the query for --sql")
     add("--table", help="a complete table instead of --query (default: query_logs)")
+    add("--where", action="append", metavar="COLUMN=VALUE", help="only rows with this value; repeatable")
     add("--strict", action="store_true", help="stop at the first bad row instead of rejecting it")
     add("--dedupe", action="store_true", help="also reject near-duplicates (exact ones always are)")
     add("--split", default="80/10/10", help="ratio of train/validation/test")
@@ -177,6 +178,7 @@ def prepare(args: argparse.Namespace) -> int:
     from finetune.preparing import preparation
     from finetune.preparing.preparation_report import print_prepared
     from finetune.preparing.writing import WRITTEN, refuse_to_replace, write_prepared, write_rejected
+    from finetune.reading.row_filter import parse_where
     from finetune.reading.sources import refuse_same_file
 
     if not args.inputs and args.sql is None:
@@ -188,7 +190,7 @@ def prepare(args: argparse.Namespace) -> int:
     refuse_to_replace(args.output, overwrite=args.overwrite)
     names = preparation.PrepareOptions.__dataclass_fields__
     given = {name: value for name, value in vars(args).items() if name in names}
-    options = preparation.PrepareOptions(**given | reading_options(args))
+    options = preparation.PrepareOptions(**given | reading_options(args) | {"where": parse_where(args.where)})
     tokenizer, fmt = load_tokenizer_and_format(args) if args.tokenizer else (None, None)
     rows = None
     if args.sql is not None:

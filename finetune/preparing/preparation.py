@@ -33,6 +33,7 @@ class PrepareOptions:
     train_on: str = "all"
     control_tokens: str = "escape"
     num_proc: int | None = None
+    where: dict[str, list[str]] | None = None
 
 
 @dataclass
@@ -97,7 +98,14 @@ def prepare(
         if parse_spec(spec).weight != 1:
             raise UserError(f"{spec}: weights belong to training; here every row is kept or rejected exactly once")
     loaded = load_conversations(
-        specs, strict=options.strict, limit=options.limit, column_map=options.column_map, tools=options.tools, rows=rows
+        specs,
+        strict=options.strict,
+        limit=options.limit,
+        column_map=options.column_map,
+        tools=options.tools,
+        rows=rows,
+        where=options.where,
+        refuse_marked_splits=True,
     )
     result = Prepared(loaded, rejected=list(loaded.rejected))
     kept = [
