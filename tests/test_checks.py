@@ -135,7 +135,7 @@ def test_schema_draft_is_the_one_it_names():
     assert problems(call("f", {"a": ["x", 1]}), tools=[tool]) == {"arguments against the schema": True}
     for unknown in ("https://example.org/own", 7, []):
         known = problems(call("f", {}), tools=[{"name": "f", "parameters": {"$schema": unknown, "type": "object"}}])
-        assert known == ({} if isinstance(unknown, str) else {"broken schema": True})
+        assert known == ({} if isinstance(unknown, str) else {"schema keyword not checked": False})
 
 
 def test_exact_key_ignores_call_ids_and_key_order_only():

@@ -16,6 +16,7 @@ from finetune.reading.row_files import RowError
 from finetune.reading.row_filter import RowFilter
 from finetune.reading.shapes import describe
 from finetune.reading.sources import Spec, parse_spec, read_rows
+from finetune.reading.unread_columns import refuse_csv_header, with_hint
 
 
 def load_conversations(
@@ -98,17 +99,21 @@ def _read_all(
             try:
                 conversation = normalize_row(raw, column_map=column_map, tools=tools, notes=result.notes)
             except RowError as error:
+                reason = with_hint(str(error), raw)
                 if strict:
+                    refuse_csv_header(source, reason, raw)
                     raise UserError(
-                        f"{source}, row {number}: {error}; fix the row, or reject such rows with prepare_data.py"
+                        f"{source}, row {number}: {reason}; fix the row, or reject such rows with prepare_data.py"
                     ) from error
-                result.rejected.append(Rejected(source, number, str(error), raw))
+                result.rejected.append(Rejected(source, number, reason, raw))
                 continue
             kept.append((conversation, (source, number)))
             key = source, tuple(column for column, value in raw.items() if value is not None)
             if key not in descriptions:
                 descriptions[key] = f"{source}: {describe(raw, column_map)}"
             result.mappings[descriptions[key]] += 1
+        if read and not kept:
+            refuse_csv_header(result.rejected[-1].source, result.rejected[-1].reason, result.rejected[-1].raw)
         used = _weighted(kept, weight, random.Random(f"{seed}:{index}"))
         counts["read"] += read
         counts["kept"] += len(kept)
