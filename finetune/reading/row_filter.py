@@ -31,7 +31,7 @@ class RowFilter:
 
     def __init__(self, where: dict[str, list[str]], *, refuse_marked_splits: bool):
         self.where = where
-        self.skipped = 0
+        self.skipped = self._chosen = 0
         self._columns_seen: set[str] = set()
         self._refuse = refuse_marked_splits
         self._marks: dict[tuple[str, str], Counter | None] = {}  # None: holds something else than splits
@@ -44,6 +44,7 @@ class RowFilter:
         if not all(_as_text(row.get(column)) in values for column, values in self.where.items()):
             self.skipped += 1
             return False
+        self._chosen += 1
         if self._refuse:
             self._note_marks(source, row)
         return True
@@ -53,6 +54,9 @@ class RowFilter:
         for column in self.where:
             if column not in self._columns_seen:
                 raise UserError(f"--where: no row has a column {column!r}; check its name")
+        if self.skipped and not self._chosen:
+            wanted = " ".join(f"{column}={value}" for column, values in self.where.items() for value in values)
+            raise UserError(f"--where {wanted}: no row has this value ({self.skipped} rows read); check its spelling")
         for (source, column), counts in self._marks.items():
             if counts and len(counts) > 1:
                 found = ", ".join(f"{number} {name}" for name, number in counts.most_common())
