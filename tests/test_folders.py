@@ -59,7 +59,7 @@ def test_configs_of_a_readme(tmp_path):
     assert prompts(f"{tmp_path}:one") == "a" and prompts(f"{tmp_path}:two@test") == "b"
     with pytest.raises(UserError, match=r"several configs \(one, two\)"):
         prompts(tmp_path)
-    with pytest.raises(UserError, match="no config or folder 'three'"):
+    with pytest.raises(UserError, match="there is no config 'three'"):
         prompts(f"{tmp_path}:three")
 
 
