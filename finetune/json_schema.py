@@ -64,12 +64,12 @@ def allows_null(schema: Any, root: Any) -> bool:
     """Whether null satisfies a part of the schema `root`; True where it cannot be evaluated."""
     if schema is True or schema is False:
         return schema
-    definitions = {key: root[key] for key in ("$defs", "definitions", "$schema") if key in root}
     # The definitions stay where they are, so that "$ref" still finds them.
-    validator, broken = validator_of(json.dumps({**definitions, "allOf": [schema]}))
+    definitions = {key: root[key] for key in ("$defs", "definitions", "$schema") if key in root}
     try:
+        validator, broken = validator_of(json.dumps({**definitions, "allOf": [schema]}))
         return bool(broken) or validator.is_valid(None)
-    except Exception:  # an unresolvable $ref
+    except Exception:  # an unresolvable $ref, or a schema that is not JSON
         return True
 
 

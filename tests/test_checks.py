@@ -179,7 +179,9 @@ def test_groups_equal_comparison_of_all_pairs():
         for _ in range(rng.randrange(6)):
             chosen[rng.randrange(len(chosen))] = rng.choice(["red", "blue", "seven", "eight", "wall", "slab"])
         texts.append(" ".join(chosen))
-    sets = [shingles(text) for text in own_texts([text.lower() for text in texts])]
+    distinct = list(dict.fromkeys(text.lower() for text in texts))
+    own = dict(zip(distinct, own_texts(distinct), strict=True))
+    sets = [shingles(own[text.lower()]) for text in texts]
     parent = list(range(len(texts)))
 
     def find(i):

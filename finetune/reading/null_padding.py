@@ -7,7 +7,6 @@ be null. Nulls inside lists and in arguments that were JSON text are data.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -19,13 +18,11 @@ _NULL_VALUES = ("default", "const", "example")  # keywords whose value may be nu
 
 
 def remove_null_padding(conversation: dict[str, Any], raw: Any, notes: Counter) -> None:
-    """Remove padding from tools and calls of a canonical conversation in place, and count it in the notes.
+    """Remove padding from the calls of a canonical conversation in place, and count it in the notes.
 
     raw  the row as it was read; it tells which arguments were objects and which were JSON text
     """
     removed: Counter = Counter()
-    # Tools may be shared between rows: they are replaced, never changed.
-    conversation["tools"] = [_tool(tool, removed) for tool in conversation["tools"]]
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in conversation["tools"]}
     objects: list[dict] | None = None
     for message in conversation["messages"]:
@@ -39,19 +36,18 @@ def remove_null_padding(conversation: dict[str, Any], raw: Any, notes: Counter) 
     notes.update(removed)
 
 
-def _tool(tool: dict[str, Any], removed: Counter) -> dict[str, Any]:
+def without_null_keywords(tool: dict[str, Any], notes: Counter) -> dict[str, Any]:
+    """A canonical tool without padding, which is counted in the notes; the tool that is given is not changed."""
     if not _holds_null(tool):
         return tool
     count: Counter = Counter()
     function = {key: value for key, value in tool["function"].items() if value is not None}
-    count["keys"] = len(tool["function"]) - len(function)
     if isinstance(function.get("parameters"), dict):
         function["parameters"] = _schema(function["parameters"], count)
     cleaned = {key: value for key, value in tool.items() if value is not None} | {"function": function}
-    count["keys"] += sum(value is None for value in tool.values())
-    if not count["keys"]:
-        return tool
-    removed["null padding in tool schemas removed"] += count["keys"]
+    number = count["keys"] + len(tool["function"]) - len(function) + len(tool) - len(cleaned)
+    if number:
+        notes["null padding in tool schemas removed"] += number
     return cleaned
 
 
@@ -137,7 +133,9 @@ def _items(schema: Any, root: Any) -> Iterator[Any]:
 
 
 def _holds_null(value: Any) -> bool:
-    return "null" in json.dumps(value)
+    if isinstance(value, dict):
+        return any(map(_holds_null, value.values()))
+    return any(map(_holds_null, value)) if isinstance(value, list) else value is None
 
 
 def _dicts(value: Any) -> Iterator[dict[str, Any]]:

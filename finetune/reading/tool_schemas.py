@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.reading.null_padding import without_null_keywords
 from finetune.reading.row_files import RowError, decode_json, json_type, strict_json
 
 # Type names of Python and of BFCL -> those of JSON Schema.
@@ -83,7 +84,7 @@ def _tool(item: Any, number: int, notes: Counter) -> dict[str, Any]:
             function["parameters"] = _json_schema(parameters, notes)
         else:
             raise RowError(f"{what} are a JSON {json_type(parameters)}, not an object")
-    return {**wrapper, "function": function}
+    return without_null_keywords({**wrapper, "function": function}, notes)
 
 
 def _json_schema(parameters: dict[str, Any], notes: Counter) -> dict[str, Any]:
