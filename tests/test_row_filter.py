@@ -98,3 +98,12 @@ def test_no_rows_left_still_writes_the_reasons(tmp_path, capsys):
     assert [one["row"] for one in rejected] == [1, 2, 3, 4]
     assert [one["kind"] for one in rejected[:1]] == ["with calls of undeclared tools"]
     assert [one.name for one in (tmp_path / "o").iterdir()] == ["rejected.jsonl"]
+
+
+def test_column_that_may_hold_the_tools_is_named(tmp_path, capsys):
+    rows = [chat(lamp_call({"room": "a"})) | {"my_tool_list": [LAMP], "id": 1}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match=r"--tools FILE, or in a column named tools \(not read: my_tool_list\)"):
+        check_rows(load_conversations(path), tmp_path / "cache")
+    assert prepare_data.main([str(path), "--output", str(tmp_path / "o")]) == 2
+    assert "--map my_tool_list=tools" in capsys.readouterr().err

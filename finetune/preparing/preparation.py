@@ -70,7 +70,8 @@ class NoRowsLeftError(UserError):
         texts = [f"{number:,} {kind} (first: {row.source}, row {row.row})" for kind, number, row in kinds]
         remedy = ""
         if any(row.kind == ERROR_KINDS["undeclared tool"] for row in result.rejected):
-            remedy = "; give the tools with --tools FILE, or map the column that holds them with --map COLUMN=tools"
+            column = next(iter(result.loaded.unread_tool_columns()), "COLUMN")
+            remedy = f"; give the tools with --tools FILE, or map the column that holds them with --map {column}=tools"
         super().__init__(f"{message}{': ' if texts else ''}{', '.join(texts)}{remedy}")
         self.rejected = result.rejected
 

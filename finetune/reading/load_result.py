@@ -48,3 +48,9 @@ class LoadResult:
     mappings: Counter = field(default_factory=Counter)
     notes: Counter = field(default_factory=Counter)
     fingerprint: str = ""
+
+    def unread_tool_columns(self) -> list[str]:
+        """Columns that were not read and whose names say that they hold tools."""
+        unread = [text.rpartition("; not read: ")[2] for text in self.mappings if "; not read: " in text]
+        names = dict.fromkeys(name for text in unread for name in text.split(", "))
+        return [name for name in names if "tool" in name.lower() or "function" in name.lower()]

@@ -20,7 +20,7 @@ log = logging.getLogger("sandwich")
 STOPPING = ("undeclared tool", "orphan result")
 SKIPPED = ("nothing to train", "empty answer")
 _REMEDY = {
-    "undeclared tool": "give the tools with --tools FILE, or in a column named tools",
+    "undeclared tool": "give the tools with --tools FILE, or in a column named tools{columns}",
     "orphan result": "remove the result, or add its call",
 }
 
@@ -48,8 +48,10 @@ def _check_all(loaded: LoadResult) -> dict[str, int]:
         problems = checks.check_conversation(conversation)
         for problem in problems:
             if problem.kind in STOPPING:
+                columns = loaded.unread_tool_columns()
+                found = f" (not read: {', '.join(columns)})" if columns else ""
                 raise UserError(
-                    f"{source}, row {row}: {problem.text}; {_REMEDY[problem.kind]}; "
+                    f"{source}, row {row}: {problem.text}; {_REMEDY[problem.kind].format(columns=found)}; "
                     "prepare_data.py rejects such rows and keeps the others"
                 )
         counts.update({problem.kind for problem in problems} - set(SKIPPED))
