@@ -12,13 +12,15 @@ WINDOW = 20  # characters of the pieces that are looked for in all requests
 MIN_SHARED_FRACTION = 0.5  # of the requests; a piece that more of them hold is omitted
 MIN_TEXTS = 6  # requests from which a shared piece means something
 MAX_SAMPLED = 2000  # requests in which shared pieces are looked for
+MAX_SAMPLED_CHARACTERS = 1_000_000
 MAX_RUNS = 50  # shared texts that are omitted, long ones first
 MIN_OWN_LETTERS = 4  # of a request; with fewer, as where only a number differs, it is compared as a whole
 
 
 def own_texts(texts: Sequence[str]) -> list[str]:
     """Each request without what most of them share: an instruction, a list of tools, a text to work on."""
-    runs = _shared_runs(texts[:: -(-len(texts) // MAX_SAMPLED)] if len(texts) > MAX_SAMPLED else texts)
+    step = max(1, -(-len(texts) // MAX_SAMPLED), sum(map(len, texts)) // MAX_SAMPLED_CHARACTERS)
+    runs = _shared_runs(texts[:: min(step, max(1, len(texts) // MIN_TEXTS))])
     if not runs:
         return list(texts)
     result = []
