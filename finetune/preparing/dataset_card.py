@@ -44,7 +44,7 @@ def tool_balance(result: Prepared) -> dict[str, Counter]:
     return dict(sorted(table.items(), key=lambda item: (-item[1].total(), item[0])))
 
 
-def quality_counts(result: Prepared) -> list[tuple[str, int, ...]]:
+def quality_counts(result: Prepared) -> list[tuple[str | int, ...]]:
     """(what, rows per split) of what decides quality: rows with and without calls, parallel calls, turns."""
     table = {name: Counter() for name in SPLITS}
     for split, conversations in result.splits.items():
