@@ -24,8 +24,8 @@ EXAMPLES = """examples:
   prepare_data.py generate --tools tools.json --per_tool 32 --output data/generated     rows from tool schemas
 `prepare` is the default verb. Each verb has its own --help.
 """
-PREPARE_EXAMPLES = """A source is a .jsonl, .json, .csv, .tsv, .parquet or .arrow file (also .gz), a folder of splits, or a Hub
-dataset.
+PREPARE_EXAMPLES = """A source is a .jsonl, .json, .csv, .tsv, .parquet or .arrow file (also .gz), a folder of
+splits, or a Hub dataset.
 Files in --output: train.jsonl, validation.jsonl, test.jsonl, rejected.jsonl, dataset_card.md, two pictures.
 examples:
   prepare_data.py rows.jsonl --output data/processed

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune.json_schema import allows_null
-from finetune.schema_dialects import SCHEMA_LISTS, SCHEMA_MAPS, SUBSCHEMAS
+from finetune.json_schema.dialects import SCHEMA_LISTS, SCHEMA_MAPS, SUBSCHEMAS
 
 _NULL_VALUES = ("default", "const", "example")  # keywords whose value may be null
 

@@ -9,9 +9,10 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-from finetune import json_schema, schema_dialects
+from finetune import json_schema
 from finetune.errors import UserError
 from finetune.files import write_to_cache
+from finetune.json_schema import dialects
 from finetune.preparing import checks
 from finetune.reading.load_result import LoadResult
 
@@ -30,7 +31,7 @@ def check_rows(loaded: LoadResult, cache_dir: Path) -> None:
 
     The outcome is cached by the fingerprint of the conversations.
     """
-    code = [Path(module.__file__).read_text("utf-8") for module in (checks, json_schema, schema_dialects)]
+    code = [Path(module.__file__).read_text("utf-8") for module in (checks, json_schema, dialects)]
     key = json.dumps([loaded.fingerprint, version("jsonschema"), *code])
     path = cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     try:
