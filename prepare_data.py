@@ -24,8 +24,8 @@ EXAMPLES = """examples:
   prepare_data.py generate --tools tools.json --per_tool 32 --output data/generated     rows from tool schemas
 `prepare` is the default verb. Each verb has its own --help.
 """
-PREPARE_EXAMPLES = """A source is a .jsonl, .json, .csv, .tsv or .parquet file (also .gz), a folder of splits, or a Hub
-dataset.
+PREPARE_EXAMPLES = """A source is a .jsonl, .json, .csv, .tsv, .parquet or .arrow file (also .gz), a folder of
+splits, or a Hub dataset.
 Files in --output: train.jsonl, validation.jsonl, test.jsonl, rejected.jsonl, dataset_card.md, two pictures.
 examples:
   prepare_data.py rows.jsonl --output data/processed
@@ -81,6 +81,7 @@ def build_parser() -> FlagParser:
         "PostgreSQL by POSTGRES_HOST, _PORT, _DB, _USER, _PASSWORD")
     add("--query", metavar="SELECT", help="the query for --sql")
     add("--table", help="a complete table instead of --query (default: query_logs)")
+    add("--where", action="append", metavar="COLUMN=VALUE", help="only rows with this value; repeatable")
     add("--strict", action="store_true", help="stop at the first bad row instead of rejecting it")
     add("--dedupe", action="store_true", help="also reject near-duplicates (exact ones always are)")
     add("--split", default="80/10/10", help="ratio of train/validation/test")
@@ -176,7 +177,8 @@ def prepare(args: argparse.Namespace) -> int:
     """Write splits, rejected rows and the dataset card."""
     from finetune.preparing import preparation
     from finetune.preparing.preparation_report import print_prepared
-    from finetune.preparing.writing import WRITTEN, refuse_to_replace, write_prepared
+    from finetune.preparing.writing import WRITTEN, refuse_to_replace, write_prepared, write_rejected
+    from finetune.reading.row_filter import parse_where
     from finetune.reading.sources import refuse_same_file
 
     if not args.inputs and args.sql is None:
@@ -188,14 +190,19 @@ def prepare(args: argparse.Namespace) -> int:
     refuse_to_replace(args.output, overwrite=args.overwrite)
     names = preparation.PrepareOptions.__dataclass_fields__
     given = {name: value for name, value in vars(args).items() if name in names}
-    options = preparation.PrepareOptions(**given | reading_options(args))
+    options = preparation.PrepareOptions(**given | reading_options(args) | {"where": parse_where(args.where)})
     tokenizer, fmt = load_tokenizer_and_format(args) if args.tokenizer else (None, None)
     rows = None
     if args.sql is not None:
         from finetune.reading.sql import read_sql
 
         rows = read_sql(args.sql, query=args.query, table=args.table)
-    result = preparation.prepare(args.inputs, options, tokenizer=tokenizer, fmt=fmt, rows=rows)
+    try:
+        result = preparation.prepare(args.inputs, options, tokenizer=tokenizer, fmt=fmt, rows=rows)
+    except preparation.NoRowsLeftError as error:
+        if error.rejected:
+            raise UserError(f"{error}; all reasons: {write_rejected(error.rejected, args.output)}") from error
+        raise
     write_prepared(result, args.output, options, command_line(args), overwrite=args.overwrite)
     print_prepared(result, Path(args.output))
     return 0

@@ -147,16 +147,25 @@ def load_data(settings: Settings) -> RunData:
     """Read the conversations; --eval_fraction splits off a part that depends on the seed."""
     from finetune.preparing.splits import split_off
     from finetune.reading.conversations import load_conversations
+    from finetune.reading.row_filter import parse_where
+    from finetune.reading.tool_schemas import load_tools_file
+    from finetune.training.row_checks import check_rows
 
-    cache = cache_dir() / "rows"
-    train = load_conversations(settings.dataset, limit=settings.limit, seed=settings.seed, cache_dir=cache)
+    options = {
+        "seed": settings.seed, "cache_dir": cache_dir() / "rows", "refuse_marked_splits": True,
+        "tools": load_tools_file(settings.tools) if settings.tools else None,
+    }  # fmt: skip
+    train = load_conversations(settings.dataset, limit=settings.limit, where=parse_where(settings.where), **options)
+    check_rows(train, cache_dir() / "checks")
     for mapping, count in train.mappings.items():
         log.info("%s (%d rows)", mapping, count)
     for note, count in train.notes.items():
         if "not read" in note or "left as text" in note:  # the other notes do not concern lost content
             log.info("%s (%d times)", note, count)
     if settings.eval_dataset:
-        return RunData(train, load_conversations(settings.eval_dataset, seed=settings.seed, cache_dir=cache))
+        held_out = load_conversations(settings.eval_dataset, **options)
+        check_rows(held_out, cache_dir() / "checks")
+        return RunData(train, held_out)
     if settings.eval_fraction:
         return RunData(*split_off(train, settings.eval_fraction, settings.seed))
     return RunData(train)

@@ -65,6 +65,11 @@ class Settings:
         None, "rows for eval_loss, in the same forms as --dataset", metavar="DATA", resumable=True)
     eval_fraction: float = setting(0.0, "fraction of the training rows to hold out for eval_loss", fraction)
     limit: int | None = setting(None, "use only the first N rows of each --dataset; does not apply to --eval_dataset")
+    tools: str | None = setting(
+        None, "JSON file with tool schemas for rows without their own", metavar="FILE", resumable=True)
+    where: list[str] | None = setting(
+        None, "only rows of --dataset with this value in this column; repeatable; does not apply to --eval_dataset",
+        metavar="COLUMN=VALUE")
     format: str = setting("auto", "chat format (see docs/formats.md), path to a format's YAML, native, or auto")
     train_on: Literal["all", "last"] = setting("all", "train on every assistant turn or only on the last")
     control_tokens: Literal["escape", "error", "allow"] = setting(

@@ -171,7 +171,7 @@ def test_json_columns_of_the_datasets_library(tmp_path):
         ("r.json", b'{"train": [{"prompt": "q"}], "test": [{"prompt": "q"}]}', "several lists of objects"),
         ("r.json", "[]".encode("utf-16"), "not UTF-8"),
         ("r.jsonl", '{"prompt": "q"}\n'.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
-        ("r.txt", b"x", "unknown type of file"),
+        ("r.txt", b"x", "its type is not known"),
     ],
 )
 def test_damaged_files_are_one_line(tmp_path, name, data, message):

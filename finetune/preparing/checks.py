@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from finetune.encoding.rows import empty_answer
-from finetune.json_schema import schema_errors
+from finetune.json_schema import schema_errors, unchecked_keywords
 from finetune.reading.calls_in_text import call_tag
 
 
@@ -26,6 +26,18 @@ class Problem:
     kind: str
     text: str
     error: bool = True
+
+
+# Kind of an error -> the words after a number of rows.
+ERROR_KINDS = {
+    "tool declared twice": "with a tool declared twice",
+    "nothing to train": "without an answer to train",
+    "empty answer": "with an empty answer",
+    "orphan result": "with a result that belongs to no call",
+    "undeclared tool": "with calls of undeclared tools",
+    "broken schema": "with a broken schema",
+    "arguments against the schema": "with arguments against the schema",
+}
 
 
 def _warning(kind: str, text: str) -> Problem:
@@ -100,17 +112,23 @@ def _check_results(messages: list[dict[str, Any]]) -> Iterator[Problem]:
     """Each result must answer a call of the assistant message before it, by id where both sides have ids."""
     calls: list[dict[str, Any]] = []
     results = 0
+    answered: set[str] = set()  # ids with a result
     for number, message in enumerate(messages, start=1):
         if message["role"] == "assistant":
-            if calls and results == 0:
-                yield _warning("call without a result", f"message {number}: the calls before it have no result")
-            calls, results = message.get("tool_calls", []), 0
+            if results < len(calls):
+                which = "have no result" if results == 0 else f"are {len(calls)}, with {results} results"
+                yield _warning("call without a result", f"message {number}: the calls before it {which}")
+            calls, results, answered = message.get("tool_calls", []), 0, set()
         elif message["role"] == "tool":
             results += 1
             if orphan := _orphan(message, calls, results):
                 yield Problem("orphan result", f"message {number}: {orphan}")
                 continue
             given, expected = message.get("tool_call_id"), calls[results - 1].get("id")
+            if given is not None and given in answered:
+                yield Problem("orphan result", f"message {number}: a second result for the call {given!r}")
+                continue
+            answered.add(given)
             if given not in (None, expected) and any("id" in call for call in calls):
                 kind = "results in another order than their calls"  # formats without ids rely on the order
                 yield _warning(kind, f"message {number}: {given!r} is out of order")
@@ -143,7 +161,10 @@ def _check_call(function: dict[str, Any], number: int, schemas: dict[str, Any]) 
     errors, broken = schema_errors(schemas[name], arguments)
     if broken:
         yield Problem("broken schema", f"the schema of tool {name} {broken}")
-    elif errors:
+        return
+    for keyword in unchecked_keywords(schemas[name]):
+        yield _warning("schema keyword not checked", f"tool {name}: {keyword}")
+    if errors:
         where = "/".join(map(str, errors[0].absolute_path)) or "arguments"
         text = f"message {number}: call of {name}, {where}: {errors[0].message[:300]}"
         yield Problem("arguments against the schema", text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +11,13 @@ from finetune.charts.fonts import missing_glyphs_ignored
 from finetune.charts.palette import BLUE, GREEN, ORANGE
 from finetune.preparing.checks import called_tool
 from finetune.preparing.preparation import Prepared, PrepareOptions
+from finetune.preparing.reason_kinds import count_kinds
 from finetune.preparing.splits import SPLITS, request_text
 
 COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
 CJK_FONTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "AppleGothic")
 MAX_TOOL_BARS = 40
+MAX_TOOLS_IN_CARD = 30
 MAX_LABEL_LENGTH = 60
 
 
@@ -43,17 +44,42 @@ def tool_balance(result: Prepared) -> dict[str, Counter]:
     return dict(sorted(table.items(), key=lambda item: (-item[1].total(), item[0])))
 
 
+def quality_counts(result: Prepared) -> list[tuple[str | int, ...]]:
+    """(what, rows per split) of what decides quality: rows with and without calls, parallel calls, turns."""
+    table = {name: Counter() for name in SPLITS}
+    for split, conversations in result.splits.items():
+        for conversation in conversations:
+            turns = [message for message in conversation["messages"] if message["role"] == "assistant"]
+            calls = [len(message.get("tool_calls", ())) for message in turns]
+            users = sum(message["role"] == "user" for message in conversation["messages"])
+            counts = table[split]
+            counts["with a call" if any(calls) else "without a call"] += 1
+            counts["with parallel calls (several in one turn)"] += max(calls, default=0) > 1
+            counts["with several user turns"] += users > 1
+            counts["with tools, but without a call"] += bool(conversation["tools"]) and not any(calls)
+            counts["(calls in all rows)"] += sum(calls)
+            counts["(assistant turns in all rows)"] += len(turns)
+    names = (
+        "with a call", "without a call", "with tools, but without a call", "with parallel calls (several in one turn)",
+        "with several user turns", "(assistant turns in all rows)", "(calls in all rows)",
+    )  # fmt: skip
+    return [(name, *(table[split][name] for split in SPLITS)) for name in names]
+
+
+def tool_rows(result: Prepared) -> list[tuple[str, Counter]]:
+    """The most frequent tools with their rows per split; the others are one line."""
+    balance = list(tool_balance(result).items())
+    if len(balance) <= MAX_TOOLS_IN_CARD:
+        return [(f"`{_cell(tool)}`", counts) for tool, counts in balance]
+    rest = sum((counts for _, counts in balance[MAX_TOOLS_IN_CARD:]), Counter())
+    shown = [(f"`{_cell(tool)}`", counts) for tool, counts in balance[:MAX_TOOLS_IN_CARD]]
+    return [*shown, (f"{len(balance) - MAX_TOOLS_IN_CARD} other tools", rest)]
+
+
 def shared_requests(result: Prepared) -> int:
     """Requests that are in more than one split, which must be 0 or the split leaks; counted on the finished splits."""
     texts = [{request_text(c) for c in conversations} for conversations in result.splits.values()]
     return sum(map(len, texts)) - len(set().union(*texts))
-
-
-def reason_kind(reason: str) -> str:
-    """A reason without its row, message and value, for counting similar reasons together."""
-    reason = re.sub(r"(duplicate of) .*", r"\1 another row", reason)
-    reason = re.sub(r"messages? \d+( and \d+)?:? ?", "", reason)
-    return re.sub(r"\d+", "N", reason)[:160]
 
 
 def card(result: Prepared, options: PrepareOptions, command: str) -> str:
@@ -72,12 +98,14 @@ def card(result: Prepared, options: PrepareOptions, command: str) -> str:
         lengths=length_summary(result),
         shared_requests=shared_requests(result),
         splits=list(SPLITS),
-        tools=[
-            (f"`{_cell(tool)}`", *(numbers[name] for name in SPLITS)) for tool, numbers in tool_balance(result).items()
-        ],
+        tools=[(tool, *(counts[name] for name in SPLITS)) for tool, counts in tool_rows(result)],
+        quality=quality_counts(result),
         mappings=[(_cell(text), number) for text, number in result.loaded.mappings.most_common()],
         notes=_count_rows(result.loaded.notes),
-        reasons=_count_rows(Counter(reason_kind(row.reason) for row in result.rejected)),
+        reasons=[
+            (f"{_cell(kind)}, first: {_cell(row.source)}, row {row.row}", number)
+            for kind, number, row in count_kinds(result.rejected)
+        ],
         warnings=_count_rows({kind: len(rows) for kind, rows in result.warnings.items()}),
     )
     return f"{filled}\n"

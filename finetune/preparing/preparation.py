@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.preparing.checks import check_conversation, exact_key
-from finetune.preparing.splits import SPLITS, near_duplicate_groups, parse_ratios, split_conversations
+from finetune.preparing.checks import ERROR_KINDS, check_conversation, exact_key
+from finetune.preparing.reason_kinds import count_kinds
+from finetune.preparing.related_rows import continued_conversations
+from finetune.preparing.splits import SPLITS, near_duplicate_groups, parse_ratios, split_conversations, split_groups
 from finetune.reading.conversations import load_conversations
 from finetune.reading.load_result import LoadResult, Rejected, SourceRow
 from finetune.reading.sources import parse_spec
@@ -32,6 +33,7 @@ class PrepareOptions:
     train_on: str = "all"
     control_tokens: str = "escape"
     num_proc: int | None = None
+    where: dict[str, list[str]] | None = None
 
 
 @dataclass
@@ -52,11 +54,26 @@ class Prepared:
     unit: str = "characters"
     near_duplicates: int = 0
     turns_removed: int = 0
+    empty_splits: list[str] = field(default_factory=list)  # that were asked for
     encoding_report: dict[str, Any] | None = None
 
     @property
     def kept(self) -> int:
         return sum(map(len, self.splits.values()))
+
+
+class NoRowsLeftError(UserError):
+    """Every row was rejected; `rejected` holds them, and the text names the three commonest kinds."""
+
+    def __init__(self, message: str, result: Prepared):
+        kinds = count_kinds(result.rejected)[:3]
+        texts = [f"{number:,} {kind} (first: {row.source}, row {row.row})" for kind, number, row in kinds]
+        remedy = ""
+        if any(row.kind == ERROR_KINDS["undeclared tool"] for row in result.rejected):
+            column = next(iter(result.loaded.unread_tool_columns()), "COLUMN")
+            remedy = f"; give the tools with --tools FILE, or map the column that holds them with --map {column}=tools"
+        super().__init__(f"{message}{': ' if texts else ''}{', '.join(texts)}{remedy}")
+        self.rejected = result.rejected
 
 
 @dataclass
@@ -82,7 +99,14 @@ def prepare(
         if parse_spec(spec).weight != 1:
             raise UserError(f"{spec}: weights belong to training; here every row is kept or rejected exactly once")
     loaded = load_conversations(
-        specs, strict=options.strict, limit=options.limit, column_map=options.column_map, tools=options.tools, rows=rows
+        specs,
+        strict=options.strict,
+        limit=options.limit,
+        column_map=options.column_map,
+        tools=options.tools,
+        rows=rows,
+        where=options.where,
+        refuse_marked_splits=True,
     )
     result = Prepared(loaded, rejected=list(loaded.rejected))
     kept = [
@@ -94,15 +118,15 @@ def prepare(
     if tokenizer is not None:
         kept = _fit_to_length(kept, result, options, tokenizer, fmt)
     if not kept:
-        reasons = Counter(rejected.reason for rejected in result.rejected).most_common(1)
-        why = f"; most often: {reasons[0][0]}" if reasons else ""
-        raise UserError(f"{', '.join(specs) or 'database'}: no rows left of {loaded.counts['read']} read{why}")
+        raise NoRowsLeftError(f"{', '.join(specs) or 'database'}: no rows left of {loaded.counts['read']} read", result)
     groups = near_duplicate_groups([row.conversation for row in kept])
     if options.dedupe:
         kept = _deduplicate_near(kept, groups, result, options)
         groups = list(range(len(kept)))
     result.near_duplicates = len(groups) - len(set(groups))
+    groups = split_groups([row.conversation for row in kept], groups)
     names = split_conversations([row.conversation for row in kept], groups, ratios, options.seed)
+    result.empty_splits = [name for name, ratio in zip(SPLITS, ratios, strict=True) if ratio and name not in names]
     for name in SPLITS:
         chosen = [row for row, split in zip(kept, names, strict=True) if split == name]
         result.splits[name] = [row.conversation for row in chosen]
@@ -112,19 +136,20 @@ def prepare(
     return result
 
 
-def _reject(row: _Row, reason: str, result: Prepared, options: PrepareOptions) -> None:
+def _reject(row: _Row, reason: str, result: Prepared, options: PrepareOptions, kind: str = "") -> None:
     if options.strict:
         raise UserError(f"{row}: {reason}; fix the row, or omit --strict")
-    result.rejected.append(Rejected(*row.origin, reason, row.conversation))
+    result.rejected.append(Rejected(*row.origin, reason, row.conversation, kind))
 
 
 def _check(rows: list[_Row], result: Prepared, options: PrepareOptions) -> list[_Row]:
     kept = []
     for row in rows:
         problems = check_conversation(row.conversation)
-        errors = [problem.text for problem in problems if problem.error]
+        errors = [problem for problem in problems if problem.error]
         if errors:
-            _reject(row, "; ".join(errors), result, options)
+            kind = ERROR_KINDS.get(errors[0].kind, errors[0].kind)
+            _reject(row, "; ".join(problem.text for problem in errors), result, options, kind)
             continue
         for kind in {problem.kind for problem in problems}:
             result.warnings.setdefault(kind, []).append(str(row))
@@ -137,15 +162,20 @@ def _deduplicate(rows: list[_Row], result: Prepared, options: PrepareOptions) ->
     for row in rows:
         original = first.setdefault(exact_key(row.conversation), row)
         if original is not row:
-            _reject(row, f"duplicate of {original}", result, options)
+            _reject(row, f"duplicate of {original}", result, options, kind="duplicates")
     return list(first.values())
 
 
 def _deduplicate_near(rows: list[_Row], groups: list[int], result: Prepared, options: PrepareOptions) -> list[_Row]:
+    """Reject all but the first row of each group, and the rows that continue its conversation."""
+    conversation_of = continued_conversations([row.conversation for row in rows])
+    kept = []
     for index, (row, group) in enumerate(zip(rows, groups, strict=True)):
-        if group != index:
-            _reject(row, f"near-duplicate of {rows[group]}", result, options)
-    return [row for index, row in enumerate(rows) if groups[index] == index]
+        if group == index or conversation_of[index] == conversation_of[group]:
+            kept.append(row)
+        else:
+            _reject(row, f"near-duplicate of {rows[group]}", result, options, kind="near-duplicates")
+    return kept
 
 
 def _fit_to_length(rows: list[_Row], result: Prepared, options: PrepareOptions, tokenizer, fmt) -> list[_Row]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from finetune.preparing.dataset_card import length_summary, reason_kind, shared_requests, tool_balance
+from finetune.preparing.dataset_card import length_summary, shared_requests, tool_balance
 from finetune.preparing.preparation import Prepared
+from finetune.preparing.reason_kinds import count_kinds
 
 MAX_SHOWN = 12  # lines of a list, names of tools
 
@@ -28,9 +28,8 @@ def print_prepared(result: Prepared, folder: Path) -> None:
 
     print_counts("columns read", result.loaded.mappings.most_common(MAX_SHOWN))
     print_counts("changed while normalising", result.loaded.notes.most_common(MAX_SHOWN))
-    kinds = Counter(reason_kind(row.reason) for row in result.rejected)
-    first = {reason_kind(row.reason): f"{row.source}, row {row.row}: {row.reason}" for row in reversed(result.rejected)}
-    rejected = [(first[kind], number) for kind, number in kinds.most_common(MAX_SHOWN)]
+    kinds = count_kinds(result.rejected)
+    rejected = [(f"{kind}, first: {row.source}, row {row.row}: {row.reason}", n) for kind, n, row in kinds[:MAX_SHOWN]]
     print_counts("rejected, with the first row of each kind", rejected)
     warnings = sorted(result.warnings.items(), key=lambda item: -len(item[1]))
     print_counts("kept with a warning", [(f"{kind} (first: {rows[0]})", len(rows)) for kind, rows in warnings])
@@ -44,6 +43,8 @@ def print_prepared(result: Prepared, folder: Path) -> None:
     for name, *numbers in length_summary(result):
         table.add_row(name, *(f"{number:,}" for number in numbers))
     console.print(table)
+    for name in result.empty_splits:
+        console.print(f"the split {name} was asked for and gets no row; add rows, or give it a larger share (--split)")
     balance = tool_balance(result)
     tools = ", ".join(f"{tool} {counts.total():,}" for tool, counts in list(balance.items())[:MAX_SHOWN])
     console.print(f"{len(balance):,} tools: {escape(tools)}{' …' if len(balance) > MAX_SHOWN else ''}")

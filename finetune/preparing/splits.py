@@ -15,6 +15,7 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.preparing.checks import called_tool
+from finetune.preparing.related_rows import continued_conversations, own_texts
 from finetune.reading.load_result import LoadResult
 
 SPLITS = ("train", "validation", "test")
@@ -44,8 +45,8 @@ def shingles(text: str) -> frozenset[int]:
 def near_duplicate_groups(conversations: Sequence[dict[str, Any]]) -> list[int]:
     """The group of each conversation, named by the index of its first member; near-duplicates share a group.
 
-    MinHash LSH proposes candidates, whose similarity is then computed exactly. Groups are connected components, so a
-    chain of near-duplicates is one group.
+    What most requests share is omitted first. MinHash LSH proposes candidates, whose similarity is then computed
+    exactly. Groups are connected components, so a chain of near-duplicates is one group.
     """
     texts: dict[str, int] = {}
     parent = list(range(len(conversations)))
@@ -63,7 +64,7 @@ def near_duplicate_groups(conversations: Sequence[dict[str, Any]]) -> list[int]:
     for index, conversation in enumerate(conversations):
         if text := request_text(conversation):  # rows without a user's text are not near-duplicates of each other
             join(texts.setdefault(text, index), index)
-    sets = {index: shingles(text) for text, index in texts.items()}
+    sets = {index: shingles(own) for own, index in zip(own_texts(list(texts)), texts.values(), strict=True)}
     for bucket in _lsh_buckets(sets):
         # Compare with one member of each group seen in this bucket: linear for thousands of near-duplicates.
         seen: list[int] = []
@@ -140,27 +141,51 @@ def split_conversations(
     return result
 
 
+def split_groups(conversations: Sequence[dict[str, Any]], near_duplicates: Sequence[int]) -> list[int]:
+    """Groups that must share a split: near-duplicates, and rows that continue one conversation."""
+    return joined_groups(near_duplicates, continued_conversations(conversations))
+
+
+def joined_groups(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    """The groups of both, joined where they overlap; each is named by the index of its first member."""
+    parent = list(range(len(first)))
+
+    def find(item: int) -> int:
+        while parent[item] != item:
+            parent[item] = parent[parent[item]]
+            item = parent[item]
+        return item
+
+    for groups in (first, second):
+        for index, group in enumerate(groups):
+            a, b = find(index), find(group)
+            parent[max(a, b)] = min(a, b)
+    return [find(index) for index in range(len(parent))]
+
+
 def split_off(loaded: LoadResult, fraction: float, seed: int) -> tuple[LoadResult, LoadResult]:
-    """(train, held out): about `fraction` of the rows, chosen by `seed`; equal requests stay on one side.
+    """(train, held out): about `fraction` of the rows, chosen by `seed`; the groups are those of `prepare`.
 
     Raises UserError when a side would be empty.
     """
-    groups: dict[str, list[int]] = defaultdict(list)
-    for number, conversation in enumerate(loaded.conversations):
-        groups[request_text(conversation)].append(number)
+    conversations = list(loaded.conversations)
+    groups: dict[int, list[int]] = defaultdict(list)
+    for number, group in enumerate(split_groups(conversations, near_duplicate_groups(conversations))):
+        groups[group].append(number)
     order = list(groups.values())
     random.Random(seed).shuffle(order)
-    total = len(loaded.conversations)
+    total = len(conversations)
     wanted = max(1, round(fraction * total))
     held_out: set[int] = set()
-    for group in order:
-        if len(held_out) >= wanted:
-            break
-        held_out.update(group)
+    for group in order:  # a group that is too large for the rest is left to training
+        if len(held_out) + len(group) <= wanted:
+            held_out.update(group)
+    if not held_out and order:
+        held_out.update(min(order, key=len))
     if not held_out or len(held_out) == total:
         raise UserError(
             f"--eval_fraction {fraction} leaves no rows on one side of the split ({total} rows, "
-            f"{len(groups)} different requests); add rows or name an --eval_dataset"
+            f"{len(groups)} groups of similar requests); add rows or name an --eval_dataset"
         )
     return _subset(loaded, [i for i in range(total) if i not in held_out]), _subset(loaded, sorted(held_out))
 

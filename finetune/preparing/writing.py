@@ -7,7 +7,9 @@ from pathlib import Path
 from finetune.errors import UserError
 from finetune.files import json_lines, write_together
 from finetune.preparing.preparation import Prepared, PrepareOptions
+from finetune.preparing.reason_kinds import reason_kind
 from finetune.preparing.splits import SPLITS
+from finetune.reading.load_result import Rejected
 
 # The files that `write_prepared` may write.
 WRITTEN = (*(f"{name}.jsonl" for name in SPLITS), "rejected.jsonl", "dataset_card.md", "lengths.png", "tools.png")
@@ -23,13 +25,24 @@ def write_prepared(
     refuse_to_replace(folder, overwrite=overwrite)
     files = {f"{name}.jsonl": json_lines(conversations).encode() for name, conversations in result.splits.items()}
     if result.rejected:
-        files["rejected.jsonl"] = json_lines(row.as_json() for row in result.rejected).encode()
+        files["rejected.jsonl"] = _rejected_lines(result.rejected)
     files["lengths.png"] = draw_lengths(result, options.max_seq_length)
     files["tools.png"] = draw_tools(result)
     files["dataset_card.md"] = card(result, options, command).encode(errors="backslashreplace")
     write_together({folder / name: data for name, data in files.items()})
     if not result.rejected:
         (folder / "rejected.jsonl").unlink(missing_ok=True)
+
+
+def write_rejected(rejected: list[Rejected], folder: str | Path) -> Path:
+    """Write rejected.jsonl alone, for a data set of which no row is left. Raises UserError."""
+    path = Path(folder, "rejected.jsonl")
+    write_together({path: _rejected_lines(rejected)})
+    return path
+
+
+def _rejected_lines(rejected: list[Rejected]) -> bytes:
+    return json_lines(row.as_json() | {"kind": reason_kind(row)} for row in rejected).encode()
 
 
 def refuse_to_replace(folder: str | Path, *, overwrite: bool) -> None:

@@ -13,8 +13,10 @@ from finetune.reading.load_result import LoadResult, Rejected, SourceRow
 from finetune.reading.normalize import conversations_fingerprint, normalize_row
 from finetune.reading.reading_cache import LazyList, entry_path, load_entry, save_entry
 from finetune.reading.row_files import RowError
+from finetune.reading.row_filter import RowFilter
 from finetune.reading.shapes import describe
 from finetune.reading.sources import Spec, parse_spec, read_rows
+from finetune.reading.unread_columns import refuse_csv_header, with_hint
 
 
 def load_conversations(
@@ -27,6 +29,8 @@ def load_conversations(
     seed: int = 0,
     rows: Iterable[SourceRow] | None = None,
     cache_dir: str | Path | None = None,
+    where: dict[str, list[str]] | None = None,
+    refuse_marked_splits: bool = False,
 ) -> LoadResult:
     """Read, normalise and mix all sources.
 
@@ -37,10 +41,13 @@ def load_conversations(
     rows    rows read elsewhere (SQL), taken after those of `specs`
     cache_dir  (only for files, only if strict) folder that caches the result; when nothing has changed, the files are
                hashed only, and rows are read when a conversation is accessed
+    where   only rows that have one of these values in each of these columns (see finetune.reading.row_filter)
+    refuse_marked_splits  UserError for a file with a column that marks training and other rows
     """
     specs = [specs] if isinstance(specs, (str, Path)) else list(specs)
     parsed = [parse_spec(spec) for spec in specs]  # a missing file is reported before the first one is read
-    options = {"limit": limit, "column_map": column_map, "tools": tools, "seed": seed}
+    options = {"limit": limit, "column_map": column_map, "tools": tools, "seed": seed, "where": where or {}}
+    options["refuse_marked_splits"] = refuse_marked_splits
     if cache_dir is None or not strict or rows is not None:
         return _read_all(parsed, rows, strict, **options)
     path = entry_path(cache_dir, parsed, options)
@@ -70,8 +77,11 @@ def _read_all(
     column_map: dict[str, str] | None,
     tools: list[dict[str, Any]] | None,
     seed: int,
+    where: dict[str, list[str]],
+    refuse_marked_splits: bool,
 ) -> LoadResult:
     result = LoadResult()
+    row_filter = RowFilter(where, refuse_marked_splits=refuse_marked_splits)
     counts = result.counts = {"read": 0, "kept": 0, "rejected": 0, "repeated": 0, "left_out": 0, "sources": {}}
     streams = [(spec.text, spec.weight, read_rows(spec)) for spec in specs]
     if rows is not None:
@@ -82,18 +92,24 @@ def _read_all(
         for source, number, raw in stream:
             if limit is not None and len(kept) >= limit:
                 break
+            if not row_filter.chooses(source, raw):
+                continue
             read += 1
             try:
                 conversation = normalize_row(raw, column_map=column_map, tools=tools, notes=result.notes)
             except RowError as error:
+                reason = with_hint(str(error), raw)
                 if strict:
+                    refuse_csv_header(source, reason, raw)
                     raise UserError(
-                        f"{source}, row {number}: {error}; fix the row, or reject such rows with prepare_data.py"
+                        f"{source}, row {number}: {reason}; fix the row, or reject such rows with prepare_data.py"
                     ) from error
-                result.rejected.append(Rejected(source, number, str(error), raw))
+                result.rejected.append(Rejected(source, number, reason, raw))
                 continue
             kept.append((conversation, (source, number)))
             result.mappings[f"{source}: {describe(raw, column_map)}"] += 1
+        if read and not kept:
+            refuse_csv_header(result.rejected[-1].source, result.rejected[-1].reason, result.rejected[-1].raw)
         used = _weighted(kept, weight, random.Random(f"{seed}:{index}"))
         counts["read"] += read
         counts["kept"] += len(kept)
@@ -103,6 +119,9 @@ def _read_all(
         counts["sources"][name] = {"read": read, "kept": len(kept), "used": len(used)}
         result.conversations += [conversation for conversation, _ in used]
         result.origins += [origin for _, origin in used]
+    row_filter.check()
+    if row_filter.skipped:
+        result.notes["rows not read: another value in the column of --where"] = row_filter.skipped
     result.fingerprint = conversations_fingerprint(result.conversations)
     return result
 

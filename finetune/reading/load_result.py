@@ -20,6 +20,7 @@ class Rejected:
     row: int
     reason: str
     raw: Any
+    kind: str = ""  # a short text for counting, if the check that rejected it has one
 
     def as_json(self) -> dict[str, Any]:
         raw = self.raw.text if isinstance(self.raw, Unreadable) else self.raw
@@ -47,3 +48,9 @@ class LoadResult:
     mappings: Counter = field(default_factory=Counter)
     notes: Counter = field(default_factory=Counter)
     fingerprint: str = ""
+
+    def unread_tool_columns(self) -> list[str]:
+        """Columns that were not read and whose names say that they hold tools."""
+        unread = [text.rpartition("; not read: ")[2] for text in self.mappings if "; not read: " in text]
+        names = dict.fromkeys(name for text in unread for name in text.split(", "))
+        return [name for name in names if "tool" in name.lower() or "function" in name.lower()]

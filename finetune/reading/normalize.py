@@ -14,6 +14,7 @@ from typing import Any
 from finetune.reading.assistant import REASONING_KEYS, read_assistant
 from finetune.reading.content_parts import Parts, read_parts, result_text, system_text
 from finetune.reading.media import refuse_media_columns, refuse_media_keys
+from finetune.reading.null_padding import remove_null_padding
 from finetune.reading.raw_calls import CALLS_OF_PARTS, is_call_key, refuse_hidden_calls, without_namespace
 from finetune.reading.row_files import RowError, Unreadable, decode_json, json_type
 from finetune.reading.shapes import detect_shape
@@ -122,7 +123,9 @@ def _conversation(
             read += _message(message, number, roles[number - 1], answered, declared, notes)
     if not read:
         raise RowError("messages is empty")
-    return {"messages": merge_turns(read, notes), "tools": declared}
+    conversation = {"messages": merge_turns(read, notes), "tools": declared}
+    remove_null_padding(conversation, raw, notes)
+    return conversation
 
 
 @contextlib.contextmanager

@@ -96,15 +96,58 @@ def _reason(error: ValueError) -> str:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
-    """Rows of a JSON Lines file, numbered by line; blank lines are skipped."""
+    """Rows of a JSON Lines file, numbered by line; blank lines are skipped.
+
+    Objects that go over several lines are read too if the complete file consists of them.
+    """
     with open_plain(path) as file:
+        first = True
         for number, line in enumerate(file, start=1):
             if number == 1:
                 if line.startswith(UTF_16_MARKS):
                     raise UserError(f"{path}: is UTF-16 text; save it as UTF-8")
                 line = line.removeprefix(UTF_8_MARK)
-            if line.strip():
-                yield number, read_json_row(line.rstrip(b"\r\n"))
+            if not line.strip():
+                continue
+            row = read_json_row(line.rstrip(b"\r\n"))
+            if first and isinstance(row, Unreadable) and path.is_file() and (rows := _pretty_printed(path)):
+                yield from rows
+                return
+            first = False
+            yield number, row
+
+
+def _pretty_printed(path: Path) -> list[tuple[int, dict | Unreadable]] | None:
+    """(line on which it begins, object) of a file of JSON objects over several lines; None for any other file."""
+    with open_plain(path) as file:
+        raw = file.read().removeprefix(UTF_8_MARK)
+    rows: list[tuple[int, dict | Unreadable]] = []
+    try:
+        text = raw.decode("utf-8")
+        at = _skip_space(text, 0)
+        while at < len(text):
+            _, end = STRICT.raw_decode(text, at)
+            part = text[at:end]
+            if not rows and part.startswith("[") and not text[end:].strip() and "\n" in part.strip():
+                items = strict_json(part)  # an array over several lines, named .jsonl
+                return [(number, _as_row(item)) for number, item in enumerate(items, start=1)]
+            rows.append((text.count("\n", 0, at) + 1, read_json_row(part.encode())))
+            at = _skip_space(text, end)
+    except (ValueError, RecursionError):
+        return None
+    return rows if all(isinstance(row, dict) for _, row in rows) else None
+
+
+def _skip_space(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def _as_row(item: Any) -> dict | Unreadable:
+    if isinstance(item, dict):
+        return item
+    return Unreadable(f"is a JSON {json_type(item)}, not an object", json.dumps(item, ensure_ascii=False))
 
 
 def json_document(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
@@ -130,15 +173,16 @@ def json_document(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
     if not isinstance(rows, list):
         raise UserError(f"{path}: holds a JSON {json_type(rows)}; give an array of rows or JSON Lines")
     for number, row in enumerate(map(messages_row, rows), start=1):
-        if not isinstance(row, dict):
-            text = json.dumps(row, ensure_ascii=False)
-            row = Unreadable(f"is a JSON {json_type(row)}, not an object", text)
-        yield number, row
+        yield number, _as_row(row)
 
 
 def csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, dict | Unreadable]]:
-    """Rows of a CSV file with a header; an empty cell is an absent column, every other cell is text."""
+    """Rows of a CSV file with a header; an empty cell is an absent column, every other cell is text.
+
+    A header that is one cell with `delimiter`, but several with a semicolon or a tab, is read with that one.
+    """
     csv.field_size_limit(2**31 - 1)
+    delimiter = _delimiter(path, delimiter)
     with open_plain(path) as file:
         lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(file))
         reader = csv.reader(lines, delimiter=delimiter, strict=True)  # not strict, an open quote swallows later rows
@@ -155,6 +199,50 @@ def csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, dict | Unread
             raise UserError(f"{path}: is not UTF-8 text (line {reader.line_num + 1}); save it as UTF-8") from error
         except csv.Error as error:
             raise UserError(f"{path}: line {reader.line_num} is not valid CSV ({error}); quote its cells") from error
+
+
+def _delimiter(path: Path, usual: str) -> str:
+    """The delimiter under which the first two lines have the same number of cells, several of them."""
+    if not path.is_file():
+        return usual
+    with open_plain(path) as file:
+        lines = [line.decode("utf-8-sig", "replace") for line in (file.readline(65536), file.readline(65536))]
+    for delimiter in (usual, *(one for one in (",", ";", "\t") if one != usual)):
+        try:
+            cells = [len(row) for row in csv.reader(lines, delimiter=delimiter)]
+        except csv.Error:
+            continue
+        if cells and cells[0] > 1 and len(set(cells)) == 1:
+            return delimiter
+    return usual
+
+
+def arrow_records(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
+    """Rows of an Arrow file, in the stream format (that of the `datasets` library) or in the file format."""
+    import pyarrow
+    from pyarrow import ipc
+
+    try:
+        with open_plain(path) as file:
+            source = (
+                pyarrow.BufferReader(file.read()) if path.name.lower().endswith(".gz") else pyarrow.OSFile(str(path))
+            )
+        with source:
+            if source.read(6) == b"ARROW1":
+                reader = ipc.open_file(source)
+                batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+            else:
+                source.seek(0)
+                batches = reader = ipc.open_stream(source)
+            names = reader.schema.names
+            if len(set(names)) < len(names):
+                raise UserError(f"{path}: duplicate column name ({', '.join(names)}); rename one of them")
+            yield from enumerate((row for batch in batches for row in arrow_rows(batch)), start=1)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: not an Arrow file ({str(error).splitlines()[0]}); save it again") from error
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: holds values that cannot be read ({reason}); convert it to JSON Lines") from error
 
 
 def parquet_records(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:

@@ -1,9 +1,10 @@
-"""Where rows come from: JSONL, JSON, CSV and Parquet files (plain or gzip), folders of splits, and the Hub.
+"""Where rows come from: JSONL, JSON, CSV, Parquet and Arrow files (plain or gzip), folders of splits, and the Hub.
 
 A source is named by one string, the spec:
 
     rows.jsonl   rows.json.gz   rows.csv   rows.parquet      a file
-    data/processed   data/processed@validation               a folder with one file per split (train by default)
+    data/processed   data/processed@validation               a folder with one file per split (train by default), a
+    hub_clone:config@split                                   clone of a Hub dataset, or what save_to_disk wrote
     org/name   org/name:config   org/name:config@split       a dataset on the Hugging Face Hub
     rows.jsonl*0.5   org/name*3                              with a weight: a random half, every row three times
 """
@@ -20,7 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.reading.row_files import Unreadable, arrow_rows, csv_records, json_document, json_lines, parquet_records
+from finetune.reading.file_types import refuse_other_types, type_by_content
+from finetune.reading.folders import files_of_split
+from finetune.reading.row_files import (
+    Unreadable,
+    arrow_records,
+    arrow_rows,
+    csv_records,
+    json_document,
+    json_lines,
+    parquet_records,
+)
 
 MAX_WEIGHT = 1000
 READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict | Unreadable]]]] = {
@@ -30,6 +41,7 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict | Unreadable]]]] = 
     ".csv": partial(csv_records, delimiter=","),
     ".tsv": partial(csv_records, delimiter="\t"),
     ".parquet": parquet_records,
+    ".arrow": arrow_records,
 }
 _HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^@*]+))?(@(?P<split>[^*]+))?", re.ASCII)
 
@@ -68,9 +80,12 @@ def parse_spec(text: str | Path) -> Spec:
             f"{scheme[0]}://…: URLs cannot be read; download the file, write a Hub dataset as org/name, "
             "and read a database with prepare_data.py --sql"
         )
-    folder, _, split = body.rpartition("@")
+    place, _, split = body.rpartition("@") if "@" in body else (body, "", "")
+    if Path(place).is_dir():
+        return Spec(text, weight, path=Path(place), split=split or None)
+    folder, _, config = place.rpartition(":")
     if folder and Path(folder).is_dir():
-        return Spec(text, weight, path=Path(folder), split=split)
+        return Spec(text, weight, path=Path(folder), config=config, split=split or None)
     match = _HUB.fullmatch(body)
     is_file_name = (
         data_suffix(Path(match["name"] if match else body)) or body.startswith((".", "/", "~")) or "\\" in body
@@ -93,11 +108,13 @@ def read_rows(spec: str | Path | Spec) -> Iterator[tuple[str, int, dict[str, Any
     if spec.hub:
         yield from _hub_rows(spec)
         return
-    path = _file_of(spec)
-    suffix = data_suffix(path)
-    if suffix is None:
-        raise UserError(f"{path}: unknown type of file; rename it to one of {', '.join(READERS)} (also .gz)")
+    for path in _files_of(spec):
+        yield from _rows_of_file(path)
+
+
+def _rows_of_file(path: Path) -> Iterator[tuple[str, int, dict[str, Any] | Unreadable]]:
     try:
+        suffix = _type_of(path)
         answers = _bfcl_answers(path)
         for number, row in READERS[suffix](path):
             if answers and isinstance(row, dict) and "ground_truth" not in row and str(row.get("id")) in answers:
@@ -111,13 +128,26 @@ def read_rows(spec: str | Path | Spec) -> Iterator[tuple[str, int, dict[str, Any
         ) from error
 
 
+def _type_of(path: Path) -> str:
+    """The suffix in READERS for a file; for an unknown one its content decides. Raises UserError."""
+    suffix = data_suffix(path)
+    if not path.is_file():  # a pipe can be read only once
+        if suffix is None:
+            raise UserError(f"{path}: its name must end in one of {', '.join(READERS)} (also .gz)")
+        return suffix
+    if suffix is None:
+        return type_by_content(path)
+    with path.open("rb") as file:
+        refuse_other_types(path, file.read(64))
+    return suffix
+
+
 def files_of(spec: Spec) -> list[Path] | None:
     """Every file that `read_rows` opens for a source; None for a Hub dataset."""
     if spec.hub:
         return None
-    path = _file_of(spec)
-    answers = _answers_file(path)
-    return [path] if answers is None else [path, answers]
+    paths = _files_of(spec)
+    return [*paths, *filter(None, map(_answers_file, paths))]
 
 
 def data_suffix(path: Path) -> str | None:
@@ -135,17 +165,11 @@ def refuse_same_file(sources: Iterable[str | Path | Spec], target: str | Path) -
             raise UserError(f"{target} is the file that is read; choose another output")
 
 
-def _file_of(spec: Spec) -> Path:
-    """The file itself, or the one file of a split in a folder laid out like the output of prepare_data.py."""
+def _files_of(spec: Spec) -> list[Path]:
+    """The file itself, or the files of a split in a folder (`train` by default)."""
     if not spec.path.is_dir():
-        return spec.path
-    split = spec.split or "train"
-    files = (path for path in spec.path.iterdir() if path.is_file() and data_suffix(path))
-    found = sorted(path for path in files if path.name.split(".")[0] == split)
-    if len(found) == 1:
-        return found[0]
-    what = "no file" if not found else f"several files ({', '.join(path.name for path in found)})"
-    raise UserError(f"{spec.path}: holds {what} for the split {split!r}; name the file itself, or folder@split")
+        return [spec.path]
+    return files_of_split(spec.path, spec.split or "train", lambda path: data_suffix(path) is not None, spec.config)
 
 
 def _answers_file(path: Path) -> Path | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.reading.null_padding import without_null_keywords
 from finetune.reading.row_files import RowError, decode_json, json_type
 from finetune.reading.text_shapes import json_stream
 
@@ -117,18 +118,21 @@ def _tool(item: Any, number: int, notes: Counter) -> dict[str, Any]:
             function["parameters"] = _json_schema(parameters, notes)
         else:
             raise RowError(f"{what} are a JSON {json_type(parameters)}, not an object")
-    return {**wrapper, "function": function}
+    return without_null_keywords({**wrapper, "function": function}, notes)
 
 
 def _json_schema(parameters: dict[str, Any], notes: Counter) -> dict[str, Any]:
     """Parameters as a JSON Schema: built from a flat list, or with Python's type names translated, or unchanged."""
-    is_flat = parameters and all(map(_describes_parameter, parameters.values()))
+    given = {name: schema for name, schema in parameters.items() if schema is not None}  # Arrow pads with nulls
+    is_flat = given and all(map(_describes_parameter, given.values()))
     if is_flat and not isinstance(parameters.get("type"), str):
         notes["tool with a flat parameter list rewritten as JSON Schema"] += 1
         return {
             "type": "object",
-            "properties": {name: _translated(schema) for name, schema in parameters.items()},
-            "required": [name for name, schema in parameters.items() if not _is_optional(schema)],
+            "properties": {name: _translated(schema) for name, schema in given.items()},
+            "required": [
+                name for name, schema in parameters.items() if schema is not None and not _is_optional(schema)
+            ],
         }
     translated = _translated(parameters)
     if translated != parameters:

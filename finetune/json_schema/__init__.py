@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+from finetune.json_schema.dialects import rewritten, with_ecma_patterns, without_invalid_keywords
+
 
 @lru_cache(maxsize=4096)
-def validator_of(schema_text: str) -> tuple[Any, str | None]:
-    """(jsonschema validator, None) of a schema as JSON text, or (None, why it is not a valid JSON Schema).
-
-    The draft is the one that "$schema" names (tools of MCP servers name draft-07), else 2020-12. Cached, because a
-    data set repeats its tools in every row.
-    """
+def _read_schema(schema_text: str) -> tuple[Any, str | None, tuple[str, ...]]:
+    """(validator or None, why there is none, keywords that are not checked) of a schema as JSON text."""
     import jsonschema
     import referencing
 
@@ -22,12 +20,29 @@ def validator_of(schema_text: str) -> tuple[Any, str | None]:
     kind = jsonschema.Draft202012Validator
     if isinstance(schema, dict) and isinstance(schema.get("$schema"), str):
         kind = jsonschema.validators.validator_for(schema, default=kind)
-    try:
-        kind.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        return None, error.message[:200]
+    if kind in (jsonschema.Draft3Validator, jsonschema.Draft4Validator):
+        kind = jsonschema.Draft7Validator  # their booleans are rewritten
+    unchecked: list[str] = []
+    schema = rewritten(schema, tuples=kind is jsonschema.Draft202012Validator, unchecked=unchecked)
+    schema, broken = without_invalid_keywords(schema, kind, unchecked)
+    if broken:
+        return None, broken, ()
     # The empty registry keeps a "$ref" from fetching URLs.
-    return kind(schema, registry=referencing.Registry()), None
+    return with_ecma_patterns(kind)(schema, registry=referencing.Registry()), None, tuple(unchecked)
+
+
+def validator_of(schema_text: str) -> tuple[Any, str | None]:
+    """(jsonschema validator, None) of a schema as JSON text, or (None, why it is not a valid JSON Schema).
+
+    The draft is the one that "$schema" names (tools of MCP servers name draft-07), else 2020-12; keywords of other
+    dialects are rewritten (see finetune.json_schema.dialects). Cached, because a data set repeats its tools in every row.
+    """
+    return _read_schema(schema_text)[:2]
+
+
+def unchecked_keywords(schema: Any) -> tuple[str, ...]:
+    """The keywords of a schema that `schema_errors` cannot check, each with its path and the reason."""
+    return _read_schema(json.dumps(schema))[2]
 
 
 def schema_errors(schema: Any, arguments: dict[str, Any]) -> tuple[list[Any], str | None]:
@@ -43,6 +58,19 @@ def schema_errors(schema: Any, arguments: dict[str, Any]) -> tuple[list[Any], st
         if not errors:
             return [], f"cannot be evaluated: {' '.join(str(failure).split())[:200]}"
     return errors, None
+
+
+def allows_null(schema: Any, root: Any) -> bool:
+    """Whether null satisfies a part of the schema `root`; True where it cannot be evaluated."""
+    if schema is True or schema is False:
+        return schema
+    # The definitions stay where they are, so that "$ref" still finds them.
+    definitions = {key: root[key] for key in ("$defs", "definitions", "$schema") if key in root}
+    try:
+        validator, broken = validator_of(json.dumps({**definitions, "allOf": [schema]}))
+        return bool(broken) or validator.is_valid(None)
+    except Exception:  # an unresolvable $ref, or a schema that is not JSON
+        return True
 
 
 class ToolSchemas:
