@@ -35,7 +35,7 @@ def validator_of(schema_text: str) -> tuple[Any, str | None]:
     """(jsonschema validator, None) of a schema as JSON text, or (None, why it is not a valid JSON Schema).
 
     The draft is the one that "$schema" names (tools of MCP servers name draft-07), else 2020-12; keywords of other
-    dialects are rewritten (see finetune.json_schema.dialects). Cached, because a data set repeats its tools in every row.
+    dialects are rewritten (finetune.json_schema.dialects). Cached, because a data set repeats its tools in every row.
     """
     return _read_schema(schema_text)[:2]
 
