@@ -8,6 +8,7 @@ part extends to the end of its turn, calls included. The tools count as "system"
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -66,6 +67,7 @@ def _spans(text: str, messages: list[dict], tools: list[dict], fmt: Format, toke
     at = len(first.text)
     for index, (header, schemas) in zip(order, pieces, strict=True):
         role, cut = messages[index]["role"], 0
+        header = _with_call_names(header, messages)
         if role == "assistant":
             end = _end_of_turn(text, fmt, at)
             if end is None:
@@ -84,6 +86,14 @@ def _spans(text: str, messages: list[dict], tools: list[dict], fmt: Format, toke
             yield found + schemas[0] - cut, found + schemas[1] - cut, "system"
         at = found + len(header) - cut
     yield _END
+
+
+def _with_call_names(header: str, messages: list[dict]) -> str:
+    """A piece of template text with the calls' own names where the template repeats the name of an earlier call."""
+    for number in re.findall(r"wq(\d+)zk", header):
+        if int(number) < len(messages) and (made := messages[int(number)].get("tool_calls")):
+            header = header.replace(f"wq{number}zk", made[-1]["function"]["name"])
+    return header
 
 
 def _end_of_turn(text: str, fmt: Format, at: int = 0) -> int | None:
