@@ -90,9 +90,10 @@ def _spans(text: str, messages: list[dict], tools: list[dict], fmt: Format, toke
 
 def _with_call_names(header: str, messages: list[dict]) -> str:
     """A piece of template text with the calls' own names where the template repeats the name of an earlier call."""
-    for number in re.findall(r"wq(\d+)zk", header):
-        if int(number) < len(messages) and (made := messages[int(number)].get("tool_calls")):
-            header = header.replace(f"wq{number}zk", made[-1]["function"]["name"])
+    for word, number, call in re.findall(r"(wq(\d+)(?:x(\d+))?zk)", header):
+        made = messages[int(number)].get("tool_calls", []) if int(number) < len(messages) else []
+        if int(call or 0) < len(made):
+            header = header.replace(word, made[int(call or 0)]["function"]["name"])
     return header
 
 
@@ -129,6 +130,7 @@ def _skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: A
             _is_silent(message),
             _is_number(message),
             *(message.get(name) for name in read),
+            *((call.get("id") if "tool_call_id" in read else None) for call in message.get("tool_calls", ())),
         )
         for message in messages
     )
@@ -148,12 +150,11 @@ def _make_skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokeniz
         if message["content"]
         or (message["role"] == "assistant" and not _is_omitted(messages[: index + 1], tools, fmt, tokenizer))
     }
-    opening = ""
+    opening = _answer_opening(fmt, tokenizer)  # what a template writes behind it belongs to the answer
     text = _render(_placeholder_messages(messages, placeholders, with_calls=False), tools, fmt, tokenizer)
-    if text is None:
+    if text is None or not all(placeholder in text for placeholder in placeholders.values()):
         # Some templates require calls where there are results; then the placeholder is the name of a call.
         text = _render(_placeholder_messages(messages, placeholders, with_calls=True), tools, fmt, tokenizer)
-        opening = _answer_opening(fmt, tokenizer)
     if text is None:
         return None
     positions = {index: text.find(placeholder) for index, placeholder in placeholders.items()}
@@ -166,7 +167,7 @@ def _make_skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokeniz
         if messages[index]["role"] == "assistant":
             # Reasoning and a space before it belong to the answer, whether a prompt contains them or not.
             header = next((header.removesuffix(block) for block in _BLOCKS if header.endswith(block)), header)
-            if opening and opening in header:
+            if opening.strip() and opening in header:
                 header = header[: header.rindex(opening) + len(opening)]
             header = header.rstrip(" ")
         headers.append(header)
@@ -179,8 +180,12 @@ def _placeholder_messages(messages: list[dict], placeholders: dict[int, str], wi
         content = placeholders.get(index, "")
         copy = {key: message[key] for key in ("role", "tool_call_id", "name") if key in message} | {"content": content}
         if with_calls and message.get("tool_calls"):
-            call = {**message["tool_calls"][0], "function": {"name": content, "arguments": {}}}
-            copy.update(content="", tool_calls=[call])
+            names = [content, *(f"wq{index}x{number}zk" for number in range(1, len(message["tool_calls"])))]
+            calls = [
+                {**call, "function": {"name": name, "arguments": {}}}
+                for call, name in zip(message["tool_calls"], names, strict=True)
+            ]
+            copy.update(content="", tool_calls=calls)
         made.append(copy)
     return made
 
