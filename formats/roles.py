@@ -69,12 +69,14 @@ def _spans(text: str, messages: list[dict], tools: list[dict], fmt: Format, toke
         role, cut = messages[index]["role"], 0
         header = _with_call_names(header, messages)
         if role == "assistant":
-            end = _end_of_turn(text, fmt, at)
+            end, of_header = _end_of_turn(text, fmt, at), _end_of_turn(header, fmt)
+            if of_header is None and (ended := text.find(header, at)) >= 0 and (end is None or ended < end):
+                end = ended  # a past answer that the template ends with another token than the last one
             if end is None:
                 return
             block = next((block for block in _BLOCKS if text.endswith(block, 0, at)), "")
             yield at - len(block), end, role
-            at, cut = end, _end_of_turn(header, fmt) or 0
+            at, cut = end, of_header or 0
         found = text.find(header[cut:], at)
         if role != "assistant":
             yield at, len(text) if found < 0 else found, role
