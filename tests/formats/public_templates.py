@@ -68,6 +68,6 @@ def names() -> list[str]:
     return [path.stem for path in found if not path.stem.endswith("_training")]
 
 
-def load(name: str):
-    """A tokenizer with the published template `name` and the vocabulary of Qwen3."""
-    return tokenizer_with(parts.reference_template(name), "qwen3")
+def load(name: str, vocabulary: str = "qwen3"):
+    """A tokenizer with the published template `name`."""
+    return tokenizer_with(parts.reference_template(name), vocabulary)
