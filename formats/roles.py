@@ -70,7 +70,12 @@ def _spans(text: str, messages: list[dict], tools: list[dict], fmt: Format, toke
         header = _with_call_names(header, messages)
         if role == "assistant":
             end, of_header = _end_of_turn(text, fmt, at), _end_of_turn(header, fmt)
-            if of_header is None and (ended := text.find(header, at)) >= 0 and (end is None or ended < end):
+            if (
+                header.strip()
+                and of_header is None
+                and (ended := text.find(header, at)) >= 0
+                and (end is None or ended < end)
+            ):
                 end = ended  # a past answer that the template ends with another token than the last one
             if end is None:
                 return
