@@ -149,6 +149,10 @@ def add_format_flags(parser: FlagParser, *, required: bool = True) -> None:
     add("--train_on", default="all", choices=("all", "last"), help="assistant turns to train on")
     add("--control_tokens", default="escape", choices=("escape", "error", "allow"),
         help="control tokens inside message contents: escape them, stop, or keep them")
+    add("--reasoning", default="keep", choices=("keep", "drop", "refuse"),
+        help="reasoning of answers: keep (omitted with a warning where the template has no place for it), drop, or "
+        "refuse rows whose reasoning would be omitted")
+    add("--allow_unreadable_calls", action="store_true", help="keep rows with calls that the format cannot read back")
     add("--trust_remote_code", action="store_true", help="run code from the tokenizer's repository")
 # fmt: on
 
@@ -159,6 +163,11 @@ def reading_options(args: argparse.Namespace) -> dict:
     from finetune.reading.tool_schemas import load_tools_file
 
     return {"column_map": parse_map(args.map), "tools": load_tools_file(args.tools) if args.tools else None}
+
+
+def encoding_options(args: argparse.Namespace) -> dict:
+    """Options of `formats.encode`."""
+    return {name: getattr(args, name) for name in ("train_on", "control_tokens", "reasoning", "allow_unreadable_calls")}
 
 
 def load_tokenizer_and_format(args: argparse.Namespace) -> tuple:
@@ -224,7 +233,7 @@ def encode(args: argparse.Namespace) -> int:
     from finetune.encoding.token_files import encode_file
 
     tokenizer, fmt = load_tokenizer_and_format(args)
-    options = reading_options(args) | {"train_on": args.train_on, "control_tokens": args.control_tokens}
+    options = reading_options(args) | encoding_options(args)
     counts = encode_file(args.input, args.output, tokenizer, fmt, **options)
     statuses = ", ".join(f"{n} {status}" for status, n in counts.items())
     print(f"{counts.total()} rows: {statuses} -> {args.output}")
@@ -253,7 +262,7 @@ def show(args: argparse.Namespace) -> int:
     if args.html:
         refuse_same_file(args.inputs, args.html)
     tokenizer, fmt = load_tokenizer_and_format(args)
-    options = reading_options(args) | {"train_on": args.train_on, "control_tokens": args.control_tokens}
+    options = reading_options(args) | encoding_options(args)
     entries = encoded_rows(args.inputs, tokenizer, fmt, first=args.first, number=args.rows, **options)
     if args.html:
         show_html(entries, tokenizer, f"{fmt.name}: {', '.join(args.inputs)}", args.html)
@@ -274,7 +283,7 @@ def audit(args: argparse.Namespace) -> int:
     loaded = load_conversations(args.inputs, limit=args.limit, strict=False, **reading_options(args))
     names = (f"{source}, row {row}" for source, row in loaded.origins)
     rows = zip(names, loaded.conversations, strict=True)
-    result = audits.audit(rows, tokenizer, fmt, train_on=args.train_on, control_tokens=args.control_tokens)
+    result = audits.audit(rows, tokenizer, fmt, **encoding_options(args))
     result.add_rejected(loaded.rejected)
     audits.print_audit(result, Console())
     return 0 if result.passed else 1

@@ -176,6 +176,7 @@ def load_format(settings: Settings) -> tuple[PreTrainedTokenizerBase, Format, li
     from finetune.models.loading import load_tokenizer
     from finetune.training.feasible import check_feasible, check_optimizer
     from formats import check_tokenizer, choose_format, get_format
+    from formats.comparison import own_difference
 
     check_optimizer(settings.optim)
     check_feasible(settings)
@@ -185,6 +186,8 @@ def load_format(settings: Settings) -> tuple[PreTrainedTokenizerBase, Format, li
         log.info("format %s: %s", fmt.name, why)
     else:
         fmt = get_format(settings.format, tokenizer=tokenizer)
+        if difference := own_difference(fmt, tokenizer):
+            log.info("%s; --format auto chooses one that does not", difference)
     return tokenizer, fmt, check_tokenizer(tokenizer, fmt)
 
 

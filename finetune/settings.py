@@ -74,6 +74,10 @@ class Settings:
     train_on: Literal["all", "last"] = setting("all", "train on every assistant turn or only on the last")
     control_tokens: Literal["escape", "error", "allow"] = setting(
         "escape", "control tokens inside message contents: escape them, stop, or keep them")
+    reasoning: Literal["keep", "drop", "refuse"] = setting(
+        "keep", "reasoning of answers: keep (where the template has no place for it, omit it with a warning), drop it, "
+        "or refuse rows whose reasoning the template would omit")
+    allow_unreadable_calls: bool = setting(False, "train rows with calls that the chat format cannot read back")
     overlong: Literal["drop", "trim_turns", "error"] = setting(
         "drop", "rows longer than --max_seq_length: drop them, remove their oldest turns, or stop")
     max_seq_length: int = setting(9000, "maximum length of a row in tokens")

@@ -105,6 +105,13 @@ class Format:
         parsed.reasoning_content = reasoning
         return parsed
 
+    @property
+    def unreadable_calls(self) -> str | None:
+        """One line for a format whose generated calls nothing can read back; None for all others."""
+        if self.read_calls is not None:
+            return None
+        return f"calls of format {self.name} cannot be read back: no parser reads what its template writes for them"
+
     def pinned_template(self) -> str:
         """The template with `template_kwargs` as defaults: a server that passes no variables renders the same.
 
@@ -144,6 +151,14 @@ def _jinja_literal(value: Any) -> str:
 def read_template(module_file: str) -> str:
     """The Jinja template beside a format's module: same file name, suffix .jinja."""
     return Path(module_file).with_suffix(".jinja").read_text(encoding="utf-8").removesuffix("\n")
+
+
+def without_reasoning(message: dict[str, Any], fmt: Format) -> dict[str, Any]:
+    """A message without its reasoning, in a field of its own or at the start of the text."""
+    if message["role"] != "assistant":
+        return message
+    kept = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return kept | {"content": split_reasoning(kept["content"], fmt.reasoning)[1]}
 
 
 def split_reasoning(text: str, lone_end: bool = False) -> tuple[str | None, str]:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from formats.base import Parsed
-from formats.builtin.qwen_xml import declared_properties, typed_value
+from formats.builtin.qwen_xml import typed_value
 from formats.calls import MAX_JSON_DEPTH, call_error, read_json, read_value, skip_space
 from formats.pythonic import read_call as read_python_call
 from formats.pythonic import read_literal
+from formats.schema_types import declared_properties, declared_types
 
 # Characters of Unicode's private use area stand for the parts of a literal that differ from call to call.
 ANY_ID, ANY_NUMBER, ANY_NAME = "\ue000", "\ue001", "\ue002"
@@ -307,12 +308,7 @@ def _literal(raw: str) -> Any:
 def _by_schema(raw: str, schema: Any) -> Any:
     """A value by its declared type; objects and lists also as Python writes them."""
     value = typed_value(raw, schema)
-    if (
-        value is raw
-        and raw[:1] in ("{", "[")
-        and isinstance(schema, dict)
-        and schema.get("type") in ("object", "array")
-    ):
+    if value is raw and raw[:1] in ("{", "[") and declared_types(schema) & {"object", "array"}:
         try:
             return read_literal(raw)
         except ValueError:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from formats.base import Format, clean_messages, render_messages
 from formats.derivation import NAMES, TEXT, TOOLS, VALUES, answer, call
-from formats.probing import own_text
+from formats.probing import own_template, own_text
 
 SYSTEM = {"role": "system", "content": "sq0zk"}
 USER, AGAIN = {"role": "user", "content": "wq0zk"}, {"role": "user", "content": "xq0zk"}
@@ -43,6 +43,13 @@ def compare(fmt: Format, tokenizer: Any) -> Comparison:
             return Comparison(label, with_tools)
         compared, with_tools = True, with_tools or tools is not None
     return Comparison(None if compared else "every conversation", with_tools)
+
+
+def own_difference(fmt: Format, tokenizer: Any) -> str | None:
+    """One line on what `fmt` renders differently from the tokenizer's own template; None: nothing, or it has none."""
+    if not own_template(tokenizer) or (difference := compare(fmt, tokenizer).difference) is None:
+        return None
+    return f"format {fmt.name} renders {difference} differently from the tokenizer's own template"
 
 
 def _conversations() -> Iterator[tuple[str, list[dict[str, Any]], list[dict] | None, list[str]]]:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from formats.base import Format, FormatError, clean_messages, place, render_messages
+from formats.base import Format, FormatError, clean_messages, place, render_messages, without_reasoning
 from formats.escape import escape_conversation
 from formats.losses import lost_in_answer, lost_in_prompt
 from formats.roles import token_roles
@@ -59,26 +59,43 @@ def encode(
     *,
     train_on: str = "all",
     control_tokens: str = "escape",
+    reasoning: str = "keep",
+    allow_unreadable_calls: bool = False,
 ) -> Encoded:
     """Token ids and labels of a conversation {"messages", "tools"}.
 
     train_on: "all" assistant turns or the "last" one; a message with "train": false is never trained.
     control_tokens: "escape", "error" (the row is refused) or "allow".
+    reasoning: "keep" (where the template has no place for it: omitted, with a warning), "drop" or "refuse" such rows.
+    allow_unreadable_calls: train calls although `fmt` cannot read them back; otherwise the row is refused.
     Raises FormatError when tokenizer and format do not fit together; a row that cannot be expressed is "refused".
     """
     if train_on not in ("all", "last"):
         raise FormatError(f"train_on must be all or last, not {train_on!r}")
+    if reasoning not in ("keep", "drop", "refuse"):
+        raise FormatError(f"reasoning must be keep, drop or refuse, not {reasoning!r}")
     ends = _end_ids(tokenizer, fmt)
     turns = _trained_turns(conversation["messages"], train_on)
     escaped = 0
     try:
         messages = clean_messages(conversation["messages"], fmt)
+        if reasoning == "drop":
+            messages = [without_reasoning(message, fmt) for message in messages]
         tools = list(conversation.get("tools") or [])
         messages, tools, found = escape_conversation(messages, tools, tokenizer, fmt, control_tokens)
         escaped = len(found)
         if not turns:
             raise FormatError("no assistant message to train")
-        encoder = _Encoder(messages, tools, tokenizer, fmt, ends, check_spelling=control_tokens == "escape")
+        encoder = _Encoder(
+            messages,
+            tools,
+            tokenizer,
+            fmt,
+            ends,
+            check_spelling=control_tokens == "escape",
+            refuse_lost_reasoning=reasoning == "refuse",
+            allow_unreadable_calls=allow_unreadable_calls,
+        )
         sequences = encoder.encode(turns)
     except FormatError as error:
         return Encoded("refused", str(error), escaped=escaped)
@@ -137,7 +154,9 @@ class _Turn(NamedTuple):
 class _Encoder:
     """Encodes one conversation, whose messages are cleaned and escaped.
 
-    check_spelling  refuse the row when a token sequence has a control token that its text does not spell
+    check_spelling          refuse the row when a token sequence has a control token that its text does not spell
+    refuse_lost_reasoning   refuse the row when the template has no place for an answer's reasoning
+    allow_unreadable_calls  train calls that the format cannot read back
     """
 
     messages: list[dict]
@@ -146,6 +165,8 @@ class _Encoder:
     fmt: Format
     ends: set[int]
     check_spelling: bool
+    refuse_lost_reasoning: bool = False
+    allow_unreadable_calls: bool = False
     warnings: list[str] = field(default_factory=list)
 
     def encode(self, turns: list[int]) -> list[Sequence]:
@@ -228,6 +249,10 @@ class _Encoder:
                 continue
             completion = completion[:end]
             lost, warning = lost_in_answer(answer, completion, self.tools, fmt)
+            if not lost and warning and self.refuse_lost_reasoning:
+                lost = warning
+            if not lost and answer.get("tool_calls") and not self.allow_unreadable_calls and fmt.unreadable_calls:
+                lost = f"{fmt.unreadable_calls}; choose another --format, or use --allow_unreadable_calls"
             if lost:
                 problem = f"{where}: {lost}"
                 continue

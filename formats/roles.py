@@ -8,6 +8,7 @@ part extends to the end of its turn, calls included. The tools count as "system"
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -66,13 +67,21 @@ def _spans(text: str, messages: list[dict], tools: list[dict], fmt: Format, toke
     at = len(first.text)
     for index, (header, schemas) in zip(order, pieces, strict=True):
         role, cut = messages[index]["role"], 0
+        header = _with_call_names(header, messages)
         if role == "assistant":
-            end = _end_of_turn(text, fmt, at)
+            end, of_header = _end_of_turn(text, fmt, at), _end_of_turn(header, fmt)
+            if (
+                header.strip()
+                and of_header is None
+                and (ended := text.find(header, at)) >= 0
+                and (end is None or ended < end)
+            ):
+                end = ended  # a past answer that the template ends with another token than the last one
             if end is None:
                 return
             block = next((block for block in _BLOCKS if text.endswith(block, 0, at)), "")
             yield at - len(block), end, role
-            at, cut = end, _end_of_turn(header, fmt) or 0
+            at, cut = end, of_header or 0
         found = text.find(header[cut:], at)
         if role != "assistant":
             yield at, len(text) if found < 0 else found, role
@@ -84,6 +93,15 @@ def _spans(text: str, messages: list[dict], tools: list[dict], fmt: Format, toke
             yield found + schemas[0] - cut, found + schemas[1] - cut, "system"
         at = found + len(header) - cut
     yield _END
+
+
+def _with_call_names(header: str, messages: list[dict]) -> str:
+    """A piece of template text with the calls' own names where the template repeats the name of an earlier call."""
+    for word, number, call in re.findall(r"(wq(\d+)(?:x(\d+))?zk)", header):
+        made = messages[int(number)].get("tool_calls", []) if int(number) < len(messages) else []
+        if int(call or 0) < len(made):
+            header = header.replace(word, made[int(call or 0)]["function"]["name"])
+    return header
 
 
 def _end_of_turn(text: str, fmt: Format, at: int = 0) -> int | None:
@@ -119,6 +137,7 @@ def _skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: A
             _is_silent(message),
             _is_number(message),
             *(message.get(name) for name in read),
+            *((call.get("id") if "tool_call_id" in read else None) for call in message.get("tool_calls", ())),
         )
         for message in messages
     )
@@ -138,12 +157,11 @@ def _make_skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokeniz
         if message["content"]
         or (message["role"] == "assistant" and not _is_omitted(messages[: index + 1], tools, fmt, tokenizer))
     }
-    opening = ""
+    opening = _answer_opening(fmt, tokenizer)  # what a template writes behind it belongs to the answer
     text = _render(_placeholder_messages(messages, placeholders, with_calls=False), tools, fmt, tokenizer)
-    if text is None:
+    if text is None or not all(placeholder in text for placeholder in placeholders.values()):
         # Some templates require calls where there are results; then the placeholder is the name of a call.
         text = _render(_placeholder_messages(messages, placeholders, with_calls=True), tools, fmt, tokenizer)
-        opening = _answer_opening(fmt, tokenizer)
     if text is None:
         return None
     positions = {index: text.find(placeholder) for index, placeholder in placeholders.items()}
@@ -156,7 +174,7 @@ def _make_skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokeniz
         if messages[index]["role"] == "assistant":
             # Reasoning and a space before it belong to the answer, whether a prompt contains them or not.
             header = next((header.removesuffix(block) for block in _BLOCKS if header.endswith(block)), header)
-            if opening and opening in header:
+            if opening.strip() and opening in header:
                 header = header[: header.rindex(opening) + len(opening)]
             header = header.rstrip(" ")
         headers.append(header)
@@ -169,8 +187,12 @@ def _placeholder_messages(messages: list[dict], placeholders: dict[int, str], wi
         content = placeholders.get(index, "")
         copy = {key: message[key] for key in ("role", "tool_call_id", "name") if key in message} | {"content": content}
         if with_calls and message.get("tool_calls"):
-            call = {**message["tool_calls"][0], "function": {"name": content, "arguments": {}}}
-            copy.update(content="", tool_calls=[call])
+            names = [content, *(f"wq{index}x{number}zk" for number in range(1, len(message["tool_calls"])))]
+            calls = [
+                {**call, "function": {"name": name, "arguments": {}}}
+                for call, name in zip(message["tool_calls"], names, strict=True)
+            ]
+            copy.update(content="", tool_calls=calls)
         made.append(copy)
     return made
 

@@ -69,6 +69,7 @@ def load(path: Path) -> EncodedRows | None:
             arrays = {name: stored[name] for name in ARRAYS}
             texts: dict[str, Any] = json.loads(stored["texts"].tobytes())
             texts["left_out"] = [(row, reason) for row, reason in texts["left_out"]]
+            texts["warned"] = [(row, warning) for row, warning in texts["warned"]]
             texts["turns_removed"] = {int(row): number for row, number in texts["turns_removed"].items()}
             encoded = EncodedRows(**arrays, **texts)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
@@ -79,7 +80,7 @@ def load(path: Path) -> EncodedRows | None:
 
 def save(path: Path, encoded: EncodedRows) -> None:
     """Store a result; atomic, so two runs may do it at once. Raises UserError."""
-    texts = {name: getattr(encoded, name) for name in ("report", "left_out", "turns_removed", "longest_row")}
+    texts = {name: getattr(encoded, name) for name in ("report", "left_out", "warned", "turns_removed", "longest_row")}
     packed = np.frombuffer(json.dumps(texts).encode("utf-8"), dtype=np.uint8)
     buffer = io.BytesIO()
     np.savez(buffer, **{name: getattr(encoded, name) for name in ARRAYS}, texts=packed)

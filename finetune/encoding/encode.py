@@ -45,6 +45,8 @@ def encode_conversations(
     train_on: str = "all",
     control_tokens: str = "escape",
     overlong: str = "drop",
+    reasoning: str = "keep",
+    allow_unreadable_calls: bool = False,
     num_proc: int | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = True,
@@ -56,6 +58,7 @@ def encode_conversations(
     max_seq_length  in tokens; None: no limit
     overlong        "drop" omits a longer sequence, "trim_turns" removes the oldest turns (system messages and tools
                     stay) until the rest fits, "error" raises UserError; an answer is never cut
+    reasoning, allow_unreadable_calls  see `formats.encode`
     num_proc        processes; None: all cores if one process alone would take long
     cache_dir       folder for results, keyed by data, format, tokenizer, flags and code; None: no cache
     origins         (source, row) of each conversation, to name rows in the report and in errors
@@ -64,7 +67,7 @@ def encode_conversations(
     """
     if overlong not in ("drop", "trim_turns", "error"):
         raise UserError(f"overlong is {overlong!r}; choose drop, trim_turns or error")
-    flags = Flags(max_seq_length, train_on, control_tokens, overlong)
+    flags = Flags(max_seq_length, train_on, control_tokens, overlong, reasoning, allow_unreadable_calls)
     path = None
     if cache_dir is not None:
         fingerprint = fingerprint or conversations_fingerprint(conversations)
@@ -143,7 +146,13 @@ def _row_name(row: int, origins: Origins) -> str:
 
 def _with_row_names(encoded: EncodedRows, origins: Origins) -> EncodedRows:
     """Add names of rows to the report. They are not cached: the same conversations may come from another file."""
+    first = dict(reversed([(warning, row) for row, warning in encoded.warned]))
+    counts = Counter(warning for _, warning in encoded.warned)
     encoded.report |= {
+        "warnings": [
+            {"warning": warning, "rows": number, "first": _row_name(first[warning], origins)}
+            for warning, number in counts.most_common()
+        ],
         "left_out": [
             {"row": _row_name(row, origins), "reason": reason} for row, reason in encoded.left_out[:MAX_REPORTED_ROWS]
         ],
@@ -185,6 +194,7 @@ def _joined(chunks: list[Chunk], read: int, flags: Flags) -> EncodedRows:
         "train_on": flags.train_on,
         "control_tokens": flags.control_tokens,
         "overlong": flags.overlong,
+        "reasoning": flags.reasoning,
     }
     return EncodedRows(
         np.concatenate(ids) if ids else np.zeros(0, np.int32),
@@ -193,6 +203,7 @@ def _joined(chunks: list[Chunk], read: int, flags: Flags) -> EncodedRows:
         np.asarray([row for chunk in chunks for row in chunk.rows], dtype=np.int32),
         report,
         [entry for chunk in chunks for entry in chunk.left_out],
+        [entry for chunk in chunks for entry in chunk.warned],
         turns_removed,
         longest_row,
     )

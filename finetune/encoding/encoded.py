@@ -39,6 +39,7 @@ class EncodedRows:
     rows           int32 (sequences,)    index of the conversation each sequence comes from
     report         what was read, kept, split, omitted and why, tokens by role (JSON-able; see docs/data.md)
     left_out       (index of the conversation, reason) of every conversation or sequence that is not trained
+    warned         (index of the conversation, warning) of conversations that are trained without a part of them
     turns_removed  number of oldest turns removed from a conversation, by its index (only with trim_turns)
     longest_row    index of the conversation with the longest sequence, -1 when there is none
     """
@@ -49,6 +50,7 @@ class EncodedRows:
     rows: np.ndarray
     report: dict[str, Any]
     left_out: list[tuple[int, str]] = field(default_factory=list)
+    warned: list[tuple[int, str]] = field(default_factory=list)
     turns_removed: dict[int, int] = field(default_factory=dict)
     longest_row: int = -1
 

@@ -23,6 +23,8 @@ class Flags:
     train_on: str
     control_tokens: str
     overlong: str
+    reasoning: str = "keep"
+    allow_unreadable_calls: bool = False
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Chunk:
     trained_by_role: Counter = field(default_factory=Counter)
     reasons: Counter = field(default_factory=Counter)
     left_out: list[tuple[int, str]] = field(default_factory=list)
+    warned: list[tuple[int, str]] = field(default_factory=list)
     turns_removed: dict[int, int] = field(default_factory=dict)
     longest: tuple[int, int] = (0, -1)  # tokens, row; over-long rows included
 
@@ -80,6 +83,7 @@ def encode_chunk(start: int, conversations: Iterable[Conversation], tokenizer: A
         added = [chunk.add(row, sequence, flags.max_seq_length) for sequence in encoded.sequences]
         if any(added):
             chunk.counts.update(kept=1, split=int(len(added) > 1), escaped=encoded.escaped)
+            chunk.warned += [(row, kind) for kind in warning_kinds(encoded)]
             if removed:
                 chunk.turns_removed[row] = removed
         else:
@@ -88,10 +92,23 @@ def encode_chunk(start: int, conversations: Iterable[Conversation], tokenizer: A
 
 
 def _encode(conversation: Conversation, tokenizer: Any, fmt: Format, flags: Flags) -> Encoded:
-    return encode_answers(conversation, tokenizer, fmt, train_on=flags.train_on, control_tokens=flags.control_tokens)
+    return encode_answers(
+        conversation,
+        tokenizer,
+        fmt,
+        train_on=flags.train_on,
+        control_tokens=flags.control_tokens,
+        reasoning=flags.reasoning,
+        allow_unreadable_calls=flags.allow_unreadable_calls,
+    )
 
 
-def encode_answers(conversation: Conversation, tokenizer: Any, fmt: Format, **flags: str) -> Encoded:
+def warning_kinds(encoded: Encoded) -> list[str]:
+    """The different warnings of a row, without the number of the message that each is about."""
+    return list(dict.fromkeys(warning.partition(": ")[2] for warning in encoded.warnings))
+
+
+def encode_answers(conversation: Conversation, tokenizer: Any, fmt: Format, **flags: Any) -> Encoded:
     """`formats.encode`, but a row with an empty answer is refused, which some formats could express."""
     if empty := empty_answer(conversation):
         return Encoded("refused", empty)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from finetune.encoding.rows import warning_kinds
 from finetune.errors import UserError
 from finetune.files import json_line, open_atomic
 from finetune.progress import progress_bar
@@ -22,6 +24,8 @@ from finetune.reading.sources import Spec, data_suffix, parse_spec, read_rows, r
 from finetune.reading.tool_schemas import normalize_tools
 from finetune.torchless import unhide_torch
 from formats import Encoded, Format, choose_format, encode, get_format
+
+log = logging.getLogger(__name__)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
@@ -53,7 +57,7 @@ def load_format(name: str, tokenizer: Any) -> tuple[Format, str]:
     return choose_format(tokenizer) if name == "auto" else (get_format(name, tokenizer), "asked for")
 
 
-def _encode_row(raw: Any, tokenizer: Any, fmt: Format, column_map: Any, tools: Any, **flags: str) -> Encoded:
+def _encode_row(raw: Any, tokenizer: Any, fmt: Format, column_map: Any, tools: Any, **flags: Any) -> Encoded:
     """Encode one raw row; what cannot be used is refused with its reason."""
     try:
         conversation = normalize_row(raw, column_map=column_map, tools=tools)
@@ -70,21 +74,28 @@ def encode_file(
     *,
     column_map: Any = None,
     tools: Any = None,
-    **flags: str,
+    **flags: Any,
 ) -> Counter:
     """Write `{"row", "status", "reason", "sequences": [{"text", "input_ids", "labels"}]}` per row; counts by status.
 
-    `row` is the row's number from 1 (for JSON Lines its line). `flags` go to formats.encode (train_on, control_tokens).
+    `row` is the row's number from 1 (for JSON Lines its line). A row that is trained without a part of it has its
+    "warnings"; they are also counted in the log. `flags` go to formats.encode (train_on, control_tokens, reasoning …).
     """
     counts: Counter = Counter()
+    warned: dict[str, list[int]] = {}
     spec = _unweighted(source)
     with _rewritten(spec, target) as write, progress_bar("rows", _row_count(spec)) as advance:
         for _, number, raw in read_rows(spec):
             encoded = _encode_row(raw, tokenizer, fmt, column_map, tools, **flags)
             counts[encoded.status] += 1
             sequences = [{"text": s.text, "input_ids": s.input_ids, "labels": s.labels} for s in encoded.sequences]
-            write({"row": number, "status": encoded.status, "reason": encoded.reason, "sequences": sequences})
+            line = {"row": number, "status": encoded.status, "reason": encoded.reason, "sequences": sequences}
+            write(line | ({"warnings": encoded.warnings} if encoded.warnings else {}))
+            for kind in warning_kinds(encoded):
+                warned.setdefault(kind, []).append(number)
             advance(1)
+    for kind, numbers in warned.items():
+        log.warning("%d rows: %s (first: row %d)", len(numbers), kind, numbers[0])
     return counts
 
 
@@ -131,7 +142,7 @@ def encoded_rows(
     number: int = 5,
     column_map: Any = None,
     tools: Any = None,
-    **flags: str,
+    **flags: Any,
 ) -> Iterator[dict[str, Any]]:
     """{"title", "reason", "sequences": [(input_ids, labels, roles)]} of `number` rows, counted over all sources.
 
@@ -142,9 +153,11 @@ def encoded_rows(
     for source, row, raw in islice(rows, first - 1, first - 1 + number):
         found = True
         encoded = _encode_row(raw, tokenizer, fmt, column_map, tools, **flags)
+        notes = [f"{encoded.status}: {encoded.reason}"] if encoded.reason else []
+        notes += [f"warning: {warning}" for warning in encoded.warnings]
         yield {
             "title": f"{source}, row {row}",
-            "reason": f"{encoded.status}: {encoded.reason}" if encoded.reason else None,
+            "reason": "; ".join(notes) or None,
             "sequences": [(s.input_ids, s.labels, s.roles) for s in encoded.sequences],
         }
     if not found:

@@ -47,10 +47,10 @@ class Audit:
         self.reasons[reason] += 1
 
     def add(
-        self, name: str, conversation: dict[str, Any], tokenizer, fmt, ends: set[int], *, train_on: str, **flags: str
+        self, name: str, conversation: dict[str, Any], tokenizer, fmt, ends: set[int], *, train_on: str, **flags: Any
     ) -> None:
         """Encode one row and check what its labels train."""
-        from finetune.encoding.rows import encode_answers
+        from finetune.encoding.rows import encode_answers, warning_kinds
 
         encoded = encode_answers(conversation, tokenizer, fmt, train_on=train_on, **flags)
         if encoded.status == "refused":
@@ -59,6 +59,8 @@ class Audit:
         self.rows += 1
         self.status[encoded.status] += 1
         self.escaped += encoded.escaped
+        for kind in warning_kinds(encoded):
+            _add_row(self.warnings, kind, name)
         texts = [text for sequence in encoded.sequences for text in self._check(sequence, name, ends, tokenizer)]
         expected = trained_messages(conversation, train_on)
         self.turns += len(expected)
@@ -110,11 +112,10 @@ def _add_row(table: dict[str, list[str]], kind: str, name: str) -> None:
         rows.append(name)
 
 
-def audit(
-    rows: Iterable[tuple[str, dict[str, Any]]], tokenizer, fmt, *, train_on: str = "all", control_tokens: str = "escape"
-) -> Audit:
+def audit(rows: Iterable[tuple[str, dict[str, Any]]], tokenizer, fmt, *, train_on: str = "all", **flags: Any) -> Audit:
     """Encode every (name, conversation) and check what its labels train.
 
+    `flags` go to `formats.encode`.
     Fails: a trained token of another role than the assistant; a label that is not its id; a trained turn that does not
     end in an end-of-turn token; a row without any trained token; a turn trained twice or not at all; nothing trained.
     Warns: a turn whose text is parsed as other calls than the conversation holds.
@@ -124,7 +125,7 @@ def audit(
     ends = set(check_tokenizer(tokenizer, fmt))
     result = Audit()
     for name, conversation in rows:
-        result.add(name, conversation, tokenizer, fmt, ends, train_on=train_on, control_tokens=control_tokens)
+        result.add(name, conversation, tokenizer, fmt, ends, train_on=train_on, **flags)
     if not result.spans:
         _add_row(result.failures, "nothing is trained at all", "all rows")
     return result

@@ -32,6 +32,8 @@ class PrepareOptions:
     overlong: str = "drop"
     train_on: str = "all"
     control_tokens: str = "escape"
+    reasoning: str = "keep"
+    allow_unreadable_calls: bool = False
     num_proc: int | None = None
     where: dict[str, list[str]] | None = None
 
@@ -190,6 +192,8 @@ def _fit_to_length(rows: list[_Row], result: Prepared, options: PrepareOptions, 
         train_on=options.train_on,
         control_tokens=options.control_tokens,
         overlong=options.overlong,
+        reasoning=options.reasoning,
+        allow_unreadable_calls=options.allow_unreadable_calls,
         num_proc=options.num_proc,
         origins=[row.origin for row in rows],
     )
@@ -199,6 +203,8 @@ def _fit_to_length(rows: list[_Row], result: Prepared, options: PrepareOptions, 
     lengths: dict[int, int] = {}
     for index, length in zip(encoded.rows.tolist(), (encoded.offsets[1:] - encoded.offsets[:-1]).tolist(), strict=True):
         lengths[index] = max(length, lengths.get(index, 0))
+    for index, warning in encoded.warned:
+        result.warnings.setdefault(warning, []).append(str(rows[index]))
     kept = []
     for index, row in enumerate(rows):
         if index not in lengths:

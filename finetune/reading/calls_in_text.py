@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 from finetune.reading.row_files import RowError, decode_json, json_type, strict_json
+from formats import schema_types
 from formats.builtin import qwen_xml
 from formats.pythonic import read_literal
 
@@ -64,7 +65,7 @@ def _calls_at(text: str, opening: re.Match, tools: list[dict] | None) -> tuple[l
             value: Any = {"name": match["name"], "arguments": match["arguments"].replace("\\'", "'")}
             end = match.end()
         elif kind == "hermes" and text.startswith("<function=", start):
-            value, end = qwen_xml.read_call(text, start, qwen_xml.declared_properties(tools))
+            value, end = qwen_xml.read_call(text, start, schema_types.declared_properties(tools))
         elif kind == "mistral" and (match := _MISTRAL.match(text, start)):
             arguments, end = _decode(text, match.end(), "")
             value = {"name": match["name"], "arguments": arguments}

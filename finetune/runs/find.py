@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from formats import Format
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -72,11 +75,14 @@ class Run:
         from formats import choose_format, get_format
 
         if self.experiment is None:
-            return choose_format(tokenizer)[0]
-        given = str(self.experiment.config["flags"]["format"])
-        return get_format(
-            given if given.endswith((".yaml", ".yml")) else self.experiment.config["format"]["name"], tokenizer
-        )
+            fmt = choose_format(tokenizer)[0]
+        else:
+            given = str(self.experiment.config["flags"]["format"])
+            name = given if given.endswith((".yaml", ".yml")) else self.experiment.config["format"]["name"]
+            fmt = get_format(name, tokenizer)
+        if fmt.unreadable_calls:
+            log.warning("%s; an answer's calls are shown, and scored, as text", fmt.unreadable_calls)
+        return fmt
 
 
 def find_run(path: str | Path) -> Run:

@@ -36,6 +36,7 @@ class RunData:
             return encode_conversations(
                 loaded.conversations, tokenizer, fmt, max_seq_length=settings.max_seq_length,
                 train_on=settings.train_on, control_tokens=settings.control_tokens, overlong=settings.overlong,
+                reasoning=settings.reasoning, allow_unreadable_calls=settings.allow_unreadable_calls,
                 cache_dir=cache_dir() / "tokens", origins=loaded.origins, fingerprint=loaded.fingerprint,
             )  # fmt: skip
 

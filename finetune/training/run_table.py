@@ -54,6 +54,8 @@ def print_run_table(
         add("dropped", f"{count:,} x {reason}")
     if report["rows"] == report["kept"]:
         add("dropped", "none")
+    for warning in report.get("warnings", []):
+        add("warning", f"{warning['rows']:,} rows: {warning['warning']} (first: {warning['first']})")
     if report.get("trimmed"):
         add("trimmed", f"{report['trimmed']:,} rows, {report['turns_removed']:,} oldest turns removed")
     if report.get("escaped"):

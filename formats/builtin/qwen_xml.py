@@ -10,6 +10,7 @@ from typing import Any
 from formats.base import Format, Ollama, Parsed, read_template
 from formats.calls import read_tagged, read_value, skip_space
 from formats.probing import USER, call_message, default_system, own_text, thinks
+from formats.schema_types import KINDS, declared_properties, declared_types
 
 
 def parse(text: str, tools: list[dict] | None = None) -> Parsed:
@@ -20,17 +21,6 @@ def parse(text: str, tools: list[dict] | None = None) -> Parsed:
     """
     types = declared_properties(tools)
     return read_tagged(text, "<tool_call>", "</tool_call>", lambda source, at: read_call(source, at, types))
-
-
-def declared_properties(tools: list[dict] | None) -> dict[str, dict[str, Any]]:
-    """{tool's name: {parameter: its schema}}; a schema that is not an object with properties declares nothing."""
-    types = {}
-    for tool in tools or []:
-        function = tool.get("function", tool)
-        parameters = function.get("parameters")
-        properties = parameters.get("properties") if isinstance(parameters, dict) else None
-        types[function.get("name")] = properties if isinstance(properties, dict) else {}
-    return types
 
 
 def read_call(source: str, at: int, types: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], int]:
@@ -60,26 +50,9 @@ def _tag(text: str, at: int, opening: str) -> tuple[str, int]:
     return text[at + len(opening) : close], close + 1
 
 
-_KINDS = {dict: "object", list: "array", bool: "boolean", type(None): "null", str: "string"}
-
-
-def _declared_types(schema: Any) -> set[str]:
-    """The JSON types that a parameter's schema allows; empty when it has none."""
-    if not isinstance(schema, dict):
-        return set()
-    kind = schema.get("type")
-    found = {name for name in (kind if isinstance(kind, list) else [kind]) if isinstance(name, str)}
-    for key in ("anyOf", "oneOf"):
-        options = schema.get(key)
-        found = found.union(*map(_declared_types, options)) if isinstance(options, list) else found
-    if not found and isinstance(schema.get("enum"), list):
-        found = {_KINDS.get(type(value), "number") for value in schema["enum"]}
-    return found
-
-
 def typed_value(raw: str, schema: Any) -> Any:
     """A value that is written without its type, as `schema` (a parameter's JSON Schema) declares it."""
-    declared = _declared_types(schema)
+    declared = declared_types(schema)
     if declared and declared <= {"string"}:
         return raw
     word = {"True": "true", "False": "false", "None": "null"}.get(raw, raw) if declared else raw
@@ -87,7 +60,7 @@ def typed_value(raw: str, schema: Any) -> Any:
         value = read_value(word)
     except ValueError:
         return raw
-    kind = _KINDS.get(type(value), "number")
+    kind = KINDS.get(type(value), "number")
     if kind == "string":
         return raw  # strings are written without quotes, so these quotes belong to the text
     if declared and not (kind in declared or (kind == "number" and "integer" in declared)):
