@@ -128,7 +128,7 @@ def load_base(
     """Load a base model through Unsloth's FastLanguageModel; `load_in_4bit` None: 4-bit on a GPU only.
 
     max_seq_length  lowered to the positions that the model was made for; None: these, up to MAX_DEFAULT_CONTEXT
-    Raises UserError for an unknown, gated or unreachable model, and for a tokenizer that has more tokens than the model.
+    Raises UserError for an unknown, gated or unreachable model, and for a tokenizer with more tokens than the model.
     """
     unsloth = import_unsloth()
     import torch

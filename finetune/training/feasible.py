@@ -22,8 +22,9 @@ log = logging.getLogger("sandwich")
 
 
 def check_feasible(settings: Settings) -> PreTrainedConfig:
-    """The model's config. UserError for an encoder, for target modules or layers that the model lacks, and for a rank beyond all memory.
+    """The model's config.
 
+    UserError for an encoder, for target modules or layers that the model lacks, and for a rank beyond all memory.
     A model that cannot be built from its config.json is not checked: loading it reports the reason.
     """
     config = load_config(settings.model, settings.revision, settings.trust_remote_code)
