@@ -25,8 +25,9 @@ JSON = (
     r"(?P<list>\[\s*(?:(?&value)\s*(?:,\s*(?&value)\s*)*)?\])"
     r"(?P<value>(?&string)|(?&object)|(?&list)|(?&number)|true|false|null))"
 )
-# `\G` is where the search began, the start of the call's JSON; `\K` keeps the JSON out of the closing marker.
-CLOSE = JSON + r"\G\s*+{body}\s*\K{closing}\s*"
+# `\G` is where the search began: at the call's JSON, or behind it when the parser waits for the rest of the marker.
+# `\K` keeps the JSON out of the closing marker.
+CLOSE = JSON + r"\G(?:\s*+{body})?\s*\K{closing}\s*"
 _MARK = "wq0zk"
 FUNCTION = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
 
@@ -49,7 +50,7 @@ def response_template(fmt: Format, tokenizer: Any) -> dict[str, Any] | None:
         "thinking": {"open_pattern": r"\A\s*<think>", "close_pattern": r"</think>\s*", "content": "text"},
         "tool_calls": calls,
         # White space before a marker, and all that follows the end of the turn, belongs to no content.
-        "content": {"close_pattern": rf"\s*(?:(?:{ends}).*|\Z)", "content": "text", "repeats": True, "join": "\n"},
+        "content": {"close_pattern": rf"\s*(?:{ends}).*", "content": "text", "repeats": True, "join": "\n"},
     }
     return {
         "defaults": {"role": "assistant"},
@@ -69,7 +70,7 @@ def start_anchors(fmt: Format, tokenizer: Any) -> list[str]:
     ]  # fmt: skip
     result = ""
     if None not in results and fmt.has_tools:
-        result = os.path.commonprefix([text[::-1] for text in results])[::-1]
+        result = os.path.commonprefix([text[::-1] for text in results])[::-1]  # noqa: RUF071  texts, not paths
     anchors = [(tail or "").partition("<think>")[0] for tail in (_tail([user], fmt, tokenizer), result)]
     return list(dict.fromkeys(filter(str.strip, anchors)))
 

@@ -67,7 +67,7 @@ def test_rows_beyond_the_positions_are_counted(overlong):
     tokenizer = parts.tokenizer("smollm2")
     flags = {"max_seq_length": 9000, "max_positions": 128, "overlong": overlong, "progress": False}
     if overlong == "error":
-        with pytest.raises(UserError, match=r"row 1.*longer than the model's positions.*; use --overlong"):
+        with pytest.raises(UserError, match=r"row 2.*longer than the model's positions.*; use --overlong"):
             encode_conversations([row(10), row(500)], tokenizer, get_format("chatml", tokenizer), **flags)
         return
     encoded = encode_conversations([row(10), row(500)], tokenizer, get_format("chatml", tokenizer), **flags)

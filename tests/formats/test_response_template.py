@@ -32,7 +32,7 @@ def answers(fmt, tokenizer):
                 messages = clean_messages(made["messages"][: index + 1], fmt)
                 prompt = render_messages(messages[:-1], made["tools"], fmt, tokenizer, add_generation_prompt=True)
                 text = render_messages(messages, made["tools"], fmt, tokenizer)
-            except Exception:  # noqa: S112  a template that cannot express the row raises anything
+            except Exception:  # a template that cannot express the row raises anything
                 continue
             if text.startswith(prompt):
                 yield prompt, text[len(prompt) :]
@@ -73,8 +73,8 @@ def test_transformers_reads_what_parse_reads(pair: Pair):
 
 CHATML_TEXTS = [
     '<tool_call>{"name": "f", "arguments": {"a": "</tool_call> {"}}</tool_call>',
-    'So.\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name": "g", "arguments": {"x": [1.5]}}'
-    "\n</tool_call> Done.<|im_end|>\n<|im_end|>",
+    'So.\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n<tool_call>\n'
+    '{"name": "g", "arguments": {"x": [1.5]}}\n</tool_call> Done.<|im_end|>\n<|im_end|>',
     '<tool_call>{"name": "f", "arguments": {"a": 1</tool_call>',
     "<tool_call>[1]</tool_call> and <tool_call>",
     'First <tool_call>{"name": "f"</tool_call> then <tool_call>{"name": "g", "arguments": {}}</tool_call>',
