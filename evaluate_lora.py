@@ -77,6 +77,7 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     from rich.console import Console
 
     from finetune.logs import start_logging
+    from finetune.models.limits import context_limit
     from finetune.runs.find import load_for_inference
     from formats import check_tokenizer, get_format
 
@@ -99,7 +100,7 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     if args.max_new_tokens is None:
         args.max_new_tokens = answer_token_limit(items, tokenizer)
         say(f"--max_new_tokens {args.max_new_tokens}, from the longest gold answer")
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = context_limit(model)
     if room and args.max_new_tokens >= room:
         raise UserError(
             f"--max_new_tokens {args.max_new_tokens}: {args.model} has room for {room} tokens, prompt and answer"

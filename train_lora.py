@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
+    from finetune.models.limits import LengthLimit
     from finetune.models.loading import Loaded
     from finetune.training.trainer import SandwichTrainer
     from formats import Format
@@ -56,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
 
         import_unsloth()
         distributed.start()
-    tokenizer, fmt, end_of_turn_ids = load_format(settings)
+    tokenizer, fmt, end_of_turn_ids, limit = load_format(settings)
     record.refuse_changed(stopped_run, format=record.template_sha256(fmt))
-    data.encode(tokenizer, fmt, settings)
+    data.encode(tokenizer, fmt, settings, limit)
     show_masks(data, tokenizer, settings.show_mask)
     if settings.dry_run:
         from finetune.training.run_table import print_run_table
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     # 3. Load the model, and record the run in its experiment folder.
     loaded, model = load_model(settings)
     interrupt_on_signals()
-    config = record.run_config(settings, arguments, data, fmt, end_of_turn_ids, loaded, model)
+    config = record.run_config(settings, arguments, data, fmt, end_of_turn_ids, loaded, model) | limit.as_config()
     experiment = record.open_experiment(settings, config, stopped_run)
 
     # 4. Train and save.
@@ -171,16 +172,18 @@ def load_data(settings: Settings) -> RunData:
     return RunData(train)
 
 
-def load_format(settings: Settings) -> tuple[PreTrainedTokenizerBase, Format, list[int]]:
-    """(tokenizer, chat format, ids that end a turn), after checking optimizer and model config."""
+def load_format(settings: Settings) -> tuple[PreTrainedTokenizerBase, Format, list[int], LengthLimit]:
+    """(tokenizer, chat format, ids that end a turn, limit of a row), after checking optimizer and model config."""
+    from finetune.models.limits import check_vocabulary
     from finetune.models.loading import load_tokenizer
-    from finetune.training.feasible import check_feasible, check_optimizer
+    from finetune.training.feasible import check_feasible, check_optimizer, length_limit
     from formats import check_tokenizer, choose_format, get_format
     from formats.comparison import own_difference
 
     check_optimizer(settings.optim)
-    check_feasible(settings)
+    config = check_feasible(settings)
     tokenizer = load_tokenizer(settings.model, settings.revision, settings.trust_remote_code)
+    check_vocabulary(tokenizer, getattr(config.get_text_config(), "vocab_size", None), settings.model)
     if settings.format == "auto":
         fmt, why = choose_format(tokenizer)
         log.info("format %s: %s", fmt.name, why)
@@ -188,7 +191,7 @@ def load_format(settings: Settings) -> tuple[PreTrainedTokenizerBase, Format, li
         fmt = get_format(settings.format, tokenizer=tokenizer)
         if difference := own_difference(fmt, tokenizer):
             log.info("%s; --format auto chooses one that does not", difference)
-    return tokenizer, fmt, check_tokenizer(tokenizer, fmt)
+    return tokenizer, fmt, check_tokenizer(tokenizer, fmt), length_limit(settings, config)
 
 
 def show_masks(data: RunData, tokenizer: PreTrainedTokenizerBase, count: int) -> None:

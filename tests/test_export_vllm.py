@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
-from finetune.export.vllm import max_lora_rank, parser_of, serve_command, write_plugin
+from finetune.export.vllm import max_lora_rank, parser_of, serve_command, served_base, write_plugin
+from finetune.models.bundled import smollm2_dir
 from finetune.runs.find import Run
 from formats import FORMATS, get_format
 from tests import parts
 
 # Modules of vLLM's messages and base class, newest layout first.
 LAYOUTS = {
-    "now": ("vllm.entrypoints.generate.base.protocol", "vllm.tool_parsers.abstract_tool_parser"),
+    "0.32": ("vllm.entrypoints.generate.base.protocol", "vllm.tool_parsers.abstract_tool_parser"),
+    "0.31": ("vllm.entrypoints.generate.base.protocol", "vllm.tool_parsers.abstract_tool_parser"),
     "2026": ("vllm.entrypoints.openai.engine.protocol", "vllm.tool_parsers.abstract_tool_parser"),
     "2025": ("vllm.entrypoints.openai.protocol", "vllm.entrypoints.openai.tool_parsers.abstract_tool_parser"),
 }
@@ -57,9 +59,10 @@ def vllm(monkeypatch):
 
     def install(layout: str) -> None:
         protocol, base = LAYOUTS[layout]
+        call_ids = "vllm.renderers.chat_utils" if layout == "0.32" else "vllm.entrypoints.chat_utils"
         numbers = itertools.count()
         contents = {
-            "vllm.entrypoints.chat_utils": {"make_tool_call_id": lambda: f"id{next(numbers)}"},
+            call_ids: {"make_tool_call_id": lambda: f"id{next(numbers)}"},
             protocol: dict.fromkeys(
                 ("DeltaFunctionCall", "DeltaMessage", "DeltaToolCall", "ExtractedToolCallInformation", "FunctionCall",
                  "ToolCall"), Record,
@@ -177,7 +180,7 @@ def streamed(parser, text: str, end: str, rng: random.Random, fmt) -> tuple[str,
 
 
 def test_special_tokens_are_kept_for_the_parser(vllm, tmp_path):
-    vllm("now")
+    vllm("0.32")
     parser = plugin_for("kanana", tmp_path)(Record(convert_tokens_to_ids=len))
     request = Record(tools=TOOLS, tool_choice="auto", skip_special_tokens=True)
     assert parser.adjust_request(request).skip_special_tokens is False
@@ -217,3 +220,14 @@ def test_name_with_separators_becomes_json():
 
 def test_native_format_gets_the_parser_of_its_calls():
     assert parser_of(get_format("native", parts.tokenizer("qwen2.5"))) == "hermes"
+
+
+def test_base_becomes_its_folder(tmp_path, monkeypatch):
+    """vLLM knows neither the bundled model's name nor a path relative to another working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own base").mkdir()
+    assert served_base("smollm2-135m") == served_base("SmolLM2-135M") == str(smollm2_dir().resolve())
+    assert served_base("own base") == str(tmp_path / "own base")
+    assert served_base("org/base-1.5b") == "org/base-1.5b"
+    with pytest.raises(UserError, match="is neither a folder nor a Hub id"):
+        served_base("own base/moved/away")

@@ -113,8 +113,8 @@ def test_missing_quantization_is_reported(monkeypatch, caplog):
     """Where bitsandbytes has no kernels for the GPU, Unsloth loads 16-bit weights and only prints that."""
     import torch
 
-    embeddings = SimpleNamespace(weight=torch.zeros(1))
-    model = SimpleNamespace(config=SimpleNamespace(), get_input_embeddings=lambda: embeddings)
+    embeddings = SimpleNamespace(weight=torch.zeros(50_000, 1))
+    model = SimpleNamespace(config=SimpleNamespace(), get_input_embeddings=lambda: embeddings, modules=lambda: [])
     loader = SimpleNamespace(from_pretrained=lambda **flags: (model, None))
     monkeypatch.setattr("finetune.models.loading.import_unsloth", lambda: SimpleNamespace(FastLanguageModel=loader))
     loaded = load_base("smollm2-135m", dtype="bfloat16", load_in_4bit=True)

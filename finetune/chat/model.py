@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.chat.reply import LiveText, Reply, read_reply
 from finetune.errors import UserError
+from finetune.models.limits import context_limit
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ class ChatModel:
         from formats import encode_prompt
 
         ids = encode_prompt(messages, tools, self.tokenizer, self.fmt)
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_limit(self.model)
         if context is not None and len(ids) + max_new_tokens > context:
             raise UserError(
                 f"the conversation has {len(ids):,} tokens and the answer up to {max_new_tokens:,}, but the model "

@@ -42,6 +42,7 @@ def encode_conversations(
     fmt: Format,
     *,
     max_seq_length: int | None = None,
+    max_positions: int | None = None,
     train_on: str = "all",
     control_tokens: str = "escape",
     overlong: str = "drop",
@@ -56,6 +57,7 @@ def encode_conversations(
     """Render, tokenise and mask every conversation.
 
     max_seq_length  in tokens; None: no limit
+    max_positions   the model's, if they are fewer than max_seq_length: the limit instead; None: no limit by the model
     overlong        "drop" omits a longer sequence, "trim_turns" removes the oldest turns (system messages and tools
                     stay) until the rest fits, "error" raises UserError; an answer is never cut
     reasoning, allow_unreadable_calls  see `formats.encode`
@@ -67,7 +69,9 @@ def encode_conversations(
     """
     if overlong not in ("drop", "trim_turns", "error"):
         raise UserError(f"overlong is {overlong!r}; choose drop, trim_turns or error")
-    flags = Flags(max_seq_length, train_on, control_tokens, overlong, reasoning, allow_unreadable_calls)
+    if max_positions is not None and max_seq_length is not None and max_positions >= max_seq_length:
+        max_positions = None
+    flags = Flags(max_seq_length, train_on, control_tokens, overlong, reasoning, allow_unreadable_calls, max_positions)
     path = None
     if cache_dir is not None:
         fingerprint = fingerprint or conversations_fingerprint(conversations)
@@ -82,9 +86,8 @@ def encode_conversations(
         for chunk, (_, rows) in zip(_encode_chunks(work, tokenizer, fmt, flags, num_proc), work, strict=True):
             if overlong == "error" and chunk.counts["sequences_too_long"]:
                 row, reason = next((row, reason) for row, reason in chunk.left_out if reason.startswith("longer"))
-                raise UserError(
-                    f"{_row_name(row, origins)}: {reason}; raise --max_seq_length or use --overlong drop|trim_turns"
-                )
+                remedy = "use" if max_positions else "raise --max_seq_length or use"
+                raise UserError(f"{_row_name(row, origins)}: {reason}; {remedy} --overlong drop|trim_turns")
             chunks.append(chunk)
             advance(len(rows))
     encoded = _joined(chunks, len(conversations), flags)
@@ -190,7 +193,7 @@ def _joined(chunks: list[Chunk], read: int, flags: Flags) -> EncodedRows:
             str(p): int(np.percentile(lengths, p, method="higher")) for p in (50, 90, 95, 99) if len(lengths)
         },
         "escaped": counts["escaped"],
-        "max_seq_length": flags.max_seq_length,
+        "max_seq_length": flags.limit,
         "train_on": flags.train_on,
         "control_tokens": flags.control_tokens,
         "overlong": flags.overlong,

@@ -25,6 +25,16 @@ class Flags:
     overlong: str
     reasoning: str = "keep"
     allow_unreadable_calls: bool = False
+    max_positions: int | None = None  # of the model, where they are fewer than max_seq_length
+
+    @property
+    def limit(self) -> int | None:
+        """The maximum length of a sequence in tokens."""
+        return self.max_positions or self.max_seq_length
+
+    @property
+    def overlong_reason(self) -> str:
+        return "longer than the model's positions" if self.max_positions else "longer than max_seq_length"
 
 
 @dataclass
@@ -47,15 +57,15 @@ class Chunk:
         self.left_out.append((row, reason + detail))
         self.reasons[reason] += 1
 
-    def add(self, row: int, sequence: Sequence, max_seq_length: int | None) -> bool:
+    def add(self, row: int, sequence: Sequence, flags: Flags) -> bool:
         """Add one sequence if it fits and trains something; returns whether it was added."""
         ids = np.asarray(sequence.input_ids, dtype=np.int32)
         labels = np.asarray(sequence.labels, dtype=np.int32)
         trained = labels != IGNORE_INDEX
         if len(ids) != len(labels) or not np.array_equal(labels[trained], ids[trained]):
             raise AssertionError(f"labels of conversation {row} do not match its ids")
-        if max_seq_length is not None and len(ids) > max_seq_length:
-            self.omit(row, "longer than max_seq_length", f": {len(ids)} > {max_seq_length} tokens")
+        if flags.limit is not None and len(ids) > flags.limit:
+            self.omit(row, flags.overlong_reason, f": {len(ids)} > {flags.limit} tokens")
             self.counts["sequences_too_long"] += 1
             return False
         if not trained.any():
@@ -80,7 +90,7 @@ def encode_chunk(start: int, conversations: Iterable[Conversation], tokenizer: A
             continue
         chunk.longest = max(chunk.longest, (_longest(encoded), row))
         encoded, removed = _trimmed(encoded, conversation, tokenizer, fmt, flags)
-        added = [chunk.add(row, sequence, flags.max_seq_length) for sequence in encoded.sequences]
+        added = [chunk.add(row, sequence, flags) for sequence in encoded.sequences]
         if any(added):
             chunk.counts.update(kept=1, split=int(len(added) > 1), escaped=encoded.escaped)
             chunk.warned += [(row, kind) for kind in warning_kinds(encoded)]
@@ -133,7 +143,7 @@ def _trimmed(
 
     The input and 0 when nothing has to be removed or nothing helps.
     """
-    limit = flags.max_seq_length
+    limit = flags.limit
     if limit is None or flags.overlong != "trim_turns" or _longest(encoded) <= limit:
         return encoded, 0
     first, last = 1, len(turn_starts(conversation["messages"])) - 1  # how many turns may go: at least one stays

@@ -90,7 +90,7 @@ def write_merged(run: Run, folder: Path, dtype: str = "auto") -> MergedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finetune.runs.saving import generation_config
+    from finetune.runs.saving import generation_config, with_format
     from formats import check_tokenizer
 
     loaded, fmt = run.load_base()
@@ -120,8 +120,9 @@ def write_merged(run: Run, folder: Path, dtype: str = "auto") -> MergedModel:
     model.to(torch_dtype)
     model.config.dtype = torch_dtype
     model.save_pretrained(str(folder), safe_serialization=True)
-    tokenizer.chat_template = fmt.template
-    tokenizer.save_pretrained(str(folder))
+    saved_tokenizer = with_format(tokenizer, fmt)
+    saved_tokenizer.chat_template = tokenizer.chat_template = fmt.template
+    saved_tokenizer.save_pretrained(str(folder))
     del model, loaded
     gc.collect()
 

@@ -29,8 +29,7 @@ def export_ollama(job: Job) -> Callable[[Path], None]:
     go_template(known)  # raises before the slow merge
     quantizations = job.quantization[-1:]
     (gguf,), _ = write_gguf(job, quantizations, find_tools(job.llama_cpp, quantizations))
-    flags = job.run.experiment.config["flags"] if job.run.experiment is not None else {}
-    text = modelfile(known, gguf.name, context=flags.get("max_seq_length"))
+    text = modelfile(known, gguf.name, context=job.run.max_length())
     (job.folder / "Modelfile").write_text(text, encoding="utf-8")
     command = ["ollama", "create", job.name.lower(), "-f"]
     return lambda folder: say(f"next: {shlex.join([*command, str(folder / 'Modelfile')])}")

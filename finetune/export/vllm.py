@@ -92,17 +92,18 @@ def write_serving_files(job: Job, fmt: Format) -> None:
     (folder / "chat_template.jinja").write_text(served_format(run, fmt).template, encoding="utf-8")
     config = run.experiment.config if run.experiment is not None else {}
     flags = config.get("flags", {})
-    options: dict[str, Any] = {"model": ".", "name": job.name, "max_length": flags.get("max_seq_length")}
+    options: dict[str, Any] = {"model": ".", "name": job.name, "max_length": run.max_length()}
     options["trust_remote_code"] = flags.get("trust_remote_code", False)
     if job.mode != "merged":
         if run.adapter is None:
             raise UserError(f"{run.path} has no adapter; use --mode merged")
         shutil.copytree(run.adapter, folder / "adapter", ignore=shutil.ignore_patterns(*PRIVATE_FILES))
         adapter = adapter_config(run.adapter)
-        base = resolve_model(run.base_name)
+        base = served_base(run.base_name)
+        revision = config.get("base_model_revision") if config else adapter.get("revision")
         options |= {
-            "model": str(Path(base).resolve()) if Path(base).is_dir() else base,
-            "revision": config.get("base_model_revision") if config else adapter.get("revision"),
+            "model": base,
+            "revision": None if Path(base).is_dir() else revision,
             "adapter": "./adapter",
             "rank": max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()]),
             "load_in_4bit": bool(config.get("load_in_4bit")),
@@ -114,6 +115,27 @@ def write_serving_files(job: Job, fmt: Format) -> None:
     path.write_text(script, encoding="utf-8", newline="\n")
     path.chmod(0o755)
     say(f"start it with: sh {path.name} (arguments are passed on to vllm serve)")
+
+
+def served_base(name: str) -> str:
+    """The base model as `vllm serve` finds it: a folder by its absolute path, else its Hub id.
+
+    Raises UserError for a name that is neither.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    base = Path(resolve_model(name)).expanduser()
+    if base.is_dir():
+        return str(base.resolve())
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(
+            f"base model {name} is neither a folder nor a Hub id, so vLLM cannot load it; "
+            "put the folder back, or use --mode merged"
+        ) from None
+    return name
 
 
 def write_plugin(folder: Path, run: Run, fmt: Format) -> None:

@@ -14,10 +14,12 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
-from vllm.entrypoints.chat_utils import make_tool_call_id  # noqa: E402
-
 from formats import get_format  # noqa: E402
 
+try:  # since vLLM 0.32
+    from vllm.renderers.chat_utils import make_tool_call_id
+except ImportError:
+    from vllm.entrypoints.chat_utils import make_tool_call_id
 try:  # vLLM has moved its messages twice
     from vllm.entrypoints.generate.base import protocol
 except ImportError:

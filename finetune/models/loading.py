@@ -17,6 +17,7 @@ from finetune.errors import UserError
 from finetune.models.bundled import cache_dir, resolve_model
 from finetune.models.faults import hub_errors, missing_weights
 from finetune.models.hub import hub_token
+from finetune.models.limits import MAX_DEFAULT_CONTEXT, check_vocabulary, model_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -121,12 +122,13 @@ def load_base(
     revision: str | None = None,
     dtype: str = "auto",
     load_in_4bit: bool | None = None,
-    max_seq_length: int = 2048,
+    max_seq_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
     """Load a base model through Unsloth's FastLanguageModel; `load_in_4bit` None: 4-bit on a GPU only.
 
-    Raises UserError for an unknown, gated or unreachable model.
+    max_seq_length  lowered to the positions that the model was made for; None: these, up to MAX_DEFAULT_CONTEXT
+    Raises UserError for an unknown, gated or unreachable model, and for a tokenizer with more tokens than the model.
     """
     unsloth = import_unsloth()
     import torch
@@ -136,12 +138,18 @@ def load_base(
     if load_in_4bit is None:
         load_in_4bit = torch.cuda.is_available()
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
+    config = load_config(name, revision, trust_remote_code)
+    positions = model_positions(config)
+    limit = max_seq_length or MAX_DEFAULT_CONTEXT
+    limit = min(limit, positions or limit)
+    # For more than max_position_embeddings Unsloth would replace the model's rotary positions by stretched ones.
+    unscaled = getattr(config.get_text_config(), "max_position_embeddings", None) or limit
     # Unsloth assigns device N to process N of a data-parallel run, and there is no cpu:1.
     placement = {"device_map": {"": "cpu"}} if distributed.size() > 1 and not torch.cuda.is_available() else {}
     with hub_errors(name), stdout_to_log(), missing_weights() as missing:
         model, _ = unsloth.FastLanguageModel.from_pretrained(
             model_name=resolve_model(name),
-            max_seq_length=max_seq_length,
+            max_seq_length=min(limit, unscaled),
             dtype=getattr(torch, dtype),
             load_in_4bit=load_in_4bit,
             revision=revision,
@@ -150,6 +158,8 @@ def load_base(
             use_safetensors=True,  # a pickle could run code
             **placement,
         )
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], name)
+    set_length_limit(model, limit)
     if missing:
         names = ", ".join(missing[:3]) + " …" * (len(missing) > 3)
         log.warning("model %s: its files lack %s, now random numbers; a complete model has all weights", name, names)
@@ -168,3 +178,11 @@ def load_base(
         load_in_4bit=is_4bit,
         device=str(model.get_input_embeddings().weight.device),
     )
+
+
+def set_length_limit(model: Any, limit: int) -> None:
+    """Set the length beyond which Unsloth cuts inputs, in every module that has one as Unsloth sets it."""
+    for module in model.modules():
+        if hasattr(module, "max_seq_length"):
+            module.max_seq_length = limit
+    model.max_seq_length = limit

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 from finetune.models.adapter import adapter_config, attach_adapter
-from finetune.models.loading import Loaded, import_unsloth, load_base, load_tokenizer
+from finetune.models.limits import model_positions
+from finetune.models.loading import Loaded, import_unsloth, load_base, load_config, load_tokenizer
 from finetune.runs.experiment import CONFIG, FINAL, Experiment
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ class Run:
     def _base_settings(self) -> dict[str, Any]:
         """The arguments of `load_base` with which the base model was loaded for training, as far as they are known."""
         if self.adapter is None:
-            return {}
+            return (
+                {} if self.experiment is None else {"max_seq_length": self.experiment.config["flags"]["max_seq_length"]}
+            )
         if self.experiment is None:
             return {"revision": adapter_config(self.adapter).get("revision")}
         config, flags = self.experiment.config, self.experiment.config["flags"]
@@ -54,6 +57,15 @@ class Run:
             "max_seq_length": flags["max_seq_length"],
             "trust_remote_code": flags["trust_remote_code"],
         }
+
+    def max_length(self) -> int | None:
+        """The run's limit in tokens, never more than the model's positions; None for a model without a run."""
+        if self.experiment is None:
+            return None
+        flags = self.experiment.config["flags"]
+        revision = None if self.adapter is None else self.experiment.config.get("base_model_revision")
+        config = load_config(self.base_name, revision, flags.get("trust_remote_code", False))
+        return min(filter(None, (flags.get("max_seq_length"), model_positions(config))), default=None)
 
     def load_base(self, **overrides: Any) -> tuple[Loaded, Format]:
         """(base model loaded as for training, format); `overrides` are arguments of `load_base`."""

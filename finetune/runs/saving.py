@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.files import atomic_directory
 from finetune.runs.experiment import FINAL, Experiment
 from finetune.runs.model_card import model_card
+from formats.response_template import example_answers, response_template
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,12 +28,48 @@ def save_final_model(
     target = experiment.folder / FINAL
     with atomic_directory(target, replace=True) as folder:  # a resumed run may have finished before
         model.save_pretrained(str(folder), safe_serialization=True)
-        saved = copy.copy(tokenizer)  # the caller's tokenizer keeps its own template
-        saved.chat_template = fmt.pinned_template()
+        saved = with_format(tokenizer, fmt)  # the caller's tokenizer keeps its own template
         saved.save_pretrained(str(folder))
         generation_config(model, end_of_turn_ids).save_pretrained(str(folder))
         (folder / "README.md").write_text(model_card(experiment), encoding="utf-8", errors="backslashreplace")
     return target
+
+
+def with_format(tokenizer: PreTrainedTokenizerBase, fmt: Format) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer with the format's chat template and response template.
+
+    A base's own response template would read other calls than those trained, so it is replaced or removed.
+    """
+    saved = copy.copy(tokenizer)
+    saved.chat_template = fmt.pinned_template()
+    # `init_kwargs` is what save_pretrained writes; `response_schema` is the name in earlier versions of Transformers.
+    stale = ("response_template", "response_schema")
+    saved.init_kwargs = {key: value for key, value in tokenizer.init_kwargs.items() if key not in stale}
+    saved.response_template = checked_response_template(fmt, tokenizer)
+    if getattr(saved, "response_schema", None) is not None:
+        saved.response_schema = None
+    return saved
+
+
+def checked_response_template(fmt: Format, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """The format's response template if Transformers reads with it what the format's own parser reads, else None."""
+    try:
+        from transformers.utils.chat_parsing import parse_response
+    except ImportError:  # an earlier version of Transformers
+        return None
+    template = response_template(fmt, tokenizer)
+    if template is None:
+        return None
+    for prompt, answer in example_answers(fmt, tokenizer):
+        expected = fmt.parse(answer)
+        try:
+            message = parse_response(answer, template, prefix=prompt)
+        except Exception:  # the parser raises what its content parsers raise
+            return None
+        calls = [call["function"] for call in message.get("tool_calls", [])]
+        if calls != expected.tool_calls or message.get("content", "") != expected.content:
+            return None
+    return template
 
 
 def generation_config(model: PreTrainedModel, end_of_turn_ids: list[int]) -> GenerationConfig:

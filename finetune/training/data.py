@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 from finetune.models.bundled import cache_dir
+from finetune.models.limits import LengthLimit
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,13 +29,13 @@ class RunData:
     rows: EncodedRows = field(init=False)
     eval_rows: EncodedRows | None = None
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, fmt: Format, settings: Settings) -> None:
+    def encode(self, tokenizer: PreTrainedTokenizerBase, fmt: Format, settings: Settings, limit: LengthLimit) -> None:
         """Make token ids and labels, or take them from the cache. UserError when too few rows are left."""
         from finetune.encoding.encode import encode_conversations
 
         def encoded(loaded: LoadResult) -> EncodedRows:
             return encode_conversations(
-                loaded.conversations, tokenizer, fmt, max_seq_length=settings.max_seq_length,
+                loaded.conversations, tokenizer, fmt, max_seq_length=limit.requested, max_positions=limit.positions,
                 train_on=settings.train_on, control_tokens=settings.control_tokens, overlong=settings.overlong,
                 reasoning=settings.reasoning, allow_unreadable_calls=settings.allow_unreadable_calls,
                 cache_dir=cache_dir() / "tokens", origins=loaded.origins, fingerprint=loaded.fingerprint,
@@ -42,19 +43,23 @@ class RunData:
 
         self.rows = encoded(self.train)
         self.eval_rows = encoded(self.held_out) if self.held_out is not None else None
-        check_report(self.rows.report)
+        check_report(self.rows.report, can_raise_limit=not limit.is_lowered)
         if self.eval_rows is not None and not self.eval_rows.report["trained_tokens"]:
             raise UserError(f"no rows left to evaluate on: {row_counts(self.eval_rows.report)}")
 
 
-def check_report(report: dict[str, Any]) -> None:
-    """UserError when no token would be trained, or when most rows were dropped; `report` is that of EncodedRows."""
+def check_report(report: dict[str, Any], *, can_raise_limit: bool = True) -> None:
+    """UserError when no token would be trained, or when most rows were dropped; `report` is that of EncodedRows.
+
+    can_raise_limit  whether a higher --max_seq_length would keep longer rows
+    """
     if not report["trained_tokens"]:
         raise UserError(f"no rows left to train on: {row_counts(report)}")
     if report["rows"] - report["kept"] > MAX_DROPPED_FRACTION * report["rows"]:
         raise UserError(
             f"most rows would be dropped: {row_counts(report)}; "
-            "raise --max_seq_length, choose another --format or --overlong trim_turns, or fix the data"
+            + ("raise --max_seq_length, " if can_raise_limit else "choose a model with more positions, ")
+            + "choose another --format or --overlong trim_turns, or fix the data"
         )
 
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import logging
+from typing import TYPE_CHECKING
 
 from finetune.errors import UserError
 from finetune.memory.plan import MemoryPlan
 from finetune.memory.sizes import Sizes, check_trainable, model_without_weights, sizes_of_model
 from finetune.models.adapter import check_adapter
+from finetune.models.limits import LengthLimit, model_positions
 from finetune.models.loading import load_config
 from finetune.settings import Settings
 from finetune.training.memory_plan import default_placement, total_memory, with_known_optimizer, workload_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-def check_feasible(settings: Settings) -> None:
-    """UserError for an encoder, for target modules or layers that the model lacks, and for a rank beyond all memory.
+log = logging.getLogger("sandwich")
 
+
+def check_feasible(settings: Settings) -> PreTrainedConfig:
+    """The model's config.
+
+    UserError for an encoder, for target modules or layers that the model lacks, and for a rank beyond all memory.
     A model that cannot be built from its config.json is not checked: loading it reports the reason.
     """
     config = load_config(settings.model, settings.revision, settings.trust_remote_code)
@@ -24,10 +33,19 @@ def check_feasible(settings: Settings) -> None:
         model = model_without_weights(config)
         sizes = sizes_of_model(model)
     except Exception:  # a third-party architecture
-        return
+        return config
     if getattr(config, "text_config", None) is None:  # otherwise the model has more modules than its text part
         check_adapter(model, settings.target_modules, settings.last_layers)
     check_rank(settings, sizes)
+    return config
+
+
+def length_limit(settings: Settings, config: PreTrainedConfig) -> LengthLimit:
+    """The maximum length of a row, logged if the model lowers it."""
+    limit = LengthLimit(settings.max_seq_length, model_positions(config))
+    if limit.is_lowered:
+        log.info("%s", limit.message(settings.model))
+    return limit
 
 
 def check_rank(settings: Settings, sizes: Sizes) -> None:

@@ -63,7 +63,7 @@ def print_run_table(
     add("tokens", f"{report['tokens']:,} ({share(report['trained_tokens'], report['tokens'])} trained)")
     by_role, trained = report["tokens_by_role"], report["trained_tokens_by_role"]
     add("trained / all by role", "  ".join(f"{role} {trained.get(role, 0):,}/{n:,}" for role, n in by_role.items()))
-    add("longest row", f"{report['longest']:,} tokens (limit {settings.max_seq_length:,})")
+    add("longest row", f"{report['longest']:,} tokens (limit {report['max_seq_length']:,})")
     if eval_rows is not None:
         of = eval_rows.report
         add("evaluation rows", f"{of['rows']:,} read, {of['kept']:,} kept ({of['trained_tokens']:,} trained tokens)")
