@@ -33,6 +33,8 @@ def build_parser() -> FlagParser:
     add("--base", action="store_true", help="use the base model without the adapter")
     add("--compare", action="store_true", help="also print the base model's answer (with --prompt or --questions)")
     add("--format", help="chat format (default: the format of the run)")
+    add("--trust_remote_code", action="store_true",
+        help="run code from the base model's repository; only for models that you trust")
 
     add = parser.add_argument_group("conversation").add_argument
     add("--tools", type=Path, metavar="FILE", help="JSON file with tool schemas")
@@ -88,7 +90,10 @@ def main(argv: list[str] | None = None) -> int:
     # 2. Load one model, whose adapter can be switched on (tuned) and off (base).
     from finetune.chat.model import BASE, TUNED, load_chat_model
 
-    model = load_chat_model(args.model, base=args.base, merged=args.mode == "merged", format_name=args.format)
+    model = load_chat_model(
+        args.model, base=args.base, merged=args.mode == "merged", format_name=args.format,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
     if args.compare and BASE not in model.sides:
         raise UserError(f"{args.model} has no adapter that could be switched off; omit --compare")
     from finetune.chat.session import ChatAgent, ChatSession

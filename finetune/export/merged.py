@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import UserError
 from finetune.export.targets import Job, target
 from finetune.models.adapter import attach_adapter
+from finetune.models.remote_code import strip_code
 from finetune.progress import say
 from finetune.runs.find import Run
 from formats import Format
@@ -122,10 +123,11 @@ def write_merged(run: Run, folder: Path, dtype: str = "auto") -> MergedModel:
     model.save_pretrained(str(folder), safe_serialization=True)
     tokenizer.chat_template = fmt.template
     tokenizer.save_pretrained(str(folder))
+    strip_code(folder)
     del model, loaded
     gc.collect()
 
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype).eval()
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, trust_remote_code=False).eval()
     agreement = measure_agreement(adapted, base, log_probabilities(saved, prompts))
     say(str(agreement))
     if not agreement.is_close:

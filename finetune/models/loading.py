@@ -17,6 +17,7 @@ from finetune.errors import UserError
 from finetune.models.bundled import cache_dir, resolve_model
 from finetune.models.faults import hub_errors, missing_weights
 from finetune.models.hub import hub_token
+from finetune.models.remote_code import forget_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -46,6 +47,7 @@ def import_unsloth() -> Any:
         return sys.modules["unsloth"]
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it would contact a server at every import
     try:
         import torch
     except ImportError as error:
@@ -102,6 +104,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         tokenizer = AutoTokenizer.from_pretrained(
             resolve_model(name), revision=revision, trust_remote_code=trust_remote_code
         )
+    forget_code(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -150,6 +153,7 @@ def load_base(
             use_safetensors=True,  # a pickle could run code
             **placement,
         )
+    forget_code(model, model.config)
     if missing:
         names = ", ".join(missing[:3]) + " …" * (len(missing) > 3)
         log.warning("model %s: its files lack %s, now random numbers; a complete model has all weights", name, names)
