@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.chat.guard import Access, Guard
 from finetune.chat.model import BASE, TUNED
 from finetune.chat.reply import Reply
 from finetune.chat.session import ChatAgent, ChatSession, parse_tools
@@ -47,14 +48,17 @@ def open_page(
     """The page, served by threads of this process until its `close()`."""
     page = build_page(agent, system, tools)
     import gradio
+    from starlette.middleware import Middleware
 
     password = os.environ.get(PASSWORD_VARIABLE)
+    access = Access(host, tunnel=share, form_paths=("/login", "/login/"))
     try:
         page.launch(
             server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True, inbrowser=False,
             auth=(lambda _user, given: hmac.compare_digest(given.encode(), password.encode())) if password else None,
             auth_message="Any user name; the password that this page was started with.",
             theme=gradio.themes.Default(font="system-ui", font_mono="monospace"),  # no downloads
+            app_kwargs={"middleware": [Middleware(Guard, access=access)]},
             enable_monitoring=False, footer_links=["api"], ssr_mode=False,
         )  # fmt: skip
     except OSError as error:
