@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from finetune.terminal_text import printable, protect_rich
 from formats import FormatError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -37,6 +38,7 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> int:
         code = 0
+        protect_rich()
         for name in ("stdout", "stderr"):  # None where the caller has closed it (>&-)
             if getattr(sys, name) is None:
                 setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
@@ -77,7 +79,7 @@ def _discard_stdout() -> None:
 
 def _report(reason: str, code: int = 2) -> int:
     reason = re.sub(r"(?<=://)[^/\s@]*@", "***@", reason)  # a password in a URL
-    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(reason.split()))}", file=sys.stderr)
     return code
 
 

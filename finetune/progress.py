@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from finetune.terminal_text import printable
+
 SECONDS_BETWEEN_LINES = 15
 
 
 def say(text: str) -> None:
     """Print a status line to stderr; stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -44,6 +46,6 @@ def _print_lines(description: str, total: int) -> Callable[..., None]:
             last = now
             left = (now - started) / done * (total - done)
             suffix = f" of {total:,}, {left:.0f} s left" if total else ""
-            print(f"{description}: {done:,}{suffix}", file=sys.stderr, flush=True)
+            print(f"{printable(description)}: {done:,}{suffix}", file=sys.stderr, flush=True)
 
     return advance
