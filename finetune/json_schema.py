@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+from finetune.schema_limits import LimitedValidator, TooExpensive
+
 
 @lru_cache(maxsize=4096)
 def validator_of(schema_text: str) -> tuple[Any, str | None]:
@@ -27,7 +29,7 @@ def validator_of(schema_text: str) -> tuple[Any, str | None]:
     except jsonschema.SchemaError as error:
         return None, error.message[:200]
     # The empty registry keeps a "$ref" from fetching URLs.
-    return kind(schema, registry=referencing.Registry()), None
+    return LimitedValidator(kind, schema, referencing.Registry()), None
 
 
 def schema_errors(schema: Any, arguments: dict[str, Any]) -> tuple[list[Any], str | None]:
@@ -39,6 +41,8 @@ def schema_errors(schema: Any, arguments: dict[str, Any]) -> tuple[list[Any], st
     try:
         for error in validator.iter_errors(arguments):
             errors.append(error)
+    except TooExpensive as failure:
+        return [], f"cannot be evaluated: {failure}"
     except Exception as failure:  # an unresolvable $ref or an invalid regular expression in the schema
         if not errors:
             return [], f"cannot be evaluated: {' '.join(str(failure).split())[:200]}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from finetune.errors import UserError
+from finetune.reading.size_limits import MAX_ROW_BYTES, limited_lines, read_all
 from formats.calls import MAX_JSON_DEPTH, STRICT, json_depth
 
 ROW_LISTS = ("data", "rows", "train", "examples")  # keys under which a JSON document may hold its rows
@@ -91,7 +92,10 @@ def _reason(error: ValueError) -> str:
 def json_lines(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
     """Rows of a JSON Lines file, numbered by line; blank lines are skipped."""
     with open_plain(path) as file:
-        for number, line in enumerate(file, start=1):
+        for number, (line, is_cut) in enumerate(limited_lines(file), start=1):
+            if is_cut:
+                yield number, Unreadable(f"is longer than {MAX_ROW_BYTES:,} bytes", line.decode("utf-8", "replace"))
+                continue
             if number == 1:
                 if line.startswith(UTF_16_MARKS):
                     raise UserError(f"{path}: is UTF-16 text; save it as UTF-8")
@@ -103,7 +107,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
 def json_document(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
     """A JSON array of rows, an object that holds one, a single row, or JSON Lines named .json (as BFCL's files are)."""
     with open_plain(path) as file:
-        raw = file.read().removeprefix(UTF_8_MARK)
+        raw = read_all(file, path).removeprefix(UTF_8_MARK)
     try:
         rows = strict_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -131,9 +135,9 @@ def json_document(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
 
 def csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, dict | Unreadable]]:
     """Rows of a CSV file with a header; an empty cell is an absent column, every other cell is text."""
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(MAX_ROW_BYTES)
     with open_plain(path) as file:
-        lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(file))
+        lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(_lines(file, path)))
         reader = csv.reader(lines, delimiter=delimiter, strict=True)  # not strict, an open quote swallows later rows
         try:
             header = next(reader, None)
@@ -150,13 +154,23 @@ def csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, dict | Unread
             raise UserError(f"{path}: line {reader.line_num} is not valid CSV ({error}); quote its cells") from error
 
 
+def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    for number, (line, is_cut) in enumerate(limited_lines(file), start=1):
+        if is_cut:
+            raise UserError(f"{path}: line {number} is longer than {MAX_ROW_BYTES:,} bytes; split or remove it")
+        yield line
+
+
 def parquet_records(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
     """Rows of a Parquet file, read in batches."""
     import pyarrow
     from pyarrow import parquet
 
     try:
-        source = pyarrow.BufferReader(open_plain(path).read()) if path.name.lower().endswith(".gz") else path
+        source = path
+        if path.name.lower().endswith(".gz"):
+            with open_plain(path) as plain:
+                source = pyarrow.BufferReader(read_all(plain, path))
         with parquet.ParquetFile(source) as file:
             names = file.schema_arrow.names
             if len(set(names)) < len(names):
