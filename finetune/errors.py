@@ -78,7 +78,7 @@ def _discard_stdout() -> None:
 
 
 def _report(reason: str, code: int = 2) -> int:
-    reason = re.sub(r"(?<=://)[^/\s@]*@", "***@", reason)  # a password in a URL
+    reason = re.sub(r"(?<=://)\S*@", "***@", reason)  # a password in a URL, which may itself hold @ and /
     print(f"error: {printable(' '.join(reason.split()))}", file=sys.stderr)
     return code
 
