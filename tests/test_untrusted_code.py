@@ -9,7 +9,7 @@ import pytest
 import export_lora
 from finetune.errors import UserError
 from finetune.export.adapter_files import copy_adapter
-from finetune.models.remote_code import forget_code, strip_code
+from finetune.models.remote_code import forget_code, has_own_code, strip_code
 from finetune.runs.find import find_run
 from finetune.settings import parse, read_config, resumed
 from finetune.sweep.grid import fixed_flags, read_file
@@ -193,3 +193,11 @@ def test_served_name_is_quoted(tmp_path):
     name = "a; touch planted $(id)"
     assert export_lora.main([str(run), "--to", "vllm", "--name", name, "--output", str(tmp_path / "out")]) == 0
     assert f"'{name}=./adapter'" in (tmp_path / "out" / "serve.sh").read_text()
+
+
+def test_model_with_own_code_is_known():
+    """Transformers imports a repository's files as parts of the package transformers_modules."""
+    config = type("Config", (), {"__module__": "transformers_modules.own.modeling"})()
+    model = type("Model", (), {"config": config})()
+    assert has_own_code(model)
+    assert not has_own_code(type("Model", (), {"config": object()})())

@@ -23,6 +23,12 @@ def forget_code(*objects: Any) -> None:
             one._auto_class = None  # else save_pretrained copies the class's source file
 
 
+def has_own_code(model: Any) -> bool:
+    """Whether the classes of a loaded model or its config come from a repository, not from Transformers."""
+    modules = (type(one).__module__ for one in (model, model.config))
+    return any(name.startswith("transformers_modules.") for name in modules)
+
+
 def strip_code(folder: Path) -> None:
     """Remove the references from every JSON file of a model folder, and Python files beside them."""
     for path in sorted(folder.glob("*.json")):
