@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune.terminal_text import printable, protect_rich
+from finetune.progress import printable, protect_rich
 from formats import FormatError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from finetune.terminal_text import printable
+from finetune.progress import printable
 
 log = logging.getLogger("sandwich")
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from finetune import schema_limits
+from finetune import json_schema
 from finetune.errors import UserError
 from finetune.files import read_data
 from finetune.json_schema import schema_errors, validator_of
@@ -33,8 +33,8 @@ def ref_bomb(depth=60, keyword="allOf"):
 @pytest.mark.parametrize("pattern", [r"^(a+)+$", r"^(a|a)*$", r"^(a|aa)+$", r"^([a-z]+)*\d$", r"^(.*a){25}$"])
 @pytest.mark.parametrize("place", ["pattern", "patternProperties", "unevaluatedProperties", "propertyNames"])
 def test_slow_pattern_is_a_broken_schema(pattern, place, monkeypatch):
-    monkeypatch.setattr(schema_limits, "MAX_PATTERN_SECONDS", 0.05)
-    monkeypatch.setattr(schema_limits, "_SLOW_PATTERNS", set())
+    monkeypatch.setattr(json_schema, "MAX_PATTERN_SECONDS", 0.05)
+    monkeypatch.setattr(json_schema, "_SLOW_PATTERNS", set())
     schema, arguments = {
         "pattern": (one_property(pattern=pattern), {"x": EVIL_TEXT}),
         "patternProperties": ({"patternProperties": {pattern: {}}, "additionalProperties": False}, {EVIL_TEXT: 1}),
@@ -46,7 +46,7 @@ def test_slow_pattern_is_a_broken_schema(pattern, place, monkeypatch):
 
 
 def test_slow_pattern_below_another_dialect(monkeypatch):
-    monkeypatch.setattr(schema_limits, "MAX_PATTERN_SECONDS", 0.05)
+    monkeypatch.setattr(json_schema, "MAX_PATTERN_SECONDS", 0.05)
     for dialect in ("http://json-schema.org/draft-07/schema#", "https://json-schema.org/draft/2020-12/schema"):
         inner = one_property(pattern=r"^(a|a)*$") | {"$schema": dialect}
         for schema in (inner, {"properties": {"y": inner}} | {"$schema": dialect}):
@@ -56,7 +56,7 @@ def test_slow_pattern_below_another_dialect(monkeypatch):
 
 def test_slow_pattern_waits_once(monkeypatch):
     schema = one_property(pattern=r"^(b|b)*$")
-    monkeypatch.setattr(schema_limits, "MAX_PATTERN_SECONDS", 0.05)
+    monkeypatch.setattr(json_schema, "MAX_PATTERN_SECONDS", 0.05)
     assert schema_errors(schema, {"x": "b" * 40 + "!"})[1]
     monkeypatch.setattr("regex.search", lambda *_, **__: pytest.fail("matched again"))
     assert "takes more than" in schema_errors(schema, {"x": "b" * 40 + "!"})[1]
@@ -71,10 +71,10 @@ def test_good_patterns_still_work():
 
 @pytest.mark.parametrize("keyword", ["allOf", "anyOf", "oneOf"])
 def test_ref_bomb_is_a_broken_schema(keyword, monkeypatch):
-    monkeypatch.setattr(schema_limits, "MAX_CHECKS", 3000)
+    monkeypatch.setattr(json_schema, "MAX_CHECKS", 3000)
     schema = ref_bomb(keyword=keyword)
     assert "more than 3,000 checks" in schema_errors(schema, {"x": 1})[1]
-    monkeypatch.setattr(schema_limits, "MAX_CHECKS", 10**9)
+    monkeypatch.setattr(json_schema, "MAX_CHECKS", 10**9)
     assert schema_errors(schema, {"x": 1})[1]  # known by now
 
 
@@ -111,7 +111,7 @@ def test_validator_still_names_its_draft():
 
 
 def test_row_with_a_slow_pattern_is_rejected(monkeypatch):
-    monkeypatch.setattr(schema_limits, "MAX_PATTERN_SECONDS", 0.05)
+    monkeypatch.setattr(json_schema, "MAX_PATTERN_SECONDS", 0.05)
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": "c" * 40 + "!"}}}
     conversation = {
         "messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [call]}],

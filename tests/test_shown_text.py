@@ -3,14 +3,15 @@
 import io
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 
 from finetune.charts.tables import csv_text
 from finetune.errors import UserError, one_line_errors
 from finetune.logs import log, log_to_file, start_logging
-from finetune.progress import say
-from finetune.terminal_text import printable, protect_rich
+from finetune.progress import printable, protect_rich, say
 
 ESCAPES = [
     "\x1b]0;title\x07",
@@ -151,3 +152,13 @@ def test_chart_page_escapes_names(tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert "<img" not in page and "\\u003cimg" in page
     assert "innerHTML" not in page and "insertAdjacentHTML" not in page
+
+
+def test_rich_is_protected_when_it_is_imported():
+    """Not earlier, because that takes too long for --help."""
+    code = (
+        "import sys\nfrom finetune.progress import protect_rich\nprotect_rich()\nprotect_rich()\n"
+        "assert 'rich' not in sys.modules\nfrom rich.console import Console\nConsole().print('a\\x1b[2Jb')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout.decode().strip() == "a\ufffd[2Jb"

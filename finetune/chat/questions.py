@@ -14,11 +14,10 @@ from finetune.chat.reply import Reply, call_line, read_reply
 from finetune.chat.session import ChatAgent, ChatSession, ToolResult, read_text
 from finetune.errors import UserError
 from finetune.files import json_line
-from finetune.progress import progress_bar
+from finetune.progress import printable, progress_bar
 from finetune.reading.conversations import RowError, normalize_row
 from finetune.reading.row_files import strict_json
 from finetune.reading.shapes import FIELDS
-from finetune.terminal_text import printable
 from formats import FormatError
 
 Events = list[Reply | ToolResult]

@@ -16,7 +16,7 @@ from finetune.chat.session import ChatAgent, ChatSession, ToolResult, read_tools
 from finetune.errors import UserError
 from finetune.json_schema import validator_of
 from finetune.models.bundled import cache_dir
-from finetune.terminal_text import printable
+from finetune.progress import printable
 from formats import FormatError
 
 if TYPE_CHECKING:

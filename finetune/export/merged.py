@@ -97,7 +97,7 @@ def write_merged(run: Run, folder: Path, dtype: str = "auto") -> MergedModel:
     loaded, fmt = run.load_base()
     if has_own_code(loaded.model):
         raise UserError(
-            f"model {loaded.name} runs code of its own repository, which no export contains; use --to vllm with the adapter"
+            f"model {loaded.name} runs code of its own repository, which exports omit; use --to vllm with the adapter"
         )
     if dtype == "auto":
         dtype = loaded.dtype if loaded.dtype in ("bfloat16", "float16") else "bfloat16"
