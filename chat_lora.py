@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from finetune.chat.address import is_loopback
 from finetune.errors import UserError, one_line_errors
 from finetune.flag_types import FlagParser, nonnegative_float, port, positive_float, positive_int
 
@@ -33,6 +34,8 @@ def build_parser() -> FlagParser:
     add("--base", action="store_true", help="use the base model without the adapter")
     add("--compare", action="store_true", help="also print the base model's answer (with --prompt or --questions)")
     add("--format", help="chat format (default: the format of the run)")
+    add("--trust_remote_code", action="store_true",
+        help="run code from the base model's repository; only for models that you trust")
 
     add = parser.add_argument_group("conversation").add_argument
     add("--tools", type=Path, metavar="FILE", help="JSON file with tool schemas")
@@ -54,7 +57,8 @@ def build_parser() -> FlagParser:
     add = parser.add_argument_group("web page and server").add_argument
     add("--web", action="store_true", help="open a page in the browser (needs gradio); visitors are asked for the "
         "password in SANDWICH_WEB_PASSWORD if it is set")
-    add("--serve", action="store_true", help="serve an OpenAI-compatible /v1/chat/completions, for development")
+    add("--serve", action="store_true", help="serve an OpenAI-compatible /v1/chat/completions, for development; "
+        "SANDWICH_API_TOKEN sets the key that clients need; for an address that others can reach one is generated")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=port, help="port to listen on (default: 7860 for --web, 8000 for --serve)")
     add("--share", action="store_true", help="with --web: also through Gradio's public tunnel; needs the password")
@@ -88,7 +92,10 @@ def main(argv: list[str] | None = None) -> int:
     # 2. Load one model, whose adapter can be switched on (tuned) and off (base).
     from finetune.chat.model import BASE, TUNED, load_chat_model
 
-    model = load_chat_model(args.model, base=args.base, merged=args.mode == "merged", format_name=args.format)
+    model = load_chat_model(
+        args.model, base=args.base, merged=args.mode == "merged", format_name=args.format,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
     if args.compare and BASE not in model.sides:
         raise UserError(f"{args.model} has no adapter that could be switched off; omit --compare")
     from finetune.chat.session import ChatAgent, ChatSession
@@ -145,16 +152,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--share is for --web")
     if args.web and (args.share or not is_loopback(args.host)) and not os.environ.get("SANDWICH_WEB_PASSWORD"):
         raise UserError("a page that other machines can open needs a password; set SANDWICH_WEB_PASSWORD")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 if __name__ == "__main__":

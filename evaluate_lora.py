@@ -43,6 +43,8 @@ def build_parser() -> FlagParser:
     add("--output", type=Path, metavar="FOLDER", help="output folder (default: RUN/evaluation, or evaluation/MODEL)")
     add("--share_prefix", action=argparse.BooleanOptionalAction, default=True,
         help="compute shared prompt prefixes once; off: use the model's own generate")
+    add("--trust_remote_code", action="store_true",
+        help="run code from the base model's repository; only for models that you trust")
     # fmt: on
     return parser
 
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     items = load_items(args.dataset, limit=args.limit) if args.dataset else []
     if args.suite:
         items += bfcl.load_items(bfcl.parse_suite(args.suite), limit=args.limit)
-    run = find_run(args.model)
+    run = find_run(args.model, trust_remote_code=args.trust_remote_code)
     folder = output_folder(args)
     say(f"{len(items)} answers to score from {len({(i.source, i.row) for i in items})} rows")
 
@@ -82,7 +84,9 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     from formats import check_tokenizer, get_format
 
     start_logging(Console(stderr=True))
-    model, tokenizer, fmt = load_for_inference(args.model, base=args.only == "base")
+    model, tokenizer, fmt = load_for_inference(
+        args.model, base=args.only == "base", trust_remote_code=args.trust_remote_code
+    )
     if args.format:
         fmt = get_format(args.format, tokenizer)
     has_adapter = hasattr(model, "disable_adapter")

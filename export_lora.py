@@ -43,6 +43,8 @@ def build_parser() -> FlagParser:
     add("--mode", choices=("lora", "merged"), default="lora", help="vllm: separate adapter, or merged weights")
     add("--repo_id", metavar="OWNER/NAME", help="hub: repository to upload to; without it nothing is uploaded")
     add("--public", action="store_true", help="hub: make the repository public")
+    add("--trust_remote_code", action="store_true",
+        help="run code from the base model's repository; only for models that you trust")
     # fmt: on
     return parser
 
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
     output = output_folder(args.model, args.to, args.output, args.overwrite)
     start_logging(Console(stderr=True))
-    run = find_run(args.model)
+    run = find_run(args.model, trust_remote_code=args.trust_remote_code)
     name = args.name or Path(args.model).resolve().name
     if Path(name).name != name or name in (".", ".."):
         raise UserError(f"--name {name}: the name becomes a part of file names; omit slashes")

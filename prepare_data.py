@@ -218,14 +218,23 @@ def prepare(args: argparse.Namespace) -> int:
 
 
 def command_line(args: argparse.Namespace) -> str:
-    """The command as typed, for the dataset card, without the password of a database URL."""
+    """The command for the dataset card: as typed, without a database URL's password and this machine's folders."""
     arguments = ["prepare_data.py", *args.argv]
     if args.sql:
         from finetune.reading.sql import database_url, shown_url
 
         shown = shown_url(database_url(args.sql, {}))
         arguments = [argument.replace(args.sql, shown) for argument in arguments]
-    return shlex.join(arguments)
+    return shlex.join(map(_without_folders, arguments))
+
+
+def _without_folders(argument: str) -> str:
+    from finetune.models.hub import public_name
+
+    if any(map(str.isspace, argument)):  # a query or a system message
+        return argument
+    flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{flag}{equals}{public_name(value) if value else ''}"
 
 
 def encode(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from finetune.progress import printable, protect_rich
 from formats import FormatError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -37,6 +38,7 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> int:
         code = 0
+        protect_rich()
         for name in ("stdout", "stderr"):  # None where the caller has closed it (>&-)
             if getattr(sys, name) is None:
                 setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
@@ -76,8 +78,8 @@ def _discard_stdout() -> None:
 
 
 def _report(reason: str, code: int = 2) -> int:
-    reason = re.sub(r"(?<=://)[^/\s@]*@", "***@", reason)  # a password in a URL
-    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+    reason = re.sub(r"(?<=://)\S*@", "***@", reason)  # a password in a URL, which may itself hold @ and /
+    print(f"error: {printable(' '.join(reason.split()))}", file=sys.stderr)
     return code
 
 

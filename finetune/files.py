@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from finetune.errors import NO_SPACE, UserError, no_room
+from formats.safe_yaml import load_yaml
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -202,24 +203,13 @@ def read_data(kind: str, path: str | Path) -> Any:
     is_json = path.suffix.lower() == ".json"
     try:
         content = path.read_text(encoding="utf-8-sig")
-        return json.loads(content, object_pairs_hook=_without_duplicates) if is_json else _parse_yaml(content)
+        return json.loads(content, object_pairs_hook=_without_duplicates) if is_json else load_yaml(content)
     except OSError as error:
         raise UserError(f"cannot read {kind} {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{kind} {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except Exception as error:
         raise UserError(f"{kind} {path} is not valid {'JSON' if is_json else 'YAML'}: {error}") from error
-
-
-def _parse_yaml(content: str) -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            _without_duplicates([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
-            return super().construct_mapping(node, deep)
-
-    return yaml.load(content, Loader)
 
 
 def _without_duplicates(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

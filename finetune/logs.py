@@ -11,6 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from finetune.progress import printable
+
 log = logging.getLogger("sandwich")
 
 
@@ -23,8 +25,13 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
-        message = f"{time.strftime('%H:%M:%S', time.localtime(record.created))}  {record.getMessage()}"
+        message = f"{time.strftime('%H:%M:%S', time.localtime(record.created))}  {printable(record.getMessage())}"
         self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def start_logging(console: Console) -> None:
@@ -47,7 +54,7 @@ def start_logging(console: Console) -> None:
 def log_to_file(path: Path) -> None:
     """Append all messages so far, and from now on, to the file."""
     file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s"))
     for handler in list(log.handlers):
         if isinstance(handler, logging.handlers.MemoryHandler):
             handler.setTarget(file)

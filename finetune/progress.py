@@ -1,18 +1,54 @@
-"""A progress bar with the time left, on stderr: drawn on a terminal, one line every few seconds in a log."""
+"""What is shown on stderr: status lines, and a progress bar that is drawn on a terminal or printed as lines into a log.
+
+Text of others is shown without control characters, which could clear the terminal, retitle it or fake its lines.
+"""
 
 from __future__ import annotations
 
+import importlib.abc
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 SECONDS_BETWEEN_LINES = 15
+_CONTROL = (*(set(range(32)) - {ord("\n"), ord("\t")}), *range(0x7F, 0xA0))
+_BIDIRECTIONAL = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # reorder or hide what is around them
+_REPLACED = dict.fromkeys((*_CONTROL, *_BIDIRECTIONAL), "\ufffd")
+
+
+def printable(text: str) -> str:
+    """Text with every control character replaced by U+FFFD, except line breaks and tabs."""
+    return text.translate(_REPLACED)
+
+
+def protect_rich() -> None:
+    """Let rich's texts, such as table cells and titles, do the same; the styles that rich writes itself stay.
+
+    It happens when rich is imported, which takes too long for --help.
+    """
+    if "rich.text" in sys.modules:
+        _patch_rich()
+    elif not any(isinstance(finder, _WhenRichIsImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenRichIsImported())
+
+
+def _patch_rich() -> None:
+    from rich import control
+
+    control._CONTROL_STRIP_TRANSLATE.update(_REPLACED)  # rich 15 strips five control characters from every Text
+
+
+class _WhenRichIsImported(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if fullname == "rich.text":
+            sys.meta_path.remove(self)
+            _patch_rich()
 
 
 def say(text: str) -> None:
     """Print a status line to stderr; stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -44,6 +80,6 @@ def _print_lines(description: str, total: int) -> Callable[..., None]:
             last = now
             left = (now - started) / done * (total - done)
             suffix = f" of {total:,}, {left:.0f} s left" if total else ""
-            print(f"{description}: {done:,}{suffix}", file=sys.stderr, flush=True)
+            print(f"{printable(description)}: {done:,}{suffix}", file=sys.stderr, flush=True)
 
     return advance

@@ -4,8 +4,9 @@
 
 import argparse
 import difflib
+import logging
 from argparse import ArgumentTypeError
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
@@ -39,6 +40,10 @@ EPILOG = """examples:
 # The three datasets of the published Korean tool-calling setup.
 KOREAN_TOOL_CALLING = [f"NotoriousH2/instructkr-{name}" for name in ("toolflow", "when2call", "apigen")]
 
+# Only a person's own command line counts: a recipe or a run folder may come from anyone.
+COMMAND_LINE_ONLY = ("trust_remote_code",)
+log = logging.getLogger("sandwich")
+
 seed_number = number_type(int, lambda value: 0 <= value < 2**32, "an integer >= 0 and < 2**32")  # NumPy's range
 lr_ratio = number_type(float, lambda value: 1 <= value < float("inf"), "a number >= 1")
 
@@ -56,7 +61,8 @@ class Settings:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto", "compute dtype; auto: bfloat16 where the hardware has it, else float16 (GPU) or float32 (CPU)")
     trust_remote_code: bool = setting(
-        False, "run code from the model's repository; only for models that you trust", resumable=True)
+        False, "run code from the model's repository; only for models that you trust, only on the command line",
+        resumable=True)
 
     dataset: list[str] = setting(
         KOREAN_TOOL_CALLING, "JSONL, JSON or Parquet file, or Hub id[:config][@split]; repeatable; *0.5 at the end "
@@ -227,21 +233,32 @@ def build_parser() -> FlagParser:
 def parse(argv: Sequence[str] | None = None) -> Settings:
     """Defaults, then --config, then the command line; argparse exits with code 2 on a wrong flag."""
     given = vars(build_parser().parse_args(argv))
-    values = read_config(given["config"]) | given if "config" in given else given
+    values = read_config(given["config"], given) | given if "config" in given else given
     return Settings(**values, given=set(values))
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_config(path: str | Path, given: Container[str] = ()) -> dict[str, Any]:
     """Flags from a YAML or JSON file; of an experiment_config.json, its "flags" without the run's name.
 
-    Raises UserError naming the file and the key for an unknown flag or a wrong value.
+    given  names of the flags on the command line, which override the file
+    Flags that count only on the command line are omitted. Raises UserError naming the file and the key for an unknown
+    flag or a wrong value.
     """
     data = read_data("config", path)
     if not isinstance(data, dict):
         raise UserError(f"config {path} must be a mapping of flags, such as 'rank: 16'")
     if isinstance(data.get("flags"), dict):
         data = {name: value for name, value in data["flags"].items() if name != "name"}
-    return {name: checked(f"config {path}", name, value) for name, value in data.items()}
+    values = {name: checked(f"config {path}", name, value) for name, value in data.items()}
+    return without_command_line_only(f"config {path}", values, given)
+
+
+def without_command_line_only(where: str, values: dict[str, Any], given: Container[str] = ()) -> dict[str, Any]:
+    """The flags of a file without those that count only on the command line; a line says which was set and ignored."""
+    for name in COMMAND_LINE_ONLY:
+        if values.get(name) and name not in given:
+            log.warning("%s: %s is ignored; add --%s to the command line if you trust the model", where, name, name)
+    return {name: value for name, value in values.items() if name not in COMMAND_LINE_ONLY}
 
 
 def checked(where: str, name: str, value: Any) -> Any:
@@ -281,7 +298,9 @@ def resumed(settings: Settings, stored: dict[str, Any], folder: str) -> Settings
     """
     defaults = {flag.name: flag.default for flag in FLAGS}
     # Another version of this program or an editor may have written them.
-    values = defaults | {name: checked(f"--resume {folder}: its config", name, value) for name, value in stored.items()}
+    where = f"--resume {folder}: its config"
+    known = {name: checked(where, name, value) for name, value in stored.items()}
+    values = defaults | without_command_line_only(where, known, settings.given)
     for flag in FLAGS:
         new, old = getattr(settings, flag.name), values[flag.name]
         if flag.action or (flag.resumable and flag.name in settings.given):

@@ -17,6 +17,7 @@ from typing import Any
 
 from formats.base import Format, FormatError, Parsed, read_template
 from formats.calls import read_named_call, read_tagged
+from formats.safe_yaml import load_yaml
 
 TOOL_PLACES = ("system", "first_user", "last_user")
 KEYS = ("start", "separator", "end", "tools")
@@ -50,10 +51,10 @@ def load(path: str | Path, base: Format | None = None) -> Format:
 
     path = Path(path)
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FormatError(f"format file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise FormatError(f"format file {path} is not valid YAML: {error}") from error
     if (
         not isinstance(given, dict)

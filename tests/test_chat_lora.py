@@ -549,10 +549,10 @@ def free_port() -> int:
 def client(agent):
     """An OpenAI client of a running server."""
     openai, uvicorn = pytest.importorskip("openai"), pytest.importorskip("uvicorn")
-    from finetune.chat.serve import build_app
+    from finetune.chat.serve import build_app, guarded
 
     port = free_port()
-    app = build_app(agent.model, agent.decoding)
+    app = guarded(build_app(agent.model, agent.decoding), "127.0.0.1")
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -576,6 +576,7 @@ def test_server_refuses_invalid_requests(agent):
         {"max_tokens": "abc"}, {"max_tokens": -5}, {"max_tokens": 1.5}, {"max_tokens": True}, {"temperature": -1},
         {"temperature": "hot"}, {"top_p": 5}, {"seed": "x"}, {"frequency_penalty": "x"}, {"stop": ["x"]},
         {"response_format": "json"}, {"messages": "x"}, {"messages": [5]}, {"messages": []}, {"tools": [5]},
+        {"messages": [{"role": "user", "content": "x"}] * 2001}, {"tools": [{}] * 1001},
         {"messages": [{"role": "user", "content": "\ud800"}]}, {"tools": "x"}, {"top_k": 5}, {"n": 2},
     ):  # fmt: skip
         for stream in (False, True):
@@ -753,6 +754,19 @@ def test_page_asks_for_the_password(agent, monkeypatch):
             with pytest.raises(Exception, match=r"(?i)auth|login|401|credentials"):
                 Client(url, auth=wrong, verbose=False)
         assert Client(url, auth=("anyone", "bread and butter"), verbose=False)
+
+
+def test_page_refuses_other_sites(agent, monkeypatch):
+    httpx = pytest.importorskip("httpx")
+    monkeypatch.delenv("SANDWICH_WEB_PASSWORD", raising=False)
+    with opened(agent) as url:
+        assert httpx.get(f"{url}/config").status_code == 200
+        for headers in ({"host": "rebound.example"}, {"origin": "http://evil.example"}):
+            assert httpx.get(f"{url}/config", headers=headers).status_code == 403
+        join = f"{url}/gradio_api/queue/join"
+        assert httpx.post(join, content="{}", headers={"content-type": "text/plain"}).status_code == 415
+        large = {"content-type": "application/json"}
+        assert httpx.post(join, content=b" " * 10_000_001, headers=large).status_code == 413
 
 
 def test_page_uses_the_public_tunnel_only_on_request(agent, monkeypatch):

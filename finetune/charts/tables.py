@@ -61,14 +61,20 @@ def _cell(value: Any, kind: str) -> str:
     return "" if value is None or value != value else FORMATTERS[kind](value)
 
 
+def csv_text(value: Any) -> Any:
+    """A cell of a CSV; text that a spreadsheet would read as a formula gets an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
 def write_summary(path: Path, comparison: Comparison, table: list[dict[str, Any]]) -> None:
     """The whole table as CSV, with one column for each flag that differs; numbers are not rounded."""
     flags = [flag for flag in comparison.differing if flag not in table[0]]
     names = list(dict.fromkeys(key for row in table for key in row if key not in ("folder", "notes")))
-    header = [names[0], *flags, *names[1:], "folder", "notes"]
+    header = [csv_text(name) for name in (names[0], *flags, *names[1:], "folder", "notes")]
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, header, restval="", lineterminator="\n")
     writer.writeheader()
     for run, row in zip(comparison.runs, table, strict=True):
-        writer.writerow({**{flag: run.flags.get(flag) for flag in flags}, **row})
+        cells = {**{flag: run.flags.get(flag) for flag in flags}, **row}
+        writer.writerow({csv_text(name): csv_text(value) for name, value in cells.items()})
     write_text_atomic(path, buffer.getvalue())

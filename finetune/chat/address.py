@@ -1,7 +1,8 @@
-"""Check that a server can listen on an address before anything slow is loaded."""
+"""The address of a server: whether it is free, before anything slow is loaded, and whether others can reach it."""
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 
 from finetune.errors import UserError
@@ -15,3 +16,11 @@ def check_address(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise UserError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

@@ -156,12 +156,17 @@ class _Streamer:
 
 
 def load_chat_model(
-    path: str | Path, *, base: bool = False, merged: bool = False, format_name: str | None = None
+    path: str | Path,
+    *,
+    base: bool = False,
+    merged: bool = False,
+    format_name: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ChatModel:
     """Load the model that `path` names (see `load_for_inference`); `format_name` overrides the trained format."""
     from finetune.runs.find import load_for_inference
 
-    model, tokenizer, fmt = load_for_inference(path, base=base, merged=merged)
+    model, tokenizer, fmt = load_for_inference(path, base=base, merged=merged, trust_remote_code=trust_remote_code)
     if format_name:
         from formats import get_format
 

@@ -12,10 +12,9 @@ from typing import Any, TextIO
 
 from finetune.chat.reply import Reply, call_line, read_reply
 from finetune.chat.session import ChatAgent, ChatSession, ToolResult, read_text
-from finetune.chat.terminal import printable
 from finetune.errors import UserError
 from finetune.files import json_line
-from finetune.progress import progress_bar
+from finetune.progress import printable, progress_bar
 from finetune.reading.columns import match_columns
 from finetune.reading.conversations import RowError, normalize_row
 from finetune.reading.row_files import strict_json

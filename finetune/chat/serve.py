@@ -7,11 +7,12 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.chat.address import check_address
+from finetune.chat.guard import MAX_MESSAGES, MAX_TOOLS, Access, Guard, server_token
 from finetune.chat.model import TUNED, ChatModel
 from finetune.chat.reply import Reply
 from finetune.errors import UserError
@@ -43,8 +44,8 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     model: str = TUNED
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    tools: list[dict[str, Any]] | None = None
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["auto", "none"] | None = None
     stream: StrictBool | None = None
     max_tokens: StrictInt | None = Field(None, ge=1, le=10**9)
@@ -86,9 +87,15 @@ class ChatRequest(BaseModel):
 def serve(model: ChatModel, decoding: Decoding, host: str, port: int) -> None:
     """Serve until Ctrl-C. UserError when the port is in use."""
     check_address(host, port)
-    log.info("serving %s at http://%s:%s/v1 (models: %s) without a password; stop with Ctrl-C",
-             model.name, host, port, ", ".join(model.sides))  # fmt: skip
-    uvicorn.run(build_app(model, decoding), host=host, port=port, log_level="warning")
+    token = server_token(host)
+    log.info("serving %s at http://%s:%s/v1 (models: %s) %s an API key; stop with Ctrl-C",
+             model.name, host, port, ", ".join(model.sides), "with" if token else "without")  # fmt: skip
+    uvicorn.run(guarded(build_app(model, decoding), host, token), host=host, port=port, log_level="warning")
+
+
+def guarded(app: Callable[..., Awaitable[None]], host: str, token: str = "") -> Guard:
+    """The application behind the checks of who may use it; /health always answers."""
+    return Guard(app, Access(host, token, health_path="/health"))
 
 
 def build_app(model: ChatModel, decoding: Decoding) -> FastAPI:
@@ -102,11 +109,11 @@ def build_app(model: ChatModel, decoding: Decoding) -> FastAPI:
         return JSONResponse({"detail": "; ".join(problems)}, 400)
 
     @app.get("/health")
-    def health() -> dict[str, str]:
+    async def health() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get("/v1/models")
-    def list_models() -> dict[str, Any]:
+    async def list_models() -> dict[str, Any]:
         entry = {"object": "model", "created": started, "owned_by": model.name}
         return {"object": "list", "data": [{"id": side, **entry} for side in model.sides]}
 

@@ -16,6 +16,7 @@ from finetune.chat.session import ChatAgent, ChatSession, ToolResult, read_tools
 from finetune.errors import UserError
 from finetune.json_schema import validator_of
 from finetune.models.bundled import cache_dir
+from finetune.progress import printable
 from formats import FormatError
 
 if TYPE_CHECKING:
@@ -191,11 +192,6 @@ class Terminal:
     def say(self, text: str, style: str | None = None, end: str = "\n") -> None:
         """Print text that may come from a model, a file or a program: no markup, no control characters."""
         self.console.print(printable(text), style=style, end=end, markup=False, highlight=False, soft_wrap=True)
-
-
-def printable(text: str) -> str:
-    """Text without control characters, which could change the terminal."""
-    return "".join(c if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f") else "\ufffd" for c in text)
 
 
 def _path(text: str) -> Path:

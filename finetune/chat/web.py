@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.chat.guard import Access, Guard
 from finetune.chat.model import BASE, TUNED
 from finetune.chat.reply import Reply
 from finetune.chat.session import ChatAgent, ChatSession, parse_tools
@@ -47,14 +48,17 @@ def open_page(
     """The page, served by threads of this process until its `close()`."""
     page = build_page(agent, system, tools)
     import gradio
+    from starlette.middleware import Middleware
 
     password = os.environ.get(PASSWORD_VARIABLE)
+    access = Access(host, tunnel=share, form_paths=("/login", "/login/"))
     try:
         page.launch(
             server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True, inbrowser=False,
             auth=(lambda _user, given: hmac.compare_digest(given.encode(), password.encode())) if password else None,
             auth_message="Any user name; the password that this page was started with.",
             theme=gradio.themes.Default(font="system-ui", font_mono="monospace"),  # no downloads
+            app_kwargs={"middleware": [Middleware(Guard, access=access)]},
             enable_monitoring=False, footer_links=["api"], ssr_mode=False,
         )  # fmt: skip
     except OSError as error:
@@ -75,7 +79,7 @@ def build_page(agent: ChatAgent, system: str = "", tools: list[dict] | None = No
     shown = json.dumps(tools, indent=2, ensure_ascii=False) if tools else ""
     with gradio.Blocks(title=f"Sandwich: {agent.model.name}", analytics_enabled=False) as page:
         state = gradio.State(None)  # {side: ChatSession} of one visitor
-        gradio.Markdown(f"### {html.escape(agent.model.name)} · format {agent.model.fmt.name}")
+        gradio.Markdown(f"### {as_text(agent.model.name)} · format {as_text(agent.model.fmt.name)}")
         with gradio.Row(equal_height=True):
             labels = sides if len(sides) > 1 else ["model"]
             chats = [gradio.Chatbot(label=label, height=460, layout="panel") for label in labels]
@@ -167,7 +171,7 @@ class _Handlers:
                 text = text + event if isinstance(event, str) else ""
                 views = self._views(state)
                 if session.turns[-1]["role"] != "assistant":
-                    views[self.sides.index(side)].append({"role": "assistant", "content": text or "…"})
+                    views[self.sides.index(side)].append({"role": "assistant", "content": as_text(text) or "…"})
                 yield "", state, *views
         except (UserError, FormatError) as error:
             raise _page_error(error) from error
@@ -187,26 +191,26 @@ def chat_messages(session: ChatSession) -> list[dict[str, Any]]:
     shown: list[dict[str, Any]] = []
     for index, turn in enumerate(session.turns):
         if turn["role"] == "tool":
-            shown.append(_card(f"result of {turn.get('name', 'a call')}", _fenced(turn["content"])))
+            shown.append(_card(f"result of {as_text(turn.get('name', 'a call'))}", _fenced(turn["content"])))
         elif turn["role"] == "assistant":
             shown += _reply_messages(session.replies[index])
         else:
-            shown.append({"role": turn["role"], "content": turn["content"]})
+            shown.append({"role": turn["role"], "content": as_text(turn["content"])})
     return shown
 
 
 def _reply_messages(reply: Reply) -> Iterator[dict[str, Any]]:
     if reply.reasoning_content:
-        yield _card("reasoning", reply.reasoning_content, closed=True)
+        yield _card("reasoning", as_text(reply.reasoning_content), closed=True)
     if reply.content and not reply.parse_errors:
-        yield {"role": "assistant", "content": reply.content}
+        yield {"role": "assistant", "content": as_text(reply.content)}
     for call, problems in zip(reply.tool_calls, reply.problems, strict=True):
-        verdict = "".join(f"\n\n✗ {problem}" for problem in problems) or "\n\n✓ arguments fit the schema"
+        verdict = "".join(f"\n\n✗ {as_text(problem)}" for problem in problems) or "\n\n✓ arguments fit the schema"
         arguments = _fenced(json.dumps(call["arguments"], indent=2, ensure_ascii=False), "json")
-        yield _card(f"call: {call['name']}", arguments + verdict)
+        yield _card(f"call: {as_text(call['name'])}", arguments + verdict)
     for error in reply.parse_errors:
         # As code, because a browser does not show the tags of a call.
-        yield _card("not a call", f"{error}\n\n{_fenced(reply.text)}")
+        yield _card("not a call", f"{as_text(error)}\n\n{_fenced(reply.text)}")
     if reply.finish_reason == "length":
         yield _card("cut off", "the answer reached its maximum length")
     if not (reply.content or reply.tool_calls or reply.parse_errors):
@@ -216,6 +220,15 @@ def _reply_messages(reply: Reply) -> Iterator[dict[str, Any]]:
 def _card(title: str, body: str, closed: bool = False) -> dict[str, Any]:
     metadata = {"title": title, **({"status": "done"} if closed else {})}  # gradio folds up what is done
     return {"role": "assistant", "content": body, "metadata": metadata}
+
+
+# Outside of code blocks Markdown reads none of these in the form of character references.
+_MARKUP = re.compile(r"[&<>\[\]`*#~|$!\\+=:]|(?<!\w)_|_(?!\w)|-(?=[-\s])|(?<=\d)[.)](?=\s)|^[^\S\n]+", re.MULTILINE)
+
+
+def as_text(text: str) -> str:
+    """Markdown that shows exactly this text: no HTML, no links, no images."""
+    return _MARKUP.sub(lambda found: "".join(f"&#{160 if c.isspace() else ord(c)};" for c in found[0]), text)
 
 
 def _fenced(text: str, language: str = "") -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import UserError
 from finetune.export.merged import MergedModel, write_merged
 from finetune.export.targets import Job, target
+from finetune.models.remote_code import strip_code
 from finetune.progress import say
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def write_gguf(job: Job, quantizations: Sequence[str], tools: Tools) -> tuple[li
         template = pin_variables(merged.format.template)
         set_end_token(merged.tokenizer, merged.format, Path(temporary))
         (Path(temporary) / "chat_template.jinja").write_text(template, encoding="utf-8")
+        strip_code(Path(temporary))  # the converter loads tokenizers with trust_remote_code
         paths = convert(Path(temporary), folder, job.name, quantizations, tools)
     for path in paths:
         check_gguf(path, template, check_tokenizer(merged.tokenizer, merged.format))

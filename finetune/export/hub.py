@@ -14,6 +14,7 @@ from finetune.charts.plots import draw_curves
 from finetune.charts.run_labels import compare_runs
 from finetune.errors import UserError
 from finetune.evaluation.answer_settings import adapter_hash
+from finetune.export.adapter_files import PUBLIC_FILES, WRITTEN_FILES, copy_adapter, inside
 from finetune.export.targets import Job, target
 from finetune.models.hub import check_public_base, hub_token, public_base
 from finetune.progress import say
@@ -21,11 +22,6 @@ from finetune.runs.experiment import LOG
 from finetune.runs.find import Run, find_run
 from finetune.runs.model_card import Scores, model_card
 
-# Never published: evaluations contain the held-out rows with all answers.
-PRIVATE_FILES = (
-    ".*", "evaluation", "exports", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json",
-    "training_args.bin",
-)  # fmt: skip
 MAX_METRICS = 12  # in the model card
 
 
@@ -70,7 +66,7 @@ def build_folder(run: Run, folder: Path) -> None:
 
     if run.adapter is None or run.experiment is None:
         raise UserError(f"{run.path} is not a run folder, whose config the model card needs; name a run folder")
-    shutil.copytree(run.adapter, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*PRIVATE_FILES, "README.md"))
+    copy_adapter(run.adapter, folder)
     path, config = folder / "adapter_config.json", run.experiment.config
     adapter = json.loads(path.read_text(encoding="utf-8"))
     adapter["base_model_name_or_path"] = public_base(config["base_model"])  # PEFT writes the folder it was loaded from
@@ -82,7 +78,7 @@ def build_folder(run: Run, folder: Path) -> None:
     card = model_card(run.experiment, scores=scores, metrics=metrics, has_curve=has_curve)
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     if comparison is not None and comparison.is_file():
-        shutil.copy(comparison, folder / "evaluation.md")
+        shutil.copyfile(inside(comparison, comparison.parent.parent), folder / "evaluation.md")
 
 
 def read_scores(run: Run) -> tuple[Scores, Path | None]:
@@ -92,7 +88,7 @@ def read_scores(run: Run) -> tuple[Scores, Path | None]:
         scores = {
             side: _read_metrics(path)
             for side, name in (("base", "base_model"), ("tuned", "finetuned_model"))
-            if (path := folder / f"{name}_metrics.json").is_file()
+            if (path := folder / f"{name}_metrics.json").is_file() and inside(path, parent)
         }
         scored_hash = scores.get("tuned", {}).get("settings", {}).get("adapter_sha256")
         if scored_hash is not None and scored_hash != adapter_hash(run.adapter):
@@ -139,7 +135,8 @@ def _upload(folder: Path, repository: str, *, private: bool, run: Run) -> str:
     try:
         api = HfApi(token=hub_token())
         api.create_repo(repository, private=private, exist_ok=True)
-        return str(api.upload_folder(folder_path=str(folder), repo_id=repository))
+        allowed = [*PUBLIC_FILES, *WRITTEN_FILES]
+        return str(api.upload_folder(folder_path=str(folder), repo_id=repository, allow_patterns=allowed))
     except UserError:
         raise
     except Exception as error:

@@ -93,11 +93,13 @@ def llama_server(
     host: str = "127.0.0.1",
     port: int = 0,
     exact: bool = False,
+    api_key: str | None = None,
 ) -> Iterator[Any]:
     """A llama.cpp server in this process for one GGUF file; `listening_address` is its URL.
 
     context  tokens, 0: the model's maximum
     port     0: any free port
+    api_key  required from clients
     exact    plain attention and a float32 cache, so that only the file's own rounding remains
     Raises UserError when llama.cpp cannot load the file.
     """
@@ -108,6 +110,8 @@ def llama_server(
     params.n_ctx, params.n_parallel, params.warmup, params.verbosity = context, 1, False, 0
     params.use_jinja = True
     params.hostnames, params.port = [host], port
+    if api_key is not None:
+        params.api_keys = [api_key]
     if chat_template is not None:
         params.chat_template = chat_template
     if exact:

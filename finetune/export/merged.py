@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import UserError
 from finetune.export.targets import Job, target
 from finetune.models.adapter import attach_adapter
+from finetune.models.remote_code import has_own_code, strip_code
 from finetune.progress import say
 from finetune.runs.find import Run
 from formats import Format
@@ -94,6 +95,10 @@ def write_merged(run: Run, folder: Path, dtype: str = "auto") -> MergedModel:
     from formats import check_tokenizer
 
     loaded, fmt = run.load_base()
+    if has_own_code(loaded.model):
+        raise UserError(
+            f"model {loaded.name} runs code of its own repository, which exports omit; use --to vllm with the adapter"
+        )
     if dtype == "auto":
         dtype = loaded.dtype if loaded.dtype in ("bfloat16", "float16") else "bfloat16"
     torch_dtype = getattr(torch, dtype)
@@ -123,10 +128,11 @@ def write_merged(run: Run, folder: Path, dtype: str = "auto") -> MergedModel:
     saved_tokenizer = with_format(tokenizer, fmt)
     saved_tokenizer.chat_template = tokenizer.chat_template = fmt.template
     saved_tokenizer.save_pretrained(str(folder))
+    strip_code(folder)
     del model, loaded
     gc.collect()
 
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype).eval()
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, trust_remote_code=False).eval()
     agreement = measure_agreement(adapted, base, log_probabilities(saved, prompts))
     say(str(agreement))
     if not agreement.is_close:

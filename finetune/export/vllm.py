@@ -10,7 +10,7 @@ from typing import Any
 
 import formats
 from finetune.errors import UserError
-from finetune.export.hub import PRIVATE_FILES
+from finetune.export.adapter_files import copy_adapter
 from finetune.export.merged import served_format, write_merged
 from finetune.export.targets import Job, target
 from finetune.models.adapter import adapter_config
@@ -53,6 +53,9 @@ def serve_command(
     name            under which requests name the adapter, or the merged model
     model, adapter  Hub id or path; `adapter` None: `model` is a merged one
     """
+    for what, text in (("base model", model), ("revision", revision), ("name", name)):
+        if str(text or "").startswith("-"):
+            raise UserError(f"the {what} {text!r} begins with -, which vLLM would read as a flag; correct it")
     command = ["vllm", "serve", model, "--host", "127.0.0.1", "--chat-template", "./chat_template.jinja"]
     if revision and adapter:
         command += ["--revision", revision]
@@ -93,11 +96,11 @@ def write_serving_files(job: Job, fmt: Format) -> None:
     config = run.experiment.config if run.experiment is not None else {}
     flags = config.get("flags", {})
     options: dict[str, Any] = {"model": ".", "name": job.name, "max_length": run.max_length()}
-    options["trust_remote_code"] = flags.get("trust_remote_code", False)
+    options["trust_remote_code"] = run.trust_remote_code
     if job.mode != "merged":
         if run.adapter is None:
             raise UserError(f"{run.path} has no adapter; use --mode merged")
-        shutil.copytree(run.adapter, folder / "adapter", ignore=shutil.ignore_patterns(*PRIVATE_FILES))
+        copy_adapter(run.adapter, folder / "adapter")
         adapter = adapter_config(run.adapter)
         base = served_base(run.base_name)
         revision = config.get("base_model_revision") if config else adapter.get("revision")

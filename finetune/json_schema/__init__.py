@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from finetune.json_schema.dialects import rewritten, with_ecma_patterns, without_invalid_keywords
+from finetune.json_schema.dialects import rewritten, without_invalid_keywords
+from finetune.json_schema.limits import LimitedValidator, TooExpensive
 
 
 @lru_cache(maxsize=4096)
@@ -28,7 +29,7 @@ def _read_schema(schema_text: str) -> tuple[Any, str | None, tuple[str, ...]]:
     if broken:
         return None, broken, ()
     # The empty registry keeps a "$ref" from fetching URLs.
-    return with_ecma_patterns(kind)(schema, registry=referencing.Registry()), None, tuple(unchecked)
+    return LimitedValidator(kind, schema, referencing.Registry()), None, tuple(unchecked)
 
 
 def validator_of(schema_text: str) -> tuple[Any, str | None]:
@@ -54,6 +55,8 @@ def schema_errors(schema: Any, arguments: dict[str, Any]) -> tuple[list[Any], st
     try:
         for error in validator.iter_errors(arguments):
             errors.append(error)
+    except TooExpensive as failure:
+        return [], f"cannot be evaluated: {failure}"
     except Exception as failure:  # an unresolvable $ref or an invalid regular expression in the schema
         if not errors:
             return [], f"cannot be evaluated: {' '.join(str(failure).split())[:200]}"

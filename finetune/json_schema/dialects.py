@@ -7,7 +7,6 @@ cannot be checked is omitted and named; the rest of the schema is still checked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -161,46 +160,3 @@ def _without(schema: Any, names: list[Any]) -> Any:
     else:
         del copy[first]
     return copy
-
-
-def with_ecma_patterns(kind: Any) -> Any:
-    """The validator class with regular expressions of ECMA instead of Python's."""
-    from jsonschema import ValidationError, validators
-
-    def pattern(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
-        if validator.is_type(instance, "string") and not compiled(value).search(instance):
-            yield ValidationError(f"{instance!r} does not match {value!r}")
-
-    def pattern_properties(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
-        if validator.is_type(instance, "object"):
-            for expression, sub in value.items():
-                for name, inner in instance.items():
-                    if compiled(expression).search(name):
-                        yield from validator.descend(inner, sub, path=name, schema_path=expression)
-
-    def additional_properties(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
-        if not validator.is_type(instance, "object"):
-            return
-        expressions = [compiled(expression) for expression in schema.get("patternProperties", {})]
-        extra = [
-            name
-            for name in instance
-            if name not in schema.get("properties", {}) and not any(one.search(name) for one in expressions)
-        ]
-        if validator.is_type(value, "object"):
-            for name in extra:
-                yield from validator.descend(instance[name], value, path=name)
-        elif value is False and extra:
-            yield ValidationError(
-                f"Additional properties are not allowed ({', '.join(map(repr, extra))} "
-                f"{'was' if len(extra) == 1 else 'were'} unexpected)"
-            )
-
-    return validators.extend(
-        kind,
-        {
-            "pattern": pattern,
-            "patternProperties": pattern_properties,
-            "additionalProperties": additional_properties,
-        },
-    )

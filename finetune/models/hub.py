@@ -34,9 +34,23 @@ def is_local_path(name: str) -> bool:
     return Path(name).exists() or Path(name).is_absolute()
 
 
+# Path of another machine or of a file that has moved: ~/x, ./x, C:\\x, a/b/c, x/rows.jsonl.
+_PATH = re.compile(r"[~.]|[A-Za-z]:|.*\\|.*/.*/|.*\.(jsonl|ndjson|json|csv|tsv|parquet|db|gguf)(\.gz)?$", re.IGNORECASE)
+
+
 def public_name(name: str) -> str:
-    """A Hub id as it is; only the last part of a local path."""
-    return Path(name).resolve().name if is_local_path(name) else name
+    """A Hub id as it is; only the last part of a local path. A weight or a split after it stays."""
+    path, weight = re.fullmatch(r"(.*?)(\*[\d.]+)?", name, re.DOTALL).groups(default="")
+    folder, at, split = path.rpartition("@")
+    if at and not is_local_path(path) and "/" not in split and "\\" not in split:
+        path, weight = folder, f"@{split}{weight}"
+    if is_local_path(path):
+        return (Path(path).resolve().name or "folder") + weight
+    if path.lower().startswith("sqlite:///"):
+        return "sqlite:///" + re.split(r"[/\\]", path)[-1] + weight
+    if "://" not in path and _PATH.match(path):
+        return (re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "folder") + weight
+    return name
 
 
 def public_base(model: str) -> str:

@@ -18,6 +18,7 @@ from finetune.models.bundled import cache_dir, resolve_model
 from finetune.models.faults import hub_errors, missing_weights
 from finetune.models.hub import hub_token
 from finetune.models.limits import MAX_DEFAULT_CONTEXT, check_vocabulary, model_positions
+from finetune.models.remote_code import forget_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -47,6 +48,7 @@ def import_unsloth() -> Any:
         return sys.modules["unsloth"]
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it would contact a server at every import
     try:
         import torch
     except ImportError as error:
@@ -103,6 +105,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         tokenizer = AutoTokenizer.from_pretrained(
             resolve_model(name), revision=revision, trust_remote_code=trust_remote_code
         )
+    forget_code(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -160,6 +163,7 @@ def load_base(
         )
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], name)
     set_length_limit(model, limit)
+    forget_code(model, model.config)
     if missing:
         names = ", ".join(missing[:3]) + " …" * (len(missing) > 3)
         log.warning("model %s: its files lack %s, now random numbers; a complete model has all weights", name, names)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetune.charts.fonts import missing_glyphs_ignored
 from finetune.charts.palette import BLUE, GREEN, ORANGE
+from finetune.models.hub import public_name
 from finetune.preparing.checks import called_tool
 from finetune.preparing.preparation import Prepared, PrepareOptions
 from finetune.preparing.reason_kinds import count_kinds
@@ -94,7 +95,7 @@ def card(result: Prepared, options: PrepareOptions, command: str) -> str:
         result=result,
         options=options,
         command=" ".join(command.split()),
-        sources=[(_cell(name), numbers["read"], numbers["used"]) for name, numbers in sources.items()],
+        sources=[(_cell(public_name(name)), numbers["read"], numbers["used"]) for name, numbers in sources.items()],
         lengths=length_summary(result),
         shared_requests=shared_requests(result),
         splits=list(SPLITS),

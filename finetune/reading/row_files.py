@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from finetune.errors import UserError
+from finetune.reading.size_limits import MAX_ROW_BYTES, limited_lines, read_all
 from formats.calls import MAX_JSON_DEPTH, STRICT, json_depth
 
 ROW_LISTS = ("data", "rows", "train", "examples")  # keys under which a JSON document may hold its rows
@@ -102,7 +103,10 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
     """
     with open_plain(path) as file:
         first = True
-        for number, line in enumerate(file, start=1):
+        for number, (line, is_cut) in enumerate(limited_lines(file), start=1):
+            if is_cut:
+                yield number, Unreadable(f"is longer than {MAX_ROW_BYTES:,} bytes", line.decode("utf-8", "replace"))
+                continue
             if number == 1:
                 if line.startswith(UTF_16_MARKS):
                     raise UserError(f"{path}: is UTF-16 text; save it as UTF-8")
@@ -120,7 +124,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
 def _pretty_printed(path: Path) -> list[tuple[int, dict | Unreadable]] | None:
     """(line on which it begins, object) of a file of JSON objects over several lines; None for any other file."""
     with open_plain(path) as file:
-        raw = file.read().removeprefix(UTF_8_MARK)
+        raw = read_all(file, path).removeprefix(UTF_8_MARK)
     rows: list[tuple[int, dict | Unreadable]] = []
     try:
         text = raw.decode("utf-8")
@@ -153,7 +157,7 @@ def _as_row(item: Any) -> dict | Unreadable:
 def json_document(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
     """A JSON array of rows, an object that holds one, a single row, or JSON Lines named .json (as BFCL's files are)."""
     with open_plain(path) as file:
-        raw = file.read().removeprefix(UTF_8_MARK)
+        raw = read_all(file, path).removeprefix(UTF_8_MARK)
     try:
         rows = strict_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -181,10 +185,10 @@ def csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, dict | Unread
 
     A header that is one cell with `delimiter`, but several with a semicolon or a tab, is read with that one.
     """
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(MAX_ROW_BYTES)
     delimiter = _delimiter(path, delimiter)
     with open_plain(path) as file:
-        lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(file))
+        lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(_lines(file, path)))
         reader = csv.reader(lines, delimiter=delimiter, strict=True)  # not strict, an open quote swallows later rows
         try:
             header = next(reader, None)
@@ -245,13 +249,23 @@ def arrow_records(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
         raise UserError(f"{path}: holds values that cannot be read ({reason}); convert it to JSON Lines") from error
 
 
+def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    for number, (line, is_cut) in enumerate(limited_lines(file), start=1):
+        if is_cut:
+            raise UserError(f"{path}: line {number} is longer than {MAX_ROW_BYTES:,} bytes; split or remove it")
+        yield line
+
+
 def parquet_records(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
     """Rows of a Parquet file, read in batches."""
     import pyarrow
     from pyarrow import parquet
 
     try:
-        source = pyarrow.BufferReader(open_plain(path).read()) if path.name.lower().endswith(".gz") else path
+        source = path
+        if path.name.lower().endswith(".gz"):
+            with open_plain(path) as plain:
+                source = pyarrow.BufferReader(read_all(plain, path))
         with parquet.ParquetFile(source) as file:
             names = file.schema_arrow.names
             if len(set(names)) < len(names):

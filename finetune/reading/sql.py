@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
 DEFAULT_TABLE = "query_logs"
-_SECRET = re.compile("pass|pwd|secret|token|key", re.IGNORECASE)  # ?password=… in a URL, ?sslpassword=…
+# Entries of a URL's query that are shown. Any other may hold a password: password=…, odbc_connect=…;PWD=…
+_SHOWN_ENTRIES = {"sslmode", "charset", "mode", "uri", "cache", "timeout", "connect_timeout", "driver", "encrypt"}
+_ODBC_SECRET = re.compile(r"(?:pwd|password|token|secret|key)\s*=\s*(\{[^}]*\}|[^;]*)", re.IGNORECASE)
 _TABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)?")
 
 
@@ -39,6 +41,8 @@ def database_url(text: str | None, environment: Mapping[str, str] | None = None)
         raise UserError(
             "--sql: not a database URL; write postgresql://user@host/database or sqlite:///file.db"
         ) from error
+    if "@" in (url.host or ""):  # the end of a password, which would be shown as the host
+        raise UserError("--sql: the user name or password of the URL holds an @; write it as %40")
     if url.get_backend_name() == "sqlite":
         if url.database and url.database != ":memory:" and not Path(url.database).is_file():
             raise UserError(f"--sql: there is no SQLite file {url.database}; check the path (sqlite:///relative.db)")
@@ -62,7 +66,17 @@ def shown_url(url: URL) -> str:
 
 
 def _secret_keys(url: URL) -> list[str]:
-    return [key for key in url.query if _SECRET.search(key)]
+    return [key for key in url.query if key.lower() not in _SHOWN_ENTRIES]
+
+
+def _secrets(url: URL) -> list[str]:
+    """Every text that must not be in a message, the longest first."""
+    values = [str(url.password or "")]
+    for key in _secret_keys(url):
+        given = url.query[key]
+        for value in (given,) if isinstance(given, str) else given:
+            values += [value, *(found.strip("{}") for found in _ODBC_SECRET.findall(value))]
+    return sorted(filter(None, values), key=len, reverse=True)
 
 
 def _environment() -> dict[str, str]:
@@ -110,8 +124,8 @@ def read_sql(
                 yield name, number, {column: value for column, value in row.items() if value is not None}
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        for secret in filter(None, (url.password, *(url.query[key] for key in _secret_keys(url)))):
-            reason = reason.replace(str(secret), "***")
+        for secret in _secrets(url):
+            reason = reason.replace(secret, "***")
         raise UserError(
             f"{name}: {reason}; check --sql, --query or --table, and POSTGRES_* in the environment"
         ) from error

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from formats import Format
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("sandwich")
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Run:
     path: str | Path
     experiment: Experiment | None
     adapter: Path | None
+    trust_remote_code: bool = False  # from the command line alone: the files of a run may come from anyone
 
     @property
     def base_name(self) -> str:
@@ -43,19 +44,20 @@ class Run:
 
     def _base_settings(self) -> dict[str, Any]:
         """The arguments of `load_base` with which the base model was loaded for training, as far as they are known."""
+        trust = {"trust_remote_code": self.trust_remote_code}
         if self.adapter is None:
-            return (
-                {} if self.experiment is None else {"max_seq_length": self.experiment.config["flags"]["max_seq_length"]}
-            )
+            if self.experiment is None:
+                return trust
+            return {"max_seq_length": self.experiment.config["flags"]["max_seq_length"], **trust}
         if self.experiment is None:
-            return {"revision": adapter_config(self.adapter).get("revision")}
+            return {"revision": adapter_config(self.adapter).get("revision"), **trust}
         config, flags = self.experiment.config, self.experiment.config["flags"]
         return {
             "revision": config.get("base_model_revision"),
             "dtype": config.get("dtype", "auto"),
             "load_in_4bit": config.get("load_in_4bit"),
             "max_seq_length": flags["max_seq_length"],
-            "trust_remote_code": flags["trust_remote_code"],
+            **trust,
         }
 
     def max_length(self) -> int | None:
@@ -64,7 +66,7 @@ class Run:
             return None
         flags = self.experiment.config["flags"]
         revision = None if self.adapter is None else self.experiment.config.get("base_model_revision")
-        config = load_config(self.base_name, revision, flags.get("trust_remote_code", False))
+        config = load_config(self.base_name, revision, self.trust_remote_code)
         return min(filter(None, (flags.get("max_seq_length"), model_positions(config))), default=None)
 
     def load_base(self, **overrides: Any) -> tuple[Loaded, Format]:
@@ -75,11 +77,10 @@ class Run:
     def load_tokenizer(self) -> tuple[PreTrainedTokenizerBase, Format]:
         """(tokenizer, format), without the weights."""
         if self.experiment is None and self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file():
-            tokenizer = load_tokenizer(str(self.adapter))
+            tokenizer = load_tokenizer(str(self.adapter), trust_remote_code=self.trust_remote_code)
         else:
-            settings = self._base_settings()
-            trust_remote_code = settings.get("trust_remote_code", False)
-            tokenizer = load_tokenizer(self.base_name, settings.get("revision"), trust_remote_code)
+            revision = self._base_settings().get("revision")
+            tokenizer = load_tokenizer(self.base_name, revision, self.trust_remote_code)
         return tokenizer, self.format_for(tokenizer)
 
     def format_for(self, tokenizer: PreTrainedTokenizerBase) -> Format:
@@ -97,11 +98,24 @@ class Run:
         return fmt
 
 
-def find_run(path: str | Path) -> Run:
+def find_run(path: str | Path, *, trust_remote_code: bool = False) -> Run:
     """What `path` names; of a run without a finished adapter its newest checkpoint.
 
+    trust_remote_code  run code of the base model's repository; never read from the run's own files
     Raises UserError for a folder that is not a run, an adapter or a model, and for a run without any adapter.
     """
+    run = _find(path)
+    run.trust_remote_code = trust_remote_code
+    flags = run.experiment.config["flags"] if run.experiment is not None else {}
+    if isinstance(flags, dict) and flags.get("trust_remote_code") and not trust_remote_code:
+        log.warning(
+            "run %s: its config sets trust_remote_code, which is ignored; add --trust_remote_code if you trust the "
+            "base model", path,
+        )  # fmt: skip
+    return run
+
+
+def _find(path: str | Path) -> Run:
     if Path(path).is_file():
         raise UserError(f"{path} is a file; name a run folder, an adapter folder or a model")
     if isinstance(path, str) and not Path(path).is_dir():
@@ -128,14 +142,14 @@ def _open_trained(folder: Path) -> Experiment:
 
 
 def load_for_inference(
-    path: str | Path, *, base: bool = False, merged: bool = False
+    path: str | Path, *, base: bool = False, merged: bool = False, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Format]:
     """(model, tokenizer, format) of an experiment folder, an adapter folder, or a complete model.
 
     base  True: without the adapter. merged  True: adapter folded into the weights (bfloat16 results change slightly).
     Raises UserError as `find_run` does.
     """
-    run = find_run(path)
+    run = find_run(path, trust_remote_code=trust_remote_code)
     loaded, fmt = run.load_base()
     model = loaded.model
     if run.adapter is not None and not base:

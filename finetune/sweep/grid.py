@@ -93,7 +93,7 @@ def fixed_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any
     given = vars(settings.build_parser().parse_args(arguments))
     config = given.pop("config", None)
     _refuse_unvariable("flags after the --", given)
-    recipe = settings.read_config(config) if config else {}
+    recipe = settings.read_config(config, given) if config else {}
     # An experiment_config.json also has its run's own folder, and every flag at its default.
     recipe = {name: value for name, value in recipe.items() if name not in RESERVED and not BY_NAME[name].action}
     return _without_defaults(recipe), given
@@ -255,11 +255,13 @@ def _draw_value(generator: random.Random, values: dict[str, Any] | list[Any]) ->
 
 def _checked(where: str, flags: dict[str, Any]) -> dict[str, Any]:
     _refuse_unvariable(where, flags)
+    _refuse_command_line_only(where, flags)
     return {name: settings.checked(where, name, value) for name, value in flags.items()}
 
 
 def _checked_lists(where: str, flags: dict[str, list[Any]]) -> dict[str, list[Any]]:
     _refuse_unvariable(where, flags)
+    _refuse_command_line_only(where, flags)
     return {name: [settings.checked(where, name, value) for value in values] for name, values in flags.items()}
 
 
@@ -283,6 +285,12 @@ def _refuse_unvariable(where: str, flags: dict[str, Any]) -> None:
             raise UserError(f"{where}: the sweep sets --{name} of every run; use {RESERVED[name]}")
         if name in BY_NAME and BY_NAME[name].action:
             raise UserError(f"{where}: --{name} is not for a run of a sweep; remove it")
+
+
+def _refuse_command_line_only(where: str, flags: dict[str, Any]) -> None:
+    for name in settings.COMMAND_LINE_ONLY:
+        if name in flags:
+            raise UserError(f"{where}: {name} counts only on the command line; remove it, and add -- --{name}")
 
 
 def _without_defaults(flags: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""Limits for schemas of others: a few hundred bytes of schema could keep a validator busy for hours.
+
+jsonschema is made to count the keywords that it evaluates, to search regular expressions with a time limit (by `regex`,
+which also reads those of ECMA 262), and to compare the items of a list in linear time.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from functools import cache
+from typing import Any
+
+MAX_CHECKS = 300_000  # keywords evaluated for one value: about a second
+SMALL_VALUE = 10_000  # characters of JSON
+MAX_PATTERN_SECONDS = 1.0
+MAX_PATTERN_LENGTH = 10_000
+_SLOW_PATTERNS: set[str] = set()
+_state = threading.local()
+
+
+class TooExpensive(Exception):
+    """The check of a value was stopped."""
+
+
+class _TimedPatterns:
+    """The part of `re` that jsonschema uses, with a time limit."""
+
+    @staticmethod
+    def search(pattern: str, text: str) -> Any:
+        import regex
+
+        if len(pattern) > MAX_PATTERN_LENGTH:
+            raise TooExpensive(f"its pattern has more than {MAX_PATTERN_LENGTH:,} characters")
+        slow = f"its pattern {pattern[:100]!r} takes more than {MAX_PATTERN_SECONDS:g} s"
+        if pattern in _SLOW_PATTERNS:
+            raise TooExpensive(slow)
+        try:
+            return regex.search(pattern, text, timeout=MAX_PATTERN_SECONDS)
+        except TimeoutError as error:
+            _SLOW_PATTERNS.add(pattern)  # the next row with this tool need not wait
+            raise TooExpensive(slow) from error
+
+
+def _frozen(value: Any) -> Hashable:
+    """Equal for values that JSON Schema calls equal: 1 and 1.0 are, 1 and true are not."""
+    if isinstance(value, dict):
+        return "object", frozenset((key, _frozen(inner)) for key, inner in value.items())
+    if isinstance(value, list):
+        return "array", tuple(map(_frozen, value))
+    return ("boolean", value) if isinstance(value, bool) else value
+
+
+def _is_unique(items: list[Any]) -> bool:
+    return len(set(map(_frozen, items))) == len(items)
+
+
+@cache
+def _patch_jsonschema() -> None:
+    from jsonschema import _keywords, _legacy_keywords, _utils
+
+    for module in (_keywords, _legacy_keywords, _utils):
+        module.re = _TimedPatterns
+    _keywords.uniq = _is_unique
+
+
+@cache
+def limited_class(kind: Any) -> Any:
+    """A jsonschema validator class that counts the keywords it evaluates."""
+    from jsonschema import validators
+
+    _patch_jsonschema()
+    counted = {name: _counted(check) for name, check in kind.VALIDATORS.items()}
+    return validators.extend(kind, counted)
+
+
+def _counted(check: Callable[..., Any]) -> Callable[..., Any]:
+    def counting(*arguments: Any) -> Any:
+        left = getattr(_state, "left", None)
+        if left is not None:
+            if left <= 0:
+                raise TooExpensive(f"it needs more than {MAX_CHECKS:,} checks for one call")
+            _state.left = left - 1
+        return check(*arguments)
+
+    return counting
+
+
+class LimitedValidator:
+    """A jsonschema validator whose checks end with TooExpensive once they have taken `MAX_CHECKS` steps."""
+
+    def __init__(self, kind: Any, schema: Any, registry: Any):
+        self._validator = limited_class(kind)(without_dialects(schema), registry=registry)
+        self._refused: str | None = None
+
+    def iter_errors(self, value: Any) -> Iterator[Any]:
+        """The validation errors, as jsonschema yields them. Raises TooExpensive."""
+        if self._refused:
+            raise TooExpensive(self._refused)
+        before = getattr(_state, "left", None)
+        _state.left = MAX_CHECKS
+        try:
+            for error in self._validator.iter_errors(value):
+                left, _state.left = _state.left, before
+                yield error
+                _state.left = left
+        except TooExpensive as error:
+            if len(json.dumps(value, default=str)) < SMALL_VALUE:
+                self._refused = str(error)  # not the value's fault: the next call need not wait
+            raise
+        finally:
+            _state.left = before
+
+    def is_valid(self, value: Any) -> bool:
+        """Whether there is no validation error. Raises TooExpensive."""
+        return next(iter(self.iter_errors(value)), None) is None
+
+
+def without_dialects(schema: Any) -> Any:
+    """The schema without "$schema": jsonschema would continue with a class of that draft, which has no limits."""
+    if isinstance(schema, list):
+        return [without_dialects(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: value if key in ("const", "enum", "default", "examples") else without_dialects(value)
+        for key, value in schema.items()
+        if not (key == "$schema" and isinstance(value, str))
+    }

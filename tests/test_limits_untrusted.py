@@ -1,0 +1,201 @@
+"""No row, schema or file of others hangs a command or fills the memory: each is rejected with its reason."""
+
+import gzip
+import json
+
+import pytest
+
+from finetune import json_schema
+from finetune.errors import UserError
+from finetune.files import read_data
+from finetune.json_schema import schema_errors, validator_of
+from finetune.preparing.checks import check_conversation
+from finetune.reading import size_limits
+from finetune.reading.row_files import Unreadable
+from finetune.reading.sources import read_rows
+from formats import FormatError, get_format
+from formats.safe_yaml import load_yaml
+
+EVIL_TEXT = "a" * 40 + "!"
+
+
+def one_property(**schema):
+    return {"type": "object", "properties": {"x": schema}}
+
+
+def ref_bomb(depth=60, keyword="allOf"):
+    """Each definition refers to the next one twice."""
+    definitions = {f"d{n}": {keyword: [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(depth)}
+    definitions[f"d{depth}"] = {"type": "string"}
+    return {"$defs": definitions, "properties": {"x": {"$ref": "#/$defs/d0"}}}
+
+
+@pytest.mark.parametrize("pattern", [r"^(a+)+$", r"^(a|a)*$", r"^(a|aa)+$", r"^([a-z]+)*\d$", r"^(.*a){25}$"])
+@pytest.mark.parametrize("place", ["pattern", "patternProperties", "unevaluatedProperties", "propertyNames"])
+def test_slow_pattern_is_a_broken_schema(pattern, place, monkeypatch):
+    monkeypatch.setattr(json_schema, "MAX_PATTERN_SECONDS", 0.05)
+    monkeypatch.setattr(json_schema, "_SLOW_PATTERNS", set())
+    schema, arguments = {
+        "pattern": (one_property(pattern=pattern), {"x": EVIL_TEXT}),
+        "patternProperties": ({"patternProperties": {pattern: {}}, "additionalProperties": False}, {EVIL_TEXT: 1}),
+        "unevaluatedProperties": ({"unevaluatedProperties": False, "patternProperties": {pattern: {}}}, {EVIL_TEXT: 1}),
+        "propertyNames": ({"propertyNames": {"pattern": pattern}}, {EVIL_TEXT: 1}),
+    }[place]
+    errors, broken = schema_errors(schema, arguments)
+    assert (errors, "takes more than" in (broken or "")) == ([], True) or errors  # the engine may find it fast
+
+
+def test_slow_pattern_below_another_dialect(monkeypatch):
+    monkeypatch.setattr(json_schema, "MAX_PATTERN_SECONDS", 0.05)
+    for dialect in ("http://json-schema.org/draft-07/schema#", "https://json-schema.org/draft/2020-12/schema"):
+        inner = one_property(pattern=r"^(a|a)*$") | {"$schema": dialect}
+        for schema in (inner, {"properties": {"y": inner}} | {"$schema": dialect}):
+            arguments = {"x": EVIL_TEXT} if schema is inner else {"y": {"x": EVIL_TEXT}}
+            assert "takes more than" in schema_errors(schema, arguments)[1]
+
+
+def test_slow_pattern_waits_once(monkeypatch):
+    schema = one_property(pattern=r"^(b|b)*$")
+    monkeypatch.setattr(json_schema, "MAX_PATTERN_SECONDS", 0.05)
+    assert schema_errors(schema, {"x": "b" * 40 + "!"})[1]
+    monkeypatch.setattr("regex.search", lambda *_, **__: pytest.fail("matched again"))
+    assert "takes more than" in schema_errors(schema, {"x": "b" * 40 + "!"})[1]
+
+
+def test_good_patterns_still_work():
+    schema = one_property(pattern=r"^\d{4}-\d{2}-\d{2}$")
+    assert schema_errors(schema, {"x": "2026-11-28"}) == ([], None)
+    assert schema_errors(schema, {"x": "today"})[0]
+    assert "cannot be evaluated" in schema_errors(one_property(pattern="("), {"x": "a"})[1] or True
+
+
+@pytest.mark.parametrize("keyword", ["allOf", "anyOf", "oneOf"])
+def test_ref_bomb_is_a_broken_schema(keyword, monkeypatch):
+    monkeypatch.setattr(json_schema, "MAX_CHECKS", 3000)
+    schema = ref_bomb(keyword=keyword)
+    assert "more than 3,000 checks" in schema_errors(schema, {"x": 1})[1]
+    monkeypatch.setattr(json_schema, "MAX_CHECKS", 10**9)
+    assert schema_errors(schema, {"x": 1})[1]  # known by now
+
+
+def test_ref_to_itself_is_a_broken_schema():
+    assert schema_errors({"$ref": "#"}, {})[1].startswith("cannot be evaluated")
+
+
+def test_large_value_stays_within_the_limits():
+    schema = one_property(type="array", items={"type": "object", "properties": {"n": {"type": "integer"}}})
+    assert schema_errors(schema, {"x": [{"n": n} for n in range(20_000)]}) == ([], None)
+
+
+def test_unique_items_in_linear_time():
+    schema = one_property(type="array", uniqueItems=True)
+    items = [{"n": n, "inner": [n, {"m": n}]} for n in range(20_000)]
+    assert schema_errors(schema, {"x": items}) == ([], None)
+    assert schema_errors(schema, {"x": [*items, items[0]]})[0]
+
+
+@pytest.mark.parametrize(
+    ("items", "unique"),
+    [([1, True], True), ([0, False], True), ([1, 1.0], False), ([[1], [True]], True), ([{"a": 1}, {"a": 1.0}], False),
+     ([{"a": 1, "b": 2}, {"b": 2, "a": 1}], False), (["1", 1], True), ([[], {}], True), ([None, None], False)],
+)  # fmt: skip
+def test_unique_items_compares_as_json_schema(items, unique):
+    assert (not schema_errors(one_property(uniqueItems=True), {"x": items})[0]) is unique
+
+
+def test_validator_still_names_its_draft():
+    validator, reason = validator_of(
+        json.dumps({"$schema": "http://json-schema.org/draft-07/schema#", "type": "object"})
+    )
+    assert reason is None and list(validator.iter_errors([]))
+
+
+def test_row_with_a_slow_pattern_is_rejected(monkeypatch):
+    monkeypatch.setattr(json_schema, "MAX_PATTERN_SECONDS", 0.05)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": "c" * 40 + "!"}}}
+    conversation = {
+        "messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [call]}],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": one_property(pattern=r"^(c|c)*$")}}],
+    }
+    problem = check_conversation(conversation)[0]
+    assert problem.error and problem.kind == "broken schema" and "takes more than" in problem.text
+
+
+def yaml_bomb(levels=12):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]
+    return "\n".join(lines)
+
+
+def test_yaml_alias_bomb_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml_bomb())
+    with pytest.raises(UserError, match="aliases expand to more than"):
+        read_data("config", tmp_path / "recipe.yaml")
+    with pytest.raises(FormatError, match="aliases expand to more than"):
+        get_format(str(tmp_path / "recipe.yaml"))
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "a: &a {b: *a}", "&a [*a]"])
+def test_yaml_that_contains_itself_is_refused(text):
+    with pytest.raises(ValueError, match="contains it"):
+        load_yaml(text)
+
+
+def test_yaml_with_merge_keys_and_aliases():
+    text = "base: &b {rank: 4}\nother: {<<: *b, lr: 1}\nmore: {<<: [*b, *b]}\nlist: [*b]"
+    assert load_yaml(text)["other"] == {"rank": 4, "lr": 1}
+
+
+@pytest.mark.parametrize("text", ["!!python/object/apply:os.system ['true']", "!!python/name:os.system", "!x y"])
+def test_yaml_makes_no_python_objects(text, tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(f"start: {text}")
+    with pytest.raises(UserError, match="not valid YAML"):
+        read_data("config", path)
+    with pytest.raises(FormatError):
+        get_format(str(path))
+
+
+def test_duplicate_yaml_key_is_refused(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text('start: "a"\nstart: "b"\nseparator: "|"\nend: "e"\ntools: system')
+    with pytest.raises(FormatError, match="duplicate key"):
+        get_format(str(path))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_long_line_is_one_rejected_row(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(size_limits, "MAX_ROW_BYTES", 100)
+    monkeypatch.setattr("finetune.reading.row_files.MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(size_limits, "_CHUNK", 7)
+    fits = b'{"a":"' + b"x" * 92 + b'"}'
+    assert len(fits) == 100
+    lines = b"\n".join([b'{"a":1}', b'{"a":"' + b"x" * 93 + b'"}', fits, b'{"a":"' + b"x" * 500 + b'"}', b'{"a":2}'])
+    (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wb").write(lines)
+    rows = [row for _, _, row in read_rows(tmp_path / name)]
+    assert [isinstance(row, Unreadable) for row in rows] == [False, True, False, True, False]
+    assert rows[1].reason == "is longer than 100 bytes" and rows[4] == {"a": 2}
+
+
+def test_last_line_without_a_break_may_be_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(size_limits, "MAX_ROW_BYTES", 10)
+    (tmp_path / "rows.jsonl").write_bytes(b'{"a":1}\n{"a":12345}')
+    rows = [row for _, _, row in read_rows(tmp_path / "rows.jsonl")]
+    assert rows[0] == {"a": 1} and isinstance(rows[1], Unreadable)
+
+
+@pytest.mark.parametrize("suffix", [".json.gz", ".parquet.gz"])
+def test_gzip_bomb_is_refused(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(size_limits, "MIN_GZIP_BYTES", 1000)
+    path = tmp_path / f"rows{suffix}"
+    with gzip.open(path, "wb") as file:
+        file.write(b"[" + b" " * 5_000_000 + b"]")
+    with pytest.raises(UserError, match="expands to more than 200 times"):
+        list(read_rows(path))
+
+
+def test_long_csv_line_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(size_limits, "MAX_ROW_BYTES", 100)
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n" + "x" * 200 + ",3\n")
+    with pytest.raises(UserError, match="line 3 is longer"):
+        list(read_rows(tmp_path / "rows.csv"))

@@ -1,0 +1,203 @@
+"""Files of others do not run code: trust_remote_code counts on the command line alone, and no export carries code."""
+
+import json
+import logging
+import os
+
+import pytest
+
+import export_lora
+from finetune.errors import UserError
+from finetune.export.adapter_files import copy_adapter
+from finetune.models.remote_code import forget_code, has_own_code, strip_code
+from finetune.runs.find import find_run
+from finetune.settings import parse, read_config, resumed
+from finetune.sweep.grid import fixed_flags, read_file
+from tests import parts
+from tests.exported import make_run
+
+MARKER = "SANDWICH_TEST_MARKER"
+CODE = f"""
+import os
+open(os.environ["{MARKER}"], "w").close()
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+class OwnConfig(PretrainedConfig):
+    model_type = "own-code"
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def marker(tmp_path, monkeypatch):
+    """The file that exists once planted code has run."""
+    monkeypatch.setenv(MARKER, str(tmp_path / "ran"))
+    return tmp_path / "ran"
+
+
+@pytest.fixture
+def planted(tmp_path, marker):
+    """A run folder whose base model has its own code, and whose config trusts it."""
+    run = make_run(tmp_path, data=False)
+    base = tmp_path / "base"
+    (base / "own.py").write_text(CODE)
+    for name, entry in (
+        ("config.json", {"model_type": "own-code", "auto_map": {"AutoConfig": "own.OwnConfig"}}),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}},
+        ),
+    ):
+        edit(base / name, **entry)
+    config = json.loads((run / "experiment_config.json").read_text())
+    config["flags"]["trust_remote_code"] = True
+    (run / "experiment_config.json").write_text(json.dumps(config))
+    return run
+
+
+def edit(path, **entries):
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def test_run_folder_does_not_run_its_code(planted, marker, caplog):
+    with caplog.at_level(logging.WARNING, logger="sandwich"):
+        run = find_run(planted)
+    assert not run.trust_remote_code and "--trust_remote_code" in caplog.text
+    with pytest.raises(UserError, match="--trust_remote_code"):
+        run.load_tokenizer()
+    assert not marker.exists()
+
+
+def test_flag_runs_the_code_of_a_run(planted, marker):
+    """The planted code is real: with the flag it runs, and no later save refers to it."""
+    tokenizer, _ = find_run(planted, trust_remote_code=True).load_tokenizer()
+    assert marker.exists()
+    tokenizer.save_pretrained(planted / "saved")
+    assert "auto_map" not in (planted / "saved" / "tokenizer_config.json").read_text()
+    assert not list((planted / "saved").glob("*.py"))
+
+
+def test_vllm_export_does_not_trust_the_config(tmp_path, planted, marker, capsys):
+    assert export_lora.main([str(planted), "--to", "vllm"]) == 2
+    assert "--trust_remote_code" in capsys.readouterr().err and not marker.exists()
+
+
+def test_recipe_cannot_turn_code_on(tmp_path, caplog):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("trust_remote_code: true\nrank: 4\n")
+    with caplog.at_level(logging.WARNING, logger="sandwich"):
+        settings = parse(["--config", str(path)])
+    assert not settings.trust_remote_code and settings.rank == 4
+    assert "add --trust_remote_code" in caplog.text
+    caplog.clear()
+    assert parse(["--config", str(path), "--trust_remote_code"]).trust_remote_code
+    assert not caplog.text
+
+
+def test_experiment_config_cannot_turn_code_on(tmp_path):
+    path = tmp_path / "experiment_config.json"
+    path.write_text(json.dumps({"flags": {"trust_remote_code": True, "rank": 4}}))
+    assert read_config(path) == {"rank": 4}
+
+
+def test_resume_needs_the_flag_again(caplog):
+    stored = parse(["--trust_remote_code"]).run_flags()
+    assert stored["trust_remote_code"]
+    with caplog.at_level(logging.WARNING, logger="sandwich"):
+        assert not resumed(parse(["--resume", "run"]), stored, "run").trust_remote_code
+    assert "--trust_remote_code" in caplog.text
+    assert resumed(parse(["--resume", "run", "--trust_remote_code"]), stored, "run").trust_remote_code
+
+
+@pytest.mark.parametrize(
+    "section", ["train: {trust_remote_code: true}", "grid: {trust_remote_code: [true, false]}",
+                "runs: [{trust_remote_code: true}]",
+                "random: {count: 1, flags: {trust_remote_code: [true]}}"],
+)  # fmt: skip
+def test_sweep_file_cannot_turn_code_on(tmp_path, section):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(section)
+    with pytest.raises(UserError, match="counts only on the command line"):
+        read_file(path)
+
+
+def test_sweep_recipe_cannot_turn_code_on(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("trust_remote_code: true\nrank: 4\n")
+    assert fixed_flags(["--config", str(path)]) == ({"rank": 4}, {})
+    assert fixed_flags(["--config", str(path), "--trust_remote_code"])[1] == {"trust_remote_code": True}
+
+
+def test_strip_code_cleans_a_model_folder(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"a": 1, "auto_map": {"AutoTokenizer": "x.Y"}}))
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"auto_map": {"AutoConfig": "x.Y"}, "n": 2}}))
+    (tmp_path / "x.py").write_text("1/0")
+    strip_code(tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"a": 1}
+    assert json.loads((tmp_path / "config.json").read_text()) == {"text_config": {"n": 2}}
+    assert not (tmp_path / "x.py").exists()
+
+
+def test_forget_code_before_a_save(tmp_path):
+    tokenizer = parts.tokenizer("smollm2")
+    tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["x.Y", None]}
+    forget_code(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    assert "auto_map" not in (tmp_path / "tokenizer_config.json").read_text()
+
+
+def test_adapter_copy_is_an_allow_list(tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", ".env", "notes.txt", "x.py"):
+        (adapter / name).write_text("{}")
+    copy_adapter(adapter, tmp_path / "copy")
+    copied = sorted(path.name for path in (tmp_path / "copy").iterdir())
+    assert copied == ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]
+    assert "notes.txt, x.py" in capsys.readouterr().err
+
+
+def test_adapter_copy_follows_no_link_outside(tmp_path):
+    (tmp_path / "secret").write_text("s")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "vocab.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="is a link to"):
+        copy_adapter(adapter, tmp_path / "copy")
+    (adapter / "vocab.json").unlink()
+    (adapter / "merges.txt").write_text("inside")
+    (adapter / "vocab.json").symlink_to("merges.txt")
+    copy_adapter(adapter, tmp_path / "copy")
+    assert (tmp_path / "copy" / "vocab.json").read_text() == "inside"
+
+
+def test_hub_export_follows_no_link_outside(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(os.environ, "HF_TOKEN", "")
+    run = make_run(tmp_path, data=False)
+    (tmp_path / "secret").write_text('{"tool_name_accuracy": 1.0}')
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "finetuned_model_metrics.json").write_text("{}")
+    (run / "evaluation" / "comparison.md").symlink_to(tmp_path / "secret")
+    assert export_lora.main([str(run), "--to", "hub", "--output", str(tmp_path / "out")]) == 2
+    assert "is a link to" in capsys.readouterr().err
+
+
+def test_served_name_is_not_a_flag(tmp_path, capsys):
+    run = make_run(tmp_path, data=False)
+    assert export_lora.main([str(run), "--to", "vllm", "--name=--trust-remote-code"]) == 2
+    assert "read as a flag" in capsys.readouterr().err
+
+
+def test_served_name_is_quoted(tmp_path):
+    run = make_run(tmp_path, data=False)
+    name = "a; touch planted $(id)"
+    assert export_lora.main([str(run), "--to", "vllm", "--name", name, "--output", str(tmp_path / "out")]) == 0
+    assert f"'{name}=./adapter'" in (tmp_path / "out" / "serve.sh").read_text()
+
+
+def test_model_with_own_code_is_known():
+    """Transformers imports a repository's files as parts of the package transformers_modules."""
+    config = type("Config", (), {"__module__": "transformers_modules.own.modeling"})()
+    model = type("Model", (), {"config": config})()
+    assert has_own_code(model)
+    assert not has_own_code(type("Model", (), {"config": object()})())
