@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune import distributed
-from finetune.errors import UserError, one_line_errors
+from finetune.errors import Terminated, UserError, one_line_errors
 from finetune.models.bundled import cache_dir
 from finetune.runs.experiment import CONFIG, Experiment, check_free, check_writable, find_resumable
 from finetune.settings import Settings, parse, resumed
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     with experiment.record_outcome():
         trainer = prepare_training(settings, experiment, data, fmt, tokenizer, loaded, model, console)
         if not train(trainer, experiment, checkpoint):
-            return 130
+            return trainer.stop_callback.exit_status
         if distributed.rank() == 0:
             from finetune.runs.saving import save_final_model
 
@@ -220,7 +220,11 @@ def interrupt_on_signals() -> None:
 
     for number in TERMINATION_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, terminate if number == signal.SIGTERM else signal.default_int_handler)
+
+
+def terminate(number: int, frame: object) -> None:
+    raise Terminated
 
 
 def prepare_training(
@@ -247,7 +251,7 @@ def prepare_training(
 
 def train(trainer: SandwichTrainer, experiment: Experiment, checkpoint: Path | None) -> bool:
     """Train, from the checkpoint if there is one; False when a signal or a lost process stopped the run early."""
-    from finetune.training.run import interrupted_at, run_training
+    from finetune.training.run import ending, interrupted_at, run_training
 
     result = run_training(trainer, checkpoint)
     experiment.writes = trainer.args.should_save  # another process writes if the first one was lost
@@ -255,6 +259,7 @@ def train(trainer: SandwichTrainer, experiment: Experiment, checkpoint: Path | N
     experiment.update(steps=trainer.state.global_step, result=result, memory=memory)
     step = interrupted_at(trainer)
     if step is None:
+        experiment.update(ending=ending(trainer))
         return True
     experiment.ended("interrupted")
     flags = ["--resume", str(experiment.folder)] if step else ["--config", str(experiment.folder / CONFIG)]
@@ -265,7 +270,11 @@ def train(trainer: SandwichTrainer, experiment: Experiment, checkpoint: Path | N
 def finish(experiment: Experiment, repository: str | None) -> None:
     """Print the experiment folder and upload the adapter if the user wants it."""
     loss = experiment.config["result"]["final_loss"] or math.nan
-    log.info("finished: loss %.4f in %d steps", loss, experiment.config["steps"])
+    steps, ending = experiment.config["steps"], experiment.config["ending"]
+    of = "" if steps == ending["max_steps"] else f" of {ending['max_steps']}"
+    log.info(
+        "%s at step %d%s; adapter of step %d; loss %.4f", ending["reason"], steps, of, ending["adapter_step"], loss
+    )
     print(experiment.folder)
     if repository:
         from finetune.export.hub import publish

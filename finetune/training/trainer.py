@@ -30,8 +30,10 @@ from finetune.errors import UserError  # noqa: E402
 from finetune.passes.plan import make_row  # noqa: E402
 from finetune.passes.runner import PassRunner  # noqa: E402
 from finetune.runs.experiment import CONFIG, COUNTERS, LOG, Experiment  # noqa: E402
+from finetune.runs.manifest import sync, write_manifest  # noqa: E402
 from finetune.training.callbacks import LogCallback, StopCallback  # noqa: E402
 from finetune.training.order import StepSampler  # noqa: E402
+from finetune.training.resume import EvaluationStopped, ResumeCallback, check_random_state, unloadable  # noqa: E402
 
 log = logging.getLogger("sandwich")
 # float16's loss scaler skips steps without a finite gradient, so a few in a row are harmless.
@@ -72,8 +74,11 @@ class SandwichTrainer(SFTTrainer):
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.run_log, self.log_callback, self.stop_callback = log_callback.run_log, log_callback, StopCallback()
         self.lost_a_process = False
+        self.checkpoint: Path | None = None  # from which `train` resumes
+        self.is_loaded = False  # whether it has loaded, and training has begun
         self._is_checked = False
         self._nonfinite_steps = 0  # in a row
+        adapter = {n: p.data for n, p in kwargs["model"].named_parameters() if p.requires_grad}
         super().__init__(
             # TRL requires a Dataset; its rows are only indices into `sequences`.
             train_dataset=Dataset.from_dict({"row": range(len(sequences))}),
@@ -81,9 +86,14 @@ class SandwichTrainer(SFTTrainer):
             data_collator=lambda rows: {"rows": [row["row"] for row in rows]},
             **kwargs,
         )
+        # TRL casts the adapter of a 4-bit base to bfloat16 (1.15.0), in which most small updates round to nothing.
+        for name, parameter in kwargs["model"].named_parameters():
+            if name in adapter:
+                parameter.data = adapter[name]
         self.folder = Path(self.args.output_dir or "")
         self.add_callback(log_callback)
         self.add_callback(self.stop_callback)
+        self.add_callback(ResumeCallback(self))
         pad_token_id = getattr(self.processing_class, "pad_token_id", None) or 0
         self.runner = PassRunner(self.model, tokens_per_pass, share_prefix, pad_token_id)
         self.runner.autocast = self.accelerator.autocast
@@ -174,20 +184,27 @@ class SandwichTrainer(SFTTrainer):
             for callback in self.callback_handler.callbacks
             if isinstance(callback, EarlyStoppingCallback)
         )
-        if self.state.global_step >= self.state.max_steps or stopped_early:
+        if self.state.global_step >= self.state.max_steps or stopped_early or self.control.should_training_stop:
             self._locate_best_checkpoint()
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; when another process of the run is lost, save the last complete step and stop."""
+        """Train; when another process of the run is lost, save the last complete step and stop.
+
+        UserError when the checkpoint does not load; nothing is changed then.
+        """
         if self.args.should_save:
             distributed.wait_for_lock(self.folder)
+        checkpoint = kwargs.get("resume_from_checkpoint")
+        self.checkpoint, self.is_loaded = Path(checkpoint) if checkpoint else None, False
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
             if not distributed.is_lost(error):
+                if self.checkpoint is not None and not self.is_loaded and (fault := unloadable(self.checkpoint, error)):
+                    raise fault from error
                 raise
             self.lost_a_process = True
             if self._should_finish_run():
@@ -223,7 +240,16 @@ class SandwichTrainer(SFTTrainer):
         # Neighbors in this order share the longest prefixes; the sum does not depend on the order.
         rows.sort(key=lambda row: row.input_ids.tobytes())
         size = max(self.args.per_device_train_batch_size, EVAL_ROWS_PER_RUN)
-        loss_sum = sum(self.runner.run(rows[i : i + size], 1.0).loss_sum for i in range(0, len(rows), size))
+        # Every rank takes part in the same number of checks for a signal.
+        share = math.ceil(len(self.eval_sequences) / distributed.size())
+        loss_sum = 0.0
+        with self._stoppable():
+            for i in range(0, share, size):
+                if sum(distributed.totals([self.stop_callback.requested is not None])):
+                    self.stop_callback.confirm()
+                    raise EvaluationStopped
+                if i < len(rows):
+                    loss_sum += self.runner.run(rows[i : i + size], 1.0).loss_sum
         loss_sum, positions = distributed.totals([loss_sum, sum(len(row.positions) for row in rows)])
         self.runner.model.train()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / positions}
@@ -234,6 +260,39 @@ class SandwichTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    @contextlib.contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """In a run of one process a signal raises EvaluationStopped at once; several have to agree on it first."""
+        self.stop_callback.raises = EvaluationStopped if distributed.size() == 1 else None
+        try:
+            yield
+        finally:
+            self.stop_callback.raises = None
+
+    # Overridden (transformers 5.17): Trainer would lose an evaluation that a signal stops.
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; a stopped evaluation leaves a checkpoint whose resume evaluates first."""
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self._save_stopped_evaluation()
+
+    def _save_stopped_evaluation(self) -> None:
+        log.info("the evaluation at step %d was stopped; --resume repeats it", self.state.global_step)
+        self.run_log.evaluation_pending = True
+        self._save_checkpoint(self.model, None)
+        self.control.should_training_stop = True
+
+    def repeat_stopped_evaluation(self) -> None:
+        """The evaluation that a signal stopped before the checkpoint from which this run resumes."""
+        try:
+            metrics = self._evaluate(None, None)
+        except EvaluationStopped:
+            self.control.should_training_stop = True
+            return
+        self._determine_best_metric(metrics=metrics, trial=None)
+        self.run_log.evaluation_pending = False
+
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -242,7 +301,8 @@ class SandwichTrainer(SFTTrainer):
     # Overridden (transformers 5.17): Trainer writes into checkpoint-N itself, which a killed run leaves incomplete.
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint to a temporary folder and rename it, so that every checkpoint-N is complete."""
-        self.run_log.flush()
+        if not self.run_log.evaluation_pending:  # the evaluation adds to the row when it is repeated
+            self.run_log.flush()
         target = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if target.exists():  # saved before a process was lost in the next step
             return
@@ -263,7 +323,9 @@ class SandwichTrainer(SFTTrainer):
                 (saved / COUNTERS).write_text(json.dumps(self.run_log.state()), encoding="utf-8")
                 # A pickle that nothing here reads: the flags are in experiment_config.json.
                 (saved / "training_args.bin").unlink(missing_ok=True)
+                write_manifest(saved)
                 os.replace(saved, target)
+                sync(self.folder)
                 rotate_checkpoints(
                     output_dir=str(self.folder),
                     save_total_limit=self.args.save_total_limit,
@@ -275,6 +337,16 @@ class SandwichTrainer(SFTTrainer):
                 shutil.rmtree(temporary, ignore_errors=True)
         self._wait_for_everyone()
         self.run_log.pause()
+
+    # Overridden (transformers 5.17): with several processes on a CPU Trainer maps to "cpu:0", which torch refuses.
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load optimizer and scheduler; `load_state_dict` moves each tensor to its parameter's device."""
+        if checkpoint is None:
+            return
+        for name, owner in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
+            state = torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            owner.load_state_dict(state)  # type: ignore[union-attr]
+        check_random_state(Path(checkpoint), self.args.process_index, self.args.world_size)
 
     def _wait_for_everyone(self) -> None:
         if not self.lost_a_process:
