@@ -8,13 +8,16 @@ import math
 import shlex
 import signal
 import sys
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune import distributed
 from finetune.errors import Terminated, UserError, one_line_errors
 from finetune.models.bundled import cache_dir
-from finetune.runs.experiment import CONFIG, Experiment, check_free, check_writable, find_resumable
+from finetune.runs.experiment import (
+    CONFIG, Experiment, check_free, check_writable, find_resumable, list_checkpoints,
+)  # fmt: skip
 from finetune.settings import Settings, parse, resumed
 from finetune.training import record
 from finetune.training.data import RunData
@@ -107,6 +110,10 @@ def find_stopped_run(settings: Settings) -> tuple[Settings, Experiment | None, P
             check_writable(settings.experiments_dir, make=False)
             check_free(settings.experiments_dir, settings.name)
         return settings, None, None
+    if settings.resume == "auto":
+        settings.resume = auto_target(settings)
+        if settings.resume is None:
+            return find_stopped_run(settings)
     run, checkpoint = find_resumable(settings.resume, settings.experiments_dir)
     settings = resumed(settings, run.config["flags"], str(run.folder))
     settings.revision = run.config.get("base_model_revision") or settings.revision
@@ -114,6 +121,27 @@ def find_stopped_run(settings: Settings) -> tuple[Settings, Experiment | None, P
         distributed.lock_run(run.folder)
     log.info("resuming %s at %s", run.folder, checkpoint.name)
     return settings, run, checkpoint
+
+
+def auto_target(settings: Settings) -> str | None:
+    """The folder that `--resume auto` continues: --experiments_dir/--name; None where the run starts from the beginning.
+
+    A run that was killed before its first checkpoint starts again; its folder is renamed, as it may hold a log.
+    """
+    if settings.name is None:
+        raise UserError("--resume auto continues the run of --name; add --name")
+    folder = Path(settings.experiments_dir) / settings.name
+    if not (folder / CONFIG).exists():
+        return None
+    if list_checkpoints(folder) or Experiment.open(folder).config.get("status") == "finished":
+        return str(folder)
+    if not settings.dry_run and distributed.rank() == 0:
+        distributed.lock_run(folder)
+        names = (folder.with_name(f"{folder.name}.no_checkpoint_{number}") for number in count(1))
+        archived = next(path for path in names if not path.exists())
+        folder.rename(archived)
+        log.info("%s has no checkpoint: starting again; its former files are in %s", folder, archived)
+    return None
 
 
 def check_tracker(name: str) -> None:
@@ -271,10 +299,10 @@ def finish(experiment: Experiment, repository: str | None) -> None:
     """Print the experiment folder and upload the adapter if the user wants it."""
     loss = experiment.config["result"]["final_loss"] or math.nan
     steps, ending = experiment.config["steps"], experiment.config["ending"]
-    of = "" if steps == ending["max_steps"] else f" of {ending['max_steps']}"
     log.info(
-        "%s at step %d%s; adapter of step %d; loss %.4f", ending["reason"], steps, of, ending["adapter_step"], loss
-    )
+        "%s at step %d of %d; adapter of step %d; loss %.4f",
+        ending["reason"], steps, ending["max_steps"], ending["adapter_step"], loss,
+    )  # fmt: skip
     print(experiment.folder)
     if repository:
         from finetune.export.hub import publish
