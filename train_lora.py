@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import math
 import shlex
 import signal
 import sys
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,12 @@ from finetune import distributed
 from finetune.errors import Terminated, UserError, one_line_errors
 from finetune.models.bundled import cache_dir
 from finetune.runs.experiment import (
-    CONFIG, Experiment, check_free, check_writable, find_resumable, list_checkpoints,
+    CONFIG,
+    Experiment,
+    check_free,
+    check_writable,
+    find_resumable,
+    list_checkpoints,
 )  # fmt: skip
 from finetune.settings import Settings, parse, resumed
 from finetune.training import record
@@ -124,7 +129,7 @@ def find_stopped_run(settings: Settings) -> tuple[Settings, Experiment | None, P
 
 
 def auto_target(settings: Settings) -> str | None:
-    """The folder that `--resume auto` continues: --experiments_dir/--name; None where the run starts from the beginning.
+    """The folder that `--resume auto` continues: --experiments_dir/--name; None where the run has to start.
 
     A run that was killed before its first checkpoint starts again; its folder is renamed, as it may hold a log.
     """
@@ -137,7 +142,7 @@ def auto_target(settings: Settings) -> str | None:
         return str(folder)
     if not settings.dry_run and distributed.rank() == 0:
         distributed.lock_run(folder)
-        names = (folder.with_name(f"{folder.name}.no_checkpoint_{number}") for number in count(1))
+        names = (folder.with_name(f"{folder.name}.no_checkpoint_{number}") for number in itertools.count(1))
         archived = next(path for path in names if not path.exists())
         folder.rename(archived)
         log.info("%s has no checkpoint: starting again; its former files are in %s", folder, archived)

@@ -131,8 +131,8 @@ class Settings:
         None, "YAML or JSON of these flags, or a run's experiment_config.json", group="actions", metavar="FILE",
         action=True)
     resume: str | None = setting(
-        None, "continue a run from its newest checkpoint; without a folder: the newest unfinished run; auto: the run of "
-        "--name where it exists, else start it", str,
+        None, "continue a run from its newest checkpoint; without a folder: the newest unfinished run; auto: the run "
+        "of --name if it exists, else start it", str,
         metavar="FOLDER", action=True, optional_value=True)
     dry_run: bool = setting(False, "check rows, masks, lengths and memory without training", action=True)
     show_mask: int = setting(
