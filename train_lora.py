@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     distributed.refuse_sharding()
     data = load_data(settings)
     eval_fingerprint = data.held_out and data.held_out.fingerprint
-    record.refuse_changed(stopped_run, data=data.train.fingerprint, eval_data=eval_fingerprint)
+    record.refuse_changed(stopped_run, settings.force, data=data.train.fingerprint, eval_data=eval_fingerprint)
 
     # 2. Turn the rows into tokens and masks. A dry run ends here.
     if not settings.dry_run:
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         import_unsloth()
         distributed.start()
     tokenizer, fmt, end_of_turn_ids = load_format(settings)
-    record.refuse_changed(stopped_run, format=record.template_sha256(fmt))
+    record.refuse_changed(stopped_run, settings.force, format=record.template_sha256(fmt))
     data.encode(tokenizer, fmt, settings)
     show_masks(data, tokenizer, settings.show_mask)
     if settings.dry_run:
@@ -120,7 +120,7 @@ def find_stopped_run(settings: Settings) -> tuple[Settings, Experiment | None, P
         if settings.resume is None:
             return find_stopped_run(settings)
     run, checkpoint = find_resumable(settings.resume, settings.experiments_dir)
-    settings = resumed(settings, run.config["flags"], str(run.folder))
+    settings = resumed(settings, run.config["flags"], str(run.folder), record.changed_versions(run))
     settings.revision = run.config.get("base_model_revision") or settings.revision
     if not settings.dry_run:
         distributed.lock_run(run.folder)
