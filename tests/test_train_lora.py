@@ -377,6 +377,14 @@ def test_resume_after_an_early_stop_only_saves(rows, tiny_model, tmp_path):
     assert (folder / "training_log.csv").read_bytes() == log
     assert (folder / "final_model" / "adapter_model.safetensors").read_bytes() == adapter
 
+    kept = json.loads((folder / "experiment_config.json").read_text())["ending"]["adapter_step"]
+    best = folder / f"checkpoint-{kept}" / "adapter_model.safetensors"
+    best.write_bytes(best.read_bytes()[:-64] + bytes(64))
+    result = run("--resume", folder)
+    assert result.returncode == 0, result.stderr
+    assert f"checkpoint-{kept}, the best so far, cannot be kept: its adapter_model" in result.stderr
+    assert f"stopped early at step {stopped} of 40; adapter of step {stopped}" in result.stderr
+
 
 def test_resume_refuses_changed_data_early(tmp_path, rows):
     """The model of this run does not exist, so an error about it would mean that the data was not checked first."""

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from finetune.errors import UserError, no_room
-from finetune.runs.experiment import list_checkpoints
+from finetune.runs.experiment import checkpoint_damage, list_checkpoints
 
 log = logging.getLogger("sandwich")
 
@@ -33,10 +34,21 @@ class ResumeCallback(TrainerCallback):
         if trainer.checkpoint is None:
             return
         log.info("resumed from step %d", state.global_step)
+        if args.load_best_model_at_end and state.best_global_step:
+            forget_damaged_best(trainer.checkpoint.parent, state)
         if args.should_save:
             remove_later_checkpoints(trainer.checkpoint)
         if trainer.run_log.evaluation_pending:
             trainer.repeat_stopped_evaluation()
+
+
+def forget_damaged_best(folder: Path, state: TrainerState) -> None:
+    """Without its best checkpoint a run keeps the best of the later steps; Trainer would silently keep the last."""
+    best = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+    damage = checkpoint_damage(best) if best.is_dir() else "the folder is absent"
+    if damage:
+        log.warning("%s, the best so far, cannot be kept: %s; the best of the following steps will be", best, damage)
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
 def check_random_state(checkpoint: Path, rank: int, processes: int) -> None:
