@@ -276,6 +276,7 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
     def _save_stopped_evaluation(self) -> None:
         log.info("the evaluation at step %d was stopped; --resume repeats it", self.state.global_step)
         self.run_log.evaluation_pending = True
+        self.control.should_evaluate = self.control.should_save = False  # or the end of an epoch does both again
         self._save_checkpoint(self.model, None)
         self.control.should_training_stop = True
 
