@@ -119,6 +119,7 @@ def find_stopped_run(settings: Settings) -> tuple[Settings, Experiment | None, P
         settings.resume = auto_target(settings)
         if settings.resume is None:
             return find_stopped_run(settings)
+        settings.given.discard("name")  # it has named the folder, which may have been renamed since
     run, checkpoint = find_resumable(settings.resume, settings.experiments_dir)
     settings = resumed(settings, run.config["flags"], str(run.folder), record.changed_versions(run))
     settings.revision = run.config.get("base_model_revision") or settings.revision
