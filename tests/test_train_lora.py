@@ -238,7 +238,7 @@ def test_signal_saves_a_checkpoint_to_resume_from(rows, tiny_model, tmp_path, nu
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGTERM")
 def test_signal_stops_inside_an_evaluation(rows, tiny_model, tmp_path):
     """The resumed run evaluates first: its log and adapter are those of an undisturbed run."""
-    held_out = write_rows(tmp_path / "held_out.jsonl", [conversation(number) for number in range(400)])
+    held_out = write_rows(tmp_path / "held_out.jsonl", [conversation(number) for number in range(150)])
     arguments = ("--model", tiny_model, "--dataset", rows, "--eval_dataset", held_out, "--format", "chatml",
                  "--max_steps", 2, "--eval_steps", 1, "--save_steps", 1, "--load_best", "--lr", "5e-3",
                  "--name", "run")  # fmt: skip
