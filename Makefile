@@ -20,7 +20,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Python compiles the imported ones at their first use.
 PIP := $(PY) -m pip install --disable-pip-version-check --no-input --no-compile $$([ -t 1 ] || echo --quiet)
 
-.PHONY: help install install-test demo test test-slow lint bench clean
+.PHONY: help install install-test demo test test-slow faults lint bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -78,6 +78,9 @@ test-slow: install-test $(VENV)/.installed-triton  ## tests that take minutes: k
 $(VENV)/.installed-triton: $(VENV)/.installed requirements/test_triton.txt
 	$(PIP) --no-deps --upgrade --target $(VENV)/triton -r requirements/test_triton.txt
 	@touch $@
+
+faults: install-test  ## kill runs at random moments and resume them (KILLS=20 SEED=0); minutes
+	$(PY) -m tests.faults --kills $(or $(KILLS),20) --seed $(or $(SEED),0)
 
 lint: install-test  ## style, directions of imports, types
 	$(PY) -m ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import math
 import shlex
@@ -12,9 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune import distributed
-from finetune.errors import UserError, one_line_errors
+from finetune.errors import Terminated, UserError, one_line_errors
 from finetune.models.bundled import cache_dir
-from finetune.runs.experiment import CONFIG, Experiment, check_free, check_writable, find_resumable
+from finetune.runs.experiment import (
+    CONFIG,
+    Experiment,
+    check_free,
+    check_writable,
+    find_resumable,
+    list_checkpoints,
+)  # fmt: skip
 from finetune.settings import Settings, parse, resumed
 from finetune.training import record
 from finetune.training.data import RunData
@@ -49,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     distributed.refuse_sharding()
     data = load_data(settings)
     eval_fingerprint = data.held_out and data.held_out.fingerprint
-    record.refuse_changed(stopped_run, data=data.train.fingerprint, eval_data=eval_fingerprint)
+    record.refuse_changed(stopped_run, settings.force, data=data.train.fingerprint, eval_data=eval_fingerprint)
 
     # 2. Turn the rows into tokens and masks. A dry run ends here.
     if not settings.dry_run:
@@ -58,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         import_unsloth()
         distributed.start()
     tokenizer, fmt, end_of_turn_ids, limit = load_format(settings)
-    record.refuse_changed(stopped_run, format=record.template_sha256(fmt))
+    record.refuse_changed(stopped_run, settings.force, format=record.template_sha256(fmt))
     data.encode(tokenizer, fmt, settings, limit)
     show_masks(data, tokenizer, settings.show_mask)
     if settings.dry_run:
@@ -77,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     with experiment.record_outcome():
         trainer = prepare_training(settings, experiment, data, fmt, tokenizer, loaded, model, console)
         if not train(trainer, experiment, checkpoint):
-            return 130
+            return trainer.stop_callback.exit_status
         if distributed.rank() == 0:
             from finetune.runs.saving import save_final_model
 
@@ -108,13 +116,39 @@ def find_stopped_run(settings: Settings) -> tuple[Settings, Experiment | None, P
             check_writable(settings.experiments_dir, make=False)
             check_free(settings.experiments_dir, settings.name)
         return settings, None, None
+    if settings.resume == "auto":
+        settings.resume = auto_target(settings)
+        if settings.resume is None:
+            return find_stopped_run(settings)
+        settings.given.discard("name")  # it has named the folder, which may have been renamed since
     run, checkpoint = find_resumable(settings.resume, settings.experiments_dir)
-    settings = resumed(settings, run.config["flags"], str(run.folder))
+    settings = resumed(settings, run.config["flags"], str(run.folder), record.changed_versions(run))
     settings.revision = run.config.get("base_model_revision") or settings.revision
     if not settings.dry_run:
         distributed.lock_run(run.folder)
     log.info("resuming %s at %s", run.folder, checkpoint.name)
     return settings, run, checkpoint
+
+
+def auto_target(settings: Settings) -> str | None:
+    """The folder that `--resume auto` continues: --experiments_dir/--name; None where the run has to start.
+
+    A run that was killed before its first checkpoint starts again; its folder is renamed, as it may hold a log.
+    """
+    if settings.name is None:
+        raise UserError("--resume auto continues the run of --name; add --name")
+    folder = Path(settings.experiments_dir) / settings.name
+    if not (folder / CONFIG).exists():
+        return None
+    if list_checkpoints(folder) or Experiment.open(folder).config.get("status") == "finished":
+        return str(folder)
+    if not settings.dry_run and distributed.rank() == 0:
+        distributed.lock_run(folder)
+        names = (folder.with_name(f"{folder.name}.no_checkpoint_{number}") for number in itertools.count(1))
+        archived = next(path for path in names if not path.exists())
+        folder.rename(archived)
+        log.info("%s has no checkpoint: starting again; its former files are in %s", folder, archived)
+    return None
 
 
 def check_tracker(name: str) -> None:
@@ -235,7 +269,11 @@ def interrupt_on_signals() -> None:
 
     for number in TERMINATION_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, terminate if number == signal.SIGTERM else signal.default_int_handler)
+
+
+def terminate(number: int, frame: object) -> None:
+    raise Terminated
 
 
 def prepare_training(
@@ -262,7 +300,7 @@ def prepare_training(
 
 def train(trainer: SandwichTrainer, experiment: Experiment, checkpoint: Path | None) -> bool:
     """Train, from the checkpoint if there is one; False when a signal or a lost process stopped the run early."""
-    from finetune.training.run import interrupted_at, run_training
+    from finetune.training.run import ending, interrupted_at, run_training
 
     result = run_training(trainer, checkpoint)
     experiment.writes = trainer.args.should_save  # another process writes if the first one was lost
@@ -270,6 +308,7 @@ def train(trainer: SandwichTrainer, experiment: Experiment, checkpoint: Path | N
     experiment.update(steps=trainer.state.global_step, result=result, memory=memory)
     step = interrupted_at(trainer)
     if step is None:
+        experiment.update(ending=ending(trainer))
         return True
     experiment.ended("interrupted")
     flags = ["--resume", str(experiment.folder)] if step else ["--config", str(experiment.folder / CONFIG)]
@@ -280,7 +319,11 @@ def train(trainer: SandwichTrainer, experiment: Experiment, checkpoint: Path | N
 def finish(experiment: Experiment, repository: str | None) -> None:
     """Print the experiment folder and upload the adapter if the user wants it."""
     loss = experiment.config["result"]["final_loss"] or math.nan
-    log.info("finished: loss %.4f in %d steps", loss, experiment.config["steps"])
+    steps, ending = experiment.config["steps"], experiment.config["ending"]
+    log.info(
+        "%s at step %d of %d; adapter of step %d; loss %.4f",
+        ending["reason"], steps, ending["max_steps"], ending["adapter_step"], loss,
+    )  # fmt: skip
     print(experiment.folder)
     if repository:
         from finetune.export.hub import publish

@@ -28,11 +28,15 @@ class UserError(Exception):
     """What is wrong, where (file and row), what to do; shown to the user as one line."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where it is treated like Ctrl-C but for the exit status."""
+
+
 def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
     """Decorate a script's `main`: errors that a user can cause become one `error: …` line on stderr.
 
     UserError, FormatError and system errors of a path: exit status 2. A full disk: 1, so that a sweep tries the run
-    again. Ctrl-C: 130. A closed pipe (`| head`): no message and the status of `main`.
+    again. Ctrl-C: 130; SIGTERM: 143. A closed pipe (`| head`): no message and the status of `main`.
     """
 
     @functools.wraps(main)
@@ -53,9 +57,9 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
         except (UserError, FormatError) as error:
             full = error.__cause__ is not None and no_room(error.__cause__)
             return _report(str(error), code=1 if full else 2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)
-            return 130
+            return 143 if isinstance(error, Terminated) else 130
         except BrokenPipeError:
             _discard_stdout()
             return code

@@ -28,6 +28,8 @@ from finetune.flag_types import (
     text,
 )
 
+log = logging.getLogger("sandwich")
+
 EPILOG = """examples:
   python train_lora.py --model smollm2-135m --dataset data/samples/gennx_train.jsonl --format chatml
   python train_lora.py --model Qwen/Qwen2.5-3B-Instruct --rank 32 --dataset train.jsonl --eval_fraction 0.05
@@ -146,8 +148,11 @@ class Settings:
         None, "YAML or JSON of these flags, or a run's experiment_config.json", group="actions", metavar="FILE",
         action=True)
     resume: str | None = setting(
-        None, "continue a run from its newest checkpoint; without a folder: the newest unfinished run", str,
+        None, "continue a run from its newest checkpoint; without a folder: the newest unfinished run; auto: the run "
+        "of --name if it exists, else start it", str,
         metavar="FOLDER", action=True, optional_value=True)
+    force: bool = setting(
+        False, "resume although flags, data, chat template or package versions differ from the run's", action=True)
     dry_run: bool = setting(False, "check rows, masks, lengths and memory without training", action=True)
     show_mask: int = setting(
         0, "print N rows with the trained tokens in color", nonnegative_int, metavar="N", action=True)
@@ -291,24 +296,33 @@ def checked(where: str, name: str, value: Any) -> Any:
     return converted if flag.many else converted[0]
 
 
-def resumed(settings: Settings, stored: dict[str, Any], folder: str) -> Settings:
+def resumed(
+    settings: Settings, stored: dict[str, Any], folder: str, other_differences: Sequence[str] = ()
+) -> Settings:
     """The stored flags of a run, with the actions and resumable flags of the new command line.
 
-    Raises UserError for another flag that differs from the stored one, and for an invalid stored flag.
+    Raises UserError for an invalid stored flag, and, listing all differences, for another flag that differs from the
+    stored one and for `other_differences`. With --force both become warnings, and the new command line's flags count.
     """
     defaults = {flag.name: flag.default for flag in FLAGS}
     # Another version of this program or an editor may have written them.
     where = f"--resume {folder}: its config"
     known = {name: checked(where, name, value) for name, value in stored.items()}
     values = defaults | without_command_line_only(where, known, settings.given)
+    differences: list[str] = []
     for flag in FLAGS:
         new, old = getattr(settings, flag.name), values[flag.name]
         if flag.action or (flag.resumable and flag.name in settings.given):
             values[flag.name] = new
         elif flag.name in settings.given and new != old:
+            differences.append(f"--{flag.name} {new} differs from the run's {old}")
+            values[flag.name] = new
+    if differences := [*differences, *other_differences]:
+        if not settings.force:
             raise UserError(
-                f"--resume {folder}: --{flag.name} {new} differs from the run's {old}; omit it, or start a new run"
+                f"--resume {folder}: {'; '.join(differences)}; undo this, start a new run, or continue with --force"
             )
+        log.warning("--force: %s", "; ".join(differences))
     return Settings(**values, given=settings.given)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -62,6 +63,28 @@ def test_torchrun_gives_the_curve_of_one_process(rows, tiny_model, single_log, t
     assert_same_curve(log, single_log)
     assert config_of(folder)["status"] == "finished"
     assert (folder / "final_model" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="gloo under torchrun is only tested on Linux")
+@pytest.mark.parametrize("launcher", [(), TORCHRUN])
+def test_two_processes_resume_any_run(launcher, rows, tiny_model, single_log, tmp_path):
+    """A run of one process, and one of two, whose last steps are lost."""
+    flags = [flag for flag in FLAGS if flag not in ("--save_steps", "0")]
+    arguments = launch_command(launcher, "--model", tiny_model, "--dataset", rows, *flags, "--save_steps", 4,
+                     "--max_steps", STEPS, "--experiments_dir", tmp_path, "--name", "run")  # fmt: skip
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "run"
+    shutil.rmtree(folder / f"checkpoint-{STEPS}")
+    shutil.rmtree(folder / "final_model")
+    arguments = launch_command(TORCHRUN, "--resume", folder)
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "resumed from step 4" in result.stderr and "Traceback" not in result.stderr
+    assert ("random numbers (dropout) will differ" in result.stderr) == (not launcher)
+    log = log_rows(folder)
+    assert len(log) == STEPS
+    assert_same_curve(log, single_log)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="gloo under torchrun is only tested on Linux")

@@ -94,7 +94,8 @@ def make_checkpoint(folder):
     folder.mkdir()
     step = folder.name.removeprefix("checkpoint-")
     for name in ("adapter_config.json", "trainer_state.json", COUNTERS):
-        (folder / name).write_text(json.dumps({"global_step": int(step)} if name == "trainer_state.json" else {"a": 1}))
+        content = {"trainer_state.json": {"global_step": int(step)}, COUNTERS: {"tokens_seen": 1}}.get(name, {"a": 1})
+        (folder / name).write_text(json.dumps(content))
     save_file({"a": np.zeros(8, np.float32)}, folder / "adapter_model.safetensors")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         with zipfile.ZipFile(folder / name, "w") as file:

@@ -147,6 +147,16 @@ def test_resumed_run_keeps_its_flags():
         resumed(parse(["--resume", "run", "--rank", "8"]), stored, "run")
 
 
+def test_resume_lists_all_differences(caplog):
+    stored = parse(["--rank", "4", "--dataset", "x.jsonl"]).run_flags()
+    changed = ["--resume", "run", "--rank", "8", "--seed", "9"]
+    with pytest.raises(UserError, match=r"--rank 8 .*4; --seed 9 .*; torch is 3, not the run's 2; .*--force"):
+        resumed(parse(changed), stored, "run", ["torch is 3, not the run's 2"])
+    again = resumed(parse([*changed, "--force"]), stored, "run", ["torch is 3, not the run's 2"])
+    assert (again.rank, again.seed, again.dataset) == (8, 9, ["x.jsonl"])
+    assert "--seed 9 differs" in caplog.text and "torch is 3" in caplog.text
+
+
 def test_datasets_of_a_resumed_run_may_have_moved():
     stored = parse(["--dataset", "x.jsonl", "--eval_dataset", "y.jsonl"]).run_flags()
     moved = ["--resume", "run", "--dataset", "/data/x.jsonl", "--eval_dataset", "/data/y.jsonl"]

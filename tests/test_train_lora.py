@@ -12,6 +12,7 @@ import time
 import pytest
 
 from finetune.runs.run_log import COLUMNS
+from tests import faults
 from tests.helpers import lazy
 from tests.scripts import ROOT
 from tests.training_runs import command, config_of, conversation, log_rows, run, write_rows
@@ -129,13 +130,20 @@ RESUMED = (
 )  # fmt: skip
 
 
-def test_killed_run_resumes_to_the_same_bytes(rows, tiny_model, tmp_path):
+BASES = {
+    "float32": ("--dtype", "float32"), "bfloat16": ("--dtype", "bfloat16"), "4bit": ("--load_in_4bit",),
+    "dequantized": ("--load_in_4bit", "--dequantize_once"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_killed_run_resumes_to_the_same_bytes(base, rows, tiny_model, tmp_path):
     """SIGKILL after a checkpoint, then --resume: adapter bytes and log rows equal those of an undisturbed run.
 
     Dropout, logging every third step and checkpoints every second one need random state, data order and the partial
     log window to be restored.
     """
-    arguments = ("--model", tiny_model, "--dataset", rows, *RESUMED)
+    arguments = ("--model", tiny_model, "--dataset", rows, *RESUMED, *BASES[base])
     complete, killed = tmp_path / "complete", tmp_path / "killed"
     assert run(*arguments, "--experiments_dir", complete).returncode == 0
 
@@ -167,6 +175,8 @@ def test_killed_run_resumes_to_the_same_bytes(rows, tiny_model, tmp_path):
     assert config_of(killed / "run")["status"] == "finished"
     adapters = [(d / "run" / "final_model" / "adapter_model.safetensors").read_bytes() for d in (complete, killed)]
     assert adapters[0] == adapters[1]
+    tensors = safetensors_torch.load(adapters[0])
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.float32"}
     logs = [
         [{k: v for k, v in row.items() if k not in TIMING_COLUMNS} for row in log_rows(folder / "run")]
         for folder in (complete, killed)
@@ -199,8 +209,8 @@ def test_resume_after_the_last_step_only_saves(rows, tiny_model, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, getattr(signal, "SIGHUP", None)]
-)  # Ctrl-C, and a terminal that was closed
+    "number", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)]
+)  # Ctrl-C, a preempted machine, and a terminal that was closed
 def test_signal_saves_a_checkpoint_to_resume_from(rows, tiny_model, tmp_path, number):
     process = subprocess.Popen(
         command("--model", tiny_model, "--dataset", rows, "--format", "chatml", "--batch_size", 1, "--grad_accum", 1,
@@ -215,7 +225,7 @@ def test_signal_saves_a_checkpoint_to_resume_from(rows, tiny_model, tmp_path, nu
         time.sleep(0.05)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == (143 if number == signal.SIGTERM else 130)
     assert f"--resume {tmp_path / 'run'}" in errors
     assert "Traceback" not in errors
     config = config_of(tmp_path / "run")
@@ -223,6 +233,83 @@ def test_signal_saves_a_checkpoint_to_resume_from(rows, tiny_model, tmp_path, nu
     last = int(log_rows(tmp_path / "run")[-1]["step"])
     assert (tmp_path / "run" / f"checkpoint-{last}" / "trainer_state.json").is_file()
     assert config["steps"] == last
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGTERM")
+def test_signal_stops_inside_an_evaluation(rows, tiny_model, tmp_path):
+    """The resumed run evaluates first: its log and adapter are those of an undisturbed run."""
+    held_out = write_rows(tmp_path / "held_out.jsonl", [conversation(number) for number in range(150)])
+    arguments = ("--model", tiny_model, "--dataset", rows, "--eval_dataset", held_out, "--format", "chatml",
+                 "--max_steps", 2, "--eval_steps", 1, "--save_steps", 1, "--load_best", "--lr", "5e-3",
+                 "--name", "run")  # fmt: skip
+    assert run(*arguments, "--experiments_dir", tmp_path / "whole").returncode == 0
+
+    process = subprocess.Popen(
+        command(*arguments, "--experiments_dir", tmp_path / "stopped"), cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, encoding="utf-8",
+    )  # fmt: skip
+    for line in process.stderr:
+        if "step 1 of 2" in line:  # logged before the evaluation
+            break
+    process.send_signal(signal.SIGTERM)
+    errors = process.stderr.read()
+    assert process.wait(timeout=120) == 143, errors
+    assert "stopping the evaluation" in errors and "Traceback" not in errors
+    folder = tmp_path / "stopped" / "run"
+    assert config_of(folder)["status"] == "interrupted"
+    assert [row["eval_loss"] for row in log_rows(folder)] == [""]
+
+    result = run("--resume", folder)
+    assert result.returncode == 0, result.stderr
+    logs = [
+        [{k: v for k, v in row.items() if k not in TIMING_COLUMNS} for row in log_rows(tmp_path / name / "run")]
+        for name in ("whole", "stopped")
+    ]
+    assert logs[0] == logs[1]
+    final = [tmp_path / n / "run" / "final_model" / "adapter_model.safetensors" for n in ("whole", "stopped")]
+    assert final[0].read_bytes() == final[1].read_bytes()
+
+
+def test_resume_auto_starts_then_continues(rows, tiny_model, tmp_path):
+    """Then a planted key in a checkpoint that has no manifest, and a run without a checkpoint."""
+    arguments = ("--model", tiny_model, "--dataset", rows, "--format", "chatml", "--max_steps", 2, "--save_steps", 1,
+                 "--experiments_dir", tmp_path, "--resume", "auto")  # fmt: skip
+    refused(run(*arguments), "--resume auto continues the run of --name")
+    assert run(*arguments, "--name", "run").returncode == 0
+    folder = tmp_path / "run"
+    adapter = (folder / "final_model" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(folder / "checkpoint-2")
+    shutil.rmtree(folder / "final_model")
+    result = run(*arguments, "--name", "run")
+    assert result.returncode == 0, result.stderr
+    assert "resumed from step 1" in result.stderr
+    assert (folder / "final_model" / "adapter_model.safetensors").read_bytes() == adapter
+
+    newest = folder / "checkpoint-2"
+    (newest / "manifest.json").unlink()
+    state = json.loads((newest / "trainer_state.json").read_text())
+    (newest / "trainer_state.json").write_text(json.dumps(state | {"planted": 1}))
+    log = (folder / "training_log.csv").read_bytes()
+    result = run("--resume", folder)
+    refused(result, "checkpoint-2 cannot be loaded", "planted", f"--resume {folder / 'checkpoint-1'}")
+    assert "cannot be verified" in result.stderr
+    assert newest.is_dir() and (folder / "training_log.csv").read_bytes() == log
+
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    result = run(*arguments, "--name", "run")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run.no_checkpoint_1" / "training_log.csv").read_bytes() == log
+    assert (folder / "final_model" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
+def test_random_kills_change_nothing(rows, tiny_model, tmp_path):
+    """The short form of `make faults`."""
+    lines = faults.compare_killed_run(
+        ("--model", tiny_model, "--dataset", rows, *faults.FLAGS), tmp_path, kills=2, seed=3
+    )
+    assert len(lines) == 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has no SIGHUP")
@@ -264,6 +351,7 @@ def test_early_stopping_loads_the_best_checkpoint(rows, tiny_model, tmp_path):
     assert max(losses) < 40
     best = min(losses, key=losses.get)
     assert max(losses) - best >= 4
+    assert f"stopped early at step {max(losses)} of 40; adapter of step {best}" in result.stderr
     final = (tmp_path / "run" / "final_model" / "adapter_model.safetensors").read_bytes()
     assert final == (tmp_path / "run" / f"checkpoint-{best}" / "adapter_model.safetensors").read_bytes()
 
@@ -288,6 +376,14 @@ def test_resume_after_an_early_stop_only_saves(rows, tiny_model, tmp_path):
     assert config_of(folder)["steps"] == stopped
     assert (folder / "training_log.csv").read_bytes() == log
     assert (folder / "final_model" / "adapter_model.safetensors").read_bytes() == adapter
+
+    kept = json.loads((folder / "experiment_config.json").read_text())["ending"]["adapter_step"]
+    best = folder / f"checkpoint-{kept}" / "adapter_model.safetensors"
+    best.write_bytes(best.read_bytes()[:-64] + bytes(64))
+    result = run("--resume", folder)
+    assert result.returncode == 0, result.stderr
+    assert f"checkpoint-{kept}, the best so far, cannot be kept: its adapter_model" in result.stderr
+    assert f"stopped early at step {stopped} of 40; adapter of step {stopped}" in result.stderr
 
 
 def test_resume_refuses_changed_data_early(tmp_path, rows):

@@ -94,7 +94,6 @@ def write_serving_files(job: Job, fmt: Format) -> None:
     run, folder = job.run, job.folder
     (folder / "chat_template.jinja").write_text(served_format(run, fmt).template, encoding="utf-8")
     config = run.experiment.config if run.experiment is not None else {}
-    flags = config.get("flags", {})
     options: dict[str, Any] = {"model": ".", "name": job.name, "max_length": run.max_length()}
     options["trust_remote_code"] = run.trust_remote_code
     if job.mode != "merged":

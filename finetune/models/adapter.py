@@ -51,6 +51,10 @@ def add_lora(
             )
     except ValueError as error:  # PEFT names modules that it has no LoRA for
         raise UserError(f"--target_modules {' '.join(target_modules)}: {one_line(error)}") from error
+    # In bfloat16 most updates of a small learning rate would round to nothing, and a resume loads float32.
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "lora_" in name:
+            parameter.data = parameter.data.to(torch.float32)
     if not torch.cuda.is_available():
         fuse_lora_linears(adapted)
     return adapted

@@ -21,6 +21,8 @@ from typing import Any
 
 from finetune.errors import UserError, no_room
 from finetune.files import current_umask, write_text_atomic
+from finetune.runs.manifest import MANIFEST, has_manifest, manifest_mismatch
+from finetune.runs.run_log import counters_fault
 
 log = logging.getLogger("sandwich")
 
@@ -208,10 +210,12 @@ def find_resumable(target: str, experiments_dir: str | Path) -> tuple[Experiment
     if CHECKPOINT.fullmatch(path.name):
         if damage := checkpoint_damage(path):
             raise UserError(f"--resume {target}: {damage}; name another checkpoint, or the run's folder for its newest")
+        warn_unverified(path)
         return _open_trained(path.parent), path
     experiment = _open_trained(path)
     for checkpoint in reversed(experiment.checkpoints()):
         if (damage := checkpoint_damage(checkpoint)) is None:
+            warn_unverified(checkpoint)
             return experiment, checkpoint
         log.warning("skipping %s: %s", checkpoint, damage)
     raise UserError(f"--resume {target}: the run has no complete checkpoint; start again with --config {path / CONFIG}")
@@ -224,8 +228,10 @@ def _open_trained(folder: Path) -> Experiment:
 def checkpoint_damage(checkpoint: Path) -> str | None:
     """Which file of a checkpoint is absent or truncated (a machine went down, a copy was aborted); None if complete.
 
-    Reads headers and archive directories only, no weights.
+    With a manifest every byte is compared to it. Without one (older versions), headers and archive directories only.
     """
+    if mismatch := manifest_mismatch(checkpoint):
+        return mismatch
     from safetensors import SafetensorError, safe_open
 
     states = {path.name for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")}
@@ -251,7 +257,13 @@ def checkpoint_damage(checkpoint: Path) -> str | None:
             return f"its {name} is not complete"
     if f"checkpoint-{step}" != checkpoint.name:
         return f"its trainer_state.json is of step {step}: the folder was renamed"
-    return None
+    return counters_fault(checkpoint / COUNTERS)
+
+
+def warn_unverified(checkpoint: Path) -> None:
+    """One line for a checkpoint of an older version, whose bytes cannot be compared to anything."""
+    if not has_manifest(checkpoint):
+        log.warning("%s has no %s: its files cannot be verified", checkpoint, MANIFEST)
 
 
 def package_versions() -> dict[str, str]:

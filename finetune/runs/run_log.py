@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import sys
 import time
@@ -18,6 +19,7 @@ COLUMNS = (
     "tokens_per_second", "computed_tokens_per_second", "seconds", "peak_memory_gb",
 )  # fmt: skip
 
+PENDING = "pending_evaluation"
 _STEP = re.compile(r"[0-9]{1,15}")
 
 
@@ -38,12 +40,31 @@ class Counters:
     window_seconds: float = 0.0
 
 
+def counters_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint's counters; None if a resumed run can continue from them.
+
+    An absent counter is 0: an older version did not have it.
+    """
+    state = json.loads(path.read_text(encoding="utf-8"))
+    known = asdict(Counters())
+    row = state.pop(PENDING, {})
+    if not isinstance(row, dict) or (row and set(row) != set(COLUMNS)):
+        return f"its {path.name} has {PENDING} = {row!r}, which is not a row of the log"
+    for key, value in state.items():
+        if key not in known:
+            return f"its {path.name} has an unknown key {key!r}"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return f"its {path.name} has {key} = {value!r}, which is not a number"
+    return None
+
+
 @dataclass
 class RunLog:
     """Counts steps and writes rows. path  None: another process of a data-parallel run writes the file."""
 
     path: Path | None
     counters: Counters = field(default_factory=Counters)
+    evaluation_pending: bool = False  # whether the last step's evaluation was stopped, and the next resume repeats it
     _pending: dict[str, Any] | None = None
     _last_clock: float | None = None
 
@@ -53,7 +74,8 @@ class RunLog:
         if self.path is None:
             return
         rows = read_rows(self.path) if resumed_at_step is not None and self.path.exists() else []
-        kept = [row for row in rows if int(row[0]) <= resumed_at_step]
+        pending_step = self._pending["step"] if self._pending else None  # this row will be written again
+        kept = [row for row in rows if int(row[0]) <= resumed_at_step and int(row[0]) != pending_step]
         lines = [",".join(COLUMNS), *(",".join(row) for row in kept)]
         write_text_atomic(self.path, "\n".join(lines) + "\n")
 
@@ -127,10 +149,13 @@ class RunLog:
             csv.writer(file, lineterminator="\n").writerow([row[column] for column in COLUMNS])
 
     def state(self) -> dict[str, Any]:
-        return asdict(self.counters)
+        """What a checkpoint stores; with a stopped evaluation also the row to which it would have added its loss."""
+        return asdict(self.counters) | ({PENDING: self._pending or {}} if self.evaluation_pending else {})
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.counters = Counters(**state)
+        row = state.get(PENDING)
+        self.counters = Counters(**{name: value for name, value in state.items() if name != PENDING})
+        self.evaluation_pending, self._pending = row is not None, dict(row) if row else None
 
 
 @dataclass(frozen=True)

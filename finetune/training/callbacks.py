@@ -90,6 +90,7 @@ class StopCallback(TrainerCallback):
     def __init__(self) -> None:
         self.requested: str | None = None
         self.is_trained = False
+        self.raises: type[Exception] | None = None  # what the first signal raises: set during an evaluation
         self.is_confirmed = distributed.size() == 1
         self._former_handlers: dict[int, Any] = {}
 
@@ -108,7 +109,16 @@ class StopCallback(TrainerCallback):
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
         rest = "saving the adapter" if self.is_trained else "finishing this step, then saving a checkpoint"
+        if self.raises:
+            rest = "stopping the evaluation, then saving a checkpoint"
         log.warning("%s: %s (again to stop at once)", self.requested, rest)
+        if self.raises:
+            raise self.raises
+
+    @property
+    def exit_status(self) -> int:
+        """The exit status of a run that a signal stopped."""
+        return 143 if self.requested == "SIGTERM" else 130
 
     def confirm(self) -> None:
         """All ranks know that one of them was asked to stop."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
     from finetune.models.loading import Loaded
     from formats import Format
+
+
+log = logging.getLogger("sandwich")
 
 
 def template_sha256(fmt: Format) -> str:
@@ -67,13 +71,35 @@ def run_config(
     }
 
 
-def refuse_changed(run: Experiment | None, **fingerprints: str | None) -> None:
-    """UserError when the stopped run, if there is one, began with another `data`, `eval_data` or `format`."""
+def changed_versions(run: Experiment) -> list[str]:
+    """The packages, and Python, whose version is not the one with which the run started."""
+    stored = run.config.get("versions")
+    stored = stored if isinstance(stored, dict) else {}  # an older version of this program did not store them
+    now = package_versions()
+    return [f"{name} is {now[name]}, not the run's {old}" for name, old in stored.items() if now.get(name, old) != old]
+
+
+def refuse_changed(run: Experiment | None, force: bool, **fingerprints: str | None) -> None:
+    """UserError when the stopped run, if there is one, began with another `data`, `eval_data` or `format`.
+
+    With --force a warning.
+    """
     recorded = {"data": "fingerprint", "eval_data": "fingerprint", "format": "template_sha256"}
     names = {"data": "data", "eval_data": "evaluation data", "format": "chat template"}
-    for part, fingerprint in fingerprints.items():
-        if run is not None and (run.config.get(part) or {}).get(recorded[part]) != fingerprint:
-            raise UserError(f"--resume {run.folder}: the {names[part]} changed since; start a new run instead")
+    if run is None:
+        return
+    changed = [
+        names[part]
+        for part, fingerprint in fingerprints.items()
+        if (run.config.get(part) or {}).get(recorded[part]) != fingerprint
+    ]
+    if changed and not force:
+        raise UserError(
+            f"--resume {run.folder}: the {' and the '.join(changed)} changed since; start a new run, or continue with "
+            "--force"
+        )
+    if changed:
+        log.warning("--force: the %s changed since the run started", " and the ".join(changed))
 
 
 def open_experiment(settings: Settings, config: dict[str, Any], stopped_run: Experiment | None) -> Experiment:
@@ -81,6 +107,8 @@ def open_experiment(settings: Settings, config: dict[str, Any], stopped_run: Exp
     is_main = distributed.rank() == 0
     if stopped_run is not None:
         stopped_run.writes = is_main
+        if settings.force:
+            stopped_run.update(**{name: config[name] for name in ("flags", "data", "eval_data", "format", "versions")})
         stopped_run.update(status="running", resumed=[*stopped_run.config.get("resumed", []), config["started"]])
         return stopped_run
     name = settings.name or run_name(

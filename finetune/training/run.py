@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,22 +137,12 @@ def run_training(trainer: SandwichTrainer, checkpoint: Path | None) -> dict[str,
     """
     if checkpoint is not None:
         trainer.run_log.restore(json.loads((checkpoint / COUNTERS).read_text(encoding="utf-8")))
-        if trainer.args.should_save:
-            remove_later_checkpoints(checkpoint)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         trainer.log_callback.stop()
         trainer.run_log.flush()
     return results(trainer)
-
-
-def remove_later_checkpoints(checkpoint: Path) -> None:
-    """Remove the run's checkpoints after this one: their rows are cut from the log, and they will be saved again."""
-    checkpoints = Experiment.open(checkpoint.parent).checkpoints()
-    for path in checkpoints[checkpoints.index(checkpoint) + 1 :]:
-        log.info("removing %s: the run resumes at %s", path.name, checkpoint.name)
-        shutil.rmtree(path)
 
 
 def results(trainer: SandwichTrainer) -> dict[str, Any]:
@@ -181,6 +170,15 @@ def results(trainer: SandwichTrainer) -> dict[str, Any]:
 def interrupted_at(trainer: SandwichTrainer) -> int | None:
     """The step after which a signal or the loss of a process stopped the run; None for a complete run."""
     step = trainer.state.global_step
-    if trainer.lost_a_process or (trainer.stop_callback.requested and step < trainer.state.max_steps):
+    is_complete = step >= trainer.state.max_steps and not trainer.run_log.evaluation_pending
+    if trainer.lost_a_process or (trainer.stop_callback.requested and not is_complete):
         return step
     return None
+
+
+def ending(trainer: SandwichTrainer) -> dict[str, Any]:
+    """Why a run that was not interrupted ended, and which step's weights it keeps."""
+    state = trainer.state
+    kept = state.best_global_step if trainer.args.load_best_model_at_end else None
+    why = "finished" if state.global_step >= state.max_steps else "stopped early"
+    return {"reason": why, "max_steps": state.max_steps, "adapter_step": kept or state.global_step}

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,16 +19,17 @@ from datasets import Dataset  # noqa: E402
 from peft.optimizers import create_loraplus_optimizer  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from transformers import EarlyStoppingCallback  # noqa: E402
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints  # noqa: E402
 from trl import SFTTrainer  # noqa: E402
 
 from finetune import distributed  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
 from finetune.passes.plan import make_row  # noqa: E402
 from finetune.passes.runner import PassRunner  # noqa: E402
-from finetune.runs.experiment import CONFIG, COUNTERS, LOG, Experiment  # noqa: E402
+from finetune.runs.experiment import CONFIG, LOG, Experiment  # noqa: E402
 from finetune.training.callbacks import LogCallback, StopCallback  # noqa: E402
+from finetune.training.checkpoints import CheckpointMixin  # noqa: E402
 from finetune.training.order import StepSampler  # noqa: E402
+from finetune.training.resume import EvaluationStopped, ResumeCallback, unloadable  # noqa: E402
 
 log = logging.getLogger("sandwich")
 # float16's loss scaler skips steps without a finite gradient, so a few in a row are harmless.
@@ -48,7 +46,7 @@ class StepLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-class SandwichTrainer(SFTTrainer):
+class SandwichTrainer(CheckpointMixin, SFTTrainer):
     """Trains on `sequences`. One batch of the loader is one optimizer step.
 
     args.per_device_train_batch_size is batch_size x grad_accum and args.gradient_accumulation_steps is 1: PassRunner
@@ -72,8 +70,11 @@ class SandwichTrainer(SFTTrainer):
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.run_log, self.log_callback, self.stop_callback = log_callback.run_log, log_callback, StopCallback()
         self.lost_a_process = False
+        self.checkpoint: Path | None = None  # from which `train` resumes
+        self.is_loaded = False  # whether it has loaded, and training has begun
         self._is_checked = False
         self._nonfinite_steps = 0  # in a row
+        adapter = {n: p.data for n, p in kwargs["model"].named_parameters() if p.requires_grad}
         super().__init__(
             # TRL requires a Dataset; its rows are only indices into `sequences`.
             train_dataset=Dataset.from_dict({"row": range(len(sequences))}),
@@ -81,9 +82,14 @@ class SandwichTrainer(SFTTrainer):
             data_collator=lambda rows: {"rows": [row["row"] for row in rows]},
             **kwargs,
         )
+        # TRL casts the adapter of a 4-bit base to bfloat16 (1.15.0), in which most small updates round to nothing.
+        for name, parameter in kwargs["model"].named_parameters():
+            if name in adapter:
+                parameter.data = adapter[name]
         self.folder = Path(self.args.output_dir or "")
         self.add_callback(log_callback)
         self.add_callback(self.stop_callback)
+        self.add_callback(ResumeCallback(self))
         pad_token_id = getattr(self.processing_class, "pad_token_id", None) or 0
         self.runner = PassRunner(self.model, tokens_per_pass, share_prefix, pad_token_id)
         self.runner.autocast = self.accelerator.autocast
@@ -174,20 +180,27 @@ class SandwichTrainer(SFTTrainer):
             for callback in self.callback_handler.callbacks
             if isinstance(callback, EarlyStoppingCallback)
         )
-        if self.state.global_step >= self.state.max_steps or stopped_early:
+        if self.state.global_step >= self.state.max_steps or stopped_early or self.control.should_training_stop:
             self._locate_best_checkpoint()
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; when another process of the run is lost, save the last complete step and stop."""
+        """Train; when another process of the run is lost, save the last complete step and stop.
+
+        UserError when the checkpoint does not load; nothing is changed then.
+        """
         if self.args.should_save:
             distributed.wait_for_lock(self.folder)
+        checkpoint = kwargs.get("resume_from_checkpoint")
+        self.checkpoint, self.is_loaded = Path(checkpoint) if checkpoint else None, False
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
             if not distributed.is_lost(error):
+                if self.checkpoint is not None and not self.is_loaded and (fault := unloadable(self.checkpoint, error)):
+                    raise fault from error
                 raise
             self.lost_a_process = True
             if self._should_finish_run():
@@ -223,7 +236,16 @@ class SandwichTrainer(SFTTrainer):
         # Neighbors in this order share the longest prefixes; the sum does not depend on the order.
         rows.sort(key=lambda row: row.input_ids.tobytes())
         size = max(self.args.per_device_train_batch_size, EVAL_ROWS_PER_RUN)
-        loss_sum = sum(self.runner.run(rows[i : i + size], 1.0).loss_sum for i in range(0, len(rows), size))
+        # Every rank takes part in the same number of checks for a signal.
+        share = math.ceil(len(self.eval_sequences) / distributed.size())
+        loss_sum = 0.0
+        with self._stoppable():
+            for i in range(0, share, size):
+                if sum(distributed.totals([self.stop_callback.requested is not None])):
+                    self.stop_callback.confirm()
+                    raise EvaluationStopped
+                if i < len(rows):
+                    loss_sum += self.runner.run(rows[i : i + size], 1.0).loss_sum
         loss_sum, positions = distributed.totals([loss_sum, sum(len(row.positions) for row in rows)])
         self.runner.model.train()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / positions}
@@ -234,65 +256,36 @@ class SandwichTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    # --- checkpoints --------------------------------------------------------------------------------------------------
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The card is written once, with the run's numbers, next to the final adapter."""
-
-    # Overridden (transformers 5.17): Trainer writes into checkpoint-N itself, which a killed run leaves incomplete.
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint to a temporary folder and rename it, so that every checkpoint-N is complete."""
-        self.run_log.flush()
-        target = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if target.exists():  # saved before a process was lost in the next step
-            return
-        self._locate_best_checkpoint()
-        temporary = self.folder / ".saving"
-        if self.args.should_save:
-            shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
-        self._wait_for_everyone()
+    @contextlib.contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """In a run of one process a signal raises EvaluationStopped at once; several have to agree on it first."""
+        self.stop_callback.raises = EvaluationStopped if distributed.size() == 1 else None
         try:
-            # Without best_global_step Trainer neither looks for the best checkpoint in the temporary folder nor waits
-            # there for all ranks.
-            with patched(self.args, "output_dir", str(temporary)), patched(self.state, "best_global_step", None):
-                super()._save_checkpoint(model, trial)
-            self._wait_for_everyone()
-            if self.args.should_save:
-                saved = temporary / target.name
-                self.state.save_to_json(str(saved / "trainer_state.json"))
-                (saved / COUNTERS).write_text(json.dumps(self.run_log.state()), encoding="utf-8")
-                # A pickle that nothing here reads: the flags are in experiment_config.json.
-                (saved / "training_args.bin").unlink(missing_ok=True)
-                os.replace(saved, target)
-                rotate_checkpoints(
-                    output_dir=str(self.folder),
-                    save_total_limit=self.args.save_total_limit,
-                    best_model_checkpoint=self.state.best_model_checkpoint,
-                    use_mtime=False,
-                )
+            yield
         finally:
-            if self.args.should_save:
-                shutil.rmtree(temporary, ignore_errors=True)
-        self._wait_for_everyone()
-        self.run_log.pause()
+            self.stop_callback.raises = None
 
-    def _wait_for_everyone(self) -> None:
-        if not self.lost_a_process:
-            self.accelerator.wait_for_everyone()
+    # Overridden (transformers 5.17): Trainer would lose an evaluation that a signal stops.
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; a stopped evaluation leaves a checkpoint whose resume evaluates first."""
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self._save_stopped_evaluation()
 
-    def _locate_best_checkpoint(self) -> None:
-        """Point the state to the best checkpoint in this folder: that of a resumed run may name its former place."""
-        if self.state.best_global_step:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(self.folder / name)
+    def _save_stopped_evaluation(self) -> None:
+        log.info("the evaluation at step %d was stopped; --resume repeats it", self.state.global_step)
+        self.run_log.evaluation_pending = True
+        self.control.should_evaluate = self.control.should_save = False  # or the end of an epoch does both again
+        self._save_checkpoint(self.model, None)
+        self.control.should_training_stop = True
 
-
-@contextlib.contextmanager
-def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` is `value` inside the block."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
+    def repeat_stopped_evaluation(self) -> None:
+        """The evaluation that a signal stopped before the checkpoint from which this run resumes."""
+        try:
+            metrics = self._evaluate(None, None)
+        except EvaluationStopped:
+            self.control.should_training_stop = True
+            return
+        self._determine_best_metric(metrics=metrics, trial=None)
+        self.run_log.evaluation_pending = False
