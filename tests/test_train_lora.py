@@ -251,10 +251,11 @@ def test_signal_stops_inside_an_evaluation(rows, tiny_model, tmp_path):
     for line in process.stderr:
         if "step 1 of 2" in line:  # logged before the evaluation
             break
+    time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     errors = process.stderr.read()
     assert process.wait(timeout=120) == 143, errors
-    assert "stopping the evaluation" in errors and "Traceback" not in errors
+    assert "the evaluation at step 1 was stopped" in errors and "Traceback" not in errors
     folder = tmp_path / "stopped" / "run"
     assert config_of(folder)["status"] == "interrupted"
     assert [row["eval_loss"] for row in log_rows(folder)] == [""]
