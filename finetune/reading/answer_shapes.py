@@ -6,7 +6,6 @@ from typing import Any
 
 from finetune.reading.chat_exports import same_messages
 from finetune.reading.columns import Fields, decoded
-from finetune.reading.parts import from_provider_parts, has_provider_parts
 from finetune.reading.provider_messages import (
     from_gemini,
     from_langchain,
@@ -26,7 +25,6 @@ CONVERTERS = (
     (is_gemini, from_gemini),
     (is_langchain, from_langchain),
     (is_pairs, from_pairs),
-    (has_provider_parts, from_provider_parts),
 )
 _ASKING = ("user", "human", "tool", "function", "observation", "ipython", "tool_response", "function_response")
 _ANSWER_FIELDS = ("completion", "ground_truth")
