@@ -70,7 +70,7 @@ class Turns:
 
 
 def end_of_turn(turns: Turns, added: set[str]) -> tuple[str, ...]:
-    """The added tokens that end a turn; empty where no token stands behind a plain answer.
+    """The added tokens that end a turn; empty where no token follows a plain answer.
 
     That is the token behind both a plain answer and a call. Where they end differently, it is the first behind the
     answer and the last behind the call. A token that also stands inside a turn ends nothing.

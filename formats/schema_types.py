@@ -55,7 +55,7 @@ def _refers(schema: Any) -> bool:
 def declared_types(schema: Any, root: Any = None, followed: int = 0) -> set[str]:
     """The types that a parameter's schema allows; empty when it says nothing about them.
 
-    All that stands in one schema must hold, `allOf` included; of `anyOf` and `oneOf`, one option. `$ref` leads into
+    All keywords of one schema must hold, `allOf` included; of `anyOf` and `oneOf`, one option. `$ref` leads into
     `root`, the schema of all parameters.
     """
     if not isinstance(schema, dict) or followed > MAX_REFERENCES:

@@ -507,8 +507,8 @@ def test_unread_second_spelling_is_noted():
     made = normalize_row(chat(both | {"reasoning_content": "One.", "thinking": "Two."}, tools=[LAMP]), notes=notes)
     assert [c["function"]["name"] for c in made["messages"][-1]["tool_calls"]] == ["set_lamp"]
     assert made["messages"][-1]["reasoning_content"] == "One."
-    assert notes["function_call not read: tool_calls stand beside it"] == 1
-    assert notes["thinking not read: another reasoning stands beside it"] == 1
+    assert notes["function_call not read: the message has tool_calls"] == 1
+    assert notes["thinking not read: the message has another reasoning"] == 1
 
 
 def test_nonempty_one_of_two_spellings_is_read():

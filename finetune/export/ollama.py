@@ -129,5 +129,5 @@ def modelfile(fmt: Format, weights: str, *, context: int | None = None) -> str:
 
 
 def stop_strings(fmt: Format) -> list[str]:
-    """Every end of turn, and for a format without control tokens the words that start somebody else's turn."""
+    """Every end of turn, and for a format without control tokens the labels that start the next turn."""
     return [*fmt.end_of_turn, *(fmt.ollama.stop if fmt.ollama else ())]

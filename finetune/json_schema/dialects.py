@@ -113,7 +113,7 @@ def _check_patterns(result: dict[str, Any], path: str, unchecked: list[str]) -> 
             # A property that this pattern allows would count as one too many.
             for key in ("additionalProperties", "unevaluatedProperties"):
                 if key in result:
-                    unchecked.append(f"{path}/{key}: stands beside that pattern")
+                    unchecked.append(f"{path}/{key}: is next to that pattern")
                     del result[key]
             patterns = result["patternProperties"]
 
@@ -148,7 +148,7 @@ def without_invalid_keywords(schema: Any, kind: Any, unchecked: list[str]) -> tu
 
 
 def _is_name(names: list[Any]) -> bool:
-    """Whether the last name is that of a property, whose value is no schema at all."""
+    """Whether the last name is that of a property, whose value is not a schema."""
     return len(names) > 1 and names[-2] in SCHEMA_MAPS and not (len(names) > 2 and names[-3] in SCHEMA_MAPS)
 
 

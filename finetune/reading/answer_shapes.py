@@ -180,7 +180,7 @@ def is_squad(fields: Fields) -> bool:
 
 
 def read_squad(fields: Fields) -> RawConversation:
-    """The first of the accepted answers; the context stands in front of the question."""
+    """The first of the accepted answers; the context comes before the question."""
     answers = decoded(fields["answers"])
     texts = answers["text"] if isinstance(answers, dict) else [answer["text"] for answer in answers]
     if not texts or not isinstance(texts[0], str) or not texts[0].strip():

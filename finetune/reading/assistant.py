@@ -71,7 +71,7 @@ def read_assistant(
         if value and not isinstance(value, str):
             raise RowError(f"{name} is a JSON {json_type(value)}, not text")
         if value and value.strip() and result.setdefault("reasoning_content", value.strip()) != value.strip():
-            notes[f"{name} not read: another reasoning stands beside it"] += 1
+            notes[f"{name} not read: the message has another reasoning"] += 1
     if calls:
         result["tool_calls"] = calls
     return result, read
@@ -124,7 +124,7 @@ def _tool_calls(message: Message, notes: Counter) -> list[dict[str, Any]]:
         return []
     calls, legacy = decode_json(calls, "tool_calls"), decode_json(legacy, "function_call")
     if legacy not in _EMPTY:
-        notes["function_call not read: tool_calls stand beside it" if calls else "function_call -> tool_calls"] += 1
+        notes["function_call not read: the message has tool_calls" if calls else "function_call -> tool_calls"] += 1
         calls = calls or [legacy]
     if not calls:
         return []

@@ -130,7 +130,7 @@ def _conversation(
 
 @contextlib.contextmanager
 def _in_message(number: int, role: str = "") -> Iterator[None]:
-    """Adds the message's number to a RowError, and its role where the reason goes on with a verb."""
+    """Adds the message's number to a RowError, and its role where the reason continues with a verb."""
     try:
         yield
     except RowError as error:
@@ -191,10 +191,10 @@ def _content(content: Any, role: str, notes: Counter) -> str | Parts:
     if role == "tool" and not (isinstance(content, list) and _holds_results(content)):
         text = result_text(content)
         whole = text == as_text(content)
-        notes["content that is no text written as JSON" if whole else "content parts joined"] += 1
+        notes["content other than text written as JSON" if whole else "content parts joined"] += 1
         return text
     if not isinstance(content, (list, dict)):
-        notes["content that is no text written as JSON"] += 1
+        notes["content other than text written as JSON"] += 1
         return as_text(content)
     parts = read_parts(content, notes)
     notes["content parts joined"] += 1

@@ -90,7 +90,7 @@ def _message(kept: Message, parts: list[Part]) -> Message:
     """One message; text behind a call cannot be kept in its place and is refused."""
     kinds = [part.kind for part in parts]
     if "call" in kinds and "text" in kinds[kinds.index("call") :]:
-        raise RowError("a text part stands behind a call; write it in a message of its own")
+        raise RowError("a text part follows a call; write it in a message of its own")
     message = {**kept, "content": "".join(part.value for part in parts if part.kind == "text")}
     reasoning = "\n\n".join(part.value for part in parts if part.kind == "reasoning" and part.value)
     if reasoning:

@@ -136,7 +136,7 @@ def _json_schema(parameters: dict[str, Any], notes: Counter) -> dict[str, Any]:
         }
     translated = _translated(parameters)
     if translated != parameters:
-        notes["tool with foreign type names translated to JSON Schema"] += 1
+        notes["tool with type names of other languages translated to JSON Schema"] += 1
     return translated
 
 

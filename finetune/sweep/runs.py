@@ -118,9 +118,9 @@ def open_sweep(folder: Path, points: list[Point], *, identity: str, argv: list[s
     a data file has changed since the sweep began.
     """
     check_writable(folder)
-    foreign = any(not (path.name == LOGS and path.is_dir()) and path.name[0] != "." for path in folder.iterdir())
+    others = any(not (path.name == LOGS and path.is_dir()) and path.name[0] != "." for path in folder.iterdir())
     path = folder / SWEEP
-    if foreign and not path.exists():
+    if others and not path.exists():
         raise UserError(f"{folder} holds other files and no sweep; choose another --name")
     busy = f"sweep {folder} is being run by another process; wait for it, or start another one with --name"
     lock = acquire_lock(folder / LOCK, busy)
