@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -299,8 +300,9 @@ class FakeHub:
     def create_repo(self, repository, private, exist_ok):
         self.repository = (repository, private)
 
-    def upload_folder(self, folder_path, repo_id):
+    def upload_folder(self, folder_path, repo_id, allow_patterns):
         files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        assert all(any(fnmatchcase(name, pattern) for pattern in allow_patterns) for name in files)
         FakeHub.uploads.append((self.token, self.repository, files))
         return f"https://huggingface.co/{repo_id}"
 
@@ -350,11 +352,13 @@ def test_scores_of_another_adapter_are_omitted(run_folder, tmp_path, capsys):
 def test_token_in_a_file_stops_the_upload(run_folder, tmp_path, capsys, monkeypatch):
     copy = tmp_path / "run"
     shutil.copytree(run_folder, copy, ignore=shutil.ignore_patterns("exports"))
-    (copy / "final_model" / "notes.txt").write_text("key hf_abcdefghij", encoding="utf-8")
+    (copy / "final_model" / "notes.txt").write_text("not published: hf_abcdefghij", encoding="utf-8")
+    template = copy / "final_model" / "chat_template.jinja"
+    template.write_text(f"{template.read_text(encoding='utf-8')}{{# hf_abcdefghij #}}", encoding="utf-8")
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij\n")  # as a secret's file ends
     assert export_lora.main([str(copy), "--to", "hub"]) == 2
     error = capsys.readouterr().err
-    assert "notes.txt contains your Hugging Face token" in error and "hf_abcdefghij" not in error
+    assert "chat_template.jinja contains your Hugging Face token" in error and "hf_abcdefghij" not in error
     assert not (copy / "exports" / "hub").exists()
 
 
