@@ -21,7 +21,7 @@ WRITTEN_FILES = ("README.md", "loss.png", "evaluation.md")
 # Known files of a checkpoint: omitted without a message.
 TRAINING_FILES = (
     "README.md", ".*", "evaluation", "exports", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth",
-    "trainer_state.json", "training_args.bin", "run_state.json", "manifest.json",
+    "trainer_state.json", "training_args.bin", "log_counters.json", "manifest.json",
 )  # fmt: skip
 
 
