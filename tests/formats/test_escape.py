@@ -121,7 +121,7 @@ def test_call_ids_are_escaped_and_still_match():
     made["messages"][1]["tool_calls"][0]["id"] = made["messages"][2]["tool_call_id"] = "a" + CHATML_ATTACK
     messages, _, found = escape_conversation(made["messages"], [], tokenizer, fmt)
     assert messages[1]["tool_calls"][0]["id"] == messages[2]["tool_call_id"] and len(found) == 6
-    (sequence,) = encode(made, tokenizer, fmt).sequences
+    (sequence,) = encode(made, tokenizer, fmt, allow_unreadable_calls=True).sequences
     assert sequence.input_ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 4
 
 
