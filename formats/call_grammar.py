@@ -30,6 +30,11 @@ def source(literal: str) -> str:
     return "".join(_WILDCARDS.get(part) or (r"\s*" if part.isspace() else re.escape(part)) for part in parts)
 
 
+def has_wildcards(literal: str) -> bool:
+    """Whether the literal has parts that differ from call to call."""
+    return any(wildcard in literal for wildcard in _WILDCARDS)
+
+
 class Core(Protocol):
     """Reads one call (or a list of them) at a position."""
 
@@ -72,7 +77,7 @@ class CallGrammar:
                 parsed.tool_calls += calls
             except ValueError as error:
                 parsed.errors.append(call_error(parsed, error))
-                again = opening.search(text, max(found.end(), found.start() + 1)) if self._has_anchor else None
+                again = opening.search(text, max(found.end(), found.start() + 1)) if self.has_anchor else None
                 at = again.start() if again else len(text)
                 kept.append(text[found.start() : at])
         kept.append(text[at:])
@@ -82,13 +87,13 @@ class CallGrammar:
     def _find_opening(
         self, opening: re.Pattern[str], text: str, at: int, tools: list[dict] | None
     ) -> re.Match[str] | None:
-        if self._has_anchor:
+        if self.has_anchor:
             return opening.search(text, at)
         # Without an opening the complete turn must be the call.
         return opening.match(text) if at == 0 and self._starts_call(text, skip_space(text, 0), tools) else None
 
     @property
-    def _has_anchor(self) -> bool:
+    def has_anchor(self) -> bool:
         """Whether the opening has text of its own, so that it can be searched for."""
         return bool(re.sub(f"[{ANY_ID}{ANY_NUMBER}{ANY_NAME}]", "", self.opening).strip())
 

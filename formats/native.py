@@ -8,6 +8,7 @@ from typing import Any
 
 from formats.base import Format, FormatError
 from formats.builtin import mistral
+from formats.call_grammar import has_wildcards
 from formats.derivation import (
     NAMES,
     TEXT,
@@ -131,7 +132,8 @@ def _reader(turns: Turns, ends: tuple[str, ...]) -> Format | None:
     candidates = [fmt for fmt in FORMATS.values() if fmt.read_calls]
     if grammar is not None:
         untyped = getattr(grammar.core, "untyped", False)
-        candidates.append(Format("native", "", (), (), (grammar.opening,), read_calls=grammar, untyped=untyped))
+        markers = (grammar.opening.strip(),) if grammar.has_anchor and not has_wildcards(grammar.opening) else ()
+        candidates.append(Format("native", "", (), (), markers, read_calls=grammar, untyped=untyped))
     written = [(text, probe) for probe in PROBES if (text := turns.text(probe["content"], *probe["calls"]))]
     best = max(candidates, key=lambda fmt: _read_back(fmt, written, ends), default=None)
     return best if best is not None and _read_back(best, written, ends) else None
