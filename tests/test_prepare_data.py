@@ -253,7 +253,7 @@ def test_card_with_names_that_are_hostile_to_yaml(tmp_path):
     lines = card.text.splitlines()
     for name in ("a: b", "@c", "d e", "- f", "---", "{{ g }}", "h \\| i", "&lt;j>"):
         assert sum(line.startswith(f"| `{name}` | ") for line in lines) == 1
-    assert any(line.startswith(f"| {tmp_path}/rows: @x --- y.jsonl | 8 | 8 |") for line in lines)
+    assert any(line.startswith("| rows: @x --- y.jsonl | 8 | 8 |") for line in lines)
 
 
 def test_prepare_imports_no_torch(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -101,8 +102,10 @@ def test_training_says_how_a_named_format_differs(monkeypatch, caplog, name, sai
     from tests import parts
 
     monkeypatch.setattr("finetune.models.loading.load_tokenizer", lambda *_: parts.tokenizer("qwen3"))
-    for check in ("check_feasible", "check_optimizer"):
+    for check in ("check_optimizer", "length_limit"):
         monkeypatch.setattr(f"finetune.training.feasible.{check}", lambda *_: None)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=None))
+    monkeypatch.setattr("finetune.training.feasible.check_feasible", lambda *_: config)
     with caplog.at_level(logging.INFO):
         train_lora.load_format(Settings(format=name))
     assert ("differently from the tokenizer's own template" in caplog.text) is said
