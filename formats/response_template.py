@@ -69,8 +69,9 @@ def start_anchors(fmt: Format, tokenizer: Any) -> list[str]:
         for name, call_id in (("f1", "callid001"), ("f2", "callid002"))
     ]  # fmt: skip
     result = ""
-    if None not in results and fmt.has_tools:
-        result = os.path.commonprefix([text[::-1] for text in results])[::-1]  # noqa: RUF071  texts, not paths
+    texts = [text for text in results if text is not None]
+    if len(texts) == len(results) and fmt.has_tools:
+        result = os.path.commonprefix([text[::-1] for text in texts])[::-1]  # noqa: RUF071  texts, not paths
     anchors = [(tail or "").partition("<think>")[0] for tail in (_tail([user], fmt, tokenizer), result)]
     return list(dict.fromkeys(filter(str.strip, anchors)))
 

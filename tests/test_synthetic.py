@@ -539,7 +539,7 @@ def test_errors_of_a_phrasing_file(tmp_path, change, message):
             "tool f0: its schema cannot be followed .RecursionError",
         ),
         (
-            [{"properties": {"a": {"type": "strng"}}}],
+            [{"properties": {"a": 5}}],
             "tool f0: its parameters are not a valid",
         ),
         ([{"properties": {"r": {"$ref": "#r"}}, "required": ["r"]}], "tool f0: its schema refers to #r, which it does"),

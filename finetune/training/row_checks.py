@@ -31,7 +31,7 @@ def check_rows(loaded: LoadResult, cache_dir: Path) -> None:
 
     The outcome is cached by the fingerprint of the conversations.
     """
-    code = [Path(module.__file__).read_text("utf-8") for module in (checks, json_schema, dialects)]
+    code = [Path(str(module.__file__)).read_text("utf-8") for module in (checks, json_schema, dialects)]
     key = json.dumps([loaded.fingerprint, version("jsonschema"), *code])
     path = cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     try:
