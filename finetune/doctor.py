@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -254,7 +255,10 @@ def token_source() -> str:
 
 
 def _folders(checkup: Checkup) -> None:
-    for name, folder in (("Runs", Path("experiments").resolve()), ("Cache", cache_dir())):
+    folders = {"Runs": Path("experiments").resolve()}
+    with contextlib.suppress(ImportError):  # platformdirs is one of the missing packages
+        folders["Cache"] = cache_dir()
+    for name, folder in folders.items():
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free / 2**30
         try:

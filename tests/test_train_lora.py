@@ -520,7 +520,7 @@ def test_data_without_trained_rows_is_refused(tmp_path):
         (("--model", "smollm2-135m", "--format", "chatml", "--target_modules", "lm_head"), "only next to an adapter"),
         (("--model", "smollm2-135m", "--target_modules", "all-linear", "lm_head"), "all-linear cannot be combined"),
         (("--model", "smollm2-135m", "--format", "chatml", "--last_layers", "500"), "the model has 30 decoder layers"),
-        (("--model", "smollm2-135m", "--format", "chatml", "--rank", "1000000000"), "the widest layer has 1,536"),
+        (("--model", "smollm2-135m", "--format", "chatml", "--rank", "1000000000"), "the widest layer is 1,536"),
         (("--model", "smollm2-135m", "--max_seq_length", "50", "--format", "chatml"), "max_seq_length"),
         (("--model", "smollm2-135m", "--report_to", "trackio"), "trackio"),
         (("--model", "smollm2-135m", "--push_to_hub", "not a repo"), "write OWNER/NAME"),

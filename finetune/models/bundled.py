@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 
 from finetune.errors import UserError
@@ -25,13 +24,9 @@ def cache_dir() -> Path:
     """Folder of converted models and tokenized data: $SANDWICH_CACHE, else in the system's cache folder."""
     if configured := os.environ.get("SANDWICH_CACHE"):
         return Path(configured).expanduser()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return base / "sandwich"
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("sandwich", appauthor=False, opinion=False))
 
 
 def resolve_model(name: str) -> str:
