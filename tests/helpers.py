@@ -7,12 +7,19 @@ from typing import Any
 
 
 class _LazyModule:
-    """Every attribute, `__dict__` included (monkeypatch reads it), is that of the module."""
+    """Every attribute, `__dict__` included (monkeypatch reads it), is that of the module.
+
+    Except those that pytest asks for while it collects tests: they must not import the module.
+    """
 
     def __init__(self, name: str):
         object.__setattr__(self, "_name", name)
 
     def __getattribute__(self, attribute: str) -> Any:
+        if attribute == "__class__":
+            return _LazyModule
+        if attribute in ("_mock_name", "__test__", "__wrapped__"):
+            raise AttributeError(attribute)
         return getattr(importlib.import_module(object.__getattribute__(self, "_name")), attribute)
 
     def __setattr__(self, attribute: str, value: Any) -> None:
