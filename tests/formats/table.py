@@ -47,12 +47,16 @@ def outcome(pair: Pair) -> tuple[Counter, dict[str, list[str]]]:
     return counts, reasons
 
 
-def table() -> tuple[str, int]:
-    """(the page, number of wrong rows)."""
-    lines, details, wrong = [], [], 0
+def table() -> tuple[str, list[str]]:
+    """(the page, what is wrong in which rows)."""
+    lines: list[str] = []
+    details: list[str] = []
+    wrong: list[str] = []
     for pair in PAIRS:
         counts, reasons = outcome(pair)
-        wrong += counts["wrong"]
+        wrong += [
+            f"{pair.format} on {pair.label}: {reason}: {rows}" for reason, rows in reasons.items() if "WRONG" in reason
+        ]
         numbers = " | ".join(str(counts[key]) for key in ("ok", "split", "refused", "wrong"))
         lines.append(f"| {pair.format} | {pair.label} | {numbers} |")
         details.append(f"\n**{pair.format}** on {pair.label}\n")

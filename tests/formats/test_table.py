@@ -17,7 +17,7 @@ def page() -> tuple[str, str]:
 
 def test_table_is_current_and_no_row_is_wrong():
     text, wrong = table()
-    assert wrong == 0
+    assert not wrong
     made = "run: python -m tests.formats.table > docs/formats_table.md; python -m tests.formats.public_table"
     assert page()[0] == text, made
 
