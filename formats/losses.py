@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from formats.base import Format, call_of, place, render_messages, split_reasoning
+from formats.tokens import tokens_of
 
 MAX_CACHED_PROBES = 20_000
 DROPS_TEXT = "the template drops its text"
@@ -87,9 +88,6 @@ def _contains(text: str, content: str) -> bool:
     return stripped in text or json.dumps(stripped, ensure_ascii=False)[1:-1] in text or _bare(content) in _bare(text)
 
 
-_PROBED: dict[tuple, str | None] = {}
-
-
 def lost_in_prompt(messages: list[dict], tools: list[dict], prompt: str, fmt: Format, tokenizer: Any) -> str | None:
     """What a prompt lost of the messages and tools that it is made of, or None.
 
@@ -106,12 +104,13 @@ def lost_in_prompt(messages: list[dict], tools: list[dict], prompt: str, fmt: Fo
     shape = tuple(
         (message["role"], bool(message["content"].strip()), len(message.get("tool_calls", []))) for message in messages
     )
-    key = (fmt.template, tuple(fmt.template_kwargs.items()), shape, bool(tools), tokenizer.__class__)
-    if key not in _PROBED:
-        if len(_PROBED) > MAX_CACHED_PROBES:
-            _PROBED.clear()
-        _PROBED[key] = _probe(messages, tools, fmt, tokenizer)
-    return _PROBED[key]
+    key = (fmt.template, tuple(fmt.template_kwargs.items()), shape, bool(tools))
+    known = tokens_of(tokenizer).probed
+    if key not in known:
+        if len(known) > MAX_CACHED_PROBES:
+            known.clear()
+        known[key] = _probe(messages, tools, fmt, tokenizer)
+    return known[key]
 
 
 def _probe(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from formats.base import Format, render_messages
 from formats.rendering import CachedTools
-from formats.tokens import Tokenized
+from formats.tokens import Tokenized, tokens_of
 
 MAX_CACHED_SKELETONS = 5_000
 _END = (-1, -1, "")  # yielded when all messages have been found
@@ -34,9 +34,6 @@ class Skeleton(NamedTuple):
 
     order: list[int]
     pieces: list[Piece]
-
-
-_SKELETONS: dict[tuple, Skeleton | None] = {}
 
 
 def token_roles(
@@ -142,12 +139,13 @@ def _skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: A
         for message in messages
     )
     schemas = tools.text if isinstance(tools, CachedTools) else json.dumps(tools)
-    key = (fmt.template, str(fmt.template_kwargs), shape, schemas, type(tokenizer))
-    if key not in _SKELETONS:
-        if len(_SKELETONS) > MAX_CACHED_SKELETONS:
-            _SKELETONS.clear()
-        _SKELETONS[key] = _make_skeleton(messages, tools, fmt, tokenizer)
-    return _SKELETONS[key]
+    key = (fmt.template, str(fmt.template_kwargs), shape, schemas)
+    known = tokens_of(tokenizer).skeletons  # of this tokenizer: a template writes its special tokens
+    if key not in known:
+        if len(known) > MAX_CACHED_SKELETONS:
+            known.clear()
+        known[key] = _make_skeleton(messages, tools, fmt, tokenizer)
+    return known[key]
 
 
 def _make_skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any) -> Skeleton | None:

@@ -10,6 +10,7 @@ from tests import parts
 from tests.formats.cases import CLOCK, ROWS, WEATHER, calls, result, row, says, system, user
 from tests.formats.checks import assert_exact, spans
 from tests.formats.pairs import PAIRS
+from tests.formats.public_templates import tokenizer_with
 
 
 def test_ids_and_labels_of_llama3_function():
@@ -209,3 +210,16 @@ def test_white_space_content_does_not_hide_roles(pair):
         assert encoded.reason
         return
     assert_exact(made, encoded, tokenizer, fmt)
+
+
+def test_roles_are_those_of_the_tokenizer():
+    """Two tokenizers of one class with one template write different start tokens."""
+    template = parts.reference_template("llama3_1")
+    made = row(user("t?"), calls(("clock", {"zone": "UTC"})), result("42"), says("42"), tools=(CLOCK,))
+    start_tokens = set()
+    for tokenizer in (tokenizer_with(template), parts.fresh_tokenizer("llama3", template)):
+        fmt = get_format("native", tokenizer)
+        encoded = encode(made, tokenizer, fmt)
+        assert_exact(made, encoded, tokenizer, fmt)
+        start_tokens.add(encoded.sequences[0].text.partition("<|start_header_id|>")[0])
+    assert start_tokens == {"<|endoftext|>", "<|begin_of_text|>"}
