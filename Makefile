@@ -20,7 +20,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Python compiles the imported ones at their first use.
 PIP := $(PY) -m pip install --disable-pip-version-check --no-input --no-compile $$([ -t 1 ] || echo --quiet)
 
-.PHONY: help install install-test demo test test-slow faults lint bench clean
+.PHONY: help install install-test demo test test-slow faults lint bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -91,6 +91,10 @@ lint: install-test  ## style, directions of imports, types
 bench: install  ## the side-by-side measurements in benchmarks/
 	@set -- benchmarks/*.py; [ -e "$$1" ] || { echo "error: benchmarks/ has no script" >&2; exit 2; }; \
 	for script in "$$@"; do echo "== $$script"; $(PY) "$$script"; done
+
+# Neither an environment nor a network is needed: the machine's own python3 with torch and Transformers will do.
+gpu:  ## everything an NVIDIA GPU must show, in nine minutes (OUT=folder; a second start runs what is missing)
+	@python=$(PY); [ -x "$$python" ] || python=python3; $$python benchmarks/gpu.py $(if $(OUT),--out $(OUT)) $(GPU_ARGS)
 
 clean:  ## remove the environment and caches (never experiments/)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis unsloth_compiled_cache

@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--grad_accum", type=int, default=2)
     parser.add_argument("--our_flags", default="", help="more flags of train_lora.py for ours, as one argument")
+    parser.add_argument("--profile", metavar="FILE", help="operations of one more step of `ours`, longest first")
     parser.add_argument("--json", metavar="FILE", help="write all measurements to this file")
     return parser
 
@@ -99,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
                 "steps_file": str(steps_file), "model": folder, "device": device, "dtype": dtype,
                 "load_in_4bit": args.load_in_4bit, "checkpointing": args.checkpointing, "steps": args.steps,
                 "warmup": args.warmup, "batch_size": args.batch_size, "grad_accum": args.grad_accum,
+                "profile": args.profile,
                 "optim": args.optim or ("adamw_8bit" if device == "cuda" else "adamw_torch"),
                 "max_seq_length": max(len(ids) for step in steps for ids, _ in step),
                 "our_flags": args.our_flags.split(), "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())),

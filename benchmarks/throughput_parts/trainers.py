@@ -289,6 +289,8 @@ def ours(name, steps, task, meter, folder) -> dict[str, Any]:
     trainer.add_callback(meter)
     trainer.get_train_dataloader = lambda: _steps_in_order(trainer, [len(step) for step in steps])
     trainer.train()
+    if name == "ours" and task.profile:
+        _profile(trainer, [make_row(*row) for row in steps[-1]], Path(task.profile))
     plans = [trainer.runner.plan([make_row(*row) for row in step]) for step in steps[-task.steps :]]
     return {
         "path": trainer.runner.reason,
@@ -296,6 +298,21 @@ def ours(name, steps, task, meter, folder) -> dict[str, Any]:
         "computed_tokens_per_step": sum(one.input_ids.size for plan in plans for one in plan) / len(plans),
         "passes_per_step": sum(map(len, plans)) / len(plans),
     }
+
+
+def _profile(trainer, rows, path: Path) -> None:
+    """Write the operations of one forward and backward of these rows, those that take longest first."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with profile(activities=activities) as profiler:
+        trainer.runner.run(rows, 1.0, torch.Tensor.backward)
+    trainer.model.zero_grad()
+    by = "self_cuda_time_total" if gpu else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60)
+    path.write_text(table, encoding="utf-8")
 
 
 def _steps_in_order(trainer, sizes: list[int]):

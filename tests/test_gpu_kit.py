@@ -1,0 +1,168 @@
+"""The kit behind `make gpu`, with parts and tests that fail in every way; the GPU itself is not needed."""
+
+import importlib
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.gpu_parts import kit
+from benchmarks.gpu_parts.report import page
+from benchmarks.gpu_parts.schedule import Part, run_parts, write_record
+from finetune import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(name, code, limit=60.0, **more):
+    return Part(name, [sys.executable, "-c", code], limit, **more)
+
+
+def writes(path, value):
+    return f"import pathlib; pathlib.Path({str(path)!r}).write_text({json.dumps(value)!r})"
+
+
+def run(parts, record, folder, seconds=60.0):
+    run_parts(parts, record, lambda one: write_record(one, folder / "gpu.json", page(one)), seconds, folder / "logs")
+    return {name: outcome["status"] for name, outcome in record["parts"].items()}
+
+
+def test_failing_parts_stop_nothing(tmp_path):
+    parts = [
+        python("crash", "import os; print('last words', flush=True); os.abort()"),
+        python("hang", f"{writes(tmp_path / 'half.json', {'tokens': 3})}; import time; time.sleep(600)", 1.0,
+               result=tmp_path / "half.json"),
+        Part("missing", [str(tmp_path / "no_such_program")], 5.0),
+        python("broken", "open('" + str(tmp_path / "broken.json") + "', 'w').write('{')",
+               result=tmp_path / "broken.json"),
+        python("good", writes(tmp_path / "good.json", {"seconds": 2.5}), result=tmp_path / "good.json"),
+    ]  # fmt: skip
+    record = {}
+    assert run(parts, record, tmp_path) == {
+        "crash": "failed", "hang": "time limit", "missing": "failed", "broken": "failed", "good": "done",
+    }  # fmt: skip
+    saved = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert saved["parts"]["hang"]["result"] == {"tokens": 3}  # what it had written before the limit
+    assert saved["parts"]["good"]["result"] == {"seconds": 2.5}
+    text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert "| hang | time limit |" in text and "last words" in text and "- seconds: 2.5" in text
+
+
+def test_second_start_runs_what_is_missing(tmp_path):
+    marker = tmp_path / "runs.txt"
+    count = f"open({str(marker)!r}, 'a').write('x')"
+    repaired = tmp_path / "repaired"
+    later = f"import sys, os; sys.exit(not os.path.exists({str(repaired)!r}))"
+    record = {}
+    parts = [python("once", count), python("later", later)]
+    assert run(parts, record, tmp_path) == {"once": "done", "later": "failed"}
+    repaired.touch()
+    assert run(parts, record, tmp_path) == {"once": "done", "later": "done"}
+    assert marker.read_text() == "x"
+
+
+def test_no_part_starts_after_the_time(tmp_path):
+    record = {}
+    assert run([python("late", "pass")], record, tmp_path, seconds=0) == {"late": "no time left"}
+
+
+def test_parts_of_a_group_run_at_the_same_time(tmp_path):
+    """Each waits for the other's file: one after the other they would end at their limit."""
+
+    def meets(own, other):
+        return (f"import pathlib, time; folder = pathlib.Path({str(tmp_path)!r}); (folder / '{own}').touch()\n"
+                f"while not (folder / '{other}').exists(): time.sleep(0.01)")  # fmt: skip
+
+    parts = [python("a", meets("a", "b"), group="g"), python("b", meets("b", "a"), group="g")]
+    assert run(parts, {}, tmp_path) == {"a": "done", "b": "done"}
+
+
+def test_children_of_a_stopped_part_are_stopped(tmp_path):
+    child = tmp_path / "child"
+    code = (
+        "import subprocess, sys, time, pathlib\n"
+        "one = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"pathlib.Path({str(child)!r}).write_text(str(one.pid)); time.sleep(600)"
+    )
+    run([python("parent", code, 3.0)], {}, tmp_path)
+    state = Path(f"/proc/{child.read_text()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_full_disk_prints_the_record(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from benchmarks.gpu_parts.schedule import write_record\n"
+        "write_record({'parts': {'a': {'status': 'done', 'result': 'x' * 100}}}, Path(sys.argv[2]), 'page')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT), str(tmp_path / "gpu.json")],
+        capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50)),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "cannot write" in done.stdout and "x" * 100 in done.stdout
+    assert not (tmp_path / "gpu.json").exists()
+
+
+def test_every_test_has_an_outcome(tmp_path):
+    """One that hangs and one that kills the process cost themselves only."""
+    (tmp_path / "test_some.py").write_text(
+        "import os, time, pytest\n"
+        "def test_good(): pass\n"
+        "def test_hangs(): time.sleep(600)\n"
+        "def test_bad(): assert 1 == 2\n"
+        "def test_aborts(): os._exit(9)\n"
+        "def test_skipped(): pytest.skip('no GPU')\n",
+        encoding="utf-8",
+    )
+    out = tmp_path / "tests.json"
+    command = [sys.executable, "-m", "benchmarks.gpu_parts.limit_tests", str(tmp_path / "test_some.py"), "--limit", "2",
+               "--json", str(out)]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    outcomes = {entry["test"].split("::")[1]: entry for entry in json.loads(out.read_text(encoding="utf-8"))}
+    assert {name: entry["outcome"] for name, entry in outcomes.items()} == {
+        "test_good": "passed", "test_hangs": "time limit or crash", "test_bad": "failed",
+        "test_aborts": "time limit or crash", "test_skipped": "skipped",
+    }  # fmt: skip
+    assert "assert 1 == 2" in outcomes["test_bad"]["error"]
+
+
+def test_packed_wheels_leave_out_unneeded_files(tmp_path):
+    wheel = tmp_path / "bitsandbytes-1.0-py3-none-any.whl"
+    record = "bitsandbytes-1.0.dist-info/RECORD"
+    files = ("bitsandbytes/lib_cuda118.so", f"bitsandbytes/lib_{kit.CUDA_LIBRARY}.so", "bitsandbytes/__init__.py")
+    with zipfile.ZipFile(wheel, "w") as made:
+        for name in files:
+            made.writestr(name, "data")
+        made.writestr(record, "".join(f"{name},sha256=x,4\n" for name in files))
+    kit._trim(tmp_path, "bitsandbytes", lambda path: path.suffix == ".so" and kit.CUDA_LIBRARY not in path.stem)
+    with zipfile.ZipFile(wheel) as kept:
+        assert kept.namelist() == [files[1], files[2], record]
+        assert kept.read(record).decode() == f"{files[1]},sha256=x,4\n{files[2]},sha256=x,4\n"
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="for machines without a GPU")
+def test_without_a_gpu_is_one_line(tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_every_part_of_the_kit_parses(tmp_path):
+    """Each command's flags are known to the script that it starts."""
+    for part in gpu.parts_for_gpu(tmp_path, "smollm2-135m") + gpu.parts_for_rehearsal(tmp_path, str(tmp_path)):
+        script, *arguments = part.command[1:]
+        if script == "train_lora.py" and arguments != ["--doctor"]:
+            settings.parse(arguments)
+        elif script == "evaluate_lora.py":
+            importlib.import_module("evaluate_lora").build_parser().parse_args(arguments)
+        elif script.startswith("benchmarks/") and script != "benchmarks/memory.py":
+            importlib.import_module(script.removesuffix(".py").replace("/", ".")).build_parser().parse_args(arguments)
