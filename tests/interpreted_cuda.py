@@ -214,7 +214,7 @@ def fake_cuda() -> None:
         METER.peak = METER.live
 
     results = {
-        "is_available": True, "current_device": 0, "device_count": 1, "is_bf16_supported": True,
+        "is_available": True, "current_device": 0, "device_count": 1,
         "get_device_capability": (9, 0), "get_device_properties": properties, "get_device_name": properties.name,
         "mem_get_info": (70 << 30, 80 << 30), "synchronize": None, "empty_cache": None, "_lazy_init": None,
         "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None,
@@ -224,6 +224,8 @@ def fake_cuda() -> None:
         for module in (cuda, cuda.random):
             if hasattr(module, name):
                 setattr(module, name, lambda *args, result=result, **kwargs: result)
+    # Unsloth replaces a function that lacks this argument.
+    cuda.is_bf16_supported = lambda including_emulation=True: True
     cuda.memory_allocated = cuda.memory_reserved = lambda *args: METER.live
     cuda.max_memory_allocated = cuda.max_memory_reserved = lambda *args: METER.peak
     cuda.reset_peak_memory_stats = reset
