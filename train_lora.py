@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from finetune.models.limits import LengthLimit
     from finetune.models.loading import Loaded
+    from finetune.training.call_scores import CallScorer
     from finetune.training.trainer import SandwichTrainer
     from formats import Format
 
@@ -293,9 +294,25 @@ def prepare_training(
         log_to_file(experiment.folder / "training.log")
     groups = tool_sets(data.train.conversations, data.rows.rows) if settings.order == "group_tools" else None
     trainer = make_trainer(settings, experiment, model, tokenizer, data.rows, data.eval_rows, loaded, console, groups)
+    if settings.eval_calls:
+        trainer.call_scorer = call_scorer(settings, experiment, data, fmt, tokenizer)
     if is_main:
         print_run_table(settings, data.rows, data.eval_rows, fmt, experiment=experiment, trainer=trainer)
     return trainer
+
+
+def call_scorer(
+    settings: Settings, experiment: Experiment, data: RunData, fmt: Format, tokenizer: PreTrainedTokenizerBase
+) -> CallScorer:
+    """Scores calls at each evaluation; how many is kept in the run's config, so that a resume scores the same ones."""
+    from finetune.training.call_scores import CallScorer
+
+    return CallScorer(
+        data.held_out, data.eval_rows.rows, tokenizer, fmt, experiment.config["format"]["end_of_turn_ids"],
+        count=settings.eval_calls, budget=settings.eval_calls_budget, seed=settings.seed,
+        longest=data.rows.report["max_seq_length"], chosen=experiment.config.get("scored_calls"),
+        on_chosen=lambda chosen: experiment.update(scored_calls=chosen),
+    )  # fmt: skip
 
 
 def train(trainer: SandwichTrainer, experiment: Experiment, checkpoint: Path | None) -> bool:
@@ -303,6 +320,8 @@ def train(trainer: SandwichTrainer, experiment: Experiment, checkpoint: Path | N
     from finetune.training.run import ending, interrupted_at, run_training
 
     result = run_training(trainer, checkpoint)
+    if trainer.call_scorer:
+        log.info("--eval_calls took %.1f%% of the time", 100 * result["eval_calls_share"])
     experiment.writes = trainer.args.should_save  # another process writes if the first one was lost
     memory = {**experiment.config["memory"], "measured_gb": result["peak_memory_gb"]}
     experiment.update(steps=trainer.state.global_step, result=result, memory=memory)

@@ -130,9 +130,15 @@ class Settings:
     save_steps: int = setting(200, "steps between checkpoints; 0: none", nonnegative_int)
     save_total_limit: int = setting(3, "number of checkpoints to keep", resumable=True)
     eval_steps: int | None = setting(None, "steps between evaluations; default: every epoch")
+    eval_calls: int = setting(
+        0, "at each evaluation, answer N held-out requests and log how many calls are right", nonnegative_int,
+        metavar="N")
+    eval_calls_budget: float = setting(0.1, "fraction of the run's time that --eval_calls may take", fraction)
+    metric_for_best_model: Literal["eval_loss", "eval_tool_name_accuracy", "eval_parameter_accuracy"] = setting(
+        "eval_loss", "what early stopping and --load_best go by; the accuracies need --eval_calls")
     early_stopping_patience: int | None = setting(None, "stop after N evaluations without improvement")
-    early_stopping_threshold: float = setting(0.0, "minimum improvement of eval_loss that counts", nonnegative_float)
-    load_best: bool = setting(False, "load the checkpoint with the lowest eval_loss at the end")
+    early_stopping_threshold: float = setting(0.0, "minimum improvement that counts", nonnegative_float)
+    load_best: bool = setting(False, "load the best evaluated checkpoint at the end")
     report_to: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = setting(
         "none", "also log to a tracker", resumable=True)
 
@@ -169,9 +175,11 @@ class Settings:
             setattr(self, name, int(value) if int(value) == value else value)
         if self.eval_dataset and self.eval_fraction:
             raise UserError("--eval_dataset and --eval_fraction exclude each other; keep one of them")
-        for name in ("early_stopping_patience", "load_best", "eval_steps"):
+        for name in ("early_stopping_patience", "load_best", "eval_steps", "eval_calls"):
             if getattr(self, name) and not self.has_eval:
                 raise UserError(f"--{name} needs evaluation rows; add --eval_dataset or --eval_fraction")
+        if self.metric_for_best_model != "eval_loss" and not self.eval_calls:
+            raise UserError(f"--metric_for_best_model {self.metric_for_best_model} needs --eval_calls N")
         if self.load_best and not self.save_steps:
             raise UserError("--load_best needs checkpoints; --save_steps 0 turns them off")
         if "all-linear" in self.target_modules and len(self.target_modules) > 1:

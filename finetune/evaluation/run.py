@@ -173,7 +173,7 @@ def run_model(
                 "tools": [tool["function"]["name"] for tool in item.tools],
                 "expected_calls": item.expected_calls,
                 "expected_text": item.expected_text,
-                **_judged(item, text, tokenizer, fmt),
+                **judge(item, text, tokenizer, fmt),
                 "latency_s": round(generation.latency_s, 4),
                 "new_tokens": len(generation.input_ids),
                 "finish_reason": generation.finish_reason,
@@ -191,7 +191,7 @@ def run_model(
     scored = []
     for item, key in zip(prompts.items, results.keys, strict=True):
         line = results.lines[key]
-        line |= _judged(item, line["text"], tokenizer, fmt)
+        line |= judge(item, line["text"], tokenizer, fmt)
         scored.append(
             Scored(
                 item, line["content"], line["parsed_calls"], line["verdicts"], line["latency_s"], line["parse_errors"]
@@ -209,7 +209,7 @@ def run_model(
     }
 
 
-def _judged(item: Item, text: str, tokenizer: PreTrainedTokenizerBase, fmt: Format) -> dict[str, Any]:
+def judge(item: Item, text: str, tokenizer: PreTrainedTokenizerBase, fmt: Format) -> dict[str, Any]:
     """The parsed answer and the verdicts on it."""
     from formats import unescape
 

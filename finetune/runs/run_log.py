@@ -17,6 +17,7 @@ from finetune.files import write_text_atomic
 COLUMNS = (
     "step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_seen", "trained_tokens",
     "tokens_per_second", "computed_tokens_per_second", "seconds", "peak_memory_gb",
+    "eval_tool_name_accuracy", "eval_parameter_accuracy",
 )  # fmt: skip
 
 PENDING = "pending_evaluation"
@@ -48,7 +49,7 @@ def counters_fault(path: Path) -> str | None:
     state = json.loads(path.read_text(encoding="utf-8"))
     known = asdict(Counters())
     row = state.pop(PENDING, {})
-    if not isinstance(row, dict) or (row and set(row) != set(COLUMNS)):
+    if not isinstance(row, dict) or set(row) - set(COLUMNS):
         return f"its {path.name} has {PENDING} = {row!r}, which is not a row of the log"
     for key, value in state.items():
         if key not in known:
@@ -122,13 +123,13 @@ class RunLog:
         c.window_trained_tokens = c.window_tokens = c.window_computed_tokens = 0
         return self._pending
 
-    def log_eval(self, *, step: int, epoch: float, eval_loss: float) -> None:
-        """Add eval_loss to the row of this step, or make a row of its own when the step was not logged."""
+    def log_eval(self, *, step: int, epoch: float, **values: float) -> None:
+        """Add the `eval_…` values to the row of this step, or make a row of its own when the step was not logged."""
         self.pause()
         if self._pending is None or self._pending["step"] != step:
             self.flush()
             self._pending = self._row(step, epoch)
-        self._pending["eval_loss"] = eval_loss
+        self._pending |= values
 
     def _row(self, step: int, epoch: float) -> dict[str, Any]:
         return dict.fromkeys(COLUMNS, "") | {
@@ -155,7 +156,7 @@ class RunLog:
     def restore(self, state: dict[str, Any]) -> None:
         row = state.get(PENDING)
         self.counters = Counters(**{name: value for name, value in state.items() if name != PENDING})
-        self.evaluation_pending, self._pending = row is not None, dict(row) if row else None
+        self.evaluation_pending, self._pending = row is not None, dict.fromkeys(COLUMNS, "") | row if row else None
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,8 @@ def training_arguments(
         options.update(
             eval_strategy="steps",
             eval_steps=settings.eval_steps or steps_per_epoch,
-            metric_for_best_model="loss",
-            greater_is_better=False,
+            metric_for_best_model=settings.metric_for_best_model,
+            greater_is_better=settings.metric_for_best_model != "eval_loss",
         )
     if settings.save_steps:
         # With --load_best every checkpoint must have been evaluated.
@@ -164,6 +164,7 @@ def results(trainer: SandwichTrainer) -> dict[str, Any]:
         "tokens_per_second": round(counters.tokens_seen / max(counters.seconds, 1e-9), 1),
         "peak_memory_gb": round(peak_memory_gb(), 3),
         "tokens_per_pass": trainer.runner.tokens_per_pass,
+        **({"eval_calls_share": round(trainer.call_scorer.share(), 4)} if trainer.call_scorer else {}),
     }
 
 

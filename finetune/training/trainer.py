@@ -26,6 +26,7 @@ from finetune.errors import UserError  # noqa: E402
 from finetune.passes.plan import make_row  # noqa: E402
 from finetune.passes.runner import PassRunner  # noqa: E402
 from finetune.runs.experiment import CONFIG, LOG, Experiment  # noqa: E402
+from finetune.training.call_scores import CallScorer  # noqa: E402
 from finetune.training.callbacks import LogCallback, StopCallback  # noqa: E402
 from finetune.training.checkpoints import CheckpointMixin  # noqa: E402
 from finetune.training.order import StepSampler  # noqa: E402
@@ -69,6 +70,7 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
         self.sequences, self.eval_sequences, self.groups = sequences, eval_sequences or [], groups
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.run_log, self.log_callback, self.stop_callback = log_callback.run_log, log_callback, StopCallback()
+        self.call_scorer: CallScorer | None = None  # set for --eval_calls
         self.lost_a_process = False
         self.checkpoint: Path | None = None  # from which `train` resumes
         self.is_loaded = False  # whether it has loaded, and training has begun
@@ -246,15 +248,21 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
                     raise EvaluationStopped
                 if i < len(rows):
                     loss_sum += self.runner.run(rows[i : i + size], 1.0).loss_sum
+            self.run_log.pause()
+            calls = self._score_calls()
         loss_sum, positions = distributed.totals([loss_sum, sum(len(row.positions) for row in rows)])
         self.runner.model.train()
-        metrics = {f"{metric_key_prefix}_loss": loss_sum / positions}
-        self.run_log.log_eval(
-            step=self.state.global_step, epoch=self.state.epoch or 0.0, eval_loss=loss_sum / positions
-        )
+        metrics = {"eval_loss": loss_sum / positions, **calls}
+        self.run_log.log_eval(step=self.state.global_step, epoch=self.state.epoch or 0.0, **metrics)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _score_calls(self) -> dict[str, float]:
+        if self.call_scorer is None:
+            return {}
+        with self.runner.autocast():
+            return self.call_scorer.score(self.runner.model, self.run_log.counters.seconds)
 
     @contextlib.contextmanager
     def _stoppable(self) -> Iterator[None]:

@@ -1,0 +1,107 @@
+"""--eval_calls: calls scored at each evaluation of a run, and the checkpoint that is kept by them."""
+
+import json
+
+import pytest
+
+from finetune.errors import UserError
+from finetune.reading.conversations import load_conversations
+from formats import get_format
+from tests import parts
+from tests.helpers import lazy
+from tests.training_runs import config_of, conversation, log_rows, run, write_rows
+
+call_scores = lazy("finetune.training.call_scores")
+generate = lazy("finetune.generation.generate")
+
+
+class Oracle:
+    """Answers in the place of `generate`: the right call, a wrong argument from item `wrong_from` on."""
+
+    def __init__(self, tokenizer, wrong_from):
+        self.tokenizer, self.wrong_from, self.sizes, self.answered = tokenizer, wrong_from, [], 0
+
+    def __call__(self, model, prompts, *, decoding):
+        self.sizes.append(len(prompts))
+        results = []
+        for prompt in prompts:
+            city = self.tokenizer.decode(prompt).rpartition("Weather in ")[2].partition(",")[0]
+            city = city if self.answered < self.wrong_from else "Nowhere"
+            self.answered += 1
+            text = "<tool_call>\n" + json.dumps({"name": "get_weather", "arguments": {"city": city}}) + "\n</tool_call>"
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            results.append(generate.Generation(ids, "stop", 0.1))
+        report = generate.GenerationReport("shared_prefix")
+        report.results = results
+        return report
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    return load_conversations([str(write_rows(tmp_path / "rows.jsonl", map(conversation, range(40))))])
+
+
+def scorer_of(held_out, **options):
+    tokenizer = parts.tokenizer("smollm2")
+    flags = {"count": 40, "budget": 0.1, "seed": 0, "longest": 9000}
+    end = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    return call_scores.CallScorer(
+        held_out, range(len(held_out.conversations)), tokenizer, get_format("chatml", tokenizer), end, **flags | options
+    )
+
+
+def test_accuracies_are_those_of_the_answers(held_out, monkeypatch):
+    monkeypatch.setattr(generate, "generate", Oracle(parts.tokenizer("smollm2"), wrong_from=30))
+    scores = scorer_of(held_out).score(None, seconds=1e9)
+    assert scores == {"eval_tool_name_accuracy": 1.0, "eval_parameter_accuracy": 0.75}
+
+
+def test_budget_decides_at_the_first_evaluation(held_out, monkeypatch):
+    """A second per answer, 10% of 80 seconds: 4 fit; the 8 that would follow do not."""
+    oracle, clock = Oracle(parts.tokenizer("smollm2"), wrong_from=99), [0.0]
+    monkeypatch.setattr(call_scores.time, "monotonic", lambda: clock[0] + oracle.answered)
+    monkeypatch.setattr(generate, "generate", oracle)
+    chosen = []
+    scorer = scorer_of(held_out, on_chosen=chosen.append)
+    scorer.score(None, seconds=80)
+    scorer.score(None, seconds=10_000)  # later evaluations answer the same requests
+    assert (oracle.sizes, chosen) == ([4, 4], [4])
+    clock[0] = 72.0
+    assert scorer.share() == pytest.approx(8 / 80)
+
+
+def test_rows_without_calls_are_refused(tmp_path):
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+    with pytest.raises(UserError, match="no row held out for evaluation has a call"):
+        scorer_of(load_conversations([str(write_rows(tmp_path / "rows.jsonl", [row]))]))
+
+
+def test_run_logs_the_scores(rows, tiny_model, tmp_path):
+    flags = ["--model", tiny_model, "--dataset", rows, "--eval_fraction", "0.25", "--format", "chatml", "--batch_size",
+             2, "--grad_accum", 1, "--eval_steps", 2, "--save_steps", 2, "--experiments_dir", tmp_path,
+             "--eval_calls", 8, "--eval_calls_budget", "0.9", "--metric_for_best_model", "eval_parameter_accuracy",
+             "--load_best"]  # fmt: skip
+    whole = run(*flags, "--max_steps", 4, "--name", "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert "--eval_calls took" in whole.stderr
+    config = config_of(tmp_path / "whole")
+    assert config["scored_calls"] == config["eval_data"]["rows"] > 0  # one call in each row that is held out
+    assert 0 < config["result"]["eval_calls_share"] < 1
+    names = ("step", "eval_loss", "eval_tool_name_accuracy", "eval_parameter_accuracy")
+    values = [[row[name] for name in names] for row in log_rows(tmp_path / "whole")]
+    assert [row[2:] for row in values] == [["", ""], ["0.0", "0.0"], ["", ""], ["0.0", "0.0"]]
+    # No checkpoint answers better than the first evaluated one, so that one is kept.
+    assert config["ending"]["adapter_step"] == 2
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--eval_calls", 4], "--eval_calls needs evaluation rows"),
+        (["--eval_fraction", "0.5", "--metric_for_best_model", "eval_parameter_accuracy"], "needs --eval_calls N"),
+    ],
+)
+def test_flags_that_lack_another_are_refused(flags, message, tiny_model, rows):
+    done = run("--model", tiny_model, "--dataset", rows, *flags)
+    assert done.returncode == 2
+    assert message in done.stderr
