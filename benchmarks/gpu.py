@@ -13,6 +13,7 @@ with wheels is installed beside the environment; no network is needed.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -27,8 +28,10 @@ from benchmarks.gpu_parts.kit import install_wheels, pack, test_model  # noqa: E
 from benchmarks.gpu_parts.report import page  # noqa: E402
 from benchmarks.gpu_parts.schedule import DONE, Part, load_record, run_parts, write_record  # noqa: E402
 from finetune.errors import UserError, one_line_errors  # noqa: E402
+from finetune.files import write_text_atomic  # noqa: E402
 
 TRAIN_ROWS, HELD_OUT = "data/samples/gennx_train.jsonl", "data/samples/gennx_heldout.jsonl"
+ROWS = "rows.jsonl"  # of a rehearsal
 MEMORY_SETTINGS = ("0.5b_4bit_2048", "0.5b_16bit_2048", "1.5b_4bit_512", "1.5b_4bit_2048", "1.5b_16bit_2048",
                    "1.5b_4bit_8192", "8b_4bit_2048", "8b_16bit_2048")  # fmt: skip
 
@@ -101,14 +104,14 @@ def parts_for_gpu(out: Path, model: str) -> list[Part]:
     ]  # fmt: skip
 
 
-def train_flags(model: str) -> list[str]:
-    return ["--model", model, "--dataset", TRAIN_ROWS, "--format", "chatml", "--limit", "64", "--batch_size", "8",
+def train_flags(model: str, rows: str = TRAIN_ROWS) -> list[str]:
+    return ["--model", model, "--dataset", rows, "--format", "chatml", "--limit", "64", "--batch_size", "8",
             "--grad_accum", "1", "--lr", "2e-3", "--seed", "0"]  # fmt: skip
 
 
-def train_command(out: Path, model: str, name: str, *flags: str) -> list[str]:
+def train_command(out: Path, model: str, name: str, *flags: str, rows: str = TRAIN_ROWS) -> list[str]:
     """A short run whose folder continues where it exists, so that a second start of the kit is possible."""
-    return [sys.executable, "train_lora.py", *train_flags(model), "--max_steps", "12", "--experiments_dir",
+    return [sys.executable, "train_lora.py", *train_flags(model, rows), "--max_steps", "12", "--experiments_dir",
             str(out / "runs"), "--name", name, "--resume", "auto", *flags]  # fmt: skip
 
 
@@ -116,15 +119,15 @@ def parts_for_rehearsal(out: Path, model: str) -> list[Part]:
     """The same kinds of parts with a tiny model: Unsloth's CUDA code through Triton's interpreter where it is there."""
     python, interpreter = sys.executable, [sys.executable, "-m", "tests.interpreted_cuda"]
     throughput, tests = out / "throughput_tiny.json", out / "tests.json"
-    short = ["--limit", "4", "--batch_size", "2", "--max_steps", "2"]
+    rows, short = str(out / ROWS), ["--batch_size", "2", "--max_steps", "2"]
     interpreted = [
-        Part(f"train_{name}", [*interpreter, *train_command(out, model, name, *flags, *short)[1:]], 900)
+        Part(f"train_{name}", [*interpreter, *train_command(out, model, name, *flags, *short, rows=rows)[1:]], 900)
         for name, flags in (("16bit_shared", ()), ("16bit_packed", ("--no-share_prefix",)))
     ]
     ranks = [
         Part(f"ranks_{count}", [python, "-m", "benchmarks.gpu_parts.together", "--ranks", ranks, "--out",
-             str(out / "ranks"), "--json", str(out / f"ranks_{count}.json"), "--", *train_flags(model), *short], 300,
-             result=out / f"ranks_{count}.json")
+             str(out / "ranks"), "--json", str(out / f"ranks_{count}.json"), "--", *train_flags(model, rows), *short],
+             300, result=out / f"ranks_{count}.json")
         for count, ranks in ((1, "4"), (2, "4,8"))
     ]  # fmt: skip
     return [
@@ -142,10 +145,28 @@ def parts_for_rehearsal(out: Path, model: str) -> list[Part]:
                                 str(out / "tiny_64.json")], 600, result=out / "tiny_64.json"),
         Part("generation", [python, "benchmarks/generation.py", "--model", model, "--limit", "2", "--max_new_tokens",
                             "4", "--json", str(out / "generation.json")], 600, result=out / "generation.json"),
-        Part("evaluation", [python, "evaluate_lora.py", str(out / "runs" / "16bit_shared"), "--dataset", HELD_OUT,
+        Part("evaluation", [python, "evaluate_lora.py", str(out / "runs" / "16bit_shared"), "--dataset", rows,
                             "--limit", "2", "--max_new_tokens", "4"], 200),
         *ranks,
     ]  # fmt: skip
+
+
+def write_short_rows(path: Path) -> None:
+    """Four rows with one small tool: interpreted kernels take seconds for each hundred tokens."""
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {
+        "a": {"type": "integer"}, "b": {"type": "integer"}}}}}  # fmt: skip
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {number} and {number + 1}?"},
+                {"role": "assistant", "content": "", "tool_calls": [
+                    {"type": "function", "function": {"name": "add", "arguments": {"a": number, "b": number + 1}}}]},
+            ],
+            "tools": [tool],
+        }
+        for number in range(4)
+    ]  # fmt: skip
+    write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 @one_line_errors
@@ -173,6 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     # Inherited by every part.
     os.environ |= {"PYTHONPATH": install_wheels(ROOT / ".whl", out / "site"), "HF_HUB_OFFLINE": "1",
                    "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}  # fmt: skip
+    if args.rehearse:
+        write_short_rows(out / ROWS)
     parts = make_parts(out, test_model(out, tiny=args.rehearse))
     path = out / "gpu.json"
     record = load_record(path)
@@ -198,8 +221,6 @@ def _has_gpu() -> bool:
 
 def _machine() -> dict:
     """Facts of the machine, from a process that ends: this one must not hold the GPU."""
-    import json
-
     code = "import json; from benchmarks.throughput import machine; print(json.dumps(machine()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     smi = shutil.which("nvidia-smi")
