@@ -35,7 +35,7 @@ def run(parts, record, folder, seconds=60.0):
 
 def test_failing_parts_stop_nothing(tmp_path):
     parts = [
-        python("crash", "import os; print('last words', flush=True); os.abort()"),
+        python("crash", "import os; print('final line', flush=True); os.abort()"),
         python("hang", f"{writes(tmp_path / 'half.json', {'tokens': 3})}; import time; time.sleep(600)", 1.0,
                result=tmp_path / "half.json"),
         Part("missing", [str(tmp_path / "no_such_program")], 5.0),
@@ -51,7 +51,7 @@ def test_failing_parts_stop_nothing(tmp_path):
     assert saved["parts"]["hang"]["result"] == {"tokens": 3}  # what it had written before the limit
     assert saved["parts"]["good"]["result"] == {"seconds": 2.5}
     text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
-    assert "| hang | time limit |" in text and "last words" in text and "- seconds: 2.5" in text
+    assert "| hang | time limit |" in text and "final line" in text and "- seconds: 2.5" in text
 
 
 def test_second_start_runs_what_is_missing(tmp_path):

@@ -106,7 +106,7 @@ class CallScorer:
         """[answers with the right tools, with the right arguments too, answers], summed over all processes."""
         from finetune.generation.generate import Decoding, generate
 
-        mine = items[distributed.rank() :: distributed.size()]
+        mine: Sequence[int] = items[distributed.rank() :: distributed.size()]
         right = [0.0] * len(VERDICTS)
         if mine:
             decoding = Decoding(self.stop_ids, self.max_new_tokens)
