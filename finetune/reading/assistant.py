@@ -7,8 +7,10 @@ from typing import Any
 
 from finetune.reading.calls_in_text import call_tag, given_arguments, split_calls
 from finetune.reading.raw_calls import (
+    CALL_KEYS,
     bare_json_calls,
     calls_under_other_keys,
+    plain_call,
     read_channel,
     refuse_hidden_calls,
     same_calls,
@@ -19,7 +21,6 @@ from formats.base import split_reasoning
 
 Message = dict[str, Any]
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_CALL_KEYS = frozenset(("name", "arguments", "parameters", "id", "type", "index", "function"))
 _EMPTY = (None, "", [], {})
 
 
@@ -134,8 +135,7 @@ def _tool_calls(message: Message, notes: Counter) -> list[dict[str, Any]]:
 
 
 def _call(item: Any, notes: Counter) -> dict[str, Any]:
-    if not isinstance(item, dict):
-        raise RowError(f"a tool call is a JSON {json_type(item)}, not an object")
+    item = plain_call(item)
     function = item["function"] if isinstance(item.get("function"), dict) else item
     name = function.get("name")
     if not isinstance(name, str) or not name:
@@ -146,8 +146,8 @@ def _call(item: Any, notes: Counter) -> dict[str, Any]:
         arguments = given_arguments(item) if function is item else given_arguments(function, item)
     except RowError as error:
         raise RowError(f"call of {name}: {error}") from error
-    unread = [key for key, value in {**item, **function}.items() if key not in _CALL_KEYS and value not in _EMPTY]
-    if unread and arguments is None:  # such as LangChain's "args" or Anthropic's "input"
+    unread = [key for key, value in {**item, **function}.items() if key not in CALL_KEYS and value not in _EMPTY]
+    if unread and arguments is None:
         raise RowError(f"call of {name} has no arguments but {', '.join(unread)}; rename it to arguments")
     if marks := [key for key in unread if key in TRAINING_MARKS]:
         raise RowError(f"call of {name} has {marks[0]}; a turn is trained completely or not at all: mark the message")

@@ -26,6 +26,7 @@ _GLAIVE = re.compile(r"""\s*\{\s*"name":\s*"(?P<name>[^"]+)",\s*"arguments":\s*'
 _GLAIVE_END = "<|endoftext|>"  # some conversions of Glaive's set keep it after a call
 _MISTRAL = re.compile(r"(?P<name>[^\s\[\]{}]+)(\[CALL_ID\](?P<id>\w+))?\[ARGS\]")
 _SPACE = re.compile(r"\s*")
+ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # of a raw call: OpenAI, Llama, LangChain, Anthropic
 
 
 def call_tag(text: str) -> str:
@@ -108,7 +109,7 @@ def given_arguments(*holders: dict[str, Any]) -> dict[str, Any] | None:
 
     Raises RowError when they are not a JSON object, or when two of them are not empty and differ.
     """
-    given = [holder[key] for holder in holders for key in ("arguments", "parameters") if holder.get(key) is not None]
+    given = [holder[key] for holder in holders for key in ARGUMENT_KEYS if holder.get(key) is not None]
     found = [read_arguments(value) for value in given]
     filled = [arguments for arguments in found if arguments]
     if any(arguments != filled[0] for arguments in filled):

@@ -16,65 +16,39 @@ Fields = dict[str, Any]  # field name -> value of the column that was matched to
 
 # field -> the columns that are matched to it, in order of preference; case, spaces, `_` and `-` do not count
 FIELDS: dict[str, tuple[str, ...]] = {
-    "messages": (
-        *("messages", "conversations", "conversation", "dialogue", "dialog", "input_messages", "contents"),
-        *("traj", "trajectory", "history", "chat_history", "message_list", "input"),
-    ),
-    "tools": (
-        *("tools", "functions", "function", "tool_defs", "available_tools", "input_tools", "function_description"),
-        *("tool_config", "tool_schemas", "function_definitions"),
-    ),
-    "system": ("system", "system_prompt", "system_message", "system_instruction", "instructions"),
-    "prompt": (
-        *("prompt", "instruction", "instructions", "question", "query", "user_query", "q", "user_message", "human"),
-        *(
-            "user",
-            "질문",
-            "질의",
-            "지시문",
-            "지시",
-            "问题",
-            "問題",
-            "提问",
-            "指令",
-            "質問",
-            "frage",
-            "pregunta",
-            "domanda",
-            "pergunta",
+    name: tuple(names.split())
+    for name, names in {
+        "messages": (
+            "messages conversations conversation dialogue dialog input_messages contents traj trajectory "
+            "history chat_history message_list input"
         ),
-        *("вопрос", "soru", "câu hỏi", "pytanie", "vraag", "سؤال", "प्रश्न", "input", "입력", "输入", "入力"),
-    ),
-    "context": ("input", "context", "입력", "输入", "入力"),
-    "history": ("history",),
-    "completion": (
-        *("completion", "response", "output", "answer", "chosen_response", "chosen", "a", "assistant"),
-        *(
-            "답변",
-            "대답",
-            "응답",
-            "정답",
-            "출력",
-            "回答",
-            "答案",
-            "输出",
-            "出力",
-            "antwort",
-            "respuesta",
-            "réponse",
-            "reponse",
+        "tools": (
+            "tools functions function tool_defs available_tools input_tools function_description tool_config "
+            "tool_schemas function_definitions"
         ),
-        *("risposta", "resposta", "ответ", "cevap", "câu trả lời", "odpowiedź", "antwoord", "جواب", "إجابة", "उत्तर"),
-    ),
-    "answers": ("answers",),
-    "correct_answer": ("correct_answer",),
-    "ground_truth": ("ground_truth", "ground_truths"),
-    "tool": ("tool_used", "selected_tool", "tool_name", "tool"),
-    "parameters": ("parameters", "arguments", "tool_parameters"),
-    "reasoning": ("reasoning",),
-    "chat": ("chat",),
-    "text": ("text",),
-    "turns": ("turns",),
+        "system": "system system_prompt system_message system_instruction instructions",
+        "prompt": (
+            "prompt instruction instructions question query user_query q user_message human user 질문 질의 지시문 "
+            "지시 问题 問題 提问 指令 質問 frage pregunta domanda pergunta вопрос soru câu_hỏi pytanie vraag سؤال प्रश्न "
+            "input 입력 输入 入力"
+        ),
+        "context": "input context 입력 输入 入力",
+        "history": "history",
+        "completion": (
+            "completion response output answer chosen_response chosen a assistant 답변 대답 응답 정답 출력 "
+            "回答 答案 输出 出力 antwort respuesta réponse reponse risposta resposta ответ cevap câu_trả_lời odpowiedź "
+            "antwoord جواب إجابة उत्तर"
+        ),
+        "answers": "answers",
+        "correct_answer": "correct_answer",
+        "ground_truth": "ground_truth ground_truths",
+        "tool": "tool_used selected_tool tool_name tool",
+        "parameters": "parameters arguments tool_parameters",
+        "reasoning": "reasoning",
+        "chat": "chat",
+        "text": "text",
+        "turns": "turns",
+    }.items()
 }
 # Names that are the conversation only if the value is a list of messages; elsewhere they hold other things.
 _ONLY_MESSAGE_LISTS = {
@@ -205,3 +179,15 @@ def no_shape(raw: dict[str, Any]) -> RowError:
             f"prepare_data.py --map {shlex.quote(f'{prompt}=prompt')} --map {shlex.quote(f'{answer}=completion')}"
         )
     return RowError(f"has no messages (its columns: {columns}); {known}, or name the columns with --map COLUMN=FIELD")
+
+
+def refuse_csv_header(source: str, reason: str, row: Any) -> None:
+    """Raise UserError for a CSV file none of whose columns is known: its first line may not be a header."""
+    name = source.lower().removesuffix(".gz")
+    if not name.endswith((".csv", ".tsv")) or not reason.startswith("has no messages (its columns"):
+        return
+    columns = ", ".join(map(repr, row))[:200]
+    raise UserError(
+        f"{source}: its first line is taken as the header and holds {columns}, which are not known columns; add a "
+        "header line such as question,answer, or name the columns with prepare_data.py --map COLUMN=FIELD"
+    )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.reading.columns import refuse_csv_header
 from finetune.reading.load_result import LoadResult, Rejected, SourceRow
 from finetune.reading.normalize import conversations_fingerprint, normalize_row
 from finetune.reading.reading_cache import LazyList, entry_path, load_entry, save_entry
@@ -16,7 +17,6 @@ from finetune.reading.row_files import RowError
 from finetune.reading.row_filter import RowFilter
 from finetune.reading.shapes import describe
 from finetune.reading.sources import Spec, parse_spec, read_rows
-from finetune.reading.unread_columns import refuse_csv_header, with_hint
 
 
 def load_conversations(
@@ -98,7 +98,7 @@ def _read_all(
             try:
                 conversation = normalize_row(raw, column_map=column_map, tools=tools, notes=result.notes)
             except RowError as error:
-                reason = with_hint(str(error), raw)
+                reason = str(error)
                 if strict:
                     refuse_csv_header(source, reason, raw)
                     raise UserError(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.reading.parts import Message, from_provider_parts
 from finetune.reading.row_files import RowError, json_type
-from finetune.reading.text_shapes import as_text
 
+Message = dict[str, Any]
 _LANGCHAIN_ROLES = {
     **{"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"},
     **{"humanmessage": "user", "aimessage": "assistant", "systemmessage": "system", "toolmessage": "tool"},
@@ -58,8 +57,7 @@ def from_langchain(messages: list[Message]) -> list[Message]:
         extra = body.get("additional_kwargs") if isinstance(body.get("additional_kwargs"), dict) else {}
         calls = body.get("tool_calls") or extra.get("tool_calls") or extra.get("function_call")
         if calls:
-            calls = calls if isinstance(calls, list) else [calls]
-            made["tool_calls"] = [_renamed(call) for call in calls]
+            made["tool_calls"] = calls if isinstance(calls, list) else [calls]
             if isinstance(made.get("content"), list):  # Anthropic's parts repeat the calls
                 calling = ("tool_use", "tool_call", "function_call")
                 made["content"] = [
@@ -68,14 +66,7 @@ def from_langchain(messages: list[Message]) -> list[Message]:
         if extra.get("reasoning_content"):
             made.setdefault("reasoning_content", extra["reasoning_content"])
         result.append(made)
-    return from_provider_parts(result)
-
-
-def _renamed(call: Any) -> Any:
-    """A LangChain call with `args` under the name `arguments`."""
-    if not isinstance(call, dict) or "args" not in call or "arguments" in call:
-        return call
-    return {"arguments" if key == "args" else key: value for key, value in call.items()}
+    return result
 
 
 def is_responses(messages: Any) -> bool:
@@ -90,62 +81,23 @@ def is_responses(messages: Any) -> bool:
 
 
 def from_responses(items: list[Message]) -> list[Message]:
-    """Items in order; reasoning, text and calls of the assistant without anything between them are one message."""
+    """Items as messages; those of one assistant turn are joined later, as those of any other API."""
     result: list[Message] = []
     for number, item in enumerate(items, start=1):
-        try:
-            new = _item(item)
-        except RowError as error:
-            raise RowError(f"item {number}: {error}") from error
-        last = result[-1] if result else {}
-        if new is not None and new.get("role") == "assistant" == last.get("role") and _can_join(last, new):
-            _join(last, new)
-        elif new is not None:
-            result.append(new)
+        kind = item.get("type")
+        if kind in (None, "message"):
+            result.append({key: item[key] for key in item if key not in ("type", "id", "status", "phase")})
+        elif kind == "function_call":
+            call = {"id": item.get("call_id"), **{key: item.get(key) for key in ("name", "arguments")}}
+            result.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        elif kind == "function_call_output":
+            result.append({"role": "tool", "content": item.get("output"), "tool_call_id": item.get("call_id")})
+        elif kind == "reasoning":
+            part = {"type": "reasoning", "content": item.get("content") or item.get("summary") or ""}
+            result += [{"role": "assistant", "content": [part]}] if part["content"] else []
+        else:
+            raise RowError(f"item {number}: has the type {kind}; {_HOSTED} cannot be trained")
     return result
-
-
-def _item(item: Message) -> Message | None:
-    kind = item.get("type")
-    if kind in (None, "message"):
-        return from_provider_parts([{key: item[key] for key in item if key not in ("type", "id", "status", "phase")}])[
-            0
-        ]
-    if kind == "function_call":
-        call = {"id": item.get("call_id"), "function": {key: item.get(key) for key in ("name", "arguments")}}
-        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", **call}]}
-    if kind == "function_call_output":
-        output = item.get("output")
-        if isinstance(output, list):
-            output = from_provider_parts([{"role": "user", "content": output}])[0]["content"]
-        return {"role": "tool", "content": as_text(output), "tool_call_id": item.get("call_id")}
-    if kind == "reasoning":
-        parts = item.get("content") or item.get("summary") or []
-        if not isinstance(parts, list) or not all(
-            isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts
-        ):
-            raise RowError("the reasoning is not a list of texts")
-        thought = "\n\n".join(part["text"] for part in parts)
-        return {"role": "assistant", "content": "", "reasoning_content": thought} if thought else None
-    raise RowError(f"has the type {kind}; {_HOSTED} cannot be trained")
-
-
-def _can_join(last: Message, new: Message) -> bool:
-    """Calls may follow anything; text only reasoning; reasoning only nothing."""
-    if new.get("reasoning_content"):
-        return set(last) <= {"role", "content", "reasoning_content"} and not last.get("content")
-    return not (new.get("content") and (last.get("tool_calls") or last.get("content")))
-
-
-def _join(last: Message, new: Message) -> None:
-    last["content"] = (last.get("content") or "") or new.get("content") or ""
-    thoughts = [text for text in (last.get("reasoning_content"), new.get("reasoning_content")) if text]
-    if thoughts:
-        last["reasoning_content"] = "\n\n".join(thoughts)
-    calls = [*(last.get("tool_calls") or []), *(new.get("tool_calls") or [])]
-    if calls:
-        last["tool_calls"] = calls
-    last.update({key: new[key] for key in new if key not in last})
 
 
 def is_gemini(messages: Any) -> bool:
@@ -155,7 +107,11 @@ def is_gemini(messages: Any) -> bool:
 
 def from_gemini(messages: list[Message]) -> list[Message]:
     """`{"role": "model", "parts": [...]}`; a message without a role is the user's, or a tool's result."""
-    return from_provider_parts([{**message, "role": message.get("role") or "user"} for message in messages])
+    return [
+        {**{key: message[key] for key in message if key != "parts"}, "role": message.get("role") or "user"}
+        | {"content": message["parts"]}
+        for message in messages
+    ]
 
 
 def pair_keys(messages: Any) -> tuple[str, str] | None:
@@ -189,3 +145,16 @@ def from_pairs(exchanges: list[Message]) -> list[Message]:
         if exchange.get("output_with_loss") is not None:
             result[-1]["train"] = exchange["output_with_loss"]
     return result
+
+
+CONVERTERS = (
+    (is_responses, from_responses),
+    (is_gemini, from_gemini),
+    (is_langchain, from_langchain),
+    (is_pairs, from_pairs),
+)
+
+
+def converted(messages: Any) -> Any:
+    """Messages of any library or API as messages with role and content; others unchanged."""
+    return next((convert(messages) for fits, convert in CONVERTERS if fits(messages)), messages)

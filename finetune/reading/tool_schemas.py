@@ -10,8 +10,7 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.reading.null_padding import without_null_keywords
-from finetune.reading.row_files import RowError, decode_json, json_type
-from finetune.reading.text_shapes import json_stream
+from finetune.reading.row_files import RowError, decode_json, json_stream, json_type
 
 # Type names of Python and of BFCL -> those of JSON Schema.
 _TYPES = {
