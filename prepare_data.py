@@ -96,12 +96,14 @@ def build_parser() -> FlagParser:
     verb = add_verb(encode, "rows to text, input_ids and labels, one line per row", ENCODE_EXAMPLES)
     verb.add_argument("input", metavar="rows.jsonl")
     verb.add_argument("output", metavar="out.jsonl")
+    verb.add_argument("--overwrite", action="store_true", help="replace out.jsonl even if this verb did not write it")
     add_format_flags(verb)
     add_reading_flags(verb)
 
     add = add_verb(parse, "generated texts to content and calls, one line per row", PARSE_EXAMPLES).add_argument
     add("input", metavar="texts.jsonl")
     add("output", metavar="out.jsonl")
+    add("--overwrite", action="store_true", help="replace out.jsonl even if this verb did not write it")
     add("--format", required=True, metavar="F", help="format name or YAML file, or native")
     add("--tokenizer", metavar="DIR_OR_ID", help="only for --format native or auto")
     add("--trust_remote_code", action="store_true", help="run code from the tokenizer's repository")
@@ -243,7 +245,7 @@ def encode(args: argparse.Namespace) -> int:
 
     tokenizer, fmt = load_tokenizer_and_format(args)
     options = reading_options(args) | encoding_options(args)
-    counts = encode_file(args.input, args.output, tokenizer, fmt, **options)
+    counts = encode_file(args.input, args.output, tokenizer, fmt, overwrite=args.overwrite, **options)
     statuses = ", ".join(f"{n} {status}" for status, n in counts.items())
     print(f"{counts.total()} rows: {statuses} -> {args.output}")
     return 0
@@ -257,7 +259,7 @@ def parse(args: argparse.Namespace) -> int:
         raise UserError(f"--format {args.format} needs --tokenizer")
     tokenizer = load_tokenizer(args.tokenizer, trust_remote_code=args.trust_remote_code) if args.tokenizer else None
     fmt, _ = load_format(args.format, tokenizer)
-    counts = parse_file(args.input, args.output, fmt)
+    counts = parse_file(args.input, args.output, fmt, overwrite=args.overwrite)
     print(f"{counts['read']} texts read, {counts['with errors']} with errors, {counts['calls']} calls -> {args.output}")
     return 0
 

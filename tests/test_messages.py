@@ -270,9 +270,22 @@ def test_reasoning_alone_joins_the_message_behind_it():
     assert [m["content"] for m in made] == ["<think>Short.</think>\n\nDone."]
     made = messages(says("", reasoning_content="Short."), says("Done."))
     assert made == [{"role": "assistant", "content": "Done.", "reasoning_content": "Short."}]
-    assert [m["content"] for m in messages(says("Wait."), says("Done."))] == ["Wait.", "Done."]
     made = messages({"role": "tool_call", "content": f"<think>Hall.</think>\n{AS_JSON}"})
     assert [(m["content"], calls(m)) for m in made] == [("<think>Hall.</think>", [HALL])]
+
+
+def test_consecutive_assistant_messages_are_one_turn():
+    assert messages(says("Wait."), says("Done.")) == [says("Wait.\n\nDone.")]
+    made = messages(says("Wait."), says("So.", reasoning_content="Hall."), called(), {"role": "tool", "content": "1"})
+    assert [(m["content"], m.get("reasoning_content")) for m in made] == [("Wait.\n\nSo.", "Hall."), ("1", None)]
+    assert calls(made[0]) == [HALL]
+    made = messages(says("Wait."), says("<think>Hall.</think>\nDone."))
+    assert made == [says("<think>\nHall.\n</think>\n\nWait.\n\nDone.")]
+    assert messages(says("Wait."), says(""), says("Done.")) == [says("Wait.\n\nDone.")]
+    # A turn ends with its calls: text behind them is another message.
+    assert [m["content"] for m in messages(called(), says("Done."))] == ["", "Done."]
+    with pytest.raises(RowError, match=r"messages 2 and 3 are one turn, .* \(train False\)"):
+        messages(says("Wait.", train=False), says("Done."))
 
 
 def test_pieces_of_a_turn_must_have_one_training_mark():

@@ -110,6 +110,18 @@ def test_encode_flags(tmp_path, tokenizer_dir, tokenizer):
     assert second["status"] == "refused" and "<|im_" in second["reason"]
 
 
+def test_only_own_output_is_replaced(tmp_path, capsys):
+    source, target = write_jsonl(tmp_path / "t.jsonl", [{"text": "hello"}]), tmp_path / "out.jsonl"
+    command = ["parse", "--format", "chatml", str(source), str(target)]
+    assert prepare_data.main(command) == prepare_data.main(command) == 0
+    write_jsonl(target, [GOOD["pair"]])
+    assert prepare_data.main(command) == 2
+    assert "add --overwrite" in capsys.readouterr().err
+    assert read(target) == [GOOD["pair"]]
+    assert prepare_data.main([*command, "--overwrite"]) == 0
+    assert [row["content"] for row in read(target)] == ["hello"]
+
+
 def test_parse_writes_one_line_per_row(tmp_path, capsys):
     texts = [
         {"text": 'Sure.\n<tool_call>\n{"name": "f", "arguments": {"a": {"b": [1, 2.50]}}}\n</tool_call><|im_end|>'},

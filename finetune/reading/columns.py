@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.reading.provider_messages import is_pairs
 from finetune.reading.row_files import RowError, decode_json
 
 Fields = dict[str, Any]  # field name -> value of the column that was matched to it
@@ -20,7 +21,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     for name, names in {
         "messages": (
             "messages conversations conversation dialogue dialog input_messages contents traj trajectory "
-            "history chat_history message_list input"
+            "history chat_history message_list input user_input"
         ),
         "tools": (
             "tools functions function tool_defs available_tools input_tools function_description tool_config "
@@ -28,9 +29,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
         ),
         "system": "system system_prompt system_message system_instruction instructions",
         "prompt": (
-            "prompt instruction instructions question query user_query q user_message human user 질문 질의 지시문 "
-            "지시 问题 問題 提问 指令 質問 frage pregunta domanda pergunta вопрос soru câu_hỏi pytanie vraag سؤال प्रश्न "
-            "input 입력 输入 入力"
+            "prompt instruction instructions question query user_query user_input q user_message human user 질문 질의 "
+            "지시문 지시 问题 問題 提问 指令 質問 frage pregunta domanda pergunta вопрос soru câu_hỏi pytanie vraag "
+            "سؤال प्रश्न input 입력 输入 入力"
         ),
         "context": "input context 입력 输入 入力",
         "history": "history",
@@ -41,7 +42,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         ),
         "answers": "answers",
         "correct_answer": "correct_answer",
-        "ground_truth": "ground_truth ground_truths",
+        "ground_truth": "ground_truth ground_truths reference",
         "tool": "tool_used selected_tool tool_name tool",
         "parameters": "parameters arguments tool_parameters",
         "reasoning": "reasoning",
@@ -53,7 +54,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 # Names that are the conversation only if the value is a list of messages; elsewhere they hold other things.
 _ONLY_MESSAGE_LISTS = {
     *("dialogue", "dialog", "inputmessages", "contents", "traj", "trajectory", "history"),
-    *("chathistory", "messagelist", "input"),
+    *("chathistory", "messagelist", "input", "userinput"),
 }
 _ROLE_KEYS = ("role", "from", "type", "parts")
 _VERDICTS = ("label", "kto_tag")  # KTO: whether the answer is a good one
@@ -109,7 +110,9 @@ def _is_usable(raw: dict[str, Any], column: str, name: str) -> bool:
     """Whether a column whose name fits a field also has a value that fits it."""
     key, value = column_key(column), raw[column]
     if name == "messages" and key in _ONLY_MESSAGE_LISTS:
-        return is_message_list(value)
+        return is_message_list(value) or (key not in ("history", "input") and is_pairs(decoded(value)))
+    if name == "ground_truth" and key == "reference":  # RAGAS; elsewhere a source
+        return any(column_key(other) == "userinput" for other in raw)
     if name == "tools" and key == "function":  # tools in BFCL, but a name or a flag in many other sets
         return isinstance(value, list)
     if name == "system" and key == "instructions":  # OpenAI's Responses; elsewhere the request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.reading.row_files import RowError, json_type
+from finetune.reading.row_files import RowError, is_list_of_two, json_type
 
 Message = dict[str, Any]
 _LANGCHAIN_ROLES = {
@@ -114,8 +114,10 @@ def from_gemini(messages: list[Message]) -> list[Message]:
     ]
 
 
-def pair_keys(messages: Any) -> tuple[str, str] | None:
-    """The keys under which each item of a list holds a question and its answer."""
+def pair_keys(messages: Any) -> tuple[Any, Any] | None:
+    """The keys (or for a list of two the indices) under which each item holds a question and its answer."""
+    if is_list_of_two(messages[0] if isinstance(messages, list) and messages else None):
+        return (0, 1) if all(map(is_list_of_two, messages)) else None
     if not _dicts(messages) or any("role" in item or "from" in item for item in messages):
         return None
     return next((pair for pair in _PAIRS if all(pair[1] in item for item in messages) and pair[0] in messages[0]), None)
@@ -127,10 +129,11 @@ def is_pairs(messages: Any) -> bool:
 
 
 def from_pairs(exchanges: list[Message]) -> list[Message]:
-    """`{human, assistant}` of ms-swift, `{system, input, output}` of XTuner and their kind."""
+    """`{human, assistant}` of ms-swift, `{system, input, output}` of XTuner, `["question", "answer"]`."""
     question, answer = pair_keys(exchanges) or _PAIRS[0]
     result: list[Message] = []
     for number, exchange in enumerate(exchanges, start=1):
+        exchange = dict(enumerate(exchange)) if isinstance(exchange, list) else exchange
         unread = exchange.keys() - {"system", question, answer, "output_with_loss"}
         if any(exchange[key] not in (None, "", [], {}) for key in unread):
             raise RowError(

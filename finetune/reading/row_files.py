@@ -112,9 +112,18 @@ def read_json_row(line: bytes) -> dict[str, Any] | Unreadable:
 
 
 def messages_row(row: Any) -> Any:
-    """A row that is a bare list of messages (XTuner) as a row with the column `messages`; others unchanged."""
-    is_list = isinstance(row, list) and row and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in row)
+    """A row that is a bare list of messages (XTuner) or of questions and answers as a row with `messages`."""
+    if not isinstance(row, list) or not row:
+        return row
+    if is_list_of_two(row):
+        return {"messages": [row]}
+    is_list = all(is_list_of_two(m) or (isinstance(m, dict) and ("role" in m or "from" in m)) for m in row)
     return {"messages": row} if is_list else row
+
+
+def is_list_of_two(value: Any) -> bool:
+    """Whether a value is a list of two texts, a question and its answer."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
 def _reason(error: ValueError) -> str:

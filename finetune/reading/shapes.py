@@ -26,7 +26,6 @@ from finetune.reading.chat_exports import (
     is_function_chat_single_call,
     is_open_webui,
     open_webui_messages,
-    reject_session_event,
     reject_single_call,
 )
 from finetune.reading.columns import FIELDS, Fields, decoded, match_columns, no_shape, parse_map, reject_bad_verdict
@@ -67,7 +66,6 @@ class Shape:
 def detect_shape(raw: dict[str, Any], column_map: dict[str, str] | None = None) -> tuple[Shape, Fields, dict[str, str]]:
     """(shape, fields, {column: field} of the columns matched to fields). Raises RowError when no shape matches."""
     reject_bad_verdict(raw)
-    reject_session_event(raw)
     columns = match_columns(raw, column_map)
     fields = {name: raw[column] for column, name in columns.items()}
     for shape in SHAPES:
