@@ -223,7 +223,7 @@ def test_calls_under_other_keys(keys):
     ("keys", "named"),
     [
         ({"toolInvocations": [{"toolName": "set_lamp", "args": {}, "result": 3}]}, "toolInvocations .*has result"),
-        ({"tool_uses": ["set_lamp"]}, "tool_uses .*JSON string"),
+        ({"tool_uses": ["set_lamp"]}, "tool_uses .*not valid JSON"),
         ({"tool_uses": [CALL], "tool_calls": [{"name": "other"}]}, "tool_uses are not those"),
         ({"tool_calls": [CALL | {"train": False}]}, "call of set_lamp has train"),
         ({"metadata": {"called": "set_lamp"}}, "'metadata' .*set_lamp"),

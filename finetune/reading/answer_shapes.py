@@ -6,7 +6,8 @@ from typing import Any
 
 from finetune.reading.chat_exports import same_messages
 from finetune.reading.columns import Fields, decoded
-from finetune.reading.provider_messages import converted, is_gemini, is_responses
+from finetune.reading.provider_messages import converted, is_langchain, is_responses
+from finetune.reading.request_logs import response_answer
 from finetune.reading.row_files import RowError, decode_json
 from finetune.reading.text_shapes import read_speaker_text, text_field
 
@@ -22,20 +23,24 @@ def _role(message: dict[str, Any]) -> Any:
 def answer_field(fields: Fields) -> str | None:
     """The field that answers messages which end with the user or with a tool's result."""
     messages = decoded(fields.get("messages"))
-    last = messages[-1] if isinstance(messages, list) and messages else None
+    try:
+        last = converted(messages[-1:])[-1] if isinstance(messages, list) and messages else None
+    except RowError:
+        last = None
     if not isinstance(last, dict):
         return None
     if is_responses(messages) and isinstance(fields.get("completion"), list):  # the items of one response
         return "completion"
-    asks = _role(last) in (*_ASKING, "function_call_output") or (is_gemini(messages) and last.get("role") is None)
-    return next((name for name in _ANSWER_FIELDS if fields.get(name) not in (None, "")), None) if asks else None
+    return (
+        next((n for n in _ANSWER_FIELDS if fields.get(n) not in (None, "")), None) if _role(last) in _ASKING else None
+    )
 
 
 def read_messages(fields: Fields) -> Any:
     """Messages, and the answer beside them where they end with a question."""
     messages, name = decode_json(fields["messages"], "messages"), answer_field(fields)
     if name is not None:
-        answer = fields[name]
+        answer = response_answer(fields[name])
         if is_responses(messages) and isinstance(answer, list):
             return [*messages, *answer]
         return joined(converted(messages), answer_messages(answer, name))
@@ -44,6 +49,7 @@ def read_messages(fields: Fields) -> Any:
 
 def answer_messages(value: Any, name: str) -> list[Any]:
     """An answer as messages: text, a message, calls, a list of messages, or a list of texts of which the first."""
+    value = response_answer(value)
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         inner = decoded(value)
         value = (
@@ -70,7 +76,7 @@ def answer_messages(value: Any, name: str) -> list[Any]:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and ("role" in value or "from" in value)
+    return isinstance(value, dict) and ("role" in value or "from" in value or is_langchain([value]))
 
 
 def _is_call(value: Any) -> bool:

@@ -21,7 +21,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     for name, names in {
         "messages": (
             "messages conversations conversation dialogue dialog input_messages contents traj trajectory "
-            "history chat_history message_list input user_input"
+            "history chat_history message_list turns input user_input"
         ),
         "tools": (
             "tools functions function tool_defs available_tools input_tools function_description tool_config "
@@ -31,12 +31,13 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "prompt": (
             "prompt instruction instructions question query user_query user_input q user_message human user 질문 질의 "
             "지시문 지시 问题 問題 提问 指令 質問 frage pregunta domanda pergunta вопрос soru câu_hỏi pytanie vraag "
-            "سؤال प्रश्न input 입력 输入 入力"
+            "سؤال प्रश्न problem input 입력 输入 入力 inputs context"
         ),
         "context": "input context 입력 输入 入力",
         "history": "history",
         "completion": (
-            "completion response output answer chosen_response chosen a assistant 답변 대답 응답 정답 출력 "
+            "completion response output outputs answer chosen_response chosen a assistant assistant_message "
+            "best_answer solution ideal expected_output targets choices candidates 답변 대답 응답 정답 출력 "
             "回答 答案 输出 出力 antwort respuesta réponse reponse risposta resposta ответ cevap câu_trả_lời odpowiedź "
             "antwoord جواب إجابة उत्तर"
         ),
@@ -54,16 +55,21 @@ FIELDS: dict[str, tuple[str, ...]] = {
 # Names that are the conversation only if the value is a list of messages; elsewhere they hold other things.
 _ONLY_MESSAGE_LISTS = {
     *("dialogue", "dialog", "inputmessages", "contents", "traj", "trajectory", "history"),
-    *("chathistory", "messagelist", "input", "userinput"),
+    *("chathistory", "messagelist", "turns", "input", "userinput"),
 }
 _ROLE_KEYS = ("role", "from", "type", "parts")
+# Columns of a log whose parts are read as columns of their own, as `request.messages`.
+LOG_REQUESTS = ("request", "requestbody", "inputs", "input", "kwargs", "body", "params", "payload")
+LOG_RESPONSES = ("response", "responsebody", "outputs", "output", "completion", "result")
 _VERDICTS = ("label", "kto_tag")  # KTO: whether the answer is a good one
 
 
 @lru_cache(maxsize=4096)
 def column_key(name: str) -> str:
     """A column's name without case, spaces, `_` and `-`, composed as Unicode's NFKC (macOS decomposes Korean)."""
-    return re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", str(name)).casefold())
+    key = re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", str(name)).casefold())
+    prefix, _, rest = key.rpartition(".")
+    return rest if prefix in LOG_REQUESTS + LOG_RESPONSES else key
 
 
 _CANDIDATES: dict[str, list[tuple[str, int]]] = {}  # column key -> (field, preference)
@@ -117,7 +123,10 @@ def _is_usable(raw: dict[str, Any], column: str, name: str) -> bool:
         return isinstance(value, list)
     if name == "system" and key == "instructions":  # OpenAI's Responses; elsewhere the request
         by_key = {column_key(other): inner for other, inner in raw.items()}
-        return is_message_list(by_key.get("input")) or ("input" in by_key and is_message_list(by_key.get("output")))
+        logged = "." in column or is_message_list(by_key.get("output"))  # request.instructions
+        return is_message_list(by_key.get("input")) or ("input" in by_key and logged)
+    if name == "completion" and key in ("choices", "candidates"):  # of an API's response
+        return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
     if name == "prompt" and key == "user":  # often the id of a user
         return isinstance(value, str) and any(column_key(other) == "assistant" for other in raw)
     return True

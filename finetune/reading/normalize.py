@@ -145,9 +145,10 @@ def _role(message: Any, number: int) -> str:
     if not isinstance(message, dict):
         raise RowError(f"message {number} is a JSON {json_type(message)}, not an object")
     role = _either(message, "role", "from")
-    if not isinstance(role, str) or role.strip().lower() not in ROLES:
+    name = re.sub(r"[\s-]+", "_", role.strip().lower()) if isinstance(role, str) else ""
+    if name not in ROLES:
         raise RowError(f"message {number} has the unknown role {role!r}; known roles: {', '.join(ROLES)}")
-    return ROLES[role.strip().lower()]
+    return ROLES[name]
 
 
 def _raw_content(message: Message) -> Any:

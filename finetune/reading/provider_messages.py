@@ -102,7 +102,7 @@ def from_responses(items: list[Message]) -> list[Message]:
 
 def is_gemini(messages: Any) -> bool:
     """Whether the texts are under `parts`."""
-    return _dicts(messages) and all(isinstance(message.get("parts"), list) for message in messages)
+    return _dicts(messages) and all(isinstance(message.get("parts"), (list, dict)) for message in messages)
 
 
 def from_gemini(messages: list[Message]) -> list[Message]:
@@ -150,11 +150,24 @@ def from_pairs(exchanges: list[Message]) -> list[Message]:
     return result
 
 
+_ROLE_KEYS = frozenset(("system", "user", "human", "assistant", "gpt", "bot", "model"))
+
+
+def is_keyed_by_role(messages: Any) -> bool:
+    """Whether each item is one text under its role, as `{"user": "Hi"}`."""
+    return _dicts(messages) and all(len(item) == 1 and item.keys() <= _ROLE_KEYS for item in messages)
+
+
+def from_keyed_by_role(messages: list[Message]) -> list[Message]:
+    return [{"role": role, "content": text} for message in messages for role, text in message.items()]
+
+
 CONVERTERS = (
     (is_responses, from_responses),
     (is_gemini, from_gemini),
     (is_langchain, from_langchain),
     (is_pairs, from_pairs),
+    (is_keyed_by_role, from_keyed_by_role),
 )
 
 

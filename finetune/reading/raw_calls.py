@@ -33,7 +33,8 @@ def plain_calls(item: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def plain_call(item: Any) -> dict[str, Any]:
-    """A call of any provider with its name and id under OpenAI's keys. Raises RowError."""
+    """A call of any provider with its name and id under OpenAI's keys; it may be JSON text. Raises RowError."""
+    item = decode_json(item, "a tool call", times=2)
     if not isinstance(item, dict):
         raise RowError(f"a tool call is a JSON {json_type(item)}, not an object")
     if isinstance(item.get("function"), dict):

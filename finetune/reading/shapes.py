@@ -31,6 +31,7 @@ from finetune.reading.chat_exports import (
 from finetune.reading.columns import FIELDS, Fields, decoded, match_columns, no_shape, parse_map, reject_bad_verdict
 from finetune.reading.content_parts import has_provider_parts
 from finetune.reading.provider_messages import is_gemini, is_langchain, is_pairs, is_responses
+from finetune.reading.request_logs import flattened
 from finetune.reading.text_shapes import read_glaive, read_speaker_text
 
 __all__ = ["FIELDS", "SHAPES", "Shape", "describe", "detect_shape", "parse_map"]
@@ -66,6 +67,7 @@ class Shape:
 def detect_shape(raw: dict[str, Any], column_map: dict[str, str] | None = None) -> tuple[Shape, Fields, dict[str, str]]:
     """(shape, fields, {column: field} of the columns matched to fields). Raises RowError when no shape matches."""
     reject_bad_verdict(raw)
+    raw = flattened(raw)
     columns = match_columns(raw, column_map)
     fields = {name: raw[column] for column, name in columns.items()}
     for shape in SHAPES:
@@ -77,6 +79,7 @@ def detect_shape(raw: dict[str, Any], column_map: dict[str, str] | None = None) 
 def describe(raw: dict[str, Any], column_map: dict[str, str] | None = None) -> str:
     """`prompt and completion: question -> prompt, answer -> completion; not read: id`."""
     shape, fields, matched = detect_shape(raw, column_map)
+    raw = flattened(raw)
     names = shape.fields_read(fields)
     columns = {column: name for column, name in matched.items() if name in names}
     unread = [column for column in raw if column not in columns and raw[column] is not None]
