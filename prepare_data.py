@@ -23,6 +23,8 @@ EXAMPLES = """examples:
   prepare_data.py audit --tokenizer smollm2-135m --format chatml data/processed
   prepare_data.py generate --tools tools.json --per_tool 32 --output data/generated     rows from tool schemas
 `prepare` is the default verb. Each verb has its own --help.
+Fields of --map: messages, tools, system, prompt, context, history, completion, answers, correct_answer,
+ground_truth, tool, parameters, reasoning, chat, text, turns; COLUMN.KEY reads a part of a column that is an object.
 """
 PREPARE_EXAMPLES = """A source is a .jsonl, .json, .csv, .tsv, .parquet or .arrow file (also .gz), a folder of
 splits, or a Hub dataset.

@@ -14,7 +14,7 @@ from finetune.reading.shapes import SHAPES, describe, detect_shape
 from finetune.reading.system_tools import bracket_calls
 from finetune.reading.tool_schemas import load_tools_file
 from tests.rows import LAMP, WRAPPED, calls
-from tests.shape_rows import EXAMPLES
+from tests.shape_rows import EXAMPLES, VARIANTS
 
 
 def answers(row: dict, **options) -> list[tuple[str, list]]:
@@ -44,6 +44,12 @@ def test_example_of_each_shape(shape):
     else:
         with pytest.raises(RowError, match="one row for each"):
             normalize_row(row)
+
+
+@pytest.mark.parametrize(("writers", "row", "expected", "tools"), VARIANTS, ids=lambda value: str(value)[:20])
+def test_example_of_each_writer(writers, row, expected, tools):
+    assert answers(row) == expected
+    assert [tool["function"]["name"] for tool in normalize_row(row)["tools"]] == tools
 
 
 @pytest.mark.parametrize(
@@ -393,7 +399,7 @@ def test_glaive_without_line_breaks():
         ({"question": [[user("a")], [user("b")]], "path": []}, "multi-turn BFCL rows need their simulator"),
         ({"role": "user", "content": "q"}, "it is one message"),
         ({"gespraech": [user("q"), says("a")]}, "--map gespraech=messages"),
-        ({"log": {"steps": [user("q"), says("a")]}}, "log holds some under steps"),
+        ({"log": {"steps": [user("q"), says("a")]}}, "log holds some under steps; .* --map log.steps=messages"),
         ({"ask me": "what is it", "reply": "it is this"}, "--map 'ask me=prompt' --map reply=completion"),
     ],
 )
@@ -452,6 +458,12 @@ def test_ragas_rows_and_lists_of_two(row, expected):
 def test_reference_is_an_answer_only_in_ragas_rows():
     with pytest.raises(RowError, match="has no messages"):
         normalize_row({"question": "q", "reference": "a book"})
+
+
+def test_part_of_a_column_is_mapped():
+    row = {"log": json.dumps({"steps": [user("q"), says("a")]})}
+    assert answers(row, column_map={"log.steps": "messages"}) == [("a", [])]
+    assert describe(row, {"log.steps": "messages"}) == "messages: log.steps -> messages; not read: log"
 
 
 def test_plain_rows_pass_the_checks():

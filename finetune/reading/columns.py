@@ -151,6 +151,33 @@ def decoded(value: Any) -> Any:
         return value
 
 
+def with_parts(raw: dict[str, Any], column_map: dict[str, str] | None) -> dict[str, Any]:
+    """The row with the parts of its columns that `--map COLUMN.KEY=FIELD` names as columns of their own."""
+    for name in column_map or ():
+        value: Any = raw if "." in name and name not in raw else None
+        for key in name.split("."):
+            value = decoded(value.get(key)) if isinstance(value, dict) else None
+        if value is not None:
+            raw = {**raw, name: value}
+    return raw
+
+
+def tool_columns(raw: dict[str, Any]) -> list[str]:
+    """The columns, and parts of columns (`info.tools`), that hold tool schemas."""
+    values = {name: decoded(value) for name, value in raw.items()}
+    values |= {
+        f"{n}.{key}": decoded(v) for n, value in values.items() if isinstance(value, dict) for key, v in value.items()
+    }
+    return [name for name, value in values.items() if isinstance(value, list) and value and all(map(_is_tool, value))]
+
+
+def _is_tool(value: Any) -> bool:
+    value = decoded(value)
+    value = value["function"] if isinstance(value, dict) and isinstance(value.get("function"), dict) else value
+    schemas = ("parameters", "input_schema", "inputSchema")
+    return isinstance(value, dict) and isinstance(value.get("name"), str) and any(key in value for key in schemas)
+
+
 def reject_bad_verdict(raw: dict[str, Any]) -> None:
     """Raise RowError for a row whose answer is marked as a bad one; only booleans count, a number is a class."""
     for column, value in raw.items():
@@ -174,7 +201,10 @@ def no_shape(raw: dict[str, Any]) -> RowError:
             )
         for key, inner in value.items() if isinstance(value, dict) else ():
             if is_message_list(inner):
-                return RowError(f"has no messages, but {column} holds some under {key}; make {key} a column of its own")
+                part = shlex.quote(f"{column}.{key}=messages")
+                return RowError(
+                    f"has no messages, but {column} holds some under {key}; try prepare_data.py --map {part}"
+                )
     texts = [column for column, value in raw.items() if isinstance(value, str) and " " in value.strip()]
     prompt, answer = [
         next((column for column in raw if name in dict(_CANDIDATES.get(column_key(column), ()))), None)

@@ -147,7 +147,7 @@ def _role(message: Any, number: int) -> str:
     role = _either(message, "role", "from")
     name = re.sub(r"[\s-]+", "_", role.strip().lower()) if isinstance(role, str) else ""
     if name not in ROLES:
-        raise RowError(f"message {number} has the unknown role {role!r}; known roles: {', '.join(ROLES)}")
+        raise RowError(f"message {number} has the unknown role {role!r}; known are system, user, assistant and tool")
     return ROLES[name]
 
 

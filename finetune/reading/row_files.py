@@ -148,9 +148,15 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
             if not line.strip():
                 continue
             row = read_json_row(line.rstrip(b"\r\n"))
-            if first and isinstance(row, Unreadable) and path.is_file() and (rows := _pretty_printed(path)):
-                yield from rows
-                return
+            if first and isinstance(row, Unreadable) and path.is_file():
+                if (rows := _pretty_printed(path)) is not None:
+                    yield from rows
+                    return
+                if line.strip() in (b"{", b"[", b"[{"):
+                    raise UserError(
+                        f"{path}: an object goes over several lines, but the file is not valid JSON; fix it, or write "
+                        "one object a line"
+                    )
             first = False
             yield number, row
 

@@ -28,7 +28,16 @@ from finetune.reading.chat_exports import (
     open_webui_messages,
     reject_single_call,
 )
-from finetune.reading.columns import FIELDS, Fields, decoded, match_columns, no_shape, parse_map, reject_bad_verdict
+from finetune.reading.columns import (
+    FIELDS,
+    Fields,
+    decoded,
+    match_columns,
+    no_shape,
+    parse_map,
+    reject_bad_verdict,
+    with_parts,
+)
 from finetune.reading.content_parts import has_provider_parts
 from finetune.reading.provider_messages import is_gemini, is_langchain, is_pairs, is_responses
 from finetune.reading.request_logs import flattened
@@ -67,7 +76,7 @@ class Shape:
 def detect_shape(raw: dict[str, Any], column_map: dict[str, str] | None = None) -> tuple[Shape, Fields, dict[str, str]]:
     """(shape, fields, {column: field} of the columns matched to fields). Raises RowError when no shape matches."""
     reject_bad_verdict(raw)
-    raw = flattened(raw)
+    raw = flattened(with_parts(raw, column_map))
     columns = match_columns(raw, column_map)
     fields = {name: raw[column] for column, name in columns.items()}
     for shape in SHAPES:
@@ -79,7 +88,7 @@ def detect_shape(raw: dict[str, Any], column_map: dict[str, str] | None = None) 
 def describe(raw: dict[str, Any], column_map: dict[str, str] | None = None) -> str:
     """`prompt and completion: question -> prompt, answer -> completion; not read: id`."""
     shape, fields, matched = detect_shape(raw, column_map)
-    raw = flattened(raw)
+    raw = flattened(with_parts(raw, column_map))
     names = shape.fields_read(fields)
     columns = {column: name for column, name in matched.items() if name in names}
     unread = [column for column in raw if column not in columns and raw[column] is not None]
@@ -116,7 +125,8 @@ SHAPES: tuple[Shape, ...] = (
     Shape(
         "question and answer list",
         "ms-swift, XTuner",
-        "`conversation` with `{human, assistant}`, `{system, input, output}` and the like in each item; `system`",
+        "`conversation` with `{human, assistant}`, `{system, input, output}`, `[question, answer]` and the like in "
+        "each item; `system`",
         guard=_messages(is_pairs),
     ),
     Shape(
@@ -129,16 +139,16 @@ SHAPES: tuple[Shape, ...] = (
     Shape(
         "messages and answer column",
         "LLaMA-Factory, When2Call, FunctionChat-Bench",
-        "`messages` that end with the user or a tool, `tools`; `chosen`, `chosen_response`, `answer`, `completion` or "
-        "`ground_truth`",
+        "`messages` that end with the user or a tool, `tools`; `chosen`, `chosen_response`, `answer`, `completion`, "
+        "`ground_truth`, or an API's response (`choices`, `candidates`)",
         guard=lambda fields: answer_field(fields) is not None,
     ),
     Shape(
         "messages",
         "OpenAI, ShareGPT, Hermes, ToolACE, tau-bench, SWE-agent",
         "`messages` or `conversations` (OpenAI `role`/`content`, ShareGPT `from`/`value`), `tools`, `system`; tools in "
-        "the system text of Hermes, ToolACE and Kimi, ToolACE's `[name(a=1)]` calls and `<tool_response>` tags are "
-        "recognized; `traj`, `history`, or a bare list of messages",
+        "the system text of Hermes, ToolACE, Kimi and Glaive, ToolACE's `[name(a=1)]` calls and `<tool_response>` tags "
+        "are recognized; `traj`, `history`, or a bare list of messages",
     ),
     Shape(
         "FunctionChat dialog",
@@ -224,7 +234,7 @@ SHAPES: tuple[Shape, ...] = (
     Shape(
         "question and ground truth",
         "RAGAS test sets",
-        "`question` or `query`, `ground_truth` (text or a message)",
+        "`question` or `query`, `ground_truth` (text or a message); `user_input`, `reference`",
         needs={"prompt", "ground_truth"},
         read=read_pair,
         used={"context", "history"},
