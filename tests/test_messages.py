@@ -330,6 +330,35 @@ def test_harmony_channels():
             messages(says("print(1)", **keys))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<function=set_lamp>\n<parameter=room>hall</parameter>\n</function>",
+        "<tool_call>set_lamp\n<arg_key>room</arg_key>\n<arg_value>hall</arg_value>\n</tool_call>",
+        "<tool_call>\n<function=set_lamp>\n<parameter=room>\nhall\n</parameter>\n</function>\n</tool_call>",
+        '[set_lamp(room="hall")]',
+    ],
+)
+def test_calls_in_the_notation_of_models(text):
+    (message,) = messages(says(text))
+    assert (message["content"], calls(message)) == ("", [HALL])
+    if not text.startswith("["):
+        (message,) = messages(says(f"Dimming.\n\n{text}"))
+        assert (message["content"], calls(message)) == ("Dimming.", [HALL])
+    for broken in (f"See {text} there", text[:-3], text.replace("set_lamp", "other")):
+        (message,) = messages(says(broken))
+        assert message["content"] == broken or calls(message)[0][0] == "other"
+
+
+@pytest.mark.parametrize(
+    "text", [f"```json\n{AS_JSON}\n```", 'set_lamp\n{"room": "hall"}', f"<think>Hall.</think>\n{AS_JSON}"]
+)
+def test_call_as_text_in_front_of_a_result(text):
+    made = messages(says(text), {"role": "tool", "content": "1"})
+    assert calls(made[0]) == [HALL]
+    assert messages(says(text)) == [says(text)]
+
+
 def test_json_text_in_front_of_a_result_is_a_call():
     made = messages(says(json.dumps([CALL])), {"role": "tool", "content": "1"}, says("Done."))
     assert [m["content"] for m in made] == ["", "1", "Done."] and calls(made[0]) == [HALL]

@@ -9,9 +9,9 @@ import pytest
 
 from finetune.errors import UserError
 from finetune.preparing.checks import check_conversation
+from finetune.reading.bracket_calls import bracket_calls
 from finetune.reading.conversations import RowError, load_conversations, normalize_row
 from finetune.reading.shapes import SHAPES, describe, detect_shape
-from finetune.reading.system_tools import bracket_calls
 from finetune.reading.tool_schemas import load_tools_file
 from tests.rows import LAMP, WRAPPED, calls
 from tests.shape_rows import EXAMPLES, VARIANTS

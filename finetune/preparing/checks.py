@@ -71,8 +71,11 @@ def _problems(conversation: dict[str, Any]) -> Iterator[Problem]:
             yield from _check_call(call["function"], number, schemas)
 
 
-# Opening tags of calls in other formats: Llama 3.1's built-in tools, DeepSeek, gpt-oss, Phi, Command R.
-_CALL_TAGS = ("<|python_tag|>", "<｜tool▁call", "<|channel|>commentary", "<|tool_call|>", "<|START_ACTION|>")
+# Opening tags of calls in other formats: Llama 3.1's built-in tools, DeepSeek, gpt-oss, Phi, Command R, Gemma, Kimi.
+_CALL_TAGS = (
+    *("<|python_tag|>", "<｜tool▁call", "<|channel|>commentary", "<|tool_call|>", "<|START_ACTION|>"),
+    *("<start_function_call>", "<|tool_calls_section_begin|>"),
+)
 
 
 def unread_call(text: str, names: Iterable[str]) -> str:
@@ -85,7 +88,9 @@ def unread_call(text: str, names: Iterable[str]) -> str:
     if not (declared := "|".join(map(re.escape, names))):
         return ""
     found = re.match(rf"\s*\[?\s*(?:{declared})\(", text) or re.search(
-        rf"""["'](?:name|tool|function|action)["']\s*:\s*["'](?:{declared})["']""", text
+        rf"""["'](?:name|tool|function|action)["']\s*:\s*["'](?:{declared})["']|^Action:\s*(?:{declared})\s*$""",
+        text,
+        re.MULTILINE,
     )
     return found[0].strip() if found else ""
 

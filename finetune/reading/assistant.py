@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import Any
 
+from finetune.reading.bracket_calls import bracket_calls
 from finetune.reading.calls_in_text import call_tag, given_arguments, split_calls
 from finetune.reading.raw_calls import (
     CALL_KEYS,
@@ -57,11 +59,17 @@ def read_assistant(
         refuse_hidden_calls(rest, names)
         notes.update(f"not read, key {key[:40]!r} of additional_kwargs" for key in rest if rest[key] not in _EMPTY)
         read.add("additional_kwargs")
+    if not calls and content.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            found = bracket_calls(content, sorted(names, key=len, reverse=True))
+            if found:
+                content, calls = "", [{"type": "function", "function": call} for call in found]
+                notes["bracket calls in the text -> tool_calls"] += 1
     if not calls and call_tag(content):
         content, calls = _tagged_calls(content, tools, names, notes)
     elif not calls and answered:
         thought, rest = split_thought(content)
-        if bare := bare_json_calls(rest):
+        if bare := bare_json_calls(rest, names):
             content, calls = thought, [_call(call, notes) for call in bare]
             notes["call written as JSON in front of a result -> tool_calls"] += 1
     if content != content.strip():

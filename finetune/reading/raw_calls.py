@@ -138,8 +138,20 @@ def read_channel(message: dict[str, Any], content: str, tools: Iterable[str]) ->
     return {"content": content}
 
 
-def bare_json_calls(content: str) -> list[dict[str, Any]]:
-    """The calls of a content that is nothing but JSON of one call or of a list of them (GLM-4); [] for another text."""
+_FENCE = re.compile(r"```(?:json)?\n(.*)\n```", re.DOTALL)
+_NAME_THEN_JSON = re.compile(r"(?P<name>[\w.-]+)\n(?P<arguments>\{.*\})", re.DOTALL)  # GLM-4's chat template
+
+
+def bare_json_calls(content: str, names: set[str]) -> list[dict[str, Any]]:
+    """The calls of a content that is nothing but JSON of one call or of a list of them; [] for another text.
+
+    The JSON may be in a fence; GLM-4 writes a call as the name of a declared tool and a line of arguments.
+    """
+    if match := _FENCE.fullmatch(content):
+        content = match[1].strip()
+    match = _NAME_THEN_JSON.fullmatch(content)
+    if match and match["name"] in names:
+        return [{"name": match["name"], "arguments": match["arguments"]}]
     if content[:1] not in ("{", "["):
         return []
     try:
