@@ -64,7 +64,8 @@ def test_errors(messages, kind):
 
 
 CALLS_IN_OTHER_NOTATIONS = (
-    '<|python_tag|>set_lamp.call(room="hall")', "[set_lamp(room='hall')]", 'set_lamp(room="hall")',
+    '<|python_tag|>set_lamp.call(room="hall")', "[set_lamp('hall')]", 'set_lamp(room="hall")',
+    'Thought: dim.\nAction: set_lamp\nAction Input: {}', "<start_function_call>call:set_lamp{}",
     "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>set_lamp",
     '[{"name": "set_lamp", "arguments": {"room": 1}}]',
     '<|channel|>commentary to=functions.set_lamp <|message|>{"room": "hall"}', "<tool_call>{broken</tool_call>",
@@ -79,7 +80,7 @@ def test_mention_of_a_tool_is_not_a_call(text):
 @pytest.mark.parametrize(
     ("messages", "kind"),
     [
-        ([SAY, SAY], "two assistant messages in a row"),
+        ([call(), SAY], "two assistant messages in a row"),
         ([ASK, SAY], "two user messages in a row"),
         ([SAY, {"role": "system", "content": "x"}, ASK, SAY], "system message in the middle"),
         ([SAY, ASK], "ends without an answer"),
