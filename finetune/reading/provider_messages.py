@@ -12,22 +12,20 @@ _LANGCHAIN_ROLES = {
     **{"humanmessage": "user", "aimessage": "assistant", "systemmessage": "system", "toolmessage": "tool"},
     **{"humanmessagechunk": "user", "aimessagechunk": "assistant", "functionmessage": "tool"},
 }
-_LANGCHAIN_KEYS = ("content", "name", "tool_call_id", "train", "weight", "reasoning_content")
+_LANGCHAIN_KEYS = str.split(
+    "content name tool_call_id train weight reasoning_content tool_calls function_call additional_kwargs"
+)
 _ITEM_TYPES = frozenset(("function_call", "function_call_output", "reasoning", "message"))
 _HOSTED = "a tool that runs on the provider's side"
 
 # keys of one exchange: (question, answer), in order of preference
-_PAIRS = (
-    *(
-        ("human", "assistant"),
-        ("user", "assistant"),
-        ("input", "output"),
-        ("question", "answer"),
-        ("prompt", "response"),
-    ),
-    *(("human", "gpt"), ("human", "bot"), ("user", "bot"), ("instruction", "output"), ("query", "response")),
-    *(("instruction", "response"), ("query", "answer"), ("prompt", "completion"), ("q", "a"), ("user", "model")),
-)
+_PAIRS = [
+    tuple(pair.split(":"))
+    for pair in str.split(
+        "human:assistant user:assistant input:output question:answer prompt:response human:gpt human:bot user:bot "
+        "instruction:output query:response instruction:response query:answer prompt:completion q:a user:model"
+    )
+]
 
 
 def _dicts(messages: Any) -> bool:
@@ -55,16 +53,9 @@ def from_langchain(messages: list[Message]) -> list[Message]:
         if body.get("invalid_tool_calls"):
             raise RowError(f"message {number} has invalid_tool_calls: calls that could not be parsed are not trained")
         extra = body.get("additional_kwargs") if isinstance(body.get("additional_kwargs"), dict) else {}
-        calls = body.get("tool_calls") or extra.get("tool_calls") or extra.get("function_call")
-        if calls:
-            made["tool_calls"] = calls if isinstance(calls, list) else [calls]
-            if isinstance(made.get("content"), list):  # Anthropic's parts repeat the calls
-                calling = ("tool_use", "tool_call", "function_call")
-                made["content"] = [
-                    part for part in made["content"] if not (isinstance(part, dict) and part.get("type") in calling)
-                ]
         if extra.get("reasoning_content"):
             made.setdefault("reasoning_content", extra["reasoning_content"])
+            made["additional_kwargs"] = {key: extra[key] for key in extra if key != "reasoning_content"}
         result.append(made)
     return result
 
