@@ -460,6 +460,31 @@ def test_reference_is_an_answer_only_in_ragas_rows():
         normalize_row({"question": "q", "reference": "a book"})
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": {"role": ["user", "ai"], "content": ["q", "a"]}},
+        {"prompt": "q", "completion": [{"type": "text", "text": "a"}]},
+        {"messages": [{"user": "q"}, {"assistant": "a"}]},
+        {"turns": [user("q"), says("a")]},
+        {"contents": [{"role": "user", "parts": {"text": "q"}}, {"role": "model", "parts": {"text": "a"}}]},
+    ],
+)
+def test_further_spellings_of_messages(row):
+    assert answers(row) == [("a", [])]
+
+
+def test_index_of_a_choice_is_not_an_answer():
+    with pytest.raises(RowError, match="has no messages"):
+        normalize_row({"question": "q", "choices": ["a", "b"], "answer": 1})
+    assert answers({"question": "q", "answer": 1}) == [("1", [])]
+
+
+def test_tools_by_name():
+    tools = {"set_lamp": {key: LAMP[key] for key in ("description", "parameters")}}
+    assert normalize_row({"messages": [user("q"), says("a")], "tools": tools})["tools"] == [WRAPPED]
+
+
 def test_part_of_a_column_is_mapped():
     row = {"log": json.dumps({"steps": [user("q"), says("a")]})}
     assert answers(row, column_map={"log.steps": "messages"}) == [("a", [])]

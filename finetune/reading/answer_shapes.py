@@ -70,6 +70,10 @@ def answer_messages(value: Any, name: str) -> list[Any]:
             return [{"role": "assistant", "content": "", "tool_calls": value}]
         if value and all(isinstance(item, str) for item in value):
             value = value[0]
+        elif is_responses(value) or any(map(_is_message, value)):
+            return converted(value)
+        elif value and all(isinstance(part, dict) and "type" in part for part in value):
+            return [{"role": "assistant", "content": value}]
         else:
             return converted(value)
     return [{"role": "assistant", "content": text_field({name: value}, name)}]

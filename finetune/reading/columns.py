@@ -125,6 +125,8 @@ def _is_usable(raw: dict[str, Any], column: str, name: str) -> bool:
         by_key = {column_key(other): inner for other, inner in raw.items()}
         logged = "." in column or is_message_list(by_key.get("output"))  # request.instructions
         return is_message_list(by_key.get("input")) or ("input" in by_key and logged)
+    if name == "completion" and type(value) is int:  # not the index of a choice
+        return not any(column_key(other) in ("choices", "options") for other in raw)
     if name == "completion" and key in ("choices", "candidates"):  # of an API's response
         return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
     if name == "prompt" and key == "user":  # often the id of a user

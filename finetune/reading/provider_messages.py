@@ -164,4 +164,8 @@ CONVERTERS = (
 
 def converted(messages: Any) -> Any:
     """Messages of any library or API as messages with role and content; others unchanged."""
+    if isinstance(messages, dict) and messages.keys() & {"role", "from"}:  # a Sequence of the `datasets` library
+        lists = list(messages.values())
+        if all(isinstance(one, list) and len(one) == len(lists[0]) for one in lists):
+            messages = [dict(zip(messages, values, strict=True)) for values in zip(*lists, strict=True)]
     return next((convert(messages) for fits, convert in CONVERTERS if fits(messages)), messages)
