@@ -244,10 +244,11 @@ def _without_folders(argument: str) -> str:
 def encode(args: argparse.Namespace) -> int:
     """Write texts, input_ids and labels."""
     from finetune.encoding.token_files import encode_file
+    from finetune.preparing.checks import refusal
 
     tokenizer, fmt = load_tokenizer_and_format(args)
     options = reading_options(args) | encoding_options(args)
-    counts = encode_file(args.input, args.output, tokenizer, fmt, overwrite=args.overwrite, **options)
+    counts = encode_file(args.input, args.output, tokenizer, fmt, check=refusal, overwrite=args.overwrite, **options)
     statuses = ", ".join(f"{n} {status}" for status, n in counts.items())
     print(f"{counts.total()} rows: {statuses} -> {args.output}")
     return 0
@@ -269,6 +270,7 @@ def parse(args: argparse.Namespace) -> int:
 def show(args: argparse.Namespace) -> int:
     """Show rows with their trained tokens."""
     from finetune.encoding.token_files import encoded_rows
+    from finetune.preparing.checks import refusal
     from finetune.preparing.mask_view import show_html, show_terminal
     from finetune.reading.sources import refuse_same_file
 
@@ -276,7 +278,7 @@ def show(args: argparse.Namespace) -> int:
         refuse_same_file(args.inputs, args.html)
     tokenizer, fmt = load_tokenizer_and_format(args)
     options = reading_options(args) | encoding_options(args)
-    entries = encoded_rows(args.inputs, tokenizer, fmt, first=args.first, number=args.rows, **options)
+    entries = encoded_rows(args.inputs, tokenizer, fmt, first=args.first, number=args.rows, check=refusal, **options)
     if args.html:
         show_html(entries, tokenizer, f"{fmt.name}: {', '.join(args.inputs)}", args.html)
         print(f"written: {args.html}")

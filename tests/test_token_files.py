@@ -14,7 +14,7 @@ from finetune.files import write_jsonl
 from finetune.reading.conversations import normalize_row
 from formats import IGNORE_INDEX, encode, get_format
 from tests import parts
-from tests.rows import GOOD, LAMP, chat, lamp_call, read
+from tests.rows import ANSWER, GOOD, LAMP, chat, lamp_call, read
 
 ROOT = Path(__file__).resolve().parent.parent
 REFUSED = {
@@ -98,6 +98,17 @@ def test_encode_needs_no_torch(tmp_path, tokenizer_dir):
     )
     assert done.returncode == 0, done.stderr
     assert [row["status"] for row in read(tmp_path / "out.jsonl")] == ["ok"] * len(GOOD)
+
+
+def test_encode_refuses_what_training_refuses(tmp_path, tokenizer_dir):
+    result = {"role": "tool", "content": "1"}
+    source = write_jsonl(tmp_path / "rows.jsonl", [chat(lamp_call({"room": "a"})), chat(result, ANSWER)])
+    command = ["encode", "--tokenizer", tokenizer_dir, "--format", "chatml", str(source), str(tmp_path / "out.jsonl")]
+    assert prepare_data.main(command) == 0
+    first, second = read(tmp_path / "out.jsonl")
+    assert first["status"] == second["status"] == "refused"
+    assert "calls set_lamp, which is not declared" in first["reason"] and "--tools FILE" in first["reason"]
+    assert "nothing was called" in second["reason"]
 
 
 def test_encode_flags(tmp_path, tokenizer_dir, tokenizer):

@@ -26,6 +26,7 @@ from finetune.torchless import unhide_torch
 from formats import Encoded, Format, choose_format, encode, get_format
 
 log = logging.getLogger(__name__)
+Check = Callable[[dict[str, Any]], str]  # why a conversation is refused; "" if it is not
 _ENCODED_KEYS = frozenset(("row", "status", "sequences"))
 _PARSED_KEYS = frozenset(("content", "tool_calls", "errors"))
 
@@ -59,12 +60,16 @@ def load_format(name: str, tokenizer: Any) -> tuple[Format, str]:
     return choose_format(tokenizer) if name == "auto" else (get_format(name, tokenizer), "asked for")
 
 
-def _encode_row(raw: Any, tokenizer: Any, fmt: Format, column_map: Any, tools: Any, **flags: Any) -> Encoded:
+def _encode_row(
+    raw: Any, tokenizer: Any, fmt: Format, column_map: Any, tools: Any, check: Check | None = None, **flags: Any
+) -> Encoded:
     """Encode one raw row; what cannot be used is refused with its reason."""
     try:
         conversation = normalize_row(raw, column_map=column_map, tools=tools)
     except RowError as error:
         return Encoded("refused", str(error))
+    if check is not None and (reason := check(conversation)):
+        return Encoded("refused", reason)
     return encode(conversation, tokenizer, fmt, **flags)
 
 
@@ -82,7 +87,8 @@ def encode_file(
     """Write `{"row", "status", "reason", "sequences": [{"text", "input_ids", "labels"}]}` per row; counts by status.
 
     `row` is the row's number from 1 (for JSON Lines its line). A row that is trained without a part of it has its
-    "warnings"; they are also counted in the log. `flags` go to formats.encode (train_on, control_tokens, reasoning …).
+    "warnings"; they are also counted in the log. `flags` go to formats.encode (train_on, control_tokens, reasoning …),
+    but `check`: a function that says why a conversation is refused.
     """
     counts: Counter = Counter()
     warned: dict[str, list[int]] = {}

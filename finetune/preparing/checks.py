@@ -40,6 +40,19 @@ ERROR_KINDS = {
 }
 
 
+# Errors of rows that are not trained as they are -> what to do. Training stops at them, encoding refuses the row.
+STOPPING = {
+    "undeclared tool": "give the tools with --tools FILE, or in a column named tools",
+    "orphan result": "remove the result, or add its call",
+}
+
+
+def refusal(conversation: dict[str, Any]) -> str:
+    """Why a conversation is not trained as it is, and what to do; "" if it may be."""
+    problems = (problem for problem in check_conversation(conversation) if problem.kind in STOPPING)
+    return next((f"{problem.text}; {STOPPING[problem.kind]}" for problem in problems), "")
+
+
 def _warning(kind: str, text: str) -> Problem:
     return Problem(kind, text, error=False)
 
