@@ -152,7 +152,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
                 if (rows := _pretty_printed(path)) is not None:
                     yield from rows
                     return
-                if line.strip() in (b"{", b"[", b"[{"):
+                if line.strip() in (b"{", b"[", b"[{") and file.read(1):
                     raise UserError(
                         f"{path}: an object goes over several lines, but the file is not valid JSON; fix it, or write "
                         "one object a line"
