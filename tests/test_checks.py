@@ -171,6 +171,16 @@ def test_near_duplicates_share_a_group():
     assert near_duplicate_groups([asking(""), asking(" "), asking("")]) == [0, 1, 2]
 
 
+def test_longer_texts_of_few_words_are_compared_by_words():
+    """Texts of the same few words have the same pieces of characters, and yet are not alike."""
+    rng = random.Random(3)
+    texts = [" ".join(rng.choices(BASE.split(), k=120)) for _ in range(20)]
+    assert len(set(near_duplicate_groups([asking(text) for text in texts]))) == 20
+    assert len(set(near_duplicate_groups([asking(texts[0]), asking(texts[0] + " now")]))) == 1
+    without_spaces = "가나다라마바사" * 100
+    assert len(set(near_duplicate_groups([asking(without_spaces), asking(without_spaces + "아")]))) == 1
+
+
 def test_groups_equal_comparison_of_all_pairs():
     rng = random.Random(7)
     words = BASE.split()
