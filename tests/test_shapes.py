@@ -442,6 +442,21 @@ def test_session_log_of_events(tmp_path):
     assert result.origins == [(str(path), 2), (str(path), 11)]
 
 
+def test_session_log_with_wrong_fields(tmp_path):
+    """Links that are not text begin a conversation; a circle of links ends."""
+    events = [
+        event("a", "b", "user", "q"),
+        event("b", "a", "assistant", [{"type": "text", "text": "a"}], "m"),
+        event("c", None, "user", "r") | {"parentUuid": ["a"]},
+        event("d", "c", "assistant", "b") | {"message": {"id": [1], "role": "assistant", "content": "b"}},
+        {"type": "user", "uuid": "e", "parentUuid": "d", "message": "lost"},
+    ]
+    path = tmp_path / "session.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in events), encoding="utf-8")
+    found = load_conversations(path, strict=False)
+    assert [[m["content"] for m in c["messages"]] for c in found.conversations] == [["q", "a"], ["r", "b", ""]]
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 from finetune.reading.row_files import Unreadable
@@ -34,8 +34,12 @@ def read_sessions(rows: Iterable[NumberedRow]) -> Iterator[NumberedRow]:
         elif isinstance(row.get("uuid"), str):
             events[row["uuid"]] = number, row
     groups: dict[str, list[str]] = {}
+    roots: dict[str, str] = {}
     for name in events:
-        groups.setdefault(_branch(name, events)[-1], []).append(name)
+        branch = _branch(name, events, roots)
+        root = roots.get(_text(events[branch[-1]][1], "parentUuid"), branch[-1])
+        roots.update(dict.fromkeys(branch, root))
+        groups.setdefault(root, []).append(name)
     for names in groups.values():
         found = [events[name] for name in _shown(names, events)]
         if found:
@@ -45,12 +49,18 @@ def read_sessions(rows: Iterable[NumberedRow]) -> Iterator[NumberedRow]:
 def _shown(names: list[str], events: dict[str, tuple[int, dict[str, Any]]]) -> list[str]:
     """The messages of the last event's branch, with the calls and results of parallel calls, which are beside it."""
     chosen = set(_branch(names[-1], events))
-    answers = {_message_of(events[name][1]).get("id") for name in chosen} - {None}
+    answers = {_text(_message_of(events[name][1]), "id") for name in chosen} - {""}
     for name in names:
         event = events[name][1]
-        if _message_of(event).get("id") in answers or (event.get("parentUuid") in chosen and _holds_result(event)):
+        is_beside = _text(event, "parentUuid") in chosen and _holds_result(event)
+        if is_beside or _text(_message_of(event), "id") in answers:
             chosen.add(name)
     return [name for name in names if name in chosen and events[name][1]["type"] in ("user", "assistant")]
+
+
+def _text(holder: dict[str, Any], key: str) -> str:
+    value = holder.get(key)
+    return value if isinstance(value, str) else ""
 
 
 def _message_of(event: dict[str, Any]) -> dict[str, Any]:
@@ -63,13 +73,13 @@ def _is_event(row: Any) -> bool:
     return row["type"] in _BARE_EVENTS or sum(key in row for key in _EVENT_KEYS) >= 2
 
 
-def _branch(name: str, events: dict[str, tuple[int, dict[str, Any]]]) -> list[str]:
-    """The names of an event and of all before it, the last one first."""
+def _branch(name: str, events: dict[str, tuple[int, dict[str, Any]]], known: Container[str] = ()) -> list[str]:
+    """The names of an event and of all before it up to a known one, the last one first."""
     branch: dict[str, None] = {}
-    current: Any = name
-    while isinstance(current, str) and current in events and current not in branch:
+    current = name
+    while current in events and current not in branch and (current not in known or not branch):
         branch[current] = None
-        current = events[current][1].get("parentUuid")
+        current = _text(events[current][1], "parentUuid")
     return list(branch)
 
 
@@ -84,13 +94,13 @@ def _messages(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     answers: dict[str, dict[str, Any]] = {}
     for event in events:
         message = _message_of(event)
-        content, identity = message.get("content"), message.get("id")
-        if isinstance(identity, str) and identity in answers and isinstance(content, list):
+        content, identity = message.get("content"), _text(message, "id")
+        if identity in answers and isinstance(content, list):
             answers[identity]["content"] += content
             continue
         made = {"role": message.get("role", event["type"]), "content": content}
         messages.append(made)
-        if isinstance(identity, str) and isinstance(content, list):
+        if identity and isinstance(content, list):
             made["content"] = list(content)
             answers[identity] = made
     return messages
