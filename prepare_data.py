@@ -23,6 +23,8 @@ EXAMPLES = """examples:
   prepare_data.py audit --tokenizer smollm2-135m --format chatml data/processed
   prepare_data.py generate --tools tools.json --per_tool 32 --output data/generated     rows from tool schemas
 `prepare` is the default verb. Each verb has its own --help.
+Fields of --map: messages, tools, system, prompt, context, history, completion, answers, correct_answer,
+ground_truth, tool, parameters, reasoning, chat, text, turns; COLUMN.KEY reads a part of a column that is an object.
 """
 PREPARE_EXAMPLES = """A source is a .jsonl, .json, .csv, .tsv, .parquet or .arrow file (also .gz), a folder of
 splits, or a Hub dataset.
@@ -96,12 +98,14 @@ def build_parser() -> FlagParser:
     verb = add_verb(encode, "rows to text, input_ids and labels, one line per row", ENCODE_EXAMPLES)
     verb.add_argument("input", metavar="rows.jsonl")
     verb.add_argument("output", metavar="out.jsonl")
+    verb.add_argument("--overwrite", action="store_true", help="replace out.jsonl even if this verb did not write it")
     add_format_flags(verb)
     add_reading_flags(verb)
 
     add = add_verb(parse, "generated texts to content and calls, one line per row", PARSE_EXAMPLES).add_argument
     add("input", metavar="texts.jsonl")
     add("output", metavar="out.jsonl")
+    add("--overwrite", action="store_true", help="replace out.jsonl even if this verb did not write it")
     add("--format", required=True, metavar="F", help="format name or YAML file, or native")
     add("--tokenizer", metavar="DIR_OR_ID", help="only for --format native or auto")
     add("--trust_remote_code", action="store_true", help="run code from the tokenizer's repository")
@@ -240,10 +244,11 @@ def _without_folders(argument: str) -> str:
 def encode(args: argparse.Namespace) -> int:
     """Write texts, input_ids and labels."""
     from finetune.encoding.token_files import encode_file
+    from finetune.preparing.checks import refusal
 
     tokenizer, fmt = load_tokenizer_and_format(args)
     options = reading_options(args) | encoding_options(args)
-    counts = encode_file(args.input, args.output, tokenizer, fmt, **options)
+    counts = encode_file(args.input, args.output, tokenizer, fmt, check=refusal, overwrite=args.overwrite, **options)
     statuses = ", ".join(f"{n} {status}" for status, n in counts.items())
     print(f"{counts.total()} rows: {statuses} -> {args.output}")
     return 0
@@ -257,7 +262,7 @@ def parse(args: argparse.Namespace) -> int:
         raise UserError(f"--format {args.format} needs --tokenizer")
     tokenizer = load_tokenizer(args.tokenizer, trust_remote_code=args.trust_remote_code) if args.tokenizer else None
     fmt, _ = load_format(args.format, tokenizer)
-    counts = parse_file(args.input, args.output, fmt)
+    counts = parse_file(args.input, args.output, fmt, overwrite=args.overwrite)
     print(f"{counts['read']} texts read, {counts['with errors']} with errors, {counts['calls']} calls -> {args.output}")
     return 0
 
@@ -265,6 +270,7 @@ def parse(args: argparse.Namespace) -> int:
 def show(args: argparse.Namespace) -> int:
     """Show rows with their trained tokens."""
     from finetune.encoding.token_files import encoded_rows
+    from finetune.preparing.checks import refusal
     from finetune.preparing.mask_view import show_html, show_terminal
     from finetune.reading.sources import refuse_same_file
 
@@ -272,7 +278,7 @@ def show(args: argparse.Namespace) -> int:
         refuse_same_file(args.inputs, args.html)
     tokenizer, fmt = load_tokenizer_and_format(args)
     options = reading_options(args) | encoding_options(args)
-    entries = encoded_rows(args.inputs, tokenizer, fmt, first=args.first, number=args.rows, **options)
+    entries = encoded_rows(args.inputs, tokenizer, fmt, first=args.first, number=args.rows, check=refusal, **options)
     if args.html:
         show_html(entries, tokenizer, f"{fmt.name}: {', '.join(args.inputs)}", args.html)
         print(f"written: {args.html}")

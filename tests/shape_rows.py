@@ -96,12 +96,135 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list[tuple[str, list]]]] = {
 }
 
 
+_TOOL = {"name": "dim", "description": "Dim a lamp", "parameters": {"type": "object", "properties": {}}}
+_USED = '{"name": "dim", "arguments": {"pct": 5}}'
+_DONE = {"role": "assistant", "content": "Done"}
+_SAYS_AND_CALLS = [("One moment.", CALL[1]), ("Done", [])]
+
+# (who writes such rows, row, [(text, calls) of each assistant message], names of the declared tools)
+VARIANTS: list[tuple[str, Any, list[tuple[str, list]], list[str]]] = [
+    (
+        "ms-swift agent rows",
+        {
+            "tools": json.dumps([_TOOL]),
+            "messages": [
+                _ASKS,
+                {"role": "assistant", "content": "One moment."},
+                {"role": "tool_call", "content": _USED},
+                {"role": "tool_response", "content": "ok"},
+                _DONE,
+            ],
+        },
+        _SAYS_AND_CALLS,
+        ["dim"],
+    ),
+    (
+        "Toucan",
+        {
+            "available_tools": [_TOOL],
+            "messages": [
+                _ASKS,
+                {"role": "assistant", "content": "One moment."},
+                {"role": "assistant", "content": "", "function_call": {"name": "dim", "arguments": '{"pct": 5}'}},
+                {"role": "function", "name": "dim", "content": "ok"},
+                _DONE,
+            ],
+        },
+        _SAYS_AND_CALLS,
+        ["dim"],
+    ),
+    (
+        "ToolACE",
+        {
+            "system": f"Here is a list of functions in JSON format that you can invoke:\n{json.dumps([_TOOL])}",
+            "conversations": [{"from": "user", "value": "Dim"}, {"from": "assistant", "value": "[dim(pct=5)]"}],
+        },
+        [CALL],
+        ["dim"],
+    ),
+    (
+        "Glaive, also as messages and in Korean",
+        {
+            "system": "You are a helpful assistant with access to the following functions. Use them if required -\n"
+            + json.dumps(_TOOL),
+            "chat": f"USER: Dim\n\n\nASSISTANT: <functioncall> {_USED} <|endoftext|>",
+        },
+        [CALL],
+        ["dim"],
+    ),
+    (
+        "LLaMA-Factory v1",
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "value": "Dim"}]},
+                {"role": "assistant", "content": [{"type": "tool_call", "value": _USED}], "loss_weight": 1.0},
+            ]
+        },
+        [CALL],
+        [],
+    ),
+    (
+        "Bedrock Converse",
+        {
+            "toolConfig": {"tools": [{"toolSpec": {"name": "dim", "inputSchema": {"json": {"type": "object"}}}}]},
+            "messages": [
+                {"role": "user", "content": [{"text": "Dim"}]},
+                {"role": "assistant", "content": [{"toolUse": {"toolUseId": "c", "name": "dim", "input": {"pct": 5}}}]},
+            ],
+        },
+        [CALL],
+        ["dim"],
+    ),
+    (
+        "Harmony, gpt-oss",
+        {
+            "messages": [
+                _ASKS,
+                {"role": "assistant", "channel": "commentary", "recipient": "functions.dim", "content": '{"pct": 5}'},
+            ]
+        },
+        [CALL],
+        [],
+    ),
+    (
+        "logs of requests and responses",
+        {
+            "request": {"messages": [_ASKS], "tools": [_TOOL]},
+            "response": {"choices": [{"message": _DIM}]},
+        },
+        [CALL],
+        ["dim"],
+    ),
+    ("LangSmith", {"inputs": {"question": "Dim"}, "outputs": {"answer": "Done"}}, [("Done", [])], []),
+    (
+        "verifiers",
+        {"prompt": [_ASKS], "completion": [_DIM], "tool_defs": [_TOOL], "reward": 1.0},
+        [CALL],
+        ["dim"],
+    ),
+    ("tau-bench, SWE-agent", {"traj": [_ASKS, _DIM], "reward": 1.0}, [CALL], []),
+    ("RAGAS", {"user_input": "Hi", "reference": "Hello", "reference_contexts": []}, [("Hello", [])], []),
+    ("lists of question and answer", {"conversation": [["Hi", "Hello"]]}, [("Hello", [])], []),
+    ("KTO", {"prompt": "Hi", "completion": "Hello", "label": True}, [("Hello", [])], []),
+]
+
+
 def docs_table() -> str:
-    """The table of docs/data.md."""
+    """The two tables of docs/data.md; `python -m tests.shape_rows` prints them."""
     lines = ["| shape | written by | columns | example | read |", "| --- | --- | --- | --- | --- |"]
     for shape in SHAPES:
         row = EXAMPLES[shape.name][0]
         read = describe(row).split(": ", 1)[1]
-        example = json.dumps(row, ensure_ascii=False).replace("|", "\\|")
-        lines.append(f"| {shape.name} | {shape.writers} | {shape.columns} | `{example}` | {read} |")
+        lines.append(f"| {shape.name} | {shape.writers} | {shape.columns} | {_code(row)} | {read} |")
+    lines += ["", "| also written by | example | read |", "| --- | --- | --- |"]
+    lines += [f"| {writers} | {_code(row)} | {describe(row)} |" for writers, row, _, _ in VARIANTS]
     return "\n".join(lines) + "\n"
+
+
+def _code(row: dict[str, Any]) -> str:
+    text = json.dumps(row, ensure_ascii=False).replace("|", "\\|")
+    return f"`{text}`"
+
+
+if __name__ == "__main__":
+    print(docs_table(), end="")

@@ -64,7 +64,8 @@ def test_errors(messages, kind):
 
 
 CALLS_IN_OTHER_NOTATIONS = (
-    '<|python_tag|>set_lamp.call(room="hall")', "[set_lamp(room='hall')]", 'set_lamp(room="hall")',
+    '<|python_tag|>set_lamp.call(room="hall")', "[set_lamp('hall')]", 'set_lamp(room="hall")',
+    'Thought: dim.\nAction: set_lamp\nAction Input: {}', "<start_function_call>call:set_lamp{}",
     "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>set_lamp",
     '[{"name": "set_lamp", "arguments": {"room": 1}}]',
     '<|channel|>commentary to=functions.set_lamp <|message|>{"room": "hall"}', "<tool_call>{broken</tool_call>",
@@ -79,7 +80,7 @@ def test_mention_of_a_tool_is_not_a_call(text):
 @pytest.mark.parametrize(
     ("messages", "kind"),
     [
-        ([SAY, SAY], "two assistant messages in a row"),
+        ([call(), SAY], "two assistant messages in a row"),
         ([ASK, SAY], "two user messages in a row"),
         ([SAY, {"role": "system", "content": "x"}, ASK, SAY], "system message in the middle"),
         ([SAY, ASK], "ends without an answer"),
@@ -168,6 +169,16 @@ def test_near_duplicates_share_a_group():
     groups = near_duplicate_groups([asking(text) for text in texts])
     assert groups == [0, 0, 2, 0, 0, 5]
     assert near_duplicate_groups([asking(""), asking(" "), asking("")]) == [0, 1, 2]
+
+
+def test_longer_texts_of_few_words_are_compared_by_words():
+    """Texts of the same few words have the same pieces of characters, and yet are not alike."""
+    rng = random.Random(3)
+    texts = [" ".join(rng.choices(BASE.split(), k=120)) for _ in range(20)]
+    assert len(set(near_duplicate_groups([asking(text) for text in texts]))) == 20
+    assert len(set(near_duplicate_groups([asking(texts[0]), asking(texts[0] + " now")]))) == 1
+    without_spaces = "가나다라마바사" * 100
+    assert len(set(near_duplicate_groups([asking(without_spaces), asking(without_spaces + "아")]))) == 1
 
 
 def test_groups_equal_comparison_of_all_pairs():

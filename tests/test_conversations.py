@@ -17,6 +17,7 @@ from finetune.preparing.checks import check_conversation, exact_key
 from finetune.reading.conversations import RowError, load_conversations, normalize_row
 from finetune.reading.row_files import Unreadable
 from finetune.reading.shapes import FIELDS, SHAPES, describe, parse_map
+from prepare_data import EXAMPLES
 from tests.rows import LAMP, WRAPPED, calls, chat, last_message
 from tests.shape_rows import docs_table
 
@@ -28,6 +29,7 @@ def test_docs_list_each_shape_and_field():
     docs = (ROOT / "docs/data.md").read_text(encoding="utf-8")
     assert f"\n{docs_table()}\n" in docs
     assert ", ".join(f"`{name}`" for name in FIELDS) in " ".join(docs.split())
+    assert f"Fields of --map: {', '.join(FIELDS)};" in " ".join(EXAMPLES.split())
 
 
 def test_shapes_read_known_fields_only():

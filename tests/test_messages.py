@@ -223,7 +223,7 @@ def test_calls_under_other_keys(keys):
     ("keys", "named"),
     [
         ({"toolInvocations": [{"toolName": "set_lamp", "args": {}, "result": 3}]}, "toolInvocations .*has result"),
-        ({"tool_uses": ["set_lamp"]}, "tool_uses .*JSON string"),
+        ({"tool_uses": ["set_lamp"]}, "tool_uses .*not valid JSON"),
         ({"tool_uses": [CALL], "tool_calls": [{"name": "other"}]}, "tool_uses are not those"),
         ({"tool_calls": [CALL | {"train": False}]}, "call of set_lamp has train"),
         ({"metadata": {"called": "set_lamp"}}, "'metadata' .*set_lamp"),
@@ -270,9 +270,22 @@ def test_reasoning_alone_joins_the_message_behind_it():
     assert [m["content"] for m in made] == ["<think>Short.</think>\n\nDone."]
     made = messages(says("", reasoning_content="Short."), says("Done."))
     assert made == [{"role": "assistant", "content": "Done.", "reasoning_content": "Short."}]
-    assert [m["content"] for m in messages(says("Wait."), says("Done."))] == ["Wait.", "Done."]
     made = messages({"role": "tool_call", "content": f"<think>Hall.</think>\n{AS_JSON}"})
     assert [(m["content"], calls(m)) for m in made] == [("<think>Hall.</think>", [HALL])]
+
+
+def test_consecutive_assistant_messages_are_one_turn():
+    assert messages(says("Wait."), says("Done.")) == [says("Wait.\n\nDone.")]
+    made = messages(says("Wait."), says("So.", reasoning_content="Hall."), called(), {"role": "tool", "content": "1"})
+    assert [(m["content"], m.get("reasoning_content")) for m in made] == [("Wait.\n\nSo.", "Hall."), ("1", None)]
+    assert calls(made[0]) == [HALL]
+    made = messages(says("Wait."), says("<think>Hall.</think>\nDone."))
+    assert made == [says("<think>\nHall.\n</think>\n\nWait.\n\nDone.")]
+    assert messages(says("Wait."), says(""), says("Done.")) == [says("Wait.\n\nDone.")]
+    # A turn ends with its calls: text behind them is another message.
+    assert [m["content"] for m in messages(called(), says("Done."))] == ["", "Done."]
+    with pytest.raises(RowError, match=r"messages 2 and 3 are one turn, .* \(train False\)"):
+        messages(says("Wait.", train=False), says("Done."))
 
 
 def test_pieces_of_a_turn_must_have_one_training_mark():
@@ -315,6 +328,35 @@ def test_harmony_channels():
     for keys, named in (({"channel": "side"}, "channel 'side'"), ({"recipient": "python"}, "recipient python")):
         with pytest.raises(RowError, match=named):
             messages(says("print(1)", **keys))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<function=set_lamp>\n<parameter=room>hall</parameter>\n</function>",
+        "<tool_call>set_lamp\n<arg_key>room</arg_key>\n<arg_value>hall</arg_value>\n</tool_call>",
+        "<tool_call>\n<function=set_lamp>\n<parameter=room>\nhall\n</parameter>\n</function>\n</tool_call>",
+        '[set_lamp(room="hall")]',
+    ],
+)
+def test_calls_in_the_notation_of_models(text):
+    (message,) = messages(says(text))
+    assert (message["content"], calls(message)) == ("", [HALL])
+    if not text.startswith("["):
+        (message,) = messages(says(f"Dimming.\n\n{text}"))
+        assert (message["content"], calls(message)) == ("Dimming.", [HALL])
+    for broken in (f"See {text} there", text[:-3], text.replace("set_lamp", "other")):
+        (message,) = messages(says(broken))
+        assert message["content"] == broken or calls(message)[0][0] == "other"
+
+
+@pytest.mark.parametrize(
+    "text", [f"```json\n{AS_JSON}\n```", 'set_lamp\n{"room": "hall"}', f"<think>Hall.</think>\n{AS_JSON}"]
+)
+def test_call_as_text_in_front_of_a_result(text):
+    made = messages(says(text), {"role": "tool", "content": "1"})
+    assert calls(made[0]) == [HALL]
+    assert messages(says(text)) == [says(text)]
 
 
 def test_json_text_in_front_of_a_result_is_a_call():

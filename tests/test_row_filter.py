@@ -107,3 +107,13 @@ def test_column_that_may_hold_the_tools_is_named(tmp_path, capsys):
         check_rows(load_conversations(path), tmp_path / "cache")
     assert prepare_data.main([str(path), "--output", str(tmp_path / "o")]) == 2
     assert "--map my_tool_list=tools" in capsys.readouterr().err
+    inner = chat(lamp_call({"room": "a"})) | {"info": {"oai_tools": [LAMP]}, "function": "set_lamp"}
+    assert prepare_data.main([str(write_jsonl(path, [inner])), "--output", str(tmp_path / "o"), "--overwrite"]) == 2
+    assert "--map info.oai_tools=tools" in capsys.readouterr().err
+    command = [str(path), "--map", "info.oai_tools=tools", "--output", str(tmp_path / "o"), "--overwrite"]
+    assert prepare_data.main(command) == 0
+    assert "| `set_lamp` | 1 | 0 | 0 |" in (tmp_path / "o" / "dataset_card.md").read_text(encoding="utf-8")
+    write_jsonl(path, [inner, chat({"role": "assistant", "content": "No."})])
+    assert prepare_data.main([str(path), "--output", str(tmp_path / "o"), "--overwrite"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "calls of undeclared tools: give the tools with --tools FILE, or map" in shown

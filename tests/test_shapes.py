@@ -9,12 +9,12 @@ import pytest
 
 from finetune.errors import UserError
 from finetune.preparing.checks import check_conversation
+from finetune.reading.bracket_calls import bracket_calls
 from finetune.reading.conversations import RowError, load_conversations, normalize_row
 from finetune.reading.shapes import SHAPES, describe, detect_shape
-from finetune.reading.system_tools import bracket_calls
 from finetune.reading.tool_schemas import load_tools_file
 from tests.rows import LAMP, WRAPPED, calls
-from tests.shape_rows import EXAMPLES
+from tests.shape_rows import EXAMPLES, VARIANTS
 
 
 def answers(row: dict, **options) -> list[tuple[str, list]]:
@@ -44,6 +44,12 @@ def test_example_of_each_shape(shape):
     else:
         with pytest.raises(RowError, match="one row for each"):
             normalize_row(row)
+
+
+@pytest.mark.parametrize(("writers", "row", "expected", "tools"), VARIANTS, ids=lambda value: str(value)[:20])
+def test_example_of_each_writer(writers, row, expected, tools):
+    assert answers(row) == expected
+    assert [tool["function"]["name"] for tool in normalize_row(row)["tools"]] == tools
 
 
 @pytest.mark.parametrize(
@@ -342,9 +348,11 @@ def test_tools_file_of_mcp_and_json_lines(tmp_path, text):
 
 
 def test_bare_lists_of_messages(tmp_path):
-    for name, text in (("a.jsonl", "{0}\n{0}\n"), ("b.json", "[{0}, {0}]")):
-        (tmp_path / name).write_text(text.replace("{0}", json.dumps([user("q"), says("a")])), encoding="utf-8")
-        assert len(load_conversations(tmp_path / name).conversations) == 2
+    for row in ([user("q"), says("a")], [["q", "a"]], ["q", "a"]):
+        for name, text in (("a.jsonl", "{0}\n{0}\n"), ("b.json", "[{0}, {0}]")):
+            (tmp_path / name).write_text(text.replace("{0}", json.dumps(row)), encoding="utf-8")
+            found = load_conversations(tmp_path / name).conversations
+            assert [[m["content"] for m in one["messages"]] for one in found] == [["q", "a"]] * 2
 
 
 @pytest.mark.parametrize("column", ["traj", "trajectory", "history"])
@@ -389,16 +397,113 @@ def test_glaive_without_line_breaks():
     [
         ({"text": "The mill stands by the weir."}, "raw text"),
         ({"question": [[user("a")], [user("b")]], "path": []}, "multi-turn BFCL rows need their simulator"),
-        ({"sessionId": "s", "uuid": "u", "type": "user", "message": user("q")}, "Claude Code session log"),
         ({"role": "user", "content": "q"}, "it is one message"),
         ({"gespraech": [user("q"), says("a")]}, "--map gespraech=messages"),
-        ({"log": {"steps": [user("q"), says("a")]}}, "log holds some under steps"),
+        ({"log": {"steps": [user("q"), says("a")]}}, "log holds some under steps; .* --map log.steps=messages"),
         ({"ask me": "what is it", "reply": "it is this"}, "--map 'ask me=prompt' --map reply=completion"),
     ],
 )
 def test_rows_without_a_shape_name_the_remedy(row, reason):
     with pytest.raises(RowError, match=reason):
         normalize_row(row)
+
+
+def event(uuid: str, parent: str | None, role: str, content, identity: str | None = None) -> dict:
+    message = {"role": role, "content": content} | ({"id": identity} if identity else {})
+    return {"uuid": uuid, "parentUuid": parent, "sessionId": "s", "type": role, "message": message}
+
+
+def test_session_log_of_events(tmp_path):
+    """The shown branch is read; calls that are events of their own are one turn, results stand behind them."""
+    use = [{"type": "tool_use", "id": name, "name": "dim", "input": {"pct": n}} for n, name in enumerate("xy")]
+    result = [[{"type": "tool_result", "tool_use_id": name, "content": name}] for name in "xy"]
+    events = [
+        {"type": "summary", "summary": "Lamps", "leafUuid": "h"},
+        event("a", None, "user", "Dim both"),
+        event("b", "a", "assistant", [{"type": "text", "text": "An abandoned answer"}], "m0"),
+        event("c", "a", "assistant", [{"type": "text", "text": "Both."}], "m1"),
+        event("d", "c", "assistant", use[:1], "m1"),
+        event("e", "d", "user", result[0]),
+        event("f", "d", "assistant", use[1:], "m1"),
+        event("g", "f", "user", result[1]),
+        {"type": "system", "uuid": "sys", "parentUuid": "g", "sessionId": "s", "content": "hook"},
+        event("h", "sys", "assistant", [{"type": "text", "text": "Done."}], "m2"),
+        event("i", None, "user", "A subagent") | {"isSidechain": True},
+        event("j", "i", "assistant", [{"type": "text", "text": "Yes."}], "m3") | {"isSidechain": True},
+    ]
+    path = tmp_path / "session.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in events), encoding="utf-8")
+    result = load_conversations(path)
+    assert [[(m["role"], m["content"]) for m in c["messages"]] for c in result.conversations] == [
+        [("user", "Dim both"), ("assistant", "Both."), ("tool", "x"), ("tool", "y"), ("assistant", "Done.")],
+        [("user", "A subagent"), ("assistant", "Yes.")],
+    ]
+    assert calls(result.conversations[0]["messages"][1]) == [("dim", {"pct": 0}), ("dim", {"pct": 1})]
+    assert result.origins == [(str(path), 2), (str(path), 11)]
+
+
+def test_session_log_with_wrong_fields(tmp_path):
+    """Links that are not text begin a conversation; a circle of links ends."""
+    events = [
+        event("a", "b", "user", "q"),
+        event("b", "a", "assistant", [{"type": "text", "text": "a"}], "m"),
+        event("c", None, "user", "r") | {"parentUuid": ["a"]},
+        event("d", "c", "assistant", "b") | {"message": {"id": [1], "role": "assistant", "content": "b"}},
+        {"type": "user", "uuid": "e", "parentUuid": "d", "message": "lost"},
+    ]
+    path = tmp_path / "session.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in events), encoding="utf-8")
+    found = load_conversations(path, strict=False)
+    assert [[m["content"] for m in c["messages"]] for c in found.conversations] == [["q", "a"], ["r", "b", ""]]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"user_input": "q", "reference": "a", "reference_contexts": ["c"]}, [("a", [])]),
+        ({"user_input": [{"type": "human", "content": "q"}], "reference": "a"}, [("a", [])]),
+        ({"user_input": "q", "response": "b", "reference": "a"}, [("b", [])]),
+        ({"dialog": [["q", "a"], ["r", "b"]]}, [("a", []), ("b", [])]),
+    ],
+)
+def test_ragas_rows_and_lists_of_two(row, expected):
+    assert answers(row) == expected
+
+
+def test_reference_is_an_answer_only_in_ragas_rows():
+    with pytest.raises(RowError, match="has no messages"):
+        normalize_row({"question": "q", "reference": "a book"})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": {"role": ["user", "ai"], "content": ["q", "a"]}},
+        {"prompt": "q", "completion": [{"type": "text", "text": "a"}]},
+        {"messages": [{"user": "q"}, {"assistant": "a"}]},
+        {"turns": [user("q"), says("a")]},
+        {"contents": [{"role": "user", "parts": {"text": "q"}}, {"role": "model", "parts": {"text": "a"}}]},
+    ],
+)
+def test_further_spellings_of_messages(row):
+    assert answers(row) == [("a", [])]
+
+
+def test_index_of_a_choice_is_not_an_answer():
+    with pytest.raises(RowError, match="has no messages"):
+        normalize_row({"question": "q", "choices": ["a", "b"], "answer": 1})
+    assert answers({"question": "q", "answer": 1}) == [("1", [])]
+
+
+def test_tools_by_name():
+    tools = {"set_lamp": {key: LAMP[key] for key in ("description", "parameters")}}
+    assert normalize_row({"messages": [user("q"), says("a")], "tools": tools})["tools"] == [WRAPPED]
+
+
+def test_part_of_a_column_is_mapped():
+    row = {"log": json.dumps({"steps": [user("q"), says("a")]})}
+    assert answers(row, column_map={"log.steps": "messages"}) == [("a", [])]
+    assert describe(row, {"log.steps": "messages"}) == "messages: log.steps -> messages; not read: log"
 
 
 def test_plain_rows_pass_the_checks():

@@ -158,6 +158,7 @@ def test_json_columns_of_the_datasets_library(tmp_path):
     [
         ("r.jsonl.gz", b"no gzip", "gzip file is damaged"),
         ("r.parquet", b"no parquet", "not a Parquet file"),
+        ("r.jsonl", b'{\n "prompt": "q",\n "completion": \n}\n', "an object goes over several lines"),
         ("r.json", b"{]", "is not JSON"),
         ("r.json", b"3", "holds a JSON number"),
         ("r.csv", b"a,a\n1,2\n", "name each column once"),

@@ -14,7 +14,7 @@ from finetune.files import write_jsonl
 from finetune.reading.conversations import normalize_row
 from formats import IGNORE_INDEX, encode, get_format
 from tests import parts
-from tests.rows import GOOD, LAMP, chat, lamp_call, read
+from tests.rows import ANSWER, GOOD, LAMP, chat, lamp_call, read
 
 ROOT = Path(__file__).resolve().parent.parent
 REFUSED = {
@@ -100,6 +100,17 @@ def test_encode_needs_no_torch(tmp_path, tokenizer_dir):
     assert [row["status"] for row in read(tmp_path / "out.jsonl")] == ["ok"] * len(GOOD)
 
 
+def test_encode_refuses_what_training_refuses(tmp_path, tokenizer_dir):
+    result = {"role": "tool", "content": "1"}
+    source = write_jsonl(tmp_path / "rows.jsonl", [chat(lamp_call({"room": "a"})), chat(result, ANSWER)])
+    command = ["encode", "--tokenizer", tokenizer_dir, "--format", "chatml", str(source), str(tmp_path / "out.jsonl")]
+    assert prepare_data.main(command) == 0
+    first, second = read(tmp_path / "out.jsonl")
+    assert first["status"] == second["status"] == "refused"
+    assert "calls set_lamp, which is not declared" in first["reason"] and "--tools FILE" in first["reason"]
+    assert "nothing was called" in second["reason"]
+
+
 def test_encode_flags(tmp_path, tokenizer_dir, tokenizer):
     source = write_jsonl(tmp_path / "rows.jsonl", [GOOD["two turns"], GOOD["hostile user"]])
     target = tmp_path / "out.jsonl"
@@ -108,6 +119,18 @@ def test_encode_flags(tmp_path, tokenizer_dir, tokenizer):
     first, second = read(target)
     assert trained_text(first["sequences"][0], tokenizer) == "Done.<|im_end|>"
     assert second["status"] == "refused" and "<|im_" in second["reason"]
+
+
+def test_only_own_output_is_replaced(tmp_path, capsys):
+    source, target = write_jsonl(tmp_path / "t.jsonl", [{"text": "hello"}]), tmp_path / "out.jsonl"
+    command = ["parse", "--format", "chatml", str(source), str(target)]
+    assert prepare_data.main(command) == prepare_data.main(command) == 0
+    write_jsonl(target, [GOOD["pair"]])
+    assert prepare_data.main(command) == 2
+    assert "add --overwrite" in capsys.readouterr().err
+    assert read(target) == [GOOD["pair"]]
+    assert prepare_data.main([*command, "--overwrite"]) == 0
+    assert [row["content"] for row in read(target)] == ["hello"]
 
 
 def test_parse_writes_one_line_per_row(tmp_path, capsys):

@@ -200,17 +200,17 @@ def test_arguments_in_each_spelling(arguments, expected):
     )
 
 
-def test_arguments_under_an_unknown_key_are_refused():
+def test_arguments_under_other_keys():
     def called(call: dict, notes: Counter) -> dict:
         return normalize_row(chat({"role": "assistant", "tool_calls": [call]}), notes=notes)["messages"][-1]
 
     notes: Counter = Counter()
-    for call in (
-        {"name": "f", "args": {"a": 1}, "id": "x"},
-        {"type": "tool_use", "function": {"name": "f", "input": "1"}},
-    ):
-        with pytest.raises(RowError, match=r"call of f has no arguments but (args|input)"):
-            called(call, notes)
+    for call in ({"name": "f", "args": {"a": 1}}, {"type": "tool_use", "function": {"name": "f", "input": {"a": 1}}}):
+        assert calls(called(call, notes)) == [("f", {"a": 1})]
+    with pytest.raises(RowError, match="call of f has no arguments but params"):
+        called({"name": "f", "params": {"a": 1}}, notes)
+    with pytest.raises(RowError, match="two arguments that differ"):
+        called({"name": "f", "arguments": {"a": 2}, "input": {"a": 1}}, notes)
     assert calls(called({"name": "f", "arguments": None, "parameters": {"a": 1}}, notes)) == [("f", {"a": 1})]
     assert not [note for note in notes if "calls" in note]
     assert calls(called({"name": "f", "arguments": {}, "result": 3, "index": 0}, notes)) == [("f", {})]

@@ -19,13 +19,16 @@ from finetune.errors import UserError
 from finetune.files import json_line, open_atomic
 from finetune.progress import progress_bar
 from finetune.reading.normalize import normalize_row
-from finetune.reading.row_files import RowError, Unreadable
+from finetune.reading.row_files import RowError, Unreadable, json_lines
 from finetune.reading.sources import Spec, data_suffix, parse_spec, read_rows, refuse_same_file
 from finetune.reading.tool_schemas import normalize_tools
 from finetune.torchless import unhide_torch
 from formats import Encoded, Format, choose_format, encode, get_format
 
 log = logging.getLogger(__name__)
+Check = Callable[[dict[str, Any]], str]  # why a conversation is refused; "" if it is not
+_ENCODED_KEYS = frozenset(("row", "status", "sequences"))
+_PARSED_KEYS = frozenset(("content", "tool_calls", "errors"))
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
@@ -57,12 +60,16 @@ def load_format(name: str, tokenizer: Any) -> tuple[Format, str]:
     return choose_format(tokenizer) if name == "auto" else (get_format(name, tokenizer), "asked for")
 
 
-def _encode_row(raw: Any, tokenizer: Any, fmt: Format, column_map: Any, tools: Any, **flags: Any) -> Encoded:
+def _encode_row(
+    raw: Any, tokenizer: Any, fmt: Format, column_map: Any, tools: Any, check: Check | None = None, **flags: Any
+) -> Encoded:
     """Encode one raw row; what cannot be used is refused with its reason."""
     try:
         conversation = normalize_row(raw, column_map=column_map, tools=tools)
     except RowError as error:
         return Encoded("refused", str(error))
+    if check is not None and (reason := check(conversation)):
+        return Encoded("refused", reason)
     return encode(conversation, tokenizer, fmt, **flags)
 
 
@@ -74,17 +81,20 @@ def encode_file(
     *,
     column_map: Any = None,
     tools: Any = None,
+    overwrite: bool = False,
     **flags: Any,
 ) -> Counter:
     """Write `{"row", "status", "reason", "sequences": [{"text", "input_ids", "labels"}]}` per row; counts by status.
 
     `row` is the row's number from 1 (for JSON Lines its line). A row that is trained without a part of it has its
-    "warnings"; they are also counted in the log. `flags` go to formats.encode (train_on, control_tokens, reasoning …).
+    "warnings"; they are also counted in the log. `flags` go to formats.encode (train_on, control_tokens, reasoning …),
+    but `check`: a function that says why a conversation is refused.
     """
     counts: Counter = Counter()
     warned: dict[str, list[int]] = {}
     spec = _unweighted(source)
-    with _rewritten(spec, target) as write, progress_bar("rows", _row_count(spec)) as advance:
+    writing = _rewritten(spec, target, _ENCODED_KEYS, overwrite=overwrite)
+    with writing as write, progress_bar("rows", _row_count(spec)) as advance:
         for _, number, raw in read_rows(spec):
             encoded = _encode_row(raw, tokenizer, fmt, column_map, tools, **flags)
             counts[encoded.status] += 1
@@ -99,14 +109,14 @@ def encode_file(
     return counts
 
 
-def parse_file(source: str | Path, target: str | Path, fmt: Format) -> Counter:
+def parse_file(source: str | Path, target: str | Path, fmt: Format, *, overwrite: bool = False) -> Counter:
     """Parse the field `text` of each row and write `{"content", "tool_calls", "errors"}`; counts by outcome.
 
     `reasoning_content` is added where the text has some. A row without text gets an error in its line.
     """
     counts: Counter = Counter()
     spec = _unweighted(source)
-    with _rewritten(spec, target) as write:
+    with _rewritten(spec, target, _PARSED_KEYS, overwrite=overwrite) as write:
         for _, number, raw in read_rows(spec):
             result: dict[str, Any] = {"content": "", "tool_calls": [], "errors": []}
             if isinstance(raw, Unreadable):
@@ -181,8 +191,20 @@ def _unweighted(source: str | Path) -> Spec:
 
 
 @contextmanager
-def _rewritten(spec: Spec, target: str | Path) -> Iterator[Callable[[dict[str, Any]], int]]:
-    """Yield write(row); `target` is replaced only when all lines are written, and never when it is the source."""
+def _rewritten(
+    spec: Spec, target: str | Path, keys: frozenset[str], *, overwrite: bool
+) -> Iterator[Callable[[dict[str, Any]], int]]:
+    """Yield write(row); `target` is replaced only when all lines are written, and never when it is the source.
+
+    keys  those of each line that is written; a file with other content is replaced only with `overwrite`
+    """
     refuse_same_file([spec], target)
+    path = Path(target)
+    if path.is_file() and path.stat().st_size and not overwrite:
+        row = next((row for _, row in json_lines(path)), None) if path.suffix == ".jsonl" else None
+        if not isinstance(row, dict) or not keys <= row.keys():
+            raise UserError(
+                f"{target} holds something else than the output of this verb; add --overwrite to replace it"
+            )
     with open_atomic(target) as file:
         yield lambda row: file.write(json_line(row).encode("utf-8"))

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune.preparing.checks import refusal
 from finetune.preparing.mask_view import trained_spans
 from finetune.reading.load_result import Rejected
 
@@ -52,6 +53,9 @@ class Audit:
         """Encode one row and check what its labels train."""
         from finetune.encoding.rows import encode_answers, warning_kinds
 
+        if reason := refusal(conversation):
+            self._refuse(reason)
+            return
         encoded = encode_answers(conversation, tokenizer, fmt, train_on=train_on, **flags)
         if encoded.status == "refused":
             self._refuse(encoded.reason)

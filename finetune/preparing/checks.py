@@ -40,6 +40,19 @@ ERROR_KINDS = {
 }
 
 
+# Errors of rows that are not trained as they are -> what to do. Training stops at them, encoding refuses the row.
+STOPPING = {
+    "undeclared tool": "give the tools with --tools FILE, or in a column named tools",
+    "orphan result": "remove the result, or add its call",
+}
+
+
+def refusal(conversation: dict[str, Any]) -> str:
+    """Why a conversation is not trained as it is, and what to do; "" if it may be."""
+    problems = (problem for problem in check_conversation(conversation) if problem.kind in STOPPING)
+    return next((f"{problem.text}; {STOPPING[problem.kind]}" for problem in problems), "")
+
+
 def _warning(kind: str, text: str) -> Problem:
     return Problem(kind, text, error=False)
 
@@ -71,8 +84,11 @@ def _problems(conversation: dict[str, Any]) -> Iterator[Problem]:
             yield from _check_call(call["function"], number, schemas)
 
 
-# Opening tags of calls in other formats: Llama 3.1's built-in tools, DeepSeek, gpt-oss, Phi, Command R.
-_CALL_TAGS = ("<|python_tag|>", "<｜tool▁call", "<|channel|>commentary", "<|tool_call|>", "<|START_ACTION|>")
+# Opening tags of calls in other formats: Llama 3.1's built-in tools, DeepSeek, gpt-oss, Phi, Command R, Gemma, Kimi.
+_CALL_TAGS = (
+    *("<|python_tag|>", "<｜tool▁call", "<|channel|>commentary", "<|tool_call|>", "<|START_ACTION|>"),
+    *("<start_function_call>", "<|tool_calls_section_begin|>"),
+)
 
 
 def unread_call(text: str, names: Iterable[str]) -> str:
@@ -85,7 +101,9 @@ def unread_call(text: str, names: Iterable[str]) -> str:
     if not (declared := "|".join(map(re.escape, names))):
         return ""
     found = re.match(rf"\s*\[?\s*(?:{declared})\(", text) or re.search(
-        rf"""["'](?:name|tool|function|action)["']\s*:\s*["'](?:{declared})["']""", text
+        rf"""["'](?:name|tool|function|action)["']\s*:\s*["'](?:{declared})["']|^Action:\s*(?:{declared})\s*$""",
+        text,
+        re.MULTILINE,
     )
     return found[0].strip() if found else ""
 

@@ -67,9 +67,14 @@ def quality_counts(result: Prepared) -> list[tuple[str | int, ...]]:
     return [(name, *(table[split][name] for split in SPLITS)) for name in names]
 
 
-def tool_rows(result: Prepared) -> list[tuple[str, Counter]]:
-    """The most frequent tools with their rows per split; the others are one line."""
-    balance = list(tool_balance(result).items())
+def tool_calls(result: Prepared) -> list[tuple[str, Counter]]:
+    """The most frequent tools with their calls per split; the others are one line."""
+    table: dict[str, Counter] = {}
+    for split, conversations in result.splits.items():
+        for message in (message for conversation in conversations for message in conversation["messages"]):
+            for call in message.get("tool_calls", ()):
+                table.setdefault(call["function"]["name"], Counter())[split] += 1
+    balance = sorted(table.items(), key=lambda item: (-item[1].total(), item[0]))
     if len(balance) <= MAX_TOOLS_IN_CARD:
         return [(f"`{_cell(tool)}`", counts) for tool, counts in balance]
     rest = sum((counts for _, counts in balance[MAX_TOOLS_IN_CARD:]), Counter())
@@ -99,7 +104,7 @@ def card(result: Prepared, options: PrepareOptions, command: str) -> str:
         lengths=length_summary(result),
         shared_requests=shared_requests(result),
         splits=list(SPLITS),
-        tools=[(tool, *(counts[name] for name in SPLITS)) for tool, counts in tool_rows(result)],
+        tools=[(tool, *(counts[name] for name in SPLITS)) for tool, counts in tool_calls(result)],
         quality=quality_counts(result),
         mappings=[(_cell(text), number) for text, number in result.loaded.mappings.most_common()],
         notes=_count_rows(result.loaded.notes),

@@ -63,6 +63,14 @@ class Prepared:
     def kept(self) -> int:
         return sum(map(len, self.splits.values()))
 
+    @property
+    def remedy(self) -> str:
+        """What to do about calls of undeclared tools; "" where there are none."""
+        if not any(row.kind == ERROR_KINDS["undeclared tool"] for row in self.rejected):
+            return ""
+        column = next(iter(self.loaded.unread_tool_columns()), "COLUMN")
+        return f"give the tools with --tools FILE, or map the column that holds them with --map {column}=tools"
+
 
 class NoRowsLeftError(UserError):
     """Every row was rejected; `rejected` holds them, and the text names the three commonest kinds."""
@@ -70,11 +78,8 @@ class NoRowsLeftError(UserError):
     def __init__(self, message: str, result: Prepared):
         kinds = count_kinds(result.rejected)[:3]
         texts = [f"{number:,} {kind} (first: {row.source}, row {row.row})" for kind, number, row in kinds]
-        remedy = ""
-        if any(row.kind == ERROR_KINDS["undeclared tool"] for row in result.rejected):
-            column = next(iter(result.loaded.unread_tool_columns()), "COLUMN")
-            remedy = f"; give the tools with --tools FILE, or map the column that holds them with --map {column}=tools"
-        super().__init__(f"{message}{': ' if texts else ''}{', '.join(texts)}{remedy}")
+        remedy = result.remedy
+        super().__init__(f"{message}{': ' if texts else ''}{', '.join(texts)}{'; ' if remedy else ''}{remedy}")
         self.rejected = result.rejected
 
 

@@ -31,6 +31,8 @@ def print_prepared(result: Prepared, folder: Path) -> None:
     kinds = count_kinds(result.rejected)
     rejected = [(f"{kind}, first: {row.source}, row {row.row}: {row.reason}", n) for kind, n, row in kinds[:MAX_SHOWN]]
     print_counts("rejected, with the first row of each kind", rejected)
+    if result.remedy:
+        console.print(f"  calls of undeclared tools: {escape(result.remedy)}")
     warnings = sorted(result.warnings.items(), key=lambda item: -len(item[1]))
     print_counts("kept with a warning", [(f"{kind} (first: {rows[0]})", len(rows)) for kind, rows in warnings])
     if result.turns_removed:

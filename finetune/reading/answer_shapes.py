@@ -6,61 +6,14 @@ from typing import Any
 
 from finetune.reading.chat_exports import same_messages
 from finetune.reading.columns import Fields, decoded
-from finetune.reading.provider_messages import (
-    from_gemini,
-    from_langchain,
-    from_pairs,
-    from_responses,
-    is_gemini,
-    is_langchain,
-    is_pairs,
-    is_responses,
-)
+from finetune.reading.provider_messages import converted, is_langchain, is_responses
+from finetune.reading.request_logs import response_answer
 from finetune.reading.row_files import RowError, decode_json
-from finetune.reading.system_tools import merged_tools, read_bracket_calls, tools_of_system_text
-from finetune.reading.text_shapes import RawConversation, read_speaker_text, system_text, text_field
+from finetune.reading.text_shapes import read_speaker_text, text_field
 
-CONVERTERS = (
-    (is_responses, from_responses),
-    (is_gemini, from_gemini),
-    (is_langchain, from_langchain),
-    (is_pairs, from_pairs),
-)
+Message = dict[str, Any]
 _ASKING = ("user", "human", "tool", "function", "observation", "ipython", "tool_response", "function_response")
 _ANSWER_FIELDS = ("completion", "ground_truth")
-
-
-def converted(messages: Any) -> Any:
-    """Messages of any library or API as messages with role and content; others unchanged."""
-    return next((convert(messages) for fits, convert in CONVERTERS if fits(messages)), messages)
-
-
-def conversation(fields: Fields, messages: Any) -> RawConversation:
-    """`messages` with the row's tools and system text; tools written into the system text are taken out of it."""
-    messages, tools, system = converted(messages), fields.get("tools"), system_text(fields)
-    texts = [(None, system)] if system else []
-    if isinstance(messages, list):
-        texts += [(i, m) for i, m in enumerate(messages) if isinstance(m, dict) and _role(m) in ("system", "developer")]
-    dropped: list[int] = []
-    for index, holder in texts:
-        key = "content" if index is not None and isinstance(holder.get("content"), str) else "value"
-        text = system if index is None else holder.get(key)
-        found = isinstance(text, str) and tools_of_system_text(text, with_hermes=bool(tools))
-        if not found:
-            continue
-        rest, declared, in_brackets = found
-        tools = merged_tools(tools, declared)
-        if index is None:
-            system = rest
-        elif rest:
-            messages = [*messages[:index], {**holder, key: rest}, *messages[index + 1 :]]
-        else:
-            dropped.append(index)
-        if in_brackets and isinstance(messages, list):
-            messages = read_bracket_calls(messages, tools)
-    if dropped:
-        messages = [message for index, message in enumerate(messages) if index not in dropped]
-    return RawConversation(messages, tools, system)
 
 
 def _role(message: dict[str, Any]) -> Any:
@@ -70,28 +23,33 @@ def _role(message: dict[str, Any]) -> Any:
 def answer_field(fields: Fields) -> str | None:
     """The field that answers messages which end with the user or with a tool's result."""
     messages = decoded(fields.get("messages"))
-    last = messages[-1] if isinstance(messages, list) and messages else None
+    try:
+        last = converted(messages[-1:])[-1] if isinstance(messages, list) and messages else None
+    except RowError:
+        last = None
     if not isinstance(last, dict):
         return None
     if is_responses(messages) and isinstance(fields.get("completion"), list):  # the items of one response
         return "completion"
-    asks = _role(last) in (*_ASKING, "function_call_output") or (is_gemini(messages) and last.get("role") is None)
-    return next((name for name in _ANSWER_FIELDS if fields.get(name) not in (None, "")), None) if asks else None
+    return (
+        next((n for n in _ANSWER_FIELDS if fields.get(n) not in (None, "")), None) if _role(last) in _ASKING else None
+    )
 
 
-def read_messages(fields: Fields) -> RawConversation:
+def read_messages(fields: Fields) -> Any:
     """Messages, and the answer beside them where they end with a question."""
     messages, name = decode_json(fields["messages"], "messages"), answer_field(fields)
     if name is not None:
-        answer = fields[name]
+        answer = response_answer(fields[name])
         if is_responses(messages) and isinstance(answer, list):
-            return conversation(fields, [*messages, *answer])
-        messages = joined(converted(messages), answer_messages(answer, name))
-    return conversation(fields, messages)
+            return [*messages, *answer]
+        return joined(converted(messages), answer_messages(answer, name))
+    return messages
 
 
 def answer_messages(value: Any, name: str) -> list[Any]:
     """An answer as messages: text, a message, calls, a list of messages, or a list of texts of which the first."""
+    value = response_answer(value)
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         inner = decoded(value)
         value = (
@@ -112,13 +70,17 @@ def answer_messages(value: Any, name: str) -> list[Any]:
             return [{"role": "assistant", "content": "", "tool_calls": value}]
         if value and all(isinstance(item, str) for item in value):
             value = value[0]
+        elif is_responses(value) or any(map(_is_message, value)):
+            return converted(value)
+        elif value and all(isinstance(part, dict) and "type" in part for part in value):
+            return [{"role": "assistant", "content": value}]
         else:
             return converted(value)
     return [{"role": "assistant", "content": text_field({name: value}, name)}]
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and ("role" in value or "from" in value)
+    return isinstance(value, dict) and ("role" in value or "from" in value or is_langchain([value]))
 
 
 def _is_call(value: Any) -> bool:
@@ -146,7 +108,7 @@ def _role_of(message: Any) -> Any:
     return _role(message) if isinstance(message, dict) else None
 
 
-def read_pair(fields: Fields) -> RawConversation:
+def read_pair(fields: Fields) -> list[Any]:
     """A prompt and its answer; each is text or, as in TRL's conversational rows, a list of messages."""
     name = next(name for name in _ANSWER_FIELDS if name in fields)
     answer = answer_messages(fields[name], name)
@@ -155,14 +117,14 @@ def read_pair(fields: Fields) -> RawConversation:
         inner = decoded(prompt)
         prompt = inner if isinstance(inner, list) and inner and all(map(_is_message, inner)) else prompt
     if isinstance(prompt, list):
-        return conversation(fields, joined(converted(prompt), answer))
+        return joined(converted(prompt), answer)
     messages = []
     history = fields.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise RowError("history is not a list of [question, answer] pairs")
     for question, reply in history:
         messages += [_asks(question), {"role": "assistant", "content": reply}]
-    return conversation(fields, joined([*messages, _asks(_with_context(fields))], answer))
+    return joined([*messages, _asks(_with_context(fields))], answer)
 
 
 def _with_context(fields: Fields, *, first: bool = False) -> str:
@@ -179,14 +141,13 @@ def is_squad(fields: Fields) -> bool:
     return isinstance(answers, list) and bool(answers) and all(isinstance(a, dict) and "text" in a for a in answers)
 
 
-def read_squad(fields: Fields) -> RawConversation:
+def read_squad(fields: Fields) -> list[Any]:
     """The first of the accepted answers; the context comes before the question."""
     answers = decoded(fields["answers"])
     texts = answers["text"] if isinstance(answers, dict) else [answer["text"] for answer in answers]
     if not texts or not isinstance(texts[0], str) or not texts[0].strip():
         raise RowError("answers are empty: the question has no answer in its context, so there is nothing to train")
-    answer = {"role": "assistant", "content": texts[0]}
-    return conversation(fields, [_asks(_with_context(fields, first=True)), answer])
+    return [_asks(_with_context(fields, first=True)), {"role": "assistant", "content": texts[0]}]
 
 
 _SPEAKERS = ("human:", "user:", "assistant:")
@@ -200,12 +161,10 @@ def is_whole_conversation(fields: Fields) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_message, value))
 
 
-def read_whole_conversation(fields: Fields) -> RawConversation:
+def read_whole_conversation(fields: Fields) -> list[Any]:
     """A conversation in `chosen`, without a prompt column."""
     value = decoded(fields["completion"])
-    if isinstance(value, str):
-        return read_speaker_text({**fields, "text": value.strip()})
-    return conversation(fields, value)
+    return read_speaker_text({**fields, "text": value.strip()}) if isinstance(value, str) else value
 
 
 def _asks(content: Any) -> dict[str, Any]:
@@ -217,6 +176,6 @@ def calling(calls: list[Any], content: str = "") -> dict[str, Any]:
     return {"role": "assistant", "content": content, "tool_calls": calls}
 
 
-def asked(fields: Fields, answer: dict[str, Any]) -> RawConversation:
+def asked(fields: Fields, answer: dict[str, Any]) -> list[Any]:
     """The prompt as the user's message, and its answer."""
-    return conversation(fields, [_asks(text_field(fields, "prompt")), answer])
+    return [_asks(text_field(fields, "prompt")), answer]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import Any
 
+from finetune.reading.bracket_calls import bracket_calls
 from finetune.reading.calls_in_text import call_tag, given_arguments, split_calls
 from finetune.reading.raw_calls import (
+    CALL_KEYS,
     bare_json_calls,
     calls_under_other_keys,
+    plain_call,
     read_channel,
     refuse_hidden_calls,
     same_calls,
@@ -19,7 +23,6 @@ from formats.base import split_reasoning
 
 Message = dict[str, Any]
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_CALL_KEYS = frozenset(("name", "arguments", "parameters", "id", "type", "index", "function"))
 _EMPTY = (None, "", [], {})
 
 
@@ -56,11 +59,17 @@ def read_assistant(
         refuse_hidden_calls(rest, names)
         notes.update(f"not read, key {key[:40]!r} of additional_kwargs" for key in rest if rest[key] not in _EMPTY)
         read.add("additional_kwargs")
+    if not calls and content.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            found = bracket_calls(content, sorted(names, key=len, reverse=True))
+            if found:
+                content, calls = "", [{"type": "function", "function": call} for call in found]
+                notes["bracket calls in the text -> tool_calls"] += 1
     if not calls and call_tag(content):
         content, calls = _tagged_calls(content, tools, names, notes)
     elif not calls and answered:
         thought, rest = split_thought(content)
-        if bare := bare_json_calls(rest):
+        if bare := bare_json_calls(rest, names):
             content, calls = thought, [_call(call, notes) for call in bare]
             notes["call written as JSON in front of a result -> tool_calls"] += 1
     if content != content.strip():
@@ -134,8 +143,7 @@ def _tool_calls(message: Message, notes: Counter) -> list[dict[str, Any]]:
 
 
 def _call(item: Any, notes: Counter) -> dict[str, Any]:
-    if not isinstance(item, dict):
-        raise RowError(f"a tool call is a JSON {json_type(item)}, not an object")
+    item = plain_call(item)
     function = item["function"] if isinstance(item.get("function"), dict) else item
     name = function.get("name")
     if not isinstance(name, str) or not name:
@@ -146,8 +154,8 @@ def _call(item: Any, notes: Counter) -> dict[str, Any]:
         arguments = given_arguments(item) if function is item else given_arguments(function, item)
     except RowError as error:
         raise RowError(f"call of {name}: {error}") from error
-    unread = [key for key, value in {**item, **function}.items() if key not in _CALL_KEYS and value not in _EMPTY]
-    if unread and arguments is None:  # such as LangChain's "args" or Anthropic's "input"
+    unread = [key for key, value in {**item, **function}.items() if key not in CALL_KEYS and value not in _EMPTY]
+    if unread and arguments is None:
         raise RowError(f"call of {name} has no arguments but {', '.join(unread)}; rename it to arguments")
     if marks := [key for key in unread if key in TRAINING_MARKS]:
         raise RowError(f"call of {name} has {marks[0]}; a turn is trained completely or not at all: mark the message")

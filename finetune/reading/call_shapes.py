@@ -7,7 +7,7 @@ from typing import Any
 from finetune.reading.answer_shapes import asked, calling
 from finetune.reading.columns import Fields
 from finetune.reading.row_files import RowError, decode_json, json_type
-from finetune.reading.text_shapes import RawConversation, text_field
+from finetune.reading.text_shapes import text_field
 
 
 def is_bfcl(fields: Fields) -> bool:
@@ -15,7 +15,7 @@ def is_bfcl(fields: Fields) -> bool:
     return isinstance(prompt, list) and bool(prompt) and all(isinstance(turn, list) for turn in prompt)
 
 
-def read_bfcl(fields: Fields) -> RawConversation:
+def read_bfcl(fields: Fields) -> list[Any]:
     turns, truth = fields["prompt"], fields.get("ground_truth")
     if len(turns) != 1:
         raise RowError("multi-turn BFCL rows need their simulator; only single-turn rows can be trained")
@@ -26,7 +26,7 @@ def read_bfcl(fields: Fields) -> RawConversation:
     calls = [
         {"name": name, "arguments": _first_allowed(arguments)} for call in truth for name, arguments in call.items()
     ]
-    return RawConversation(turns[0] + [calling(calls)], fields.get("tools"), "")
+    return [*turns[0], calling(calls)]
 
 
 def _first_allowed(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _expanded(value: Any) -> Any:
     return value
 
 
-def read_multiple_choice(fields: Fields) -> RawConversation:
+def read_multiple_choice(fields: Fields) -> list[Any]:
     answers, key = decode_json(fields["answers"], "answers"), fields["correct_answer"]
     if not isinstance(answers, dict) or not isinstance(key, str) or not isinstance(answers.get(key), str):
         raise RowError(f"answers have no text under the correct_answer {key!r}")
@@ -55,14 +55,14 @@ def read_multiple_choice(fields: Fields) -> RawConversation:
     return asked(fields, {"role": "assistant", "content": answers[key]})
 
 
-def read_xlam(fields: Fields) -> RawConversation:
+def read_xlam(fields: Fields) -> list[Any]:
     calls = _call_list(fields["answers"], "answers")
     if not calls:
         raise RowError("answers are empty: there is no call to train")
     return asked(fields, calling(calls))
 
 
-def read_query_log(fields: Fields) -> RawConversation:
+def read_query_log(fields: Fields) -> list[Any]:
     call = {"name": text_field(fields, "tool"), "arguments": fields.get("parameters")}
     return asked(fields, calling([call], text_field(fields, "reasoning").strip()))
 

@@ -1,7 +1,8 @@
 """Calls that a data set wrote into the assistant's text, extracted only when the text parses to its last character.
 
 Known notations: `<function=NAME>{…}</function>` (Llama 3 custom), `<tool_call>{…}</tool_call>` (Hermes, Qwen),
-`<tool_call><function=NAME><parameter=KEY>…` (Qwen3.5 and Coder), `<TOOLCALL>[…]</TOOLCALL>` (When2Call),
+`<function=NAME><parameter=KEY>…` with or without `<tool_call>` (Qwen3.5 and Coder, SWE-smith),
+`<tool_call>NAME<arg_key>KEY</arg_key><arg_value>…` (GLM-4.5), `<TOOLCALL>[…]</TOOLCALL>` (When2Call),
 `[TOOL_CALLS] […]` and `[TOOL_CALLS]NAME[ARGS]{…}` (Mistral), `<functioncall> {…}` (Glaive). A JSON decoder reads the
 arguments, so braces and closing tags inside strings are safe.
 """
@@ -25,7 +26,10 @@ _CLOSING = {"name": "</function>", "hermes": "</tool_call>", "nvidia": "</TOOLCA
 _GLAIVE = re.compile(r"""\s*\{\s*"name":\s*"(?P<name>[^"]+)",\s*"arguments":\s*'(?P<arguments>.*)'\s*\}""", re.DOTALL)
 _GLAIVE_END = "<|endoftext|>"  # some conversions of Glaive's set keep it after a call
 _MISTRAL = re.compile(r"(?P<name>[^\s\[\]{}]+)(\[CALL_ID\](?P<id>\w+))?\[ARGS\]")
+_GLM = re.compile(r"(?P<name>[^\s<>{}\[\]\"']+)\s*(?=<arg_key>|</tool_call>)")
+_GLM_ARGUMENT = re.compile(r"\s*<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>\s*", re.DOTALL)
 _SPACE = re.compile(r"\s*")
+ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # of a raw call: OpenAI, Llama, LangChain, Anthropic
 
 
 def call_tag(text: str) -> str:
@@ -66,6 +70,11 @@ def _calls_at(text: str, opening: re.Match, tools: list[dict] | None) -> tuple[l
             end = match.end()
         elif kind == "hermes" and text.startswith("<function=", start):
             value, end = qwen_xml.read_call(text, start, schema_types.declared_properties(tools))
+        elif kind == "hermes" and (match := _GLM.match(text, start)):
+            value, end = _glm_call(text, match, schema_types.declared_properties(tools))
+        elif kind == "name" and text.startswith(("<parameter=", "</function>"), start):
+            value, end = qwen_xml.read_call(text, opening.start(), schema_types.declared_properties(tools))
+            kind = closing = ""
         elif kind == "mistral" and (match := _MISTRAL.match(text, start)):
             arguments, end = _decode(text, match.end(), "")
             value = {"name": match["name"], "arguments": arguments}
@@ -80,6 +89,19 @@ def _calls_at(text: str, opening: re.Match, tools: list[dict] | None) -> tuple[l
     if kind == "glaive" and text.startswith(_GLAIVE_END, end):
         closing = _GLAIVE_END
     return (calls, end + len(closing)) if calls and text.startswith(closing, end) else None
+
+
+def _glm_call(text: str, name: re.Match, types: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], int]:
+    """The call `name` with its `<arg_key>` and `<arg_value>` pairs, and the position behind them."""
+    arguments: dict[str, Any] = {}
+    position = name.end()
+    while match := _GLM_ARGUMENT.match(text, position):
+        if match["key"] in arguments:
+            raise ValueError(f"duplicate argument {match['key']!r}")
+        schema = types.get(name["name"], {}).get(match["key"])
+        arguments[match["key"]] = qwen_xml.typed_value(match["value"], schema)
+        position = match.end()
+    return {"name": name["name"], "arguments": arguments}, position
 
 
 def _decode(text: str, start: int, closing: str) -> tuple[Any, int]:
@@ -108,7 +130,7 @@ def given_arguments(*holders: dict[str, Any]) -> dict[str, Any] | None:
 
     Raises RowError when they are not a JSON object, or when two of them are not empty and differ.
     """
-    given = [holder[key] for holder in holders for key in ("arguments", "parameters") if holder.get(key) is not None]
+    given = [holder[key] for holder in holders for key in ARGUMENT_KEYS if holder.get(key) is not None]
     found = [read_arguments(value) for value in given]
     filled = [arguments for arguments in found if arguments]
     if any(arguments != filled[0] for arguments in filled):

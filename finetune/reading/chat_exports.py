@@ -99,16 +99,3 @@ def reject_single_call(fields: dict[str, Any]) -> Any:
         "query, ground_truth and tools are lists of alternatives (FunctionChat SingleCall); "
         "write one row for each query and tool set"
     )
-
-
-_EVENT_KEYS = ("sessionId", "parentUuid", "uuid", "leafUuid")
-
-
-def reject_session_event(raw: dict[str, Any]) -> None:
-    """Raise RowError for a line of a Claude Code session log, which is one event and not one conversation."""
-    if isinstance(raw.get("type"), str) and sum(key in raw for key in _EVENT_KEYS) >= (1 if "leafUuid" in raw else 2):
-        raise RowError(
-            "is an event of a Claude Code session log, not a conversation; join the `message` of the user and the "
-            'assistant events of a session, in order, into one row {"messages": [...]}, and give the tools with '
-            "--tools FILE"
-        )

@@ -10,85 +10,66 @@ from functools import lru_cache
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.reading.provider_messages import is_pairs
 from finetune.reading.row_files import RowError, decode_json
 
 Fields = dict[str, Any]  # field name -> value of the column that was matched to it
 
 # field -> the columns that are matched to it, in order of preference; case, spaces, `_` and `-` do not count
 FIELDS: dict[str, tuple[str, ...]] = {
-    "messages": (
-        *("messages", "conversations", "conversation", "dialogue", "dialog", "input_messages", "contents"),
-        *("traj", "trajectory", "history", "chat_history", "message_list", "input"),
-    ),
-    "tools": (
-        *("tools", "functions", "function", "tool_defs", "available_tools", "input_tools", "function_description"),
-        *("tool_config", "tool_schemas", "function_definitions"),
-    ),
-    "system": ("system", "system_prompt", "system_message", "system_instruction", "instructions"),
-    "prompt": (
-        *("prompt", "instruction", "instructions", "question", "query", "user_query", "q", "user_message", "human"),
-        *(
-            "user",
-            "질문",
-            "질의",
-            "지시문",
-            "지시",
-            "问题",
-            "問題",
-            "提问",
-            "指令",
-            "質問",
-            "frage",
-            "pregunta",
-            "domanda",
-            "pergunta",
+    name: tuple(names.split())
+    for name, names in {
+        "messages": (
+            "messages conversations conversation dialogue dialog input_messages contents traj trajectory "
+            "history chat_history message_list turns input user_input"
         ),
-        *("вопрос", "soru", "câu hỏi", "pytanie", "vraag", "سؤال", "प्रश्न", "input", "입력", "输入", "入力"),
-    ),
-    "context": ("input", "context", "입력", "输入", "入力"),
-    "history": ("history",),
-    "completion": (
-        *("completion", "response", "output", "answer", "chosen_response", "chosen", "a", "assistant"),
-        *(
-            "답변",
-            "대답",
-            "응답",
-            "정답",
-            "출력",
-            "回答",
-            "答案",
-            "输出",
-            "出力",
-            "antwort",
-            "respuesta",
-            "réponse",
-            "reponse",
+        "tools": (
+            "tools functions function tool_defs available_tools input_tools function_description tool_config "
+            "tool_schemas function_definitions"
         ),
-        *("risposta", "resposta", "ответ", "cevap", "câu trả lời", "odpowiedź", "antwoord", "جواب", "إجابة", "उत्तर"),
-    ),
-    "answers": ("answers",),
-    "correct_answer": ("correct_answer",),
-    "ground_truth": ("ground_truth", "ground_truths"),
-    "tool": ("tool_used", "selected_tool", "tool_name", "tool"),
-    "parameters": ("parameters", "arguments", "tool_parameters"),
-    "reasoning": ("reasoning",),
-    "chat": ("chat",),
-    "text": ("text",),
-    "turns": ("turns",),
+        "system": "system system_prompt system_message system_instruction instructions",
+        "prompt": (
+            "prompt instruction instructions question query user_query user_input q user_message human user 질문 질의 "
+            "지시문 지시 问题 問題 提问 指令 質問 frage pregunta domanda pergunta вопрос soru câu_hỏi pytanie vraag "
+            "سؤال प्रश्न problem input 입력 输入 入力 inputs context"
+        ),
+        "context": "input context 입력 输入 入力",
+        "history": "history",
+        "completion": (
+            "completion response output outputs answer chosen_response chosen a assistant assistant_message "
+            "best_answer solution ideal expected_output targets choices candidates 답변 대답 응답 정답 출력 "
+            "回答 答案 输出 出力 antwort respuesta réponse reponse risposta resposta ответ cevap câu_trả_lời odpowiedź "
+            "antwoord جواب إجابة उत्तर"
+        ),
+        "answers": "answers",
+        "correct_answer": "correct_answer",
+        "ground_truth": "ground_truth ground_truths reference",
+        "tool": "tool_used selected_tool tool_name tool",
+        "parameters": "parameters arguments tool_parameters",
+        "reasoning": "reasoning",
+        "chat": "chat",
+        "text": "text",
+        "turns": "turns",
+    }.items()
 }
 # Names that are the conversation only if the value is a list of messages; elsewhere they hold other things.
 _ONLY_MESSAGE_LISTS = {
     *("dialogue", "dialog", "inputmessages", "contents", "traj", "trajectory", "history"),
-    *("chathistory", "messagelist", "input"),
+    *("chathistory", "messagelist", "turns", "input", "userinput"),
 }
 _ROLE_KEYS = ("role", "from", "type", "parts")
+# Columns of a log whose parts are read as columns of their own, as `request.messages`.
+LOG_REQUESTS = ("request", "requestbody", "inputs", "input", "kwargs", "body", "params", "payload")
+LOG_RESPONSES = ("response", "responsebody", "outputs", "output", "completion", "result")
 _VERDICTS = ("label", "kto_tag")  # KTO: whether the answer is a good one
 
 
 @lru_cache(maxsize=4096)
 def column_key(name: str) -> str:
     """A column's name without case, spaces, `_` and `-`, composed as Unicode's NFKC (macOS decomposes Korean)."""
-    return re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", str(name)).casefold())
+    key = re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", str(name)).casefold())
+    prefix, _, rest = key.rpartition(".")
+    return rest if prefix in LOG_REQUESTS + LOG_RESPONSES else key
 
 
 _CANDIDATES: dict[str, list[tuple[str, int]]] = {}  # column key -> (field, preference)
@@ -135,12 +116,19 @@ def _is_usable(raw: dict[str, Any], column: str, name: str) -> bool:
     """Whether a column whose name fits a field also has a value that fits it."""
     key, value = column_key(column), raw[column]
     if name == "messages" and key in _ONLY_MESSAGE_LISTS:
-        return is_message_list(value)
+        return is_message_list(value) or (key not in ("history", "input") and is_pairs(decoded(value)))
+    if name == "ground_truth" and key == "reference":  # RAGAS; elsewhere a source
+        return any(column_key(other) == "userinput" for other in raw)
     if name == "tools" and key == "function":  # tools in BFCL, but a name or a flag in many other sets
         return isinstance(value, list)
     if name == "system" and key == "instructions":  # OpenAI's Responses; elsewhere the request
         by_key = {column_key(other): inner for other, inner in raw.items()}
-        return is_message_list(by_key.get("input")) or ("input" in by_key and is_message_list(by_key.get("output")))
+        logged = "." in column or is_message_list(by_key.get("output"))  # request.instructions
+        return is_message_list(by_key.get("input")) or ("input" in by_key and logged)
+    if name == "completion" and type(value) is int:  # not the index of a choice
+        return not any(column_key(other) in ("choices", "options") for other in raw)
+    if name == "completion" and key in ("choices", "candidates"):  # of an API's response
+        return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
     if name == "prompt" and key == "user":  # often the id of a user
         return isinstance(value, str) and any(column_key(other) == "assistant" for other in raw)
     return True
@@ -163,6 +151,33 @@ def decoded(value: Any) -> Any:
         return decode_json(value, "value")
     except RowError:
         return value
+
+
+def with_parts(raw: dict[str, Any], column_map: dict[str, str] | None) -> dict[str, Any]:
+    """The row with the parts of its columns that `--map COLUMN.KEY=FIELD` names as columns of their own."""
+    for name in column_map or ():
+        value: Any = raw if "." in name and name not in raw else None
+        for key in name.split("."):
+            value = decoded(value.get(key)) if isinstance(value, dict) else None
+        if value is not None:
+            raw = {**raw, name: value}
+    return raw
+
+
+def tool_columns(raw: dict[str, Any]) -> list[str]:
+    """The columns, and parts of columns (`info.tools`), that hold tool schemas."""
+    values = {name: decoded(value) for name, value in raw.items()}
+    values |= {
+        f"{n}.{key}": decoded(v) for n, value in values.items() if isinstance(value, dict) for key, v in value.items()
+    }
+    return [name for name, value in values.items() if isinstance(value, list) and value and all(map(_is_tool, value))]
+
+
+def _is_tool(value: Any) -> bool:
+    value = decoded(value)
+    value = value["function"] if isinstance(value, dict) and isinstance(value.get("function"), dict) else value
+    schemas = ("parameters", "input_schema", "inputSchema")
+    return isinstance(value, dict) and isinstance(value.get("name"), str) and any(key in value for key in schemas)
 
 
 def reject_bad_verdict(raw: dict[str, Any]) -> None:
@@ -188,7 +203,10 @@ def no_shape(raw: dict[str, Any]) -> RowError:
             )
         for key, inner in value.items() if isinstance(value, dict) else ():
             if is_message_list(inner):
-                return RowError(f"has no messages, but {column} holds some under {key}; make {key} a column of its own")
+                part = shlex.quote(f"{column}.{key}=messages")
+                return RowError(
+                    f"has no messages, but {column} holds some under {key}; try prepare_data.py --map {part}"
+                )
     texts = [column for column, value in raw.items() if isinstance(value, str) and " " in value.strip()]
     prompt, answer = [
         next((column for column in raw if name in dict(_CANDIDATES.get(column_key(column), ()))), None)
@@ -205,3 +223,15 @@ def no_shape(raw: dict[str, Any]) -> RowError:
             f"prepare_data.py --map {shlex.quote(f'{prompt}=prompt')} --map {shlex.quote(f'{answer}=completion')}"
         )
     return RowError(f"has no messages (its columns: {columns}); {known}, or name the columns with --map COLUMN=FIELD")
+
+
+def refuse_csv_header(source: str, reason: str, row: Any) -> None:
+    """Raise UserError for a CSV file none of whose columns is known: its first line may not be a header."""
+    name = source.lower().removesuffix(".gz")
+    if not name.endswith((".csv", ".tsv")) or not reason.startswith("has no messages (its columns"):
+        return
+    columns = ", ".join(map(repr, row))[:200]
+    raise UserError(
+        f"{source}: its first line is taken as the header and holds {columns}, which are not known columns; add a "
+        "header line such as question,answer, or name the columns with prepare_data.py --map COLUMN=FIELD"
+    )

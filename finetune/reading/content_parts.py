@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.reading.raw_calls import plain_calls
-from finetune.reading.row_files import RowError, json_type
-from finetune.reading.text_shapes import as_text
+from finetune.reading.row_files import RowError, as_text, json_type
 from finetune.reading.training_marks import TRAINING_MARKS, Mark, refuse_unknown_marks, training_mark
 
 _TEXT_KEYS = ("text", "value", "content")
@@ -34,21 +33,10 @@ _KINDS = {
 }
 # Keys that an API adds to a part; they are neither text nor data.
 _API_KEYS = frozenset(
-    [
-        "cache_control",
-        "cacheControl",
-        "annotations",
-        "citations",
-        "logprobs",
-        "signature",
-        "_meta",
-        "thoughtSignature",
-        "thought_signature",
-        "providerOptions",
-        "providerMetadata",
-        "provider_options",
-        "provider_metadata",
-    ]
+    str.split(
+        "cache_control cacheControl annotations citations logprobs signature _meta thoughtSignature thought_signature "
+        "providerOptions providerMetadata provider_options provider_metadata"
+    )
 )
 _NOT_DATA = _API_KEYS | TRAINING_MARKS.keys() - {"weight"}  # a weight may be data of a tool
 _RESULT_CONTENT_KEYS = ("content", "output", "result", "response", "text", "value")
@@ -97,6 +85,27 @@ def read_parts(content: list[Any] | dict[str, Any], notes: Counter) -> Parts:
         parts.marks.append(training_mark(part))
         refuse_unknown_marks(part)
     return parts
+
+
+def has_provider_parts(messages: Any) -> bool:
+    """Whether any message holds a content part that is a call, a result or reasoning."""
+    return isinstance(messages, list) and any(
+        isinstance(part, dict) and not _kinds(part).isdisjoint(("call", "result", "reasoning"))
+        for message in messages
+        if isinstance(message, dict) and isinstance(message.get("content"), list)
+        for part in message["content"]
+    )
+
+
+def holds_results(content: list[Any]) -> bool:
+    """Whether all parts of a tool message are results of their own (AI SDK, Gemini); others are data."""
+    return bool(content) and all(isinstance(part, dict) and "result" in _kinds(part) for part in content)
+
+
+def _kinds(part: dict[str, Any]) -> set[str | None]:
+    """What the type of a part, or without one its keys, may say that it is."""
+    names = [part["type"]] if part.get("type") else part
+    return {_KINDS.get(_squeezed(name)) for name in names if isinstance(name, str)}
 
 
 def _kind_and_payload(part: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -231,14 +240,3 @@ def _squeezed(name: str) -> str:
 
 def _keys(part: dict[str, Any]) -> str:
     return ", ".join(map(str, part))[:80] or "none"
-
-
-def system_text(system: list[Any] | dict[str, Any], notes: Counter) -> str:
-    """The text of a system column that holds content parts. Raises RowError."""
-    try:
-        parts = read_parts(system, notes)
-    except RowError as error:
-        raise RowError(f"the system column: {error}") from error
-    if parts.calls or parts.results or parts.reasoning:
-        raise RowError("the system column has content parts that are not text; only text can be trained")
-    return parts.text

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.reading.load_result import LoadResult, Rejected, SourceRow
+from finetune.reading.columns import refuse_csv_header, tool_columns
+from finetune.reading.load_result import UNREAD_TOOLS, LoadResult, Rejected, SourceRow
 from finetune.reading.normalize import conversations_fingerprint, normalize_row
 from finetune.reading.reading_cache import LazyList, entry_path, load_entry, save_entry
 from finetune.reading.row_files import RowError
 from finetune.reading.row_filter import RowFilter
 from finetune.reading.shapes import describe
 from finetune.reading.sources import Spec, parse_spec, read_rows
-from finetune.reading.unread_columns import refuse_csv_header, with_hint
 
 
 def load_conversations(
@@ -98,7 +98,7 @@ def _read_all(
             try:
                 conversation = normalize_row(raw, column_map=column_map, tools=tools, notes=result.notes)
             except RowError as error:
-                reason = with_hint(str(error), raw)
+                reason = str(error)
                 if strict:
                     refuse_csv_header(source, reason, raw)
                     raise UserError(
@@ -108,6 +108,8 @@ def _read_all(
                 continue
             kept.append((conversation, (source, number)))
             result.mappings[f"{source}: {describe(raw, column_map)}"] += 1
+            if not conversation["tools"] and any("tool_calls" in message for message in conversation["messages"]):
+                result.notes.update(f"{UNREAD_TOOLS}{column}" for column in tool_columns(raw))
         if read and not kept:
             refuse_csv_header(result.rejected[-1].source, result.rejected[-1].reason, result.rejected[-1].raw)
         used = _weighted(kept, weight, random.Random(f"{seed}:{index}"))

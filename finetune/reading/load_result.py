@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.reading.row_files import Unreadable
 
+UNREAD_TOOLS = "tools in a column that is not read: "  # begins the note about a row without tools
 SourceRow = tuple[str, int, Any]  # source, row number, raw row
 
 
@@ -50,7 +51,5 @@ class LoadResult:
     fingerprint: str = ""
 
     def unread_tool_columns(self) -> list[str]:
-        """Columns that were not read and whose names say that they hold tools."""
-        unread = [text.rpartition("; not read: ")[2] for text in self.mappings if "; not read: " in text]
-        names = dict.fromkeys(name for text in unread for name in text.split(", "))
-        return [name for name in names if "tool" in name.lower() or "function" in name.lower()]
+        """Columns, or parts of them, that were not read and hold tools."""
+        return [note.removeprefix(UNREAD_TOOLS) for note in self.notes if note.startswith(UNREAD_TOOLS)]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from finetune.reading.row_files import RowError
-from finetune.reading.text_shapes import as_text
+from finetune.reading.row_files import RowError, as_text
 
 _COLUMNS = ("images", "videos", "audios")  # lists of files, of which the text may or may not hold placeholders
 _SINGULAR = ("image", "video", "audio", "image_path", "video_path", "audio_path", "image_url")

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from finetune.reading.assistant import REASONING_KEYS, read_assistant
-from finetune.reading.content_parts import Parts, read_parts, result_text, system_text
+from finetune.reading.content_parts import Parts, holds_results, read_parts, result_text
 from finetune.reading.media import refuse_media_columns, refuse_media_keys
 from finetune.reading.null_padding import remove_null_padding
+from finetune.reading.provider_messages import converted
 from finetune.reading.raw_calls import CALLS_OF_PARTS, is_call_key, refuse_hidden_calls, without_namespace
-from finetune.reading.row_files import RowError, Unreadable, decode_json, json_type
+from finetune.reading.row_files import RowError, Unreadable, as_text, decode_json, json_type
 from finetune.reading.shapes import detect_shape
-from finetune.reading.text_shapes import as_text, hermes_system, tool_responses
+from finetune.reading.system_tools import system_text, without_tools
 from finetune.reading.tool_schemas import normalize_tools
 from finetune.reading.training_marks import (
     TRAINING_MARKS,
@@ -33,7 +35,7 @@ Message = dict[str, Any]
 _ROLE_NAMES = {
     "system": ("system", "developer"),
     "user": ("user", "human"),
-    "assistant": ("assistant", "gpt", "model", "chatgpt", "bot"),
+    "assistant": ("assistant", "gpt", "model", "chatgpt", "bot", "ai"),
     "tool": ("tool", "ipython", "function", "observation", "tool_response", "function_response", "environment"),
     "call": ("function_call", "tool_call", "tool_calls", "function_calls"),
 }
@@ -100,20 +102,16 @@ def _conversation(
     raw: dict[str, Any], column_map: dict[str, str] | None, tools: list[dict[str, Any]], notes: Counter
 ) -> dict[str, Any]:
     shape, fields, _ = detect_shape(raw, column_map)
-    messages, raw_tools, system = shape.read(fields)
-    declared = normalize_tools(raw_tools, notes)
-    messages = decode_json(messages, "messages")
+    messages = converted(decode_json(shape.read(fields), "messages"))
+    declared = normalize_tools(fields.get("tools"), notes)
     if not isinstance(messages, list):
         raise RowError(f"messages: a JSON {json_type(messages)}, not a list")
     refuse_media_columns(raw, messages)
-    if isinstance(system, (list, dict)):  # text parts, as Anthropic and Bedrock have them
-        system = system_text(system, notes)
+    system, messages, declared = without_tools(system_text(fields, notes), messages, declared, notes)
     if system and not (messages and isinstance(messages[0], dict) and _role(messages[0], 1) == "system"):
         messages = [{"role": "system", "content": system}, *messages]
     elif system and system != _either(messages[0], "content", "value"):
         notes["system column not read: the messages begin with a system message of their own"] += 1
-    if not declared:
-        messages, declared = _tools_in_messages(messages, notes)
     declared = declared or list(tools)
     roles = [_role(message, number) for number, message in enumerate(messages, start=1)]
     read = []
@@ -147,27 +145,10 @@ def _role(message: Any, number: int) -> str:
     if not isinstance(message, dict):
         raise RowError(f"message {number} is a JSON {json_type(message)}, not an object")
     role = _either(message, "role", "from")
-    if not isinstance(role, str) or role.strip().lower() not in ROLES:
-        raise RowError(f"message {number} has the unknown role {role!r}; known roles: {', '.join(ROLES)}")
-    return ROLES[role.strip().lower()]
-
-
-def _tools_in_messages(messages: list[Any], notes: Counter) -> tuple[list[Any], list[dict[str, Any]]]:
-    """(messages, tools) with the tools that a system message declares: in a key `tools` (Phi) or in Hermes' prompt."""
-    for index, message in enumerate(messages):
-        if _role(message, index + 1) != "system":
-            continue
-        with _in_message(index + 1):
-            if message.get("tools"):
-                notes["tools taken from the system message"] += 1
-                return messages, normalize_tools(message["tools"], notes)
-            text = _either(message, "content", "value")
-            found = hermes_system(text) if isinstance(text, str) else None
-            if found:
-                notes["Hermes system prompt: tools taken out, its wording left to the format"] += 1
-                rest = [{"role": "system", "content": found[0]}] if found[0] else []
-                return messages[:index] + rest + messages[index + 1 :], normalize_tools(found[1], notes)
-    return messages, []
+    name = re.sub(r"[\s-]+", "_", role.strip().lower()) if isinstance(role, str) else ""
+    if name not in ROLES:
+        raise RowError(f"message {number} has the unknown role {role!r}; known are system, user, assistant and tool")
+    return ROLES[name]
 
 
 def _raw_content(message: Message) -> Any:
@@ -188,7 +169,7 @@ def _content(content: Any, role: str, notes: Counter) -> str | Parts:
         return ""
     if role == "call":  # calls as JSON or in text parts
         return result_text(content)
-    if role == "tool" and not (isinstance(content, list) and _holds_results(content)):
+    if role == "tool" and not (isinstance(content, list) and holds_results(content)):
         text = result_text(content)
         whole = text == as_text(content)
         notes["content other than text written as JSON" if whole else "content parts joined"] += 1
@@ -199,12 +180,6 @@ def _content(content: Any, role: str, notes: Counter) -> str | Parts:
     parts = read_parts(content, notes)
     notes["content parts joined"] += 1
     return parts
-
-
-def _holds_results(content: list[Any]) -> bool:
-    """Whether a tool message holds results in parts of their own (AI SDK)."""
-    types = ("tool-result", "tool_result", "function_call_output")
-    return bool(content) and all(isinstance(part, dict) and part.get("type") in types for part in content)
 
 
 def _message(
@@ -288,14 +263,17 @@ def _result_part(result: Message, tools: list[dict[str, Any]], notes: Counter) -
     return _tool_results(result, content if isinstance(content, str) else result_text(content), tools, notes)
 
 
+_TOOL_RESPONSE = re.compile(r"<tool_response>(.*?)</tool_response>\s*", re.DOTALL)  # Hermes
+
+
 def _tool_results(message: Message, content: str, tools: list[dict[str, Any]], notes: Counter) -> list[Message]:
     result: Message = {"role": "tool", "content": content}
     if isinstance(message.get("name"), str) and message["name"]:
         result["name"] = without_namespace(message["name"], [tool["function"]["name"] for tool in tools])
     if message.get("tool_call_id") is not None:
         result["tool_call_id"] = str(message["tool_call_id"])
-    responses = tool_responses(content)
-    if responses is None:
+    stripped = content.strip()
+    if not stripped.startswith("<tool_response>") or _TOOL_RESPONSE.sub("", stripped):
         return [result]
     notes["<tool_response> tags taken off"] += 1
-    return [result | {"content": text} for text in responses]
+    return [result | {"content": text.strip()} for text in _TOOL_RESPONSE.findall(stripped)]

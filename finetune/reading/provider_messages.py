@@ -4,31 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.reading.parts import Message, from_provider_parts
-from finetune.reading.row_files import RowError, json_type
-from finetune.reading.text_shapes import as_text
+from finetune.reading.row_files import RowError, is_list_of_two, json_type
 
+Message = dict[str, Any]
 _LANGCHAIN_ROLES = {
     **{"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"},
     **{"humanmessage": "user", "aimessage": "assistant", "systemmessage": "system", "toolmessage": "tool"},
     **{"humanmessagechunk": "user", "aimessagechunk": "assistant", "functionmessage": "tool"},
 }
-_LANGCHAIN_KEYS = ("content", "name", "tool_call_id", "train", "weight", "reasoning_content")
+_LANGCHAIN_KEYS = str.split(
+    "content name tool_call_id train weight reasoning_content tool_calls function_call additional_kwargs"
+)
 _ITEM_TYPES = frozenset(("function_call", "function_call_output", "reasoning", "message"))
 _HOSTED = "a tool that runs on the provider's side"
 
 # keys of one exchange: (question, answer), in order of preference
-_PAIRS = (
-    *(
-        ("human", "assistant"),
-        ("user", "assistant"),
-        ("input", "output"),
-        ("question", "answer"),
-        ("prompt", "response"),
-    ),
-    *(("human", "gpt"), ("human", "bot"), ("user", "bot"), ("instruction", "output"), ("query", "response")),
-    *(("instruction", "response"), ("query", "answer"), ("prompt", "completion"), ("q", "a"), ("user", "model")),
-)
+_PAIRS = [
+    tuple(pair.split(":"))
+    for pair in str.split(
+        "human:assistant user:assistant input:output question:answer prompt:response human:gpt human:bot user:bot "
+        "instruction:output query:response instruction:response query:answer prompt:completion q:a user:model"
+    )
+]
 
 
 def _dicts(messages: Any) -> bool:
@@ -56,26 +53,11 @@ def from_langchain(messages: list[Message]) -> list[Message]:
         if body.get("invalid_tool_calls"):
             raise RowError(f"message {number} has invalid_tool_calls: calls that could not be parsed are not trained")
         extra = body.get("additional_kwargs") if isinstance(body.get("additional_kwargs"), dict) else {}
-        calls = body.get("tool_calls") or extra.get("tool_calls") or extra.get("function_call")
-        if calls:
-            calls = calls if isinstance(calls, list) else [calls]
-            made["tool_calls"] = [_renamed(call) for call in calls]
-            if isinstance(made.get("content"), list):  # Anthropic's parts repeat the calls
-                calling = ("tool_use", "tool_call", "function_call")
-                made["content"] = [
-                    part for part in made["content"] if not (isinstance(part, dict) and part.get("type") in calling)
-                ]
         if extra.get("reasoning_content"):
             made.setdefault("reasoning_content", extra["reasoning_content"])
+            made["additional_kwargs"] = {key: extra[key] for key in extra if key != "reasoning_content"}
         result.append(made)
-    return from_provider_parts(result)
-
-
-def _renamed(call: Any) -> Any:
-    """A LangChain call with `args` under the name `arguments`."""
-    if not isinstance(call, dict) or "args" not in call or "arguments" in call:
-        return call
-    return {"arguments" if key == "args" else key: value for key, value in call.items()}
+    return result
 
 
 def is_responses(messages: Any) -> bool:
@@ -90,76 +72,43 @@ def is_responses(messages: Any) -> bool:
 
 
 def from_responses(items: list[Message]) -> list[Message]:
-    """Items in order; reasoning, text and calls of the assistant without anything between them are one message."""
+    """Items as messages; those of one assistant turn are joined later, as those of any other API."""
     result: list[Message] = []
     for number, item in enumerate(items, start=1):
-        try:
-            new = _item(item)
-        except RowError as error:
-            raise RowError(f"item {number}: {error}") from error
-        last = result[-1] if result else {}
-        if new is not None and new.get("role") == "assistant" == last.get("role") and _can_join(last, new):
-            _join(last, new)
-        elif new is not None:
-            result.append(new)
+        kind = item.get("type")
+        if kind in (None, "message"):
+            result.append({key: item[key] for key in item if key not in ("type", "id", "status", "phase")})
+        elif kind == "function_call":
+            call = {"id": item.get("call_id"), **{key: item.get(key) for key in ("name", "arguments")}}
+            result.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        elif kind == "function_call_output":
+            result.append({"role": "tool", "content": item.get("output"), "tool_call_id": item.get("call_id")})
+        elif kind == "reasoning":
+            part = {"type": "reasoning", "content": item.get("content") or item.get("summary") or ""}
+            result += [{"role": "assistant", "content": [part]}] if part["content"] else []
+        else:
+            raise RowError(f"item {number}: has the type {kind}; {_HOSTED} cannot be trained")
     return result
-
-
-def _item(item: Message) -> Message | None:
-    kind = item.get("type")
-    if kind in (None, "message"):
-        return from_provider_parts([{key: item[key] for key in item if key not in ("type", "id", "status", "phase")}])[
-            0
-        ]
-    if kind == "function_call":
-        call = {"id": item.get("call_id"), "function": {key: item.get(key) for key in ("name", "arguments")}}
-        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", **call}]}
-    if kind == "function_call_output":
-        output = item.get("output")
-        if isinstance(output, list):
-            output = from_provider_parts([{"role": "user", "content": output}])[0]["content"]
-        return {"role": "tool", "content": as_text(output), "tool_call_id": item.get("call_id")}
-    if kind == "reasoning":
-        parts = item.get("content") or item.get("summary") or []
-        if not isinstance(parts, list) or not all(
-            isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts
-        ):
-            raise RowError("the reasoning is not a list of texts")
-        thought = "\n\n".join(part["text"] for part in parts)
-        return {"role": "assistant", "content": "", "reasoning_content": thought} if thought else None
-    raise RowError(f"has the type {kind}; {_HOSTED} cannot be trained")
-
-
-def _can_join(last: Message, new: Message) -> bool:
-    """Calls may follow anything; text only reasoning; reasoning only nothing."""
-    if new.get("reasoning_content"):
-        return set(last) <= {"role", "content", "reasoning_content"} and not last.get("content")
-    return not (new.get("content") and (last.get("tool_calls") or last.get("content")))
-
-
-def _join(last: Message, new: Message) -> None:
-    last["content"] = (last.get("content") or "") or new.get("content") or ""
-    thoughts = [text for text in (last.get("reasoning_content"), new.get("reasoning_content")) if text]
-    if thoughts:
-        last["reasoning_content"] = "\n\n".join(thoughts)
-    calls = [*(last.get("tool_calls") or []), *(new.get("tool_calls") or [])]
-    if calls:
-        last["tool_calls"] = calls
-    last.update({key: new[key] for key in new if key not in last})
 
 
 def is_gemini(messages: Any) -> bool:
     """Whether the texts are under `parts`."""
-    return _dicts(messages) and all(isinstance(message.get("parts"), list) for message in messages)
+    return _dicts(messages) and all(isinstance(message.get("parts"), (list, dict)) for message in messages)
 
 
 def from_gemini(messages: list[Message]) -> list[Message]:
     """`{"role": "model", "parts": [...]}`; a message without a role is the user's, or a tool's result."""
-    return from_provider_parts([{**message, "role": message.get("role") or "user"} for message in messages])
+    return [
+        {**{key: message[key] for key in message if key != "parts"}, "role": message.get("role") or "user"}
+        | {"content": message["parts"]}
+        for message in messages
+    ]
 
 
-def pair_keys(messages: Any) -> tuple[str, str] | None:
-    """The keys under which each item of a list holds a question and its answer."""
+def pair_keys(messages: Any) -> tuple[Any, Any] | None:
+    """The keys (or for a list of two the indices) under which each item holds a question and its answer."""
+    if is_list_of_two(messages[0] if isinstance(messages, list) and messages else None):
+        return (0, 1) if all(map(is_list_of_two, messages)) else None
     if not _dicts(messages) or any("role" in item or "from" in item for item in messages):
         return None
     return next((pair for pair in _PAIRS if all(pair[1] in item for item in messages) and pair[0] in messages[0]), None)
@@ -171,10 +120,11 @@ def is_pairs(messages: Any) -> bool:
 
 
 def from_pairs(exchanges: list[Message]) -> list[Message]:
-    """`{human, assistant}` of ms-swift, `{system, input, output}` of XTuner and their kind."""
+    """`{human, assistant}` of ms-swift, `{system, input, output}` of XTuner, `["question", "answer"]`."""
     question, answer = pair_keys(exchanges) or _PAIRS[0]
     result: list[Message] = []
     for number, exchange in enumerate(exchanges, start=1):
+        exchange = dict(enumerate(exchange)) if isinstance(exchange, list) else exchange
         unread = exchange.keys() - {"system", question, answer, "output_with_loss"}
         if any(exchange[key] not in (None, "", [], {}) for key in unread):
             raise RowError(
@@ -189,3 +139,33 @@ def from_pairs(exchanges: list[Message]) -> list[Message]:
         if exchange.get("output_with_loss") is not None:
             result[-1]["train"] = exchange["output_with_loss"]
     return result
+
+
+_ROLE_KEYS = frozenset(("system", "user", "human", "assistant", "gpt", "bot", "model"))
+
+
+def is_keyed_by_role(messages: Any) -> bool:
+    """Whether each item is one text under its role, as `{"user": "Hi"}`."""
+    return _dicts(messages) and all(len(item) == 1 and item.keys() <= _ROLE_KEYS for item in messages)
+
+
+def from_keyed_by_role(messages: list[Message]) -> list[Message]:
+    return [{"role": role, "content": text} for message in messages for role, text in message.items()]
+
+
+CONVERTERS = (
+    (is_responses, from_responses),
+    (is_gemini, from_gemini),
+    (is_langchain, from_langchain),
+    (is_pairs, from_pairs),
+    (is_keyed_by_role, from_keyed_by_role),
+)
+
+
+def converted(messages: Any) -> Any:
+    """Messages of any library or API as messages with role and content; others unchanged."""
+    if isinstance(messages, dict) and messages.keys() & {"role", "from"}:  # a Sequence of the `datasets` library
+        lists = list(messages.values())
+        if all(isinstance(one, list) and len(one) == len(lists[0]) for one in lists):
+            messages = [dict(zip(messages, values, strict=True)) for values in zip(*lists, strict=True)]
+    return next((convert(messages) for fits, convert in CONVERTERS if fits(messages)), messages)

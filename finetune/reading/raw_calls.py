@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from finetune.reading.calls_in_text import ARGUMENT_KEYS
 from finetune.reading.row_files import RowError, decode_json, json_type, strict_json
 from finetune.reading.training_marks import snake_case
 
@@ -15,9 +16,9 @@ CALLS_OF_PARTS = "its content parts"  # takes the place of a key where content p
 _READ_CALL_KEYS = ("tool_calls", "function_call")  # read by normalize
 _EMPTY = (None, "", [], {})
 _NAMES = ("name", "toolName", "tool_name", "tool", "functionName", "function_name")
-_ARGUMENTS = ("arguments", "parameters", "args", "input")
 _IDS = ("id", "call_id", "toolCallId", "tool_call_id", "toolUseId", "tool_use_id")
 _CALL_TYPES = (None, "", "function", "tool_use", "tool_call", "tool-call", "function_call", "custom")
+CALL_KEYS = frozenset(("name", *ARGUMENT_KEYS, "id", "type", "index", "function"))
 _FUNCTION_PREFIX = "functions."  # Harmony's namespace of the declared tools
 
 
@@ -27,24 +28,21 @@ def plain_calls(item: dict[str, Any]) -> list[dict[str, Any]]:
         value = decode_json(item["value"], "the call")
         if isinstance(value, (dict, list)) and value:
             values = value if isinstance(value, list) else [value]
-            return [_plain_call(_object(value)) for value in values]
-    return [_plain_call(item)]
+            return [plain_call(value) for value in values]
+    return [plain_call(item)]
 
 
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RowError(f"a tool call is a JSON {json_type(value)}, not an object")
-    return value
-
-
-def _plain_call(item: dict[str, Any]) -> dict[str, Any]:
+def plain_call(item: Any) -> dict[str, Any]:
+    """A call of any provider with its name and id under OpenAI's keys; it may be JSON text. Raises RowError."""
+    item = decode_json(item, "a tool call", times=2)
+    if not isinstance(item, dict):
+        raise RowError(f"a tool call is a JSON {json_type(item)}, not an object")
     if isinstance(item.get("function"), dict):
         return item
     call: dict[str, Any] = {}
     rest = {key: value for key, value in item.items() if key != "type"}
-    for name, keys in (("name", _NAMES), ("arguments", _ARGUMENTS), ("id", _IDS)):
-        given = [key for key in keys if rest.get(key) is not None]
-        if given and (name != "arguments" or len(given) == 1):  # two arguments: compared by normalize
+    for name, keys in (("name", _NAMES), ("id", _IDS)):
+        if given := [key for key in keys if rest.get(key) is not None]:
             call[name] = rest.pop(given[0])
     return call | rest
 
@@ -77,11 +75,9 @@ def _readable_calls(key: str, value: Any) -> list[dict[str, Any]]:
         value = decode_json(value, key)
         calls = []
         for item in value if isinstance(value, list) else [value]:
-            call = _plain_call(_object(item))
+            call = plain_call(item)
             function = call["function"] if isinstance(call.get("function"), dict) else call
-            unknown = {
-                k for k in call if k not in ("name", "arguments", "parameters", "id", "function", "type", "index")
-            }
+            unknown = call.keys() - CALL_KEYS
             if item.get("type") not in _CALL_TYPES or unknown or not isinstance(function.get("name"), str):
                 raise RowError(f"it has {', '.join(sorted(unknown)) or 'no name'}")
             calls.append(call)
@@ -142,8 +138,20 @@ def read_channel(message: dict[str, Any], content: str, tools: Iterable[str]) ->
     return {"content": content}
 
 
-def bare_json_calls(content: str) -> list[dict[str, Any]]:
-    """The calls of a content that is nothing but JSON of one call or of a list of them (GLM-4); [] for another text."""
+_FENCE = re.compile(r"```(?:json)?\n(.*)\n```", re.DOTALL)
+_NAME_THEN_JSON = re.compile(r"(?P<name>[\w.-]+)\n(?P<arguments>\{.*\})", re.DOTALL)  # GLM-4's chat template
+
+
+def bare_json_calls(content: str, names: set[str]) -> list[dict[str, Any]]:
+    """The calls of a content that is nothing but JSON of one call or of a list of them; [] for another text.
+
+    The JSON may be in a fence; GLM-4 writes a call as the name of a declared tool and a line of arguments.
+    """
+    if match := _FENCE.fullmatch(content):
+        content = match[1].strip()
+    match = _NAME_THEN_JSON.fullmatch(content)
+    if match and match["name"] in names:
+        return [{"name": match["name"], "arguments": match["arguments"]}]
     if content[:1] not in ("{", "["):
         return []
     try:

@@ -68,6 +68,31 @@ def json_type(value: Any) -> str:
     return "null" if value is None else _JSON_TYPES.get(type(value), type(value).__name__)
 
 
+def as_text(value: Any) -> str:
+    """Text unchanged; anything else as JSON that is not ASCII-escaped, as chat templates write it."""
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RowError(f"holds a value that JSON cannot represent ({error})") from error
+
+
+def json_stream(text: str, where: str) -> list[Any]:
+    """JSON values separated by white space or commas; a list is replaced by its items."""
+    values, position = [], 0
+    while position < len(text):
+        if text[position] in " \t\r\n,":
+            position += 1
+            continue
+        try:
+            value, position = STRICT.raw_decode(text, position)
+        except ValueError as error:
+            raise RowError(f"{where} holds functions that are not valid JSON ({error})") from error
+        values += value if isinstance(value, list) else [value]
+    return values
+
+
 def read_json_row(line: bytes) -> dict[str, Any] | Unreadable:
     """One line of JSON Lines as a dict, or Unreadable with the reason."""
     try:
@@ -87,9 +112,18 @@ def read_json_row(line: bytes) -> dict[str, Any] | Unreadable:
 
 
 def messages_row(row: Any) -> Any:
-    """A row that is a bare list of messages (XTuner) as a row with the column `messages`; others unchanged."""
-    is_list = isinstance(row, list) and row and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in row)
+    """A row that is a bare list of messages (XTuner) or of questions and answers as a row with `messages`."""
+    if not isinstance(row, list) or not row:
+        return row
+    if is_list_of_two(row):
+        return {"messages": [row]}
+    is_list = all(is_list_of_two(m) or (isinstance(m, dict) and ("role" in m or "from" in m)) for m in row)
     return {"messages": row} if is_list else row
+
+
+def is_list_of_two(value: Any) -> bool:
+    """Whether a value is a list of two texts, a question and its answer."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
 def _reason(error: ValueError) -> str:
@@ -114,9 +148,15 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
             if not line.strip():
                 continue
             row = read_json_row(line.rstrip(b"\r\n"))
-            if first and isinstance(row, Unreadable) and path.is_file() and (rows := _pretty_printed(path)):
-                yield from rows
-                return
+            if first and isinstance(row, Unreadable) and path.is_file():
+                if (rows := _pretty_printed(path)) is not None:
+                    yield from rows
+                    return
+                if line.strip() in (b"{", b"[", b"[{") and file.read(1):
+                    raise UserError(
+                        f"{path}: an object goes over several lines, but the file is not valid JSON; fix it, or write "
+                        "one object a line"
+                    )
             first = False
             yield number, row
 
@@ -221,34 +261,6 @@ def _delimiter(path: Path, usual: str) -> str:
     return usual
 
 
-def arrow_records(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
-    """Rows of an Arrow file, in the stream format (that of the `datasets` library) or in the file format."""
-    import pyarrow
-    from pyarrow import ipc
-
-    try:
-        with open_plain(path) as file:
-            source = (
-                pyarrow.BufferReader(file.read()) if path.name.lower().endswith(".gz") else pyarrow.OSFile(str(path))
-            )
-        with source:
-            if source.read(6) == b"ARROW1":
-                reader = ipc.open_file(source)
-                batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
-            else:
-                source.seek(0)
-                batches = reader = ipc.open_stream(source)
-            names = reader.schema.names
-            if len(set(names)) < len(names):
-                raise UserError(f"{path}: duplicate column name ({', '.join(names)}); rename one of them")
-            yield from enumerate((row for batch in batches for row in arrow_rows(batch)), start=1)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not an Arrow file ({str(error).splitlines()[0]}); save it again") from error
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: holds values that cannot be read ({reason}); convert it to JSON Lines") from error
-
-
 def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
     for number, (line, is_cut) in enumerate(limited_lines(file), start=1):
         if is_cut:
@@ -256,24 +268,47 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
         yield line
 
 
+def arrow_records(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
+    """Rows of an Arrow file, in the stream format (that of the `datasets` library) or in the file format."""
+    from pyarrow import ipc
+
+    def batches(source):
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        reader = ipc.open_file(source) if is_file else ipc.open_stream(source)
+        return reader.schema, (map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader)
+
+    return _records_of_batches(path, batches, "an Arrow file")
+
+
 def parquet_records(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
     """Rows of a Parquet file, read in batches."""
-    import pyarrow
     from pyarrow import parquet
 
+    def batches(source):
+        file = parquet.ParquetFile(source)
+        return file.schema_arrow, file.iter_batches(batch_size=512)
+
+    return _records_of_batches(path, batches, "a Parquet file")
+
+
+def _records_of_batches(path: Path, batches, what: str) -> Iterator[tuple[int, dict | Unreadable]]:
+    """Numbered rows; `batches` gives (schema, record batches) of an open file. Raises UserError."""
+    import pyarrow
+
     try:
-        source = path
         if path.name.lower().endswith(".gz"):
             with open_plain(path) as plain:
                 source = pyarrow.BufferReader(read_all(plain, path))
-        with parquet.ParquetFile(source) as file:
-            names = file.schema_arrow.names
-            if len(set(names)) < len(names):
-                raise UserError(f"{path}: duplicate column name ({', '.join(names)}); rename one of them")
-            batches = file.iter_batches(batch_size=512)
-            yield from enumerate((row for batch in batches for row in arrow_rows(batch)), start=1)
+        else:
+            source = pyarrow.OSFile(str(path))
+        with source:
+            schema, found = batches(source)
+            if len(set(schema.names)) < len(schema.names):
+                raise UserError(f"{path}: duplicate column name ({', '.join(schema.names)}); rename one of them")
+            yield from enumerate((row for batch in found for row in arrow_rows(batch)), start=1)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file ({str(error).splitlines()[0]}); download it again") from error
+        raise UserError(f"{path}: not {what} ({str(error).splitlines()[0]}); download or save it again") from error
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: holds values that cannot be read ({reason}); convert it to JSON Lines") from error

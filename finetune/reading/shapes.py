@@ -12,7 +12,6 @@ from typing import Any
 
 from finetune.reading.answer_shapes import (
     answer_field,
-    conversation,
     is_squad,
     is_whole_conversation,
     read_messages,
@@ -27,13 +26,22 @@ from finetune.reading.chat_exports import (
     is_function_chat_single_call,
     is_open_webui,
     open_webui_messages,
-    reject_session_event,
     reject_single_call,
 )
-from finetune.reading.columns import FIELDS, Fields, decoded, match_columns, no_shape, parse_map, reject_bad_verdict
-from finetune.reading.parts import has_provider_parts
+from finetune.reading.columns import (
+    FIELDS,
+    Fields,
+    decoded,
+    match_columns,
+    no_shape,
+    parse_map,
+    reject_bad_verdict,
+    with_parts,
+)
+from finetune.reading.content_parts import has_provider_parts
 from finetune.reading.provider_messages import is_gemini, is_langchain, is_pairs, is_responses
-from finetune.reading.text_shapes import RawConversation, read_glaive, read_speaker_text
+from finetune.reading.request_logs import flattened
+from finetune.reading.text_shapes import read_glaive, read_speaker_text
 
 __all__ = ["FIELDS", "SHAPES", "Shape", "describe", "detect_shape", "parse_map"]
 
@@ -43,21 +51,21 @@ class Shape:
     """All that is known about one shape.
 
     name     as printed and as listed in docs/data.md
-    columns  its columns in Markdown, for the table in docs/data.md
+    writers  who writes such rows, for the table in docs/data.md
+    columns  its columns in Markdown, for the same table
     needs    fields that must be present
     used     fields that are read if present, besides tools and system, which every shape may have
     guard    a condition on the fields that says whether a row with the needed fields has this shape
-    read     fields -> RawConversation; raises RowError with the reason why it refuses a row
-    writers  who writes such rows, for the table in docs/data.md
+    read     fields -> messages in any spelling; raises RowError with the reason why it refuses a row
     """
 
     name: str
+    writers: str
     columns: str
-    needs: Set[str]
-    read: Callable[[Fields], RawConversation]
-    used: Set[str] = frozenset()
+    needs: Set[str] = frozenset(("messages",))
     guard: Callable[[Fields], bool] = lambda fields: True
-    writers: str = ""
+    read: Callable[[Fields], Any] = read_messages
+    used: Set[str] = frozenset()
 
     def fields_read(self, fields: Fields) -> Set[str]:
         """The fields that are read of a row."""
@@ -68,7 +76,7 @@ class Shape:
 def detect_shape(raw: dict[str, Any], column_map: dict[str, str] | None = None) -> tuple[Shape, Fields, dict[str, str]]:
     """(shape, fields, {column: field} of the columns matched to fields). Raises RowError when no shape matches."""
     reject_bad_verdict(raw)
-    reject_session_event(raw)
+    raw = flattened(with_parts(raw, column_map))
     columns = match_columns(raw, column_map)
     fields = {name: raw[column] for column, name in columns.items()}
     for shape in SHAPES:
@@ -80,6 +88,7 @@ def detect_shape(raw: dict[str, Any], column_map: dict[str, str] | None = None) 
 def describe(raw: dict[str, Any], column_map: dict[str, str] | None = None) -> str:
     """`prompt and completion: question -> prompt, answer -> completion; not read: id`."""
     shape, fields, matched = detect_shape(raw, column_map)
+    raw = flattened(with_parts(raw, column_map))
     names = shape.fields_read(fields)
     columns = {column: name for column, name in matched.items() if name in names}
     unread = [column for column in raw if column not in columns and raw[column] is not None]
@@ -95,161 +104,154 @@ def _messages(fits: Callable[[Any], bool]) -> Callable[[Fields], bool]:
 SHAPES: tuple[Shape, ...] = (
     Shape(
         "OpenAI Responses",
+        "logs of OpenAI's Responses API",
         "`input` (or `messages`) with items `function_call`, `function_call_output`, `reasoning`; `instructions`, "
         "`tools`, `output`",
-        needs={"messages"},
         guard=_messages(is_responses),
-        read=read_messages,
-        writers="logs of OpenAI's Responses API",
     ),
     Shape(
         "Gemini",
+        "Gemini and Vertex AI tuning",
         "`contents` with `parts` (`text`, `functionCall`, `functionResponse`), `systemInstruction`, `tools`; camelCase "
         "or snake_case",
-        needs={"messages"},
         guard=_messages(is_gemini),
-        read=read_messages,
-        writers="Gemini and Vertex AI tuning",
     ),
     Shape(
         "LangChain messages",
+        "LangChain, LangSmith",
         "`messages` with `type` human, ai, tool; plain, under `data`, or serialized",
-        needs={"messages"},
         guard=_messages(is_langchain),
-        read=read_messages,
-        writers="LangChain, LangSmith",
     ),
     Shape(
         "question and answer list",
-        "`conversation` with `{human, assistant}`, `{system, input, output}` and the like in each item; `system`",
-        needs={"messages"},
+        "ms-swift, XTuner",
+        "`conversation` with `{human, assistant}`, `{system, input, output}`, `[question, answer]` and the like in "
+        "each item; `system`",
         guard=_messages(is_pairs),
-        read=read_messages,
-        writers="ms-swift, XTuner",
     ),
     Shape(
         "content blocks",
+        "Anthropic, AWS Bedrock, LLaMA-Factory",
         "`messages` whose contents hold `tool_use` and `tool_result` (Anthropic), `toolUse` and `toolResult` (Bedrock "
         "Converse) or `tool_call` and `reasoning` parts (LLaMA-Factory v1); `system`, `tools`, `toolConfig`",
-        needs={"messages"},
         guard=_messages(has_provider_parts),
-        read=read_messages,
-        writers="Anthropic, AWS Bedrock, LLaMA-Factory",
     ),
     Shape(
         "messages and answer column",
-        "`messages` that end with the user or a tool, `tools`; `chosen`, `chosen_response`, `answer`, `completion` or "
-        "`ground_truth`",
-        needs={"messages"},
+        "LLaMA-Factory, When2Call, FunctionChat-Bench",
+        "`messages` that end with the user or a tool, `tools`; `chosen`, `chosen_response`, `answer`, `completion`, "
+        "`ground_truth`, or an API's response (`choices`, `candidates`)",
         guard=lambda fields: answer_field(fields) is not None,
-        read=read_messages,
-        writers="LLaMA-Factory, When2Call, FunctionChat-Bench",
     ),
     Shape(
         "messages",
+        "OpenAI, ShareGPT, Hermes, ToolACE, tau-bench, SWE-agent",
         "`messages` or `conversations` (OpenAI `role`/`content`, ShareGPT `from`/`value`), `tools`, `system`; tools in "
-        "the system text of Hermes, ToolACE and Kimi, ToolACE's `[name(a=1)]` calls and `<tool_response>` tags are "
-        "recognized; `traj`, `history`, or a bare list of messages",
-        needs={"messages"},
-        read=read_messages,
-        writers="OpenAI, ShareGPT, Hermes, ToolACE, tau-bench, SWE-agent",
+        "the system text of Hermes, ToolACE, Kimi and Glaive, ToolACE's `[name(a=1)]` calls and `<tool_response>` tags "
+        "are recognized; `traj`, `history`, or a bare list of messages",
     ),
     Shape(
         "FunctionChat dialog",
+        "FunctionChat-Bench",
         "`turns` of `query` and `ground_truth`, `tools`",
         needs={"turns"},
         guard=lambda fields: is_function_chat_dialog(fields["turns"]),
-        read=lambda fields: conversation(fields, function_chat_messages(fields["turns"])),
-        writers="FunctionChat-Bench",
+        read=lambda fields: function_chat_messages(fields["turns"]),
     ),
     Shape(
         "Open WebUI export",
+        "Open WebUI",
         "`chat` with `messages` or `history`",
         needs={"chat"},
         guard=lambda fields: is_open_webui(fields["chat"]),
-        read=lambda fields: conversation(fields, open_webui_messages(fields["chat"])),
-        writers="Open WebUI",
+        read=lambda fields: open_webui_messages(fields["chat"]),
     ),
-    Shape("Glaive chat", "`system`, `chat`", needs={"chat"}, read=read_glaive, writers="Glaive"),
+    Shape(
+        "Glaive chat",
+        "Glaive",
+        "`system`, `chat`",
+        needs={"chat"},
+        read=read_glaive,
+    ),
     Shape(
         "BFCL",
+        "Berkeley Function Calling Leaderboard",
         "`question`, `function`, `ground_truth` (single turn)",
         needs={"prompt"},
-        used={"ground_truth"},
         guard=is_bfcl,
         read=read_bfcl,
-        writers="Berkeley Function Calling Leaderboard",
+        used={"ground_truth"},
     ),
     Shape(
         "FunctionChat SingleCall",
+        "FunctionChat-Bench",
         "`query`, `ground_truth` and `tools` as lists: rejected, since a row is several conversations",
         needs={"prompt", "ground_truth"},
         guard=is_function_chat_single_call,
         read=reject_single_call,
-        writers="FunctionChat-Bench",
     ),
     Shape(
         "When2Call multiple choice",
+        "When2Call",
         "`question`, `answers`, `correct_answer`, `tools`",
         needs={"prompt", "answers", "correct_answer"},
         read=read_multiple_choice,
-        writers="When2Call",
     ),
     Shape(
         "SQuAD",
+        "SQuAD, KorQuAD",
         "`context`, `question`, `answers` (`text`; the first is trained)",
         needs={"prompt", "answers"},
-        used={"context"},
         guard=is_squad,
         read=read_squad,
-        writers="SQuAD, KorQuAD",
+        used={"context"},
     ),
     Shape(
         "APIGen/xLAM",
+        "APIGen, xLAM",
         "`query`, `answers`, `tools`",
         needs={"prompt", "answers"},
         read=read_xlam,
-        writers="APIGen, xLAM",
     ),
     Shape(
         "query log",
+        "a table of logged calls",
         "`query`, `tool_used`, `parameters`, `reasoning`; `response` is not read",
         needs={"prompt", "tool"},
-        used={"parameters", "reasoning"},
         guard=lambda fields: "parameters" in fields or "completion" not in fields,
         read=read_query_log,
-        writers="a table of logged calls",
+        used={"parameters", "reasoning"},
     ),
     Shape(
         "prompt and completion",
+        "Alpaca, TRL, UltraFeedback, spreadsheets",
         "`prompt`, `instruction` (+ `input`), `question`, `query`, `input`, `Q`; `completion`, `response`, `output`, "
         "`answer`, `chosen`, `A`; `history`; in other languages too (`질문`, `답변`)",
         needs={"prompt", "completion"},
-        used={"context", "history"},
         read=read_pair,
-        writers="Alpaca, TRL, UltraFeedback, spreadsheets",
+        used={"context", "history"},
     ),
     Shape(
         "question and ground truth",
-        "`question` or `query`, `ground_truth` (text or a message)",
+        "RAGAS test sets",
+        "`question` or `query`, `ground_truth` (text or a message); `user_input`, `reference`",
         needs={"prompt", "ground_truth"},
-        used={"context", "history"},
         read=read_pair,
-        writers="RAGAS test sets",
+        used={"context", "history"},
     ),
     Shape(
         "conversation in chosen",
+        "orpo-dpo-mix, hh-rlhf",
         "`chosen` without a prompt: messages, or text with `Human: … Assistant: …`",
         needs={"completion"},
         guard=is_whole_conversation,
         read=read_whole_conversation,
-        writers="orpo-dpo-mix, hh-rlhf",
     ),
     Shape(
         "User:/Assistant: text",
+        "guanaco and the like",
         "`text` with `User: … Assistant: …` (also `System:`, `Human:`)",
         needs={"text"},
         read=read_speaker_text,
-        writers="guanaco and the like",
     ),
 )

@@ -32,6 +32,7 @@ from finetune.reading.row_files import (
     json_lines,
     parquet_records,
 )
+from finetune.reading.session_logs import read_sessions
 
 MAX_WEIGHT = 1000
 READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict | Unreadable]]]] = {
@@ -116,7 +117,7 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, int, dict[str, Any] | Unrea
     try:
         suffix = _type_of(path)
         answers = _bfcl_answers(path)
-        for number, row in READERS[suffix](path):
+        for number, row in read_sessions(READERS[suffix](path)):
             if answers and isinstance(row, dict) and "ground_truth" not in row and str(row.get("id")) in answers:
                 row = row | {"ground_truth": answers[str(row["id"])]}
             yield str(path), number, row

@@ -1,15 +1,17 @@
-"""Tools written into the system text: ToolACE's list with calls in brackets, Kimi's declarations, Hermes' block."""
+"""Tools written into the system text: by ToolACE (with calls in brackets), Kimi, Hermes and Glaive."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from typing import Any
 
-from finetune.reading.row_files import RowError, strict_json
-from finetune.reading.text_shapes import as_text, hermes_system, json_stream
+from finetune.reading.bracket_calls import bracket_calls
+from finetune.reading.content_parts import read_parts
+from finetune.reading.row_files import RowError, as_text, json_stream
+from finetune.reading.tool_schemas import normalize_tools
 from formats.calls import STRICT
-from formats.pythonic import read_literal
 
 _LIST_START = re.compile(
     r"Here is a list of (?:the )?functions in JSON format that you can (?:invoke|use|call)\s*[.:]?\s*(?=\[)",
@@ -23,67 +25,119 @@ _EXPLANATIONS = re.compile(
     r"\s*\.?[ \t]*\n?)?"
 )
 _KIMI = re.compile(r"<\|im_system\|>tool_declare<\|im_middle\|>(?P<tools>.*?)<\|im_end\|>\s*", re.DOTALL)
+_HERMES = re.compile(
+    r"You are a function calling AI model\..*?<tools>(?P<tools>\s*[\[{].*?)</tools>.*?(</tool_call>\s*|$)", re.DOTALL
+)
+_GLAIVE = re.compile(
+    r"(?:You are an? [\w ]*assistant,? )?with access to the following functions\.\s*"
+    r"Use them(?: if required)?\s*[-:]?\s*$"
+)
 
 
-def bracket_tools(text: str) -> tuple[str, list[Any]] | None:
-    """(rest of the text, tools) of a system text that lists functions for bracket calls; None for any other."""
-    match = _LIST_START.search(text)
-    if match is None:
-        return None
+def system_text(fields: dict[str, Any], notes: Counter) -> str:
+    """The system column as text, from text, a message or parts (Anthropic, Converse, Gemini). Raises RowError."""
+    value = fields.get("system")
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("parts", "content", "text") if key in value), value)
+    if not isinstance(value, (list, dict)):
+        return re.sub(r"^\s*SYSTEM:\s*", "", as_text(value)) if value is not None else ""  # Glaive's label
     try:
-        tools, end = STRICT.raw_decode(text, match.end())
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"the list of functions in the system text is not valid JSON ({error})") from error
-    rest = text[: match.start()], text[end:].lstrip(" .")
-    return "\n".join(part for part in (_EXPLANATIONS.sub("", side).strip() for side in rest) if part), tools
+        parts = read_parts(value, notes)
+    except RowError as error:
+        raise RowError(f"the system column: {error}") from error
+    if parts.calls or parts.results or parts.reasoning:
+        raise RowError("the system column has content parts that are not text; only text can be trained")
+    return "\n\n".join(parts.texts)
 
 
-def kimi_tools(text: str) -> tuple[str, list[Any]] | None:
-    """(rest of the text, tools) of Kimi's `tool_declare` system message; None for any other text."""
-    match = _KIMI.search(text)
-    if match is None:
+def without_tools(
+    system: str, messages: list[Any], tools: list[dict[str, Any]], notes: Counter
+) -> tuple[str, list[Any], list[dict[str, Any]]]:
+    """(system text, messages, canonical tools) with the tools that system texts declare moved into the tools.
+
+    So are those under the key `tools` of a system message (Phi). ToolACE's bracket calls become `tool_calls`.
+    Raises RowError.
+    """
+    result: list[Any] = []
+    in_brackets = False
+    for number, message in enumerate([{"role": "system", "content": system}, *messages]):
+        if not isinstance(message, dict) or _role(message) not in ("system", "developer"):
+            result.append(message)
+            continue
+        key = "content" if isinstance(message.get("content"), str) else "value"
+        text = message.get(key)
+        try:
+            if message.get("tools") and not tools:
+                notes["tools taken from the system message"] += 1
+                tools = normalize_tools(message["tools"], notes)
+                message = message if message.get(key) or message.get("content") else None  # nothing but tools (GLM)
+            if message is not None and isinstance(text, str) and (found := tools_of_system_text(text)):
+                rest, declared, writer = found
+                names = {tool["function"]["name"] for tool in tools}
+                tools = tools + [t for t in normalize_tools(declared, notes) if t["function"]["name"] not in names]
+                notes[f"{writer} system prompt: tools taken out, its wording left to the format"] += 1
+                in_brackets = in_brackets or writer == "ToolACE"
+                message = {**message, key: rest} if rest or not number else None
+        except RowError as error:
+            raise RowError(f"message {number}: {error}" if number else f"the system column: {error}") from error
+        result += [message] if message is not None else []
+    system = result.pop(0)["content"]
+    return system, (read_bracket_calls(result, tools) if in_brackets else result), tools
+
+
+def _role(message: dict[str, Any]) -> Any:
+    return message.get("role") or message.get("from")
+
+
+def tools_of_system_text(text: str) -> tuple[str, list[Any], str] | None:
+    """(rest of the text, tools, who writes so), or None where the text declares no tools."""
+    if match := _LIST_START.search(text):
+        try:
+            tools, end = STRICT.raw_decode(text, match.end())
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"the list of functions in the system text is not valid JSON ({error})") from error
+        rest = [_EXPLANATIONS.sub("", side).strip() for side in (text[: match.start()], text[end:].lstrip(" ."))]
+        return "\n".join(filter(None, rest)), tools, "ToolACE"
+    for pattern, where, writer in (
+        (_KIMI, "the tool_declare message", "Kimi"),
+        (_HERMES, "the <tools> block", "Hermes"),
+    ):
+        if match := pattern.search(text):
+            rest = (text[: match.start()] + text[match.end() :]).strip()
+            return rest, json_stream(match["tools"], where), writer
+    return _glaive_tools(text)
+
+
+def _glaive_tools(text: str) -> tuple[str, list[Any], str] | None:
+    """Functions as JSON at the end of the text; elsewhere JSON in a text is an example."""
+    start = min((at for at in map(text.find, "{[") if at >= 0), default=-1)
+    if start < 0 or text.rstrip()[-1] not in "}]":
         return None
-    return (text[: match.start()] + text[match.end() :]).strip(), json_stream(
-        match["tools"], "the tool_declare message"
-    )
-
-
-def tools_of_system_text(text: str, *, with_hermes: bool) -> tuple[str, list[Any], bool] | None:
-    """(rest of the text, tools, whether calls are in brackets), or None where the text declares no tools."""
-    if found := bracket_tools(text):
-        return *found, True
-    if found := kimi_tools(text) or (hermes_system(text) if with_hermes else None):
-        return *found, False
-    return None
-
-
-def merged_tools(column: Any, in_text: list[Any]) -> Any:
-    """The tools of the column, then those that only the system text declares."""
-    if column is None or column == "" or column == []:
-        return in_text
-    column = strict_json(column) if isinstance(column, str) else column
-    column = column if isinstance(column, list) else [column]
-    named = {_name(tool) for tool in column}
-    return [*column, *(tool for tool in in_text if _name(tool) not in named)]
-
-
-def _name(tool: Any) -> Any:
+    before = text[:start]
+    is_glaive = _GLAIVE.search(before)
     try:
-        tool = strict_json(tool) if isinstance(tool, str) else tool
-    except ValueError:
+        tools = json_stream(text[start:], "the system text")
+    except RowError:
+        if is_glaive:
+            raise
         return None
-    inner = tool.get("function") if isinstance(tool, dict) else None
-    name = (inner if isinstance(inner, dict) else tool).get("name") if isinstance(tool, dict) else None
-    return name if isinstance(name, str) else None
+    if not tools or not (is_glaive or all(map(_looks_like_a_tool, tools))):
+        return None
+    return _GLAIVE.sub("", before).strip(), tools, "Glaive"
 
 
-def read_bracket_calls(messages: list[Any], tools: list[Any]) -> list[Any]:
+def _looks_like_a_tool(value: Any) -> bool:
+    function = value.get("function", value) if isinstance(value, dict) else None
+    return isinstance(function, dict) and "name" in function and isinstance(function.get("parameters"), dict)
+
+
+def read_bracket_calls(messages: list[Any], tools: list[dict[str, Any]]) -> list[Any]:
     """Assistant texts that are one list of bracket calls as `tool_calls`; results split by their names."""
-    names = sorted(filter(None, map(_name, tools)), key=len, reverse=True)
+    names = sorted((tool["function"]["name"] for tool in tools), key=len, reverse=True)
     result: list[Any] = []
     calls: list[dict[str, Any]] = []
     for number, message in enumerate(messages, start=1):
-        role = message.get("role", message.get("from")) if isinstance(message, dict) else None
+        role = _role(message) if isinstance(message, dict) else None
         key = "content" if isinstance(message, dict) and isinstance(message.get("content"), str) else "value"
         text = message.get(key) if isinstance(message, dict) else None
         if role in ("assistant", "gpt") and isinstance(text, str):
@@ -106,84 +160,8 @@ def _results(text: str, calls: list[dict[str, Any]]) -> list[str]:
     except (ValueError, RecursionError):
         return [text]
     names = [call["name"] for call in calls]
-    if len(calls) < 2 or not isinstance(items, list) or [_name(item) for item in items] != names:
+    if len(calls) < 2 or not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        return [text]
+    if [item.get("name") for item in items] != names:
         return [text]
     return [as_text(item["results"] if item.keys() == {"name", "results"} else item) for item in items]
-
-
-def bracket_calls(text: str, names: list[str]) -> list[dict[str, Any]] | None:
-    """The calls of `[Name With Spaces(k="v"), f.g(x=[1])]`; None unless the text begins like one, with a known name.
-
-    Values are Python literals or JSON's `true`, `false` and `null`. Raises ValueError for a call that breaks off.
-    """
-    text = text.strip()
-    position = _after_space(text, 1)
-    if not text.startswith("[") or _name_at(text, position, names) is None:
-        return None
-    calls = []
-    while True:
-        name = _name_at(text, position, names)
-        if name is None:
-            raise ValueError(f"no declared function at {text[position : position + 30]!r}")
-        position = text.index("(", position + len(name)) + 1
-        arguments, position = _arguments(text, position)
-        calls.append({"name": name, "arguments": arguments})
-        position = _after_space(text, position)
-        if text[position:] == "]":
-            return calls
-        if text[position : position + 1] != ",":
-            raise ValueError(f"neither ',' nor the closing ']' at {text[position : position + 30]!r}")
-        position = _after_space(text, position + 1)
-
-
-def _name_at(text: str, position: int, names: list[str]) -> str | None:
-    """The longest known name at a position that is followed by an opening parenthesis."""
-    for name in names:
-        if text.startswith(name, position) and text[position + len(name) :].lstrip()[:1] == "(":
-            return name
-    return None
-
-
-def _after_space(text: str, position: int) -> int:
-    while position < len(text) and text[position].isspace():
-        position += 1
-    return position
-
-
-def _arguments(text: str, position: int) -> tuple[dict[str, Any], int]:
-    """The named arguments up to the closing parenthesis, and the position behind it."""
-    arguments: dict[str, Any] = {}
-    position = _after_space(text, position)
-    while text[position : position + 1] != ")":
-        equals = text.find("=", position)
-        name = text[position:equals].strip() if equals >= 0 else ""
-        if not name or any(letter in name for letter in "()[]{},'\""):
-            raise ValueError(f"an argument without a name at {text[position : position + 30]!r}")
-        if name in arguments:
-            raise ValueError(f"the argument {name} twice")
-        end = _value_end(text, equals + 1)
-        arguments[name] = read_literal(text[equals + 1 : end])
-        position = _after_space(text, end + 1) if text[end] == "," else end
-    return arguments, position + 1
-
-
-def _value_end(text: str, position: int) -> int:
-    """Where a value ends: the `,` or `)` outside of quotes and brackets."""
-    depth, quote = 0, ""
-    while position < len(text):
-        letter = text[position]
-        if quote:
-            if letter == "\\":
-                position += 1
-            elif letter == quote:
-                quote = ""
-        elif letter in "'\"":
-            quote = letter
-        elif letter in "([{":
-            depth += 1
-        elif letter in ")]}" and depth:
-            depth -= 1
-        elif letter in ",)" and not depth:
-            return position
-        position += 1
-    raise ValueError("it breaks off")

@@ -1,37 +1,14 @@
-"""Shapes that are running text: `User: … Assistant: …`, Glaive's chat, Hermes' system prompt and tool responses."""
+"""Shapes that are running text: `User: … Assistant: …` and Glaive's chat."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
-from finetune.reading.row_files import RowError, json_type
-from formats.calls import STRICT
+from finetune.reading.row_files import RowError, as_text, json_type
 
-
-class RawConversation(NamedTuple):
-    """A row's parts as its shape holds them: messages and tools in any spelling, and the system text or its parts."""
-
-    messages: Any
-    tools: Any
-    system: str | list[Any] | dict[str, Any]
-
-
-def raw_conversation(fields: dict[str, Any], messages: Any) -> RawConversation:
-    """`messages` with the row's own tools and system text."""
-    return RawConversation(messages, fields.get("tools"), system_text(fields))
-
-
-def as_text(value: Any) -> str:
-    """Text unchanged; anything else as JSON that is not ASCII-escaped, as chat templates write it."""
-    if isinstance(value, str):
-        return value
-    try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise RowError(f"holds a value that JSON cannot represent ({error})") from error
+Message = dict[str, Any]
 
 
 def text_field(fields: dict[str, Any], name: str) -> str:
@@ -44,27 +21,8 @@ def text_field(fields: dict[str, Any], name: str) -> str:
     return as_text(value)
 
 
-def system_text(fields: dict[str, Any]) -> str:
-    """The system column as text, from text, a message or parts (Anthropic, Converse, Gemini). Raises RowError."""
-    value = fields.get("system")
-    if isinstance(value, dict):
-        value = next((value[key] for key in ("parts", "content", "text") if key in value), value)
-    if isinstance(value, list):
-        parts = [part if isinstance(part, dict) else {"text": part} for part in value]
-        texts = [part.get("text") for part in parts if not part.keys() & {"cachePoint", "cache_point"}]
-        if not all(isinstance(text, str) for text in texts):
-            raise RowError("the system text is a list that holds more than text; only text can be trained")
-        return "\n\n".join(texts)
-    return text_field({"system": value}, "system")
-
-
 _GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
 _GLAIVE_TURN = re.compile(rf"^({'|'.join(_GLAIVE_ROLES)}):", re.MULTILINE)
-_GLAIVE_SYSTEM = re.compile(
-    r"You are a helpful assistant with access to the following functions\.\s*Use them if required\s*-?\s*"
-)
-
-
 _GLAIVE_MARK = re.compile(rf"(?<!\S)({'|'.join(_GLAIVE_ROLES)}):")
 _GLAIVE_NEXT = {"USER": {"ASSISTANT"}, "ASSISTANT": {"USER", "FUNCTION RESPONSE"}, "FUNCTION RESPONSE": {"ASSISTANT"}}
 
@@ -78,24 +36,18 @@ def _one_line_glaive(chat: str) -> list[str]:
     return parts
 
 
-def read_glaive(fields: dict[str, Any]) -> RawConversation:
-    """Glaive v2: `system` with JSON functions in running text, `chat` with USER:/ASSISTANT:/FUNCTION RESPONSE:."""
+def read_glaive(fields: dict[str, Any]) -> list[Message]:
+    """Glaive v2: a `chat` with USER:/ASSISTANT:/FUNCTION RESPONSE:."""
     chat = text_field(fields, "chat")
     parts = _GLAIVE_TURN.split(chat)
     if len(parts) == 3 and len(_GLAIVE_MARK.findall(chat)) > 1:
         parts = _one_line_glaive(chat)
     if len(parts) < 3 or parts[0].strip():
         raise RowError("the chat does not begin with 'USER:' or 'ASSISTANT:'")
-    messages = [
+    return [
         {"role": _GLAIVE_ROLES[name], "content": text.replace("<|endoftext|>", "").strip()}
         for name, text in zip(parts[1::2], parts[2::2], strict=True)
     ]
-    system = re.sub(r"^\s*SYSTEM:\s*", "", text_field(fields, "system"))
-    tools, start = fields.get("tools"), system.find("{")
-    if tools is None and start >= 0:
-        tools = json_stream(system[start:], "the system text")
-        system = _GLAIVE_SYSTEM.sub("", system[:start])
-    return RawConversation(messages, tools, system.strip())
 
 
 _SPEAKER_ROLES = {
@@ -106,7 +58,7 @@ _SPEAKER = re.compile(rf"^(?:### ?)?({'|'.join(_SPEAKER_ROLES)})[ \t]*:[ \t]*", 
 _RENDERED = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]")
 
 
-def read_speaker_text(fields: dict[str, Any]) -> RawConversation:
+def read_speaker_text(fields: dict[str, Any]) -> list[Message]:
     """`User: … Assistant: …`; a turn begins only where the speaker changes, so quoted markers stay text."""
     text = text_field(fields, "text")
     if _RENDERED.search(text):
@@ -125,46 +77,7 @@ def read_speaker_text(fields: dict[str, Any]) -> RawConversation:
         if not turns or role != turns[-1][0]:
             turns.append((role, match))
     ends = [match.start() for _, match in turns[1:]] + [len(text)]
-    messages = [
+    return [
         {"role": role, "content": text[match.end() : end].strip()}
         for (role, match), end in zip(turns, ends, strict=True)
     ]
-    return raw_conversation(fields, messages)
-
-
-_HERMES_SYSTEM = re.compile(
-    r"You are a function calling AI model\..*?<tools>(?P<tools>\s*[\[{].*?)</tools>.*?(</tool_call>\s*|$)", re.DOTALL
-)
-_TOOL_RESPONSE = re.compile(r"<tool_response>(.*?)</tool_response>\s*", re.DOTALL)
-
-
-def hermes_system(text: str) -> tuple[str, list[Any]] | None:
-    """(rest of the system text, tools) of Hermes' own system prompt; None for any other text. Raises RowError."""
-    match = _HERMES_SYSTEM.search(text)
-    if match is None:
-        return None
-    tools = json_stream(match["tools"], "the <tools> block")
-    return (text[: match.start()] + text[match.end() :]).strip(), tools
-
-
-def tool_responses(content: str) -> list[str] | None:
-    """The texts of a content that consists of <tool_response>…</tool_response> blocks only, else None."""
-    stripped = content.strip()
-    if not stripped.startswith("<tool_response>") or _TOOL_RESPONSE.sub("", stripped):
-        return None
-    return [text.strip() for text in _TOOL_RESPONSE.findall(stripped)]
-
-
-def json_stream(text: str, where: str) -> list[Any]:
-    """JSON values separated by white space or commas; a list is replaced by its items."""
-    values, position = [], 0
-    while position < len(text):
-        if text[position] in " \t\r\n,":
-            position += 1
-            continue
-        try:
-            value, position = STRICT.raw_decode(text, position)
-        except ValueError as error:
-            raise RowError(f"{where} holds functions that are not valid JSON ({error})") from error
-        values += value if isinstance(value, list) else [value]
-    return values

@@ -10,8 +10,7 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.reading.null_padding import without_null_keywords
-from finetune.reading.row_files import RowError, decode_json, json_type
-from finetune.reading.text_shapes import json_stream
+from finetune.reading.row_files import RowError, decode_json, json_stream, json_type
 
 # Type names of Python and of BFCL -> those of JSON Schema.
 _TYPES = {
@@ -70,7 +69,13 @@ def _list_inside(value: dict[str, Any]) -> Any:
     result = value.get("result")
     if isinstance(result, dict) and "tools" in result and "name" not in value:
         value = result
-    return value["tools"] if isinstance(value.get("tools"), list) and "name" not in value else [value]
+    if "name" not in value and isinstance(value.get("tools"), list):
+        return value["tools"]
+    is_named = not value.keys() & {"name", "function", "type"} and all(
+        isinstance(tool, dict) and tool.keys() & {"parameters", "description", "input_schema"}
+        for tool in value.values()
+    )
+    return [{"name": name, **tool} for name, tool in value.items()] if value and is_named else [value]
 
 
 def _declarations(item: Any) -> list[Any]:

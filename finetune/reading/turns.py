@@ -21,39 +21,22 @@ class ReadMessage(NamedTuple):
 
 
 def merge_turns(read: list[ReadMessage], notes: Counter) -> list[Message]:
-    """The messages with the pieces of one assistant turn joined and results in the order of their calls.
+    """The messages with consecutive assistant messages joined to one turn and results in the order of their calls.
 
-    Reasoning alone joins the assistant message behind it, calls alone the one in front. Two texts stay two messages.
-    Raises RowError when the pieces of a turn have different training marks.
+    Only text behind a call stays a message of its own, since a turn ends with its calls. Raises RowError when the
+    pieces of a turn have different training marks.
     """
-    joined: list[ReadMessage] = []
-    for item in read:
-        if joined and _is_assistant(joined[-1], item) and _only_reasons(joined[-1].message):
-            joined[-1] = _joined(joined[-1], item, notes)
-        else:
-            joined.append(item)
-    turns: list[ReadMessage] = []
-    for item in joined:
-        if turns and _is_assistant(turns[-1], item) and _only_calls(item.message):
-            turns[-1] = _joined(turns[-1], item, notes)
+    turns: list[ReadMessage] = []  # from the last to the first, so that reasoning joins what is behind it
+    for item in reversed(read):
+        if turns and _is_one_turn(item.message, turns[-1].message):
+            turns[-1] = _joined(item, turns[-1], notes)
         else:
             turns.append(item)
-    return _ordered(turns, notes)
+    return _ordered(turns[::-1], notes)
 
 
-def _is_assistant(*items: ReadMessage) -> bool:
-    return all(item.message["role"] == "assistant" for item in items)
-
-
-def _only_reasons(message: Message) -> bool:
-    if message.get("tool_calls"):
-        return False
-    thought, rest = split_reasoning(message["content"])
-    return not rest.strip() and bool(thought or message.get("reasoning_content"))
-
-
-def _only_calls(message: Message) -> bool:
-    return not message["content"] and bool(message.get("tool_calls"))
+def _is_one_turn(before: Message, after: Message) -> bool:
+    return before["role"] == after["role"] == "assistant" and not (before.get("tool_calls") and after["content"])
 
 
 def _is_empty(message: Message) -> bool:
@@ -62,9 +45,9 @@ def _is_empty(message: Message) -> bool:
 
 def _joined(first: ReadMessage, second: ReadMessage, notes: Counter) -> ReadMessage:
     before, after = first.message, second.message
-    if _is_empty(before):
-        notes["empty assistant message in front of a call removed"] += 1
-        return second
+    if _is_empty(before) or _is_empty(after):
+        notes["empty assistant message beside another one removed"] += 1
+        return second if _is_empty(before) else first
     if before.get("train", True) != after.get("train", True):
         mark = next(str(item.mark) for item in (first, second) if item.mark and not item.mark.trained)
         raise RowError(
@@ -74,10 +57,12 @@ def _joined(first: ReadMessage, second: ReadMessage, notes: Counter) -> ReadMess
     reasoning = [m["reasoning_content"] for m in (before, after) if m.get("reasoning_content")]
     if after.get("reasoning_content") and (before["content"] or before.get("tool_calls")):
         notes["reasoning behind the words or calls of a turn put in front of them"] += 1
-    message: Message = {
-        "role": "assistant",
-        "content": "\n\n".join(m["content"] for m in (before, after) if m["content"]),
-    }
+    texts = [before["content"], after["content"]]
+    if texts[0] and split_reasoning(texts[1])[0] is not None:  # `<think>` begins a turn
+        thoughts, texts = zip(*map(split_reasoning, texts), strict=True)
+        texts = ["<think>\n" + "\n\n".join(filter(None, thoughts)) + "\n</think>", *texts]
+        notes["reasoning behind the words or calls of a turn put in front of them"] += 1
+    message: Message = {"role": "assistant", "content": "\n\n".join(text.strip() for text in texts if text.strip())}
     if reasoning:
         message["reasoning_content"] = "\n\n".join(reasoning)
     calls = before.get("tool_calls", []) + after.get("tool_calls", [])
@@ -127,7 +112,7 @@ def _order(calls: list[dict[str, Any]], results: list[Message]) -> list[int]:
 
 def _refuse_results_behind_text(before: list[ReadMessage], results: list[ReadMessage]) -> None:
     """Raises RowError when the results answer a call in front of the assistant message right before them."""
-    if len(before) < 2 or not _is_assistant(before[-1], before[-2]) or not before[-2].message.get("tool_calls"):
+    if len(before) < 2 or not before[-2].message.get("tool_calls") or before[-1].message["role"] != "assistant":
         return
     last = before[-1].message.get("tool_calls", [])
     earlier = {call.get("id") for call in before[-2].message["tool_calls"]} - {call.get("id") for call in last} - {None}

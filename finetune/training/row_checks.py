@@ -17,13 +17,8 @@ from finetune.preparing import checks
 from finetune.reading.load_result import LoadResult
 
 log = logging.getLogger("sandwich")
-# Errors that stop the run. "nothing to train" and "empty answer" are found, counted and skipped by the encoding.
-STOPPING = ("undeclared tool", "orphan result")
+# "nothing to train" and "empty answer" are found, counted and skipped by the encoding.
 SKIPPED = ("nothing to train", "empty answer")
-_REMEDY = {
-    "undeclared tool": "give the tools with --tools FILE, or in a column named tools{columns}",
-    "orphan result": "remove the result, or add its call",
-}
 
 
 def check_rows(loaded: LoadResult, cache_dir: Path) -> None:
@@ -48,11 +43,11 @@ def _check_all(loaded: LoadResult) -> dict[str, int]:
     for (source, row), conversation in zip(loaded.origins, loaded.conversations, strict=True):
         problems = checks.check_conversation(conversation)
         for problem in problems:
-            if problem.kind in STOPPING:
-                columns = loaded.unread_tool_columns()
+            if problem.kind in checks.STOPPING:
+                columns = loaded.unread_tool_columns() if problem.kind == "undeclared tool" else []
                 found = f" (not read: {', '.join(columns)})" if columns else ""
                 raise UserError(
-                    f"{source}, row {row}: {problem.text}; {_REMEDY[problem.kind].format(columns=found)}; "
+                    f"{source}, row {row}: {problem.text}; {checks.STOPPING[problem.kind]}{found}; "
                     "prepare_data.py rejects such rows and keeps the others"
                 )
         counts.update({problem.kind for problem in problems} - set(SKIPPED))
