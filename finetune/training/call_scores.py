@@ -116,6 +116,6 @@ class CallScorer:
                 text = self.tokenizer.decode(
                     generation.input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
                 )
-                verdicts = judge(self.prompts.items[at], text, self.tokenizer, self.fmt)["verdicts"]
+                verdicts = judge(self.prompts.items[at], str(text), self.tokenizer, self.fmt)["verdicts"]
                 right = [total + bool(verdicts[name]) for total, name in zip(right, VERDICTS, strict=True)]
         return distributed.totals([*right, len(mine)])
