@@ -53,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     # 1. Check the flags and read the rows before anything slow is imported, so that mistakes show within a second.
     console = start_console_log()
     settings, stopped_run, checkpoint = find_stopped_run(settings)
+    if settings.init_adapter and stopped_run is None:
+        from finetune.training.second_stage import with_adapter_flags
+
+        settings = with_adapter_flags(settings)
     check_tracker(settings.report_to)
     check_upload(settings.push_to_hub, settings.model)
     distributed.refuse_sharding()
@@ -261,6 +265,10 @@ def load_model(settings: Settings) -> tuple[Loaded, PeftModel]:
         target_modules=settings.target_modules, last_layers=settings.last_layers, use_rslora=settings.use_rslora,
         gradient_checkpointing=record.checkpoints_gradients(settings, loaded), seed=settings.seed,
     )  # fmt: skip
+    if settings.init_adapter and settings.resume is None:
+        from finetune.training.second_stage import load_adapter_weights
+
+        load_adapter_weights(model, settings.init_adapter)
     return loaded, model
 
 

@@ -25,7 +25,8 @@ def build_parser() -> FlagParser:
     # fmt: off
     add = parser.add_argument
     add("paths", nargs="*", default=["experiments"], metavar="PATH", help="training_log.csv files, experiment folders, "
-        "their parent folders, or patterns (default: experiments)")
+        "their parent folders, or patterns (default: experiments); also trainer_state.json, LLaMA-Factory's "
+        "trainer_log.jsonl, and CSV exports of TensorBoard and Weights & Biases")
     add("-o", "--output", type=Path, metavar="FILE", help=f"write a picture: .png, .svg or .pdf (default: "
         f"{DEFAULT_PICTURE} unless -s or --html is given)")
     add("-s", "--summary", type=Path, metavar="FILE", help="write the table as CSV")
@@ -61,10 +62,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.output:
         check_picture_type(args.output)
 
+    from finetune.charts.other_logs import read_runs
     from finetune.charts.run_labels import compare_runs
     from finetune.charts.tables import print_table, write_summary
 
-    comparison = compare_runs([curves.read_run(log) for log in logs])
+    comparison = compare_runs(read_runs(logs))
     table = [curves.summarize(run) for run in comparison.runs]
     print_table(table)
 

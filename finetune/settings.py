@@ -99,6 +99,10 @@ class Settings:
     loraplus_lr_ratio: float | None = setting(
         None, "LoRA+: learning rate of B as a multiple of --lr, which A uses; needs a lower --lr", lr_ratio)
 
+    init_adapter: str | None = setting(
+        None, "start from the adapter of this run, with a new optimizer and schedule; model, format, rank, alpha and "
+        "modules are the adapter's", metavar="RUN")
+
     lr: float = setting(2e-4, "peak learning rate", group="training")
     epochs: float = setting(3.0, "number of epochs")
     max_steps: int | None = setting(None, "stop after N optimizer steps, regardless of --epochs")
@@ -138,7 +142,8 @@ class Settings:
         "eval_loss", "what early stopping and --load_best go by; the accuracies need --eval_calls")
     early_stopping_patience: int | None = setting(None, "stop after N evaluations without improvement")
     early_stopping_threshold: float = setting(0.0, "minimum improvement that counts", nonnegative_float)
-    load_best: bool = setting(False, "load the best evaluated checkpoint at the end")
+    load_best: bool | None = setting(
+        None, "keep the weights of the best evaluation at the end; default: with --early_stopping_patience yes")
     report_to: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = setting(
         "none", "also log to a tracker", resumable=True)
 
@@ -180,6 +185,13 @@ class Settings:
                 raise UserError(f"--{name} needs evaluation rows; add --eval_dataset or --eval_fraction")
         if self.metric_for_best_model != "eval_loss" and not self.eval_calls:
             raise UserError(f"--metric_for_best_model {self.metric_for_best_model} needs --eval_calls N")
+        if self.load_best is None:
+            self.load_best = self.early_stopping_patience is not None
+            if self.load_best and not self.save_steps:
+                raise UserError(
+                    "--early_stopping_patience keeps the best checkpoint, and --save_steps 0 turns checkpoints off; "
+                    "omit --save_steps, or add --no-load_best to keep the last step's weights"
+                )
         if self.load_best and not self.save_steps:
             raise UserError("--load_best needs checkpoints; --save_steps 0 turns them off")
         if "all-linear" in self.target_modules and len(self.target_modules) > 1:
@@ -327,8 +339,11 @@ def resumed(
             values[flag.name] = new
     if differences := [*differences, *other_differences]:
         if not settings.force:
+            longer = {"epochs", "max_steps"} & settings.given
+            advice = f" (--init_adapter {folder} trains on from its adapter with a new schedule)" if longer else ""
             raise UserError(
-                f"--resume {folder}: {'; '.join(differences)}; undo this, start a new run, or continue with --force"
+                f"--resume {folder}: {'; '.join(differences)}; undo this, start a new run{advice}, or continue with "
+                "--force"
             )
         log.warning("--force: %s", "; ".join(differences))
     return Settings(**values, given=settings.given)

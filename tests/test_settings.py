@@ -130,11 +130,28 @@ def test_run_name_may_have_any_printable_character(name):
     ("line", "wanted"),
     [("--load_best", "eval_dataset"), ("--early_stopping_patience 3", "eval_dataset"),
      ("--eval_fraction 0.1 --eval_dataset x", "exclude"),
-     ("--eval_fraction .1 --load_best --save_steps 0", "checkpoints")],
+     ("--eval_fraction .1 --load_best --save_steps 0", "checkpoints"),
+     ("--eval_fraction .1 --early_stopping_patience 2 --save_steps 0", "--no-load_best")],
 )  # fmt: skip
 def test_contradicting_flags_are_refused(line, wanted):
     with pytest.raises(UserError, match=wanted):
         parse(line.split())
+
+
+def test_early_stopping_keeps_the_best_adapter():
+    stops = ["--eval_fraction", ".1", "--early_stopping_patience", "2"]
+    assert parse(stops).load_best is True
+    assert parse([*stops, "--no-load_best", "--save_steps", "0"]).load_best is False
+    assert parse(["--eval_fraction", ".1"]).load_best is False
+    stored = parse([*stops, "--no-load_best"]).run_flags()
+    assert resumed(parse(["--resume", "run"]), stored, "run").load_best is False
+
+
+@pytest.mark.parametrize("longer", [["--epochs", "5"], ["--max_steps", "900"]])
+def test_growing_a_run_names_the_way_that_works(longer):
+    stored = parse(["--rank", "4"]).run_flags()
+    with pytest.raises(UserError, match=r"--init_adapter run trains on from its adapter .*--force"):
+        resumed(parse(["--resume", "run", *longer]), stored, "run")
 
 
 def test_resumed_run_keeps_its_flags():

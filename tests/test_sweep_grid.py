@@ -315,6 +315,30 @@ def test_folder_belongs_to_one_sweep(tmp_path):
         opened(tmp_path / "s", points(4, 16), identity="b")
 
 
+def test_finished_sweep_grows_by_new_values(tmp_path):
+    """Also by values of a second flag: the runs of the first sweep had its default, and keep their names."""
+    first = opened(tmp_path / "s", points(4, 8))
+    for run in first.runs:
+        (tmp_path / "s" / run.name).mkdir()
+        run.status = "finished"
+    first.save()
+    first.close()
+    rate = parse([]).lr
+    grown = grid.make_points({}, {"rank": [4, 8, 16], "lr": [rate, 1e-3]})
+    for again in range(2):
+        sweep = opened(tmp_path / "s", grown, identity="grown")
+        sweep.close()
+        kept = [run for run in sweep.runs if run.point.flags["lr"] == rate]
+        assert [run.name for run in kept] == ["rank4", "rank8", "rank16_lr2e-04"], again
+        assert [run.status for run in sweep.runs].count("finished") == 2
+        assert [run.status for run in kept[:2]] == ["finished"] * 2
+    with pytest.raises(UserError, match="repeat all its values beside the new ones"):
+        opened(tmp_path / "s", points(4, 32), identity="other")
+    grown_by_asha = {"command": [], "asha": True}
+    with pytest.raises(UserError, match="another sweep"):
+        open_sweep(tmp_path / "s", grown, identity="asha", argv=[], settings=grown_by_asha)
+
+
 def test_folder_with_other_files_is_refused(tmp_path):
     """A finished rank4 that something else has put there would count as this sweep's."""
     run = tmp_path / "s" / "rank4"

@@ -343,7 +343,7 @@ def test_sharing_prefixes_keeps_the_loss_curve(rows, tiny_model, tmp_path):
 def test_early_stopping_loads_the_best_checkpoint(rows, tiny_model, tmp_path):
     result = run(
         "--model", tiny_model, "--dataset", rows, "--eval_dataset", rows, "--format", "chatml", "--lr", "30",
-        "--max_steps", 40, "--eval_steps", 2, "--early_stopping_patience", 2, "--load_best", "--scheduler", "constant",
+        "--max_steps", 40, "--eval_steps", 2, "--early_stopping_patience", 2, "--scheduler", "constant",
         "--experiments_dir", tmp_path, "--name", "run",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

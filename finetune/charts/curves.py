@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 from finetune.runs import run_log
-from finetune.runs.experiment import CONFIG, LOG
+from finetune.runs.experiment import CHECKPOINT, CONFIG, LOG
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 COLUMNS = (
     "step", "epoch", "loss", "eval_loss", "tokens_seen", "trained_tokens", "seconds", "peak_memory_gb",
 )  # fmt: skip
+# What other trainers write into their output folder: LLaMA-Factory, Transformers' Trainer (see other_logs.py).
+OTHER_LOGS = ("trainer_log.jsonl", "trainer_state.json")
 X_COLUMNS = {"step": "step", "epoch": "epoch", "tokens": "tokens_seen", "time": "seconds"}
 # Scores of evaluate_lora.py that the summary shows when a run has been evaluated.
 SCORES = ("tool_name_accuracy", "parameter_accuracy")
@@ -86,7 +88,7 @@ def find_logs(arguments: list[str]) -> list[Path]:
         for match in matches:
             if match.is_dir():
                 found |= {log.resolve(): log for log in logs_in(match)}
-            elif match.suffix == ".csv" or len(arguments) == len(matches) == 1:
+            elif match.suffix == ".csv" or match.name in OTHER_LOGS or len(arguments) == len(matches) == 1:
                 found[match.resolve()] = match
     if not found:
         raise UserError(f"no {LOG} in {', '.join(arguments[:3])}; give an experiment folder or a folder of them")
@@ -99,7 +101,17 @@ def logs_in(folder: Path) -> list[Path]:
         return [folder / LOG]
     below = {path.parent for name in (LOG, CONFIG) for path in folder.rglob(name)}
     # A name with a leading dot is a temporary folder of a run that is starting.
-    return [run / LOG for run in sorted(below, key=natural_key) if not run.name.startswith(".")]
+    runs = [run / LOG for run in sorted(below, key=natural_key) if not run.name.startswith(".")]
+    return runs or _other_logs_in(folder)
+
+
+def _other_logs_in(folder: Path) -> list[Path]:
+    """One log of each folder that another trainer wrote: its trainer_log.jsonl, or its newest trainer_state.json."""
+    found: dict[Path, Path] = {}
+    for name in reversed(OTHER_LOGS):  # the first one wins
+        for path in sorted(folder.rglob(name), key=natural_key):
+            found[path.parent.parent if CHECKPOINT.fullmatch(path.parent.name) else path.parent] = path
+    return [found[run] for run in sorted(found, key=natural_key)]
 
 
 def natural_key(path: Path | str) -> list[tuple[int, Any]]:
@@ -134,9 +146,6 @@ def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
 
 def read_log(path: Path, notes: list[str]) -> pd.DataFrame:
     """`COLUMNS` of one training_log.csv as float64, one row per step, sorted by step; adds what is odd to `notes`."""
-    import numpy as np
-    import pandas as pd
-
     try:
         log = run_log.read_log(path)
         notes += _log_notes(log)
@@ -144,7 +153,15 @@ def read_log(path: Path, notes: list[str]) -> pd.DataFrame:
         notes.append("no log yet" if isinstance(error, FileNotFoundError) else f"log cannot be read: {error.strerror}")
         log = run_log.LogRows([], [])
     cells = dict(zip(run_log.COLUMNS, zip(*log.rows, strict=True), strict=True)) if log.rows else {}
-    rows = pd.DataFrame({name: np.array([_parse(cell) for cell in cells.get(name, ())], float) for name in COLUMNS})
+    return tidy({name: [parse(cell) for cell in cells.get(name, ())] for name in COLUMNS}, notes)
+
+
+def tidy(columns: dict[str, list[float]], notes: list[str]) -> pd.DataFrame:
+    """One row per step, sorted by step; adds what is odd to `notes`."""
+    import numpy as np
+    import pandas as pd
+
+    rows = pd.DataFrame({name: np.array(values, float) for name, values in columns.items()})
     for name in COLUMNS:
         if name not in ("loss", "eval_loss"):
             rows[name] = rows[name].where(np.isfinite(rows[name]))
@@ -175,7 +192,7 @@ def _log_notes(log: run_log.LogRows) -> list[str]:
     return notes if log.rows else [*notes, "no rows yet"]
 
 
-def _parse(cell: str) -> float:
+def parse(cell: str) -> float:
     """NaN for an empty cell, infinity for one that does not hold a number below `MAX_LOSS`."""
     if not cell:
         return float("nan")

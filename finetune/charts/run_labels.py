@@ -50,6 +50,8 @@ def compare_runs(runs: list[LoggedRun]) -> Comparison:
     if not all(names):
         names = [name or one_line(run.folder.name) for run, name in zip(runs, names, strict=True)]
     _set_labels(runs, names, "seed" in differing)
+    # Only runs with a seed can be repeats of one another.
+    names = [name if "seed" in run.flags else run.label for run, name in zip(runs, names, strict=True)]
     common = {
         key: runs[0].flags[key]
         for key in (*FLAG_ORDER, "seed")

@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,20 @@ if TYPE_CHECKING:
     from formats import Format
 
 TUNED, BASE = "tuned", "base"
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """OpenAI's penalties on tokens that the answer already has: for each time, and once. A logits processor."""
+
+    frequency: float
+    presence: float
+    prompt_length: int = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        answer = input_ids[:, self.prompt_length :]
+        counts = scores.new_zeros(scores.shape).scatter_add_(1, answer, scores.new_ones(answer.shape))
+        return scores - self.frequency * counts - self.presence * (counts > 0)
 
 
 @dataclass
@@ -71,8 +85,9 @@ class ChatModel:
         return ids
 
     def stream(
-        self, messages: list[dict], tools: list[dict], decoding: Decoding, side: str = TUNED, **options: Any
-    ) -> Iterator[str | Reply]:
+        self, messages: list[dict], tools: list[dict], decoding: Decoding, side: str = TUNED,
+        penalties: Penalties | None = None, **options: Any,
+    ) -> Iterator[str | Reply]:  # fmt: skip
         """Generate the next assistant turn: yields its content as it becomes certain (see LiveText), then the Reply.
 
         Closing the iterator stops the generation. `options` are further entries of the GenerationConfig.
@@ -81,11 +96,12 @@ class ChatModel:
         live = LiveText(self.tokenizer, self.fmt, tools, self.tokenizer.decode(ids[-16:]))
         events: queue.Queue[str | list[int] | BaseException] = queue.Queue()
         streamer = _Streamer(self.tokenizer, events.put)
+        processors = [replace(penalties, prompt_length=len(ids))] if penalties else []
 
         def work() -> None:
             try:
                 with self.side(side) as model:
-                    events.put(_generate(model, ids, decoding, streamer, options))
+                    events.put(_generate(model, ids, decoding, streamer, processors, options))
             except BaseException as error:
                 events.put(error)
 
@@ -111,9 +127,11 @@ class ChatModel:
 
 
 def _generate(
-    model: PreTrainedModel, ids: list[int], decoding: Decoding, streamer: _Streamer, options: dict[str, Any]
-) -> list[int]:
+    model: PreTrainedModel, ids: list[int], decoding: Decoding, streamer: _Streamer, processors: list[Penalties],
+    options: dict[str, Any],
+) -> list[int]:  # fmt: skip
     import torch
+    from transformers import LogitsProcessorList
 
     config = decoding.generation_config()
     config.update(**options)
@@ -121,8 +139,9 @@ def _generate(
     torch.manual_seed(decoding.seed)
     with torch.inference_mode():
         output = model.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=streamer
-        )
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=streamer,
+            logits_processor=LogitsProcessorList(processors),
+        )  # fmt: skip
     return output[0, len(ids) :].tolist()
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.chat.address import check_address
 from finetune.chat.guard import MAX_MESSAGES, MAX_TOOLS, Access, Guard, server_token
-from finetune.chat.model import TUNED, ChatModel
+from finetune.chat.model import TUNED, ChatModel, Penalties
 from finetune.chat.reply import Reply
 from finetune.errors import UserError
 from formats import FormatError
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 # Accepted because clients send them, but without effect.
 IGNORED_FIELDS = {
-    "metadata", "parallel_tool_calls", "reasoning_effort", "service_tier", "store", "stream_options", "top_logprobs",
-    "user",
+    "metadata", "reasoning_effort", "service_tier", "store", "stream_options", "top_logprobs", "user",
 }  # fmt: skip
 log = logging.getLogger("sandwich")
 
@@ -47,12 +46,13 @@ class ChatRequest(BaseModel):
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: StrictBool | None = None
     stream: StrictBool | None = None
     max_tokens: StrictInt | None = Field(None, ge=1, le=10**9)
     max_completion_tokens: StrictInt | None = Field(None, ge=1, le=10**9)
     temperature: StrictInt | StrictFloat | None = Field(None, ge=0, le=100)
     top_p: StrictInt | StrictFloat | None = Field(None, ge=0, le=1)
-    frequency_penalty: StrictInt | StrictFloat | None = Field(None, gt=-1, le=2)
+    frequency_penalty: StrictInt | StrictFloat | None = Field(None, ge=-2, le=2)
     presence_penalty: StrictInt | StrictFloat | None = Field(None, ge=-2, le=2)
     seed: StrictInt | None = Field(None, ge=-(2**63), le=2**63 - 1)
     n: Literal[1] | None = None
@@ -77,11 +77,20 @@ class ChatRequest(BaseModel):
             seed=random.getrandbits(63) if self.seed is None else self.seed,
         )
 
-    def options(self) -> dict[str, float]:
-        """Further entries of the GenerationConfig; frequency_penalty is mapped as in `transformers serve`."""
-        penalty = None if self.frequency_penalty is None else 1.0 + self.frequency_penalty
-        options = {"top_p": self.top_p, "repetition_penalty": penalty}
-        return {name: value for name, value in options.items() if value is not None}
+    def penalties(self) -> Penalties | None:
+        """Those of OpenAI's API; None without any."""
+        penalties = Penalties(float(self.frequency_penalty or 0), float(self.presence_penalty or 0))
+        return penalties if penalties.frequency or penalties.presence else None
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages; `developer` is OpenAI's newer name of `system`."""
+        return [{**one, "role": "system"} if one.get("role") == "developer" else one for one in self.messages]
+
+    def answered(self, reply: Reply) -> Reply:
+        """The reply, without the calls after the first where the request wants at most one."""
+        if self.parallel_tool_calls is not False:
+            return reply
+        return replace(reply, tool_calls=reply.tool_calls[:1], problems=reply.problems[:1])
 
 
 def serve(model: ChatModel, decoding: Decoding, host: str, port: int) -> None:
@@ -125,10 +134,12 @@ def build_app(model: ChatModel, decoding: Decoding) -> FastAPI:
         tools = [] if request.tool_choice == "none" else request.tools or []
         settings = request.decoding(decoding)
         try:
-            model.prompt_ids(request.messages, tools, settings.max_new_tokens)
+            model.prompt_ids(request.conversation(), tools, settings.max_new_tokens)
         except (FormatError, UserError) as error:
             raise HTTPException(400, str(error)) from error
-        events = model.stream(request.messages, tools, settings, side, **request.options())
+        options = {} if request.top_p is None else {"top_p": request.top_p}
+        made = model.stream(request.conversation(), tools, settings, side, request.penalties(), **options)
+        events = (event if isinstance(event, str) else request.answered(event) for event in made)
         head = {"id": f"chatcmpl-{uuid.uuid4()}", "created": int(time.time()), "model": request.model}
         if request.stream:
             return StreamingResponse(_chunks(events, head), media_type="text/event-stream")
@@ -173,7 +184,8 @@ def _fields(reply: Reply, request_id: str) -> dict[str, Any]:
 
 
 def _finish_reason(reply: Reply) -> str:
-    return "tool_calls" if reply.tool_calls else reply.finish_reason
+    """A cut answer may lack a call, so "length" comes before "tool_calls"."""
+    return "tool_calls" if reply.tool_calls and reply.finish_reason == "stop" else reply.finish_reason
 
 
 def _usage(reply: Reply) -> dict[str, int]:

@@ -190,7 +190,7 @@ def make_points(
     taken, points_by_key = set(OWN_FILES), {}
     for key in sorted(unique):  # of two runs with one label, the same one must get the number next time
         varied = {name: unique[key][name] for name in differing if name in unique[key]}
-        points_by_key[key] = Point(_free_name(run_label(varied), taken), unique[key], varied)
+        points_by_key[key] = Point(free_name(run_label(varied), taken), unique[key], varied)
     points = [points_by_key[key] for key in unique]
     for point in points:
         try:
@@ -301,7 +301,8 @@ def _without_defaults(flags: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _free_name(name: str, taken: set[str]) -> str:
+def free_name(name: str, taken: set[str]) -> str:
+    """The name, with a number where it is taken; adds it, in lower case, to `taken`."""
     free, number = name, 1
     while free.lower() in taken:  # names that differ in case alone are one folder on Windows
         number += 1

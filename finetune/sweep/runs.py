@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import socket
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ from finetune.errors import UserError
 from finetune.files import acquire_lock, write_text_atomic
 from finetune.runs.experiment import check_writable, folder_status
 from finetune.sweep.grid import Point
+from finetune.sweep.growth import with_earlier_names
 
+log = logging.getLogger("sandwich")
 SWEEP, SWEEP_LOG, LOGS, LOCK, TOKEN = "sweep.json", "sweep.log", "logs", ".lock", ".token"
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 STOPPED, FAILED, INTERRUPTED = "stopped early", "failed", "interrupted"
@@ -133,7 +136,7 @@ def open_sweep(folder: Path, points: list[Point], *, identity: str, argv: list[s
         }  # fmt: skip
         sweep = Sweep(folder, config, [SweepRun(point) for point in points], lock, new=not path.exists())
         if not sweep.new:
-            _restore_progress(path, config, sweep.runs)
+            sweep.runs = _restore_progress(path, config, points)
         sweep.save()
         return sweep
     except BaseException:
@@ -142,13 +145,19 @@ def open_sweep(folder: Path, points: list[Point], *, identity: str, argv: list[s
         raise
 
 
-def _restore_progress(path: Path, config: dict[str, Any], runs: list[SweepRun]) -> None:
-    """Set the status and the attempts of runs that an earlier start of the same sweep has made. Raises UserError."""
+def _restore_progress(path: Path, config: dict[str, Any], points: list[Point]) -> list[SweepRun]:
+    """The runs, with the status and the attempts that an earlier start has made; new values add runs to them.
+
+    Raises UserError when the folder holds another sweep, or when a data file has changed since.
+    """
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
         identity, digests, command_line = old["id"], dict(old["data"]), " ".join(map(str, old["argv"]))
         config["started"] = str(old["started"])
         records = {record["name"]: record for record in old["runs"]}
+        named = with_earlier_names(points, old["runs"])
+        is_alike = all(_as_stored(config, name) == old["settings"].get(name) for name in ("command", "asha"))
+        runs = [SweepRun(point) for point in named or points]
         for run in runs:
             record = records.get(run.name, {"status": WAITING, "attempts": []})
             run.attempts = list(record["attempts"])
@@ -158,16 +167,27 @@ def _restore_progress(path: Path, config: dict[str, Any], runs: list[SweepRun]) 
             folder, done = path.parent / run.name, record["status"] in DONE
             if (done and folder.is_dir()) or folder_status(folder) == FINISHED:
                 run.status = record["status"] if done else FINISHED
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {path}: {error}; start another sweep with --name") from error
-    if identity != config["id"]:
-        raise UserError(f"{path.parent} holds another sweep (sweep_lora.py {command_line}); choose another --name")
+    if identity != config["id"] and (named is None or not is_alike):
+        raise UserError(
+            f"{path.parent} holds another sweep (sweep_lora.py {command_line}); choose another --name, or repeat all "
+            "its values beside the new ones to add runs to it"
+        )
     for name, digest in config["data"].items():
         if digests.get(name, digest) != digest:
             raise UserError(
                 f"{name} has changed since sweep {path.parent} began, so its runs would not be comparable; "
                 "start another sweep with --name"
             )
+    config["data"] = digests | config["data"]
+    if len(runs) > len(records):
+        log.info("adding %d runs to the %d of sweep %s", len(runs) - len(records), len(records), path.parent)
+    return runs
+
+
+def _as_stored(config: dict[str, Any], name: str) -> Any:
+    return json.loads(json.dumps(config["settings"].get(name)))
 
 
 def archive_broken(folder: Path) -> None:
