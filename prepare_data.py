@@ -222,8 +222,11 @@ def prepare(args: argparse.Namespace) -> int:
 
 
 def command_line(args: argparse.Namespace) -> str:
-    """The command for the dataset card: as typed, without a database URL's password and this machine's folders."""
+    """The command for the dataset card: as typed, without a URL's password, a query and this machine's folders."""
     arguments = ["prepare_data.py", *args.argv]
+    if args.query:
+        hidden = {args.query: "…", f"--query={args.query}": "--query=…"}
+        arguments = [hidden.get(argument, argument) for argument in arguments]
     if args.sql:
         from finetune.reading.sql import database_url, shown_url
 
@@ -233,11 +236,12 @@ def command_line(args: argparse.Namespace) -> str:
 
 
 def _without_folders(argument: str) -> str:
-    from finetune.models.hub import public_name
+    from finetune.models.hub import is_local_path, public_name
 
-    if any(map(str.isspace, argument)):  # a query or a system message
-        return argument
     flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    path = value.rsplit("*", 1)[0]
+    if any(map(str.isspace, value)) and not is_local_path(path):  # text, such as a system message
+        return argument
     return f"{flag}{equals}{public_name(value) if value else ''}"
 
 

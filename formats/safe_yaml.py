@@ -27,7 +27,7 @@ def load_yaml(content: str) -> Any:
                     seen.add(key.value)
             return super().construct_mapping(node, deep)
 
-    return yaml.load(content, Loader)
+    return yaml.load(content, Loader)  # noqa: S506  (a subclass of SafeLoader)
 
 
 def _expanded_size(node: Any, sizes: dict[int, int | None]) -> int:

@@ -648,12 +648,68 @@ def test_server_streams(client):
     assert reason == "length" and len(text) < len(chat_model.DONE)
 
 
+def test_cut_call_is_not_content(client):
+    """Cut in the middle of a call, the answer has neither its half nor a reason to run it."""
+    ask = {"model": "tuned", "messages": chat_model.conversation()[:1], "tools": chat_model.TOOLS}
+    whole = client.chat.completions.create(**ask).usage.completion_tokens
+    for limit in range(1, whole - 2, 3):
+        choice = client.chat.completions.create(**ask, max_tokens=limit).choices[0]
+        assert (choice.finish_reason, choice.message.content, choice.message.tool_calls) == ("length", "", None), limit
+    chunks = list(client.chat.completions.create(**ask, max_tokens=whole // 2, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == ""
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_server_role_developer_is_system(client):
+    def tokens(role):
+        messages = [{"role": role, "content": "Answer briefly."}, *chat_model.conversation()[:1]]
+        answer = client.chat.completions.create(model="tuned", messages=messages, max_tokens=4)
+        return answer.usage.prompt_tokens, answer.choices[0].message.content
+
+    assert tokens("developer") == tokens("system")
+
+
+def test_server_returns_one_call_where_asked():
+    pytest.importorskip("fastapi", reason="pip install -r requirements/optional.txt")
+    from finetune.chat.serve import ChatRequest, _finish_reason
+
+    reply = Reply("", tool_calls=[chat_model.CALL, {"name": "other", "arguments": {}}], problems=[[], ["unknown"]])
+    for given, kept in ((None, 2), (True, 2), (False, 1)):
+        request = ChatRequest(messages=[{"role": "user", "content": "x"}], parallel_tool_calls=given)
+        answered = request.answered(reply)
+        assert len(answered.tool_calls) == len(answered.problems) == kept
+        assert answered.tool_calls[0] == chat_model.CALL and _finish_reason(answered) == "tool_calls"
+
+
+def test_penalties_are_those_of_the_api():
+    """OpenAI: logit - count x frequency_penalty - (count > 0) x presence_penalty, over the answer alone."""
+    import torch
+
+    from finetune.chat.model import Penalties
+
+    ids = torch.tensor([[3, 3, 1, 0, 1]])  # two tokens of the prompt, then the answer
+    scores = Penalties(frequency=0.5, presence=0.25, prompt_length=2)(ids, torch.zeros(1, 5))
+    assert scores.tolist() == [[-0.75, -1.25, 0.0, 0.0, 0.0]]
+
+
+def test_server_honours_penalties(client):
+    ask = {"model": "base", "messages": [{"role": "user", "content": "Go on"}], "max_tokens": 40}
+
+    def repeated(**penalty):
+        words = client.chat.completions.create(**ask, **penalty).choices[0].message.content.split()
+        return len(words) - len(set(words))
+
+    assert repeated(frequency_penalty=2, presence_penalty=2) <= repeated()
+
+
 def test_server_says_what_is_not_supported(client):
     import openai
 
     ask = {"model": "tuned", "messages": [{"role": "user", "content": "Hi"}], "tools": chat_model.TOOLS}
     for wrong in (
         {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "set_lamp"}}},
+        {"presence_penalty": 3},
         {"response_format": {"type": "json_object"}},
         {"n": 2},
         {"messages": []},

@@ -76,7 +76,8 @@ def test_tensorboard_exports_of_one_run(tmp_path):
 def test_wandb_export_of_many_runs(tmp_path):
     path = tmp_path / "wandb_export.csv"
     path.write_text(
-        '"Step","a - b - train/loss","a - b - train/loss__MIN","a - b - train/loss__MAX","r2 - train/loss","r2 - eval/loss"\n'
+        '"Step","a - b - train/loss","a - b - train/loss__MIN","a - b - train/loss__MAX",'
+        '"r2 - train/loss","r2 - eval/loss"\n'
         '"1","2.5","2.5","2.5","3.5",""\n"2","2.25","2.2","2.3","",""\n"3","","","","3.25","3.75"\n'
     )
     first, second = read(path)
@@ -88,7 +89,8 @@ def test_wandb_export_of_many_runs(tmp_path):
 def test_wandb_history_of_one_run(tmp_path):
     path = tmp_path / "history.csv"
     path.write_text(
-        "_step,train/global_step,train/loss,train/epoch,_runtime,eval/loss\n0,10,2.5,0.5,12,\n1,10,,0.5,13,2.75\n2,20,2.25,1,24,\n"
+        "_step,train/global_step,train/loss,train/epoch,_runtime,eval/loss\n"
+        "0,10,2.5,0.5,12,\n1,10,,0.5,13,2.75\n2,20,2.25,1,24,\n"
     )
     (run,) = read(path)
     assert run.label == "history"

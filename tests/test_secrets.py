@@ -50,7 +50,7 @@ def test_secret_in_the_query_of_a_url(query):
     with pytest.raises(UserError) as caught:
         list(read_sql(url, query="SELECT 1"))
     assert PASSWORD not in str(caught.value)
-    arguments = Namespace(argv=["--sql", url, "--output", "out"], sql=url)
+    arguments = Namespace(argv=["--sql", url, "--output", "out"], sql=url, query=None)
     assert PASSWORD not in prepare_data.command_line(arguments)
 
 
@@ -76,8 +76,19 @@ def test_public_name_has_no_folders(name, shown):
 
 def test_command_in_a_card_has_no_folders():
     argv = ["--dataset", "/home/ann/a.jsonl", "--output=/home/ann/out", "--split", "0.8,0.1,0.1", "--seed", "3"]
-    command = prepare_data.command_line(Namespace(argv=argv, sql=None))
+    command = prepare_data.command_line(Namespace(argv=argv, sql=None, query=None))
     assert command == "prepare_data.py --dataset a.jsonl --output=out --split 0.8,0.1,0.1 --seed 3"
+    argv = ["/home/ann lee/a.jsonl*0.5", "--output=/home/ann lee/out", "--system", "Be /brief/ and kind.", "가" * 300]
+    command = prepare_data.command_line(Namespace(argv=argv, sql=None, query=None))
+    assert "ann" not in command and "a.jsonl*0.5" in command and "--output=out" in command
+    assert "'Be /brief/ and kind.'" in command and "가" * 300 in command
+
+
+@pytest.mark.parametrize("spelling", [["--query", "SELECT 'hu5h'"], ["--query=SELECT 'hu5h'"]])
+def test_query_is_not_in_a_card(spelling):
+    arguments = Namespace(argv=["--sql", "sqlite:///a.db", *spelling], sql=None, query="SELECT 'hu5h'")
+    command = prepare_data.command_line(arguments)
+    assert PASSWORD not in command and "--query" in command
 
 
 def test_hub_export_has_no_secrets_and_no_folders(tmp_path, monkeypatch):

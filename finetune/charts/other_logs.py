@@ -129,7 +129,9 @@ def _tensorboard(log: Path) -> LoggedRun:
     columns |= {"step": [step for _, step, _ in rows], metric: [value for _, _, value in rows]}
     if metric == "loss" and rows:
         columns["seconds"] = [wall - rows[0][0] for wall, _, _ in rows]
-    return LoggedRun(log.parent / (name.removeprefix("run-").strip("-_. ") or log.stem), tidy(columns, notes), {}, notes)
+    return LoggedRun(
+        log.parent / (name.removeprefix("run-").strip("-_. ") or log.stem), tidy(columns, notes), {}, notes
+    )
 
 
 def _wandb_columns(header: list[str]) -> dict[str, dict[str, int]]:
@@ -151,7 +153,9 @@ def _wandb_columns(header: list[str]) -> dict[str, dict[str, int]]:
 def _wandb(log: Path, header: list[str], runs: dict[str, dict[str, int]]) -> Iterator[LoggedRun]:
     rows = _rows(log, header)
     for run, places in runs.items():
-        kept = [row for row in rows if any(row[places[name]].strip() for name in ("loss", "eval_loss") if name in places)]
+        kept = [
+            row for row in rows if any(row[places[name]].strip() for name in ("loss", "eval_loss") if name in places)
+        ]
         notes: list[str] = []
         columns = {
             name: [parse(row[places[name]].strip()) if name in places else float("nan") for row in kept]

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from finetune.chat.address import is_loopback
 from finetune.progress import say
 
-TOKEN_VARIABLE = "SANDWICH_API_TOKEN"
+TOKEN_VARIABLE = "SANDWICH_API_TOKEN"  # noqa: S105  (the name of a variable)
 MAX_BODY_BYTES = 10_000_000
 MAX_REQUESTS = 16  # in progress; fewer than the server has threads, so that one is always free
 MAX_BODY_SECONDS = 30.0

@@ -118,7 +118,7 @@ class ChatModel:
             raise event
         stop = next((at for at, token in enumerate(event) if token in decoding.stop_ids), None)
         live.text = text = self.tokenizer.decode(event[:stop], skip_special_tokens=False)  # without the end of the turn
-        if rest := live.finish()[0]:
+        if rest := live.finish(is_cut=stop is None)[0]:
             yield rest
         yield read_reply(
             text, tools, self.tokenizer, self.fmt,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
     from formats import Format
 
 
+_FIRST_WORD = re.compile(r"[\[{][\s\[{\"']*\w*")  # of JSON or a list that may become a call
+
+
 @dataclass
 class Reply:
     """A complete answer.
 
     text            what the model generated, without the end of the turn
-    content         the text outside calls; it includes calls that cannot be read
+    content         the text outside calls; it includes calls that cannot be read, unless the answer was cut in one
     tool_calls      [{"name", "arguments"}], with control tokens of the user's data restored
     problems        for each call the violations of its tool's schema
     parse_errors    one line for everything that looks like a call and cannot be read
@@ -69,7 +73,7 @@ def read_reply(text: str, tools: list[dict], tokenizer: PreTrainedTokenizerBase,
 
     measured  finish_reason, prompt_tokens and new_tokens of the Reply
     """
-    parsed: Parsed = unescaped(fmt.parse(text, tools or None), tokenizer, fmt)
+    parsed = parsed_answer(text, tools, tokenizer, fmt, is_cut=measured.get("finish_reason") == "length")
     schemas = ToolSchemas(tools)
     return Reply(
         text=text,
@@ -80,6 +84,16 @@ def read_reply(text: str, tools: list[dict], tokenizer: PreTrainedTokenizerBase,
         reasoning_content=parsed.reasoning_content,
         **measured,
     )
+
+
+def parsed_answer(
+    text: str, tools: list[dict] | None, tokenizer: PreTrainedTokenizerBase, fmt: Format, *, is_cut: bool
+) -> Parsed:
+    """A generated turn as its format reads it; if it reached its maximum length, without a half call."""
+    parsed = fmt.parse(text, tools or None)
+    if is_cut and fmt.read_calls is not None:
+        parsed.content = LiveText(tokenizer, fmt).before_half_call(parsed, has_tools=bool(tools))
+    return unescaped(parsed, tokenizer, fmt)
 
 
 def unescaped(parsed: Parsed, tokenizer: PreTrainedTokenizerBase, fmt: Format) -> Parsed:
@@ -129,9 +143,9 @@ class LiveText:
         answer = answer.lstrip()
         return self._show(unescape(answer[: self._safe_length(answer)], self.tokenizer, self.fmt))
 
-    def finish(self) -> tuple[str, Parsed]:
+    def finish(self, is_cut: bool = False) -> tuple[str, Parsed]:
         """End the turn; returns (the rest of the content, the parsed answer)."""
-        parsed = unescaped(self.fmt.parse(self.text, self.tools or None), self.tokenizer, self.fmt)
+        parsed = parsed_answer(self.text, self.tools, self.tokenizer, self.fmt, is_cut=is_cut)
         # Rather show text twice than not at all, should the parser read it differently.
         return self._show(parsed.content) if parsed.content.startswith(self.shown) else "\n" + parsed.content, parsed
 
@@ -139,11 +153,22 @@ class LiveText:
         """The number of characters of `text` that no later token can make a part of a call."""
         if self.fmt.read_calls is not None and text[:1] in ("{", "["):
             return 0  # the complete turn is JSON or a list of calls
-        end = min((at for mark in self._marks if (at := text.find(mark)) >= 0), default=len(text))
-        if end == len(text):  # the text may end with the beginning of a mark
-            sizes = range(min(self._longest, len(text)), 0, -1)
-            end -= next((size for size in sizes if text[-size:] in self._beginnings), 0)
+        end = min((at for mark in self._marks if (at := text.find(mark)) >= 0), default=self._before_beginning(text))
         return len(text[:end].rstrip())  # the parsed content ends without whitespace
+
+    def _before_beginning(self, text: str) -> int:
+        """The length of `text` without the beginning of a mark at its end."""
+        sizes = range(min(self._longest, len(text)), 0, -1)
+        return len(text) - next((size for size in sizes if text[-size:] in self._beginnings), 0)
+
+    def before_half_call(self, parsed: Parsed, *, has_tools: bool) -> str:
+        """The content of a cut answer up to a call that is not complete."""
+        content = parsed.content
+        if content[:1] in ("{", "["):
+            is_call = parsed.errors or (has_tools and _FIRST_WORD.fullmatch(content))
+            return "" if is_call else content
+        marks = [at for mark in self._marks if parsed.errors and (at := content.find(mark)) >= 0]
+        return content[: min([*marks, self._before_beginning(content)])].rstrip()
 
     def _show(self, text: str) -> str:
         new = text[len(self.shown) :] if text.startswith(self.shown) else ""

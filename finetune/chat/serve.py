@@ -174,8 +174,11 @@ def _chunks(events: Iterator[str | Reply], head: dict[str, Any]) -> Iterator[str
 
 def _fields(reply: Reply, request_id: str) -> dict[str, Any]:
     """Content, reasoning and calls as OpenAI's API has them; calls that cannot be read stay in the content."""
+    where = (
+        "cut off by the maximum length" if reply.finish_reason == "length" else "its text is in the answer's content"
+    )
     for error in reply.parse_errors:
-        log.warning("not a call: %s (its text is in the answer's content)", error)
+        log.warning("not a call: %s (%s)", error, where)
     message = reply.message([f"{request_id}_tool_call_{at}" for at in range(len(reply.tool_calls))])
     del message["role"]
     for call in message.get("tool_calls", []):

@@ -37,7 +37,10 @@ def serve_gguf(path: Path, host: str, port: int) -> int:
     # llama.cpp's own server allows requests from any web site: it listens on a port and with a key known only here.
     with llama_server(path, context=0, api_key=key) as server:
         client = httpx.AsyncClient(
-            base_url=server.listening_address, headers={"authorization": f"Bearer {key}"}, timeout=None, trust_env=False
+            base_url=server.listening_address,
+            headers={"authorization": f"Bearer {key}"},
+            timeout=None,  # noqa: S113  (an answer may take any time)
+            trust_env=False,
         )
         app = Guard(Proxy(client), Access(host, token, health_path="/health"))
         log.info("llama.cpp serves %s at http://%s:%s/v1 %s an API key; stop with Ctrl-C",

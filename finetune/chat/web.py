@@ -27,7 +27,7 @@ from formats import FormatError
 if TYPE_CHECKING:
     import gradio
 
-PASSWORD_VARIABLE = "SANDWICH_WEB_PASSWORD"
+PASSWORD_VARIABLE = "SANDWICH_WEB_PASSWORD"  # noqa: S105  (the name of a variable)
 log = logging.getLogger("sandwich")
 
 

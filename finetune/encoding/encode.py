@@ -122,7 +122,7 @@ def _start_worker(payload: bytes, torchless: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if torchless:
         hide_torch()
-    _WORKER = pickle.loads(payload)
+    _WORKER = pickle.loads(payload)  # noqa: S301  (from the parent process, not from a file)
 
 
 def _work(item: Work) -> Chunk:

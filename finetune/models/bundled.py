@@ -64,7 +64,7 @@ def _convert(source: Path, gguf_file: str, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
-    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # noqa: S105  (a token of the vocabulary)
     tokenizer.clean_up_tokenization_spaces = False  # made for word-piece tokenizers; it would remove spaces on decoding
     tokenizer.save_pretrained(target)
     _fix_tokenizer(target / "tokenizer.json")

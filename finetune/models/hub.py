@@ -31,7 +31,10 @@ def hub_token() -> str | None:
 
 def is_local_path(name: str) -> bool:
     """Whether the name of a model or dataset is a path on this machine, not a Hub id."""
-    return Path(name).exists() or Path(name).is_absolute()
+    try:
+        return Path(name).is_absolute() or Path(name).exists()
+    except (OSError, ValueError):  # longer than any path, or with a null byte
+        return False
 
 
 # Path of another machine or of a file that has moved: ~/x, ./x, C:\\x, a/b/c, x/rows.jsonl.

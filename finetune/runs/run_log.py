@@ -28,12 +28,14 @@ _STEP = re.compile(r"[0-9]{1,15}")
 class Counters:
     """Totals that a checkpoint stores, so that a resumed run writes the rows of an uninterrupted one.
 
-    The window_* fields belong to the steps since the last logged row. Loss sums are in nats.
+    The window_* fields belong to the steps since the last logged row. Loss sums are in nats; step_losses is the sum of
+    the steps' mean losses, of which Trainer's train_loss is the mean.
     """
 
     tokens_seen: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
+    step_losses: float = 0.0
     window_loss_sum: float = 0.0
     window_trained_tokens: int = 0
     window_tokens: int = 0
@@ -95,6 +97,7 @@ class RunLog:
         c.tokens_seen += tokens
         c.trained_tokens += trained_tokens
         c.seconds += elapsed
+        c.step_losses += loss_sum / max(trained_tokens, 1)
         c.window_loss_sum += loss_sum
         c.window_trained_tokens += trained_tokens
         c.window_tokens += tokens

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,10 +52,21 @@ def open_workspace(task: dict[str, Any]) -> Workspace:
             return Workspace(cwd, folder, True)
         if task["transport"] == "shared":
             raise UserError(f"{folder} is not the sweep's folder on this machine; share it, or use --transport ray")
-    scratch = Path(task["scratch"] or tempfile.gettempdir()) / "sandwich_sweeps" / task["sweep_id"] / task["machine"]
+    scratch = _private(Path(task["scratch"] or tempfile.gettempdir())) / task["sweep_id"] / task["machine"]
     inside = scratch / (folder.relative_to(cwd) if folder.is_relative_to(cwd) else folder.name)
     inside.mkdir(parents=True, exist_ok=True)
     return Workspace(scratch, inside, False)
+
+
+def _private(parent: Path) -> Path:
+    """This user's folder for scratch files in `parent`, such as /tmp; UserError where somebody else has made it."""
+    own = os.getuid() if hasattr(os, "getuid") else None
+    folder = parent / ("sandwich_sweeps" if own is None else f"sandwich_sweeps_{own}")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if own is not None and (found.st_uid != own or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022):
+        raise UserError(f"{folder} is a link, or others can write to it; remove it, or name a folder with --scratch")
+    return folder
 
 
 class FileSync:

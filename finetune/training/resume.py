@@ -34,6 +34,7 @@ class ResumeCallback(TrainerCallback):
         if trainer.checkpoint is None:
             return
         log.info("resumed from step %d", state.global_step)
+        trainer._total_loss_scalar = trainer.run_log.counters.step_losses  # Trainer would divide the rest by all steps
         if args.load_best_model_at_end and state.best_global_step:
             forget_damaged_best(trainer.checkpoint.parent, state)
         if args.should_save:

@@ -1,0 +1,136 @@
+"""The tracker of --report_to: one run of the tracker for one run folder, also after a resume, with its parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+from finetune.errors import UserError
+from finetune.files import write_text_atomic
+from finetune.models.faults import one_line
+from finetune.models.hub import public_base, public_name
+from finetune.runs.experiment import Experiment
+
+log = logging.getLogger("sandwich")
+STATE = "tracker.json"  # in the run folder: the tracker's run, and the last step of each metric that was sent to it
+MAX_PARAMETER_LENGTH = 250  # MLflow
+
+
+def tracker_callback(name: str, experiment: Experiment) -> TrainerCallback:
+    """Transformers' callback for the tracker, which continues the run that a resumed run began."""
+    (base,) = get_reporting_integration_callbacks(name)
+
+    class Continued(base):  # type: ignore[misc, valid-type]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            if not state.is_world_process_zero:
+                return super().on_train_begin(args, state, control, **kwargs)
+            self.path = experiment.folder / STATE
+            self.record = read_state(self.path, name) if state.global_step else {}
+            self.sent = dict(self.record.get("sent", {}))  # by the earlier process: its steps are repeated
+            try:
+                with environment(RESUMERS[name](self, self.record.get("run"), experiment.folder)):
+                    result = super().on_train_begin(args, state, control, **kwargs)
+                self.record |= {"tracker": name, "run": RUN_IDS[name](self)}
+                PARAMETERS[name](self, parameters(experiment.config))
+            except Exception as error:  # each tracker has its own classes
+                raise UserError(f"--report_to {name}: {one_line(error)}; check the tracker, or omit it") from error
+            self._write()
+            return result
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> Any:
+            kind = next((kind for kind in ("loss", "eval_loss") if kind in (logs or {})), None)
+            if kind and state.is_world_process_zero and state.global_step <= self.sent.get(kind, 0):
+                return None
+            try:
+                result = super().on_log(args, state, control, logs=logs, **kwargs)
+            except Exception as error:  # training_log.csv has the row
+                log.warning("--report_to %s: step %d was not logged: %s", name, state.global_step, one_line(error))
+                return None
+            if kind and state.is_world_process_zero:
+                self.record.setdefault("sent", {})[kind] = state.global_step
+                self._write()
+            return result
+
+        def _write(self) -> None:
+            write_text_atomic(self.path, json.dumps(self.record) + "\n")
+
+    Continued.__name__ = base.__name__
+    return Continued()
+
+
+def read_state(path: Path, name: str) -> dict[str, Any]:
+    """What an earlier process has recorded; {} where it used another tracker or the file is not readable."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        known = {kind: int(step) for kind, step in record.get("sent", {}).items()}
+        return {**record, "sent": known} if record["tracker"] == name else {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("cannot read %s (%s): %s starts a new run", path, type(error).__name__, name)
+        return {}
+
+
+def parameters(config: dict[str, Any]) -> dict[str, str | int | float]:
+    """What distinguishes this run from others, beside Transformers' own arguments; without folders of this machine."""
+    flags = config["flags"]
+    names = [public_name(name) for name in flags["dataset"]]
+    return {
+        "rank": flags["rank"],
+        "alpha": flags["alpha"],
+        "use_rslora": flags["use_rslora"],
+        "lora_dropout": flags["dropout"],
+        "target_modules": " ".join(flags["target_modules"])[:MAX_PARAMETER_LENGTH],
+        "base_model": public_base(config["base_model"]),
+        "format": config["format"]["name"],
+        "data": " ".join(names)[:MAX_PARAMETER_LENGTH],
+        "data_fingerprint": config["data"]["fingerprint"],
+        "eval_data": " ".join(map(public_name, flags["eval_dataset"] or []))[:MAX_PARAMETER_LENGTH],
+    }
+
+
+@contextlib.contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """The variables are set inside the block, unless the user has set them."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _resume_tensorboard(callback: Any, run: str | None, folder: Path) -> dict[str, str]:
+    if callback.logging_dir is None:  # the default is a new folder for each start
+        callback.logging_dir = str(folder / "runs")
+    return {}
+
+
+# Environment variables by which the tracker continues a run.
+RESUMERS = {
+    "tensorboard": _resume_tensorboard,
+    "wandb": lambda callback, run, folder: {"WANDB_RUN_ID": run, "WANDB_RESUME": "allow"} if run else {},
+    "mlflow": lambda callback, run, folder: {"MLFLOW_RUN_ID": run} if run else {},
+    "trackio": lambda callback, run, folder: {},  # continues the run of the same name
+}
+RUN_IDS = {
+    "tensorboard": lambda callback: callback.logging_dir,
+    "wandb": lambda callback: callback._wandb.run.id,
+    "mlflow": lambda callback: callback._ml_flow.active_run().info.run_id,
+    "trackio": lambda callback: None,
+}
+PARAMETERS = {
+    "tensorboard": lambda callback, values: callback.tb_writer.add_text("parameters", json.dumps(values)),
+    "wandb": lambda callback, values: callback._wandb.config.update(values, allow_val_change=True),
+    "mlflow": lambda callback, values: callback._ml_flow.log_params(values),
+    "trackio": lambda callback, values: callback._trackio.config.update(values, allow_val_change=True),
+}
