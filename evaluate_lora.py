@@ -155,7 +155,7 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     ]
     written = write_report(metrics, compared, heading, folder)
     comparison = (folder / "comparison.md").read_text(encoding="utf-8")
-    if scored.keys() == {"base", "tuned"} and args.output is None and args.dataset and not args.limit:
+    if run.experiment is not None and len(scored) == 2 and args.output is None and args.dataset and not args.limit:
         card = Path(args.model) / "final_model" / "README.md"
         update_model_card(card, comparison)
     Console().print(Markdown(comparison))
@@ -167,7 +167,12 @@ def output_folder(args: argparse.Namespace) -> Path:
     """The folder for the scores."""
     path = Path(args.model)
     is_run = any((path / name).is_file() for name in ("experiment_config.json", "adapter_config.json"))
-    return args.output or (path / "evaluation" if is_run else Path("evaluation") / path.name)
+    if args.output or not is_run:
+        return args.output or Path("evaluation") / path.name
+    from finetune.runs.links import refuse_links
+
+    refuse_links(path / "evaluation", owner=path)
+    return path / "evaluation"
 
 
 def keep_speed(cost: dict[str, Any], path: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 import json
 import logging
 import os
+from argparse import Namespace
 
 import pytest
 
+import evaluate_lora
 import export_lora
+import train_lora
 from finetune.errors import UserError
 from finetune.export.adapter_files import copy_adapter
 from finetune.models.remote_code import forget_code, has_own_code, strip_code
@@ -201,3 +204,56 @@ def test_model_with_own_code_is_known():
     model = type("Model", (), {"config": config})()
     assert has_own_code(model)
     assert not has_own_code(type("Model", (), {"config": object()})())
+
+
+@pytest.mark.parametrize(
+    "name", ["final_model/README.md", "training.log", "evaluation/base_model_results.jsonl", "checkpoint-1", "exports"]
+)
+def test_run_folder_with_a_link_out_is_refused(tmp_path, name):
+    """Files are written through links: an evaluation would have appended the model's answers to ~/.bashrc."""
+    run = make_run(tmp_path, data=False)
+    private = tmp_path / "bashrc"
+    private.write_text("alias ll='ls -l'")
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(os.path.relpath(private, (run / name).parent))
+    with pytest.raises(UserError, match="is a link to"):
+        find_run(run)
+    assert evaluate_lora.main([str(run), "--dataset", str(private)]) == 2
+    assert train_lora.main(["--resume", str(run)]) == 2
+    assert private.read_text() == "alias ll='ls -l'"
+
+
+def test_links_inside_a_run_folder_and_to_it_are_fine(tmp_path):
+    run = make_run(tmp_path, data=False)
+    (run / "latest").symlink_to("final_model")
+    (tmp_path / "link").symlink_to(run)
+    assert find_run(tmp_path / "link").experiment is not None
+
+
+def test_scores_are_not_written_through_a_link(tmp_path):
+    """Of an adapter without a run, such as a download in the Hub's cache, whose files are links."""
+    adapter, elsewhere = tmp_path / "adapter", tmp_path / "elsewhere"
+    adapter.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "config").write_text("{}")
+    (adapter / "adapter_config.json").symlink_to(elsewhere / "config")
+    (adapter / "evaluation").symlink_to(elsewhere)
+    with pytest.raises(UserError, match="is a link to"):
+        evaluate_lora.output_folder(Namespace(model=str(adapter), output=None))
+    assert evaluate_lora.output_folder(Namespace(model=str(adapter), output=elsewhere)) == elsewhere
+
+
+def test_scratch_folder_of_another_is_refused(tmp_path):
+    from finetune.sweep.file_sync import _private
+
+    own = _private(tmp_path)
+    assert own.stat().st_mode & 0o777 == 0o700 and _private(tmp_path) == own
+    own.chmod(0o777)
+    with pytest.raises(UserError, match="others can write"):
+        _private(tmp_path)
+    own.rmdir()
+    own.symlink_to(tmp_path / "planted")
+    (tmp_path / "planted").mkdir()
+    with pytest.raises(UserError, match="is a link"):
+        _private(tmp_path)

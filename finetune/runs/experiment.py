@@ -21,6 +21,7 @@ from typing import Any
 
 from finetune.errors import UserError, no_room
 from finetune.files import current_umask, write_text_atomic
+from finetune.runs.links import refuse_links
 from finetune.runs.manifest import MANIFEST, has_manifest, manifest_mismatch
 from finetune.runs.run_log import counters_fault
 
@@ -115,9 +116,10 @@ class Experiment:
 
     @classmethod
     def open(cls, folder: str | Path, *, entries: tuple[str, ...] = ()) -> Experiment:
-        """The run in `folder`; UserError when it has no readable config, or one without these entries."""
+        """The run in `folder`; UserError when it has no readable config, one without these entries, or a link out."""
         folder = Path(folder)
         path = folder / CONFIG
+        refuse_links(folder)
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
