@@ -118,6 +118,30 @@ def test_slow_body_ends(monkeypatch):
     assert asyncio.run(main()) == 408
 
 
+def test_half_body_of_a_closed_connection_is_not_answered():
+    reached, sent = [], []
+
+    async def app(scope, receive, send):
+        reached.append(await receive())
+
+    async def main():
+        messages = [{"type": "http.request", "body": b"{}", "more_body": True}, {"type": "http.disconnect"}]
+
+        async def receive():
+            return messages.pop(0)
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"host", b"localhost"), (b"content-length", b"9"), (b"content-type", b"application/json")]
+        guarded = Guard(app, Access())
+        await guarded({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive, send)
+        return guarded.running
+
+    assert asyncio.run(main()) == 0
+    assert not reached and not sent
+
+
 def test_token_is_required():
     access = Access("0.0.0.0", "s3cret", health_path="/health")
     for given in (None, "s3cret", "Bearer", "Bearer wrong", "Bearer s3crét", "bearer s3cret"):

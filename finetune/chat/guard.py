@@ -84,6 +84,8 @@ class Guard:
             except asyncio.TimeoutError:  # noqa: UP041  (another class before Python 3.11)
                 await answer(send, 408, f"the body did not arrive within {MAX_BODY_SECONDS:.0f} s")
                 return
+            except ClientLeft:
+                return
             if body is None:
                 await answer(send, 413, _TOO_LARGE)
                 return
@@ -133,13 +135,17 @@ def _is_this_machine(host: str) -> bool:
         return False
 
 
+class ClientLeft(Exception):
+    """The connection was closed before the body was complete."""
+
+
 async def read_body(receive: Receive) -> bytes | None:
-    """The complete body; None when it is too large."""
+    """The complete body; None when it is too large. Raises ClientLeft."""
     parts, size = [], 0
     while True:
         message = await receive()
-        if message["type"] != "http.request":  # the client has left
-            return b"".join(parts)
+        if message["type"] != "http.request":
+            raise ClientLeft
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > MAX_BODY_BYTES:
