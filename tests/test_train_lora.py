@@ -183,6 +183,8 @@ def test_killed_run_resumes_to_the_same_bytes(base, rows, tiny_model, tmp_path):
     ]
     assert logs[0] == logs[1]
     assert [int(row["step"]) for row in logs[0]] == [3, 6, 9]
+    means = [config_of(folder / "run")["result"]["train_loss"] for folder in (complete, killed)]
+    assert means[0] == pytest.approx(means[1], rel=1e-4)  # of all steps, not of those since the resume
     assert not list((killed / "run").glob(".*"))
 
 
@@ -385,6 +387,31 @@ def test_resume_after_an_early_stop_only_saves(rows, tiny_model, tmp_path):
     assert result.returncode == 0, result.stderr
     assert f"checkpoint-{kept}, the best so far, cannot be kept: its adapter_model" in result.stderr
     assert f"stopped early at step {stopped} of 40; adapter of step {stopped}" in result.stderr
+
+
+def test_second_stage_starts_from_an_adapter(rows, tiny_model, tmp_path):
+    """Other data and a new schedule; rank and modules are the adapter's; the resume does not need the first run."""
+    first = ("--model", tiny_model, "--dataset", rows, "--format", "chatml", "--rank", 3, "--target_modules", "q_proj",
+             "--max_steps", 2, "--lr", "1e-2", "--experiments_dir", tmp_path)  # fmt: skip
+    assert run(*first, "--name", "one").returncode == 0
+    other = write_rows(tmp_path / "other.jsonl", [conversation(number) for number in range(20, 26)])
+    second = ("--init_adapter", tmp_path / "one", "--dataset", other, "--max_steps", 2, "--save_steps", 1,
+              "--experiments_dir", tmp_path)  # fmt: skip
+    still = run(*second, "--lr", "1e-30", "--weight_decay", 0, "--name", "still")
+    assert still.returncode == 0, still.stderr
+    one, two = (tmp_path / name / "final_model" / "adapter_model.safetensors" for name in ("one", "still"))
+    assert one.read_bytes() == two.read_bytes()
+    flags = config_of(tmp_path / "still")["flags"]
+    assert (flags["rank"], flags["alpha"], flags["target_modules"], flags["format"]) == (3, 6, ["q_proj"], "chatml")
+
+    refused(run(*second, "--rank", 4), "it was made with --rank 3, not 4")
+    refused(run(*second[2:], "--init_adapter", tiny_model), "not a run or an adapter")
+    (tmp_path / "one").rename(tmp_path / "gone")
+    shutil.rmtree(tmp_path / "still" / "final_model")
+    shutil.rmtree(tmp_path / "still" / "checkpoint-2")
+    result = run("--resume", tmp_path / "still")
+    assert result.returncode == 0, result.stderr
+    assert two.read_bytes() == (tmp_path / "gone" / "final_model" / "adapter_model.safetensors").read_bytes()
 
 
 def test_resume_refuses_changed_data_early(tmp_path, rows):

@@ -161,6 +161,7 @@ def results(trainer: SandwichTrainer) -> dict[str, Any]:
         "final_loss": losses[-1] if losses else None,
         "min_loss": min(losses, default=None),
         "best_eval_loss": min(eval_losses, default=None),
+        "train_loss": next((e["train_loss"] for e in reversed(trainer.state.log_history) if "train_loss" in e), None),
         "tokens_seen": counters.tokens_seen,
         "trained_tokens": counters.trained_tokens,
         "seconds": round(counters.seconds, 3),

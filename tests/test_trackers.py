@@ -1,0 +1,110 @@
+"""A resumed run continues its tracker run: no second one, no step twice. Each with the real package, if installed."""
+
+import json
+import shutil
+import sqlite3
+
+import pytest
+
+from tests.helpers import lazy
+from tests.training_runs import conversation, run, write_rows, write_tiny_model
+
+trackers = lazy("finetune.training.trackers")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tracked")
+    write_rows(folder / "rows.jsonl", [conversation(number) for number in range(8)])
+    return write_tiny_model(folder / "model"), folder / "rows.jsonl"
+
+
+def tracked_twice(tracker, inputs, folder, **variables):
+    """A run of 4 steps, resumed at step 2 as if it had been killed after step 4; returns its folder."""
+    model, rows = inputs
+    arguments = ("--model", model, "--dataset", rows, "--eval_dataset", rows, "--eval_steps", 2, "--save_steps", 2,
+                 "--max_steps", 4, "--rank", 4, "--format", "chatml", "--experiments_dir", folder, "--name", "run",
+                 "--report_to", tracker)  # fmt: skip
+    whole = run(*arguments, env=variables)
+    assert whole.returncode == 0, whole.stderr
+    shutil.rmtree(folder / "run" / "checkpoint-4")
+    shutil.rmtree(folder / "run" / "final_model")
+    resumed = run("--resume", folder / "run", env=variables)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from step 2" in resumed.stderr
+    return folder / "run"
+
+
+def test_tensorboard(inputs, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = tracked_twice("tensorboard", inputs, tmp_path)
+    found = events.EventAccumulator(str(folder / "runs"))
+    found.Reload()
+    assert [event.step for event in found.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.step for event in found.Scalars("eval/loss")] == [2, 4]
+    means = [event.value for event in found.Scalars("train/train_loss")]
+    assert len(means) == 2 and means[0] == pytest.approx(means[1], rel=1e-4)
+    assert "parameters/text_summary" in found.Tags()["tensors"]
+
+
+def test_mlflow(inputs, tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    address = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracked_twice("mlflow", inputs, tmp_path, MLFLOW_TRACKING_URI=address)
+    client = mlflow.MlflowClient(tracking_uri=address)
+    (found,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    assert found.info.status == "FINISHED"
+    history = client.get_metric_history(found.info.run_id, "loss")
+    assert sorted(metric.step for metric in history) == [1, 2, 3, 4]
+    known = found.data.params
+    assert (known["rank"], known["alpha"], known["data"], known["format"]) == ("4", "8", "rows.jsonl", "chatml")
+
+
+def test_trackio(inputs, tmp_path):
+    pytest.importorskip("trackio")
+    tracked_twice("trackio", inputs, tmp_path, TRACKIO_DIR=str(tmp_path / "trackio"))
+    (path,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(path) as database:
+        metrics = [json.loads(row[0]) for row in database.execute("SELECT metrics FROM metrics")]
+        names = {row[0] for row in database.execute("SELECT DISTINCT run_name FROM metrics")}
+        (config,) = [json.loads(row[0]) for row in database.execute("SELECT config FROM configs")]
+    assert names == {"run"}
+    assert sorted(one["train/global_step"] for one in metrics if "train/loss" in one) == [1, 2, 3, 4]
+    assert (config["rank"], config["alpha"], config["format"]) == (4, 8, "chatml")
+
+
+def test_wandb(inputs, tmp_path):
+    pytest.importorskip("wandb")
+    tracked_twice("wandb", inputs, tmp_path, WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true")
+    starts = list((tmp_path / "wandb").glob("offline-run-*"))
+    ids = {path.name.rsplit("-", 1)[-1] for path in starts}
+    assert len(starts) == 2 and len(ids) == 1
+    assert json.loads((tmp_path / "run" / "tracker.json").read_text())["run"] in ids
+
+
+def test_parameters_have_no_folders():
+    flags = {"rank": 4, "alpha": 8, "use_rslora": False, "dropout": 0.0, "target_modules": ["all-linear"],
+             "dataset": ["/home/ann/rows.jsonl*0.5", "org/name@train"], "eval_dataset": None}  # fmt: skip
+    config = {"flags": flags, "base_model": "/home/ann/model", "format": {"name": "qwen"}, "data": {"fingerprint": "f"}}
+    found = trackers.parameters(config)
+    assert found["data"] == "rows.jsonl*0.5 org/name@train" and found["base_model"] == "model"
+    assert not [value for value in found.values() if "ann" in str(value)]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"tracker": "wandb"}', '{"tracker": "mlflow", "sent": {"loss": "x"}}',
+             '{"tracker": "mlflow", "sent": 5}'],
+)  # fmt: skip
+def test_damaged_state_starts_a_new_tracker_run(tmp_path, text):
+    (tmp_path / "tracker.json").write_text(text)
+    assert trackers.read_state(tmp_path / "tracker.json", "mlflow") == {}
+
+
+def test_own_variables_win(monkeypatch):
+    import os
+
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    monkeypatch.delenv("WANDB_RESUME", raising=False)
+    with trackers.environment({"WANDB_RUN_ID": "recorded", "WANDB_RESUME": "allow"}):
+        assert (os.environ["WANDB_RUN_ID"], os.environ["WANDB_RESUME"]) == ("mine", "allow")
+    assert "WANDB_RESUME" not in os.environ
