@@ -186,6 +186,17 @@ def load_tokenizer_and_format(args: argparse.Namespace) -> tuple:
     return tokenizer, fmt
 
 
+def positions_of(args: argparse.Namespace) -> int | None:
+    """The positions of the model that --tokenizer names; None for a folder that has only a tokenizer."""
+    from finetune.models.limits import model_positions
+    from finetune.models.loading import load_config
+
+    try:
+        return model_positions(load_config(args.tokenizer, trust_remote_code=args.trust_remote_code))
+    except UserError:
+        return None
+
+
 def prepare(args: argparse.Namespace) -> int:
     """Write splits, rejected rows and the dataset card."""
     from finetune.preparing import preparation
@@ -205,6 +216,7 @@ def prepare(args: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(args).items() if name in names}
     options = preparation.PrepareOptions(**given | reading_options(args) | {"where": parse_where(args.where)})
     tokenizer, fmt = load_tokenizer_and_format(args) if args.tokenizer else (None, None)
+    options.model_positions = positions_of(args) if args.tokenizer else None
     rows = None
     if args.sql is not None:
         from finetune.reading.sql import read_sql

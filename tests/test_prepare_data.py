@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,21 @@ def test_input_files_are_never_replaced(tmp_path, capsys):
     assert "rejected.jsonl is already there" in fail(capsys, other, "--output", tmp_path)
     assert source.read_bytes() == before[source]
     assert "every row is read exactly once" in fail(capsys, "parse", "--format", "qwen", f"{other}*2", tmp_path / "o")
+
+
+def test_rows_beyond_the_model_are_warned_of(tmp_path, tokenizer_dir, capsys):
+    """Without --max_seq_length they are kept, but training would omit them."""
+    model = tmp_path / "model"
+    shutil.copytree(tokenizer_dir, model)
+    (model / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 64}')
+    long = {"messages": [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "yes"}]}
+    short = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in (short, long)))
+    flags = ["--tokenizer", str(model), "--format", "chatml", "--split", "1/0/0"]
+    assert prepare_data.main([str(source), "--output", str(tmp_path / "out"), *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "longer than the model's 64 positions; training omits it" in shown and "row 2" in shown
 
 
 def test_overlong_rows_are_rejected_or_trimmed(tmp_path, tokenizer, tokenizer_dir, fmt):

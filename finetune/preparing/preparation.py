@@ -29,6 +29,7 @@ class PrepareOptions:
     column_map: dict[str, str] | None = None
     tools: list[dict[str, Any]] | None = None
     max_seq_length: int | None = None
+    model_positions: int | None = None  # longer rows are kept with a warning: training omits them
     overlong: str = "drop"
     train_on: str = "all"
     control_tokens: str = "escape"
@@ -217,6 +218,9 @@ def _fit_to_length(rows: list[_Row], result: Prepared, options: PrepareOptions, 
             continue
         removed = encoded.turns_removed.get(index, 0)
         result.turns_removed += removed
+        if options.model_positions is not None and lengths[index] > options.model_positions:
+            reason = f"longer than the model's {options.model_positions:,} positions; training omits it"
+            result.warnings.setdefault(reason, []).append(str(row))
         conversation = without_oldest_turns(row.conversation, removed) if removed else row.conversation
         kept.append(replace(row, conversation=conversation, length=lengths[index]))
     return kept
