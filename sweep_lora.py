@@ -21,6 +21,7 @@ from finetune.flag_types import (
     positive_int,
     text,
 )
+from finetune.progress import printable
 from finetune.settings import FLAGS
 from finetune.sweep import grid
 
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.experiments_dir / (args.name or default_name(points, identity))
     if args.dry_run:
         for point in points:
-            print(f"{folder / point.name}: train_lora.py {shlex.join(point.arguments())}")
+            print(printable(f"{folder / point.name}: train_lora.py {shlex.join(point.arguments())}"))
         return 0
 
     # 2. Create the folder, or open it to resume the sweep.

@@ -315,6 +315,14 @@ def test_folder_belongs_to_one_sweep(tmp_path):
         opened(tmp_path / "s", points(4, 16), identity="b")
 
 
+def test_dry_run_of_a_hostile_file_prints_no_escapes(tmp_path, capsys):
+    path = tmp_path / "sweep.yaml"
+    path.write_text('grid: {rank: [4]}\ntrain: {dataset: ["\\e]52;c;cm0gLXJmIH4=\\a.jsonl"]}\n')
+    assert sweep_lora.main(["--sweep", str(path), "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert "52;c" in shown and not set(shown) & {"\x1b", "\x07"}
+
+
 def test_finished_sweep_grows_by_new_values(tmp_path):
     """Also by values of a second flag: the runs of the first sweep had its default, and keep their names."""
     first = opened(tmp_path / "s", points(4, 8))

@@ -1,5 +1,6 @@
 """Files of others do not run code: trust_remote_code counts on the command line alone, and no export carries code."""
 
+import contextlib
 import json
 import logging
 import os
@@ -257,3 +258,28 @@ def test_scratch_folder_of_another_is_refused(tmp_path):
     (tmp_path / "planted").mkdir()
     with pytest.raises(UserError, match="is a link"):
         _private(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["cycler.__init__.__globals__.os.open(path, 65)", "lipsum.__globals__['os'].open(path, 65)",
+     "strftime_now.__globals__['__builtins__']['open'](path, 'w')", "''.__class__.__mro__[1].__subclasses__()",
+     "raise_exception.__code__", "messages.append(1)", "messages[0].update(role='x')", "tools.clear()",
+     "'{0.__class__.__init__.__globals__}'.format(strftime_now)", "messages[0]['get'].__self__.__class__"],
+)  # fmt: skip
+def test_template_runs_no_python(tmp_path, expression):
+    """Both environments that render: ours, and the one that Transformers has."""
+    from formats.rendering import _environment, render_template
+
+    path, messages, tools = tmp_path / "ran", [{"role": "user", "content": "a"}], [{"name": "b"}]
+    known = {"messages": messages, "tools": tools, "path": str(path)}
+    template = "{{ (" + expression + ") }}"
+    for render in (
+        lambda: _environment().from_string(template).render(known),
+        lambda: render_template(parts.tokenizer("smollm2"), template, messages, tools, False, path=str(path)),
+    ):
+        text = ""
+        with contextlib.suppress(Exception):
+            text = render()
+        assert text == "" or not set(text) & set("<{'"), text
+    assert not path.exists() and (messages, tools) == ([{"role": "user", "content": "a"}], [{"name": "b"}])
