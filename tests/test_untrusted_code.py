@@ -283,3 +283,48 @@ def test_template_runs_no_python(tmp_path, expression):
             text = render()
         assert text == "" or not set(text) & set("<{'"), text
     assert not path.exists() and (messages, tools) == ([{"role": "user", "content": "a"}], [{"name": "b"}])
+
+
+class Planted:
+    """Creates the marker when it is unpickled."""
+
+    def __reduce__(self):
+        return open, (os.environ[MARKER], "w")
+
+
+def test_adapter_that_is_a_pickle_is_refused(tmp_path, marker):
+    import pickle
+
+    from finetune.models.adapter import attach_adapter
+
+    adapter = make_run(tmp_path, data=False) / "final_model"
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Planted()))
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
+        attach_adapter(None, adapter)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_planted_pickle_of_a_checkpoint_does_not_run(tmp_path, marker, name):
+    """Its manifest may be valid: the hashes tell of damage, not of who wrote the file."""
+    import torch
+
+    from finetune.training.checkpoints import CheckpointMixin
+
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    trainer = CheckpointMixin()
+    trainer.optimizer = torch.optim.AdamW([parameter])
+    trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer)
+    trainer.args = Namespace(process_index=0, world_size=1)
+    states = {"python": 0, "numpy": 0, "cpu": 0}
+    torch.save(trainer.optimizer.state_dict(), tmp_path / "optimizer.pt")
+    torch.save(trainer.lr_scheduler.state_dict(), tmp_path / "scheduler.pt")
+    torch.save(states, tmp_path / "rng_state.pth")
+    trainer._load_optimizer_and_scheduler(str(tmp_path))
+    torch.save({"state": {}, "planted": Planted()}, tmp_path / name)
+    with pytest.raises(Exception, match=r"(?i)weights.only|unsupported"):
+        trainer._load_optimizer_and_scheduler(str(tmp_path))
+    assert not marker.exists()
+    torch.load(tmp_path / name, weights_only=False)
+    assert marker.exists()  # the pickle is real
