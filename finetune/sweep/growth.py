@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from finetune.errors import UserError
 from finetune.settings import Settings
 from finetune.sweep.grid import OWN_FILES, Point, free_name
 
@@ -28,4 +30,6 @@ def with_earlier_names(points: Sequence[Point], records: Sequence[dict[str, Any]
 
 
 def _key(flags: dict[str, Any]) -> str:
-    return json.dumps(Settings(**flags).run_flags(), sort_keys=True)
+    with contextlib.suppress(TypeError, UserError):  # another version wrote them: no run of today is the same
+        flags = Settings(**flags).run_flags()
+    return json.dumps(flags, sort_keys=True)
