@@ -795,6 +795,9 @@ def test_page_through_the_gradio_client(agent, monkeypatch):
         assert tuned[-1]["metadata"]["title"] == "not a call" and chat_model.BROKEN in said(tuned)[-1]
         with pytest.raises(Exception, match="not valid JSON"):
             client.predict("x", "{", *settings[1:], api_name="/ask")
+        assert chat_model.BROKEN_REQUEST in Path(client.predict(api_name="/save")).read_text()
+        copies = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert list(copies.rglob("chat_*.jsonl")) and copies.stat().st_mode & 0o77 == 0  # private to this user
 
 
 def said(messages: list[dict]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hmac
 import html
 import itertools
@@ -9,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -69,6 +71,9 @@ def open_page(
 def build_page(agent: ChatAgent, system: str = "", tools: list[dict] | None = None) -> gradio.Blocks:
     """The page, not launched yet."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    if not os.environ.get("GRADIO_TEMP_DIR"):  # else /tmp/gradio, where others can read saved conversations
+        os.environ["GRADIO_TEMP_DIR"] = private = tempfile.mkdtemp(prefix="sandwich_page_")
+        atexit.register(shutil.rmtree, private, ignore_errors=True)
     try:
         import gradio
     except ImportError as error:
