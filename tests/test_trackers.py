@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import lazy
 from tests.training_runs import conversation, run, write_rows, write_tiny_model
 
-trackers = lazy("finetune.training.trackers")
+trackers = lazy("finetune.training.tracker_run")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,21 @@ def test_wandb(inputs, tmp_path):
     ids = {path.name.rsplit("-", 1)[-1] for path in starts}
     assert len(starts) == 2 and len(ids) == 1
     assert json.loads((tmp_path / "run" / "tracker.json").read_text())["run"] in ids
+
+
+def test_tracker_that_is_down_costs_a_warning(inputs, tmp_path, monkeypatch):
+    """A tracker's package whose server does not answer: the run finishes, with one line about it."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "trackio.py").write_text(
+        "__version__ = '1'\ndef init(**_):\n    raise OSError('no route')"
+    )
+    model, rows = inputs
+    arguments = ("--model", model, "--dataset", rows, "--max_steps", 2, "--format", "chatml", "--report_to", "trackio",
+                 "--experiments_dir", tmp_path, "--name", "run")  # fmt: skip
+    done = run(*arguments, fresh=True, env={"PYTHONPATH": str(tmp_path / "packages")})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("--report_to trackio failed (no route); the run continues without it") == 1
+    assert "Traceback" not in done.stderr
 
 
 def test_parameters_have_no_folders():

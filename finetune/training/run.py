@@ -22,7 +22,7 @@ from finetune.runs.run_log import COLUMNS, RunLog, peak_memory_gb, read_rows
 from finetune.settings import Settings
 from finetune.training import memory_plan as memory
 from finetune.training.callbacks import LogCallback
-from finetune.training.trackers import tracker_callback
+from finetune.training.tracker_run import tracker_callback
 from finetune.training.trainer import SandwichTrainer  # imports unsloth first
 
 log = logging.getLogger("sandwich")
@@ -57,10 +57,10 @@ def make_trainer(
         log_callback=LogCallback(RunLog(experiment.folder / LOG if is_first else None), console, quiet=not is_first),
     )
     trainer.remove_callback(PrinterCallback)
-    if settings.early_stopping_patience:
-        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience, settings.early_stopping_threshold))
     if settings.report_to != "none":
         trainer.add_callback(tracker_callback(settings.report_to, experiment))
+    if settings.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience, settings.early_stopping_threshold))
     plan_memory(trainer, settings, experiment, loaded)
     return trainer
 
@@ -123,7 +123,7 @@ def training_arguments(
         save_total_limit=settings.save_total_limit,
         load_best_model_at_end=settings.load_best,
         restore_callback_states_from_checkpoint=True,
-        report_to="none",  # see trackers.py
+        report_to="none",  # see tracker_run.py
         disable_tqdm=True,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},

@@ -29,40 +29,52 @@ def tracker_callback(name: str, experiment: Experiment) -> TrainerCallback:
     (base,) = get_reporting_integration_callbacks(name)
 
     class Continued(base):  # type: ignore[misc, valid-type]
+        failed = False  # after an error it is not called again: training_log.csv has every row
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
             if not state.is_world_process_zero:
                 return super().on_train_begin(args, state, control, **kwargs)
             self.path = experiment.folder / STATE
             self.record = read_state(self.path, name) if state.global_step else {}
             self.sent = dict(self.record.get("sent", {}))  # by the earlier process: its steps are repeated
-            try:
-                with environment(RESUMERS[name](self, self.record.get("run"), experiment.folder)):
-                    result = super().on_train_begin(args, state, control, **kwargs)
+            with self.guarded(), environment(RESUMERS[name](self, self.record.get("run"), experiment.folder)):
+                super().on_train_begin(args, state, control, **kwargs)
                 self.record |= {"tracker": name, "run": RUN_IDS[name](self)}
+                self.write()
                 PARAMETERS[name](self, parameters(experiment.config))
-            except Exception as error:  # each tracker has its own classes
-                raise UserError(f"--report_to {name}: {one_line(error)}; check the tracker, or omit it") from error
-            self._write()
-            return result
+            return None
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> Any:
             kind = next((kind for kind in ("loss", "eval_loss") if kind in (logs or {})), None)
-            if kind and state.is_world_process_zero and state.global_step <= self.sent.get(kind, 0):
+            if self.failed or not state.is_world_process_zero:
                 return None
-            try:
-                result = super().on_log(args, state, control, logs=logs, **kwargs)
-            except Exception as error:  # training_log.csv has the row
-                log.warning("--report_to %s: step %d was not logged: %s", name, state.global_step, one_line(error))
+            if kind and state.global_step <= self.sent.get(kind, 0):
                 return None
-            if kind and state.is_world_process_zero:
-                self.record.setdefault("sent", {})[kind] = state.global_step
-                self._write()
-            return result
+            with self.guarded():
+                super().on_log(args, state, control, logs=logs, **kwargs)
+                if kind:
+                    self.record.setdefault("sent", {})[kind] = state.global_step
+                    self.write()
+            return None
 
-        def _write(self) -> None:
+        def on_train_end(self, *args: Any, **kwargs: Any) -> Any:
+            with self.guarded():
+                return None if self.failed else super().on_train_end(*args, **kwargs)
+
+        @contextlib.contextmanager
+        def guarded(self) -> Iterator[None]:
+            try:
+                yield
+            except UserError:  # the run folder cannot be written
+                raise
+            except Exception as error:  # each tracker has its own classes
+                self.failed = True
+                log.warning("--report_to %s failed (%s); the run continues without it", name, one_line(error))
+
+        def write(self) -> None:
             write_text_atomic(self.path, json.dumps(self.record) + "\n")
 
-    Continued.__name__ = base.__name__
+    Continued.__name__, Continued.__module__ = base.__name__, base.__module__
     return Continued()
 
 
