@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from formats import Format
 
 
-_FIRST_WORD = re.compile(r"[\[{][\s\[{\"']*\w*")  # of JSON or a list that may become a call
+_FIRST_WORD = re.compile(r"[\[{][\s\[{\"']*[\w.-]*")  # of JSON or a list that may become a call
 
 
 @dataclass
