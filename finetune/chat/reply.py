@@ -165,7 +165,7 @@ class LiveText:
         """The content of a cut answer up to a call that is not complete."""
         content = parsed.content
         if content[:1] in ("{", "["):
-            is_call = parsed.errors or (has_tools and _FIRST_WORD.fullmatch(content))
+            is_call = has_tools and (parsed.errors or _FIRST_WORD.fullmatch(content))
             return "" if is_call else content
         marks = [at for mark in self._marks if parsed.errors and (at := content.find(mark)) >= 0]
         return content[: min([*marks, self._before_beginning(content)])].rstrip()
