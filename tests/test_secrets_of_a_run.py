@@ -46,7 +46,7 @@ def test_no_secret_is_printed_or_written(home):
 
     query = f"SELECT messages, tools FROM log WHERE '{QUERY}' <> ''"  # noqa: S608
     run("prepare_data.py", "--sql", f"sqlite:///{home}/log.db", "--query", query, "--output", home / "data",
-        "--split", "1,0,0", code=0)  # fmt: skip
+        "--split", "1/0/0", code=0)  # fmt: skip
     run("prepare_data.py", "--sql", f"postgresql://u:{PASSWORD}@ss@localhost:1/db", "--output", home / "x", code=2)
     run("prepare_data.py", "--sql", f"postgresql://u:{PASSWORD}@localhost:1/db", "--output", home / "x", code=2)
     odbc = f"mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BUID%3Du%3BPWD%3D{PASSWORD}"
