@@ -28,7 +28,7 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x
 def requirements() -> dict[str, str]:
     """Name -> pinned requirement, from the requirements files."""
     lines = [
-        line.split(";")[0].split("#")[0].strip()
+        line.split(";")[0].split("#")[0].split("--hash")[0].strip()
         for file in ("requirements_lora.txt", "requirements_unsloth.txt", "requirements/constraints.txt")
         for line in (ROOT / file).read_text(encoding="utf-8").splitlines()
         if "==" in line
