@@ -69,7 +69,7 @@ def test_no_secret_is_printed_or_written(home):
         assert not [text for text in printed if secret in text], secret
         assert not [path for path in written if secret.encode() in path.read_bytes()], secret
     uploaded = [path for path in written if path.is_relative_to(home.parent / "hub")]
-    uploaded += [home / "data" / "README.md", home / "runs" / "run" / "final_model" / "README.md"]
+    uploaded += [home / "data" / "dataset_card.md", home / "runs" / "run" / "final_model" / "README.md"]
     assert len(uploaded) > 4
     assert not [path for path in uploaded if FOLDER in path.read_text(encoding="utf-8", errors="replace")]
     assert not Path(home / "x").exists()
