@@ -181,6 +181,16 @@ def test_input_files_are_never_replaced(tmp_path, capsys):
     assert "every row is read exactly once" in fail(capsys, "parse", "--format", "qwen", f"{other}*2", tmp_path / "o")
 
 
+def test_card_has_no_folders(tmp_path):
+    """Not of a source, of the columns it was read by, of a rejected row, or of the command."""
+    folder = tmp_path / "ann lee" / "private"
+    folder.mkdir(parents=True)
+    write_jsonl(folder / "rows.jsonl", [GOOD, GOOD, {"messages": 5}])
+    assert prepare_data.main([str(folder / "rows.jsonl"), "--output", str(folder / "out"), "--split", "1/0/0"]) == 0
+    card = (folder / "out" / "dataset_card.md").read_text()
+    assert "ann lee" not in card and "private" not in card and card.count("rows.jsonl") > 3
+
+
 def test_rows_beyond_the_model_are_warned_of(tmp_path, tokenizer_dir, capsys):
     """Without --max_seq_length they are kept, but training would omit them."""
     model = tmp_path / "model"

@@ -106,10 +106,10 @@ def card(result: Prepared, options: PrepareOptions, command: str) -> str:
         splits=list(SPLITS),
         tools=[(tool, *(counts[name] for name in SPLITS)) for tool, counts in tool_calls(result)],
         quality=quality_counts(result),
-        mappings=[(_cell(text), number) for text, number in result.loaded.mappings.most_common()],
+        mappings=[(_cell(_public(text)), number) for text, number in result.loaded.mappings.most_common()],
         notes=_count_rows(result.loaded.notes),
         reasons=[
-            (f"{_cell(kind)}, first: {_cell(row.source)}, row {row.row}", number)
+            (f"{_cell(kind)}, first: {_cell(public_name(row.source))}, row {row.row}", number)
             for kind, number, row in count_kinds(result.rejected)
         ],
         warnings=_count_rows({kind: len(rows) for kind, rows in result.warnings.items()}),
@@ -119,6 +119,12 @@ def card(result: Prepared, options: PrepareOptions, command: str) -> str:
 
 def _count_rows(counts: Mapping[str, int]) -> list[tuple[str, int]]:
     return [(_cell(text), number) for text, number in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+
+
+def _public(text: str) -> str:
+    """`SOURCE: columns` without the folders of the source."""
+    source, colon, columns = text.partition(": ")
+    return f"{public_name(source)}{colon}{columns}"
 
 
 def _cell(text: str) -> str:
