@@ -185,7 +185,8 @@ def test_card_has_no_folders(tmp_path):
     """Not of a source, of the columns it was read by, of a rejected row, or of the command."""
     folder = tmp_path / "ann lee" / "private"
     folder.mkdir(parents=True)
-    write_jsonl(folder / "rows.jsonl", [GOOD, GOOD, {"messages": 5}])
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    write_jsonl(folder / "rows.jsonl", [{"messages": turns}, {"messages": turns}, {"messages": 5}])
     assert prepare_data.main([str(folder / "rows.jsonl"), "--output", str(folder / "out"), "--split", "1/0/0"]) == 0
     card = (folder / "out" / "dataset_card.md").read_text()
     assert "ann lee" not in card and "private" not in card and card.count("rows.jsonl") > 3
