@@ -225,6 +225,18 @@ def test_run_folder_with_a_link_out_is_refused(tmp_path, name):
     assert private.read_text() == "alias ll='ls -l'"
 
 
+@pytest.mark.parametrize(
+    "changes", [{"flags": "x"}, {"format": "chatml"}, {"format": {"name": ["a"]}}, {"flags": {"max_seq_length": "x"}},
+                {"flags": {"max_seq_length": -1}}, {"flags": {"format": ["a"]}}, {"flags": None}],
+)  # fmt: skip
+def test_config_of_another_kind_is_refused(tmp_path, changes):
+    config = {"flags": {"max_seq_length": 9, "format": "chatml"}, "base_model": "m", "format": {"name": "chatml"}}
+    (tmp_path / "experiment_config.json").write_text(json.dumps(config | changes))
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(UserError, match=r"experiment_config\.json"):
+        find_run(tmp_path)
+
+
 def test_links_inside_a_run_folder_and_to_it_are_fine(tmp_path):
     run = make_run(tmp_path, data=False)
     (run / "latest").symlink_to("final_model")

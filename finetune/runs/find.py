@@ -12,6 +12,7 @@ from finetune.models.adapter import adapter_config, attach_adapter
 from finetune.models.limits import model_positions
 from finetune.models.loading import Loaded, import_unsloth, load_base, load_config, load_tokenizer
 from finetune.runs.experiment import CONFIG, FINAL, Experiment
+from finetune.settings import checked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -138,7 +139,13 @@ def _find(path: str | Path) -> Run:
 
 
 def _open_trained(folder: Path) -> Experiment:
-    return Experiment.open(folder, entries=("flags", "base_model", "format"))
+    experiment = Experiment.open(folder, entries=("flags", "base_model", "format"))
+    where, flags, fmt = str(folder / CONFIG), experiment.config["flags"], experiment.config["format"]
+    if not isinstance(flags, dict) or not isinstance(fmt, dict) or not isinstance(fmt.get("name"), str):
+        raise UserError(f"{where}: flags or format is not as train_lora.py writes it; train again")
+    for name in {"max_seq_length", "format"} & flags.keys():
+        checked(where, name, flags[name])
+    return experiment
 
 
 def load_for_inference(
