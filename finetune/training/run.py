@@ -121,7 +121,7 @@ def training_arguments(
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
         save_total_limit=settings.save_total_limit,
-        load_best_model_at_end=settings.load_best,
+        load_best_model_at_end=bool(settings.load_best),
         restore_callback_states_from_checkpoint=True,
         report_to="none",  # see tracker_run.py
         disable_tqdm=True,

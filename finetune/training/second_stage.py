@@ -85,7 +85,7 @@ def load_adapter_weights(model: Any, folder: str) -> None:
         for parameter in trained.values():
             parameter.fill_(torch.nan)  # what the file lacks is found below
     try:
-        found = set_peft_model_state_dict(model, load_file(path))
+        found: Any = set_peft_model_state_dict(model, load_file(path))
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"--init_adapter {folder}: {' '.join(str(error).split())[:300]}") from error
     absent = [name for name, parameter in trained.items() if parameter.isnan().any()]
