@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from finetune.errors import UserError
 from finetune.export.adapter_files import copy_adapter
 from finetune.export.merged import served_format, write_merged
 from finetune.export.targets import Job, target
+from finetune.export.vllm_rules import check_adapter, loads_parser, max_lora_rank
 from finetune.models.adapter import adapter_config
 from finetune.models.bundled import resolve_model
 from finetune.progress import say
@@ -21,26 +24,20 @@ from formats import Format
 
 PLUGIN = Path(__file__).with_name("vllm_plugin.py")
 PLUGIN_NAME = "sandwich"
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # valid values of --max-lora-rank
 
 
-def parser_of(fmt: Format) -> str | None:
+def parser_of(fmt: Format, vocabulary: Container[str]) -> str | None:
     """--tool-call-parser for a format: one of vLLM's own or the plugin; None for a format without calls."""
-    return fmt.vllm_parser or (PLUGIN_NAME if fmt.read_calls and fmt.has_tools else None)
-
-
-def max_lora_rank(rank: int) -> int:
-    """The smallest valid --max-lora-rank for an adapter of this rank."""
-    if rank > VLLM_RANKS[-1]:
-        raise UserError(f"vLLM serves adapters up to rank {VLLM_RANKS[-1]}, this one has {rank}; use --mode merged")
-    return next(value for value in VLLM_RANKS if value >= rank)
+    if fmt.vllm_parser and loads_parser(fmt.vllm_parser, fmt, vocabulary):
+        return fmt.vllm_parser
+    return PLUGIN_NAME if fmt.read_calls and fmt.has_tools else None
 
 
 def serve_command(
-    fmt: Format,
     *,
     name: str,
     model: str,
+    parser: str | None = None,
     revision: str | None = None,
     adapter: str | None = None,
     rank: int = 0,
@@ -51,6 +48,7 @@ def serve_command(
     """`vllm serve …`, to be run in the exported folder.
 
     name            under which requests name the adapter, or the merged model
+    parser          value of --tool-call-parser; None: without tools
     model, adapter  Hub id or path; `adapter` None: `model` is a merged one
     """
     for what, text in (("base model", model), ("revision", revision), ("name", name)):
@@ -59,7 +57,7 @@ def serve_command(
     command = ["vllm", "serve", model, "--host", "127.0.0.1", "--chat-template", "./chat_template.jinja"]
     if revision and adapter:
         command += ["--revision", revision]
-    if parser := parser_of(fmt):
+    if parser:
         command += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
         if parser == PLUGIN_NAME:
             command += ["--tool-parser-plugin", "./sandwich_tool_parser.py"]
@@ -83,26 +81,29 @@ def serve_command(
 def export_vllm(job: Job) -> None:
     """serve.sh, the chat template, adapter or merged weights, and a parser plugin where vLLM has no parser."""
     if job.mode == "merged":
-        fmt = write_merged(job.run, job.folder, job.dtype).format
+        merged = write_merged(job.run, job.folder, job.dtype)
+        tokenizer, fmt = merged.tokenizer, merged.format
     else:
-        _, fmt = job.run.load_tokenizer()
-    write_serving_files(job, fmt)
+        if job.run.adapter is None:
+            raise UserError(f"{job.run.path} has no adapter; use --mode merged")
+        check_adapter(job.run.adapter, adapter_config(job.run.adapter))
+        tokenizer, fmt = job.run.load_tokenizer()
+    write_serving_files(job, fmt, parser_of(fmt, tokenizer.get_vocab()))
 
 
-def write_serving_files(job: Job, fmt: Format) -> None:
+def write_serving_files(job: Job, fmt: Format, parser: str | None) -> None:
     """Everything but the merged weights."""
     run, folder = job.run, job.folder
     (folder / "chat_template.jinja").write_text(served_format(run, fmt).template, encoding="utf-8")
     config = run.experiment.config if run.experiment is not None else {}
-    options: dict[str, Any] = {"model": ".", "name": job.name, "max_length": run.max_length()}
+    options: dict[str, Any] = {"model": ".", "name": job.name, "parser": parser, "max_length": run.max_length()}
     options["trust_remote_code"] = run.trust_remote_code
     if job.mode != "merged":
-        if run.adapter is None:
-            raise UserError(f"{run.path} has no adapter; use --mode merged")
+        assert run.adapter is not None
         copy_adapter(run.adapter, folder / "adapter")
         adapter = adapter_config(run.adapter)
-        base = served_base(run.base_name)
         revision = config.get("base_model_revision") if config else adapter.get("revision")
+        base = served_base(run.base_name, from_hub=not config or revision is not None)
         options |= {
             "model": base,
             "revision": None if Path(base).is_dir() else revision,
@@ -110,18 +111,19 @@ def write_serving_files(job: Job, fmt: Format) -> None:
             "rank": max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()]),
             "load_in_4bit": bool(config.get("load_in_4bit")),
         }
-    if parser_of(fmt) == PLUGIN_NAME:
+    if parser == PLUGIN_NAME:
         write_plugin(folder, run, fmt)
-    script = f'#!/bin/sh\ncd "$(dirname "$0")" || exit 1\nexec {shlex.join(serve_command(fmt, **options))} "$@"\n'
+    script = f'#!/bin/sh\ncd "$(dirname "$0")" || exit 1\nexec {shlex.join(serve_command(**options))} "$@"\n'
     path = folder / "serve.sh"
     path.write_text(script, encoding="utf-8", newline="\n")
     path.chmod(0o755)
     say(f"start it with: sh {path.name} (arguments are passed on to vllm serve)")
 
 
-def served_base(name: str) -> str:
+def served_base(name: str, *, from_hub: bool = True) -> str:
     """The base model as `vllm serve` finds it: a folder by its absolute path, else its Hub id.
 
+    from_hub  False: the run recorded no revision, so it was trained from a folder
     Raises UserError for a name that is neither.
     """
     from huggingface_hub.errors import HFValidationError
@@ -130,14 +132,14 @@ def served_base(name: str) -> str:
     base = Path(resolve_model(name)).expanduser()
     if base.is_dir():
         return str(base.resolve())
-    try:
+    with contextlib.suppress(HFValidationError):
         validate_repo_id(name)
-    except HFValidationError:
-        raise UserError(
-            f"base model {name} is neither a folder nor a Hub id, so vLLM cannot load it; "
-            "put the folder back, or use --mode merged"
-        ) from None
-    return name
+        if from_hub:
+            return name
+    raise UserError(
+        f"base model {name} is neither a folder nor a Hub id, so vLLM cannot load it; "
+        "put the folder back, or use --mode merged"
+    )
 
 
 def write_plugin(folder: Path, run: Run, fmt: Format) -> None:

@@ -119,6 +119,14 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
         return AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=trust_remote_code)
 
 
+def known_positions(name: str) -> int | None:
+    """`model_positions` by the name of a tokenizer; None where no usable config.json is beside it."""
+    try:
+        return model_positions(load_config(name))
+    except UserError:
+        return None
+
+
 def load_base(
     name: str,
     *,

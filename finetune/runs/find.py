@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 from finetune.models.adapter import adapter_config, attach_adapter
-from finetune.models.limits import model_positions
+from finetune.models.limits import check_vocabulary, model_positions
 from finetune.models.loading import Loaded, import_unsloth, load_base, load_config, load_tokenizer
 from finetune.runs.experiment import CONFIG, FINAL, Experiment
 
@@ -69,6 +69,12 @@ class Run:
         config = load_config(self.base_name, revision, self.trust_remote_code)
         return min(filter(None, (flags.get("max_seq_length"), model_positions(config))), default=None)
 
+    def check_vocabulary(self) -> None:
+        """UserError when the tokenizer has more tokens than the base has embeddings; reads no weights."""
+        config = load_config(self.base_name, self._base_settings().get("revision"), self.trust_remote_code)
+        rows = getattr(config.get_text_config(), "vocab_size", None)
+        check_vocabulary(self._tokenizer(), rows, self.base_name)
+
     def load_base(self, **overrides: Any) -> tuple[Loaded, Format]:
         """(base model loaded as for training, format); `overrides` are arguments of `load_base`."""
         loaded = load_base(self.base_name, **{**self._base_settings(), **overrides})
@@ -76,12 +82,13 @@ class Run:
 
     def load_tokenizer(self) -> tuple[PreTrainedTokenizerBase, Format]:
         """(tokenizer, format), without the weights."""
-        if self.experiment is None and self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file():
-            tokenizer = load_tokenizer(str(self.adapter), trust_remote_code=self.trust_remote_code)
-        else:
-            revision = self._base_settings().get("revision")
-            tokenizer = load_tokenizer(self.base_name, revision, self.trust_remote_code)
+        tokenizer = self._tokenizer()
         return tokenizer, self.format_for(tokenizer)
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.experiment is None and self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file():
+            return load_tokenizer(str(self.adapter), trust_remote_code=self.trust_remote_code)
+        return load_tokenizer(self.base_name, self._base_settings().get("revision"), self.trust_remote_code)
 
     def format_for(self, tokenizer: PreTrainedTokenizerBase) -> Format:
         """The format the run was trained with (the user's own by its file); without a run, chosen by the tokenizer."""

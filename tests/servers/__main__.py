@@ -1,0 +1,186 @@
+"""Serve exports with vLLM and llama.cpp, and compare their calls with those of our own generation.
+
+    make test-servers ONLY="chatml qwen" RECORD=record.md
+
+For each format a small model learns six answers by heart, so that greedy answers do not depend on rounding. Every
+answer is requested complete and streamed with tool_choice auto, and one call with required and with a named function.
+Exit status 1 when a call differs from our own generation's, or a server does not start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.formats.pairs import PAIRS, Pair
+from tests.scripts import ROOT
+from tests.servers.client import Answer, ask
+from tests.servers.servers import StartError, llama_cpp_server, vllm_server
+
+EXPORTS = ("vllm:lora", "vllm:merged", "gguf")
+MAX_TOKENS = 160
+HEADER = (
+    "| format | vocabulary | export | parser | calls as ours | streamed | text as ours | required | named | start, s |",
+    "| --- | --- | --- | --- | ---: | ---: | ---: | --- | --- | ---: |",
+)
+
+
+@dataclass
+class Outcome:
+    """One export on its server: counts of answers, and a line for each that differs."""
+
+    pair: Pair
+    export: str
+    parser: str = ""
+    start_s: float = 0.0
+    requests: int = 0
+    same: int = 0
+    same_streamed: int = 0
+    same_text: int = 0
+    forced: dict[str, str] = field(default_factory=dict)
+    differences: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return self.requests > 0 and self.same == self.same_streamed == self.requests
+
+    def row(self) -> str:
+        of = f"of {self.requests}"
+        cells = [
+            f"`{self.pair.format}`", self.pair.label, self.export, self.parser, f"{self.same} {of}",
+            f"{self.same_streamed} {of}", f"{self.same_text} of {2 * self.requests}",
+            self.forced.get("required", "-"), self.forced.get("named", "-"), f"{self.start_s:.0f}",
+        ]  # fmt: skip
+        return "| " + " | ".join(cells) + " |"
+
+
+def default_pairs() -> list[Pair]:
+    """The first vocabulary of every format that has a place for tools; `native` with each published template."""
+    first: dict[tuple[str, str], Pair] = {}
+    for pair in PAIRS:
+        if pair.format not in ("plain", "mistral-v1") and pair.vocabulary != "mistral-v1":
+            first.setdefault((pair.format, pair.template if pair.format == "native" else ""), pair)
+    return list(first.values())
+
+
+def compare(url: str, answers: dict[str, Any], outcome: Outcome) -> None:
+    """Ask everything and count what equals our own answers."""
+    for name, case in answers.items():
+        outcome.requests += 1
+        for stream in (False, True):
+            served = ask(url, case, stream=stream, max_tokens=MAX_TOKENS)
+            is_same = served.error is None and served.calls == case["calls"]
+            outcome.same += is_same and not stream
+            outcome.same_streamed += is_same and stream
+            outcome.same_text += is_same and served.content.strip() == case["content"].strip()
+            if not is_same:
+                outcome.differences.append(f"{name}{', streamed' * stream}: {served} instead of {case['calls']}")
+    case = answers["call"]
+    choices = {"required": "required", "named": {"type": "function", "function": {"name": "weather"}}}
+    for kind, choice in choices.items():
+        served = [ask(url, case, stream=stream, max_tokens=MAX_TOKENS, tool_choice=choice) for stream in (False, True)]
+        outcome.forced[kind] = " / ".join(verdict(one, case) for one in served)
+        outcome.differences += [f"{kind}: {one}" for one in served if verdict(one, case) != "same"]
+
+
+def verdict(served: Answer, case: dict[str, Any]) -> str:
+    """How a forced call compares: same as ours, another valid one, none, or refused."""
+    if served.error is not None:
+        return "refused"
+    if served.calls == case["calls"]:
+        return "same"
+    return "other call" if served.calls else "no call"
+
+
+def prepare(pair: Pair, exports: list[str], folder: Path) -> None:
+    """Make the run, its answers and its exports in a process of its own."""
+    command = [sys.executable, "-m", "tests.servers.memorized", str(folder), pair.format, pair.vocabulary]
+    command += ["--template", pair.template, "--tokens", *pair.tokens, "--export", *exports]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    notes = [line for line in done.stderr.splitlines() if line.startswith(f"{pair.format}:")]
+    print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr, flush=True)
+    if done.returncode:
+        raise StartError(done.stderr.strip()[-800:])
+
+
+def serve(pair: Pair, export: str, folder: Path, venv: Path) -> Outcome:
+    """Start a server on one export and compare its answers."""
+    outcome, made = Outcome(pair, export), folder / export.replace(":", "-")
+    answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+    began = time.monotonic()
+    if export != "gguf":
+        words = shlex.split((made / "serve.sh").read_text(encoding="utf-8").splitlines()[-1])
+        outcome.parser = words[words.index("--tool-call-parser") + 1] if "--tool-call-parser" in words else "none"
+    try:
+        with vllm_server(made, venv) if export != "gguf" else llama_cpp_server(made) as url:
+            outcome.start_s = time.monotonic() - began
+            compare(url, answers, outcome)
+    except StartError as error:
+        outcome.differences.append(str(error))
+    return outcome
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", nargs="*", metavar="FORMAT", help="formats (default: all with tools)")
+    parser.add_argument("--exports", nargs="+", choices=EXPORTS, default=list(EXPORTS))
+    parser.add_argument("--vllm", type=Path, default=ROOT / ".cache" / "vllm", help="virtual environment with vLLM")
+    parser.add_argument("--workspace", type=Path, help="keep runs and exports in this folder")
+    parser.add_argument("--record", type=Path, help="append the table to this file")
+    args = parser.parse_args()
+    pairs = [pair for pair in default_pairs() if not args.only or pair.format in args.only]
+    lines, failed = [*HEADER], []
+    print("\n".join(HEADER), flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        for pair in pairs:
+            name = "-".join(filter(None, (pair.format, pair.vocabulary, pair.template)))
+            folder = (args.workspace or Path(temporary)) / name
+            try:
+                if not (folder / "answers.json").is_file():
+                    prepare(pair, args.exports, folder)
+            except StartError as error:
+                failed.append(f"{pair.format} on {pair.label}: {error}")
+                continue
+            for export in args.exports:
+                outcome = serve(pair, export, folder, args.vllm)
+                lines.append(outcome.row())
+                print(lines[-1], flush=True)
+                print(*(f"  {line}" for line in outcome.differences), sep="\n", file=sys.stderr, flush=True)
+                if not outcome.passed:
+                    failed.append(f"{pair.format} on {pair.label}, {export}")
+    if args.record:
+        with args.record.open("a", encoding="utf-8") as file:
+            file.write("\n".join([*facts(args.vllm), *lines]) + "\n")
+    print(*(f"FAILED: {line}" for line in failed), sep="\n", file=sys.stderr)
+    return bool(failed)
+
+
+def facts(venv: Path) -> list[str]:
+    """Machine, versions and command of a record."""
+    script = (
+        "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in ('vllm', 'torch', 'transformers')))"
+    )
+    served = subprocess.run([venv / "bin" / "python", "-c", script], capture_output=True, text=True, check=False).stdout
+    from importlib.metadata import version
+
+    cpu = next(
+        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+         if line.startswith("model name")), platform.processor(),
+    )  # fmt: skip
+    return [
+        f"{time.strftime('%Y-%m-%d')}, {cpu}, Python {platform.python_version()}; server: {served.strip()}; "
+        f"xllamacpp {version('xllamacpp')}; `python -m tests.servers {shlex.join(sys.argv[1:])}`", "",
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
