@@ -233,6 +233,13 @@ def test_parser_that_the_vocabulary_can_load(name, vocabulary, parser):
     assert parser_of(FORMATS[name], vocabulary) == parser
 
 
+def test_plugin_path_is_no_relative_import():
+    """vLLM 0.32 imports the path as a module first, and takes it for a file only after a ModuleNotFoundError."""
+    command = serve_command(name="m", model="org/base", parser="sandwich")
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(command[command.index("--tool-parser-plugin") + 1])
+
+
 def test_name_with_separators_becomes_json():
     """vLLM would split NAME=PATH at every "="."""
     odd = serve_command(name="lr=2e-4, it's", model="org/base", adapter="./adapter", rank=12)

@@ -44,11 +44,13 @@ def serve_command(
     max_length: int | None = None,
     load_in_4bit: bool = False,
     trust_remote_code: bool = False,
+    overrides: dict[str, Any] | None = None,
 ) -> list[str]:
     """`vllm serve …`, to be run in the exported folder.
 
     name            under which requests name the adapter, or the merged model
     parser          value of --tool-call-parser; None: without tools
+    overrides       entries of the base's config.json that the run has changed
     model, adapter  Hub id or path; `adapter` None: `model` is a merged one
     """
     for what, text in (("base model", model), ("revision", revision), ("name", name)):
@@ -60,7 +62,8 @@ def serve_command(
     if parser:
         command += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
         if parser == PLUGIN_NAME:
-            command += ["--tool-parser-plugin", "./sandwich_tool_parser.py"]
+            # Without "./", which vLLM 0.32 takes for a relative import before it tries the file.
+            command += ["--tool-parser-plugin", "sandwich_tool_parser.py"]
     if adapter:
         module = f"{name}={adapter}"
         if set(name) & set("=,"):  # would be split
@@ -72,6 +75,8 @@ def serve_command(
         command += ["--served-model-name", name]
     if max_length:
         command += ["--max-model-len", str(max_length)]
+    if overrides:
+        command += ["--hf-overrides", json.dumps(overrides)]
     if trust_remote_code:
         command.append("--trust-remote-code")
     return command
@@ -110,6 +115,7 @@ def write_serving_files(job: Job, fmt: Format, parser: str | None) -> None:
             "adapter": "./adapter",
             "rank": max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()]),
             "load_in_4bit": bool(config.get("load_in_4bit")),
+            "overrides": run.stretched_positions(),
         }
     if parser == PLUGIN_NAME:
         write_plugin(folder, run, fmt)

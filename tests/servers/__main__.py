@@ -21,13 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.formats.pairs import PAIRS, Pair
+from tests.formats.pairs import Pair
 from tests.scripts import ROOT
 from tests.servers.client import Answer, ask
+from tests.servers.memorized import EXPORTS, MAX_NEW_TOKENS, default_pairs, folder_of
 from tests.servers.servers import StartError, llama_cpp_server, vllm_server
 
-EXPORTS = ("vllm:lora", "vllm:merged", "gguf")
-MAX_TOKENS = 160
 HEADER = (
     "| format | vocabulary | export | parser | calls as ours | streamed | text as ours | required | named | start, s |",
     "| --- | --- | --- | --- | ---: | ---: | ---: | --- | --- | ---: |",
@@ -63,21 +62,12 @@ class Outcome:
         return "| " + " | ".join(cells) + " |"
 
 
-def default_pairs() -> list[Pair]:
-    """The first vocabulary of every format that has a place for tools; `native` with each published template."""
-    first: dict[tuple[str, str], Pair] = {}
-    for pair in PAIRS:
-        if pair.format not in ("plain", "mistral-v1") and pair.vocabulary != "mistral-v1":
-            first.setdefault((pair.format, pair.template if pair.format == "native" else ""), pair)
-    return list(first.values())
-
-
 def compare(url: str, answers: dict[str, Any], outcome: Outcome) -> None:
     """Ask everything and count what equals our own answers."""
     for name, case in answers.items():
         outcome.requests += 1
         for stream in (False, True):
-            served = ask(url, case, stream=stream, max_tokens=MAX_TOKENS)
+            served = ask(url, case, stream=stream, max_tokens=MAX_NEW_TOKENS)
             is_same = served.error is None and served.calls == case["calls"]
             outcome.same += is_same and not stream
             outcome.same_streamed += is_same and stream
@@ -87,7 +77,9 @@ def compare(url: str, answers: dict[str, Any], outcome: Outcome) -> None:
     case = answers["call"]
     choices = {"required": "required", "named": {"type": "function", "function": {"name": "weather"}}}
     for kind, choice in choices.items():
-        served = [ask(url, case, stream=stream, max_tokens=MAX_TOKENS, tool_choice=choice) for stream in (False, True)]
+        served = [
+            ask(url, case, stream=stream, max_tokens=MAX_NEW_TOKENS, tool_choice=choice) for stream in (False, True)
+        ]
         outcome.forced[kind] = " / ".join(verdict(one, case) for one in served)
         outcome.differences += [f"{kind}: {one}" for one in served if verdict(one, case) != "same"]
 
@@ -101,20 +93,12 @@ def verdict(served: Answer, case: dict[str, Any]) -> str:
     return "other call" if served.calls else "no call"
 
 
-def prepare(pair: Pair, exports: list[str], folder: Path) -> None:
-    """Make the run, its answers and its exports in a process of its own."""
-    command = [sys.executable, "-m", "tests.servers.memorized", str(folder), pair.format, pair.vocabulary]
-    command += ["--template", pair.template, "--tokens", *pair.tokens, "--export", *exports]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    notes = [line for line in done.stderr.splitlines() if line.startswith(f"{pair.format}:")]
-    print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr, flush=True)
-    if done.returncode:
-        raise StartError(done.stderr.strip()[-800:])
-
-
 def serve(pair: Pair, export: str, folder: Path, venv: Path) -> Outcome:
     """Start a server on one export and compare its answers."""
     outcome, made = Outcome(pair, export), folder / export.replace(":", "-")
+    if not (folder / "answers.json").is_file() or not made.is_dir():
+        outcome.differences.append("there is no export: see memorized.log")
+        return outcome
     answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
     began = time.monotonic()
     if export != "gguf":
@@ -137,21 +121,17 @@ def main() -> int:
     parser.add_argument("--workspace", type=Path, help="keep runs and exports in this folder")
     parser.add_argument("--record", type=Path, help="append the table to this file")
     args = parser.parse_args()
-    pairs = [pair for pair in default_pairs() if not args.only or pair.format in args.only]
     lines, failed = [*HEADER], []
-    print("\n".join(HEADER), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
-        for pair in pairs:
-            name = "-".join(filter(None, (pair.format, pair.vocabulary, pair.template)))
-            folder = (args.workspace or Path(temporary)) / name
-            try:
-                if not (folder / "answers.json").is_file():
-                    prepare(pair, args.exports, folder)
-            except StartError as error:
-                failed.append(f"{pair.format} on {pair.label}: {error}")
-                continue
+        workspace = args.workspace or Path(temporary)
+        command = [sys.executable, "-m", "tests.servers.memorized", str(workspace), "--exports", *args.exports]
+        command += ["--only", *args.only] if args.only else []
+        with (workspace / "memorized.log").open("a", encoding="utf-8") as log:
+            subprocess.run(command, cwd=ROOT, stderr=log, check=False)
+        print("\n".join(HEADER), flush=True)
+        for pair in default_pairs(args.only):
             for export in args.exports:
-                outcome = serve(pair, export, folder, args.vllm)
+                outcome = serve(pair, export, folder_of(pair, workspace), args.vllm)
                 lines.append(outcome.row())
                 print(lines[-1], flush=True)
                 print(*(f"  {line}" for line in outcome.differences), sep="\n", file=sys.stderr, flush=True)
