@@ -74,7 +74,7 @@ def test_loaded_base_is_the_plain_model(case, folders):
 
     dtype = DTYPES.get(case, "float32")
     expected = torch.load(folders[case] / f"plain-{dtype}.pt", weights_only=True)
-    for max_seq_length in (None, 9000, 40):
+    for max_seq_length in (9000, None, 40) if case == "llama" else (9000,):
         loaded = load_base(str(folders[case]), dtype=dtype, load_in_4bit=False, max_seq_length=max_seq_length)
         found = plain_states.states(loaded.model.eval(), expected["ids"])
         for mine, plain in zip(

@@ -19,7 +19,7 @@ from finetune.models.faults import hub_errors, missing_weights
 from finetune.models.hub import hub_token
 from finetune.models.limits import MAX_DEFAULT_CONTEXT, check_vocabulary, model_positions
 from finetune.models.remote_code import forget_code
-from finetune.models.rope import STRETCHED, check_applied, set_config, stretched
+from finetune.models.rope import check_applied, set_config, stretched, stretched_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -163,9 +163,7 @@ def load_base(
     limit = min(limit, positions or limit)
     # For more than max_position_embeddings Unsloth would replace the model's rotary positions by stretched ones.
     unscaled = getattr(config.get_text_config(), "max_position_embeddings", None) or limit
-    stretch: dict[str, Any] = {}
-    if rope_scaling:
-        stretch = {key: getattr(config.get_text_config(), key) for key in STRETCHED}
+    stretch = stretched_entries(config) if rope_scaling else {}
     # Unsloth assigns device N to process N of a data-parallel run, and there is no cpu:1.
     placement = {"device_map": {"": "cpu"}} if distributed.size() > 1 and not torch.cuda.is_available() else {}
     with hub_errors(name), stdout_to_log(), missing_weights() as missing:
@@ -179,7 +177,8 @@ def load_base(
             token=hub_token(),
             use_safetensors=True,  # a pickle could run code
             **placement,
-            **stretch,
+            # Unsloth sets the number of positions itself.
+            **{key: value for key, value in stretch.items() if key == "rope_parameters"},
         )
     if rope_scaling:
         set_config(model.config, stretch)

@@ -10,8 +10,6 @@ from finetune.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-STRETCHED = ("rope_parameters", "max_position_embeddings")  # entries of config.json
-
 
 def stretched(config: PreTrainedConfig, scaling: str, name: str) -> dict[str, Any]:
     """{"rope_parameters", "max_position_embeddings"} of the stretched model.
@@ -32,6 +30,12 @@ def stretched(config: PreTrainedConfig, scaling: str, name: str) -> dict[str, An
     return {"rope_parameters": parameters, "max_position_embeddings": int(positions * float(factor))}
 
 
+def stretched_entries(config: PreTrainedConfig) -> dict[str, Any]:
+    """The entries that `stretched` has changed in a config."""
+    text = config.get_text_config()
+    return {key: getattr(text, key) for key in ("rope_parameters", "max_position_embeddings")}
+
+
 def set_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> None:
     """Write the entries of `stretched` into a config."""
     for key, value in changes.items():
@@ -44,9 +48,15 @@ def check_applied(model: Any, config: PreTrainedConfig, scaling: str, name: str)
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     text = config.get_text_config()
-    wanted, _ = ROPE_INIT_FUNCTIONS[scaling.partition(":")[0]](text, torch.device("cpu"))
-    found = [module.inv_freq.float().cpu() for module in model.modules() if hasattr(module, "inv_freq")]
-    if not found or not all(one.shape == wanted.shape and torch.allclose(one, wanted, rtol=1e-3) for one in found):
+    wanted, scale = ROPE_INIT_FUNCTIONS[scaling.partition(":")[0]](text, torch.device("cpu"))
+
+    def follows(layer: Any) -> bool:
+        found = layer.inv_freq.float().cpu()
+        is_same = found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-3)
+        return is_same and abs(getattr(layer, "attention_scaling", 1.0) - scale) < 1e-3
+
+    layers = [module for module in model.modules() if hasattr(module, "inv_freq")]
+    if not layers or not all(map(follows, layers)):
         raise UserError(
             f"--rope_scaling {scaling}: Unsloth's code for model {name} does not apply it; omit the flag, or choose "
             "a model that was made for more positions"
