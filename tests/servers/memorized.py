@@ -203,19 +203,20 @@ def main() -> int:
 
     import export_lora
 
-    for pair, names in usable.items():
-        folder = folders[pair]
+    for pair, folder in folders.items():
         run = folder / "experiments" / "run"
-        answers = own_answers(run, names)
-        for name, answer in answers.items():
-            if answer["calls"] != answer["trained_calls"]:
-                print(f"{pair.format}: {name}: our own generation reads {answer['calls']}", flush=True)
+        if pair in usable:
+            answers = own_answers(run, usable[pair])
+            for name, answer in answers.items():
+                if answer["calls"] != answer["trained_calls"]:
+                    print(f"{pair.format}: {name}: our own generation reads {answer['calls']}", flush=True)
+            (folder / "answers.json").write_text(json.dumps(answers, ensure_ascii=False, indent=1), encoding="utf-8")
         for kind in args.exports:
             to, _, mode = kind.partition(":")
             more = ["--mode", mode] if mode else ["--quantization", "f16"]
             output = folder / kind.replace(":", "-")
-            export_lora.main([str(run), "--to", to, *more, "--output", str(output), "--name", "served"])
-        (folder / "answers.json").write_text(json.dumps(answers, ensure_ascii=False, indent=1), encoding="utf-8")
+            if not output.is_dir():
+                export_lora.main([str(run), "--to", to, *more, "--output", str(output), "--name", "served"])
     return 0
 
 
