@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shlex
 import shutil
@@ -108,7 +107,7 @@ def write_serving_files(job: Job, fmt: Format, parser: str | None) -> None:
         copy_adapter(run.adapter, folder / "adapter")
         adapter = adapter_config(run.adapter)
         revision = config.get("base_model_revision") if config else adapter.get("revision")
-        base = served_base(run.base_name, from_hub=not config or revision is not None)
+        base = served_base(run.base_name)
         options |= {
             "model": base,
             "revision": None if Path(base).is_dir() else revision,
@@ -126,10 +125,9 @@ def write_serving_files(job: Job, fmt: Format, parser: str | None) -> None:
     say(f"start it with: sh {path.name} (arguments are passed on to vllm serve)")
 
 
-def served_base(name: str, *, from_hub: bool = True) -> str:
+def served_base(name: str) -> str:
     """The base model as `vllm serve` finds it: a folder by its absolute path, else its Hub id.
 
-    from_hub  False: the run recorded no revision, so it was trained from a folder
     Raises UserError for a name that is neither.
     """
     from huggingface_hub.errors import HFValidationError
@@ -138,14 +136,14 @@ def served_base(name: str, *, from_hub: bool = True) -> str:
     base = Path(resolve_model(name)).expanduser()
     if base.is_dir():
         return str(base.resolve())
-    with contextlib.suppress(HFValidationError):
+    try:
         validate_repo_id(name)
-        if from_hub:
-            return name
-    raise UserError(
-        f"base model {name} is neither a folder nor a Hub id, so vLLM cannot load it; "
-        "put the folder back, or use --mode merged"
-    )
+    except HFValidationError:
+        raise UserError(
+            f"base model {name} is neither a folder nor a Hub id, so vLLM cannot load it; "
+            "put the folder back, or use --mode merged"
+        ) from None
+    return name
 
 
 def write_plugin(folder: Path, run: Run, fmt: Format) -> None:

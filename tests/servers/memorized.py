@@ -111,8 +111,8 @@ def memorize(model: Any, sequences: list[Any], answered: list[int], max_steps: i
     return loss
 
 
-def make_run(folder: Path, pair: Pair) -> list[str]:
-    """Write base, data and the finished run; returns the names of the cases that the format can express."""
+def make_run(folder: Path, pair: Pair) -> None:
+    """Write base, data and the finished run; its rows are the cases that the format can express."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
@@ -150,17 +150,16 @@ def make_run(folder: Path, pair: Pair) -> list[str]:
     }  # fmt: skip
     experiment = Experiment.create(folder / "experiments", "run", config, exact_name=True)
     save_final_model(experiment, adapted, tokenizer, fmt, check_tokenizer(tokenizer, fmt))
-    return list(usable)
 
 
-def own_answers(run: Path, names: list[str]) -> dict[str, Any]:
+def own_answers(run: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """{case: request and our own generation's answer}."""
     from finetune.generation.generate import Decoding, generate
     from finetune.runs.find import load_for_inference
     from formats import check_tokenizer, encode_prompt
 
     model, tokenizer, fmt = load_for_inference(run)
-    cases = {name: CASES[name] for name in names}
+    cases = {name: case for name, case in CASES.items() if case in rows}
     prompts = [encode_prompt(case["messages"][:-1], case["tools"], tokenizer, fmt) for case in cases.values()]
     decoding = Decoding(stop_ids=tuple(check_tokenizer(tokenizer, fmt)), max_new_tokens=MAX_NEW_TOKENS)
     answers = {}
@@ -198,15 +197,17 @@ def main() -> int:
     parser.add_argument("--exports", nargs="*", default=[], choices=EXPORTS)
     args = parser.parse_args()
     folders = {pair: folder_of(pair, args.workspace) for pair in default_pairs(args.only)}
-    # All runs are made before Unsloth is imported, which patches Transformers.
-    usable = {pair: make_run(folder, pair) for pair, folder in folders.items() if not folder.is_dir()}
+    for pair, folder in folders.items():  # before Unsloth is imported, which patches Transformers
+        if not folder.is_dir():
+            make_run(folder, pair)
 
     import export_lora
 
     for pair, folder in folders.items():
         run = folder / "experiments" / "run"
-        if pair in usable:
-            answers = own_answers(run, usable[pair])
+        if not (folder / "answers.json").is_file():
+            rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+            answers = own_answers(run, rows)
             for name, answer in answers.items():
                 if answer["calls"] != answer["trained_calls"]:
                     print(f"{pair.format}: {name}: our own generation reads {answer['calls']}", flush=True)
