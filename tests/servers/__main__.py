@@ -1,6 +1,6 @@
 """Serve exports with vLLM and llama.cpp, and compare their calls with those of our own generation.
 
-    make test-servers ONLY="chatml qwen" RECORD=record.md
+    make test-servers ONLY="chatml qwen" ARGS="--record record.md"
 
 For each format a small model learns six answers by heart, so that greedy answers do not depend on rounding. Every
 answer is requested complete and streamed with tool_choice auto, and one call with required and with a named function;
@@ -134,6 +134,7 @@ def main() -> int:
     lines, failed = [*HEADER], []
     with tempfile.TemporaryDirectory() as temporary:
         workspace = args.workspace or Path(temporary)
+        workspace.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "tests.servers.memorized", str(workspace), "--exports", *args.exports]
         command += ["--only", *args.only] if args.only else []
         with (workspace / "memorized.log").open("a", encoding="utf-8") as log:
