@@ -179,10 +179,11 @@ def test_encode_and_audit_know_the_positions(tmp_path, capsys, caplog):
     for folder in (with_config, alone):
         tokenizer.save_pretrained(folder)
     transformers.LlamaConfig(max_position_embeddings=128, vocab_size=len(tokenizer)).save_pretrained(with_config)
-    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row(words)) + "\n" for words in (10, 500)), encoding="utf-8")
     flags = ["--format", "chatml"]
     for folder, warnings in ((with_config, ["sequence 1: longer than the model's 128 positions"]), (alone, None)):
+        out = tmp_path / f"{folder.name}.jsonl"
         assert prepare_data.main(["encode", "--tokenizer", str(folder), *flags, str(rows), str(out)]) == 0
         lines = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
         assert [line.get("warnings") for line in lines] == [None, warnings]
