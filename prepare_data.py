@@ -260,10 +260,11 @@ def _without_folders(argument: str) -> str:
 def encode(args: argparse.Namespace) -> int:
     """Write texts, input_ids and labels."""
     from finetune.encoding.token_files import encode_file
+    from finetune.models.loading import known_positions
     from finetune.preparing.checks import refusal
 
     tokenizer, fmt = load_tokenizer_and_format(args)
-    options = reading_options(args) | encoding_options(args)
+    options = reading_options(args) | encoding_options(args) | {"positions": known_positions(args.tokenizer)}
     counts = encode_file(args.input, args.output, tokenizer, fmt, check=refusal, overwrite=args.overwrite, **options)
     statuses = ", ".join(f"{n} {status}" for status, n in counts.items())
     print(f"{counts.total()} rows: {statuses} -> {args.output}")
@@ -307,6 +308,7 @@ def audit(args: argparse.Namespace) -> int:
     """Print statistics and assertions; 1 when an assertion fails."""
     from rich.console import Console
 
+    from finetune.models.loading import known_positions
     from finetune.preparing import audit as audits
     from finetune.reading.conversations import load_conversations
 
@@ -314,7 +316,7 @@ def audit(args: argparse.Namespace) -> int:
     loaded = load_conversations(args.inputs, limit=args.limit, strict=False, **reading_options(args))
     names = (f"{source}, row {row}" for source, row in loaded.origins)
     rows = zip(names, loaded.conversations, strict=True)
-    result = audits.audit(rows, tokenizer, fmt, **encoding_options(args))
+    result = audits.audit(rows, tokenizer, fmt, positions=known_positions(args.tokenizer), **encoding_options(args))
     result.add_rejected(loaded.rejected)
     audits.print_audit(result, Console())
     return 0 if result.passed else 1

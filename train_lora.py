@@ -254,6 +254,7 @@ def load_model(settings: Settings) -> tuple[Loaded, PeftModel]:
     loaded = load_base(
         settings.model, revision=settings.revision, dtype=settings.dtype, load_in_4bit=settings.load_in_4bit,
         max_seq_length=settings.max_seq_length, trust_remote_code=settings.trust_remote_code,
+        rope_scaling=settings.rope_scaling,
     )  # fmt: skip
     if settings.dequantize_once:
         from finetune.models.dequantize import dequantize

@@ -67,6 +67,19 @@ nonnegative_int = number_type(int, lambda value: 0 <= value < 2**63, "an integer
 positive_float = number_type(float, lambda value: 0 < value < math.inf, "a number > 0")
 nonnegative_float = number_type(float, lambda value: 0 <= value < math.inf, "a number >= 0")
 fraction = number_type(float, lambda value: 0 <= value < 1, "a number >= 0 and < 1")
+MAX_STRETCH = 64
+
+
+def stretch(word: str) -> str:
+    """`yarn:4` or `linear:2`: kinds of scaling that Unsloth, Transformers, vLLM and llama.cpp compute alike."""
+    match = re.fullmatch(r"(linear|yarn):(\d+(?:\.\d+)?)", word)
+    if match is None or not 1 < float(match[2]) <= MAX_STRETCH:
+        raise ArgumentTypeError(
+            f"must be linear:FACTOR or yarn:FACTOR with a factor > 1 and <= {MAX_STRETCH}, not {word!r}"
+        )
+    return word
+
+
 port = number_type(int, lambda value: 0 < value < 2**16, "an integer >= 1 and <= 65535")
 
 

@@ -25,6 +25,7 @@ from finetune.flag_types import (
     positive_float,
     positive_int,
     setting,
+    stretch,
     text,
 )
 
@@ -62,6 +63,9 @@ class Settings:
     load_in_4bit: bool | None = setting(None, "4-bit NF4 base (QLoRA); default: on a GPU yes, on a CPU no")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto", "compute dtype; auto: bfloat16 where the hardware has it, else float16 (GPU) or float32 (CPU)")
+    rope_scaling: str | None = setting(
+        None, "stretch the rotary positions of the base, as linear:FACTOR or yarn:FACTOR, for longer rows; changes the "
+        "model for short rows too", stretch)
     trust_remote_code: bool = setting(
         False, "run code from the model's repository; only for models that you trust, only on the command line",
         resumable=True)

@@ -138,7 +138,15 @@ def test_modelfile_stops_at_every_end_of_turn():
 
 @pytest.mark.parametrize(
     ("name", "parser"),
-    [("qwen-xml", "qwen3-coder"), ("mistral-v13", "ministral"), ("mistral-v3", None), ("mistral-v11", None)],
+    [
+        ("chatml", "qwen3"),
+        ("qwen", "qwen3"),
+        ("qwen-xml", "qwen3-coder"),
+        ("mistral-v13", "ministral"),
+        ("mistral-v3", None),
+        ("mistral-v11", None),
+        ("llama3", None),
+    ],
 )
 def test_modelfile_names_ollama_parsers(name, parser):
     lines = [line for line in modelfile(FORMATS[name], "m.gguf").splitlines() if line.startswith("PARSER")]

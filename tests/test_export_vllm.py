@@ -11,10 +11,12 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from finetune.errors import UserError
-from finetune.export.vllm import max_lora_rank, parser_of, serve_command, served_base, write_plugin
+from finetune.export.vllm import parser_of, serve_command, served_base, write_plugin
+from finetune.export.vllm_rules import PARSER_TOKENS, check_adapter, max_lora_rank
 from finetune.models.bundled import smollm2_dir
 from finetune.runs.find import Run
 from formats import FORMATS, get_format
@@ -203,23 +205,51 @@ KNOWN_PARSERS = {"hermes", "llama3_json", "pythonic", "mistral", "qwen3_coder", 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "native"])
 def test_command_for_every_format(name):
     fmt = FORMATS[name]
-    assert parser_of(fmt) in KNOWN_PARSERS
-    command = shlex.join(serve_command(fmt, name="my model", model="org/base", adapter="./adapter", rank=12))
+    tokens = {token for names in PARSER_TOKENS.values() for token in names}
+    parser = parser_of(fmt, tokens | ({"[ARGS]"} if name in ("mistral-v11", "mistral-v13") else set()))
+    assert parser in KNOWN_PARSERS
+    command = shlex.join(serve_command(name="my model", model="org/base", parser=parser, adapter="./adapter", rank=12))
     assert "--chat-template ./chat_template.jinja" in command and "--host 127.0.0.1" in command
     assert "--enable-lora --lora-modules 'my model=./adapter' --max-lora-rank 16" in command
     assert ("--enable-auto-tool-choice" in command) == (name != "plain")
     assert ("--tool-parser-plugin" in command) == (name in TEXTS)
 
 
+@pytest.mark.parametrize(
+    ("name", "vocabulary", "parser"),
+    [
+        ("llama3", {"<|python_tag|>"}, "llama3_json"),
+        ("llama3", set(), "sandwich"),
+        ("mistral-v3", {"[TOOL_CALLS]"}, "mistral"),
+        ("mistral-v3", set(), "sandwich"),  # vLLM does not start
+        ("mistral-v3", {"[TOOL_CALLS]", "[ARGS]"}, "sandwich"),  # vLLM would read calls as v11 writes them
+        ("mistral-v11", {"[TOOL_CALLS]"}, "sandwich"),
+        ("mistral-v13", {"[TOOL_CALLS]", "[ARGS]"}, "mistral"),
+        ("chatml", set(), "hermes"),
+        ("plain", set(), None),
+    ],
+)
+def test_parser_that_the_vocabulary_can_load(name, vocabulary, parser):
+    assert parser_of(FORMATS[name], vocabulary) == parser
+
+
+def test_plugin_path_is_no_relative_import():
+    """vLLM 0.32 imports the path as a module first, and takes it for a file only after a ModuleNotFoundError."""
+    command = serve_command(name="m", model="org/base", parser="sandwich")
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(command[command.index("--tool-parser-plugin") + 1])
+
+
 def test_name_with_separators_becomes_json():
     """vLLM would split NAME=PATH at every "="."""
-    odd = serve_command(FORMATS["chatml"], name="lr=2e-4, it's", model="org/base", adapter="./adapter", rank=12)
+    odd = serve_command(name="lr=2e-4, it's", model="org/base", adapter="./adapter", rank=12)
     assert json.loads(odd[odd.index("--lora-modules") + 1]) == {"name": "lr=2e-4, it's", "path": "./adapter"}
     assert shlex.split(shlex.join(odd)) == odd
 
 
 def test_native_format_gets_the_parser_of_its_calls():
-    assert parser_of(get_format("native", parts.tokenizer("qwen2.5"))) == "hermes"
+    tokenizer = parts.tokenizer("qwen2.5")
+    assert parser_of(get_format("native", tokenizer), tokenizer.get_vocab()) == "hermes"
 
 
 def test_base_becomes_its_folder(tmp_path, monkeypatch):
@@ -231,3 +261,39 @@ def test_base_becomes_its_folder(tmp_path, monkeypatch):
     assert served_base("org/base-1.5b") == "org/base-1.5b"
     with pytest.raises(UserError, match="is neither a folder nor a Hub id"):
         served_base("own base/moved/away")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"modules_to_save": ["lm_head", "embed_tokens"]}, "has trained embed_tokens, lm_head completely"),
+        ({"use_dora": True}, "uses use_dora"),
+        ({"bias": "all"}, "has trained biases"),
+        ({"init_lora_weights": "pissa"}, "initialization pissa changes the base"),
+        ({"trainable_token_indices": [1]}, "uses trainable_token_indices"),
+    ],
+)
+def test_adapter_that_vllm_refuses_is_named(changes, reason, tmp_path):
+    with pytest.raises(UserError, match=f"{reason}.*; use --mode merged$") as error:
+        check_adapter(tmp_path, {"r": 8, "bias": "none", "init_lora_weights": "gaussian", **changes})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_served"),
+    [
+        ("model.layers.0.mlp.up_proj.lora_A.weight", True),
+        ("model.embed_tokens.lora_embedding_B", True),
+        ("model.embed_tokens.base_layer.weight", True),  # a copy of frozen embeddings
+        ("model.embed_tokens.weight", False),  # resized embeddings
+    ],
+)
+def test_weights_that_vllm_refuses_are_named(name, is_served, tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({f"base_model.model.{name}": np.zeros((2, 2))}, tmp_path / "adapter_model.safetensors")
+    if is_served:
+        check_adapter(tmp_path, {})
+        return
+    with pytest.raises(UserError, match=rf"holds base_model\.model\.{name}, not weights of a LoRA layer"):
+        check_adapter(tmp_path, {})

@@ -168,3 +168,40 @@ def test_placeholder_without_embedding_is_allowed():
     vocabulary["<other>"] = 2
     with pytest.raises(UserError, match="none for <other>"):
         check_vocabulary(Tokenizer(), 1, "m")
+
+
+def test_encode_and_audit_know_the_positions(tmp_path, capsys, caplog):
+    """A folder with a model's config beside its tokenizer; a tokenizer alone has no limit."""
+    import prepare_data
+
+    tokenizer = parts.tokenizer("smollm2")
+    with_config, alone = tmp_path / "model", tmp_path / "tokenizer"
+    for folder in (with_config, alone):
+        tokenizer.save_pretrained(folder)
+    transformers.LlamaConfig(max_position_embeddings=128, vocab_size=len(tokenizer)).save_pretrained(with_config)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row(words)) + "\n" for words in (10, 500)), encoding="utf-8")
+    flags = ["--format", "chatml"]
+    for folder, warnings in ((with_config, ["sequence 1: longer than the model's 128 positions"]), (alone, None)):
+        out = tmp_path / f"{folder.name}.jsonl"
+        assert prepare_data.main(["encode", "--tokenizer", str(folder), *flags, str(rows), str(out)]) == 0
+        lines = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+        assert [line.get("warnings") for line in lines] == [None, warnings]
+        assert prepare_data.main(["audit", "--tokenizer", str(folder), *flags, str(rows)]) == 0
+        assert ("warning: longer than the model's 128 positions" in capsys.readouterr().out) == bool(warnings)
+    assert "1 rows: longer than the model's 128 positions (first: row 2)" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["vllm", "merged"])
+def test_export_refuses_a_larger_tokenizer(kind, tmp_path, capsys):
+    """Found before any weights are read: the run's own files are older than the base's tokenizer."""
+    import export_lora
+
+    run = make_run(tmp_path, data=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(["<|call|>"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    assert export_lora.main([str(run), "--to", kind]) == 2
+    error = capsys.readouterr().err
+    assert "none for <|call|>" in error and "Traceback" not in error and not (run / "exports" / kind).exists()

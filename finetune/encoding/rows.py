@@ -125,6 +125,13 @@ def encode_answers(conversation: Conversation, tokenizer: Any, fmt: Format, **fl
     return encode(conversation, tokenizer, fmt, **flags)
 
 
+def warn_of_length(encoded: Encoded, positions: int | None) -> None:
+    """Add a warning for each sequence that is longer than the positions of the model."""
+    for number, sequence in enumerate(encoded.sequences if positions else (), start=1):
+        if len(sequence.input_ids) > positions:
+            encoded.warnings.append(f"sequence {number}: longer than the model's {positions:,} positions")
+
+
 def empty_answer(conversation: Conversation) -> str | None:
     """A reason to refuse a canonical conversation: its first answer without text and calls; None without one.
 

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from finetune.encoding.rows import warning_kinds
+from finetune.encoding.rows import warn_of_length, warning_kinds
 from finetune.errors import UserError
 from finetune.files import json_line, open_atomic
 from finetune.progress import progress_bar
@@ -82,13 +82,14 @@ def encode_file(
     column_map: Any = None,
     tools: Any = None,
     overwrite: bool = False,
+    positions: int | None = None,
     **flags: Any,
 ) -> Counter:
     """Write `{"row", "status", "reason", "sequences": [{"text", "input_ids", "labels"}]}` per row; counts by status.
 
-    `row` is the row's number from 1 (for JSON Lines its line). A row that is trained without a part of it has its
-    "warnings"; they are also counted in the log. `flags` go to formats.encode (train_on, control_tokens, reasoning …),
-    but `check`: a function that says why a conversation is refused.
+    `row` is the row's number from 1 (for JSON Lines its line). A row that is trained without a part of it, or has more
+    tokens than `positions`, has its "warnings"; they are also counted in the log. `flags` go to formats.encode
+    (train_on, control_tokens, reasoning …), but `check`: a function that says why a conversation is refused.
     """
     counts: Counter = Counter()
     warned: dict[str, list[int]] = {}
@@ -97,6 +98,7 @@ def encode_file(
     with writing as write, progress_bar("rows", _row_count(spec)) as advance:
         for _, number, raw in read_rows(spec):
             encoded = _encode_row(raw, tokenizer, fmt, column_map, tools, **flags)
+            warn_of_length(encoded, positions)
             counts[encoded.status] += 1
             sequences = [{"text": s.text, "input_ids": s.input_ids, "labels": s.labels} for s in encoded.sequences]
             line = {"row": number, "status": encoded.status, "reason": encoded.reason, "sequences": sequences}

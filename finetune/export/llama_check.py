@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,8 @@ def llama_server(
     params.model.path = str(path)
     params.n_ctx, params.n_parallel, params.warmup, params.verbosity = context, 1, False, 0
     params.use_jinja = True
+    if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():  # as for torch; llama.cpp ignores it
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(threads)
     params.hostnames, params.port = [host], port
     if api_key is not None:
         params.api_keys = [api_key]

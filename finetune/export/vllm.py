@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from finetune.errors import UserError
 from finetune.export.adapter_files import copy_adapter
 from finetune.export.merged import served_format, write_merged
 from finetune.export.targets import Job, target
+from finetune.export.vllm_rules import check_adapter, loads_parser, max_lora_rank
 from finetune.models.adapter import adapter_config
 from finetune.models.bundled import resolve_model
 from finetune.progress import say
@@ -21,36 +23,33 @@ from formats import Format
 
 PLUGIN = Path(__file__).with_name("vllm_plugin.py")
 PLUGIN_NAME = "sandwich"
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # valid values of --max-lora-rank
 
 
-def parser_of(fmt: Format) -> str | None:
+def parser_of(fmt: Format, vocabulary: Container[str]) -> str | None:
     """--tool-call-parser for a format: one of vLLM's own or the plugin; None for a format without calls."""
-    return fmt.vllm_parser or (PLUGIN_NAME if fmt.read_calls and fmt.has_tools else None)
-
-
-def max_lora_rank(rank: int) -> int:
-    """The smallest valid --max-lora-rank for an adapter of this rank."""
-    if rank > VLLM_RANKS[-1]:
-        raise UserError(f"vLLM serves adapters up to rank {VLLM_RANKS[-1]}, this one has {rank}; use --mode merged")
-    return next(value for value in VLLM_RANKS if value >= rank)
+    if fmt.vllm_parser and loads_parser(fmt.vllm_parser, fmt, vocabulary):
+        return fmt.vllm_parser
+    return PLUGIN_NAME if fmt.read_calls and fmt.has_tools else None
 
 
 def serve_command(
-    fmt: Format,
     *,
     name: str,
     model: str,
+    parser: str | None = None,
     revision: str | None = None,
     adapter: str | None = None,
     rank: int = 0,
     max_length: int | None = None,
     load_in_4bit: bool = False,
     trust_remote_code: bool = False,
+    overrides: dict[str, Any] | None = None,
 ) -> list[str]:
     """`vllm serve …`, to be run in the exported folder.
 
     name            under which requests name the adapter, or the merged model
+    parser          value of --tool-call-parser; None: without tools
+    overrides       entries of the base's config.json that the run has changed
     model, adapter  Hub id or path; `adapter` None: `model` is a merged one
     """
     for what, text in (("base model", model), ("revision", revision), ("name", name)):
@@ -59,10 +58,11 @@ def serve_command(
     command = ["vllm", "serve", model, "--host", "127.0.0.1", "--chat-template", "./chat_template.jinja"]
     if revision and adapter:
         command += ["--revision", revision]
-    if parser := parser_of(fmt):
+    if parser:
         command += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
         if parser == PLUGIN_NAME:
-            command += ["--tool-parser-plugin", "./sandwich_tool_parser.py"]
+            # Without "./", which vLLM 0.32 takes for a relative import before it tries the file.
+            command += ["--tool-parser-plugin", "sandwich_tool_parser.py"]
     if adapter:
         module = f"{name}={adapter}"
         if set(name) & set("=,"):  # would be split
@@ -74,6 +74,8 @@ def serve_command(
         command += ["--served-model-name", name]
     if max_length:
         command += ["--max-model-len", str(max_length)]
+    if overrides:
+        command += ["--hf-overrides", json.dumps(overrides)]
     if trust_remote_code:
         command.append("--trust-remote-code")
     return command
@@ -83,36 +85,40 @@ def serve_command(
 def export_vllm(job: Job) -> None:
     """serve.sh, the chat template, adapter or merged weights, and a parser plugin where vLLM has no parser."""
     if job.mode == "merged":
-        fmt = write_merged(job.run, job.folder, job.dtype).format
+        merged = write_merged(job.run, job.folder, job.dtype)
+        tokenizer, fmt = merged.tokenizer, merged.format
     else:
-        _, fmt = job.run.load_tokenizer()
-    write_serving_files(job, fmt)
+        if job.run.adapter is None:
+            raise UserError(f"{job.run.path} has no adapter; use --mode merged")
+        check_adapter(job.run.adapter, adapter_config(job.run.adapter))
+        tokenizer, fmt = job.run.load_tokenizer()
+    write_serving_files(job, fmt, parser_of(fmt, tokenizer.get_vocab()))
 
 
-def write_serving_files(job: Job, fmt: Format) -> None:
+def write_serving_files(job: Job, fmt: Format, parser: str | None) -> None:
     """Everything but the merged weights."""
     run, folder = job.run, job.folder
     (folder / "chat_template.jinja").write_text(served_format(run, fmt).template, encoding="utf-8")
     config = run.experiment.config if run.experiment is not None else {}
-    options: dict[str, Any] = {"model": ".", "name": job.name, "max_length": run.max_length()}
+    options: dict[str, Any] = {"model": ".", "name": job.name, "parser": parser, "max_length": run.max_length()}
     options["trust_remote_code"] = run.trust_remote_code
     if job.mode != "merged":
-        if run.adapter is None:
-            raise UserError(f"{run.path} has no adapter; use --mode merged")
+        assert run.adapter is not None
         copy_adapter(run.adapter, folder / "adapter")
         adapter = adapter_config(run.adapter)
-        base = served_base(run.base_name)
         revision = config.get("base_model_revision") if config else adapter.get("revision")
+        base = served_base(run.base_name)
         options |= {
             "model": base,
             "revision": None if Path(base).is_dir() else revision,
             "adapter": "./adapter",
             "rank": max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()]),
             "load_in_4bit": bool(config.get("load_in_4bit")),
+            "overrides": run.stretched_positions(),
         }
-    if parser_of(fmt) == PLUGIN_NAME:
+    if parser == PLUGIN_NAME:
         write_plugin(folder, run, fmt)
-    script = f'#!/bin/sh\ncd "$(dirname "$0")" || exit 1\nexec {shlex.join(serve_command(fmt, **options))} "$@"\n'
+    script = f'#!/bin/sh\ncd "$(dirname "$0")" || exit 1\nexec {shlex.join(serve_command(**options))} "$@"\n'
     path = folder / "serve.sh"
     path.write_text(script, encoding="utf-8", newline="\n")
     path.chmod(0o755)

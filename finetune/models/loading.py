@@ -19,6 +19,7 @@ from finetune.models.faults import hub_errors, missing_weights
 from finetune.models.hub import hub_token
 from finetune.models.limits import MAX_DEFAULT_CONTEXT, check_vocabulary, model_positions
 from finetune.models.remote_code import forget_code
+from finetune.models.rope import check_applied, set_config, stretched, stretched_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -111,12 +112,25 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     return tokenizer
 
 
-def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The model's config.json without its weights."""
+def load_config(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, rope_scaling: str | None = None
+) -> PreTrainedConfig:
+    """The model's config.json without its weights, with its rotary positions stretched as `rope_scaling` says."""
     from transformers import AutoConfig
 
     with hub_errors(name):
-        return AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=trust_remote_code)
+    if rope_scaling:
+        set_config(config, stretched(config, rope_scaling, name))
+    return config
+
+
+def known_positions(name: str) -> int | None:
+    """`model_positions` by the name of a tokenizer; None where no usable config.json is beside it."""
+    try:
+        return model_positions(load_config(name))
+    except UserError:
+        return None
 
 
 def load_base(
@@ -127,10 +141,12 @@ def load_base(
     load_in_4bit: bool | None = None,
     max_seq_length: int | None = None,
     trust_remote_code: bool = False,
+    rope_scaling: str | None = None,
 ) -> Loaded:
     """Load a base model through Unsloth's FastLanguageModel; `load_in_4bit` None: 4-bit on a GPU only.
 
     max_seq_length  lowered to the positions that the model was made for; None: these, up to MAX_DEFAULT_CONTEXT
+    rope_scaling    stretches these positions, as --rope_scaling does; None: the base is not changed
     Raises UserError for an unknown, gated or unreachable model, and for a tokenizer with more tokens than the model.
     """
     unsloth = import_unsloth()
@@ -141,12 +157,13 @@ def load_base(
     if load_in_4bit is None:
         load_in_4bit = torch.cuda.is_available()
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
-    config = load_config(name, revision, trust_remote_code)
+    config = load_config(name, revision, trust_remote_code, rope_scaling)
     positions = model_positions(config)
     limit = max_seq_length or MAX_DEFAULT_CONTEXT
     limit = min(limit, positions or limit)
     # For more than max_position_embeddings Unsloth would replace the model's rotary positions by stretched ones.
     unscaled = getattr(config.get_text_config(), "max_position_embeddings", None) or limit
+    stretch = stretched_entries(config) if rope_scaling else {}
     # Unsloth assigns device N to process N of a data-parallel run, and there is no cpu:1.
     placement = {"device_map": {"": "cpu"}} if distributed.size() > 1 and not torch.cuda.is_available() else {}
     with hub_errors(name), stdout_to_log(), missing_weights() as missing:
@@ -160,7 +177,12 @@ def load_base(
             token=hub_token(),
             use_safetensors=True,  # a pickle could run code
             **placement,
+            # Unsloth sets the number of positions itself.
+            **{key: value for key, value in stretch.items() if key == "rope_parameters"},
         )
+    if rope_scaling:
+        set_config(model.config, stretch)
+        check_applied(model, config, rope_scaling, name)
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], name)
     set_length_limit(model, limit)
     forget_code(model, model.config)

@@ -48,10 +48,11 @@ class Audit:
         self.reasons[reason] += 1
 
     def add(
-        self, name: str, conversation: dict[str, Any], tokenizer, fmt, ends: set[int], *, train_on: str, **flags: Any
-    ) -> None:
+        self, name: str, conversation: dict[str, Any], tokenizer, fmt, ends: set[int], *, train_on: str,
+        positions: int | None = None, **flags: Any,
+    ) -> None:  # fmt: skip
         """Encode one row and check what its labels train."""
-        from finetune.encoding.rows import encode_answers, warning_kinds
+        from finetune.encoding.rows import encode_answers, warn_of_length, warning_kinds
 
         if reason := refusal(conversation):
             self._refuse(reason)
@@ -63,6 +64,7 @@ class Audit:
         self.rows += 1
         self.status[encoded.status] += 1
         self.escaped += encoded.escaped
+        warn_of_length(encoded, positions)
         for kind in warning_kinds(encoded):
             _add_row(self.warnings, kind, name)
         texts = [text for sequence in encoded.sequences for text in self._check(sequence, name, ends, tokenizer)]
@@ -119,10 +121,11 @@ def _add_row(table: dict[str, list[str]], kind: str, name: str) -> None:
 def audit(rows: Iterable[tuple[str, dict[str, Any]]], tokenizer, fmt, *, train_on: str = "all", **flags: Any) -> Audit:
     """Encode every (name, conversation) and check what its labels train.
 
-    `flags` go to `formats.encode`.
+    `flags` go to `Audit.add` and `formats.encode`.
     Fails: a trained token of another role than the assistant; a label that is not its id; a trained turn that does not
     end in an end-of-turn token; a row without any trained token; a turn trained twice or not at all; nothing trained.
-    Warns: a turn whose text is parsed as other calls than the conversation holds.
+    Warns: a turn whose text is parsed as other calls than the conversation holds; a row with more tokens than
+    `positions` (of the model).
     """
     from formats import check_tokenizer
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 from finetune.models.adapter import adapter_config, attach_adapter
-from finetune.models.limits import model_positions
+from finetune.models.limits import check_vocabulary, model_positions
 from finetune.models.loading import Loaded, import_unsloth, load_base, load_config, load_tokenizer
+from finetune.models.rope import stretched
 from finetune.runs.experiment import CONFIG, FINAL, Experiment
 from finetune.settings import checked
 
@@ -58,8 +59,23 @@ class Run:
             "dtype": config.get("dtype", "auto"),
             "load_in_4bit": config.get("load_in_4bit"),
             "max_seq_length": flags["max_seq_length"],
+            "rope_scaling": self.rope_scaling,
             **trust,
         }
+
+    @property
+    def rope_scaling(self) -> str | None:
+        """The run's --rope_scaling; None where the model's own config already holds it."""
+        if self.experiment is None or self.adapter is None:
+            return None
+        return self.experiment.config["flags"].get("rope_scaling")
+
+    def stretched_positions(self) -> dict[str, Any] | None:
+        """The entries of the base's config.json that --rope_scaling changes; None without it."""
+        if not self.rope_scaling:
+            return None
+        config = load_config(self.base_name, self._base_settings().get("revision"), self.trust_remote_code)
+        return stretched(config, self.rope_scaling, self.base_name)
 
     def max_length(self) -> int | None:
         """The run's limit in tokens, never more than the model's positions; None for a model without a run."""
@@ -67,8 +83,14 @@ class Run:
             return None
         flags = self.experiment.config["flags"]
         revision = None if self.adapter is None else self.experiment.config.get("base_model_revision")
-        config = load_config(self.base_name, revision, self.trust_remote_code)
+        config = load_config(self.base_name, revision, self.trust_remote_code, self.rope_scaling)
         return min(filter(None, (flags.get("max_seq_length"), model_positions(config))), default=None)
+
+    def check_vocabulary(self) -> None:
+        """UserError when the tokenizer has more tokens than the base has embeddings; reads no weights."""
+        config = load_config(self.base_name, self._base_settings().get("revision"), self.trust_remote_code)
+        rows = getattr(config.get_text_config(), "vocab_size", None)
+        check_vocabulary(self._tokenizer(), rows, self.base_name)
 
     def load_base(self, **overrides: Any) -> tuple[Loaded, Format]:
         """(base model loaded as for training, format); `overrides` are arguments of `load_base`."""
@@ -77,12 +99,13 @@ class Run:
 
     def load_tokenizer(self) -> tuple[PreTrainedTokenizerBase, Format]:
         """(tokenizer, format), without the weights."""
-        if self.experiment is None and self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file():
-            tokenizer = load_tokenizer(str(self.adapter), trust_remote_code=self.trust_remote_code)
-        else:
-            revision = self._base_settings().get("revision")
-            tokenizer = load_tokenizer(self.base_name, revision, self.trust_remote_code)
+        tokenizer = self._tokenizer()
         return tokenizer, self.format_for(tokenizer)
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.experiment is None and self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file():
+            return load_tokenizer(str(self.adapter), trust_remote_code=self.trust_remote_code)
+        return load_tokenizer(self.base_name, self._base_settings().get("revision"), self.trust_remote_code)
 
     def format_for(self, tokenizer: PreTrainedTokenizerBase) -> Format:
         """The format the run was trained with (the user's own by its file); without a run, chosen by the tokenizer."""

@@ -73,6 +73,8 @@ def _settings(config: dict[str, Any]) -> dict[str, str]:
         f"rows per step, {config['steps']} steps, seed {flags['seed']}",
         "base weights": "4-bit NF4" if config["load_in_4bit"] else config["dtype"],
     }
+    if flags.get("rope_scaling"):
+        settings["rotary positions"] = f"stretched by {flags['rope_scaling']}; serve the base with the same scaling"
     for name, key in (("training loss", "final_loss"), ("best evaluation loss", "best_eval_loss")):
         if result.get(key) is not None:
             settings[name] = f"{result[key]:.4f}"

@@ -27,7 +27,7 @@ def check_feasible(settings: Settings) -> PreTrainedConfig:
     UserError for an encoder, for target modules or layers that the model lacks, and for a rank beyond all memory.
     A model that cannot be built from its config.json is not checked: loading it reports the reason.
     """
-    config = load_config(settings.model, settings.revision, settings.trust_remote_code)
+    config = load_config(settings.model, settings.revision, settings.trust_remote_code, settings.rope_scaling)
     check_trainable(config)
     try:
         model = model_without_weights(config)

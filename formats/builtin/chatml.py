@@ -33,5 +33,5 @@ FORMAT = Format(
     detect_order=40,
     tokens=("<|im_start|>", "<|im_end|>"),
     vllm_parser="hermes",
-    ollama=Ollama("chatml", "<tool_call>", compact_json=True),
+    ollama=Ollama("chatml", "<tool_call>", parser="qwen3", compact_json=True),
 )

@@ -46,5 +46,5 @@ FORMAT = Format(
     detect_order=30,
     tokens=("<|im_start|>", "<|im_end|>"),
     vllm_parser="hermes",
-    ollama=Ollama("qwen", "<tool_call>"),
+    ollama=Ollama("qwen", "<tool_call>", parser="qwen3"),
 )

@@ -1,0 +1,225 @@
+"""A small model that has learned a few answers by heart in one format, as a finished run with its exports.
+
+    python -m tests.servers.memorized WORKSPACE --only chatml --exports vllm:lora vllm:merged gguf
+
+Writes for each format a folder with experiments/run, the exports, and answers.json: each case with our own generation's
+calls and text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.formats.cases import calls, result, row, says, tool, user
+from tests.formats.pairs import PAIRS, Pair
+
+PLACES = tool(
+    "weather",
+    "Weather of a city.",
+    city={"type": "string", "enum": ["Turin", "Oslo", "Kyiv", "Rome"]},
+    unit={"type": "string", "enum": ["C", "F"]},
+)
+NOTES = tool(
+    "note",
+    "Saves a note.",
+    text={"type": "string"},
+    priority={"type": "integer"},
+    tags={"type": "array", "items": {"type": "string"}},
+    options={"type": "object", "properties": {"pin": {"type": "boolean"}}},
+)
+TOOLS = (PLACES, NOTES)
+TURIN = ("weather", {"city": "Turin", "unit": "C"})
+NOTE = {"text": 'Buy "milk" & <eggs>, 한국', "priority": 2, "tags": ["a", "b c"], "options": {"pin": True}}
+# The last message of each is generated. Formats may refuse some, such as parallel calls.
+CASES = {
+    "call": row(user("Weather in Turin?"), calls(TURIN), tools=TOOLS),
+    "typed arguments": row(user("Note that I need milk."), calls(("note", NOTE)), tools=TOOLS),
+    "parallel calls": row(
+        user("Weather in Oslo and in Kyiv?"),
+        calls(("weather", {"city": "Oslo", "unit": "C"}), ("weather", {"city": "Kyiv", "unit": "F"})),
+        tools=TOOLS,
+    ),
+    "text and call": row(
+        user("Explain, then look up Rome."),
+        calls(("weather", {"city": "Rome", "unit": "C"}), text="I look it up."),
+        tools=TOOLS,
+    ),
+    "text": row(user("Name a river."), says("The Rhine is a river."), tools=TOOLS),
+    "after a result": row(
+        user("Weather in Turin?"), calls(TURIN), result('{"degrees": 7}'), says("It is 7 degrees in Turin."),
+        tools=TOOLS,
+    ),
+}  # fmt: skip
+EXPORTS = ("vllm:lora", "vllm:merged", "gguf")
+MAX_NEW_TOKENS = 160
+RANK = 16
+MAX_LOSS = 0.1  # nats, of each trained token: its probability is above 0.9
+
+
+def small_model(tokenizer: Any, answered: list[int]) -> Any:
+    """A random Llama that can say only the tokens `answered`: all others have zeros in the output embeddings.
+
+    The rows of `answered` are large enough that an adapter of the layers can make one token certain.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=2048, tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_(std=1.0)
+        head = torch.zeros_like(model.lm_head.weight)
+        head[answered] = torch.randn(len(answered), config.hidden_size) * 0.2
+        model.lm_head.weight.copy_(head)
+    return model
+
+
+def memorize(model: Any, sequences: list[Any], answered: list[int], max_steps: int = 1000) -> float:
+    """Train the adapter until every trained token is certain; returns the largest loss of a token, in nats."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    length = max(len(one.input_ids) for one in sequences)
+    ids = torch.tensor([one.input_ids + [0] * (length - len(one.input_ids)) for one in sequences])
+    labels = torch.tensor([one.labels + [-100] * (length - len(one.labels)) for one in sequences])[:, 1:]
+    trained = labels != -100
+    targets = torch.searchsorted(torch.tensor(answered), labels[trained])
+    llama = model.get_base_model()
+    head = llama.lm_head.weight[answered].detach()
+    others = torch.full((len(targets), 1), math.log(llama.config.vocab_size))  # their logits are 0
+    loss = math.inf
+    for _ in range(max_steps):
+        hidden = llama.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][trained]
+        losses = cross_entropy(torch.cat([hidden @ head.T, others], dim=1), targets, reduction="none")
+        losses.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = losses.max().item()
+        if loss < MAX_LOSS:
+            break
+    return loss
+
+
+def make_run(folder: Path, pair: Pair) -> None:
+    """Write base, data and the finished run; its rows are the cases that the format can express."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    from finetune.runs.experiment import Experiment
+    from finetune.runs.saving import save_final_model
+    from formats import check_tokenizer, encode
+
+    tokenizer, fmt = pair.load()
+    encoded = {name: encode(case, tokenizer, fmt) for name, case in CASES.items()}
+    usable = {name: one.sequences[-1] for name, one in encoded.items() if one.status != "refused"}
+    for name, one in encoded.items():
+        if name not in usable:
+            print(f"{pair.format}: {name}: refused: {one.reason}", flush=True)
+    answered = sorted({label for one in usable.values() for label in one.labels if label != -100})
+    base = folder / "base"
+    small_model(tokenizer, answered).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(CASES[name], ensure_ascii=False) + "\n" for name in usable), encoding="utf-8")
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM")
+    adapted = get_peft_model(LlamaForCausalLM.from_pretrained(base), lora)
+    loss = memorize(adapted, list(usable.values()), answered)
+    if loss > MAX_LOSS:
+        print(f"{pair.format}: the answers are not certain: a token has a loss of {loss:.2f} nats", flush=True)
+    flags = {
+        "dataset": [str(rows)], "format": pair.format, "max_seq_length": 9000, "trust_remote_code": False,
+        "rank": RANK, "alpha": 2 * RANK, "dropout": 0.0, "target_modules": targets, "lr": 3e-3, "epochs": 1,
+        "batch_size": 1, "grad_accum": 1, "seed": 0,
+    }  # fmt: skip
+    config = {
+        "flags": flags, "base_model": str(base), "base_model_revision": None, "dtype": "float32",
+        "load_in_4bit": False, "format": {"name": fmt.name}, "steps": 1, "result": {"final_loss": loss},
+        "data": {"sequences": len(usable), "trained_tokens": 1},
+    }  # fmt: skip
+    experiment = Experiment.create(folder / "experiments", "run", config, exact_name=True)
+    save_final_model(experiment, adapted, tokenizer, fmt, check_tokenizer(tokenizer, fmt))
+
+
+def own_answers(run: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """{case: request and our own generation's answer}."""
+    from finetune.generation.generate import Decoding, generate
+    from finetune.runs.find import load_for_inference
+    from formats import check_tokenizer, encode_prompt
+
+    model, tokenizer, fmt = load_for_inference(run)
+    cases = {name: case for name, case in CASES.items() if case in rows}
+    prompts = [encode_prompt(case["messages"][:-1], case["tools"], tokenizer, fmt) for case in cases.values()]
+    decoding = Decoding(stop_ids=tuple(check_tokenizer(tokenizer, fmt)), max_new_tokens=MAX_NEW_TOKENS)
+    answers = {}
+    for (name, case), made in zip(cases.items(), generate(model, prompts, decoding=decoding).results, strict=True):
+        text = tokenizer.decode(made.input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        parsed = fmt.parse(text, case["tools"])
+        answers[name] = {
+            "messages": case["messages"][:-1], "tools": case["tools"], "text": text, "content": parsed.content,
+            "calls": parsed.tool_calls, "trained_calls": [
+                {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
+                for call in case["messages"][-1].get("tool_calls", [])
+            ],
+        }  # fmt: skip
+    return answers
+
+
+def default_pairs(only: list[str] | None = None) -> list[Pair]:
+    """The first vocabulary of every format that has a place for tools; of `native` one for each published template."""
+    first: dict[tuple[str, str], Pair] = {}
+    for pair in PAIRS:
+        if "mistral-v1" in pair or pair.format == "plain" or (only and pair.format not in only):
+            continue
+        first.setdefault((pair.format, pair.template if pair.format == "native" else ""), pair)
+    return list(first.values())
+
+
+def folder_of(pair: Pair, workspace: Path) -> Path:
+    return workspace / "-".join(filter(None, (pair.format, pair.vocabulary, pair.template)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("workspace", type=Path)
+    parser.add_argument("--only", nargs="*", metavar="FORMAT")
+    parser.add_argument("--exports", nargs="*", default=[], choices=EXPORTS)
+    args = parser.parse_args()
+    folders = {pair: folder_of(pair, args.workspace) for pair in default_pairs(args.only)}
+    for pair, folder in folders.items():  # before Unsloth is imported, which patches Transformers
+        if not folder.is_dir():
+            make_run(folder, pair)
+
+    import export_lora
+
+    for pair, folder in folders.items():
+        run = folder / "experiments" / "run"
+        if not (folder / "answers.json").is_file():
+            rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+            answers = own_answers(run, rows)
+            for name, answer in answers.items():
+                if answer["calls"] != answer["trained_calls"]:
+                    print(f"{pair.format}: {name}: our own generation reads {answer['calls']}", flush=True)
+            (folder / "answers.json").write_text(json.dumps(answers, ensure_ascii=False, indent=1), encoding="utf-8")
+        for kind in args.exports:
+            to, _, mode = kind.partition(":")
+            more = ["--mode", mode] if mode else ["--quantization", "f16"]
+            output = folder / kind.replace(":", "-")
+            if not output.is_dir():
+                export_lora.main([str(run), "--to", to, *more, "--output", str(output), "--name", "served"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
