@@ -58,6 +58,8 @@ class Format:
     name              value of `--format`
     template          Jinja chat template, as `tokenizer.chat_template` takes it
     end_of_turn       strings that end an assistant turn; each must be one token of the tokenizer
+    unwritten_ends    what the template writes behind an answer and behind a call only where the conversation
+                      continues, up to the end of the turn; "" where the turn itself has its end
     control_tokens    strings with which the template structures a conversation; escaped in every content
     call_markers      strings that `parse` reads as a call; escaped only where the assistant writes them
     template_kwargs   variables passed to every rendering (dates, thinking); see `pinned_template`
@@ -93,6 +95,7 @@ class Format:
     prepare: Callable[[list[dict]], list[dict]] | None = None
     vllm_parser: str | None = None
     ollama: Ollama | None = None
+    unwritten_ends: tuple[str, str] = ("", "")
 
     def parse(self, text: str, tools: list[dict] | None = None) -> Parsed:
         """Parse one generated turn; everything from the first end-of-turn string on is ignored.

@@ -20,16 +20,21 @@ def lost_in_answer(answer: dict, completion: str, tools: list[dict], fmt: Format
 
     With a parser the answer must parse back to what it was; without one its parts must be found in the text.
     """
-    reasoning, content = answer.get("reasoning_content"), answer["content"]
-    if not reasoning:
-        reasoning, content = split_reasoning(content, fmt.reasoning)
+    reasoning, content = reasoning_of(answer, fmt), answer["content"]
+    if not answer.get("reasoning_content"):
+        content = split_reasoning(content, fmt.reasoning)[1]
     calls = [call_of(call) for call in answer.get("tool_calls", [])]
     warning = None
-    if reasoning and reasoning.strip() not in completion:
+    if reasoning and reasoning not in completion:
         warning = "the template has no place for its reasoning"
     if fmt.read_calls is None:
         return _missing(content, calls, completion), warning
     return _not_parsed_back(content, calls, completion, tools, fmt), warning
+
+
+def reasoning_of(answer: dict, fmt: Format) -> str:
+    """An answer's reasoning, from its field or from the start of its text; "" for none."""
+    return (answer.get("reasoning_content") or split_reasoning(answer["content"], fmt.reasoning)[0] or "").strip()
 
 
 def _not_parsed_back(content: str, calls: list[dict], completion: str, tools: list[dict], fmt: Format) -> str | None:

@@ -13,11 +13,12 @@ from formats.derivation import (
     NAMES,
     TEXT,
     TOOLS,
+    Ends,
     Turns,
     call,
     call_grammar,
     cut,
-    end_of_turn,
+    ends_of_turn,
     writes_calls,
 )
 from formats.probing import USER, call_message, own_template, own_text, thinks
@@ -61,10 +62,11 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
         raise FormatError(
             "this tokenizer carries no chat template; choose a format by name (--format chatml, llama3, …)"
         )
-    hybrid = thinks(tokenizer)
-    kwargs = _variables(tokenizer, hybrid)
+    kwargs = _variables(tokenizer)
+    hybrid = "enable_thinking" in kwargs
     turns = _turns(tokenizer, kwargs)
-    ends = _ends_of_turn(turns, tokenizer, kwargs)
+    found = _ends_of_turn(turns, tokenizer, kwargs)
+    ends = found.tokens
     added = added_tokens(tokenizer)
     control = [text for text in ("[INST]", "[/INST]", "<tool_response>", "</tool_response>") if text in template]
     style = _reader(turns, ends)
@@ -72,6 +74,7 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
         fmt,
         template=template,
         end_of_turn=ends,
+        unwritten_ends=(found.behind_answer, found.behind_call),
         control_tokens=tuple(dict.fromkeys((*ends, *control))),
         call_markers=tuple(marker for marker in style.call_markers if marker not in added) if style else (),
         template_kwargs=kwargs,
@@ -87,26 +90,37 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
 
 def writes_tools(tokenizer: Any) -> bool:
     """Whether the tokenizer's own template shows the model its tools and writes calls."""
-    return writes_calls(_turns(tokenizer, _variables(tokenizer, thinks(tokenizer))))
+    return writes_calls(_turns(tokenizer, _variables(tokenizer)))
 
 
-def _variables(tokenizer: Any, hybrid: bool) -> dict[str, Any]:
-    """Template variables of every rendering: a fixed date, and no thinking where it can be switched."""
+def _variables(tokenizer: Any) -> dict[str, Any]:
+    """Template variables of every rendering: a fixed date, and no thinking where it can be switched.
+
+    Some templates open reasoning in the prompt without thinking and write none in the answer: they keep their default.
+    """
     date = {"date_string": DATE} if "date_string" in own_template(tokenizer) else {}
-    return {**date, "enable_thinking": False} if hybrid else date
+    off = {**date, "enable_thinking": False}
+    return off if thinks(tokenizer) and not (_continues(tokenizer, date) and not _continues(tokenizer, off)) else date
+
+
+def _continues(tokenizer: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an answer without reasoning is rendered behind the prompt that a server feeds."""
+    prompt = own_text(tokenizer, [USER], add_generation_prompt=True, **kwargs)
+    text = own_text(tokenizer, [USER, ANSWER], **kwargs)
+    return prompt is not None and text is not None and text.startswith(prompt)
 
 
 def _turns(tokenizer: Any, kwargs: dict[str, Any]) -> Turns:
     return Turns(lambda messages, **more: own_text(tokenizer, messages, tools=TOOLS, **kwargs, **more))
 
 
-def _ends_of_turn(turns: Turns, tokenizer: Any, kwargs: dict[str, Any]) -> tuple[str, ...]:
-    ends = end_of_turn(turns, set(added_tokens(tokenizer)))
-    if not ends:
+def _ends_of_turn(turns: Turns, tokenizer: Any, kwargs: dict[str, Any]) -> Ends:
+    ends = ends_of_turn(turns, set(added_tokens(tokenizer)))
+    if not ends.tokens:
         _raise_if_broken(tokenizer, kwargs)
         raise FormatError(
-            "the tokenizer's own template ends an answer with no token, so generation would not stop; "
-            "choose a format by name"
+            "the tokenizer's own template ends an answer with no token (neither the last answer nor one that a user's "
+            "message follows), so generation would not stop; choose a format by name"
         )
     return ends
 

@@ -72,7 +72,7 @@ def read_reply(text: str, tools: list[dict], tokenizer: PreTrainedTokenizerBase,
     parsed: Parsed = unescaped(fmt.parse(text, tools or None), tokenizer, fmt)
     schemas = ToolSchemas(tools)
     return Reply(
-        text=text,
+        text=unescape(text, tokenizer, fmt),
         content=parsed.content,
         tool_calls=parsed.tool_calls,
         problems=[schemas.problems(call) for call in parsed.tool_calls],
