@@ -115,11 +115,11 @@ def _ends_of_past_turns(turns: Turns, tokens: re.Pattern[str], inside: set[str],
         """(what follows the turn, up to its first token; that token), "" where no token follows at once."""
         rest = turns.continuation(turn, word, following) or ""
         own = (written or "").rpartition(word)[2]
+        if not rest.startswith(own):
+            return "", "changed"
         token = tokens.search(rest, len(own))
         if token is None or rest[len(own) : token.start()].strip() or token[0] in inside:
             return "", ""
-        if not rest.startswith(own):
-            return "", "changed"
         return rest[len(own) : token.end()], token[0]
 
     behind_answer, end = next_token(ANSWER, answer(ANSWER), turns.text(ANSWER), USER)

@@ -61,7 +61,9 @@ def token_roles(
         # A template that ignores a content of white space renders a different header for it.
         blank = [m if m["role"] == "assistant" or m["content"].strip() else {**m, "content": ""} for m in messages]
         others = list(_spans(text, blank, tools, fmt, tokenizer)) if blank != messages else []
-        spans = others if others[-1:] == [_END] else _searched(text, messages, answers, fmt)
+        spans = others if others[-1:] == [_END] else []
+    if not all(_is_covered(answer, spans) for answer in answers):
+        spans = _searched(text, messages, answers, fmt)
     roles: list[str] = []
     for start, end, role in sorted(span for span in spans if span != _END):
         roles += ["header"] * (tokens.before(start) - len(roles))
@@ -106,6 +108,10 @@ def _spans(text: str, messages: list[dict], tools: list[dict], fmt: Format, toke
             yield found + schemas[0] - cut, found + schemas[1] - cut, "system"
         at = found + len(header) - cut
     yield _END
+
+
+def _is_covered(answer: Answer, spans: list[_Span]) -> bool:
+    return any(role == "assistant" and start <= answer.start and answer.end <= end for start, end, role in spans)
 
 
 def _searched(text: str, messages: list[dict], answers: list[Answer], fmt: Format) -> list[_Span]:
