@@ -1,6 +1,6 @@
 """Recorded ids and labels: what the formats encode must not change unnoticed.
 
-python -m tests.formats.recorded > tests/formats/recorded.json, after a change that is meant.
+python -m tests.formats.recorded rewrites tests/formats/recorded.json, after a change that is meant.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ import hashlib
 import json
 from pathlib import Path
 
-from formats import encode
+from formats import choose_format, encode
 from formats.masks import Encoded
+from tests.formats import own_templates
 from tests.formats.cases import ROWS
-from tests.formats.pairs import PAIRS, Pair
+from tests.formats.pairs import PAIRS
+from tests.formats.public_templates import tokenizer_with
 
-FILE = Path("tests/formats/recorded.json")
+FILE = Path(__file__).with_suffix(".json")
+GRANITE = "auto on Granite 4's layout"
 
 
 def digest(encoded: Encoded) -> str:
@@ -25,15 +28,21 @@ def digest(encoded: Encoded) -> str:
     return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:12]
 
 
-def digests(pair: Pair) -> dict[str, str]:
-    """The digest of every hard conversation."""
-    tokenizer, fmt = pair.load()
+def digests(tokenizer, fmt) -> dict[str, str]:
+    """The digest of every hard conversation without control tokens."""
     return {label: digest(encode(made, tokenizer, fmt)) for label, made in ROWS.items()}
 
 
-def key(pair: Pair) -> str:
-    return f"{pair.format} on {pair.label}"
+def granite() -> dict[str, str]:
+    """Those of a template like Granite 4's, which no package here ships."""
+    tokenizer = tokenizer_with(own_templates.ROLE_TOKENS, "qwen3")
+    return digests(tokenizer, choose_format(tokenizer)[0])
+
+
+def main() -> None:
+    made = {f"{pair.format} on {pair.label}": digests(*pair.load()) for pair in PAIRS} | {GRANITE: granite()}
+    FILE.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    print(json.dumps({key(pair): digests(pair) for pair in PAIRS}, indent=1, ensure_ascii=False))
+    main()
