@@ -184,6 +184,12 @@ def escape_conversation(
     return messages, tools, found
 
 
+def unmarked_as_special(tokenizer: Any, fmt: Format) -> list[str]:
+    """The control tokens that the tokenizer does not declare as special, so that a server has to be told of them."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(_escaper_of(tokens_of(tokenizer), fmt).as_text - special)
+
+
 def unescape(value: Any, tokenizer: Any, fmt: Format) -> Any:
     """Remove the marks from generated text, a call's arguments, or anything built from strings.
 

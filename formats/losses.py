@@ -55,15 +55,15 @@ def _comparable(calls: list[dict[str, Any]], untyped: bool) -> list[tuple[str, A
 
 
 def _exact(value: Any) -> str:
-    """JSON text, which tells 7, 7.0, "7" and true apart and keeps the order of keys."""
-    return json.dumps(value, ensure_ascii=False)
+    """JSON text, which tells 7, 7.0, "7" and true apart; templates may sort keys (Gemma 4)."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def _untyped(arguments: dict[str, Any]) -> list[tuple[str, str]]:
     """Arguments as a format without types writes them; Python's spelling of constants equals JSON's."""
     constants = {"True": "true", "False": "false", "None": "null"}
     texts = {key: value if isinstance(value, str) else _exact(value) for key, value in arguments.items()}
-    return [(key, constants.get(text, text)) for key, text in texts.items()]
+    return sorted((key, constants.get(text, text)) for key, text in texts.items())
 
 
 def _missing(content: str, calls: list[dict], completion: str) -> str | None:

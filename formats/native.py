@@ -22,6 +22,7 @@ from formats.derivation import (
     writes_calls,
 )
 from formats.probing import USER, call_message, own_template, own_text, thinks
+from formats.reasoning import reasoning_tags
 from formats.registry import FORMATS
 from formats.tokens import added_tokens
 
@@ -70,7 +71,7 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
     added = added_tokens(tokenizer)
     control = [text for text in ("[INST]", "[/INST]", "<tool_response>", "</tool_response>") if text in template]
     style = _reader(turns, ends)
-    return replace(
+    made = replace(
         fmt,
         template=template,
         end_of_turn=ends,
@@ -86,6 +87,11 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
         has_tools=writes_calls(turns),
         prepare=mistral.prepare if _requires_mistral_ids(tokenizer, kwargs) else None,
     )
+    on = {**kwargs, "enable_thinking": True} if hybrid else kwargs
+    tags = reasoning_tags(lambda messages, **more: own_text(tokenizer, messages, tools=TOOLS, **on, **more))
+    # A tag that also stands in turns without reasoning would cut them.
+    texts = [turns.text(probe["content"], *probe["calls"]) or "" for probe in PROBES] if tags else []
+    return replace(made, reasoning_tags=tags) if tags and not any(tags[1] in text for text in texts) else made
 
 
 def writes_tools(tokenizer: Any) -> bool:

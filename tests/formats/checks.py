@@ -28,7 +28,7 @@ def spans(labels: list[int]) -> list[tuple[int, int]]:
 
 
 def exact_calls(calls: list[dict]) -> str:
-    return unicodedata.normalize("NFC", json.dumps(calls, ensure_ascii=False))
+    return unicodedata.normalize("NFC", json.dumps(calls, ensure_ascii=False, sort_keys=True))
 
 
 def served_prompts(

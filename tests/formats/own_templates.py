@@ -83,3 +83,9 @@ ROLE_TOKENS = (
     '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
     "{% endfor %}{{ t }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ s + 'assistant' + e }}{% endif %}"
 )
+# Reasoning between tags of its own, of which the prompt never opens any.
+REASONED = template(
+    "<c>{{ f.name }} {{ f.arguments | tojson }}</c>", between="\n",
+    text="{% if m.reasoning_content %}<|why|>\n{{ m.reasoning_content }}\n<|/why|>{% endif %}{{ m.content }}",
+    before="{% if m.reasoning_content and not m.content %}<|why|>\n{{ m.reasoning_content }}\n<|/why|>{% endif %}",
+)  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from formats import FormatError, choose_format, encode, get_format
+from formats import IGNORE_INDEX, FormatError, choose_format, encode, get_format
 from formats.comparison import compare, own_difference
 from tests.formats import own_templates as own
 from tests.formats.cases import CLOCK, WEATHER, calls, result, row, says, tool, user
@@ -141,6 +141,31 @@ def test_reasoning_is_kept_dropped_or_refused():
     assert (refused.status, refused.reason) == ("refused", kept.warnings[0])
     with pytest.raises(FormatError, match="keep, drop or refuse"):
         encode(made, tokenizer, fmt, reasoning="lose")
+
+
+def test_reasoning_between_other_tags():
+    tokenizer = tokenizer_with(own.REASONED)
+    fmt = get_format("native", tokenizer)
+    assert fmt.reasoning_tags == ("<|why|>", "<|/why|>")
+    made = row(user("go"), calls(("clock", {}), ("clock", {}), reasoning_content="Look."), result("1"), result("2", 1),
+               says("Noon.", reasoning_content="Read it."), user("ok"), says("<think>\nso\n</think>\n\nBye."),
+               user("bye"), says("Plain."), tools=(CLOCK,))  # fmt: skip
+    encoded = encode(made, tokenizer, fmt)
+    assert (encoded.status, encoded.warnings) == ("ok", []), encoded.reason
+    assert_exact(made, encoded, tokenizer, fmt)
+    (sequence,) = encoded.sequences
+    texts = [tokenizer.decode(sequence.input_ids[a:b]) for a, b in spans(sequence.labels)]
+    assert [fmt.parse(text).reasoning_content for text in texts] == ["Look.", "Read it.", "so", None]
+    masked = encode(made, tokenizer, fmt, train_reasoning="off").sequences[0]
+    assert tokenizer.decode([i for i in masked.labels if i != IGNORE_INDEX]).count("<|/why|>") == 2
+
+
+def test_order_of_arguments_is_free():
+    """Gemma 4's template sorts them."""
+    sort = own.STYLES["JSON list"].replace("f.arguments | tojson", "f.arguments | tojson(sort_keys=true)")
+    tokenizer = tokenizer_with(sort)
+    made = row(user("go"), calls(("job", {"b": 1, "a": {"d": "7", "c": 2}})), tools=(tool("job"),))
+    assert encode(made, tokenizer, choose_format(tokenizer)[0]).status == "ok"
 
 
 def test_reasoning_is_masked():
