@@ -1,4 +1,4 @@
-"""What a chat template writes for calls and for the end of a turn, derived from differences between its renderings.
+"""What a chat template writes for calls, derived from differences between its renderings.
 
 The template renders turns made of words that occur nowhere else; what stands between the words is its grammar. The idea
 is that of llama.cpp's common/chat-diff-analyzer.cpp, which derives parsers for serving.
@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from formats.call_grammar import (
     ANY_ID,
@@ -75,65 +75,8 @@ class Turns:
         return before.rpartition(word)[2] if found and word in before else None
 
 
-class Ends(NamedTuple):
-    """tokens: the added tokens that end a turn. behind_answer, behind_call: what the template writes behind a turn only
-    when the conversation continues, up to its end token; "" where the turn itself has it."""
-
-    tokens: tuple[str, ...]
-    behind_answer: str = ""
-    behind_call: str = ""
-
-
-def ends_of_turn(turns: Turns, added: set[str]) -> Ends:
-    """The added tokens that end a turn; none where no token follows a plain answer.
-
-    That is the token behind both a plain answer and a call. Where they end differently, it is the first behind the
-    answer and the last behind the call. A token that also occurs inside a turn ends nothing. Templates that end only
-    past turns are asked for a conversation that continues: the token between an answer and a user's message ends the
-    answer (an end, or the next role's own token, as of GLM), that between a call and its result the call.
-    """
-    tokens = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
-    plain, one = turns.text(ANSWER) or "", turns.text("", call()) or ""
-    head, _, tail = plain.partition(ANSWER)
-    behind_answer, behind_call = tokens.findall(tail), tokens.findall(_behind_last(VALUES[1], one))
-    inside = set(tokens.findall(head))
-    for text in (one, turns.text("", call(), call(1)) or turns.text(TEXT, call(), call(1)) or ""):
-        inside.update(tokens.findall(text[: max(0, text.rfind(VALUES[1]))]))
-    ends = [token for token in behind_answer if token not in inside]
-    if both := [token for token in ends if token in behind_call]:
-        return Ends((both[0],))
-    of_call = [token for token in reversed(behind_call) if token not in inside][:1]
-    if ends:
-        return Ends(tuple(dict.fromkeys([*ends[:1], *of_call])))
-    return _ends_of_past_turns(turns, tokens, inside, of_call) if plain else Ends(())
-
-
-def _ends_of_past_turns(turns: Turns, tokens: re.Pattern[str], inside: set[str], of_call: list[str]) -> Ends:
-    """The ends of a template that writes none behind the last answer."""
-
-    def next_token(word: str, turn: dict[str, Any], written: str | None, following: dict[str, Any]) -> tuple[str, str]:
-        """(what follows the turn, up to its first token; that token), "" where no token follows at once."""
-        rest = turns.continuation(turn, word, following) or ""
-        own = (written or "").rpartition(word)[2]
-        if not rest.startswith(own):
-            return "", "changed"
-        token = tokens.search(rest, len(own))
-        if token is None or rest[len(own) : token.start()].strip() or token[0] in inside:
-            return "", ""
-        return rest[len(own) : token.end()], token[0]
-
-    behind_answer, end = next_token(ANSWER, answer(ANSWER), turns.text(ANSWER), USER)
-    result = {"role": "tool", "tool_call_id": IDS[0], "name": NAMES[0], "content": USER["content"]}
-    behind_call, end_of_call = next_token(VALUES[1], answer("", call()), turns.text("", call()), result)
-    if not behind_answer or (end_of_call and not behind_call):
-        return Ends(())
-    # A token that the template itself writes behind the call is its end, unless another one follows.
-    if of_call and (not end_of_call or of_call[0] == end):
-        behind_call, end_of_call = "", of_call[0]
-    return Ends(tuple(dict.fromkeys(filter(None, (end, end_of_call)))), behind_answer, behind_call)
-
-
-def _behind_last(word: str, text: str) -> str:
+def behind_last(word: str, text: str) -> str:
+    """What follows the last `word` in `text`; "" where it does not occur."""
     return text.rpartition(word)[2] if word in text else ""
 
 
@@ -289,7 +232,7 @@ def _tagged(one: str, pair: str, turns: Turns, ends: tuple[str, ...]) -> _Found 
     if equals != equals_again or any(word in "".join(parts.groups()) for word in (*KEYS, *VALUES)):
         return None  # such as <key>value</key>
     empty = cut(turns.text("", call(0, {})) or "", ends)
-    name_end = _without_partial_tag(_common_prefix(behind_name, _behind_last(NAMES[0], empty)))
+    name_end = _without_partial_tag(_common_prefix(behind_name, behind_last(NAMES[0], empty)))
     if NAMES[0] not in empty:
         name_end = behind_name.removesuffix(_common_suffix(behind_name, separator))
     key_start = behind_name.removeprefix(name_end).strip()

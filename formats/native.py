@@ -13,18 +13,17 @@ from formats.derivation import (
     NAMES,
     TEXT,
     TOOLS,
-    Ends,
     Turns,
     call,
     call_grammar,
     cut,
-    ends_of_turn,
     writes_calls,
 )
 from formats.probing import USER, call_message, own_template, own_text, thinks
 from formats.reasoning import reasoning_tags
 from formats.registry import FORMATS
 from formats.tokens import added_tokens
+from formats.turn_ends import Ends, ends_of_turn
 
 ANSWER = {"role": "assistant", "content": "wq1zk"}
 DATE = "26 Jul 2024"

@@ -57,6 +57,16 @@ def test_calls_of_own_templates_read_back(style):
         assert_exact(made, encoded, tokenizer, fmt)
 
 
+def test_several_templates_are_used_as_transformers_does():
+    tokenizer = own_tokenizer("several templates")
+    tokenizer.chat_template["default"] = f"{own.OPEN}note\nNo tools.{own.END}\n" + own.template("")
+    fmt, _ = choose_format(tokenizer)
+    for made in (row(user("hi"), says("hello")), answers("")["steps"]):
+        served = tokenizer.apply_chat_template(made["messages"], tools=made["tools"] or None, tokenize=False)
+        assert encode(made, tokenizer, fmt).sequences[0].text == served
+        assert ("No tools." in served) == (not made["tools"])
+
+
 def test_closing_token_inside_a_turn_is_no_end():
     fmt = get_format("native", tokenizer_with(own.INNER))
     assert fmt.end_of_turn == (own.END,)

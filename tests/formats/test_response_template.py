@@ -8,7 +8,7 @@ import json
 import pytest
 
 from finetune.runs.saving import checked_response_template, with_format
-from formats import FORMATS, get_format
+from formats import FORMATS, FormatError, get_format
 from formats.base import clean_messages, render_messages
 from formats.escape import escape_conversation
 from formats.response_template import example_answers, response_template
@@ -132,16 +132,21 @@ def test_derived_calls_have_a_template(style):
         assert read(text, template, prompt) == own(text, fmt), text
 
 
-@pytest.mark.parametrize(
-    "pair", [pair for pair in PAIRS if pair.format in ("chatml", "kanana", "mistral-v13")], ids=str
-)
+FIRST = [pair for pair in {pair.format: pair for pair in reversed(PAIRS)}.values() if pair.format not in INEXPRESSIBLE]
+
+
+@pytest.mark.parametrize("pair", FIRST, ids=str)
 def test_generated_answers_read_alike(pair: Pair):
     """Hostile texts, names and values, with the control tokens of the contents marked as `decode` marks them."""
     tokenizer, fmt = pair.load()
     template = response_template(fmt, tokenizer)
-    for seed in range(6):
+    for seed in range(5):
         made = conversation(seed)
-        messages, tools, _ = escape_conversation(clean_messages(made["messages"], fmt), made["tools"], tokenizer, fmt)
+        try:
+            messages = clean_messages(made["messages"], fmt)
+        except FormatError:  # a row that the format cannot express
+            continue
+        messages, tools, _ = escape_conversation(messages, made["tools"], tokenizer, fmt)
         for prompt, text in answers(fmt, tokenizer, [{"messages": messages, "tools": tools}]):
             assert read(text, template, prompt) == own(text, fmt), text
 
