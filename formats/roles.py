@@ -27,7 +27,7 @@ _Span = tuple[int, int, str]  # start, end, role
 class Answer(NamedTuple):
     """A trained answer: the index of its message and where its text, with its end, starts and ends."""
 
-    index: int
+    message: int
     start: int
     end: int
 
@@ -117,8 +117,8 @@ def _is_covered(answer: Answer, spans: list[_Span]) -> bool:
 def _searched(text: str, messages: list[dict], answers: list[Answer], fmt: Format) -> list[_Span]:
     """The answers, and between them the contents of the other messages, each behind the one before it."""
     spans, at = [], 0
-    known = {answer.index: answer for answer in answers}
-    limits = [next((a.start for a in answers if a.index >= index), len(text)) for index in range(len(messages))]
+    known = {answer.message: answer for answer in answers}
+    limits = [next((a.start for a in answers if a.message >= index), len(text)) for index in range(len(messages))]
     for index, (message, limit) in enumerate(zip(messages, limits, strict=True)):
         role, content = message["role"], message["content"].strip()
         if index in known:

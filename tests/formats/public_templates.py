@@ -29,6 +29,8 @@ def control_tokens(template: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         special.append("<|begin_of_text|>")
     if "<｜hy_" in template:  # Hunyuan 3 formats the names of its tokens
         special += [f"<｜hy_{name}:opensource｜>" for name in ("eos", "begin_of_sentence", "User", "Assistant")]
+    if "List of tools: " in template:  # LFM2's vocabulary has tokens for calls that its first template does not write
+        special += ["<|tool_call_start|>", "<|tool_call_end|>"]
     special = tuple(dict.fromkeys(special))
     return special, tuple(mark for mark in dict.fromkeys(_MARKS.findall(template)) if mark not in special)
 
