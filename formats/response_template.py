@@ -37,7 +37,7 @@ def response_template(fmt: Format, tokenizer: Any) -> dict[str, Any] | None:
     """The value of `tokenizer.response_template`; None for a format whose calls it cannot express."""
     calls: dict[str, Any] | None = None
     if fmt.read_calls is not None and fmt.has_tools:
-        make_field = _READERS.get(fmt.read_calls)
+        make_field: Callable[[Format], dict[str, Any] | None] | None = _READERS.get(fmt.read_calls)
         if isinstance(fmt.read_calls, DelimitedCallParser):
             make_field = _delimited
         elif isinstance(fmt.read_calls, CallGrammar):

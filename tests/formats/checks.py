@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -103,13 +102,14 @@ class _WithoutAddedTokens:
         return self.backend.encode(text, add_special_tokens=False).ids
 
 
-_PLAIN: weakref.WeakKeyDictionary[Any, _WithoutAddedTokens] = weakref.WeakKeyDictionary()
+_PLAIN: dict[Any, _WithoutAddedTokens] = {}
 
 
 def _without_added_tokens(tokenizer: Any) -> _WithoutAddedTokens:
-    if tokenizer not in _PLAIN:
-        _PLAIN[tokenizer] = _WithoutAddedTokens(tokenizer)
-    return _PLAIN[tokenizer]
+    key = (tokenizer.name_or_path, frozenset(tokenizer.added_tokens_encoder))  # one for each vocabulary
+    if key not in _PLAIN:
+        _PLAIN[key] = _WithoutAddedTokens(tokenizer)
+    return _PLAIN[key]
 
 
 def assert_exact(row: dict, encoded: Encoded, tokenizer: Any, fmt: Format, control_tokens: str = "escape") -> None:
