@@ -106,7 +106,8 @@ _PLAIN: dict[Any, _WithoutAddedTokens] = {}
 
 
 def _without_added_tokens(tokenizer: Any) -> _WithoutAddedTokens:
-    key = (tokenizer.name_or_path, frozenset(tokenizer.added_tokens_encoder))  # one for each vocabulary
+    # One for each vocabulary: loading takes a second.
+    key = (tokenizer.name_or_path, tokenizer.vocab_size, frozenset(tokenizer.added_tokens_encoder))
     if key not in _PLAIN:
         _PLAIN[key] = _WithoutAddedTokens(tokenizer)
     return _PLAIN[key]
