@@ -57,7 +57,7 @@ def test_calls_of_own_templates_read_back(style):
         assert_exact(made, encoded, tokenizer, fmt)
 
 
-def test_several_templates_are_used_as_transformers_does():
+def test_several_templates_are_used_as_published():
     tokenizer = own_tokenizer("several templates")
     tokenizer.chat_template["default"] = f"{own.OPEN}note\nNo tools.{own.END}\n" + own.template("")
     fmt, _ = choose_format(tokenizer)
@@ -109,7 +109,7 @@ def test_end_inside_a_turn_is_refused():
     assert encoded.status == "refused" and "nothing between it and the answer before it" in encoded.reason
 
 
-def test_thinking_is_not_switched_off_where_that_breaks_turns():
+def test_thinking_stays_on_where_off_breaks_turns():
     """MiniCPM5's prompt without thinking opens and closes reasoning that its answers do not have."""
     switched = "add_generation_prompt and enable_thinking is defined and not enable_thinking"
     prompt = "{% if " + switched + " %}<think></think>{% endif %}"
