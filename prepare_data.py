@@ -156,6 +156,8 @@ def add_format_flags(parser: FlagParser, *, required: bool = True) -> None:
     add("--reasoning", default="keep", choices=("keep", "drop", "refuse"),
         help="reasoning of answers: keep (omitted with a warning where the template has no place for it), drop, or "
         "refuse rows whose reasoning would be omitted")
+    add("--train_reasoning", default="on", choices=("on", "off"),
+        help="train the reasoning of answers, or only what follows it")
     add("--allow_unreadable_calls", action="store_true", help="keep rows with calls that the format cannot read back")
     add("--trust_remote_code", action="store_true", help="run code from the tokenizer's repository")
 # fmt: on
@@ -171,7 +173,8 @@ def reading_options(args: argparse.Namespace) -> dict:
 
 def encoding_options(args: argparse.Namespace) -> dict:
     """Options of `formats.encode`."""
-    return {name: getattr(args, name) for name in ("train_on", "control_tokens", "reasoning", "allow_unreadable_calls")}
+    names = ("train_on", "control_tokens", "reasoning", "train_reasoning", "allow_unreadable_calls")
+    return {name: getattr(args, name) for name in names}
 
 
 def load_tokenizer_and_format(args: argparse.Namespace) -> tuple:
@@ -274,8 +277,9 @@ def encode(args: argparse.Namespace) -> int:
 def parse(args: argparse.Namespace) -> int:
     """Write contents and calls of generated texts."""
     from finetune.encoding.token_files import load_format, load_tokenizer, parse_file
+    from formats.choosing import OWN_TEMPLATE
 
-    if args.format in ("native", "auto") and not args.tokenizer:
+    if args.format in ("auto", *OWN_TEMPLATE) and not args.tokenizer:
         raise UserError(f"--format {args.format} needs --tokenizer")
     tokenizer = load_tokenizer(args.tokenizer, trust_remote_code=args.trust_remote_code) if args.tokenizer else None
     fmt, _ = load_format(args.format, tokenizer)

@@ -89,6 +89,8 @@ class Settings:
     reasoning: Literal["keep", "drop", "refuse"] = setting(
         "keep", "reasoning of answers: keep (where the template has no place for it, omit it with a warning), drop it, "
         "or refuse rows whose reasoning the template would omit")
+    train_reasoning: Literal["on", "off"] = setting(
+        "on", "train the reasoning of answers, or only what follows it")
     allow_unreadable_calls: bool = setting(False, "train rows with calls that the chat format cannot read back")
     overlong: Literal["drop", "trim_turns", "error"] = setting(
         "drop", "rows longer than --max_seq_length: drop them, remove their oldest turns, or stop")

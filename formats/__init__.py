@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from formats.base import Format, FormatError, Parsed, render
 from formats.choosing import choose_format, get_format
-from formats.escape import escape_conversation, unescape
+from formats.escape import decode, escape_conversation, unescape
 from formats.masks import IGNORE_INDEX, Encoded, Sequence, encode, encode_prompt
 from formats.registry import FORMATS, register
 from formats.tokens import check_tokenizer
@@ -23,6 +23,7 @@ __all__ = [
     "Sequence",
     "check_tokenizer",
     "choose_format",
+    "decode",
     "encode",
     "encode_prompt",
     "escape_conversation",

@@ -11,6 +11,8 @@ from typing import Any
 
 from formats.rendering import render_template
 
+THINK = ("<think>", "</think>")  # the tags of most models
+
 
 class FormatError(ValueError):
     """A conversation, tokenizer or format file that cannot be used together; the message says why and what to do."""
@@ -58,6 +60,8 @@ class Format:
     name              value of `--format`
     template          Jinja chat template, as `tokenizer.chat_template` takes it
     end_of_turn       strings that end an assistant turn; each must be one token of the tokenizer
+    unwritten_ends    what the template writes behind an answer and behind a call only where the conversation
+                      continues, up to the end of the turn; "" where the turn itself has its end
     control_tokens    strings with which the template structures a conversation; escaped in every content
     call_markers      strings that `parse` reads as a call; escaped only where the assistant writes them
     template_kwargs   variables passed to every rendering (dates, thinking); see `pinned_template`
@@ -67,6 +71,7 @@ class Format:
     detect_order      `auto` asks formats in ascending order
     thinking          template variable that enables reasoning for a turn that has `reasoning_content`
     reasoning         a lone `</think>` ends reasoning, because the prompt may open it
+    reasoning_tags    what opens and closes reasoning before an answer; the prompt may open it
     untyped           calls carry values without their type: 7 and "7" look alike
     has_tools         the template has a place for tools and calls
     tokens            strings that must be exactly one token each, besides `end_of_turn`
@@ -93,6 +98,8 @@ class Format:
     prepare: Callable[[list[dict]], list[dict]] | None = None
     vllm_parser: str | None = None
     ollama: Ollama | None = None
+    unwritten_ends: tuple[str, str] = ("", "")
+    reasoning_tags: tuple[str, str] = THINK
 
     def parse(self, text: str, tools: list[dict] | None = None) -> Parsed:
         """Parse one generated turn; everything from the first end-of-turn string on is ignored.
@@ -100,7 +107,12 @@ class Format:
         `tools` are only needed by `untyped` formats.
         """
         ends = [at for mark in self.end_of_turn if (at := text.find(mark)) >= 0]
-        reasoning, text = split_reasoning(text[: min(ends, default=len(text))], self.reasoning)
+        text = text[: min(ends, default=len(text))]
+        reasoning = None
+        if self.reasoning_tags != THINK:
+            reasoning, text = split_reasoning(text, True, self.reasoning_tags)
+        if reasoning is None:
+            reasoning, text = split_reasoning(text, self.reasoning)
         parsed = self.read_calls(text, tools) if self.read_calls else Parsed(content=text.strip())
         parsed.reasoning_content = reasoning
         return parsed
@@ -161,13 +173,13 @@ def without_reasoning(message: dict[str, Any], fmt: Format) -> dict[str, Any]:
     return kept | {"content": split_reasoning(kept["content"], fmt.reasoning)[1]}
 
 
-def split_reasoning(text: str, lone_end: bool = False) -> tuple[str | None, str]:
-    """(reasoning, rest) of a turn that starts with `<think>…</think>`; (None, text) otherwise.
+def split_reasoning(text: str, lone_end: bool = False, tags: tuple[str, str] = THINK) -> tuple[str | None, str]:
+    """(reasoning, rest) of a turn that starts with `<think>…</think>`, or other tags; (None, text) otherwise.
 
     With `lone_end` the opening tag may be missing, because the prompt already contains it.
     """
-    head, closing, tail = text.partition("</think>")
-    before, opening, reasoning = head.partition("<think>")
+    head, closing, tail = text.partition(tags[1])
+    before, opening, reasoning = head.partition(tags[0]) if tags[0] else (head, "", "")
     if closing and opening and not before.strip():
         return reasoning.strip(), tail.lstrip("\n")
     if closing and lone_end and not opening:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from formats import native, yaml_format
+from formats import native, text_calls, yaml_format
 from formats.base import Format, FormatError
 from formats.comparison import compare
 from formats.probing import own_template
 from formats.registry import FORMATS, load_entry_points, register
 from formats.tokens import added_tokens, check_tokenizer
 
+OWN_TEMPLATE = ("native", "native-tools")  # formats that render with the tokenizer's own template
+
 register(native.FORMAT)
+register(text_calls.FORMAT)
 
 
 def get_format(name: str, tokenizer: Any = None) -> Format:
@@ -21,7 +24,7 @@ def get_format(name: str, tokenizer: Any = None) -> Format:
     Raises FormatError for an unknown name, and for `native` and `auto` without a tokenizer.
     """
     load_entry_points()
-    if tokenizer is None and name in ("auto", "native"):
+    if tokenizer is None and name in ("auto", *OWN_TEMPLATE):
         raise FormatError(f"format {name} needs a tokenizer")
     if name == "auto":
         return choose_format(tokenizer)[0]
@@ -57,13 +60,18 @@ def choose_format(tokenizer: Any) -> tuple[Format, str]:
             return fmt, f"the tokenizer's own template{missing} renders as {fmt.name} does"
     if has_tools:
         return get_format("native", tokenizer), "no named format renders what the tokenizer's own template does"
+    if text_calls.shows_tools(tokenizer):
+        name = "native-tools" if text_calls.spelling(tokenizer) else "native"
+        return get_format(name, tokenizer), "the tokenizer's own template shows tools but writes no calls"
     fmt, reason = detect(added, own)
+    if fmt.name == "native":
+        fmt, reason = text_calls.FORMAT, "tools and calls are written into its messages"
     return get_format(fmt.name, tokenizer), f"the tokenizer's own template has no place for tools; {reason}"
 
 
 def _candidates(added: set[str], own: str, tokenizer: Any) -> Iterator[Format]:
     """The named formats whose control tokens the tokenizer has; those that its tokens suggest first."""
-    named = [fmt for fmt in FORMATS.values() if fmt.name != "native"]
+    named = [fmt for fmt in FORMATS.values() if fmt.name not in OWN_TEMPLATE]
     for fmt in sorted(named, key=lambda fmt: (not (fmt.detect and fmt.detect(added, own)), fmt.detect_order)):
         try:
             variant = get_format(fmt.name, tokenizer)

@@ -1,4 +1,4 @@
-"""What a chat template writes for calls and for the end of a turn, derived from differences between its renderings.
+"""What a chat template writes for calls, derived from differences between its renderings.
 
 The template renders turns made of words that occur nowhere else; what stands between the words is its grammar. The idea
 is that of llama.cpp's common/chat-diff-analyzer.cpp, which derives parsers for serving.
@@ -68,28 +68,15 @@ class Turns:
         reasoning, end, rest = text.partition("</think>")
         return rest if end and not any(word in reasoning for word in (*NAMES, ANSWER, TEXT)) else text
 
-
-def end_of_turn(turns: Turns, added: set[str]) -> tuple[str, ...]:
-    """The added tokens that end a turn; empty where no token follows a plain answer.
-
-    That is the token behind both a plain answer and a call. Where they end differently, it is the first behind the
-    answer and the last behind the call. A token that also stands inside a turn ends nothing.
-    """
-    tokens = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
-    plain, one = turns.text(ANSWER) or "", turns.text("", call()) or ""
-    head, _, tail = plain.partition(ANSWER)
-    behind_answer, behind_call = tokens.findall(tail), tokens.findall(_behind_last(VALUES[1], one))
-    inside = set(tokens.findall(head))
-    for text in (one, turns.text(TEXT, call(), call(1)) or ""):
-        inside.update(tokens.findall(text[: max(0, text.rfind(VALUES[1]))]))
-    ends = [token for token in behind_answer if token not in inside]
-    if both := [token for token in ends if token in behind_call]:
-        return (both[0],)
-    of_call = [token for token in reversed(behind_call) if token not in inside]
-    return tuple(dict.fromkeys([*ends[:1], *(of_call[:1] if ends else [])]))
+    def continuation(self, turn: dict[str, Any], word: str, following: dict[str, Any]) -> str | None:
+        """What stands between the last `word` of an assistant turn and the content of the message that follows it."""
+        text = self.render([{**USER, "content": "xq0zk"}, turn, following])
+        before, found, _ = (text or "").rpartition(following["content"])
+        return before.rpartition(word)[2] if found and word in before else None
 
 
-def _behind_last(word: str, text: str) -> str:
+def behind_last(word: str, text: str) -> str:
+    """What follows the last `word` in `text`; "" where it does not occur."""
     return text.rpartition(word)[2] if word in text else ""
 
 
@@ -245,7 +232,7 @@ def _tagged(one: str, pair: str, turns: Turns, ends: tuple[str, ...]) -> _Found 
     if equals != equals_again or any(word in "".join(parts.groups()) for word in (*KEYS, *VALUES)):
         return None  # such as <key>value</key>
     empty = cut(turns.text("", call(0, {})) or "", ends)
-    name_end = _without_partial_tag(_common_prefix(behind_name, _behind_last(NAMES[0], empty)))
+    name_end = _without_partial_tag(_common_prefix(behind_name, behind_last(NAMES[0], empty)))
     if NAMES[0] not in empty:
         name_end = behind_name.removesuffix(_common_suffix(behind_name, separator))
     key_start = behind_name.removeprefix(name_end).strip()

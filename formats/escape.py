@@ -1,7 +1,9 @@
-"""Control tokens inside contents are escaped in the text itself, equally for training, evaluation and chat.
+"""Control tokens inside contents are read as text, equally in training, evaluation and chat.
 
-A zero-width space (U+200B) after the first character of a control string makes any tokenizer and any template read it
-as text. Splitting special tokens in the tokenizer would not help, because a server tokenises complete prompts.
+A mark after the first character of a control string keeps templates and parsers from reading it as control. Where the
+tokenizer can encode the string as ordinary text, `formats.tokens` removes the mark and does so (`formats.as_text`).
+Where it cannot (a marker that is no token of its own, or one that the tokenizer always finds), the mark is a zero-width
+space (U+200B) that stays in the text.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from formats.as_text import TEXT_MARK, marked
 from formats.base import Format, FormatError, place
 from formats.rendering import CachedTools
 from formats.tokens import Tokens, added_tokens, tokens_of
@@ -39,7 +42,11 @@ class Escaper:
         with_calls = control | {text for text in fmt.call_markers if _can_be_split(text)}
         self.everywhere = _pattern(frozenset(control))
         self.assistant = _pattern(frozenset(with_calls))
-        self.marked = _pattern(frozenset(map(_split, with_calls)))
+        self.as_text = frozenset(text for text in with_calls if marked(text) in tokens_of(tokenizer).as_text)
+        self.encodable = _pattern(self.as_text)
+        # Answers of models that were trained with an earlier version hold the visible mark.
+        self.marked = _pattern(frozenset(marked(text, mark) for text in with_calls for mark in (MARK, TEXT_MARK)))
+        self.stray = re.compile(f"({self.marked.pattern})|{TEXT_MARK}")
         self.keep_reasoning = fmt.reasoning or "</think>" in control
         self.lone_end = fmt.reasoning
         self._tools: dict[str, tuple[CachedTools, list[str]]] = {}
@@ -70,12 +77,21 @@ class Escaper:
     def undo(self, value: Any) -> Any:
         """`value` without the marks inside control strings; other zero-width spaces stay."""
         if isinstance(value, str):
-            return self.marked.sub(lambda match: match.group().replace(MARK, "", 1), value) if MARK in value else value
+            if MARK not in value and TEXT_MARK not in value:
+                return value
+            return self.marked.sub(lambda match: match[0][0] + match[0][2:], value)
         if isinstance(value, list):
             return [self.undo(item) for item in value]
         if isinstance(value, dict):
             return {self.undo(key): self.undo(item) for key, item in value.items()}
         return value
+
+    def decoded(self, text: str, controls: list[int]) -> str:
+        """A generated text with marks in the control strings that do not start at one of the positions `controls`."""
+        return self.encodable.sub(lambda match: match[0] if match.start() in controls else self._marked(match[0]), text)
+
+    def _marked(self, text: str) -> str:
+        return marked(text, TEXT_MARK if text in self.as_text else MARK)
 
     def _message(self, message: dict, index: int, found: list[str]) -> dict:
         role = message["role"]
@@ -113,13 +129,15 @@ class Escaper:
         return value
 
     def _text(self, text: str, pattern: re.Pattern, where: str, found: list[str]) -> str:
+        if TEXT_MARK in text and (kept := self.stray.sub(lambda match: match[1] or "", text)) != text:
+            found.append(f"{where}: U+F0000")
+            text = kept
         # Control strings may overlap: escaping one can expose the next, so search until nothing is found.
         while match := pattern.search(text):
             while match:
                 found.append(f"{where}: {match.group()}")
-                at = match.start() + 1
-                text = text[:at] + MARK + text[at:]
-                match = pattern.search(text, at)
+                text = text[: match.start()] + self._marked(match.group()) + text[match.end() :]
+                match = pattern.search(text, match.start() + 1)
         return text
 
 
@@ -130,13 +148,9 @@ def _is_plain(text: str) -> bool:
     return len(bare) <= 1 or bare.isalnum() or _HTML.fullmatch(text.strip("</>").lower()) is not None
 
 
-def _split(text: str) -> str:
-    return text[0] + MARK + text[1:]
-
-
 def _can_be_split(text: str) -> bool:
     """False for a single character (a YAML format may end calls with ")"), which a mark cannot take apart."""
-    return text not in _split(text)
+    return text not in marked(text)
 
 
 @lru_cache(maxsize=64)
@@ -170,9 +184,29 @@ def escape_conversation(
     return messages, tools, found
 
 
+def unmarked_as_special(tokenizer: Any, fmt: Format) -> list[str]:
+    """The control tokens that the tokenizer does not declare as special, so that a server has to be told of them."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(_escaper_of(tokens_of(tokenizer), fmt).as_text - special)
+
+
 def unescape(value: Any, tokenizer: Any, fmt: Format) -> Any:
     """Remove the marks from generated text, a call's arguments, or anything built from strings.
 
     Use it on what is shown or executed; a text that goes back into a conversation is escaped again there.
     """
     return _escaper_of(tokens_of(tokenizer), fmt).undo(value)
+
+
+def decode(ids: list[int], tokenizer: Any, fmt: Format) -> str:
+    """The text of generated ids for `Format.parse`: control strings that ordinary tokens spell are marked."""
+    ids, tokens = list(ids), tokens_of(tokenizer)
+
+    def text_of(some: list[int]) -> str:
+        return tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    text, escaper = text_of(ids), _escaper_of(tokens, fmt)
+    found, control = escaper.encodable.findall(text), set(tokens.added.values())
+    if len(found) <= sum(number in control for number in ids):
+        return text
+    return escaper.decoded(text, [len(text_of(ids[:at])) for at, number in enumerate(ids) if number in control])

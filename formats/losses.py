@@ -20,16 +20,21 @@ def lost_in_answer(answer: dict, completion: str, tools: list[dict], fmt: Format
 
     With a parser the answer must parse back to what it was; without one its parts must be found in the text.
     """
-    reasoning, content = answer.get("reasoning_content"), answer["content"]
-    if not reasoning:
-        reasoning, content = split_reasoning(content, fmt.reasoning)
+    reasoning, content = reasoning_of(answer, fmt), answer["content"]
+    if not answer.get("reasoning_content"):
+        content = split_reasoning(content, fmt.reasoning)[1]
     calls = [call_of(call) for call in answer.get("tool_calls", [])]
     warning = None
-    if reasoning and reasoning.strip() not in completion:
+    if reasoning and reasoning not in completion:
         warning = "the template has no place for its reasoning"
     if fmt.read_calls is None:
         return _missing(content, calls, completion), warning
     return _not_parsed_back(content, calls, completion, tools, fmt), warning
+
+
+def reasoning_of(answer: dict, fmt: Format) -> str:
+    """An answer's reasoning, from its field or from the start of its text; "" for none."""
+    return (answer.get("reasoning_content") or split_reasoning(answer["content"], fmt.reasoning)[0] or "").strip()
 
 
 def _not_parsed_back(content: str, calls: list[dict], completion: str, tools: list[dict], fmt: Format) -> str | None:
@@ -50,15 +55,15 @@ def _comparable(calls: list[dict[str, Any]], untyped: bool) -> list[tuple[str, A
 
 
 def _exact(value: Any) -> str:
-    """JSON text, which tells 7, 7.0, "7" and true apart and keeps the order of keys."""
-    return json.dumps(value, ensure_ascii=False)
+    """JSON text, which tells 7, 7.0, "7" and true apart; templates may sort keys (Gemma 4)."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def _untyped(arguments: dict[str, Any]) -> list[tuple[str, str]]:
     """Arguments as a format without types writes them; Python's spelling of constants equals JSON's."""
     constants = {"True": "true", "False": "false", "None": "null"}
     texts = {key: value if isinstance(value, str) else _exact(value) for key, value in arguments.items()}
-    return [(key, constants.get(text, text)) for key, text in texts.items()]
+    return sorted((key, constants.get(text, text)) for key, text in texts.items())
 
 
 def _missing(content: str, calls: list[dict], completion: str) -> str | None:

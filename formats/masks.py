@@ -13,14 +13,16 @@ becomes several sequences, each exactly as served.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from formats.as_text import TEXT_MARK
 from formats.base import Format, FormatError, clean_messages, place, render_messages, without_reasoning
 from formats.escape import escape_conversation
-from formats.losses import lost_in_answer, lost_in_prompt
-from formats.roles import token_roles
+from formats.losses import lost_in_answer, lost_in_prompt, reasoning_of
+from formats.roles import Answer, token_roles
 from formats.tokens import Tokenized, check_tokenizer, tokens_of
 
 IGNORE_INDEX = -100  # label of a token that is not trained; PyTorch's default
@@ -61,6 +63,7 @@ def encode(
     control_tokens: str = "escape",
     reasoning: str = "keep",
     allow_unreadable_calls: bool = False,
+    train_reasoning: str = "on",
 ) -> Encoded:
     """Token ids and labels of a conversation {"messages", "tools"}.
 
@@ -68,12 +71,15 @@ def encode(
     control_tokens: "escape", "error" (the row is refused) or "allow".
     reasoning: "keep" (where the template has no place for it: omitted, with a warning), "drop" or "refuse" such rows.
     allow_unreadable_calls: train calls although `fmt` cannot read them back; otherwise the row is refused.
+    train_reasoning: "on", or "off" to mask answers up to the end of their reasoning; its closing tag is trained.
     Raises FormatError when tokenizer and format do not fit together; a row that cannot be expressed is "refused".
     """
     if train_on not in ("all", "last"):
         raise FormatError(f"train_on must be all or last, not {train_on!r}")
     if reasoning not in ("keep", "drop", "refuse"):
         raise FormatError(f"reasoning must be keep, drop or refuse, not {reasoning!r}")
+    if train_reasoning not in ("on", "off"):
+        raise FormatError(f"train_reasoning must be on or off, not {train_reasoning!r}")
     ends = _end_ids(tokenizer, fmt)
     turns = _trained_turns(conversation["messages"], train_on)
     escaped = 0
@@ -95,8 +101,11 @@ def encode(
             check_spelling=control_tokens == "escape",
             refuse_lost_reasoning=reasoning == "refuse",
             allow_unreadable_calls=allow_unreadable_calls,
+            train_reasoning=train_reasoning == "on",
         )
         sequences = encoder.encode(turns)
+        for sequence in sequences:
+            sequence.text = sequence.text.replace(TEXT_MARK, "")
     except FormatError as error:
         return Encoded("refused", str(error), escaped=escaped)
     if len(sequences) == 1:
@@ -157,6 +166,7 @@ class _Encoder:
     check_spelling          refuse the row when a token sequence has a control token that its text does not spell
     refuse_lost_reasoning   refuse the row when the template has no place for an answer's reasoning
     allow_unreadable_calls  train calls that the format cannot read back
+    train_reasoning         train the reasoning of answers
     """
 
     messages: list[dict]
@@ -167,6 +177,7 @@ class _Encoder:
     check_spelling: bool
     refuse_lost_reasoning: bool = False
     allow_unreadable_calls: bool = False
+    train_reasoning: bool = True
     warnings: list[str] = field(default_factory=list)
 
     def encode(self, turns: list[int]) -> list[Sequence]:
@@ -174,6 +185,7 @@ class _Encoder:
         tokens = tokens_of(self.tokenizer)
         sequences: list[Sequence] = []
         tokenized, turn, last = Tokenized(), None, -1
+        answers: list[Answer] = []
         for index in turns:
             previous, previous_tokenized, previous_index = turn, tokenized, last
             turn, last = self._turn(index), index
@@ -185,17 +197,34 @@ class _Encoder:
             self._check_spelling(tokenized)
             labels: list[int] = []
             if previous is not None:
+                if prompt_ids == sequences[-1].input_ids:
+                    raise FormatError(
+                        f"{place(index, 'assistant')}: the template writes nothing between it and the answer before it"
+                    )
                 if prompt_ids[: len(sequences[-1].input_ids)] == sequences[-1].input_ids:
                     labels = sequences.pop().labels
                 else:
-                    self._add_roles(sequences[-1], previous_tokenized, previous_index, previous.fmt)
+                    self._add_roles(sequences[-1], previous_tokenized, previous_index, previous.fmt, answers)
+                    answers = []
+            answers.append(Answer(index, len(turn.prompt), len(turn.prompt + turn.completion)))
             labels = labels + [IGNORE_INDEX] * (len(prompt_ids) - len(labels)) + answer_ids
+            if not self.train_reasoning:
+                self._mask_reasoning(index, turn, tokenized, len(prompt_ids), labels)
             sequences.append(Sequence(turn.prompt + turn.completion, tokenized.ids, labels))
         assert turn is not None
         last, tokenized = self._append_rest(sequences[-1], turn, last, tokenized)
         self._check_spelling(tokenized)
-        self._add_roles(sequences[-1], tokenized, last, turn.fmt)
+        self._add_roles(sequences[-1], tokenized, last, turn.fmt, answers)
         return sequences
+
+    def _mask_reasoning(self, index: int, turn: _Turn, tokenized: Tokenized, first: int, labels: list[int]) -> None:
+        """Mask an answer from its token number `first` up to the end of its reasoning."""
+        reasoning = reasoning_of(self.messages[index], self.fmt)
+        start = turn.completion.find(reasoning) if reasoning else -1
+        if start >= 0:
+            start += len(turn.prompt)
+            end = tokenized.before(start + len(reasoning))
+            labels[first:end] = [IGNORE_INDEX] * (end - first)
 
     def _append_rest(self, sequence: Sequence, turn: _Turn, last: int, tokenized: Tokenized) -> tuple[int, Tokenized]:
         """Append, untrained, what the complete conversation has after the last trained turn: a newline, later turns.
@@ -224,9 +253,11 @@ class _Encoder:
                 f"a content becomes the control token {tokenized.unspelled[0]} although it does not spell it"
             )
 
-    def _add_roles(self, sequence: Sequence, tokenized: Tokenized, last: int, fmt: Format) -> None:
+    def _add_roles(
+        self, sequence: Sequence, tokenized: Tokenized, last: int, fmt: Format, answers: list[Answer]
+    ) -> None:
         messages = self.messages[: last + 1]
-        sequence.roles = token_roles(sequence.text, tokenized, messages, self.tools, fmt, self.tokenizer)
+        sequence.roles = token_roles(sequence.text, tokenized, messages, self.tools, fmt, self.tokenizer, answers)
 
     def _turn(self, index: int) -> _Turn:
         """The assistant turn at `index`. Raises FormatError when it cannot be trained."""
@@ -243,11 +274,18 @@ class _Encoder:
                 problem = f"{where}: the template does not render it after the prompt that a server feeds"
                 continue
             completion = upto[len(prompt) :]
-            end = max((at + len(mark) for mark in fmt.end_of_turn if (at := completion.rfind(mark)) >= 0), default=0)
-            if not end:
+            unwritten = fmt.unwritten_ends[bool(answer.get("tool_calls"))]
+            if unwritten and not _ends_in(completion, fmt):
+                completion += unwritten
+                upto = prompt + completion
+            ends = _ends_in(completion, fmt)
+            if not ends:
                 problem = f"{where}: the template renders no end of turn after it"
                 continue
-            completion = completion[:end]
+            if len(ends) > 1 and completion[ends[0] : ends[-1]].strip():
+                problem = f"{where}: the template writes an end of turn before it or inside it"
+                continue
+            completion = completion[: ends[0]]
             lost, warning = lost_in_answer(answer, completion, self.tools, fmt)
             if not lost and warning and self.refuse_lost_reasoning:
                 lost = warning
@@ -262,6 +300,13 @@ class _Encoder:
                 self.warnings.append(f"{where}: {warning}")
             return _Turn(prompt, completion, upto, fmt)
         raise FormatError(problem)
+
+
+def _ends_in(text: str, fmt: Format) -> list[int]:
+    """Where the end-of-turn strings in a text end, in order."""
+    return sorted(
+        match.end() for mark in fmt.end_of_turn if mark in text for match in re.finditer(re.escape(mark), text)
+    )
 
 
 def _prompt(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any) -> str:

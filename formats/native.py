@@ -17,12 +17,13 @@ from formats.derivation import (
     call,
     call_grammar,
     cut,
-    end_of_turn,
     writes_calls,
 )
 from formats.probing import USER, call_message, own_template, own_text, thinks
+from formats.reasoning import reasoning_tags
 from formats.registry import FORMATS
 from formats.tokens import added_tokens
+from formats.turn_ends import Ends, ends_of_turn
 
 ANSWER = {"role": "assistant", "content": "wq1zk"}
 DATE = "26 Jul 2024"
@@ -61,17 +62,19 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
         raise FormatError(
             "this tokenizer carries no chat template; choose a format by name (--format chatml, llama3, …)"
         )
-    hybrid = thinks(tokenizer)
-    kwargs = _variables(tokenizer, hybrid)
+    kwargs = _variables(tokenizer)
+    hybrid = "enable_thinking" in kwargs
     turns = _turns(tokenizer, kwargs)
-    ends = _ends_of_turn(turns, tokenizer, kwargs)
+    found = _ends_of_turn(turns, tokenizer, kwargs)
+    ends = found.tokens
     added = added_tokens(tokenizer)
     control = [text for text in ("[INST]", "[/INST]", "<tool_response>", "</tool_response>") if text in template]
     style = _reader(turns, ends)
-    return replace(
+    made = replace(
         fmt,
         template=template,
         end_of_turn=ends,
+        unwritten_ends=(found.behind_answer, found.behind_call),
         control_tokens=tuple(dict.fromkeys((*ends, *control))),
         call_markers=tuple(marker for marker in style.call_markers if marker not in added) if style else (),
         template_kwargs=kwargs,
@@ -83,30 +86,46 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
         has_tools=writes_calls(turns),
         prepare=mistral.prepare if _requires_mistral_ids(tokenizer, kwargs) else None,
     )
+    on = {**kwargs, "enable_thinking": True} if hybrid else kwargs
+    tags = reasoning_tags(lambda messages, **more: own_text(tokenizer, messages, tools=TOOLS, **on, **more))
+    # A tag that also stands in turns without reasoning would cut them.
+    texts = [turns.text(probe["content"], *probe["calls"]) or "" for probe in PROBES] if tags else []
+    return replace(made, reasoning_tags=tags) if tags and not any(tags[1] in text for text in texts) else made
 
 
 def writes_tools(tokenizer: Any) -> bool:
     """Whether the tokenizer's own template shows the model its tools and writes calls."""
-    return writes_calls(_turns(tokenizer, _variables(tokenizer, thinks(tokenizer))))
+    return writes_calls(_turns(tokenizer, _variables(tokenizer)))
 
 
-def _variables(tokenizer: Any, hybrid: bool) -> dict[str, Any]:
-    """Template variables of every rendering: a fixed date, and no thinking where it can be switched."""
+def _variables(tokenizer: Any) -> dict[str, Any]:
+    """Template variables of every rendering: a fixed date, and no thinking where it can be switched.
+
+    Some templates open reasoning in the prompt without thinking and write none in the answer: they keep their default.
+    """
     date = {"date_string": DATE} if "date_string" in own_template(tokenizer) else {}
-    return {**date, "enable_thinking": False} if hybrid else date
+    off = {**date, "enable_thinking": False}
+    return off if thinks(tokenizer) and not (_continues(tokenizer, date) and not _continues(tokenizer, off)) else date
+
+
+def _continues(tokenizer: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an answer without reasoning is rendered behind the prompt that a server feeds."""
+    prompt = own_text(tokenizer, [USER], add_generation_prompt=True, **kwargs)
+    text = own_text(tokenizer, [USER, ANSWER], **kwargs)
+    return prompt is not None and text is not None and text.startswith(prompt)
 
 
 def _turns(tokenizer: Any, kwargs: dict[str, Any]) -> Turns:
     return Turns(lambda messages, **more: own_text(tokenizer, messages, tools=TOOLS, **kwargs, **more))
 
 
-def _ends_of_turn(turns: Turns, tokenizer: Any, kwargs: dict[str, Any]) -> tuple[str, ...]:
-    ends = end_of_turn(turns, set(added_tokens(tokenizer)))
-    if not ends:
+def _ends_of_turn(turns: Turns, tokenizer: Any, kwargs: dict[str, Any]) -> Ends:
+    ends = ends_of_turn(turns, set(added_tokens(tokenizer)))
+    if not ends.tokens:
         _raise_if_broken(tokenizer, kwargs)
         raise FormatError(
-            "the tokenizer's own template ends an answer with no token, so generation would not stop; "
-            "choose a format by name"
+            "the tokenizer's own template ends an answer with no token (neither the last answer nor one that a user's "
+            "message follows), so generation would not stop; choose a format by name"
         )
     return ends
 

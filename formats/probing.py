@@ -15,10 +15,15 @@ def call_message(arguments: dict[str, Any] | None = None, call_id: str = "callid
 
 
 def own_template(tokenizer: Any) -> str:
-    """The tokenizer's chat template, of several the one for tools; "" when there is none."""
+    """The tokenizer's chat template; "" when there is none. Of several, as Transformers chooses: "tool_use" with tools,
+    else "default"."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
-        template = template.get("tool_use") or template.get("default")
+        with_tools, plain = template.get("tool_use"), template.get("default")
+        if with_tools and plain:
+            parts = (text.removesuffix("\n") for text in (with_tools, plain))
+            return "{% if tools is not none %}" + "{% else %}".join(parts) + "{% endif %}"
+        template = with_tools or plain
     return template or ""
 
 

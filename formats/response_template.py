@@ -13,8 +13,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from formats.base import Format, FormatError, render_messages
+from formats.base import THINK, Format, FormatError, render_messages
 from formats.builtin import kanana, llama3, mistral, phi4_mini
+from formats.call_grammar import CallGrammar, NamedJsonCore, ObjectCore, source
 from formats.calls import parse_function_tag, parse_hermes
 from formats.yaml_format import DelimitedCallParser
 
@@ -36,9 +37,11 @@ def response_template(fmt: Format, tokenizer: Any) -> dict[str, Any] | None:
     """The value of `tokenizer.response_template`; None for a format whose calls it cannot express."""
     calls: dict[str, Any] | None = None
     if fmt.read_calls is not None and fmt.has_tools:
-        make_field = _READERS.get(fmt.read_calls)
+        make_field: Callable[[Format], dict[str, Any] | None] | None = _READERS.get(fmt.read_calls)
         if isinstance(fmt.read_calls, DelimitedCallParser):
             make_field = _delimited
+        elif isinstance(fmt.read_calls, CallGrammar):
+            make_field = _grammar
         calls = make_field(fmt) if make_field else None
         if calls is None:
             return None
@@ -46,8 +49,9 @@ def response_template(fmt: Format, tokenizer: Any) -> dict[str, Any] | None:
     if not anchors:
         return None
     ends = "|".join(map(re.escape, fmt.end_of_turn))
+    opening, closing = map(re.escape, fmt.reasoning_tags if fmt.reasoning_tags[0] else THINK)
     fields = {
-        "thinking": {"open_pattern": r"\A\s*<think>", "close_pattern": r"</think>\s*", "content": "text"},
+        "thinking": {"open_pattern": rf"\A\s*{opening}", "close_pattern": rf"{closing}\s*", "content": "text"},
         "tool_calls": calls,
         # White space before a marker, and all that follows the end of the turn, belongs to no content.
         "content": {"close_pattern": rf"\s*(?:{ends}).*", "content": "text", "repeats": True, "join": "\n"},
@@ -140,9 +144,37 @@ def _delimited(fmt: Format) -> dict[str, Any]:
     return _tagged(rf"{start}\s*{name}\s*?{separator}", end, "json", FUNCTION)
 
 
-def _call_list(opening: str, closing: str) -> dict[str, Any]:
+def _grammar(fmt: Format) -> dict[str, Any] | None:
+    """A derived grammar of JSON calls, each between the same texts or all in one list."""
+    grammar = fmt.read_calls
+    if not isinstance(grammar, CallGrammar) or not grammar.has_anchor or grammar.wrappers:
+        return None
+    opening, closing = source(grammar.opening.strip()), source(grammar.closing.strip()) or _at_end(fmt)
+    each = grammar.between is not None and "".join(grammar.between.split()) == "".join(
+        (grammar.closing + grammar.opening).split()
+    )
+    if grammar.between is not None and not each:
+        return None
+    core = grammar.core
+    if isinstance(core, NamedJsonCore) and grammar.closing.strip():
+        name = rf"(?P<name>(?:(?!{source(core.middle)}).)*?\S)" if core.middle.strip() else r"(?P<name>[^\s{]+)"
+        return _tagged(rf"{opening}\s*{name}\s*?{source(core.middle)}", closing, "json", FUNCTION)
+    if isinstance(core, ObjectCore) and core.name_path and core.arguments_path:
+        keys = [".".join(path) for path in (core.name_path, core.arguments_path)]
+        if not each:
+            return _call_list(opening, closing, *keys)
+        call = dict(zip(("name", "arguments"), (f"{{content.{key}}}" for key in keys), strict=True))
+        return _tagged(opening, closing, "json", {"type": "function", "function": call})
+    return None
+
+
+def _at_end(fmt: Format) -> str:
+    return "(?:" + "|".join(rf"(?={re.escape(text)})" for text in fmt.end_of_turn) + r"|\s*\Z)"
+
+
+def _call_list(opening: str, closing: str, name: str = "name", arguments: str = "arguments") -> dict[str, Any]:
     """One list of all calls of an answer."""
-    call = {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}}
+    call = {"type": "function", "function": {"name": f"{{{name}}}", "arguments": f"{{{arguments}}}"}}
     field = _tagged(opening, closing, "json", call, "(?&list)")
     return {**field, "repeats": False, "transform_each": True}
 
@@ -152,7 +184,7 @@ def _phi4(fmt: Format) -> dict[str, Any]:
 
 
 def _mistral(fmt: Format) -> dict[str, Any]:
-    end = "(?:" + "|".join(rf"(?={re.escape(text)})" for text in fmt.end_of_turn) + r"|\s*\Z)"
+    end = _at_end(fmt)
     if fmt.template_kwargs.get("version") in ("v11", "v13"):
         opening = r"\[TOOL_CALLS\]\s*(?P<name>[^\[\]\s][^\[\]]*?)\s*(?:\[CALL_ID\][^\[\]]*)?\[ARGS\]"
         return _tagged(opening, rf"(?:(?=\[TOOL_CALLS\])|{end})", "json", FUNCTION)

@@ -1,8 +1,10 @@
-"""Which message every token belongs to, for the audit table; found without looking at the labels.
+"""Which message every token belongs to, for the audit table.
 
 The conversation is rendered once more with a placeholder for every content. The text between the placeholders is the
 template's own ("header"); found again in the real text, it shows where each message starts and ends. An assistant's
-part extends to the end of its turn, calls included. The tools count as "system".
+part extends to the end of its turn, calls included. The tools count as "system". Where a template's own text depends
+on the calls or the reasoning beside a content, the placeholders do not find it again: then the trained answers are
+where they were rendered, and the other contents are searched for between them.
 """
 
 from __future__ import annotations
@@ -22,6 +24,14 @@ _BLOCKS = ("<think>\n\n</think>\n\n", "<think>\n")  # belong to the answer, alth
 _Span = tuple[int, int, str]  # start, end, role
 
 
+class Answer(NamedTuple):
+    """A trained answer: the index of its message and where its text, with its end, starts and ends."""
+
+    message: int
+    start: int
+    end: int
+
+
 class Piece(NamedTuple):
     """A piece of the template's own text, and where the tools' schemas are in it."""
 
@@ -37,15 +47,23 @@ class Skeleton(NamedTuple):
 
 
 def token_roles(
-    text: str, tokens: Tokenized, messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any
+    text: str,
+    tokens: Tokenized,
+    messages: list[dict],
+    tools: list[dict],
+    fmt: Format,
+    tokenizer: Any,
+    answers: list[Answer],
 ) -> list[str]:
-    """system, user, tool, assistant or header for each token of `text`."""
+    """system, user, tool, assistant or header for each token of `text`; `answers` are those trained in it."""
     spans = list(_spans(text, messages, tools, fmt, tokenizer))
     if spans[-1:] != [_END]:
         # A template that ignores a content of white space renders a different header for it.
         blank = [m if m["role"] == "assistant" or m["content"].strip() else {**m, "content": ""} for m in messages]
         others = list(_spans(text, blank, tools, fmt, tokenizer)) if blank != messages else []
-        spans = others if others[-1:] == [_END] else spans
+        spans = others if others[-1:] == [_END] else []
+    if not all(_is_covered(answer, spans) for answer in answers):
+        spans = _searched(text, messages, answers, fmt)
     roles: list[str] = []
     for start, end, role in sorted(span for span in spans if span != _END):
         roles += ["header"] * (tokens.before(start) - len(roles))
@@ -90,6 +108,29 @@ def _spans(text: str, messages: list[dict], tools: list[dict], fmt: Format, toke
             yield found + schemas[0] - cut, found + schemas[1] - cut, "system"
         at = found + len(header) - cut
     yield _END
+
+
+def _is_covered(answer: Answer, spans: list[_Span]) -> bool:
+    return any(role == "assistant" and start <= answer.start and answer.end <= end for start, end, role in spans)
+
+
+def _searched(text: str, messages: list[dict], answers: list[Answer], fmt: Format) -> list[_Span]:
+    """The answers, and between them the contents of the other messages, each behind the one before it."""
+    spans, at = [], 0
+    known = {answer.message: answer for answer in answers}
+    limits = [next((a.start for a in answers if a.message >= index), len(text)) for index in range(len(messages))]
+    for index, (message, limit) in enumerate(zip(messages, limits, strict=True)):
+        role, content = message["role"], message["content"].strip()
+        if index in known:
+            spans.append((known[index].start, known[index].end, role))
+            at = known[index].end
+        elif content and (found := text.find(content, at, limit)) >= 0:
+            end = found + len(content)
+            if role == "assistant":
+                end = min(_end_of_turn(text, fmt, end) or end, limit)
+            spans.append((found, end, role))
+            at = end
+    return spans
 
 
 def _with_call_names(header: str, messages: list[dict]) -> str:

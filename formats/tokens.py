@@ -12,9 +12,10 @@ from __future__ import annotations
 import re
 import weakref
 from bisect import bisect_left, bisect_right
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
+from formats.as_text import TEXT_MARK, ids_as_text
 from formats.base import Format, FormatError
 
 CACHED_PIECES = 8_000
@@ -78,8 +79,19 @@ class Tokens:
         self._piece = lru_cache(CACHED_PIECES)(self._tokenize)
         self._comparisons_left = COMPARED_TEXTS
 
+    @cached_property
+    def as_text(self) -> dict[str, list[int]]:
+        """Control strings with a mark, and their ids as ordinary text."""
+        return ids_as_text(self.tokenizer, self.added, self._names.keys())
+
+    @cached_property
+    def _marks(self) -> re.Pattern[str]:
+        return _any_of([*sorted(self.as_text, key=len, reverse=True), TEXT_MARK])
+
     def tokenized(self, text: str) -> Tokenized:
-        """The tokens of a text, as the tokenizer gives them for all of it."""
+        """The tokens of a text, as the tokenizer gives them for all of it; marked control strings are ordinary text."""
+        if TEXT_MARK in text:
+            return self._with_marks(text)
         result, offset = Tokenized(), 0
         pieces = self.pieces(text)
         for piece in pieces:
@@ -93,6 +105,27 @@ class Tokens:
                 self._piece.cache_clear()
                 return self.tokenized(text)
         return result
+
+    def _with_marks(self, text: str) -> Tokenized:
+        result, at = Tokenized(), 0
+        for match in (*self._marks.finditer(text), None):
+            segment = text[at : match.start() if match else len(text)]
+            offset = at
+            for number, piece in enumerate(self.pieces(segment)):
+                inside = at > 0 and number == 0  # not the start of a text
+                result.add(offset, self._behind_newline(piece) if inside else self._piece(piece))
+                offset += len(piece)
+            if match:
+                ids = self.as_text.get(match[0], [])
+                result.add(match.start(), Piece(ids, [0] * len(ids), []))
+                at = match.end()
+        return result
+
+    def _behind_newline(self, text: str) -> Piece:
+        newline, piece = self._piece("\n").ids, self._piece("\n" + text)
+        if piece.ids[: len(newline)] != newline:
+            return self._piece(text)
+        return Piece(piece.ids[len(newline) :], [at - 1 for at in piece.starts[len(newline) :]], piece.unspelled)
 
     def pieces(self, text: str) -> list[str]:
         """`text`, cut before every anchor."""

@@ -105,6 +105,15 @@ def test_generation_config_stops_at_end_of_turn(finished_run):
     assert 2 in (ends if isinstance(ends, list) else [ends])
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_checkpoints_carry_the_runs_own_template(finished_run, name):
+    folder, _ = finished_run
+    final = (folder / "final_model" / name).read_text(encoding="utf-8")
+    assert name == "chat_template.jinja" or "response_template" in json.loads(final)
+    for checkpoint in folder.glob("checkpoint-*"):
+        assert (checkpoint / name).read_text(encoding="utf-8") == final
+
+
 def test_secrets_are_not_written(rows, tiny_model, tmp_path):
     result = run(
         "--model", tiny_model, "--dataset", rows, "--format", "chatml", "--max_steps", 1, "--experiments_dir", tmp_path,

@@ -92,6 +92,8 @@ class ChatModel:
 
         Closing the iterator stops the generation. `options` are further entries of the GenerationConfig.
         """
+        from formats import decode
+
         ids = self.prompt_ids(messages, tools, decoding.max_new_tokens)
         live = LiveText(self.tokenizer, self.fmt, tools, self.tokenizer.decode(ids[-16:]))
         events: queue.Queue[str | list[int] | BaseException] = queue.Queue()
@@ -117,7 +119,7 @@ class ChatModel:
         if isinstance(event, BaseException):
             raise event
         stop = next((at for at, token in enumerate(event) if token in decoding.stop_ids), None)
-        live.text = text = self.tokenizer.decode(event[:stop], skip_special_tokens=False)  # without the end of the turn
+        live.text = text = decode(event[:stop], self.tokenizer, self.fmt)  # without the end of the turn
         if rest := live.finish(is_cut=stop is None)[0]:
             yield rest
         yield read_reply(

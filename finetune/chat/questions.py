@@ -110,13 +110,14 @@ def _answers(
             advance(1)
         return
     from finetune.generation.generate import generate
+    from formats import decode
 
     chat, decoding = agent.model, agent.decoding
     prompts = [chat.prompt_ids(session.messages, session.tools, decoding.max_new_tokens) for session in sessions]
     with chat.side(agent.side) as model:
         results = generate(model, prompts, decoding=decoding, on_result=lambda *_: advance(1)).results
     for session, made in zip(sessions, results, strict=True):
-        text = chat.tokenizer.decode(made.input_ids, skip_special_tokens=False)
+        text = decode(made.input_ids, chat.tokenizer, chat.fmt)
         reply = read_reply(text, session.tools, chat.tokenizer, chat.fmt, finish_reason=made.finish_reason)
         session.add_reply(reply)
         yield session, [reply]

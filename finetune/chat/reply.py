@@ -76,7 +76,7 @@ def read_reply(text: str, tools: list[dict], tokenizer: PreTrainedTokenizerBase,
     parsed = parsed_answer(text, tools, tokenizer, fmt, is_cut=measured.get("finish_reason") == "length")
     schemas = ToolSchemas(tools)
     return Reply(
-        text=text,
+        text=unescape(text, tokenizer, fmt),
         content=parsed.content,
         tool_calls=parsed.tool_calls,
         problems=[schemas.problems(call) for call in parsed.tool_calls],

@@ -48,6 +48,7 @@ def encode_conversations(
     overlong: str = "drop",
     reasoning: str = "keep",
     allow_unreadable_calls: bool = False,
+    train_reasoning: str = "on",
     num_proc: int | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = True,
@@ -60,7 +61,7 @@ def encode_conversations(
     max_positions   the model's, if they are fewer than max_seq_length: the limit instead; None: no limit by the model
     overlong        "drop" omits a longer sequence, "trim_turns" removes the oldest turns (system messages and tools
                     stay) until the rest fits, "error" raises UserError; an answer is never cut
-    reasoning, allow_unreadable_calls  see `formats.encode`
+    reasoning, allow_unreadable_calls, train_reasoning  see `formats.encode`
     num_proc        processes; None: all cores if one process alone would take long
     cache_dir       folder for results, keyed by data, format, tokenizer, flags and code; None: no cache
     origins         (source, row) of each conversation, to name rows in the report and in errors
@@ -71,7 +72,10 @@ def encode_conversations(
         raise UserError(f"overlong is {overlong!r}; choose drop, trim_turns or error")
     if max_positions is not None and max_seq_length is not None and max_positions >= max_seq_length:
         max_positions = None
-    flags = Flags(max_seq_length, train_on, control_tokens, overlong, reasoning, allow_unreadable_calls, max_positions)
+    flags = Flags(
+        max_seq_length, train_on, control_tokens, overlong, reasoning, allow_unreadable_calls, train_reasoning,
+        max_positions,
+    )  # fmt: skip
     path = None
     if cache_dir is not None:
         fingerprint = fingerprint or conversations_fingerprint(conversations)
@@ -198,6 +202,7 @@ def _joined(chunks: list[Chunk], read: int, flags: Flags) -> EncodedRows:
         "control_tokens": flags.control_tokens,
         "overlong": flags.overlong,
         "reasoning": flags.reasoning,
+        "train_reasoning": flags.train_reasoning,
     }
     return EncodedRows(
         np.concatenate(ids) if ids else np.zeros(0, np.int32),

@@ -25,6 +25,7 @@ class Flags:
     overlong: str
     reasoning: str = "keep"
     allow_unreadable_calls: bool = False
+    train_reasoning: str = "on"
     max_positions: int | None = None  # of the model, where they are fewer than max_seq_length
 
     @property
@@ -110,6 +111,7 @@ def _encode(conversation: Conversation, tokenizer: Any, fmt: Format, flags: Flag
         control_tokens=flags.control_tokens,
         reasoning=flags.reasoning,
         allow_unreadable_calls=flags.allow_unreadable_calls,
+        train_reasoning=flags.train_reasoning,
     )
 
 

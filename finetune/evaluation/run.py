@@ -150,6 +150,7 @@ def run_model(
     Answers that `path` already holds under the same settings are scored again, but not generated again.
     """
     from finetune.generation.generate import generate
+    from formats import decode
 
     results = ResultsFile(path, settings_hash(settings), prompts.items)
     if results.archived:
@@ -162,7 +163,7 @@ def run_model(
 
     def record(index: int, generation: Generation) -> None:
         item = prompts.items[todo[index]]
-        text = tokenizer.decode(generation.input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = decode(generation.input_ids, tokenizer, fmt)
         results.append(
             {
                 "source": item.source,

@@ -15,6 +15,7 @@ from finetune.export.targets import Job, target
 from finetune.progress import say
 from formats import FORMATS, Format, FormatError, get_format
 from formats.base import clean_messages, render_messages
+from formats.choosing import OWN_TEMPLATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +61,8 @@ def known_format(fmt: Format, tokenizer: PreTrainedTokenizerBase) -> Format:
 
     `native` and custom formats are compared with all built-in ones. Raises FormatError where none is the same.
     """
-    names = [fmt.name] if fmt.name in FORMATS and fmt.name != "native" else [n for n in FORMATS if n != "native"]
+    named = [name for name in FORMATS if name not in OWN_TEMPLATE]
+    names = [fmt.name] if fmt.name in named else named
     wanted = _renderings(fmt, tokenizer)
     for name in names:
         try:

@@ -67,7 +67,7 @@ class Audit:
         warn_of_length(encoded, positions)
         for kind in warning_kinds(encoded):
             _add_row(self.warnings, kind, name)
-        texts = [text for sequence in encoded.sequences for text in self._check(sequence, name, ends, tokenizer)]
+        texts = [text for sequence in encoded.sequences for text in self._check(sequence, name, ends, tokenizer, fmt)]
         expected = trained_messages(conversation, train_on)
         self.turns += len(expected)
         if not texts:
@@ -79,8 +79,10 @@ class Audit:
             for text, message in zip(texts, expected, strict=True):
                 self._parse_back(text, message, conversation["tools"], fmt, name)
 
-    def _check(self, sequence, name: str, ends: set[int], tokenizer) -> list[str]:
+    def _check(self, sequence, name: str, ends: set[int], tokenizer, fmt) -> list[str]:
         """Check one sequence; returns the decoded text of each trained span."""
+        from formats import decode
+
         ids, labels, roles = sequence.input_ids, sequence.labels, sequence.roles
         self.tokens.update(roles)
         texts = []
@@ -98,9 +100,7 @@ class Audit:
             self.last_tokens[last] += 1
             if ids[end - 1] not in ends:
                 _add_row(self.failures, "a trained turn without its end-of-turn token", name)
-            texts.append(
-                tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            )
+            texts.append(decode(ids[start:end], tokenizer, fmt))
         return texts
 
     def _parse_back(self, text: str, message: dict[str, Any], tools: list[dict[str, Any]], fmt, name: str) -> None:

@@ -35,6 +35,7 @@ class PrepareOptions:
     control_tokens: str = "escape"
     reasoning: str = "keep"
     allow_unreadable_calls: bool = False
+    train_reasoning: str = "on"
     num_proc: int | None = None
     where: dict[str, list[str]] | None = None
 
@@ -200,6 +201,7 @@ def _fit_to_length(rows: list[_Row], result: Prepared, options: PrepareOptions, 
         overlong=options.overlong,
         reasoning=options.reasoning,
         allow_unreadable_calls=options.allow_unreadable_calls,
+        train_reasoning=options.train_reasoning,
         num_proc=options.num_proc,
         origins=[row.origin for row in rows],
     )

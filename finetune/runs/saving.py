@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.files import atomic_directory
 from finetune.runs.experiment import FINAL, Experiment
 from finetune.runs.model_card import model_card
+from formats.escape import unmarked_as_special
 from formats.response_template import example_answers, response_template
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ def with_format(tokenizer: PreTrainedTokenizerBase, fmt: Format) -> PreTrainedTo
     # `init_kwargs` is what save_pretrained writes; `response_schema` is the name in earlier versions of Transformers.
     stale = ("response_template", "response_schema")
     saved.init_kwargs = {key: value for key, value in tokenizer.init_kwargs.items() if key not in stale}
+    # Transformers (5.20 and later) encodes these as text in contents, with sanitize_control_tokens=True.
+    if names := unmarked_as_special(tokenizer, fmt):
+        saved.init_kwargs["chat_control_tokens"] = names
     saved.response_template = checked_response_template(fmt, tokenizer)
     if getattr(saved, "response_schema", None) is not None:
         saved.response_schema = None

@@ -105,6 +105,7 @@ class CallScorer:
     def _answer(self, model: Any, items: range) -> list[float]:
         """[answers with the right tools, with the right arguments too, answers], summed over all processes."""
         from finetune.generation.generate import Decoding, generate
+        from formats import decode
 
         mine: Sequence[int] = items[distributed.rank() :: distributed.size()]
         right = [0.0] * len(VERDICTS)
@@ -113,9 +114,7 @@ class CallScorer:
             report = generate(model, [self.prompts.input_ids[at] for at in mine], decoding=decoding)
             for at, generation in zip(mine, report.results, strict=True):
                 assert generation is not None
-                text = self.tokenizer.decode(
-                    generation.input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-                )
-                verdicts = judge(self.prompts.items[at], str(text), self.tokenizer, self.fmt)["verdicts"]
+                text = decode(generation.input_ids, self.tokenizer, self.fmt)
+                verdicts = judge(self.prompts.items[at], text, self.tokenizer, self.fmt)["verdicts"]
                 right = [total + bool(verdicts[name]) for total, name in zip(right, VERDICTS, strict=True)]
         return distributed.totals([*right, len(mine)])

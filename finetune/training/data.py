@@ -38,7 +38,8 @@ class RunData:
                 loaded.conversations, tokenizer, fmt, max_seq_length=limit.requested, max_positions=limit.positions,
                 train_on=settings.train_on, control_tokens=settings.control_tokens, overlong=settings.overlong,
                 reasoning=settings.reasoning, allow_unreadable_calls=settings.allow_unreadable_calls,
-                cache_dir=cache_dir() / "tokens", origins=loaded.origins, fingerprint=loaded.fingerprint,
+                train_reasoning=settings.train_reasoning, cache_dir=cache_dir() / "tokens",
+                origins=loaded.origins, fingerprint=loaded.fingerprint,
             )  # fmt: skip
 
         self.rows = encoded(self.train)

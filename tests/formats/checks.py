@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
-from formats import IGNORE_INDEX, Encoded, Format
+from formats import IGNORE_INDEX, Encoded, Format, decode
+from formats.as_text import TEXT_MARK, marked
 from formats.base import clean_messages
 from formats.escape import escape_conversation
 
@@ -24,7 +27,7 @@ def spans(labels: list[int]) -> list[tuple[int, int]]:
 
 
 def exact_calls(calls: list[dict]) -> str:
-    return unicodedata.normalize("NFC", json.dumps(calls, ensure_ascii=False))
+    return unicodedata.normalize("NFC", json.dumps(calls, ensure_ascii=False, sort_keys=True))
 
 
 def served_prompts(
@@ -42,18 +45,72 @@ def served_prompts(
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or not index or row["messages"][index].get("train") is False:
             continue
-        prompts[index] = [
+        texts = [
             tokenizer.apply_chat_template(
                 messages[:index],
                 tools=tools or None,
                 chat_template=fmt.template,
                 add_generation_prompt=True,
-                return_dict=False,
+                tokenize=False,
                 **{**fmt.template_kwargs, **mode},
             )
             for mode in modes
         ]
+        prompts[index] = [sanitized_ids(tokenizer, text) for text in texts]
     return prompts
+
+
+def sanitized_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a rendered text, as `sanitize_control_tokens=True` of Transformers 5.24 gives them: marked control strings
+    and the text around them are encoded separately, behind a newline that is removed again."""
+
+    def behind_newline(encode: Callable[[str], list[int]], piece: str) -> list[int]:
+        newline, ids = ids_of("\n"), encode("\n" + piece)
+        return ids[len(newline) :] if ids[: len(newline)] == newline else encode(piece)
+
+    def ids_of(piece: str) -> list[int]:
+        return tokenizer(piece, add_special_tokens=False)["input_ids"]
+
+    if TEXT_MARK not in text:
+        return ids_of(text)
+    plain = _without_added_tokens(tokenizer)
+    marks = {marked(token) for token in plain.removed if token}
+    # A template that prints its own spelling of a control string leaves the mark alone: it only separates.
+    pattern = f"({'|'.join(map(re.escape, sorted(marks, key=len, reverse=True)))})|{TEXT_MARK}"
+    first, *rest = re.split(pattern, text)
+    ids = ids_of(first)
+    for number, piece in enumerate(rest):
+        if number % 2 and piece:
+            ids += behind_newline(ids_of, piece)
+        elif piece:
+            ids += behind_newline(plain.ids, piece.replace(TEXT_MARK, ""))
+    return ids
+
+
+class _WithoutAddedTokens:
+    """The backend of a tokenizer, loaded without its added tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        from tokenizers import Tokenizer
+
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        self.removed = [token["content"] for token in state["added_tokens"]]
+        state["added_tokens"], state["post_processor"] = [], None
+        self.backend = Tokenizer.from_str(json.dumps(state))
+
+    def ids(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+
+_PLAIN: dict[Any, _WithoutAddedTokens] = {}
+
+
+def _without_added_tokens(tokenizer: Any) -> _WithoutAddedTokens:
+    # One for each vocabulary: loading takes a second.
+    key = (tokenizer.name_or_path, tokenizer.vocab_size, frozenset(tokenizer.added_tokens_encoder))
+    if key not in _PLAIN:
+        _PLAIN[key] = _WithoutAddedTokens(tokenizer)
+    return _PLAIN[key]
 
 
 def assert_exact(row: dict, encoded: Encoded, tokenizer: Any, fmt: Format, control_tokens: str = "escape") -> None:
@@ -79,7 +136,7 @@ def assert_exact(row: dict, encoded: Encoded, tokenizer: Any, fmt: Format, contr
             assert sequence.input_ids[:start] in prompts[index], f"turn {index}: not what a server feeds"
             assert sequence.input_ids[end - 1] in ends, f"turn {index}: does not end with the end of the turn"
             assert not ends & set(sequence.input_ids[start : end - 1]), f"turn {index}: an end inside the span"
-            answer = fmt.parse(tokenizer.decode(sequence.input_ids[start:end]), row["tools"])
+            answer = fmt.parse(decode(sequence.input_ids[start:end], tokenizer, fmt), row["tools"])
             message = escape_conversation([row["messages"][index]], [], tokenizer, fmt, control_tokens)[0][0]
             wanted = [call["function"] for call in message.get("tool_calls", [])]
             if fmt.read_calls is not None:

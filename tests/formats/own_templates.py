@@ -61,3 +61,31 @@ RELAXED = (
 STYLES["relaxed JSON"] = RELAXED + template("<|call|>do:{{ f.name }}{{ value(f.arguments) }}<|/call|>")
 # Writes calls that no parser reads: the values stand before their names.
 UNREADABLE = template("{% for k, v in f.arguments.items() %}{{ v }} as {{ k }};{% endfor %} for {{ f.name }}")
+# Templates that end only past turns: with the next role's own token, or with an end between turns.
+_CALLS = "{% for c in m.tool_calls or [] %}<c>{{ c.function.name }} {{ c.function.arguments | tojson }}</c>{% endfor %}"
+_ROLES = (
+    "{% if tools %}<|system|>{{ tools | tojson }}{% endif %}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}<|assistant|>\n{{ m.content }}" + _CALLS + "{% if not loop.last %}BETWEEN{% endif %}"
+    "{% elif m.role == 'tool' %}<|observation|>\n{{ m.content }}"
+    "{% else %}{{ '<|' + m.role + '|>\n' + m.content }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}{# <|user|><|done|> #}"
+)
+ROLE_ENDS, BETWEEN_ENDS = _ROLES.replace("BETWEEN", ""), _ROLES.replace("BETWEEN", "{{ '\n<|done|>' }}")
+# Granite 4's layout: roles between two tokens, calls as Hermes writes them.
+ROLE_TOKENS = (
+    "{% set s = '<|start_of_role|>' %}{% set e = '<|end_of_role|>' %}{% set t = '<|end_of_text|>\n' %}"
+    "{% if tools %}{{ s + 'system' + e }}Tools: <tools>"
+    "{% for o in tools %}\n{{ o | tojson }}{% endfor %}\n</tools>{{ t }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "{{ s + 'user' + e }}<tool_response>\n{{ m.content }}\n</tool_response>{{ t }}"
+    "{% else %}{{ s + m.role + e + m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ '\n' if m.content or not loop.first }}<tool_call>\n"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}{{ t }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ s + 'assistant' + e }}{% endif %}"
+)
+# Reasoning between tags of its own, of which the prompt never opens any.
+REASONED = template(
+    "<c>{{ f.name }} {{ f.arguments | tojson }}</c>", between="\n",
+    text="{% if m.reasoning_content %}<|why|>\n{{ m.reasoning_content }}\n<|/why|>{% endif %}{{ m.content }}",
+    before="{% if m.reasoning_content and not m.content %}<|why|>\n{{ m.reasoning_content }}\n<|/why|>{% endif %}",
+)  # fmt: skip

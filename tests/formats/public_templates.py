@@ -12,15 +12,26 @@ from tests import parts
 
 # Texts in a template that are tokens of its model's vocabulary. Special ones also open or end something for sure.
 _SPECIAL = re.compile(
-    r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|\[/?[A-Z_]{3,24}\]|</?s>|<(?:start|end)_of_turn>|<eos>|<bos>|<sep>"
+    r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>{}]{1,40}｜>|\[/?[A-Z_]{3,24}\]|</?s>|<(?:start|end)_of_turn>|<eos>|<bos>|<sep>"
     r"|<(?:turn|channel|tool)[a-z_]*\|>|<\|(?:turn|channel|think|tool)[a-z_]*>|<end_of_utterance>"
+    r"|<SPECIAL_\d+>|<seed:[be]os>|<(?:beginning|end)_of_sentence>|\[e~\[|\]~b\]|\]<\]minimax\[>\["
 )
-_MARKS = re.compile(r"</?(?:tool|think|arg)[a-z_]*>")
+_MARKS = re.compile(
+    r"</?(?:tool|think|arg|assistant|user|system|TOOLCALL)[a-z_]*>|</?(?:seed|minimax|mm):[a-z_]+>|</?escape>"
+)
+_LLAMA3 = "<|start_header_id|>"  # templates of Llama 3's vocabulary that leave its start token to `bos_token`
 
 
 def control_tokens(template: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(special tokens, other added tokens) that a template's text names."""
-    special = tuple(dict.fromkeys(_SPECIAL.findall(template)))
+    special = _SPECIAL.findall(template)
+    if _LLAMA3 in template:
+        special.append("<|begin_of_text|>")
+    if "<｜hy_" in template:  # Hunyuan 3 formats the names of its tokens
+        special += [f"<｜hy_{name}:opensource｜>" for name in ("eos", "begin_of_sentence", "User", "Assistant")]
+    if "List of tools: " in template:  # LFM2's vocabulary has tokens for calls that its first template does not write
+        special += ["<|tool_call_start|>", "<|tool_call_end|>"]
+    special = tuple(dict.fromkeys(special))
     return special, tuple(mark for mark in dict.fromkeys(_MARKS.findall(template)) if mark not in special)
 
 
@@ -55,7 +66,8 @@ def tokenizer_with(template: str, vocabulary: str = "bytes"):
     tokens = [AddedToken(text, normalized=False, special=True) for text in special]
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in marks])
-    tokenizer.bos_token = next((text for text in ("<s>", "<bos>") if text in special), "<|endoftext|>")
+    starts = ("<s>", "<bos>", "<|begin_of_text|>")
+    tokenizer.bos_token = next((text for text in starts if text in special), "<|endoftext|>")
     tokenizer.chat_template = template
     return tokenizer
 

@@ -1,17 +1,21 @@
 """The table in docs/formats_table.md: every format, tokenizer and hard conversation.
 
-python -m tests.formats.table > docs/formats_table.md
+python -m tests.formats.table rewrites its part of the page.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from pathlib import Path
 
 from formats import encode
 from tests.formats.cases import HOSTILE, ROWS
 from tests.formats.checks import assert_exact
 from tests.formats.pairs import PAIRS, Pair
+from tests.formats.recorded import digest
 
+PAGE = Path(__file__).parents[2] / "docs" / "formats_table.md"
+PUBLISHED = "## Published chat templates with `--format auto`"  # the part of tests/formats/public_table.py
 ALL = {**ROWS, **{f"hostile_{name}": made for name, made in HOSTILE.items()}}
 HEAD = f"""# Formats, tokenizers and hard conversations
 
@@ -28,13 +32,16 @@ other way.
 """
 
 
-def outcome(pair: Pair) -> tuple[Counter, dict[str, list[str]]]:
-    """(how many rows are ok, split, refused, wrong; rows refused by reason)."""
+def outcome(pair: Pair) -> tuple[Counter, dict[str, list[str]], dict[str, str]]:
+    """(how many rows are ok, split, refused, wrong; rows refused by reason; digests of the rows' ids and labels)."""
     tokenizer, fmt = pair.load()
     counts: Counter = Counter()
     reasons: dict[str, list[str]] = defaultdict(list)
+    digests = {}
     for label, made in ALL.items():
         encoded = encode(made, tokenizer, fmt)
+        if label in ROWS:
+            digests[label] = digest(encoded)
         try:
             assert_exact(made, encoded, tokenizer, fmt)
         except AssertionError as error:
@@ -44,16 +51,17 @@ def outcome(pair: Pair) -> tuple[Counter, dict[str, list[str]]]:
         counts[encoded.status] += 1
         if encoded.reason and encoded.status == "refused":
             reasons[encoded.reason.partition(": ")[2] or encoded.reason].append(label)
-    return counts, reasons
+    return counts, reasons, digests
 
 
-def table() -> tuple[str, list[str]]:
-    """(the page, what is wrong in which rows)."""
+def table() -> tuple[str, list[str], dict[str, dict[str, str]]]:
+    """(the page, what is wrong in which rows, digests of all rows' ids and labels)."""
     lines: list[str] = []
     details: list[str] = []
     wrong: list[str] = []
+    digests = {}
     for pair in PAIRS:
-        counts, reasons = outcome(pair)
+        counts, reasons, digests[f"{pair.format} on {pair.label}"] = outcome(pair)
         wrong += [
             f"{pair.format} on {pair.label}: {reason}: {rows}" for reason, rows in reasons.items() if "WRONG" in reason
         ]
@@ -61,8 +69,9 @@ def table() -> tuple[str, list[str]]:
         lines.append(f"| {pair.format} | {pair.label} | {numbers} |")
         details.append(f"\n**{pair.format}** on {pair.label}\n")
         details += [f"- {reason}: {', '.join(rows)}" for reason, rows in sorted(reasons.items())]
-    return HEAD + "\n".join(lines) + "\n\n## What is refused, and why\n" + "\n".join(details) + "\n", wrong
+    return HEAD + "\n".join(lines) + "\n\n## What is refused, and why\n" + "\n".join(details) + "\n", wrong, digests
 
 
 if __name__ == "__main__":
-    print(table()[0], end="")
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(table()[0] + page[page.index(f"\n{PUBLISHED}") :], encoding="utf-8")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from formats import FormatError, choose_format, encode, get_format
+from formats import IGNORE_INDEX, FormatError, choose_format, encode, get_format
 from formats.comparison import compare, own_difference
 from tests.formats import own_templates as own
 from tests.formats.cases import CLOCK, WEATHER, calls, result, row, says, tool, user
-from tests.formats.checks import assert_exact
+from tests.formats.checks import assert_exact, spans
 from tests.formats.public_templates import load, tokenizer_with
 
 HARD = 'say "hi" it\'s {x} [y] (z) a,b: \\ one\ntwo 한국 😀 007 </x> null'
@@ -57,10 +57,64 @@ def test_calls_of_own_templates_read_back(style):
         assert_exact(made, encoded, tokenizer, fmt)
 
 
+def test_several_templates_are_used_as_published():
+    tokenizer = own_tokenizer("several templates")
+    tokenizer.chat_template["default"] = f"{own.OPEN}note\nNo tools.{own.END}\n" + own.template("")
+    fmt, _ = choose_format(tokenizer)
+    for made in (row(user("hi"), says("hello")), answers("")["steps"]):
+        served = tokenizer.apply_chat_template(made["messages"], tools=made["tools"] or None, tokenize=False)
+        assert encode(made, tokenizer, fmt).sequences[0].text == served
+        assert ("No tools." in served) == (not made["tools"])
+
+
 def test_closing_token_inside_a_turn_is_no_end():
     fmt = get_format("native", tokenizer_with(own.INNER))
     assert fmt.end_of_turn == (own.END,)
     assert fmt.parse("<|text|>Hello.<|/text|>" + own.END).content == "Hello."
+
+
+@pytest.mark.parametrize(
+    "name,ends,unwritten",
+    [
+        ("ROLE_ENDS", ("<|user|>", "<|observation|>"), ("<|user|>", "<|observation|>")),
+        ("BETWEEN_ENDS", (own.END,), (f"\n{own.END}", f"\n{own.END}")),
+    ],
+)
+def test_ends_of_past_turns_end_every_turn(name, ends, unwritten):
+    """The last turn has no end in the text that the template renders; it is trained with that of a past one."""
+    tokenizer = tokenizer_with(getattr(own, name))
+    fmt, _ = choose_format(tokenizer)
+    assert (fmt.end_of_turn, fmt.unwritten_ends) == (ends, unwritten)
+    for label, made in answers("").items():
+        encoded = encode(made, tokenizer, fmt)
+        assert encoded.status == "ok", (label, encoded.reason)
+        assert_exact(made, encoded, tokenizer, fmt)
+    made = row(user("a"), calls(("clock", {})), result("12"), says("Noon."), user("b"), says("c"), tools=(CLOCK,))
+    (sequence,) = encode(made, tokenizer, fmt).sequences
+    trained = [tokenizer.decode(sequence.input_ids[a:b]) for a, b in spans(sequence.labels)]
+    assert trained == [f"<c>clock {{}}</c>{unwritten[1]}", f"Noon.{unwritten[0]}", f"c{unwritten[0]}"]
+
+
+def test_end_inside_a_turn_is_refused():
+    """A template that closes the answer before only in front of the next one."""
+    early = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|done|>{{ 'more<|done|>' if m.content == 'two' }}"
+    tokenizer = tokenizer_with(
+        early + "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}{# <|assistant|> #}"
+    )
+    fmt = get_format("native", tokenizer)
+    encoded = encode(row(user("a"), says("two")), tokenizer, fmt)
+    assert encoded.status == "refused" and "end of turn before it or inside it" in encoded.reason
+    joined = tokenizer_with("{% for m in messages %}{{ m.content }}<|done|>{% endfor %}")
+    encoded = encode(row(user("a"), says("b"), says("c")), joined, get_format("native", joined))
+    assert encoded.status == "refused" and "nothing between it and the answer before it" in encoded.reason
+
+
+def test_thinking_stays_on_where_off_breaks_turns():
+    """MiniCPM5's prompt without thinking opens and closes reasoning that its answers do not have."""
+    switched = "add_generation_prompt and enable_thinking is defined and not enable_thinking"
+    prompt = "{% if " + switched + " %}<think></think>{% endif %}"
+    fmt = get_format("native", tokenizer_with(own.STYLES["JSON list"] + prompt))
+    assert "enable_thinking" not in fmt.template_kwargs and fmt.thinking is None
 
 
 def test_template_without_an_end_is_refused():
@@ -99,6 +153,45 @@ def test_reasoning_is_kept_dropped_or_refused():
         encode(made, tokenizer, fmt, reasoning="lose")
 
 
+def test_reasoning_between_other_tags():
+    tokenizer = tokenizer_with(own.REASONED)
+    fmt = get_format("native", tokenizer)
+    assert fmt.reasoning_tags == ("<|why|>", "<|/why|>")
+    made = row(user("go"), calls(("clock", {}), ("clock", {}), reasoning_content="Look."), result("1"), result("2", 1),
+               says("Noon.", reasoning_content="Read it."), user("ok"), says("<think>\nso\n</think>\n\nBye."),
+               user("bye"), says("Plain."), tools=(CLOCK,))  # fmt: skip
+    encoded = encode(made, tokenizer, fmt)
+    assert (encoded.status, encoded.warnings) == ("ok", []), encoded.reason
+    assert_exact(made, encoded, tokenizer, fmt)
+    (sequence,) = encoded.sequences
+    texts = [tokenizer.decode(sequence.input_ids[a:b]) for a, b in spans(sequence.labels)]
+    assert [fmt.parse(text).reasoning_content for text in texts] == ["Look.", "Read it.", "so", None]
+    masked = encode(made, tokenizer, fmt, train_reasoning="off").sequences[0]
+    assert tokenizer.decode([i for i in masked.labels if i != IGNORE_INDEX]).count("<|/why|>") == 2
+
+
+def test_order_of_arguments_is_free():
+    """Gemma 4's template sorts them."""
+    sort = own.STYLES["JSON list"].replace("f.arguments | tojson", "f.arguments | tojson(sort_keys=true)")
+    tokenizer = tokenizer_with(sort)
+    made = row(user("go"), calls(("job", {"b": 1, "a": {"d": "7", "c": 2}})), tools=(tool("job"),))
+    assert encode(made, tokenizer, choose_format(tokenizer)[0]).status == "ok"
+
+
+def test_reasoning_is_masked():
+    tokenizer = load("qwen3")
+    fmt = choose_format(tokenizer)[0]
+    made = row(user("2+2?"), says("4", reasoning_content="add them"))
+    on, off = (encode(made, tokenizer, fmt, train_reasoning=value).sequences[0] for value in ("on", "off"))
+    assert on.input_ids == off.input_ids
+    texts = [[tokenizer.decode(s.input_ids[a:b]) for a, b in spans(s.labels)] for s in (on, off)]
+    assert texts == [["<think>\nadd them\n</think>\n\n4<|im_end|>"], ["\n</think>\n\n4<|im_end|>"]]
+    plain = row(user("2+2?"), says("4"))
+    assert encode(plain, tokenizer, fmt, train_reasoning="off") == encode(plain, tokenizer, fmt)
+    with pytest.raises(FormatError, match="on or off"):
+        encode(made, tokenizer, fmt, train_reasoning="no")
+
+
 def test_reasoning_in_the_text_is_dropped():
     tokenizer = load("qwen3")
     fmt = choose_format(tokenizer)[0]
@@ -120,7 +213,7 @@ PUBLIC = {
     "gemma4_v5": ("native", ("<turn|>", "<|tool_response>")),
     "gptoss": ("native", ("<|return|>", "<|call|>")),
     "lfm2_v2": ("native", ("<|im_end|>",)),
-    "llama3_1": ("native", ("<|eot_id|>",)),
+    "llama3_1": ("llama3", ("<|eot_id|>",)),
     "qwen2_5": ("qwen", ("<|im_end|>",)),
     "qwen3_6": ("qwen-xml", ("<|im_end|>",)),
 }

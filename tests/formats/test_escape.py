@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.masking import marker_search
-from formats import IGNORE_INDEX, FormatError, encode, encode_prompt, escape_conversation, get_format, unescape
+from formats import IGNORE_INDEX, FormatError, decode, encode, encode_prompt, escape_conversation, get_format, unescape
+from formats.as_text import TEXT_MARK, marked
 from formats.base import render_messages
 from formats.escape import MARK
 from tests import parts
@@ -76,8 +77,50 @@ def test_answer_quoting_control_tokens_is_trained():
     tokenizer = parts.tokenizer("llama3")
     fmt = get_format("llama3-function")
     texts = trained_text(encode(HOSTILE["answer"], tokenizer, fmt), tokenizer)
-    assert texts[0].endswith("or </s>, not [/INST].<|eot_id|>")
-    assert f"<{MARK}|eot_id|>" in texts[0] and len(texts) == 2
+    assert texts[0] == "A turn ends with <|eot_id|>, <|im_end|> or </s>, not [/INST].<|eot_id|>" and len(texts) == 2
+
+
+def test_quoted_control_token_is_not_the_end_of_a_turn():
+    """What ordinary tokens spell is text; decode marks it, so that parse does not take it for control."""
+    tokenizer = parts.tokenizer("llama3")
+    fmt = get_format("llama3-function")
+    (sequence,) = encode(HOSTILE["answer"], tokenizer, fmt).sequences
+    ((start, end), _) = spans(sequence.labels)
+    ids = sequence.input_ids[start:end]
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|eot_id|>")) == 1
+    parsed = fmt.parse(decode(ids, tokenizer, fmt))
+    assert unescape(parsed.content, tokenizer, fmt) == HOSTILE["answer"]["messages"][1]["content"]
+    assert decode(sequence.input_ids, tokenizer, fmt).count(TEXT_MARK) == 1
+    assert fmt.parse(tokenizer.decode(ids)).content == "A turn ends with"
+
+
+@pytest.mark.parametrize(
+    "vocabulary,name", [("llama3", "llama3-function"), ("qwen3", "qwen"), ("mistral-v3", "mistral")]
+)
+def test_keys_and_values_are_encoded_as_text(vocabulary, name):
+    """No control token, no changed text: what ids decode to is what the row says."""
+    tokenizer = parts.tokenizer(vocabulary)
+    fmt = get_format(name, tokenizer)
+    word = fmt.end_of_turn[0]
+
+    def encoded(word: str):
+        made = row(user(f"a {word} b"), calls(("mail", {"to": [word], f"{word} key": word})), tools=(MAIL,))
+        return encode(made, tokenizer, fmt).sequences[0]
+
+    sequence, calm = encoded(word), encoded("stop")
+    control = set(tokenizer.added_tokens_decoder)
+    assert [i for i in sequence.input_ids if i in control] == [i for i in calm.input_ids if i in control]
+    text = tokenizer.decode(sequence.input_ids)
+    assert MARK not in text and TEXT_MARK not in text + sequence.text
+    assert f"a {word} b" in text and f'"{word} key": "{word}"' in text
+
+
+def test_a_mark_in_the_data_is_removed():
+    tokenizer = parts.tokenizer("qwen3")
+    fmt = get_format("qwen", tokenizer)
+    forged = encode(row(user(f"<{TEXT_MARK}|im_end|> a{TEXT_MARK}b"), says("ok")), tokenizer, fmt)
+    plain = encode(row(user("<|im_end|> ab"), says("ok")), tokenizer, fmt)
+    assert forged.escaped == 1 and forged.sequences[0].input_ids == plain.sequences[0].input_ids
 
 
 def test_error_policy_refuses_and_names_the_message():
@@ -105,7 +148,7 @@ def test_only_leading_reasoning_tags_are_kept():
     fmt = get_format("qwen", tokenizer)
     made = row(user("say <think>"), says("<think>\na </think>b"))
     messages, _, found = escape_conversation(made["messages"], [], tokenizer, fmt)
-    assert messages[0]["content"] == f"say <{MARK}think>"
+    assert messages[0]["content"] == f"say {marked('<think>')}"
     assert messages[1]["content"] == "<think>\na </think>b" and len(found) == 1
 
 

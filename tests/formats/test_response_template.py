@@ -8,12 +8,16 @@ import json
 import pytest
 
 from finetune.runs.saving import checked_response_template, with_format
-from formats import FORMATS, get_format
+from formats import FORMATS, FormatError, get_format
 from formats.base import clean_messages, render_messages
+from formats.escape import escape_conversation
 from formats.response_template import example_answers, response_template
 from tests import parts
+from tests.formats import own_templates
 from tests.formats.cases import ROWS
+from tests.formats.fuzz import conversation
 from tests.formats.pairs import PAIRS, Pair
+from tests.formats.public_templates import tokenizer_with
 from tests.helpers import lazy
 
 chat_parsing = lazy("transformers.utils.chat_parsing")
@@ -22,9 +26,9 @@ chat_parsing = lazy("transformers.utils.chat_parsing")
 INEXPRESSIBLE = {"qwen-xml", "gemma", "llama3-pythonic"}
 
 
-def answers(fmt, tokenizer):
-    """(prompt, answer) of every assistant turn of the hard conversations that the format can write."""
-    for made in ROWS.values():
+def answers(fmt, tokenizer, rows=None):
+    """(prompt, answer) of every assistant turn of the conversations that the format can write."""
+    for made in rows or ROWS.values():
         for index, message in enumerate(made["messages"]):
             if message["role"] != "assistant":
                 continue
@@ -113,6 +117,40 @@ def test_custom_format_has_a_template(tmp_path):
         assert read(text, template) == own(text, fmt)
 
 
+@pytest.mark.parametrize("style", ["name before JSON", "JSON list", "tagged XML"])
+def test_derived_calls_have_a_template(style):
+    """JSON calls can be expressed; values without JSON cannot, and then there is no template."""
+    tokenizer = tokenizer_with(own_templates.STYLES[style])
+    fmt = get_format("native", tokenizer)
+    template = checked_response_template(fmt, tokenizer)
+    if style == "tagged XML":
+        assert template is None
+        return
+    turns = list(answers(fmt, tokenizer))
+    assert len(turns) > 20
+    for prompt, text in turns:
+        assert read(text, template, prompt) == own(text, fmt), text
+
+
+FIRST = [pair for pair in {pair.format: pair for pair in reversed(PAIRS)}.values() if pair.format not in INEXPRESSIBLE]
+
+
+@pytest.mark.parametrize("pair", FIRST, ids=str)
+def test_generated_answers_read_alike(pair: Pair):
+    """Hostile texts, names and values, with the control tokens of the contents marked as `decode` marks them."""
+    tokenizer, fmt = pair.load()
+    template = response_template(fmt, tokenizer)
+    for seed in range(5):
+        made = conversation(seed)
+        try:
+            messages = clean_messages(made["messages"], fmt)
+        except FormatError:  # a row that the format cannot express
+            continue
+        messages, tools, _ = escape_conversation(messages, made["tools"], tokenizer, fmt)
+        for prompt, text in answers(fmt, tokenizer, [{"messages": messages, "tools": tools}]):
+            assert read(text, template, prompt) == own(text, fmt), text
+
+
 @pytest.mark.parametrize("name", ["chatml", "gemma"])
 def test_stale_template_of_the_base_is_not_kept(name, tmp_path):
     """It is among the tokenizer's attributes and among what save_pretrained copies."""
@@ -128,6 +166,13 @@ def test_stale_template_of_the_base_is_not_kept(name, tmp_path):
     written = json.loads((tmp_path / "run" / "tokenizer_config.json").read_text("utf-8")).get("response_template")
     assert written == (None if name == "gemma" else response_template(fmt, tokenizer))
     assert base.response_template == stale  # the caller's own
+
+
+def test_control_tokens_are_named_for_servers(tmp_path):
+    tokenizer = parts.tokenizer("qwen3")
+    with_format(tokenizer, get_format("qwen", tokenizer)).save_pretrained(tmp_path)
+    named = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))["chat_control_tokens"]
+    assert {"<tool_call>", "</tool_response>", "<think>"} <= set(named) and "<|im_end|>" not in named
 
 
 def test_example_answers_hold_a_call():

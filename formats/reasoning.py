@@ -1,0 +1,25 @@
+"""The tags around an answer's reasoning, derived from a rendering."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from formats.base import THINK
+from formats.derivation import ANSWER, NAMES, USER, answer, call
+
+REASONING = "yq1zk"
+_TAG = re.compile(r"\s*(<[^<>]+>|\[[^\[\]]+\])")
+
+
+def reasoning_tags(render: Callable[..., str | None]) -> tuple[str, str] | None:
+    """(opening, closing) around `reasoning_content`; None where the template writes it as `<think>`, or not at all."""
+    prompt = render([USER], add_generation_prompt=True) or ""
+    found = set()
+    for turn, word in ((answer(ANSWER), ANSWER), (answer("", call()), NAMES[0])):
+        text = render([USER, {**turn, "reasoning_content": REASONING}]) or ""
+        head, reasoning, tail = text.partition(REASONING)
+        closing = _TAG.match(tail.partition(word)[0])
+        if reasoning and closing:
+            found.add((head.removeprefix(prompt).strip() if head.startswith(prompt) else "", closing[1]))
+    return found.pop() if len(found) == 1 and not any(closing == THINK[1] for _, closing in found) else None
