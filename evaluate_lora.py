@@ -59,10 +59,13 @@ def main(argv: list[str] | None = None) -> int:
     from finetune.evaluation import bfcl
     from finetune.evaluation.items import load_items
     from finetune.runs.find import find_run
+    from formats import check_format_name
 
     items = load_items(args.dataset, limit=args.limit) if args.dataset else []
     if args.suite:
         items += bfcl.load_items(bfcl.parse_suite(args.suite), limit=args.limit)
+    if args.format:
+        check_format_name(args.format)
     run = find_run(args.model, trust_remote_code=args.trust_remote_code)
     folder = output_folder(args)
     say(f"{len(items)} answers to score from {len({(i.source, i.row) for i in items})} rows")

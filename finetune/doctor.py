@@ -21,9 +21,9 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.models.bundled import cache_dir
 from finetune.models.hub import hub_token
+from finetune.packages import read_pins
 
 ROOT = Path(__file__).resolve().parent.parent
-PINNED_IN = ("requirements_lora.txt", "requirements_unsloth.txt")
 # Packages that every training needs; the other pinned packages are for one command or one kind of model.
 REQUIRED = {
     "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors", "huggingface_hub",
@@ -127,16 +127,6 @@ def _system(checkup: Checkup) -> None:
         checkup.block(f"Python {python} is too old", "use Python 3.11 or 3.12")
     elif version > (3, 12):
         checkup.warn(f"Python {python} has not been tested", "use Python 3.11 or 3.12")
-
-
-def read_pins() -> dict[str, str]:
-    """Package -> version of every `name==version` line in the requirements files; names in lower case with "_"."""
-    pins: dict[str, str] = {}
-    for path in (ROOT / name for name in PINNED_IN):
-        if path.exists():
-            pairs = re.findall(r"(?m)^([\w.-]+)==([^\s;#]+)", path.read_text(encoding="utf-8"))
-            pins |= {package.lower().replace("-", "_"): version for package, version in pairs}
-    return pins
 
 
 def installed_version(package: str) -> str | None:

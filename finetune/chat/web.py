@@ -69,10 +69,7 @@ def open_page(
 def build_page(agent: ChatAgent, system: str = "", tools: list[dict] | None = None) -> gradio.Blocks:
     """The page, not launched yet."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    try:
-        import gradio
-    except ImportError as error:
-        raise UserError("--web needs gradio; run: pip install -r requirements/optional.txt") from error
+    import gradio
 
     sides = [side for side in (BASE, TUNED) if side in agent.model.sides]
     handlers = _Handlers(agent, sides)

@@ -35,7 +35,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """A tokenizer by folder, Hub id or the bundled model's name; needs no torch. Raises UserError."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from finetune.models.bundled import resolve_model
+    from finetune.models.hub import check_available
 
+    check_available(name)
     path = resolve_model(name)
     if trust_remote_code:
         unhide_torch()

@@ -16,7 +16,7 @@ from finetune import distributed
 from finetune.errors import UserError
 from finetune.models.bundled import cache_dir, resolve_model
 from finetune.models.faults import hub_errors, missing_weights
-from finetune.models.hub import hub_token
+from finetune.models.hub import check_available, hub_token
 from finetune.models.limits import MAX_DEFAULT_CONTEXT, check_vocabulary, model_positions
 from finetune.models.remote_code import forget_code
 
@@ -49,10 +49,8 @@ def import_unsloth() -> Any:
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it would contact a server at every import
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError("torch is not installed; run: pip install -r requirements_lora.txt") from error
+    import torch
+
     if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
         for name in ("triton", "torchvision"):
             if name not in sys.modules and importlib.util.find_spec(name) is not None:
@@ -64,6 +62,8 @@ def import_unsloth() -> Any:
         with stdout_to_log():
             import unsloth
     except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in ("unsloth", "unsloth_zoo"):
+            raise
         raise UserError(
             f"unsloth cannot be imported ({error}); run: pip install --no-deps -r requirements_unsloth.txt, "
             "then: python train_lora.py --doctor"
@@ -99,6 +99,7 @@ class Loaded:
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's own tokenizer; its end-of-sequence token becomes the padding token where it has none."""
+    check_available(name, revision)
     from transformers import AutoTokenizer
 
     with hub_errors(name):
@@ -113,6 +114,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The model's config.json without its weights."""
+    check_available(name, revision)
     from transformers import AutoConfig
 
     with hub_errors(name):
