@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -32,6 +33,10 @@ def build_parser() -> FlagParser:
     add("--html", type=Path, metavar="FILE", help="write one self-contained interactive page")
     add("--x", choices=list(curves.X_COLUMNS), default="step", help="x axis")
     add("--log_y", action="store_true", help="logarithmic loss axis")
+    add("--y_range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="loss at the bottom and top of the picture "
+        "(default: as much as separates the runs; a steep start or a spike may be above it)")
+    add("--seed_bands", action=argparse.BooleanOptionalAction, default=True, help="draw runs that differ only by "
+        "their seed as one mean curve in a band of one standard deviation")
     add("--smooth", type=nonnegative_int, metavar="N", help="draw the centered mean of N logged points; 0: no "
         "smoothing (default: 1/25 of each curve, at least 5)")
     # fmt: on
@@ -53,6 +58,8 @@ def check_outputs(outputs: list[Path], logs: list[Path]) -> None:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.y_range and not args.y_range[0] < args.y_range[1]:
+        raise UserError("--y_range: LOW must be below HIGH")
     if not (args.output or args.summary or args.html):
         args.output = Path(DEFAULT_PICTURE)
     logs = curves.find_logs(args.paths)
@@ -76,7 +83,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.output:
         from finetune.charts.plots import draw_curves
 
-        draw_curves(comparison, args.output, x=args.x, log_y=args.log_y, smooth=args.smooth)
+        draw_curves(
+            comparison, args.output, x=args.x, log_y=args.log_y, smooth=args.smooth, repeats=args.seed_bands,
+            y_range=args.y_range and tuple(args.y_range),
+        )  # fmt: skip
     if args.html:
         from finetune.charts.curves_page import write_page
 

@@ -21,6 +21,7 @@ from finetune.files import write_text_atomic
 # Column of the summary: its title and how its values are written, here and in curves_page.html (see FORMATTERS).
 SHOWN_COLUMNS = {
     "status": ("status", "text"), "steps": ("steps", "count"), "final_loss": ("final", "loss"),
+    "last_tenth_loss": ("last tenth", "loss"),
     "min_loss": ("min", "loss"), "best_eval_loss": ("best eval", "loss"), "best_eval_step": ("at step", "count"),
     "tokens": ("tokens", "short"), "seconds": ("time", "time"), "tokens_per_second": ("tokens/s", "rate"),
     "peak_memory_gb": ("peak GB", "gigabytes"), "trainable_parameters": ("trainable", "short"),
