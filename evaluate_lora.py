@@ -141,10 +141,9 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     archive_incomparable_scores(folder, metrics, say)
 
     # 5. Compare and report.
-    from rich.markdown import Markdown
-
     from finetune.evaluation.report import update_model_card, write_report
     from finetune.models.hub import public_name
+    from finetune.terminal_tables import print_markdown
 
     compared = paired_differences(scored["base"], scored["tuned"], seed=args.seed) if len(scored) == 2 else {}
     if compared:
@@ -161,7 +160,7 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     if scored.keys() == {"base", "tuned"} and args.output is None and args.dataset and not args.limit:
         card = Path(args.model) / "final_model" / "README.md"
         update_model_card(card, comparison)
-    Console().print(Markdown(comparison))
+    print_markdown(Console(), comparison)
     print(f"\nwritten to {folder}: " + ", ".join(sorted(p.name for p in written)) + ", *_metrics.json, *_results.jsonl")
     return 0
 

@@ -25,6 +25,7 @@ from finetune.runs.experiment import (
     list_checkpoints,
 )  # fmt: skip
 from finetune.settings import Settings, parse, resumed
+from finetune.torchless import hide_unused
 from finetune.training import record
 from finetune.training.data import RunData
 
@@ -68,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
 
         import_unsloth()
         distributed.start()
+    else:
+        hide_unused()
     tokenizer, fmt, end_of_turn_ids, limit = load_format(settings)
     record.refuse_changed(stopped_run, settings.force, format=record.template_sha256(fmt))
     data.encode(tokenizer, fmt, settings, limit)

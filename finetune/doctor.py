@@ -34,15 +34,28 @@ MIN_FREE_GIB = 5
 PROBE_TIMEOUT_SECONDS = 900  # the first import compiles a thousand modules
 INSTALL = "make install, or the pip commands for this kind of machine in the README"
 
+TORCH_FACTS = """
+import json, sys, torch
+cuda = torch.cuda.is_available()
+gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if cuda else []
+facts = {"version": torch.__version__, "cuda": torch.version.cuda,
+    "hip": getattr(torch.version, "hip", None), "available": cuda,
+    "gpus": [[c.name, c.total_memory / 2**30, f"{c.major}.{c.minor}"] for c in gpus]}
+"""
+TORCH_PROBE = f"""{TORCH_FACTS}
+print("\\nPROBE" + json.dumps(facts))
+"""
 # Run in a subprocess: importing Unsloth patches the process, and a broken build may crash it.
-UNSLOTH_PROBE = """
-import json, sys
-out = {}
+UNSLOTH_PROBE = f"""
+import sys
+for name in ("sklearn", "scipy"):  # Transformers imports them where they are installed; they take seconds
+    sys.modules[name] = None
+{TORCH_FACTS}
+out = {{"torch": facts}}
 try:
     from finetune.errors import UserError
     from finetune.models.loading import default_dtype, import_unsloth
     import_unsloth()
-    import torch
     from unsloth.device_type import DEVICE_TYPE
     out.update(unsloth=DEVICE_TYPE, dtype=default_dtype(), threads=torch.get_num_threads())
     try:
@@ -52,18 +65,10 @@ try:
         back = dequantize_4bit(*quantize_4bit(weights, quant_type="nf4"))
         out["four_bit"] = bool((back - weights).abs().max() < 0.2)
     except Exception as error:
-        out["four_bit"], out["four_bit_error"] = False, f"{type(error).__name__}: {error}"
+        out["four_bit"], out["four_bit_error"] = False, f"{{type(error).__name__}}: {{error}}"
 except BaseException as error:
-    out["error"] = str(error) if type(error).__name__ == "UserError" else f"{type(error).__name__}: {error}"
+    out["error"] = str(error) if type(error).__name__ == "UserError" else f"{{type(error).__name__}}: {{error}}"
 print("\\nPROBE" + json.dumps(out))
-"""
-TORCH_PROBE = """
-import json, torch
-cuda = torch.cuda.is_available()
-gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if cuda else []
-print("\\nPROBE" + json.dumps({"version": torch.__version__, "cuda": torch.version.cuda,
-    "hip": getattr(torch.version, "hip", None), "available": cuda,
-    "gpus": [[c.name, c.total_memory / 2**30, f"{c.major}.{c.minor}"] for c in gpus]}))
 """
 
 
@@ -105,10 +110,12 @@ def examine() -> Checkup:
     checkup = Checkup()
     _system(checkup)
     installed = _packages(checkup)
-    torch = probe(TORCH_PROBE) if "torch" in installed else None
+    unsloth = probe(UNSLOTH_PROBE) if {"torch", "unsloth"} <= installed.keys() else {}
+    # Asked alone where the import of Unsloth ended the process, or is not installed.
+    torch = unsloth.pop("torch", None) or (probe(TORCH_PROBE) if "torch" in installed else None)
     _device(checkup, torch)
-    if torch and "error" not in torch and "unsloth" in installed:
-        _unsloth(checkup, probe(UNSLOTH_PROBE), installed["unsloth"])
+    if torch and "error" not in torch and unsloth:
+        _unsloth(checkup, unsloth, installed["unsloth"])
     checkup.line("HF token", token_source())
     _folders(checkup)
     return checkup

@@ -14,6 +14,16 @@ def hide_torch() -> None:
     sys.modules.setdefault("torch", None)
 
 
+def hide_unused() -> None:
+    """Make packages count as not installed that Transformers would import and a process without a model never uses.
+
+    No effect once Transformers is imported: it has then found them.
+    """
+    if "transformers" not in sys.modules:
+        for name in ("sklearn", "scipy", "peft", "bitsandbytes"):
+            sys.modules.setdefault(name, None)
+
+
 def unhide_torch() -> None:
     """Undo `hide_torch`; Transformers must not have been imported in between."""
     if sys.modules.get("torch", "") is None:

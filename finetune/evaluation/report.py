@@ -45,7 +45,8 @@ def _comparison_row(name: str, metrics: Scores, test: dict[str, Any]) -> list[st
     marker = " (lower is better)" if any(m.name == name and m.lower_is_better for m in METRICS) else ""
     p_value = test.get("p_value")
     return [
-        name + marker, _count(name, metrics["tuned"]), _number(base), _number(tuned), _difference(base, tuned), _interval(test.get("interval_95"), "+"),
+        name + marker, _count(name, metrics["tuned"]), _number(base), _number(tuned), _difference(base, tuned),
+        _interval(test.get("interval_95"), "+"),
         "" if p_value is None else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}",
     ]  # fmt: skip
 

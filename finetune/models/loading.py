@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import distributed
@@ -19,6 +20,7 @@ from finetune.models.faults import hub_errors, missing_weights
 from finetune.models.hub import check_available, hub_token
 from finetune.models.limits import MAX_DEFAULT_CONTEXT, check_vocabulary, model_positions
 from finetune.models.remote_code import forget_code
+from finetune.packages import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -76,12 +78,23 @@ def default_dtype() -> str:
 
     A CPU without AMX or AVX512-BF16 emulates bfloat16: measured 50 against 170 GFLOP/s in float32 on a Cascade Lake.
     """
-    unsloth = import_unsloth()
     import torch
 
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    return "bfloat16" if unsloth.is_bfloat16_supported() else "float32"
+    if "unsloth" in sys.modules:
+        return "bfloat16" if sys.modules["unsloth"].is_bfloat16_supported() else "float32"
+    return "bfloat16" if _cpu_runtime().cpu_bf16_supported() else "float32"
+
+
+def _cpu_runtime() -> Any:
+    """Unsloth's module that looks at the processor, without importing Unsloth, which takes many seconds."""
+    require("unsloth_zoo", "training")
+    (folder,) = importlib.util.find_spec("unsloth_zoo").submodule_search_locations
+    spec = importlib.util.spec_from_file_location("_unsloth_cpu_runtime", Path(folder) / "cpu" / "runtime.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @dataclass

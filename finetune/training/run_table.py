@@ -13,6 +13,7 @@ from finetune.errors import UserError
 from finetune.memory import tables
 from finetune.memory.sizes import sizes_of_name
 from finetune.settings import Settings
+from finetune.terminal_tables import fit
 from finetune.training.memory_plan import Placement, default_placement, free_memory, plan_for
 from formats import Format
 
@@ -81,13 +82,14 @@ def print_run_table(
         add("device", f"{config['device']}, base weights {dtype_label(config)}{processes}")
         add("passes", f"{trainer.runner.reason}; up to {trainer.runner.tokens_per_pass:,} tokens each")
         add("memory", memory_line(config["memory"]))
-        Console(stderr=True).print(table)
+        console = Console(stderr=True)
+        console.print(fit(table, console.width))
         return
     placement = default_placement(settings)
     add("device", f"{placement.device}, base weights {dtype_label(vars(placement))}")
     add("LoRA", lora)
     console = tables.wide_console()
-    console.print(table)
+    console.print(fit(table, console.width))
     print_memory(console, settings, rows, placement)
 
 
