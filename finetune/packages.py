@@ -28,7 +28,10 @@ def read_pins(*files: str) -> dict[str, str]:
     pins: dict[str, str] = {}
     for path in (ROOT / name for name in files or CORE):
         if path.exists():
-            pairs = re.findall(r"(?m)^([\w.-]+)(?:\[\w+\])?==([^\s;#]+)", path.read_text(encoding="utf-8"))
+            pairs = re.findall(
+                r"(?m)^(?:#\s+pip install --no-deps )?([\w.-]+)(?:\[\w+\])?==([^\s;#]+)",
+                path.read_text(encoding="utf-8"),
+            )
             pins |= {normalized(package): version for package, version in pairs}
     return pins
 
