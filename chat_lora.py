@@ -116,9 +116,10 @@ def main(argv: list[str] | None = None) -> int:
 
         serve(model, decoding, args.host, args.port or 8000)
     elif args.web:
+        from finetune.chat.examples import examples_of
         from finetune.chat.web import launch
 
-        launch(agent, args.system, tools, args.host, args.port or 7860, args.share)
+        launch(agent, args.system, tools, args.host, args.port or 7860, args.share, examples_of(args.model))
     elif questions:
         from finetune.chat.questions import answer_all
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-
 # What pytest and its plugins look for in everything that a test module holds; no module has them.
 ASKED_WHILE_COLLECTING = ("_mock_name", "is_hypothesis_test", "hypothesis", "pytestmark", "_pytestfixturefunction")
 OF_MODULES = ("__dict__", "__name__", "__file__", "__path__", "__spec__", "__doc__", "__version__", "__package__")

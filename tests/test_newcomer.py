@@ -170,7 +170,7 @@ def test_format_names(tmp_path):
 
 
 def test_collecting_the_tests_imports_nothing_heavy():
-    """Torch, Transformers and Unsloth take most of a minute on a busy machine: nothing may import them to list tests."""
+    """Torch, Transformers and Unsloth take most of a minute on a busy machine; listing the tests needs none of them."""
     code = (
         "import sys, pytest\n"
         "status = pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', 'tests'])\n"

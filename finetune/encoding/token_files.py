@@ -37,7 +37,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     from finetune.models.bundled import resolve_model
     from finetune.models.hub import check_available
 
-    check_available(name)
+    try:
+        check_available(name)
+    except UserError as error:
+        raise UserError(f"tokenizer {name}: {error}") from error
     path = resolve_model(name)
     if trust_remote_code:
         unhide_torch()
