@@ -117,11 +117,11 @@ def printed(table, width: int) -> list[str]:
 
 def test_no_flag_is_split_in_80_columns():
     from finetune.memory.plan import MemoryPlan
-    from finetune.memory.sizes import sizes_of_parameters
+    from finetune.memory.sizes import sizes_of_billions
     from finetune.memory.tables import changes_table
     from finetune.training.memory_plan import Workload
 
-    plan = MemoryPlan(sizes_of_parameters(7.0), Workload(tokens=2048, load_in_4bit=True, gradient_checkpointing=True))
+    plan = MemoryPlan(sizes_of_billions(7.0), Workload(tokens=2048, load_in_4bit=True, gradient_checkpointing=True))
     lines = printed(changes_table(plan), 80)
     assert max(map(len, lines)) <= 80
     words = " ".join(lines).split()
