@@ -69,9 +69,10 @@ def print_run_table(
         of = eval_rows.report
         add("evaluation rows", f"{of['rows']:,} read, {of['kept']:,} kept ({of['trained_tokens']:,} trained tokens)")
     step_rows = settings.batch_size * settings.grad_accum
-    steps = settings.max_steps or max(1, int(-(-report["sequences"] // step_rows) * settings.epochs))
+    steps_per_epoch = -(-report["sequences"] // step_rows)
+    steps = settings.max_steps or max(1, int(steps_per_epoch * settings.epochs))
     of_rows = f"{step_rows} rows ({settings.batch_size} x {settings.grad_accum})"
-    add("steps", f"{steps:,} of {of_rows}, {settings.epochs:g} epochs")
+    add("steps", f"{steps:,} of {of_rows}, {steps / steps_per_epoch:.3g} epochs")
     lora = f"r {settings.rank}, alpha {settings.alpha}"
 
     if experiment is not None and trainer is not None:
