@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 from finetune.chat.address import is_loopback
-from finetune.errors import UserError, one_line_errors
+from finetune.errors import UserError, one_line_errors, require
 from finetune.flag_types import FlagParser, nonnegative_float, port, positive_float, positive_int
-from finetune.packages import require
 
 EXAMPLES = """examples:
   python chat_lora.py experiments/RUN --tools my_tools.json

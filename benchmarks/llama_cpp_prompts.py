@@ -21,8 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from finetune.errors import one_line_errors  # noqa: E402
-from finetune.packages import require  # noqa: E402
+from finetune.errors import one_line_errors, require  # noqa: E402
 from formats import FORMATS  # noqa: E402
 from formats.base import clean_messages, render_messages  # noqa: E402
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import importlib.util
 import io
 import os
 import re
@@ -31,6 +32,14 @@ class UserError(Exception):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, where it is treated like Ctrl-C but for the exit status."""
+
+
+def require(module: str, purpose: str) -> None:
+    """Raise UserError when a package is missing that `purpose` (such as "--web") needs; imports nothing."""
+    if importlib.util.find_spec(module) is None:
+        package = packages.PACKAGE_OF.get(module, module)
+        command = packages.install_command(module)
+        raise UserError(f"{purpose} needs {package}, which is not installed; run: {command}")
 
 
 def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:

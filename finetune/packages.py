@@ -68,15 +68,6 @@ def is_own(module: str | None) -> bool:
     return not module or module.partition(".")[0] in OWN | {path.stem for path in ROOT.glob("*.py")}
 
 
-def require(module: str, purpose: str) -> None:
-    """Raise UserError when a package is missing that `purpose` (such as "--web") needs; imports nothing."""
-    from finetune.errors import UserError
-
-    if importlib.util.find_spec(module) is None:
-        package = PACKAGE_OF.get(module, module)
-        raise UserError(f"{purpose} needs {package}, which is not installed; run: {install_command(module)}")
-
-
 def _has_environment() -> bool:
     """Whether this Python has the project's packages at large, so that only one of them is missing."""
     return importlib.util.find_spec("torch") is not None and importlib.util.find_spec("rich") is not None

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from finetune import packages
-from finetune.errors import UserError
+from finetune.errors import UserError, require
 from finetune.flag_hints import flags_of, hint, meant
 from finetune.models.hub import check_path
 from finetune.settings import build_parser
@@ -78,7 +78,7 @@ def test_the_remedy_installs_one_pinned_package(module, command):
 def test_missing_optional_packages_are_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--web needs gradio.*pip install gradio==\d"):
-        packages.require("gradio", "--web")
+        require("gradio", "--web")
     assert "run: pip install gradio==" in packages.missing_message("gradio")
 
 

@@ -15,9 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError
+from finetune.errors import UserError, require
 from finetune.evaluation.items import CALL, IRRELEVANT, Item
-from finetune.packages import require
 from finetune.reading.tool_schemas import normalize_tools
 
 WITH_ANSWERS = (

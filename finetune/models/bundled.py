@@ -12,9 +12,8 @@ import json
 import os
 from pathlib import Path
 
-from finetune.errors import UserError
+from finetune.errors import UserError, require
 from finetune.files import atomic_directory
-from finetune.packages import require
 from finetune.torchless import unhide_torch
 
 NAME = "smollm2-135m"

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import distributed
-from finetune.errors import UserError
+from finetune.errors import UserError, require
 from finetune.models.bundled import cache_dir, resolve_model
 from finetune.models.faults import hub_errors, missing_weights
 from finetune.models.hub import check_available, hub_token
 from finetune.models.limits import MAX_DEFAULT_CONTEXT, check_vocabulary, model_positions
 from finetune.models.remote_code import forget_code
-from finetune.packages import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

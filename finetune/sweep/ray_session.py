@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from finetune.errors import UserError
-from finetune.packages import require
+from finetune.errors import UserError, require
 
 log = logging.getLogger("sandwich")
 ROOT = Path(__file__).resolve().parents[2]
