@@ -20,6 +20,17 @@ EXAMPLES = """examples:
 """
 
 
+def loss_range(word: str) -> tuple[float, float]:
+    """`0.2,1.5` -> (0.2, 1.5)."""
+    try:
+        low, high = map(float, word.split(","))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not -curves.MAX_LOSS < low < high < curves.MAX_LOSS:
+        raise argparse.ArgumentTypeError(f"must be two numbers LOW,HIGH with LOW < HIGH, not {word!r}")
+    return low, high
+
+
 def build_parser() -> FlagParser:
     """The parser of visualize_loss.py."""
     parser = FlagParser(description=__doc__, epilog=EXAMPLES)
@@ -33,7 +44,7 @@ def build_parser() -> FlagParser:
     add("--html", type=Path, metavar="FILE", help="write one self-contained interactive page")
     add("--x", choices=list(curves.X_COLUMNS), default="step", help="x axis")
     add("--log_y", action="store_true", help="logarithmic loss axis")
-    add("--y_range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="loss at the bottom and top of the picture "
+    add("--y_range", type=loss_range, metavar="LOW,HIGH", help="loss at the bottom and top of the picture "
         "(default: as much as separates the runs; a steep start or a spike may be above it)")
     add("--seed_bands", action=argparse.BooleanOptionalAction, default=True, help="draw runs that differ only by "
         "their seed as one mean curve in a band of one standard deviation")
@@ -58,8 +69,6 @@ def check_outputs(outputs: list[Path], logs: list[Path]) -> None:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.y_range and not args.y_range[0] < args.y_range[1]:
-        raise UserError("--y_range: LOW must be below HIGH")
     if not (args.output or args.summary or args.html):
         args.output = Path(DEFAULT_PICTURE)
     logs = curves.find_logs(args.paths)
@@ -85,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 
         draw_curves(
             comparison, args.output, x=args.x, log_y=args.log_y, smooth=args.smooth, repeats=args.seed_bands,
-            y_range=args.y_range and tuple(args.y_range),
+            y_range=args.y_range,
         )  # fmt: skip
     if args.html:
         from finetune.charts.curves_page import write_page

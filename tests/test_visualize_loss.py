@@ -127,6 +127,7 @@ def test_folders_and_unexpanded_patterns(ranks, paths):
         (["--x", "epoch"], "epoch"),
         (["--x", "tokens", "--log-y"], "tokens seen"),
         (["--x", "time", "--smooth", "0"], "time (seconds)"),
+        (["--y_range", "0.25,1.5", "--no-seed_bands"], "optimizer step"),
     ],
 )
 def test_axes(ranks, options, label):

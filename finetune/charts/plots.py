@@ -152,7 +152,7 @@ def _set_y_range(axes: Axes, drawn: list[np.ndarray], log_y: bool, y_range: tupl
     axes.set_ylim(bottom, top + 0.06 * max(top - bottom, 1e-9))
     if highest > top:
         axes.text(
-            0.995, 0.98, f"\u25b2 losses up to {highest:.3g} are above the picture (--y_range LOW HIGH, --log_y)",
+            0.995, 0.98, f"\u25b2 losses up to {highest:.3g} are above the picture (--y_range LOW,HIGH, --log_y)",
             transform=axes.transAxes, va="top", ha="right", color=GREY, fontsize=9,
         )  # fmt: skip
     return top
