@@ -805,14 +805,26 @@ def test_page_in_a_real_browser(agent, tmp_path, monkeypatch):
             )
             page.goto(url)
             page.get_by_label("Message", exact=True).fill(chat_model.REQUEST)
-            page.get_by_role("button", name="Send").click()
+            page.get_by_label("Message", exact=True).press("Enter")
             page.get_by_text("call: set_lamp").wait_for(timeout=120_000)
             page.get_by_text("arguments fit the schema").wait_for()  # seen without a click
             page.get_by_text(chat_model.BASE_ANSWER).wait_for(timeout=120_000)
+            for verdict in ("valid call", "no call"):
+                page.get_by_text(verdict, exact=True).wait_for()
             page.get_by_label("Result of the pending call").fill(chat_model.RESULT)
             page.get_by_role("button", name="Give the result").click()
             page.get_by_text(chat_model.DONE).wait_for(timeout=120_000)
             page.screenshot(path=str(picture))
+            save = page.get_by_text("Save as JSON Lines")
+            page.wait_for_function("element => !element.disabled", arg=save.element_handle())
+            with page.expect_download() as download:
+                save.click()  # the first click saves what is shown now
+            assert chat_model.DONE in Path(download.value.path()).read_text(encoding="utf-8")
+            page.set_viewport_size({"width": 390, "height": 844})
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
+            page.get_by_role("button", name="Clear").first.click()  # the bin
+            page.get_by_text(chat_model.BASE_ANSWER).wait_for(state="detached")
+            assert page.get_by_text("call: set_lamp").count() == 0
             assert elsewhere == []  # nothing is fetched from other hosts
         finally:
             browser.close()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import httpx
 import pytest
 
 from finetune import packages
 from finetune.errors import UserError, require
 from finetune.flag_hints import flags_of, hint, meant
-from finetune.models.hub import check_path
+from finetune.models.hub import check_available, check_path
 from finetune.settings import build_parser
 from formats import FormatError, check_format_name
 from tests.scripts import ROOT
@@ -158,6 +159,21 @@ def test_names_of_models_that_read_as_paths(tmp_path, monkeypatch):
             check_path(name)
     check_path("org/two")  # a folder of models that somebody cloned from the Hub
     check_path("Qwen/Qwen2.5-0.5B-Instruct")
+
+
+def test_unknown_model_is_refused_by_one_request(monkeypatch):
+    requests = []
+
+    def refuse(url, **_):
+        requests.append(url)
+        raise httpx.ConnectError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", refuse)
+    with pytest.raises(UserError, match="neither a folder nor in the local cache, and the Hub cannot be reached"):
+        check_available("org/nowhere")
+    assert len(requests) == 1 and requests[0].endswith("org/nowhere/resolve/main/config.json")
+    check_available("smollm2-135m")
+    assert len(requests) == 1
 
 
 def test_format_names(tmp_path):

@@ -78,7 +78,7 @@ def check_optimizer(name: str) -> None:
 
 def _optimizers() -> list[str]:
     """The names of Transformers' optimizers, out of its source: importing it takes seconds and most of its packages."""
-    (folder,) = importlib.util.find_spec("transformers").submodule_search_locations  # type: ignore[union-attr]
+    (folder,) = importlib.util.find_spec("transformers").submodule_search_locations  # type: ignore[union-attr, misc]
     source = (Path(folder) / "training_args.py").read_text(encoding="utf-8")
     names = re.search(r"class OptimizerNames\b.*?(?=\n\S)", source, re.DOTALL)
     if found := re.findall(r'^    [A-Z0-9_]+ = "(\w+)"', names[0] if names else "", re.MULTILINE):
