@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from finetune.chat.address import is_loopback
-from finetune.errors import UserError, one_line_errors
+from finetune.errors import UserError, one_line_errors, require
 from finetune.flag_types import FlagParser, nonnegative_float, port, positive_float, positive_int
 
 EXAMPLES = """examples:
@@ -76,14 +76,19 @@ def main(argv: list[str] | None = None) -> int:
     from finetune.chat.session import read_tools
     from finetune.chat.tool_command import parse_tool_command
     from finetune.logs import start_logging
+    from formats import check_format_name
 
-    # 1. Read the input files before a model is loaded.
+    # 1. Read the input files, and look for the model, before anything slow is imported.
+    if args.format:
+        check_format_name(args.format)
     command = parse_tool_command(args.tool_command, args.tool_timeout)
     tools = read_tools(args.tools) if args.tools else []
     questions = [args.prompt] if args.prompt is not None else []
     if args.questions:
         questions = read_questions(args.questions, tools)
     start_logging(Console(stderr=True))
+    for package in packages_of(args):
+        require(*package)
     if args.model.endswith(".gguf"):
         from finetune.chat.serve_gguf import serve_gguf
 
@@ -110,9 +115,10 @@ def main(argv: list[str] | None = None) -> int:
 
         serve(model, decoding, args.host, args.port or 8000)
     elif args.web:
+        from finetune.chat.examples import examples_of
         from finetune.chat.web import launch
 
-        launch(agent, args.system, tools, args.host, args.port or 7860, args.share)
+        launch(agent, args.system, tools, args.host, args.port or 7860, args.share, examples_of(args.model))
     elif questions:
         from finetune.chat.questions import answer_all
 
@@ -123,6 +129,16 @@ def main(argv: list[str] | None = None) -> int:
 
         Terminal(agent, ChatSession(args.system, tools), Console()).run()
     return 0
+
+
+def packages_of(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(package, what needs it) for the packages that a page or a server needs beyond those of training."""
+    if args.web:
+        return [("gradio", "--web")]
+    if args.serve:
+        gguf = [("xllamacpp", "serving a GGUF")] if args.model.endswith(".gguf") else []
+        return [*gguf, ("fastapi", "--serve"), ("uvicorn", "--serve")]
+    return []
 
 
 def check(args: argparse.Namespace) -> None:

@@ -59,10 +59,13 @@ def main(argv: list[str] | None = None) -> int:
     from finetune.evaluation import bfcl
     from finetune.evaluation.items import load_items
     from finetune.runs.find import find_run
+    from formats import check_format_name
 
     items = load_items(args.dataset, limit=args.limit) if args.dataset else []
     if args.suite:
         items += bfcl.load_items(bfcl.parse_suite(args.suite), limit=args.limit)
+    if args.format:
+        check_format_name(args.format)
     run = find_run(args.model, trust_remote_code=args.trust_remote_code)
     folder = output_folder(args)
     say(f"{len(items)} answers to score from {len({(i.source, i.row) for i in items})} rows")
@@ -138,10 +141,9 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     archive_incomparable_scores(folder, metrics, say)
 
     # 5. Compare and report.
-    from rich.markdown import Markdown
-
     from finetune.evaluation.report import update_model_card, write_report
     from finetune.models.hub import public_name
+    from finetune.terminal_tables import print_markdown
 
     compared = paired_differences(scored["base"], scored["tuned"], seed=args.seed) if len(scored) == 2 else {}
     if compared:
@@ -158,7 +160,7 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     if run.experiment is not None and len(scored) == 2 and args.output is None and args.dataset and not args.limit:
         card = Path(args.model) / "final_model" / "README.md"
         update_model_card(card, comparison)
-    Console().print(Markdown(comparison))
+    print_markdown(Console(), comparison)
     print(f"\nwritten to {folder}: " + ", ".join(sorted(p.name for p in written)) + ", *_metrics.json, *_results.jsonl")
     return 0
 

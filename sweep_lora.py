@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, one_line_errors
+from finetune.flag_hints import flags_of, hint
 from finetune.flag_types import (
     FlagParser,
     folder_name,
@@ -24,6 +25,7 @@ from finetune.flag_types import (
 from finetune.progress import printable
 from finetune.settings import FLAGS
 from finetune.sweep import grid
+from formats import FormatError
 
 log = logging.getLogger("sandwich")
 EXAMPLES = """Before the --: every flag of train_lora.py with the values to try. After it: the flags of all runs.
@@ -108,10 +110,16 @@ def build_parser() -> FlagParser:
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The arguments before the `--`. `scheduler` has no "asha" any more, which is in `asha`."""
-    args, unknown = build_parser().parse_known_args(arguments)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(arguments)
     if unknown or args.words:
         wrong = [*unknown, *args.words][0]
-        raise UserError(f"{wrong!r} is not a flag of the sweep; put flags of every run, such as --config, after a --")
+        advice = hint(wrong, [*flags_of(parser), "config"], parser.prog)
+        if advice == f"did you mean {wrong}?" or "--config" in advice or "--help" in advice:
+            advice = "put flags of every run, such as --config, after a --"
+        raise UserError(f"{wrong!r} is not a flag of the sweep; {advice}")
+    if not (args.sweep or args.seeds or any(hasattr(args, flag.name) for flag in SWEPT_FLAGS)):
+        raise UserError("nothing to vary; give a flag several values, such as --rank 8 16 32, or --seeds or --sweep")
     schedulers = getattr(args, "scheduler", [])
     args.asha = ASHA in schedulers
     if args.asha:
@@ -141,6 +149,32 @@ def make_points(args: argparse.Namespace, arguments_of_every_run: list[str]) -> 
     )  # fmt: skip
 
 
+def check_inputs(points: list[grid.Point]) -> None:
+    """UserError for a format, a path to a model, a tools file or the first row of a file that no run could use."""
+    from finetune.models.hub import check_path
+    from finetune.reading.conversations import load_conversations
+    from finetune.reading.sources import parse_spec
+    from finetune.reading.tool_schemas import load_tools_file
+    from formats import check_format_name
+
+    checked: set[str] = set()
+    for point in points:
+        settings = point.settings()
+        inputs = [settings.format, settings.model, settings.tools, settings.dataset, settings.eval_dataset]
+        if repr(inputs) in checked:
+            continue
+        checked.add(repr(inputs))
+        try:
+            check_format_name(settings.format)
+            check_path(settings.model)
+            tools = load_tools_file(settings.tools) if settings.tools else None
+            for spec in [*settings.dataset, *(settings.eval_dataset or [])]:
+                if parse_spec(spec).path and not load_conversations(spec, limit=1, tools=tools).conversations:
+                    raise UserError(f"{spec} has no rows")
+        except (UserError, FormatError) as error:
+            raise UserError(f"run {point.name}: {error}") from error
+
+
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -149,6 +183,8 @@ def main(argv: list[str] | None = None) -> int:
     before, after = grid.split_arguments(argv)
     args = parse_arguments(before)
     points = make_points(args, after)
+    if not args.command:
+        check_inputs(points)
     identity = grid.fingerprint(points, {"command": args.command, "asha": args.asha})
     folder = args.experiments_dir / (args.name or default_name(points, identity))
     if args.dry_run:

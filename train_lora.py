@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from finetune import distributed
 from finetune.errors import Terminated, UserError, one_line_errors
 from finetune.models.bundled import cache_dir
+from finetune.packages import install_command
 from finetune.runs.experiment import (
     CONFIG,
     Experiment,
@@ -24,6 +25,7 @@ from finetune.runs.experiment import (
     list_checkpoints,
 )  # fmt: skip
 from finetune.settings import Settings, parse, resumed
+from finetune.torchless import hide_unused
 from finetune.training import record
 from finetune.training.data import RunData
 
@@ -60,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     check_tracker(settings.report_to)
     check_upload(settings.push_to_hub, settings.model)
     distributed.refuse_sharding()
+    check_names(settings)
     data = load_data(settings)
     eval_fingerprint = data.held_out and data.held_out.fingerprint
     record.refuse_changed(stopped_run, settings.force, data=data.train.fingerprint, eval_data=eval_fingerprint)
@@ -70,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
 
         import_unsloth()
         distributed.start()
+    else:
+        hide_unused()
     tokenizer, fmt, end_of_turn_ids, limit = load_format(settings)
     record.refuse_changed(stopped_run, settings.force, format=record.template_sha256(fmt))
     data.encode(tokenizer, fmt, settings, limit)
@@ -162,7 +167,7 @@ def check_tracker(name: str) -> None:
         return
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:  # no origin: not a package but a folder such as wandb/, made by the tracker
-        raise UserError(f"--report_to {name}: {name} is not installed; run: pip install {name}")
+        raise UserError(f"--report_to {name}: {name} is not installed; run: {install_command(name)}")
 
 
 def check_upload(repository: str | None, model: str) -> None:
@@ -181,6 +186,18 @@ def check_upload(repository: str | None, model: str) -> None:
     check_public_base(model, f"--push_to_hub {repository}", "name its Hub id with --model, or omit --push_to_hub")
     if not hub_token():
         raise UserError(f"--push_to_hub {repository}: there is no token; set HF_TOKEN to one with write access")
+
+
+def check_names(settings: Settings) -> None:
+    """UserError for a data set, format or model that does not exist."""
+    from finetune.models.hub import check_available
+    from finetune.reading.sources import parse_spec
+    from formats import check_format_name
+
+    check_format_name(settings.format)
+    for spec in [*settings.dataset, *(settings.eval_dataset or [])]:
+        parse_spec(spec)
+    check_available(settings.model, settings.revision)
 
 
 def load_data(settings: Settings) -> RunData:

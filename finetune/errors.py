@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import importlib.util
 import io
 import os
 import re
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from finetune import packages
 from finetune.progress import printable, protect_rich
 from formats import FormatError
 
@@ -32,11 +34,19 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, where it is treated like Ctrl-C but for the exit status."""
 
 
+def require(module: str, purpose: str) -> None:
+    """Raise UserError when a package is missing that `purpose` (such as "--web") needs; imports nothing."""
+    if importlib.util.find_spec(module) is None:
+        package = packages.PACKAGE_OF.get(module, module)
+        command = packages.install_command(module)
+        raise UserError(f"{purpose} needs {package}, which is not installed; run: {command}")
+
+
 def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
     """Decorate a script's `main`: errors that a user can cause become one `error: …` line on stderr.
 
-    UserError, FormatError and system errors of a path: exit status 2. A full disk: 1, so that a sweep tries the run
-    again. Ctrl-C: 130; SIGTERM: 143. A closed pipe (`| head`): no message and the status of `main`.
+    UserError, FormatError, a missing package and system errors of a path: exit status 2. A full disk: 1, so that a
+    sweep tries the run again. Ctrl-C: 130; SIGTERM: 143. A closed pipe (`| head`): no message and the status of `main`.
     """
 
     @functools.wraps(main)
@@ -57,6 +67,10 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
         except (UserError, FormatError) as error:
             full = error.__cause__ is not None and no_room(error.__cause__)
             return _report(str(error), code=1 if full else 2)
+        except ModuleNotFoundError as error:
+            if packages.is_own(error.name):
+                raise
+            return _report(packages.missing_message(str(error.name)))
         except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)
             return 143 if isinstance(error, Terminated) else 130

@@ -208,6 +208,8 @@ def read_data(kind: str, path: str | Path) -> Any:
         raise UserError(f"cannot read {kind} {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{kind} {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except ImportError:
+        raise
     except Exception as error:
         raise UserError(f"{kind} {path} is not valid {'JSON' if is_json else 'YAML'}: {error}") from error
 

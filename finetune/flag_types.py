@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from finetune import flag_hints
+
 Number = TypeVar("Number", int, float)
 Converter = Callable[[str], Number]
 
@@ -27,7 +29,29 @@ class FlagParser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
         end = args.index("--") if "--" in args else len(args)
+        self._given = args[:end]
         return super().parse_known_args([*map(_with_underscores, args[:end]), *args[end:]], namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        arguments = list(sys.argv[1:] if args is None else args)
+        parsed, unknown = self.parse_known_args(arguments, namespace)
+        if unknown:
+            advice = flag_hints.hint(unknown[0], flag_hints.flags_of(self, arguments), self.prog)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}; {advice}")
+        return parsed
+
+    def error(self, message: str):
+        """One line, as for all other errors, and exit status 2; argparse would print the usage before it."""
+        if "are required" in message:  # a misspelled flag is often the reason
+            known = flag_hints.flags_of(self, self._given)
+            message += "".join(
+                f"; {word}: {flag_hints.hint(word, known, self.prog)}"
+                for word in self._given
+                if word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") not in known
+            )
+        advice = "" if "did you mean" in message or "--help" in message else f"; see {self.prog} --help"
+        print(f"error: {' '.join(message.split())}{advice}", file=sys.stderr)
+        sys.exit(2)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

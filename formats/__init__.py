@@ -7,7 +7,7 @@ this package imports torch; a loaded tokenizer is always passed in.
 from __future__ import annotations
 
 from formats.base import Format, FormatError, Parsed, render
-from formats.choosing import choose_format, get_format
+from formats.choosing import check_format_name, choose_format, get_format
 from formats.escape import decode, escape_conversation, unescape
 from formats.masks import IGNORE_INDEX, Encoded, Sequence, encode, encode_prompt
 from formats.registry import FORMATS, register
@@ -21,6 +21,7 @@ __all__ = [
     "FormatError",
     "Parsed",
     "Sequence",
+    "check_format_name",
     "check_tokenizer",
     "choose_format",
     "decode",

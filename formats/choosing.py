@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from formats import native, text_calls, yaml_format
@@ -33,7 +35,24 @@ def get_format(name: str, tokenizer: Any = None) -> Format:
         return fmt.adapt(fmt, tokenizer) if fmt.adapt and tokenizer is not None else fmt
     if name.endswith((".yaml", ".yml")):
         return yaml_format.load(name, None if tokenizer is None else _turn_layout(tokenizer))
-    raise FormatError(f"unknown format {name!r}; known: {', '.join(FORMATS)}, auto, or a YAML file of four strings")
+    raise FormatError(_unknown(name))
+
+
+def check_format_name(name: str) -> None:
+    """FormatError for a name that `get_format` would not know, before there is a tokenizer."""
+    load_entry_points()
+    if name in ("auto", *FORMATS):
+        return
+    if not name.endswith((".yaml", ".yml")):
+        raise FormatError(_unknown(name))
+    if not Path(name).is_file():
+        raise FormatError(f"format {name}: there is no such file")
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, ["auto", *FORMATS], n=1)
+    advice = f"did you mean {close[0]}?" if close else "choose one of the known formats"
+    return f"unknown format {name!r}; {advice} (known: {', '.join(FORMATS)}, auto, or a YAML file of four strings)"
 
 
 def choose_format(tokenizer: Any) -> tuple[Format, str]:

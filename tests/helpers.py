@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+# What pytest and its plugins look for in everything that a test module holds; no module has them.
+ASKED_WHILE_COLLECTING = ("_mock_name", "is_hypothesis_test", "hypothesis", "pytestmark", "_pytestfixturefunction")
+OF_MODULES = ("__dict__", "__name__", "__file__", "__path__", "__spec__", "__doc__", "__version__", "__package__")
+
 
 class _LazyModule:
     """Every attribute, `__dict__` included (monkeypatch reads it), is that of the module.
@@ -18,7 +22,7 @@ class _LazyModule:
     def __getattribute__(self, attribute: str) -> Any:
         if attribute == "__class__":
             return _LazyModule
-        if attribute in ("_mock_name", "__test__", "__wrapped__"):
+        if attribute in ASKED_WHILE_COLLECTING or (attribute.startswith("__") and attribute not in OF_MODULES):
             raise AttributeError(attribute)
         return getattr(importlib.import_module(object.__getattribute__(self, "_name")), attribute)
 

@@ -783,18 +783,18 @@ def test_page_through_the_gradio_client(agent, monkeypatch):
 
         client = Client(url, verbose=False)
         settings = (json.dumps(chat_model.TOOLS), "", 0, 48)
-        _, base, tuned = client.predict(chat_model.REQUEST, *settings, api_name="/ask")
+        _, base, tuned, *_ = client.predict(chat_model.REQUEST, *settings, api_name="/ask")
         assert said(base) == [chat_model.REQUEST, chat_model.BASE_ANSWER]
         card = tuned[-1]
         assert card["metadata"]["title"] == "call: set_lamp" and '"room": "hall"' in said([card])[0]
         assert "arguments fit the schema" in said([card])[0]
-        _, base, tuned = client.predict(chat_model.RESULT, "tuned", *settings, api_name="/give_result")
+        _, base, tuned, *_ = client.predict(chat_model.RESULT, "tuned", *settings, api_name="/give_result")
         assert said(tuned)[-1] == chat_model.DONE and len(base) == 2
         client.predict(api_name="/reset")
-        _, _, tuned = client.predict(chat_model.BROKEN_REQUEST, *settings, api_name="/ask")
+        _, _, tuned, *_ = client.predict(chat_model.BROKEN_REQUEST, *settings, api_name="/ask")
         assert tuned[-1]["metadata"]["title"] == "not a call" and chat_model.BROKEN in said(tuned)[-1]
-        with pytest.raises(Exception, match="not valid JSON"):
-            client.predict("x", "{", *settings[1:], api_name="/ask")
+        *_, shown, _ = client.predict("x", "{", *settings[1:], api_name="/ask")
+        assert "not answered" in shown and "not valid JSON" in shown
         assert chat_model.BROKEN_REQUEST in Path(client.predict(api_name="/save")).read_text()
         copies = Path(os.environ["GRADIO_TEMP_DIR"])
         assert list(copies.rglob("chat_*.jsonl")) and copies.stat().st_mode & 0o77 == 0  # private to this user
@@ -864,14 +864,26 @@ def test_page_in_a_real_browser(agent, tmp_path, monkeypatch):
             )
             page.goto(url)
             page.get_by_label("Message", exact=True).fill(chat_model.REQUEST)
-            page.get_by_role("button", name="Send").click()
+            page.get_by_label("Message", exact=True).press("Enter")
             page.get_by_text("call: set_lamp").wait_for(timeout=120_000)
             page.get_by_text("arguments fit the schema").wait_for()  # seen without a click
             page.get_by_text(chat_model.BASE_ANSWER).wait_for(timeout=120_000)
+            for verdict in ("valid call", "no call"):
+                page.get_by_text(verdict, exact=True).wait_for()
             page.get_by_label("Result of the pending call").fill(chat_model.RESULT)
             page.get_by_role("button", name="Give the result").click()
             page.get_by_text(chat_model.DONE).wait_for(timeout=120_000)
             page.screenshot(path=str(picture))
+            save = page.get_by_text("Save as JSON Lines")
+            page.wait_for_function("element => !element.disabled", arg=save.element_handle())
+            with page.expect_download() as download:
+                save.click()  # the first click saves what is shown now
+            assert chat_model.DONE in Path(download.value.path()).read_text(encoding="utf-8")
+            page.set_viewport_size({"width": 390, "height": 844})
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
+            page.get_by_role("button", name="Clear").first.click()  # the bin
+            page.get_by_text(chat_model.BASE_ANSWER).wait_for(state="detached")
+            assert page.get_by_text("call: set_lamp").count() == 0
             assert elsewhere == []  # nothing is fetched from other hosts
         finally:
             browser.close()

@@ -56,7 +56,7 @@ def accepted(action: argparse.Action) -> list[str]:
         return []
     if action.choices:
         return [next(iter(action.choices))]
-    for word in ("1", "0.5", "2", "q8_0", "yarn:2"):
+    for word in ("1", "0.5", "2", "q8_0", "yarn:2", "1,2"):
         with contextlib.suppress(argparse.ArgumentTypeError):
             (action.type or str)(word)
             return [word]

@@ -33,6 +33,7 @@ from tests.helpers import lazy
 torch = lazy("torch")
 peft = lazy("peft")
 transformers = lazy("transformers")
+feasible = lazy("finetune.training.feasible")
 memory_plan = lazy("finetune.training.memory_plan")
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
@@ -189,6 +190,7 @@ def test_8_bit_optimizer_bytes_equal_bitsandbytes():
 def test_known_optimizers_exist_in_transformers():
     from transformers.training_args import OptimizerNames
 
+    assert feasible._optimizers() == [optimizer.value for optimizer in OptimizerNames]  # read out of the source
     for optim in (*OPTIMIZERS, "adafactor", "paged_adamw_32bit", "paged_lion_8bit"):
         assert OptimizerNames(optim)
         assert optimizer_bytes(optim, [Matrix("x", 64, 64, 1)], 8) >= 0

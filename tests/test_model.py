@@ -46,7 +46,7 @@ def test_file_and_invalid_hub_id_are_refused(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"README\.md is a file"):
         find_run("README.md")
-    with pytest.raises(UserError, match="model no/such/folder is neither a folder nor a valid Hub id"):
+    with pytest.raises(UserError, match="no/such/folder: there is no such folder"):
         load_tokenizer("no/such/folder")
 
 

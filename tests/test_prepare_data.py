@@ -289,7 +289,8 @@ def test_prepare_imports_no_torch(tmp_path):
         "import sys, prepare_data\n"
         "assert 'huggingface_hub' not in sys.modules\n"
         "assert prepare_data.main(['rows.jsonl', '--output', 'out']) == 0\n"
-        "assert 'huggingface_hub' in sys.modules and 'torch' not in sys.modules\n"
+        "for name in ('torch', 'transformers', 'huggingface_hub', 'scipy', 'pandas'):\n"
+        "    assert name not in sys.modules, name\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment, capture_output=True)

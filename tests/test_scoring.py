@@ -259,7 +259,7 @@ def test_metrics_computed_by_hand():
 def test_metrics_are_finite_numbers():
     scored = [answered(item(CALL, call("set_lamp", room="hall")))]
     m = compute_metrics(scored)
-    tables = {"intervals_95", "items_by_kind", "calls", "not_measured", "per_tool", "confusion_matrix"}
+    tables = {"counted", "intervals_95", "items_by_kind", "calls", "not_measured", "per_tool", "confusion_matrix"}
     assert all(isinstance(v, int | float) and math.isfinite(v) for k, v in m.items() if k not in tables)
     assert m["hallucination_rate"] == 0 and m["argument_precision"] == 0 and m["json_validity_rate"] == 0
 
@@ -324,7 +324,7 @@ def test_registered_metric_reaches_every_table(binary):
     result = compared["long_answers"]
     assert result["p_value"] == (pytest.approx(2 * 0.5**10) if binary else None)
     assert 0 < result["interval_95"][0] < result["difference"] < result["interval_95"][1]
-    assert "| long_answers (lower is better) | 0." in table
+    assert "| long_answers (lower is better) | 20 | 0." in table
 
 
 def test_binary_metrics_have_no_fractional_values():

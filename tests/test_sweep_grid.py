@@ -87,8 +87,12 @@ def test_argparse_errors_name_the_kind_of_value(argv, wanted, capsys):
     assert f"argument {argv[0]}: {wanted}" in capsys.readouterr().err
 
 
-def test_run_names_keep_unicode(capsys):
-    _, runs, _ = dry(capsys, "--dataset", "도구.jsonl", "ä,ö.jsonl", "가" * 100 + ".jsonl")
+def test_run_names_keep_unicode(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    for name in ("도구.jsonl", "ä", "ö.jsonl", "가" * 80 + ".jsonl"):  # a sweep looks for its data sets
+        (tmp_path / name).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    _, runs, _ = dry(capsys, "--dataset", "도구.jsonl", "ä,ö.jsonl", "가" * 80 + ".jsonl")
     long = next(name for name in runs if name.startswith("가"))
     assert list(runs) == ["도구.jsonl", "ä+ö.jsonl", long]
     assert len(long.encode()) <= 80

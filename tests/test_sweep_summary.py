@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from finetune.charts.curves import COLUMNS, LoggedRun, read_run, summarize
 from finetune.charts.repeats import mean_and_spread, merge_repeats
+from finetune.charts.rows import Rows
 from finetune.charts.run_labels import compare_runs
 from finetune.sweep import summary
 from finetune.sweep.grid import make_points
@@ -17,12 +17,12 @@ from finetune.sweep.summary import find_best
 
 def made(losses, eval_losses=None, status="finished", **flags):
     """A run as the charts read it: one row per step, eval_loss in the last rows."""
-    rows = pd.DataFrame({name: np.full(len(losses), np.nan) for name in COLUMNS})
+    rows = Rows({name: np.full(len(losses), np.nan) for name in COLUMNS})
     rows["step"] = np.arange(1.0, len(losses) + 1)
     rows["seconds"] = rows["step"] * 2
-    rows["loss"] = losses
+    rows["loss"] = np.array(losses, float)
     if eval_losses:
-        rows.loc[len(losses) - len(eval_losses) :, "eval_loss"] = eval_losses
+        rows["eval_loss"][len(losses) - len(eval_losses) :] = eval_losses
     name = "_".join(f"{key}{value}" for key, value in flags.items())
     return LoggedRun(Path("s") / name, rows, {"status": status, "flags": flags})
 

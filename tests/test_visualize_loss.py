@@ -127,13 +127,14 @@ def test_folders_and_unexpanded_patterns(ranks, paths):
         (["--x", "epoch"], "epoch"),
         (["--x", "tokens", "--log-y"], "tokens seen"),
         (["--x", "time", "--smooth", "0"], "time (seconds)"),
+        (["--y_range", "0.25,1.5", "--no-seed_bands"], "optimizer step"),
     ],
 )
 def test_axes(ranks, options, label):
     visualize("-o", "out.svg", *options, "experiments", cwd=ranks)
     svg = (ranks / "out.svg").read_text(encoding="utf-8")
     texts = {html.unescape(text) for text in re.findall(r">([^<>\n]+)</text>", svg)}
-    assert {"rank=4", "rank=8", "rank=16", "Training loss by rank", "evaluation", label} <= texts
+    assert {"rank=4", "rank=8", "rank=16", "Training loss by rank", "evaluation (dot: its lowest)", label} <= texts
 
 
 def test_pdf_picture(ranks):
@@ -408,7 +409,10 @@ def _lightness(color: str) -> float:
 
 def test_smoothing_is_centred():
     line = np.arange(50, dtype=float)
-    assert np.allclose(curves.smooth(line, 5)[2:-2], line[2:-2])
+    assert np.allclose(curves.smooth(line, 5), line)  # at both ends too
+    assert np.allclose(curves.smooth(line, 6), line) and np.allclose(curves.smooth(line[:4], 9), line[:4])
+    falling = 10.755 * np.exp(-np.arange(40) / 8)
+    assert curves.smooth(falling)[0] == falling[0]  # runs that start alike are drawn alike
     assert curves.smooth(line, 0) is line and curves.smooth(line, 1) is line
     step = np.r_[np.zeros(20), np.ones(20)]
     assert curves.smooth(step, 10)[19:21].mean() == pytest.approx(0.5, abs=0.06)

@@ -9,19 +9,20 @@ from __future__ import annotations
 import glob
 import itertools
 import json
+import math
 import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.charts.rows import Rows
 from finetune.errors import UserError
 from finetune.runs import run_log
 from finetune.runs.experiment import CHECKPOINT, CONFIG, LOG
 
 if TYPE_CHECKING:
     import numpy as np
-    import pandas as pd
 
 # The columns of training_log.csv that curves and summary need.
 COLUMNS = (
@@ -44,7 +45,7 @@ class LoggedRun:
     """
 
     folder: Path
-    rows: pd.DataFrame
+    rows: Rows
     config: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     label: str = ""
@@ -67,9 +68,9 @@ class LoggedRun:
 
     def points(self, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
         """Two float arrays of one length: column `y` over the x axis named `x` (a key of `X_COLUMNS`), all finite."""
-        pair = self.rows[[X_COLUMNS[x], y]].to_numpy()
-        pair = pair[(pair == pair).all(axis=1) & (abs(pair[:, 1]) != float("inf"))]
-        return pair[:, 0], pair[:, 1]
+        xs, ys = self.rows[X_COLUMNS[x]], self.rows[y]
+        known = (xs == xs) & (ys == ys) & (abs(ys) != float("inf"))
+        return xs[known], ys[known]
 
 
 def find_logs(arguments: list[str]) -> list[Path]:
@@ -144,7 +145,7 @@ def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def read_log(path: Path, notes: list[str]) -> pd.DataFrame:
+def read_log(path: Path, notes: list[str]) -> Rows:
     """`COLUMNS` of one training_log.csv as float64, one row per step, sorted by step; adds what is odd to `notes`."""
     try:
         log = run_log.read_log(path)
@@ -156,28 +157,29 @@ def read_log(path: Path, notes: list[str]) -> pd.DataFrame:
     return tidy({name: [parse(cell) for cell in cells.get(name, ())] for name in COLUMNS}, notes)
 
 
-def tidy(columns: dict[str, list[float]], notes: list[str]) -> pd.DataFrame:
+def tidy(columns: dict[str, list[float]], notes: list[str]) -> Rows:
     """One row per step, sorted by step; adds what is odd to `notes`."""
     import numpy as np
-    import pandas as pd
 
-    rows = pd.DataFrame({name: np.array(values, float) for name, values in columns.items()})
+    rows = Rows(columns)
     for name in COLUMNS:
         if name not in ("loss", "eval_loss"):
-            rows[name] = rows[name].where(np.isfinite(rows[name]))
+            rows[name] = np.where(np.isfinite(rows[name]), rows[name], np.nan)
         elif (diverged := np.isinf(rows[name])).any():
-            first = rows["step"][diverged].iloc[0]
+            first = rows["step"][diverged][0]
             notes.append(f"{name} is not finite in {int(diverged.sum())} rows, first at step {first:.0f}")
-    if rows.empty:
+    if not len(rows):
         return rows
-    if not (rows["step"].diff().iloc[1:] > 0).all():
+    if not (np.diff(rows["step"]) > 0).all():
         # Loss and eval_loss of a step may be in two rows; a step with two losses was repeated after a restart.
-        if rows.loc[rows["loss"].notna(), "step"].duplicated().any():
+        steps = rows["step"][~np.isnan(rows["loss"])]
+        if len(np.unique(steps)) < len(steps):
             notes.append("steps were logged more than once; the later rows count")
-        rows = rows.groupby("step", as_index=False).last()[list(COLUMNS)]
-    if not rows["loss"].notna().any():
+        rows = rows.by_step()
+    if not len(rows.logged("loss")):
         notes.append("no loss yet")
-    rows["seconds"] += (-rows["seconds"].diff()).clip(lower=0).fillna(0).cumsum()  # a restart may begin at 0 again
+    back = -np.diff(rows["seconds"], prepend=rows["seconds"][:1])  # a restart may begin at 0 again
+    rows["seconds"] = rows["seconds"] + np.where(back > 0, back, 0).cumsum()
     return rows
 
 
@@ -204,17 +206,28 @@ def parse(cell: str) -> float:
 
 
 def smooth(values: np.ndarray, width: int | None = None) -> np.ndarray:
-    """Centred mean over `width` neighbouring points, with shorter windows at both ends.
+    """Centred mean over `width` neighbouring points, one more if that is even.
+
+    The window is narrower near the start, down to the first value itself: there the loss falls fastest, and a window
+    with more points on one side would move the curve. The last half window is the straight line fitted to the last
+    `width` values. A straight line stays as it is.
 
     width  None: 1/25 of the curve, at least 5 points; 0 or 1: no smoothing
     """
-    import pandas as pd
+    import numpy as np
 
     if width is None:
         width = max(5, len(values) // 25)
     if width < 2 or len(values) < 3:
         return values
-    return pd.Series(values).rolling(min(width, len(values)), center=True, min_periods=1).mean().to_numpy()
+    half = min(width // 2, (len(values) - 1) // 2)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values) - half)
+    reach = np.minimum(at, half)
+    smoothed = (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+    last = values[-2 * half - 1 :]
+    slope = (np.arange(-half, half + 1) @ last) / (np.arange(-half, half + 1) ** 2).sum()
+    return np.concatenate([smoothed, last.mean() + slope * np.arange(1, half + 1)])
 
 
 def thin(y: np.ndarray, points: int) -> np.ndarray:
@@ -233,7 +246,7 @@ def thin(y: np.ndarray, points: int) -> np.ndarray:
 def summarize(run: LoggedRun) -> dict[str, Any]:
     """One row of the summary table: times in seconds, memory in GB, None where nothing was measured."""
     rows = run.rows
-    last = {name: _last(rows[name]) for name in COLUMNS}
+    last: dict[str, Any] = {name: next(reversed(rows.logged(name).tolist()), None) for name in COLUMNS}
     best, lowest = _lowest(rows, "eval_loss"), _lowest(rows, "loss")
     tokens, seconds = last["tokens_seen"], last["seconds"]
     row: dict[str, Any] = {
@@ -242,6 +255,7 @@ def summarize(run: LoggedRun) -> dict[str, Any]:
         "steps": _to_int(last["step"]),
         "epochs": last["epoch"],
         "final_loss": last["loss"],
+        "last_tenth_loss": last_tenth(rows.logged("loss")),
         "min_loss": lowest[0],
         "min_loss_step": _to_int(lowest[1]),
         "best_eval_loss": best[0],
@@ -250,7 +264,7 @@ def summarize(run: LoggedRun) -> dict[str, Any]:
         "trained_tokens": _to_int(last["trained_tokens"]),
         "seconds": seconds,
         "tokens_per_second": tokens / seconds if tokens and seconds else None,
-        "peak_memory_gb": None if rows.empty or rows["peak_memory_gb"].isna().all() else rows["peak_memory_gb"].max(),
+        "peak_memory_gb": max(rows.logged("peak_memory_gb").tolist(), default=None),
         "trainable_parameters": _number(run.config.get("trainable_parameters")),
     }
     for which in ("base", "finetuned"):
@@ -259,14 +273,18 @@ def summarize(run: LoggedRun) -> dict[str, Any]:
     return row | {"folder": str(run.folder), "notes": "; ".join(run.notes)}
 
 
-def _last(column: pd.Series) -> float | None:
-    index = column.last_valid_index()
-    return None if index is None else float(column[index])
+def last_tenth(losses: np.ndarray) -> float | None:
+    """Mean of the last tenth of the logged losses: the loss of one step is mostly noise."""
+    return float(losses[-math.ceil(len(losses) / 10) :].mean()) if len(losses) else None
 
 
-def _lowest(rows: pd.DataFrame, column: str) -> tuple[float | None, float | None]:
-    values = rows[column].dropna()
-    return (None, None) if values.empty else (float(values.min()), float(rows["step"][values.idxmin()]))
+def _lowest(rows: Rows, column: str) -> tuple[float | None, float | None]:
+    import numpy as np
+
+    if not len(rows.logged(column)):
+        return None, None
+    index = int(np.nanargmin(rows[column]))
+    return float(rows[column][index]), float(rows["step"][index])
 
 
 def _number(value: Any) -> float | None:

@@ -14,7 +14,8 @@ from finetune.files import write_text_atomic
 
 if TYPE_CHECKING:
     import numpy as np
-    import pandas as pd
+
+    from finetune.charts.rows import Rows
 
 TEMPLATE = Path(__file__).with_name("curves_page.html")
 MAX_POINTS = 60_000  # of all runs together, so that the page stays below a few MB
@@ -61,31 +62,31 @@ def write_page(
 def _run_data(run: curves.LoggedRun, smooth: int | None, points: int) -> dict[str, Any]:
     import numpy as np
 
-    trained = run.rows[np.isfinite(run.rows["loss"])]
-    loss = trained["loss"].to_numpy()
+    trained = run.rows.take(np.isfinite(run.rows["loss"]))
+    loss = trained["loss"]
     smoothed = curves.smooth(loss, smooth)
-    evaluated = run.rows[np.isfinite(run.rows["eval_loss"])]
+    evaluated = run.rows.take(np.isfinite(run.rows["eval_loss"]))
     kept = curves.thin(loss, points)
-    evaluated = evaluated.iloc[curves.thin(evaluated["eval_loss"].to_numpy(), MAX_EVAL_POINTS)]
+    evaluated = evaluated.take(curves.thin(evaluated["eval_loss"], MAX_EVAL_POINTS))
     return {
         "label": run.label,
         "folder": str(run.folder),
         "status": run.status,
         "notes": "; ".join(run.notes),
-        "x": _axes(trained.iloc[kept]),
+        "x": _axes(trained.take(kept)),
         "raw": _rounded(loss[kept]),
         "soft": _rounded(smoothed[kept]),
         "ex": _axes(evaluated),
-        "eval": _rounded(evaluated["eval_loss"].to_numpy()),
+        "eval": _rounded(evaluated["eval_loss"]),
     }
 
 
-def _axes(rows: pd.DataFrame) -> dict[str, list[float]]:
+def _axes(rows: Rows) -> dict[str, list[float]]:
     """Values of every x axis that is known for all of `rows`."""
     return {
-        name: _rounded(rows[column].to_numpy())
+        name: _rounded(rows[column])
         for name, column in curves.X_COLUMNS.items()
-        if len(rows) and rows[column].notna().all()
+        if len(rows) and len(rows.logged(column)) == len(rows)
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -54,7 +55,7 @@ def compare_runs(runs: list[LoggedRun]) -> Comparison:
     names = [name if "seed" in run.flags else run.label for run, name in zip(runs, names, strict=True)]
     common = {
         key: runs[0].flags[key]
-        for key in (*FLAG_ORDER, "seed")
+        for key in (*FLAG_ORDER, "max_steps", "seed")
         if key not in differing and all(key in run.flags and run.flags[key] == runs[0].flags[key] for run in runs)
     }
     return Comparison(runs, _choose_looks(runs, names, named), differing, common)
@@ -98,7 +99,7 @@ def value_text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "default"}[value]
     if isinstance(value, float):
-        return f"{value:.4g}" if value == 0 or abs(value) >= 0.01 else f"{value:.3e}".replace(".000e", "e")
+        return f"{value:.4g}" if value == 0 or abs(value) >= 0.01 else re.sub(r"\.?0*e", "e", f"{value:.3e}")
     if isinstance(value, list):
         return "+".join(value_text(item) for item in value)
     text = one_line(str(value))
@@ -142,8 +143,7 @@ def _set_labels(runs: list[LoggedRun], names: list[str], seeds_differ: bool) -> 
 
 def _choose_looks(runs: list[LoggedRun], groups: list[str], keys: list[str]) -> list[Look]:
     """Colours by the first numeric flag on an ordered scale, dashes by the other flags; else one colour per group."""
-    numeric = next((key for key in keys if all(is_number(run.flags.get(key)) for run in runs)), None)
-    if numeric:
+    for numeric in (key for key in keys if all(is_number(run.flags.get(key)) for run in runs)):
         numbers = [float(run.flags[numeric]) for run in runs]
         others = [describe(run.flags, [key for key in keys if key != numeric]) for run in runs]
         values, kinds = sorted(set(numbers)), list(dict.fromkeys(others))

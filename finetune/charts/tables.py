@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ from finetune.charts.curves import duration
 from finetune.charts.plots import short_number
 from finetune.charts.run_labels import Comparison
 from finetune.files import write_text_atomic
+from finetune.terminal_tables import fit, least_width, shown_width
 
 # Column of the summary: its title and how its values are written, here and in curves_page.html (see FORMATTERS).
 SHOWN_COLUMNS = {
     "status": ("status", "text"), "steps": ("steps", "count"), "final_loss": ("final", "loss"),
+    "last_tenth_loss": ("last tenth", "loss"),
     "min_loss": ("min", "loss"), "best_eval_loss": ("best eval", "loss"), "best_eval_step": ("at step", "count"),
     "tokens": ("tokens", "short"), "seconds": ("time", "time"), "tokens_per_second": ("tokens/s", "rate"),
     "peak_memory_gb": ("peak GB", "gigabytes"), "trainable_parameters": ("trainable", "short"),
@@ -29,6 +30,11 @@ SHOWN_COLUMNS = {
     "base_parameter_accuracy": ("parameter base", "share"),
     "finetuned_parameter_accuracy": ("parameter tuned", "share"),
 }  # fmt: skip
+# In a terminal too narrow for all of them.
+OMITTED_FIRST = (
+    "trainable_parameters", "tokens", "peak_memory_gb", "best_eval_step", "tokens_per_second", "min_loss", "seconds",
+    "base_parameter_accuracy", "base_tool_name_accuracy", "steps", "status",
+)  # fmt: skip
 FORMATTERS: dict[str, Callable[[Any], str]] = {
     "text": str,
     "count": "{:,}".format,
@@ -42,19 +48,34 @@ FORMATTERS: dict[str, Callable[[Any], str]] = {
 
 
 def print_table(table: list[dict[str, Any]]) -> None:
-    """Print the summary; columns without any value are omitted."""
+    """Print the summary; columns without any value are omitted, in a narrow terminal also some of the others."""
+    width = shown_width()
+    cells = {
+        key: [SHOWN_COLUMNS[key][0], *(_cell(row.get(key), SHOWN_COLUMNS[key][1]) for row in table)]
+        for key in SHOWN_COLUMNS if any(row.get(key) is not None for row in table)
+    }  # fmt: skip
+    others = {key: [key, *(row[key] for row in table)] for key in ("run", "notes") if any(row[key] for row in table)}
+    omitted = []
+    for key in OMITTED_FIRST:
+        needed = [least_width(others[name]) for name in others] + [max(map(len, values)) for values in cells.values()]
+        if sum(needed) + 2 * len(needed) <= width:
+            break
+        if key in cells:
+            del cells[key]
+            omitted.append(SHOWN_COLUMNS[key][0])
     view = Table(box=None, padding=(0, 1), header_style="bold")
     view.add_column("run", overflow="fold")
-    shown = [key for key in SHOWN_COLUMNS if any(row.get(key) is not None for row in table)]
-    for key in shown:
-        view.add_column(SHOWN_COLUMNS[key][0], justify="left" if key == "status" else "right", no_wrap=True)
-    has_notes = any(row["notes"] for row in table)
-    if has_notes:
+    for key, (title, *_) in cells.items():
+        view.add_column(title, justify="left" if key == "status" else "right", no_wrap=True)
+    if "notes" in others:
         view.add_column("notes", overflow="fold", style="yellow")
-    for row in table:
-        cells = [_cell(row.get(key), SHOWN_COLUMNS[key][1]) for key in shown]
-        view.add_row(escape(row["run"]), *cells, *([escape(row["notes"])] if has_notes else []))
-    Console(width=None if sys.stdout.isatty() else 220, highlight=False).print(view)
+    for index, row in enumerate(table, start=1):
+        notes = [escape(row["notes"])] if "notes" in others else []
+        view.add_row(escape(row["run"]), *(values[index] for values in cells.values()), *notes)
+    console = Console(width=width, highlight=False)
+    console.print(fit(view, width))
+    if omitted:
+        console.print(f"not shown: {', '.join(omitted)}; -s FILE.csv writes all columns", style="dim", soft_wrap=True)
 
 
 def _cell(value: Any, kind: str) -> str:

@@ -31,6 +31,7 @@ class Reply:
     problems        for each call the violations of its tool's schema
     parse_errors    one line for everything that looks like a call and cannot be read
     finish_reason   "stop" or "length"
+    seconds         from the request to the end of the answer, where it was measured
     """
 
     text: str
@@ -42,6 +43,7 @@ class Reply:
     finish_reason: str = "stop"
     prompt_tokens: int = 0
     new_tokens: int = 0
+    seconds: float = 0.0
 
     def message(self, ids: list[str]) -> dict[str, Any]:
         """The assistant message; `ids` are those of its calls."""

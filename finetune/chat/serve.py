@@ -11,6 +11,12 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, model_validator
+
 from finetune.chat.address import check_address
 from finetune.chat.guard import MAX_MESSAGES, MAX_TOOLS, Access, Guard, server_token
 from finetune.chat.model import TUNED, ChatModel, Penalties
@@ -18,15 +24,6 @@ from finetune.chat.reply import Reply
 from finetune.errors import UserError
 from formats import FormatError
 from formats.calls import reject_lone_surrogates
-
-try:
-    import uvicorn
-    from fastapi import FastAPI, HTTPException, Request
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse, StreamingResponse
-    from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, model_validator
-except ImportError as missing:
-    raise UserError(f"--serve needs {missing.name}; run: pip install -r requirements/optional.txt") from missing
 
 if TYPE_CHECKING:
     from finetune.generation.generate import Decoding

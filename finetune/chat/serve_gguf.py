@@ -24,12 +24,9 @@ def serve_gguf(path: Path, host: str, port: int) -> int:
     """Serve until Ctrl-C; llama.cpp parses the calls by the template inside the file."""
     if not path.is_file():
         raise UserError(f"{path} is not a file; create one with: python export_lora.py RUN --to gguf")
-    try:
-        import httpx
-        import uvicorn
-        import xllamacpp  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"serving a GGUF needs {error.name}; run: pip install -r requirements/optional.txt") from error
+    import httpx
+    import uvicorn
+
     from finetune.export.llama_check import llama_server
 
     check_address(host, port)

@@ -75,7 +75,7 @@ class ChatSession:
         before = list(self.turns), list(self.pending), dict(self.replies)
         try:
             yield
-        except (Exception, KeyboardInterrupt):
+        except BaseException:  # a closed page ends the answer with GeneratorExit
             self.turns, self.pending, self.replies = before
             raise
 

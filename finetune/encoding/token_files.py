@@ -35,7 +35,12 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """A tokenizer by folder, Hub id or the bundled model's name; needs no torch. Raises UserError."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from finetune.models.bundled import resolve_model
+    from finetune.models.hub import check_available
 
+    try:
+        check_available(name)
+    except UserError as error:
+        raise UserError(f"tokenizer {name}: {error}") from error
     path = resolve_model(name)
     if trust_remote_code:
         unhide_torch()

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError
+from finetune.errors import UserError, require
 from finetune.evaluation.items import CALL, IRRELEVANT, Item
 from finetune.reading.tool_schemas import normalize_tools
 
@@ -29,9 +29,8 @@ CATEGORIES = (*WITH_ANSWERS, *WITHOUT_CALL)
 
 def data_folder() -> Path:
     """The package's folder of rows; UserError when the package is not installed."""
+    require("bfcl_eval", "--suite bfcl")
     spec = importlib.util.find_spec("bfcl_eval")
-    if spec is None:
-        raise UserError("--suite bfcl needs the package bfcl-eval; run: pip install --no-deps bfcl-eval==2026.3.23")
     return Path(spec.submodule_search_locations[0]) / "data"
 
 

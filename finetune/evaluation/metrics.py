@@ -150,12 +150,15 @@ def compute_metrics(scored: Sequence[Scored], *, seed: int = 0) -> dict[str, Any
     """
     metrics: dict[str, Any] = {}
     intervals: dict[str, list[float] | None] = {}
+    counted: dict[str, int] = {}
     missing: list[str] = []
     weights = _bootstrap_weights(scored, seed) if scored else None
     for metric in METRICS:
         if metric.verdict is None:
             continue
         sums = _row_sums(scored, metric)
+        if sums is not None:
+            counted[metric.name] = sum(metric.ratio(one) is not None for one in scored)
         if sums is not None and sums[1].sum() > 0:
             metrics[metric.name] = round(float(sums[0].sum() / sums[1].sum()), 6)
             intervals[metric.name] = _interval_95(_resampled(sums, weights))
@@ -180,6 +183,7 @@ def compute_metrics(scored: Sequence[Scored], *, seed: int = 0) -> dict[str, Any
     return metrics | {
         "items": len(scored),
         "rows": len({one.item.origin for one in scored}),
+        "counted": counted,
         "intervals_95": intervals,
         "items_by_kind": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         "calls": {

@@ -28,13 +28,14 @@ def comparison_markdown(metrics: Scores, compared: Scores, heading: Sequence[str
     """Tables of metrics and of tools: of one model with intervals, of two with differences and p values."""
     if len(metrics) == 1:
         ((_, only),) = metrics.items()
-        title, header = "Evaluation", ["metric", "value", "95% interval"]
+        title, header = "Evaluation", ["metric", "n", "value", "95% interval"]
         rows = [
-            [name, _number(only.get(name)), _interval(only["intervals_95"].get(name))] for name in metric_names(metrics)
+            [name, _count(name, only), _number(only.get(name)), _interval(only["intervals_95"].get(name))]
+            for name in metric_names(metrics)
         ]
     else:
         title = "Base against tuned"
-        header = ["metric", "base", "tuned", "difference", "95% interval of the difference", "p"]
+        header = ["metric", "n", "base", "tuned", "difference", "95% interval of the difference", "p"]
         rows = [_comparison_row(name, metrics, compared.get(name, {})) for name in metric_names(metrics)]
     return "\n".join([f"# {title}", "", *heading, "", _table(header, rows)]) + _tool_table(metrics)
 
@@ -44,7 +45,8 @@ def _comparison_row(name: str, metrics: Scores, test: dict[str, Any]) -> list[st
     marker = " (lower is better)" if any(m.name == name and m.lower_is_better for m in METRICS) else ""
     p_value = test.get("p_value")
     return [
-        name + marker, _number(base), _number(tuned), _difference(base, tuned), _interval(test.get("interval_95"), "+"),
+        name + marker, _count(name, metrics["tuned"]), _number(base), _number(tuned), _difference(base, tuned),
+        _interval(test.get("interval_95"), "+"),
         "" if p_value is None else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}",
     ]  # fmt: skip
 
@@ -67,6 +69,11 @@ def _tool_table(metrics: Scores) -> str:
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _count(name: str, metrics: dict[str, Any]) -> str:
+    """The number of answers that a metric is computed from; "" where it is derived from other metrics."""
+    return str(metrics.get("counted", {}).get(name, ""))
 
 
 def _number(value: float | None) -> str:
@@ -98,13 +105,15 @@ def _confusion_picture(metrics: Scores, path: Path) -> Path:
     import numpy as np
     from matplotlib import pyplot as plt
 
-    tables = {side: _pictured(m["confusion_matrix"]) for side, m in metrics.items() if m.get("confusion_matrix")}
-    size = max(len(labels) for labels, _ in tables.values())
+    labels, tables = _pictured(
+        {side: m["confusion_matrix"] for side, m in metrics.items() if m.get("confusion_matrix")}
+    )
+    size = len(labels)
     width, height = max(4.0, 0.42 * size + 2.6), max(3.6, 0.42 * size + 2.0)
     figure, axes = plt.subplots(
         1, len(tables), figsize=(width * len(tables), height), squeeze=False, layout="constrained"
     )
-    for axis, (side, (labels, counts)) in zip(axes[0], tables.items(), strict=True):
+    for axis, (side, counts) in zip(axes[0], tables.items(), strict=True):
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         if len(labels) <= 40:
@@ -121,24 +130,32 @@ def _confusion_picture(metrics: Scores, path: Path) -> Path:
     return _save(figure, path)
 
 
-def _pictured(table: dict[str, Any]) -> tuple[list[str], np.ndarray]:
-    """(labels, counts) of a confusion matrix without empty classes; the rarest of too many tools become OTHERS."""
+def _pictured(tables: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """(labels, counts of each model) of confusion matrices, which get the same rows and columns.
+
+    Classes that are empty in all of them are omitted; the rarest of too many tools become OTHERS.
+    """
     import numpy as np
 
-    counts = np.array(table["matrix"])
-    totals = dict(zip(table["labels"], (counts.sum(0) + counts.sum(1)).tolist(), strict=True))
+    totals: dict[str, int] = {}
+    for table in tables.values():
+        counts = np.array(table["matrix"])
+        for label, total in zip(table["labels"], (counts.sum(0) + counts.sum(1)).tolist(), strict=True):
+            totals[label] = totals.get(label, 0) + total
     classes = [label for label in (NO_CALL, UNDECLARED, BROKEN) if totals.get(label)]
-    tools = [label for label, total in totals.items() if total and label not in classes]
+    tools = sorted(label for label, total in totals.items() if total and label not in (NO_CALL, UNDECLARED, BROKEN))
     if len(tools) > MAX_PICTURED_TOOLS:
         frequent = set(sorted(tools, key=lambda tool: -totals[tool])[:MAX_PICTURED_TOOLS])
         tools = [tool for tool in tools if tool in frequent]
         classes.insert(0, OTHERS)
     labels = [*tools, *classes]
-    kept = [at for at, total in enumerate(totals.values()) if total]
-    to = [labels.index(label if label in labels else OTHERS) for label, total in totals.items() if total]
-    merged = np.zeros((len(labels), len(labels)), counts.dtype)
-    np.add.at(merged, np.ix_(to, to), counts[np.ix_(kept, kept)])
-    return labels, merged
+    pictured = {}
+    for side, table in tables.items():
+        kept = [at for at, label in enumerate(table["labels"]) if totals[label]]
+        to = [labels.index(label if label in labels else OTHERS) for label in table["labels"] if totals[label]]
+        pictured[side] = np.zeros((len(labels), len(labels)), int)
+        np.add.at(pictured[side], np.ix_(to, to), np.array(table["matrix"])[np.ix_(kept, kept)])
+    return labels, pictured
 
 
 def _f1_picture(metrics: Scores, path: Path) -> Path:

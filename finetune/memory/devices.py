@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from finetune.errors import UserError
-
 # Compute capabilities. Before Ampere, runs use float16 and memory-efficient attention.
 AMPERE = (8, 0)
 MIN_UNSLOTH_CAPABILITY = (7, 0)
@@ -108,11 +106,9 @@ class Driver:
 
 @contextlib.contextmanager
 def open_driver() -> Iterator[Driver]:
-    """Connect to NVML. Raises NoDriver where there is no usable driver, UserError when nvidia-ml-py is missing."""
-    try:
-        import pynvml
-    except ImportError as error:
-        raise UserError("nvidia-ml-py is not installed; run: pip install -r requirements_lora.txt") from error
+    """Connect to NVML. Raises NoDriver where there is no usable driver, ImportError when nvidia-ml-py is missing."""
+    import pynvml
+
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError_LibraryNotFound:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from finetune.memory.devices import Gpu
 from finetune.memory.plan import GPU_SIZES_GB, MemoryPlan, command_line, merged_flags, suggest
+from finetune.terminal_tables import fit
 
 Suggestions = dict[int, tuple[MemoryPlan, dict[str, Any]]]  # GPU size in GB -> what `suggest` returns
 
@@ -107,14 +108,14 @@ def print_estimate(console: Console, plan: MemoryPlan, model: str, place: str, s
     kind = "4-bit NF4" if workload.load_in_4bit else workload.dtype
     passes = f"{workload.tokens:,} tokens per pass, longest row {workload.longest_row:,}"
     title = f"Memory of {model}: {plan.sizes.parameters / 1e9:.2f} B parameters, {kind}, rank {workload.rank}, {passes}"
-    console.print(parts_table(plan, title))
+    console.print(fit(parts_table(plan, title), console.width))
     if plan.capacity is not None:
         for line in verdict(plan, plan.capacity, place):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
     elif workload.device == "cuda":
         console.print(f"Smallest GPU it fits: {gpu_size(plan.smallest_gpu_gb)}.", highlight=False)
-    console.print(changes_table(plan))
-    console.print(suggestions_table(suggestions_for(plan, step_rows)))
+    console.print(fit(changes_table(plan), console.width))
+    console.print(fit(suggestions_table(suggestions_for(plan, step_rows)), console.width))
 
 
 def verdict(plan: MemoryPlan, capacity: float, place: str) -> list[str]:

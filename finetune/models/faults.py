@@ -26,6 +26,7 @@ def hub_errors(name: str) -> Iterator[None]:
 
 def _problem(name: str, error: Exception) -> str | None:
     """What is wrong and what to do, to follow "model NAME"; None for out of memory."""
+    from httpx import TransportError
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -51,7 +52,7 @@ def _problem(name: str, error: Exception) -> str | None:
         return "contains its own code; read it, then pass --trust_remote_code to run it"
     if raised(RepositoryNotFoundError):
         return "is not on the Hub (or private: set HF_TOKEN); check --model"
-    if raised(LocalEntryNotFoundError, ConnectionError) or "offline" in text.lower():
+    if raised(LocalEntryNotFoundError, ConnectionError, TransportError) or "offline" in text.lower():
         return (
             "is neither a folder nor in the local cache, and the Hub cannot be reached; check --model and the network, "
             "or use --model smollm2-135m"

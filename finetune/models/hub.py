@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import functools
 import os
 import re
 from pathlib import Path
@@ -65,3 +68,35 @@ def check_public_base(model: str, flag: str, remedy: str) -> None:
     """UserError when nobody else could load the base model of an adapter that `flag` is to upload."""
     if model.lower() != bundled.NAME and is_local_path(model):
         raise UserError(f"{flag}: the base model {model} is a local path, which nobody else can load; {remedy}")
+
+
+def check_path(name: str) -> None:
+    """UserError for the name of a model that reads as a path of this machine where there is nothing."""
+    if name.lower() == bundled.NAME or is_local_path(name):
+        return
+    parent = Path(name).parent
+    if _PATH.match(name) or (parent != Path() and parent.is_dir() and not any(parent.glob("*/config.json"))):
+        close = difflib.get_close_matches(Path(name).name, [p.name for p in parent.glob("*/")], n=1, cutoff=0.5)
+        hint = f"did you mean {parent / close[0]}?" if close else "check the path"
+        raise UserError(f"{name}: there is no such folder; {hint}")
+    if name.lower().startswith("smollm") and "/" not in name:
+        raise UserError(f"model {name} is not known; did you mean {bundled.NAME}?")
+
+
+@functools.cache
+def check_available(name: str, revision: str | None = None) -> None:
+    """UserError, before anything slow is imported, for a model that is neither a folder, nor cached, nor on the Hub."""
+    check_path(name)
+    if name.lower() == bundled.NAME or is_local_path(name):
+        return
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
+
+    from finetune.models.faults import hub_errors
+
+    with hub_errors(name), contextlib.suppress(EntryNotFoundError):
+        if (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots").is_dir():
+            return
+        # One request: the library's own loading retries for more than a minute without a network.
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), token=hub_token(), timeout=10)

@@ -10,13 +10,14 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import distributed
-from finetune.errors import UserError
+from finetune.errors import UserError, require
 from finetune.models.bundled import cache_dir, resolve_model
 from finetune.models.faults import hub_errors, missing_weights
-from finetune.models.hub import hub_token
+from finetune.models.hub import check_available, hub_token
 from finetune.models.limits import MAX_DEFAULT_CONTEXT, check_vocabulary, model_positions
 from finetune.models.remote_code import forget_code
 from finetune.models.rope import check_applied, set_config, stretched, stretched_entries
@@ -50,10 +51,8 @@ def import_unsloth() -> Any:
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it would contact a server at every import
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError("torch is not installed; run: pip install -r requirements_lora.txt") from error
+    import torch
+
     if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
         for name in ("triton", "torchvision"):
             if name not in sys.modules and importlib.util.find_spec(name) is not None:
@@ -65,6 +64,8 @@ def import_unsloth() -> Any:
         with stdout_to_log():
             import unsloth
     except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in ("unsloth", "unsloth_zoo"):
+            raise
         raise UserError(
             f"unsloth cannot be imported ({error}); run: pip install --no-deps -r requirements_unsloth.txt, "
             "then: python train_lora.py --doctor"
@@ -77,12 +78,23 @@ def default_dtype() -> str:
 
     A CPU without AMX or AVX512-BF16 emulates bfloat16: measured 50 against 170 GFLOP/s in float32 on a Cascade Lake.
     """
-    unsloth = import_unsloth()
     import torch
 
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    return "bfloat16" if unsloth.is_bfloat16_supported() else "float32"
+    if "unsloth" in sys.modules:
+        return "bfloat16" if sys.modules["unsloth"].is_bfloat16_supported() else "float32"
+    return "bfloat16" if _cpu_runtime().cpu_bf16_supported() else "float32"
+
+
+def _cpu_runtime() -> Any:
+    """Unsloth's module that looks at the processor, without importing Unsloth, which takes many seconds."""
+    require("unsloth_zoo", "training")
+    (folder,) = importlib.util.find_spec("unsloth_zoo").submodule_search_locations
+    spec = importlib.util.spec_from_file_location("_unsloth_cpu_runtime", Path(folder) / "cpu" / "runtime.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @dataclass
@@ -100,6 +112,7 @@ class Loaded:
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's own tokenizer; its end-of-sequence token becomes the padding token where it has none."""
+    check_available(name, revision)
     from transformers import AutoTokenizer
 
     with hub_errors(name):
@@ -116,6 +129,7 @@ def load_config(
     name: str, revision: str | None = None, trust_remote_code: bool = False, rope_scaling: str | None = None
 ) -> PreTrainedConfig:
     """The model's config.json without its weights, with its rotary positions stretched as `rope_scaling` says."""
+    check_available(name, revision)
     from transformers import AutoConfig
 
     with hub_errors(name):

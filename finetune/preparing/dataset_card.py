@@ -90,13 +90,15 @@ def shared_requests(result: Prepared) -> int:
 
 def card(result: Prepared, options: PrepareOptions, command: str) -> str:
     """The dataset card in Markdown; its front matter lets the folder be loaded from the Hub with its splits."""
-    from huggingface_hub import DatasetCard, DatasetCardData
+    import jinja2
+    import yaml
 
     sources = result.loaded.counts["sources"]
     files = [{"split": name, "path": f"{name}.jsonl"} for name in SPLITS if result.splits[name]]
-    filled = DatasetCard.from_template(
-        DatasetCardData(configs=[{"config_name": "default", "data_files": files}]),
-        template_str=Path(__file__).with_name("dataset_card.md.jinja").read_text(encoding="utf-8"),
+    template = jinja2.Template(Path(__file__).with_name("dataset_card.md.jinja").read_text(encoding="utf-8"))
+    front_matter = {"configs": [{"config_name": "default", "data_files": files}]}
+    filled = template.render(
+        card_data=yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True).rstrip(),
         result=result,
         options=options,
         command=" ".join(command.split()),

@@ -17,6 +17,7 @@ from finetune.errors import UserError
 from finetune.preparing.checks import called_tool
 from finetune.preparing.related_rows import continued_conversations, own_texts
 from finetune.reading.load_result import LoadResult
+from finetune.torchless import without_scipy_integrate
 
 SPLITS = ("train", "validation", "test")
 MIN_SIMILARITY = 0.8  # Jaccard similarity of shingles from which two requests count as near-duplicates
@@ -107,7 +108,9 @@ def _alike(signatures: Any, signature: Any) -> list[int]:
 def _lsh_buckets(sets: dict[int, frozenset[int]]) -> tuple[Any, list[list[int]]]:
     """(MinHash signatures by item, items that share a band of theirs): items and buckets in ascending order."""
     import numpy as np
-    from datasketch import MinHash, MinHashLSH
+
+    with without_scipy_integrate():
+        from datasketch import MinHash, MinHashLSH
 
     hashes = LSH_BANDS * LSH_BAND_HASHES
     index = MinHashLSH(num_perm=hashes, params=(LSH_BANDS, LSH_BAND_HASHES))

@@ -11,6 +11,7 @@ A source is named by one string, the spec:
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import re
 import zlib
@@ -96,6 +97,10 @@ def parse_spec(text: str | Path) -> Spec:
             f"{body}: there is no such file or folder; give a path to {', '.join(READERS)} (also .gz), "
             "or a Hub dataset as org/name:config@split"
         )
+    if (parent := Path(match["name"]).parent).is_dir():
+        close = difflib.get_close_matches(Path(match["name"]).name, [path.name for path in parent.iterdir()], n=1)
+        advice = f"did you mean {parent / close[0]}?" if close else "check the path"
+        raise UserError(f"{body}: the folder {parent} has no such file or folder; {advice}")
     return Spec(text, weight, hub=match["name"], config=match["config"], split=match["split"])
 
 

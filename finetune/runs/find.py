@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 from finetune.models.adapter import adapter_config, attach_adapter
+from finetune.models.hub import check_available
 from finetune.models.limits import check_vocabulary, model_positions
 from finetune.models.loading import Loaded, import_unsloth, load_base, load_config, load_tokenizer
 from finetune.models.rope import stretched
@@ -43,6 +44,11 @@ class Run:
         if self.experiment is not None:
             return str(self.experiment.config["base_model"])
         return str(adapter_config(self.adapter)["base_model_name_or_path"])
+
+    @property
+    def base_revision(self) -> str | None:
+        """The revision of the base model, as far as it is known."""
+        return self._base_settings().get("revision")
 
     def _base_settings(self) -> dict[str, Any]:
         """The arguments of `load_base` with which the base model was loaded for training, as far as they are known."""
@@ -143,6 +149,7 @@ def _find(path: str | Path) -> Run:
     if Path(path).is_file():
         raise UserError(f"{path} is a file; name a run folder, an adapter folder or a model")
     if isinstance(path, str) and not Path(path).is_dir():
+        check_available(path)
         return Run(path, None, None)
     path = Path(path)
     if (path / CONFIG).is_file():
@@ -180,6 +187,7 @@ def load_for_inference(
     Raises UserError as `find_run` does.
     """
     run = find_run(path, trust_remote_code=trust_remote_code)
+    check_available(run.base_name, run.base_revision)
     loaded, fmt = run.load_base()
     model = loaded.model
     if run.adapter is not None and not base:

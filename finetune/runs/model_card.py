@@ -64,12 +64,14 @@ def _settings(config: dict[str, Any]) -> dict[str, str]:
     """What the run was trained with, and the losses it reached, by name."""
     flags, data, result = config["flags"], config["data"], config.get("result", {})
     names = ", ".join(map(public_name, flags["dataset"]))
+    step_rows = flags["batch_size"] * flags["grad_accum"]
+    epochs = config["steps"] / max(1, -(-data["sequences"] // step_rows))  # not the flag: --max_steps may have ended it
     settings = {
         "data": f"{names} ({data['sequences']:,} sequences, {data['trained_tokens']:,} trained tokens)",
         "format": f"{config['format']['name']} (template in `chat_template.jinja`)",
         "LoRA": f"r {flags['rank']}, alpha {flags['alpha']}, dropout {flags['dropout']}, "
         f"{', '.join(flags['target_modules'])}",
-        "training": f"lr {flags['lr']:g}, {flags['epochs']:g} epochs, {flags['batch_size'] * flags['grad_accum']} "
+        "training": f"lr {flags['lr']:g}, {epochs:.3g} epochs, {step_rows} "
         f"rows per step, {config['steps']} steps, seed {flags['seed']}",
         "base weights": "4-bit NF4" if config["load_in_4bit"] else config["dtype"],
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import os
 import secrets
@@ -14,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from finetune.errors import UserError
+from finetune.errors import UserError, require
 
 log = logging.getLogger("sandwich")
 ROOT = Path(__file__).resolve().parents[2]
 HANGUP = {signal.SIGHUP} if hasattr(signal, "SIGHUP") else set()  # a closed terminal; Windows has no such signal
 OBJECT_STORE_BYTES = 256 << 20  # chunks of files pass through it, never complete models
 CODE = {"finetune", "formats", "train_lora.py"}  # what a node needs of this checkout
-NO_RAY = "a sweep needs Ray; run: pip install -r requirements/optional.txt, or: pip install ray==2.60.0"
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,7 @@ class SweepOptions:
 
 def require_ray() -> None:
     """UserError where Ray is not installed; does not import it, which takes seconds."""
-    if importlib.util.find_spec("ray") is None:
-        raise UserError(NO_RAY)
+    require("ray", "a sweep")
 
 
 @contextlib.contextmanager
@@ -69,7 +66,8 @@ def ray_session(options: SweepOptions) -> Iterator[ModuleType]:
     try:
         import ray
     except ImportError:
-        raise UserError(NO_RAY) from None
+        require("ray", "a sweep")
+        raise
     arguments = {"logging_level": "ERROR", "log_to_driver": False}
     if own:
         arguments |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES,

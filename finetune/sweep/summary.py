@@ -9,14 +9,13 @@ from statistics import mean, stdev
 from typing import Any
 
 from finetune.charts import curves
-from finetune.charts.curves import LoggedRun
+from finetune.charts.curves import LoggedRun, last_tenth
 from finetune.charts.run_labels import Comparison, compare_runs
 from finetune.charts.tables import print_table, write_summary
 from finetune.runs.experiment import LOG
 from finetune.sweep.runs import FINISHED, WAITING, Sweep, SweepRun
 
 SUMMARY, PICTURE = "summary.csv", "comparison.png"
-FINAL_SHARE = 0.1  # of a run's logged losses, where there is no evaluation: the loss of one step is mostly noise
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def find_best(comparison: Comparison) -> Best | None:
     A setting qualifies when all its repeats have finished and their last losses are finite.
     """
     finished = [run for run in comparison.runs if run.status == FINISHED and _ends_finite(run)]
-    evaluated = bool(finished) and all(run.rows["eval_loss"].notna().any() for run in finished)
+    evaluated = bool(finished) and all(len(run.rows.logged("eval_loss")) for run in finished)
     groups: dict[str, list[LoggedRun]] = {}
     for run, look in zip(comparison.runs, comparison.looks, strict=True):
         groups.setdefault(look.group, []).append(run)
@@ -92,12 +91,13 @@ def find_best(comparison: Comparison) -> Best | None:
 
 def _ends_finite(run: LoggedRun) -> bool:
     """Whether the run has logged losses, and those that rank it are finite."""
-    losses, evaluations = run.rows["loss"].dropna(), run.rows["eval_loss"].dropna()
-    return bool(len(losses)) and math.isfinite(_loss(run, False)) and math.isfinite(evaluations.iloc[-1:].sum())
+    evaluations = run.rows.logged("eval_loss")
+    has_loss = len(run.rows.logged("loss")) > 0
+    return has_loss and math.isfinite(_loss(run, False)) and math.isfinite(evaluations[-1:].sum())
 
 
 def _loss(run: LoggedRun, evaluated: bool) -> float:
     if evaluated:
-        return float(run.rows["eval_loss"].min())
-    losses: Any = run.rows["loss"].dropna()
-    return float(losses.iloc[-max(1, math.ceil(len(losses) * FINAL_SHARE)) :].mean())
+        return float(run.rows.logged("eval_loss").min())
+    loss: Any = last_tenth(run.rows.logged("loss"))
+    return loss

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import logging
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import UserError
@@ -66,10 +69,20 @@ def check_rank(settings: Settings, sizes: Sizes) -> None:
 
 def check_optimizer(name: str) -> None:
     """UserError when Transformers has no optimizer of that name."""
-    from transformers.training_args import OptimizerNames
-
-    known = [optimizer.value for optimizer in OptimizerNames]
+    known = _optimizers()
     if name != "auto" and name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
         raise UserError(f"--optim {name}: Transformers has no such optimizer; {hint}")
+
+
+def _optimizers() -> list[str]:
+    """The names of Transformers' optimizers, out of its source: importing it takes seconds and most of its packages."""
+    (folder,) = importlib.util.find_spec("transformers").submodule_search_locations  # type: ignore[union-attr, misc]
+    source = (Path(folder) / "training_args.py").read_text(encoding="utf-8")
+    names = re.search(r"class OptimizerNames\b.*?(?=\n\S)", source, re.DOTALL)
+    if found := re.findall(r'^    [A-Z0-9_]+ = "(\w+)"', names[0] if names else "", re.MULTILINE):
+        return found
+    from transformers.training_args import OptimizerNames
+
+    return [optimizer.value for optimizer in OptimizerNames]

@@ -13,6 +13,7 @@ from finetune.errors import UserError
 from finetune.memory import tables
 from finetune.memory.sizes import sizes_of_name
 from finetune.settings import Settings
+from finetune.terminal_tables import fit
 from finetune.training.memory_plan import Placement, default_placement, free_memory, plan_for
 from formats import Format
 
@@ -68,9 +69,10 @@ def print_run_table(
         of = eval_rows.report
         add("evaluation rows", f"{of['rows']:,} read, {of['kept']:,} kept ({of['trained_tokens']:,} trained tokens)")
     step_rows = settings.batch_size * settings.grad_accum
-    steps = settings.max_steps or max(1, int(-(-report["sequences"] // step_rows) * settings.epochs))
+    steps_per_epoch = -(-report["sequences"] // step_rows)
+    steps = settings.max_steps or max(1, int(steps_per_epoch * settings.epochs))
     of_rows = f"{step_rows} rows ({settings.batch_size} x {settings.grad_accum})"
-    add("steps", f"{steps:,} of {of_rows}, {settings.epochs:g} epochs")
+    add("steps", f"{steps:,} of {of_rows}, {steps / steps_per_epoch:.3g} epochs")
     lora = f"r {settings.rank}, alpha {settings.alpha}"
 
     if experiment is not None and trainer is not None:
@@ -81,13 +83,14 @@ def print_run_table(
         add("device", f"{config['device']}, base weights {dtype_label(config)}{processes}")
         add("passes", f"{trainer.runner.reason}; up to {trainer.runner.tokens_per_pass:,} tokens each")
         add("memory", memory_line(config["memory"]))
-        Console(stderr=True).print(table)
+        console = Console(stderr=True)
+        console.print(fit(table, console.width))
         return
     placement = default_placement(settings)
     add("device", f"{placement.device}, base weights {dtype_label(vars(placement))}")
     add("LoRA", lora)
     console = tables.wide_console()
-    console.print(table)
+    console.print(fit(table, console.width))
     print_memory(console, settings, rows, placement)
 
 

