@@ -11,15 +11,17 @@ from typing import Any
 
 from finetune.errors import UserError, one_line_errors
 from finetune.files import write_text_atomic
-from finetune.flag_types import FlagParser, nonnegative_float, positive_int
+from finetune.flag_types import FlagParser, nonnegative_float, positive_int, positive_ints
 from finetune.progress import say
 
+DEFAULT_TOLERANCE = 0.01
 EXAMPLES = """examples:
   python evaluate_lora.py experiments/RUN --dataset data/samples/gennx_heldout.jsonl
   python evaluate_lora.py experiments/RUN --dataset test.jsonl --limit 20 --only tuned
   python evaluate_lora.py experiments/RUN/checkpoint-200 --dataset test.jsonl --output evaluation_200
   python evaluate_lora.py Qwen/Qwen2.5-1.5B-Instruct --dataset test.jsonl            a model without an adapter
   python evaluate_lora.py experiments/RUN --suite bfcl:simple_python,multiple,irrelevance --limit 100
+  python evaluate_lora.py experiments/RUN --ranks 2,4,8 --dataset test.jsonl         would a smaller rank have done?
 Rerun the same command to resume a killed evaluation.
 """
 
@@ -33,6 +35,10 @@ def build_parser() -> FlagParser:
     add("--dataset", action="append", default=[], metavar="ROWS", help="held-out rows (repeatable)")
     add("--suite", help="bfcl:CATEGORY,CATEGORY… (package bfcl-eval)")
     add("--only", choices=("base", "tuned", "both"), default="both", help="which model to score")
+    add("--ranks", type=positive_ints, metavar="N,N", help="loss, and with --dataset scores, of the adapter cut to "
+        "these ranks; without --dataset the run's own evaluation rows count")
+    add("--tolerance", type=nonnegative_float, help="with --ranks: how much worse a smaller rank may be, in nats "
+        f"of loss and as a share of the answers (default: {DEFAULT_TOLERANCE})")
     add("--limit", type=positive_int, metavar="N", help="use only the first N rows (of each suite category)")
     add("--format", help="chat format (default: the format of the run)")
     add("--batch_size", type=positive_int, default=64, help="prompts to answer in one batch")
@@ -52,7 +58,8 @@ def build_parser() -> FlagParser:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if not args.dataset and not args.suite:
+    check_rank_flags(args)
+    if not args.dataset and not args.suite and not args.ranks:
         raise UserError("nothing to score; name held-out rows with --dataset, or use --suite bfcl:simple_python")
 
     # 1. Read the rows and find the run before anything slow is imported, so that mistakes show at once.
@@ -68,12 +75,21 @@ def main(argv: list[str] | None = None) -> int:
         check_format_name(args.format)
     run = find_run(args.model, trust_remote_code=args.trust_remote_code)
     folder = output_folder(args)
-    say(f"{len(items)} answers to score from {len({(i.source, i.row) for i in items})} rows")
+    if items:
+        say(f"{len(items)} answers to score from {len({(i.source, i.row) for i in items})} rows")
 
     from finetune.evaluation.folder import exclusive_folder
 
     with exclusive_folder(folder):
-        return evaluate(args, run, items, folder)
+        return (report_ranks if args.ranks else evaluate)(args, run, items, folder)
+
+
+def check_rank_flags(args: argparse.Namespace) -> None:
+    """UserError for flags that do not go with --ranks, or only with it."""
+    if args.ranks and (args.suite or args.only != "both"):
+        raise UserError(f"--ranks and {'--suite' if args.suite else '--only'} exclude each other; omit one of them")
+    if args.tolerance is not None and not args.ranks:
+        raise UserError("--tolerance needs --ranks")
 
 
 def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -> int:
@@ -81,17 +97,7 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     # 2. Load one model, whose adapter is switched on (tuned) or off (base).
     from rich.console import Console
 
-    from finetune.logs import start_logging
-    from finetune.models.limits import context_limit
-    from finetune.runs.find import load_for_inference
-    from formats import check_tokenizer, get_format
-
-    start_logging(Console(stderr=True))
-    model, tokenizer, fmt = load_for_inference(
-        args.model, base=args.only == "base", trust_remote_code=args.trust_remote_code
-    )
-    if args.format:
-        fmt = get_format(args.format, tokenizer)
+    model, tokenizer, fmt = load_model(args, base=args.only == "base")
     has_adapter = hasattr(model, "disable_adapter")
     if args.only == "tuned" and not has_adapter:
         raise UserError(f"{args.model} has no adapter; omit --only to score the model itself")
@@ -101,24 +107,9 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     from finetune.evaluation.answer_settings import answer_settings
     from finetune.evaluation.folder import FILE_PREFIXES, archive_incomparable_scores, describe_items
     from finetune.evaluation.metrics import compute_metrics, paired_differences
-    from finetune.evaluation.run import answer_token_limit, make_prompts, run_model
-    from finetune.generation.generate import Decoding
+    from finetune.evaluation.run import run_model
 
-    if args.max_new_tokens is None:
-        args.max_new_tokens = answer_token_limit(items, tokenizer)
-        say(f"--max_new_tokens {args.max_new_tokens}, from the longest gold answer")
-    room = context_limit(model)
-    if room and args.max_new_tokens >= room:
-        raise UserError(
-            f"--max_new_tokens {args.max_new_tokens}: {args.model} has room for {room} tokens, prompt and answer"
-        )
-    prompts = make_prompts(items, tokenizer, fmt, longest=room - args.max_new_tokens if room else None)
-    for item, reason in prompts.refused[:5]:
-        say(f"not scored: {item.source} row {item.row}, turn {item.turn}: {reason}")
-    if not prompts.items:
-        raise UserError(f"no row gives a prompt; the first: {prompts.refused[0][1]}")
-    decoding = Decoding(tuple(check_tokenizer(tokenizer, fmt)), args.max_new_tokens, args.batch_size,
-                        args.temperature, args.seed)  # fmt: skip
+    prompts, decoding = make_prompts_and_decoding(args, items, model, tokenizer, fmt)
 
     # 4. Generate the answers and score them.
     scored, metrics = {}, {}
@@ -162,6 +153,69 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
         update_model_card(card, comparison)
     print_markdown(Console(), comparison)
     print(f"\nwritten to {folder}: " + ", ".join(sorted(p.name for p in written)) + ", *_metrics.json, *_results.jsonl")
+    return 0
+
+
+def load_model(args: argparse.Namespace, *, base: bool = False) -> tuple[Any, Any, Any]:
+    """(model, tokenizer, format) of the command line."""
+    from rich.console import Console
+
+    from finetune.logs import start_logging
+    from finetune.runs.find import load_for_inference
+    from formats import get_format
+
+    start_logging(Console(stderr=True))
+    model, tokenizer, fmt = load_for_inference(args.model, base=base, trust_remote_code=args.trust_remote_code)
+    return model, tokenizer, get_format(args.format, tokenizer) if args.format else fmt
+
+
+def make_prompts_and_decoding(
+    args: argparse.Namespace, items: list[Any], model: Any, tokenizer: Any, fmt: Any
+) -> tuple[Any, Any]:
+    """The prompts of the items that have one, and how they are answered."""
+    from finetune.evaluation.run import answer_token_limit, make_prompts
+    from finetune.generation.generate import Decoding
+    from finetune.models.limits import context_limit
+    from formats import check_tokenizer
+
+    if args.max_new_tokens is None:
+        args.max_new_tokens = answer_token_limit(items, tokenizer)
+        say(f"--max_new_tokens {args.max_new_tokens}, from the longest gold answer")
+    room = context_limit(model)
+    if room and args.max_new_tokens >= room:
+        raise UserError(
+            f"--max_new_tokens {args.max_new_tokens}: {args.model} has room for {room} tokens, prompt and answer"
+        )
+    prompts = make_prompts(items, tokenizer, fmt, longest=room - args.max_new_tokens if room else None)
+    for item, reason in prompts.refused[:5]:
+        say(f"not scored: {item.source} row {item.row}, turn {item.turn}: {reason}")
+    if not prompts.items:
+        raise UserError(f"no row gives a prompt; the first: {prompts.refused[0][1]}")
+    return prompts, Decoding(tuple(check_tokenizer(tokenizer, fmt)), args.max_new_tokens, args.batch_size,
+                             args.temperature, args.seed)  # fmt: skip
+
+
+def report_ranks(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -> int:
+    """Measure the adapter cut to --ranks and write the report into `folder`."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from finetune.evaluation.answer_settings import answer_settings
+    from finetune.evaluation.rank_losses import check_ranks
+    from finetune.evaluation.rank_report import measure_ranks, ranks_markdown, write_rank_report
+
+    check_ranks(run, args.ranks, args.dataset, "--ranks")
+    model, tokenizer, fmt = load_model(args)
+    prompts, decoding = make_prompts_and_decoding(args, items, model, tokenizer, fmt) if items else (None, None)
+    settings = answer_settings(run, "tuned", model, fmt, decoding)
+    report = measure_ranks(
+        run, model, tokenizer, fmt, args.ranks, datasets=args.dataset, limit=args.limit, prompts=prompts,
+        decoding=decoding, settings=settings, folder=folder, share_prefix=args.share_prefix,
+        tolerance=DEFAULT_TOLERANCE if args.tolerance is None else args.tolerance, say=say,
+    )  # fmt: skip
+    written = write_rank_report(report, folder)
+    Console().print(Markdown(ranks_markdown(report)))
+    print(f"\nwritten to {folder}: " + ", ".join(path.name for path in written))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Export a run as merged weights, GGUF, Ollama model, vLLM command or Hub repository, and check the result."""
+"""Export a run as merged weights, GGUF, Ollama model, vLLM command, smaller adapter or Hub repository, and check it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from finetune.errors import UserError, one_line_errors
-from finetune.export import gguf, hub, merged, ollama, vllm  # noqa: F401 (each registers its target)
+from finetune.export import adapter, gguf, hub, merged, ollama, vllm  # noqa: F401 (each registers its target)
 from finetune.export.targets import TARGETS
-from finetune.flag_types import FlagParser
+from finetune.flag_types import FlagParser, nonnegative_float, positive_int
 from finetune.progress import say
 
 EXAMPLES = """examples:
@@ -17,6 +17,8 @@ EXAMPLES = """examples:
   python export_lora.py experiments/RUN --to gguf --quantization q8_0,q4_k_m
   python export_lora.py experiments/RUN --to ollama                      then: ollama create NAME -f Modelfile
   python export_lora.py experiments/RUN --to vllm                        adapter and base; --mode merged: merged weights
+  python export_lora.py experiments/RUN --to adapter --rank 8            its best approximation of rank 8
+  python export_lora.py experiments/RUN --to adapter --rank auto --tolerance 0.01
   python export_lora.py experiments/RUN --to hub                         what would be uploaded
   HF_TOKEN=... python export_lora.py experiments/RUN --to hub --repo_id ME/NAME
 The result is in RUN/exports/KIND, or in --output.
@@ -41,6 +43,12 @@ def build_parser() -> FlagParser:
     add("--llama_cpp", type=Path, metavar="FOLDER",
         help="checkout of llama.cpp, for convert_hf_to_gguf.py, and built for q4_k_m")
     add("--mode", choices=("lora", "merged"), default="lora", help="vllm: separate adapter, or merged weights")
+    add("--rank", type=rank, metavar="N|auto", help="adapter: cut it to this rank; auto: the smallest power of two "
+        "whose loss is within --tolerance of the adapter's")
+    add("--tolerance", type=nonnegative_float, default=0.01, metavar="NATS",
+        help="adapter: loss that --rank auto may add")
+    add("--dataset", action="append", default=[], metavar="ROWS",
+        help="adapter: rows by which --rank auto chooses (default: the run's own evaluation rows)")
     add("--repo_id", metavar="OWNER/NAME", help="hub: repository to upload to; without it nothing is uploaded")
     add("--public", action="store_true", help="hub: make the repository public")
     add("--trust_remote_code", action="store_true",
@@ -57,9 +65,18 @@ def quantizations(word: str) -> list[str]:
     return kinds
 
 
+def rank(word: str) -> int | str:
+    """A rank, or auto."""
+    return word if word == adapter.AUTO else positive_int(word)
+
+
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.rank is not None and args.to != "adapter":
+        raise UserError(f"--rank is for --to adapter; export the adapter first, then that folder --to {args.to}")
+    if args.dataset and args.rank != adapter.AUTO:
+        raise UserError("--dataset is for --rank auto, which chooses the rank by these rows; omit it")
 
     from rich.console import Console
 
@@ -78,8 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     run.check_vocabulary()
     with atomic_directory(output, replace=True) as folder:
         job = Job(
-            run, folder, name, args.dtype, args.quantization, args.llama_cpp, args.mode, args.repo_id, args.public
-        )
+            run, folder, name, args.dtype, args.quantization, args.llama_cpp, args.mode, args.repo_id, args.public,
+            args.rank, args.tolerance, tuple(args.dataset),
+        )  # fmt: skip
         finish = TARGETS[args.to].export(job)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     say(f"{size / 1e6:,.1f} MB in {output}")

@@ -25,6 +25,7 @@ from finetune.flag_types import (
 from finetune.progress import printable
 from finetune.settings import FLAGS
 from finetune.sweep import grid
+from finetune.sweep.from_largest import largest_points
 from formats import FormatError
 
 log = logging.getLogger("sandwich")
@@ -33,6 +34,7 @@ EXAMPLES = """Before the --: every flag of train_lora.py with the values to try.
 examples:
   python sweep_lora.py --rank 4 8 16 32 64 -- --config configs/demo.yaml
   python sweep_lora.py --rank 4 8 16 --lr 1e-4 2e-4 --seeds 3 -- --dataset train.jsonl --eval_fraction 0.05
+  python sweep_lora.py --rank 4 8 16 32 64 --from_largest -- --dataset train.jsonl --eval_fraction 0.05
   python sweep_lora.py --sweep my_sweep.yaml --dry_run            what would be run
   python sweep_lora.py --rank 8 64 --address auto -- --config configs/gennx_qlora.yaml        on a Ray cluster
   python sweep_lora.py --lr 1e-5 1e-4 1e-3 --scheduler asha -- --dataset train.jsonl --eval_steps 20 --eval_fraction 0.1
@@ -73,6 +75,8 @@ def build_parser() -> FlagParser:
     add("--sweep", metavar="FILE", help="YAML with train, grid, runs, random, seeds (docs/sweeps.md)")
     add("--seeds", type=positive_int, metavar="N",
         help="repeat each run with N seeds; the chart shows mean and spread")
+    add("--from_largest", action="store_true",
+        help="of runs that differ only by --rank train the largest, and report the others as its truncations")
     add("--name", type=folder_name, help="name of the sweep's folder; default: from the model, the varied flags and "
         "a hash of all runs")
     add("--experiments_dir", type=Path, default=Path("experiments"), metavar="DIR", help="parent of the sweep's folder")
@@ -143,10 +147,11 @@ def make_points(args: argparse.Namespace, arguments_of_every_run: list[str]) -> 
     for name in given:
         if name in values or (random and name in random["flags"]):
             raise UserError(f"--{name} after the --: the sweep varies it; keep one of the two")
-    return grid.make_points(
+    points = grid.make_points(
         file.get("train", {}) | recipe | given, values, runs=file.get("runs", []), draws=grid.draw(random),
         seeds=args.seeds or file.get("seeds"),
     )  # fmt: skip
+    return largest_points(points) if args.from_largest else points
 
 
 def check_inputs(points: list[grid.Point]) -> None:

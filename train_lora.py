@@ -100,6 +100,10 @@ def main(argv: list[str] | None = None) -> int:
             from finetune.runs.saving import save_final_model
 
             save_final_model(experiment, model, tokenizer, fmt, end_of_turn_ids)
+        from finetune.training.rank_use import record_rank_use
+
+        record_rank_use(trainer, experiment, settings.eval_ranks or [])
+        if distributed.rank() == 0:
             experiment.ended("finished")
     trainer.stop_callback.restore_handlers()
     if distributed.rank() == 0:
@@ -364,13 +368,16 @@ def train(trainer: SandwichTrainer, experiment: Experiment, checkpoint: Path | N
 
 
 def finish(experiment: Experiment, repository: str | None) -> None:
-    """Print the experiment folder and upload the adapter if the user wants it."""
+    """Print the results and the experiment folder, and upload the adapter if the user wants it."""
+    from finetune.training.run_table import print_closing_table
+
     loss = experiment.config["result"]["final_loss"] or math.nan
     steps, ending = experiment.config["steps"], experiment.config["ending"]
     log.info(
         "%s at step %d of %d; adapter of step %d; loss %.4f",
         ending["reason"], steps, ending["max_steps"], ending["adapter_step"], loss,
     )  # fmt: skip
+    print_closing_table(experiment)
     print(experiment.folder)
     if repository:
         from finetune.export.hub import publish

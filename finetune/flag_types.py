@@ -107,6 +107,11 @@ def stretch(word: str) -> str:
 port = number_type(int, lambda value: 0 < value < 2**16, "an integer >= 1 and <= 65535")
 
 
+def positive_ints(word: str) -> list[int]:
+    """Integers >= 1, separated by commas; duplicates count once."""
+    return list(dict.fromkeys(map(positive_int, word.split(","))))
+
+
 def text(word: str) -> str:
     """Text that is not empty (as an unset shell variable is) and can be written to a file as UTF-8."""
     if not word.strip():

@@ -146,6 +146,9 @@ class Settings:
     eval_calls_budget: float = setting(0.1, "fraction of the run's time that --eval_calls may take", fraction)
     metric_for_best_model: Literal["eval_loss", "eval_tool_name_accuracy", "eval_parameter_accuracy"] = setting(
         "eval_loss", "what early stopping and --load_best go by; the accuracies need --eval_calls")
+    eval_ranks: list[int] | None = setting(
+        None, "at the end also eval_loss of the adapter cut to these smaller ranks (docs/sweeps.md)", positive_int,
+        metavar="RANK", resumable=True)
     early_stopping_patience: int | None = setting(None, "stop after N evaluations without improvement")
     early_stopping_threshold: float = setting(0.0, "minimum improvement that counts", nonnegative_float)
     load_best: bool | None = setting(
@@ -186,7 +189,7 @@ class Settings:
             setattr(self, name, int(value) if int(value) == value else value)
         if self.eval_dataset and self.eval_fraction:
             raise UserError("--eval_dataset and --eval_fraction exclude each other; keep one of them")
-        for name in ("early_stopping_patience", "load_best", "eval_steps", "eval_calls"):
+        for name in ("early_stopping_patience", "load_best", "eval_steps", "eval_calls", "eval_ranks"):
             if getattr(self, name) and not self.has_eval:
                 raise UserError(f"--{name} needs evaluation rows; add --eval_dataset or --eval_fraction")
         if self.metric_for_best_model != "eval_loss" and not self.eval_calls:
@@ -200,6 +203,8 @@ class Settings:
                 )
         if self.load_best and not self.save_steps:
             raise UserError("--load_best needs checkpoints; --save_steps 0 turns them off")
+        if self.eval_ranks and max(self.eval_ranks) >= self.rank:
+            raise UserError(f"--eval_ranks {max(self.eval_ranks)}: must be < {self.rank}, the --rank that is trained")
         if "all-linear" in self.target_modules and len(self.target_modules) > 1:
             raise UserError("--target_modules: all-linear cannot be combined with module names; keep one of them")
 

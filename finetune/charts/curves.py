@@ -64,7 +64,13 @@ class LoggedRun:
     @property
     def is_broken_off(self) -> bool:
         """Whether the curve ends where training failed, stopped early or diverged."""
-        return self.status not in ("finished", "running", "unknown") or any("not finite" in note for note in self.notes)
+        ended = self.status in ("finished", "running", "unknown") or self.is_truncated
+        return not ended or any("not finite" in note for note in self.notes)
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether nothing was trained: the adapter of a run of a larger rank was cut (sweep_lora.py --from_largest)."""
+        return self.status.startswith("from rank ")
 
     def points(self, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
         """Two float arrays of one length: column `y` over the x axis named `x` (a key of `X_COLUMNS`), all finite."""

@@ -14,7 +14,8 @@ from finetune.charts.palette import CATEGORIES, DASHES, ramp
 # Flags that do not change what is trained; runs are never labelled with them.
 IGNORED_FLAGS = {
     "name", "experiments_dir", "config", "resume", "report_to", "push_to_hub", "dry_run", "show_mask", "doctor",
-    "logging_steps", "eval_steps", "save_steps", "save_total_limit", "trust_remote_code", "num_proc", "tokens_per_pass",
+    "logging_steps", "eval_steps", "eval_ranks", "save_steps", "save_total_limit", "trust_remote_code", "num_proc",
+    "tokens_per_pass",
 }  # fmt: skip
 FLAG_ORDER = (
     "model", "dataset", "format", "rank", "alpha", "lr", "epochs", "batch_size", "grad_accum", "max_seq_length",

@@ -25,6 +25,11 @@ def answer_settings(run: Run, side: str, model: Any, fmt: Any, decoding: Any) ->
         "format": fmt.name,
         "template_sha256": hashlib.sha256(fmt.template.encode()).hexdigest(),
         "template_kwargs": dict(fmt.template_kwargs),
+    } | (_decoding_settings(decoding) if decoding else {})
+
+
+def _decoding_settings(decoding: Any) -> dict[str, Any]:
+    return {
         "max_new_tokens": decoding.max_new_tokens,
         "temperature": decoding.temperature,
         "seed": decoding.seed if decoding.temperature else None,

@@ -12,6 +12,7 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.reading.conversations import load_conversations
+from finetune.reading.load_result import LoadResult
 from finetune.reading.sources import parse_spec, read_rows
 from formats.base import call_of
 
@@ -64,6 +65,18 @@ def load_items(specs: Sequence[str | Path], *, limit: int | None = None) -> list
     A column `category` (`missing_parameter` or `irrelevant`) names the kind of a row's items. A row with the columns
     `input` and `label` ("ok" or "not ok") is a labelled prompt for the quality rule.
     """
+    loaded, items, categories = load_rows(specs, limit=limit)
+    for (source, row), conversation in zip(loaded.origins, loaded.conversations, strict=True):
+        items += items_of(conversation, source, row, categories.get((source, row)))
+    if not items:
+        raise UserError(f"{', '.join(map(str, specs))}: no assistant turn to score; use rows that end in an answer")
+    return items
+
+
+def load_rows(
+    specs: Sequence[str | Path], *, limit: int | None = None
+) -> tuple[LoadResult, list[Item], dict[tuple[str, int], str]]:
+    """(conversations, items of labelled prompts, category of rows that have one) of the first `limit` rows."""
     categories: dict[tuple[str, int], str] = {}
     labelled: list[Item] = []
 
@@ -86,13 +99,7 @@ def load_items(specs: Sequence[str | Path], *, limit: int | None = None) -> list
                     categories[source, number] = raw["category"]
             yield source, number, raw
 
-    loaded = load_conversations([], rows=conversations(), strict=True)
-    items = labelled
-    for (source, row), conversation in zip(loaded.origins, loaded.conversations, strict=True):
-        items += items_of(conversation, source, row, categories.get((source, row)))
-    if not items:
-        raise UserError(f"{', '.join(map(str, specs))}: no assistant turn to score; use rows that end in an answer")
-    return items
+    return load_conversations([], rows=conversations(), strict=True), labelled, categories
 
 
 def items_of(conversation: dict[str, Any], source: str, row: int, category: str | None = None) -> list[Item]:

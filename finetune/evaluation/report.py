@@ -37,7 +37,7 @@ def comparison_markdown(metrics: Scores, compared: Scores, heading: Sequence[str
         title = "Base against tuned"
         header = ["metric", "n", "base", "tuned", "difference", "95% interval of the difference", "p"]
         rows = [_comparison_row(name, metrics, compared.get(name, {})) for name in metric_names(metrics)]
-    return "\n".join([f"# {title}", "", *heading, "", _table(header, rows)]) + _tool_table(metrics)
+    return "\n".join([f"# {title}", "", *heading, "", table_markdown(header, rows)]) + _tool_table(metrics)
 
 
 def _comparison_row(name: str, metrics: Scores, test: dict[str, Any]) -> list[str]:
@@ -63,10 +63,11 @@ def _tool_table(metrics: Scores) -> str:
         difference = [_difference(*scores)] if len(scores) == 2 else []
         rows.append([tool.replace("|", "\\|"), str(support), *map(_number, scores), *difference])
     header = ["tool", "expected", *tables, *["difference"] * (len(tables) > 1)]
-    return f"\n## F1 of each tool\n\n{_table(header, rows)}"
+    return f"\n## F1 of each tool\n\n{table_markdown(header, rows)}"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table_markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, the first column left-aligned, the others right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -16,9 +16,10 @@ from finetune.errors import UserError
 from finetune.evaluation.answer_settings import adapter_hash
 from finetune.export.adapter_files import PUBLIC_FILES, WRITTEN_FILES, copy_adapter, inside
 from finetune.export.targets import Job, target
+from finetune.models.adapter import lora_rank
 from finetune.models.hub import check_public_base, hub_token, public_base
 from finetune.progress import say
-from finetune.runs.experiment import LOG
+from finetune.runs.experiment import LOG, Experiment
 from finetune.runs.find import Run, find_run
 from finetune.runs.model_card import Scores, model_card
 
@@ -75,7 +76,10 @@ def build_folder(run: Run, folder: Path) -> None:
     scores, comparison = read_scores(run)
     metrics = metric_names(scores)[:MAX_METRICS]
     has_curve = draw_curve(run.experiment.folder / LOG, folder / "loss.png")
-    card = model_card(run.experiment, scores=scores, metrics=metrics, has_curve=has_curve)
+    if (rank := lora_rank(adapter)) != config["flags"]["rank"]:  # an export with --rank
+        shown = f"{rank} (cut from {config['flags']['rank']})"
+        config = config | {"flags": config["flags"] | {"rank": shown, "alpha": adapter["lora_alpha"]}}
+    card = model_card(Experiment(run.experiment.folder, config), scores=scores, metrics=metrics, has_curve=has_curve)
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     if comparison is not None and comparison.is_file():
         shutil.copyfile(inside(comparison, comparison.parent.parent), folder / "evaluation.md")

@@ -24,6 +24,9 @@ class Job:
     mode: str = "lora"
     repo_id: str | None = None
     public: bool = False
+    rank: int | str | None = None  # adapter: the rank to cut it to, or "auto"
+    tolerance: float = 0.01  # adapter: how much loss "auto" may add, in nats
+    dataset: tuple[str, ...] = ()  # adapter: rows by which "auto" chooses; empty: the run's own evaluation rows
 
 
 # Writes into `job.folder`; may return what to do with the output folder afterwards.

@@ -15,7 +15,7 @@ from finetune.export.adapter_files import copy_adapter
 from finetune.export.merged import served_format, write_merged
 from finetune.export.targets import Job, target
 from finetune.export.vllm_rules import check_adapter, loads_parser, max_lora_rank
-from finetune.models.adapter import adapter_config
+from finetune.models.adapter import adapter_config, lora_rank
 from finetune.models.bundled import resolve_model
 from finetune.progress import say
 from finetune.runs.find import Run
@@ -112,7 +112,7 @@ def write_serving_files(job: Job, fmt: Format, parser: str | None) -> None:
             "model": base,
             "revision": None if Path(base).is_dir() else revision,
             "adapter": "./adapter",
-            "rank": max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()]),
+            "rank": lora_rank(adapter),
             "load_in_4bit": bool(config.get("load_in_4bit")),
             "overrides": run.stretched_positions(),
         }

@@ -101,6 +101,13 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def lora_rank(config: dict[str, Any]) -> int:
+    """The largest rank in an adapter_config.json; UserError when it is not the config of a LoRA."""
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"the adapter is of type {config.get('peft_type')}, not LORA, so it has no rank to reduce")
+    return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+
+
 def attach_adapter(model: Any, folder: Path) -> Any:
     """`model` with the adapter of `folder` on it (a PeftModel); UserError when there is none that fits."""
     from peft import PeftModel

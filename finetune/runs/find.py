@@ -28,7 +28,7 @@ log = logging.getLogger("sandwich")
 class Run:
     """What a path names: an experiment folder, an adapter folder, or (adapter None) a complete model.
 
-    A complete model has an `experiment` where it is a run's own export (`RUN/exports/merged`).
+    A run's own exports have its `experiment`: a complete model (`RUN/exports/merged`) or an adapter.
     """
 
     path: str | Path
@@ -101,6 +101,8 @@ class Run:
     def load_base(self, **overrides: Any) -> tuple[Loaded, Format]:
         """(base model loaded as for training, format); `overrides` are arguments of `load_base`."""
         loaded = load_base(self.base_name, **{**self._base_settings(), **overrides})
+        if self.experiment is None and self.adapter is not None:  # the template beside it is the trained one
+            return loaded, self.load_tokenizer()[1]
         return loaded, self.format_for(loaded.tokenizer)
 
     def load_tokenizer(self) -> tuple[PreTrainedTokenizerBase, Format]:
@@ -160,12 +162,13 @@ def _find(path: str | Path) -> Run:
                 raise UserError(f"run {path} has neither {FINAL}/ nor a checkpoint yet; wait for its first checkpoint")
             adapter = checkpoints[-1]
         return Run(path, experiment, adapter)
-    if (path / "adapter_config.json").is_file():
-        return Run(path, _open_trained(path.parent) if (path.parent / CONFIG).is_file() else None, path)
-    if not (path / "config.json").is_file():
+    is_adapter = (path / "adapter_config.json").is_file()
+    if not is_adapter and not (path / "config.json").is_file():
         raise UserError(f"{path} is neither a run folder, an adapter nor a model; name one of them")
+    if is_adapter and (path.parent / CONFIG).is_file():
+        return Run(path, _open_trained(path.parent), path)
     run = path.resolve().parents[1] if path.resolve().parent.name == "exports" else None
-    return Run(path, _open_trained(run) if run and (run / CONFIG).is_file() else None, None)
+    return Run(path, _open_trained(run) if run and (run / CONFIG).is_file() else None, path if is_adapter else None)
 
 
 def _open_trained(folder: Path) -> Experiment:

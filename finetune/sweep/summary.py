@@ -13,6 +13,7 @@ from finetune.charts.curves import LoggedRun, last_tenth
 from finetune.charts.run_labels import Comparison, compare_runs
 from finetune.charts.tables import print_table, write_summary
 from finetune.runs.experiment import LOG
+from finetune.sweep.from_largest import truncated_curves
 from finetune.sweep.runs import FINISHED, WAITING, Sweep, SweepRun
 
 SUMMARY, PICTURE = "summary.csv", "comparison.png"
@@ -26,12 +27,16 @@ class Best:
     folder: str
     metric: str
     values: list[float]
+    cut_to: int | None = None  # with --from_largest: the rank to which the folder's adapter has to be cut
 
     def text(self) -> str:
         loss = f"{mean(self.values):.4f}"
         if len(self.values) > 1:
             loss += f" ± {stdev(self.values):.4f} over {len(self.values)} seeds"
-        return f"best: {self.setting} ({self.metric} {loss}), {self.folder}"
+        text = f"best: {self.setting} ({self.metric} {loss}), {self.folder}"
+        if self.cut_to is not None:
+            text += f"; get it with: python export_lora.py {self.folder} --to adapter --rank {self.cut_to}"
+        return text
 
 
 def write_results(sweep: Sweep) -> Best | None:
@@ -39,9 +44,14 @@ def write_results(sweep: Sweep) -> Best | None:
     runs = {str(sweep.run_folder(run)): run for run in sweep.runs if run.status != WAITING or run.attempts}
     if not runs:
         return None
-    comparison = compare_runs([as_curve(sweep, run) for run in runs.values()])
+    curves_of_runs = {folder: as_curve(sweep, run) for folder, run in runs.items()}
+    truncated = [cut for folder, run in runs.items() for cut in truncated_curves(sweep, run, curves_of_runs[folder])]
+    comparison = compare_runs([*curves_of_runs.values(), *truncated])
     table = []
     for curve in comparison.runs:
+        if curve.is_truncated:
+            table.append(curves.summarize(curve) | {"folder": str(curve.folder.parent)})
+            continue
         run = runs[str(curve.folder)]
         last = run.attempts[-1] if run.attempts else {}
         lines = last.get("lines") or [""]
@@ -52,7 +62,7 @@ def write_results(sweep: Sweep) -> Best | None:
     with contextlib.suppress(SystemExit):  # rich raises it for a closed pipe (| head); the files must be written
         print_table(table)
     write_summary(sweep.folder / SUMMARY, comparison, table)
-    if any(row["final_loss"] is not None for row in table):
+    if any(row["final_loss"] is not None for row in table):  # truncated adapters have none, but their run has
         from finetune.charts.plots import draw_curves
 
         draw_curves(comparison, sweep.folder / PICTURE, repeats=True)
@@ -75,7 +85,7 @@ def find_best(comparison: Comparison) -> Best | None:
 
     A setting qualifies when all its repeats have finished and their last losses are finite.
     """
-    finished = [run for run in comparison.runs if run.status == FINISHED and _ends_finite(run)]
+    finished = [run for run in comparison.runs if run.is_truncated or (run.status == FINISHED and _ends_finite(run))]
     evaluated = bool(finished) and all(len(run.rows.logged("eval_loss")) for run in finished)
     groups: dict[str, list[LoggedRun]] = {}
     for run, look in zip(comparison.runs, comparison.looks, strict=True):
@@ -85,7 +95,12 @@ def find_best(comparison: Comparison) -> Best | None:
         if all(run in finished for run in runs):
             values = [_loss(run, evaluated) for run in runs]
             first = runs[values.index(min(values))]
-            candidates.append(Best(name, str(first.folder), "eval_loss" if evaluated else "training loss", values))
+            metric = "eval_loss" if evaluated else "training loss"
+            if first.is_truncated:
+                setting = f"{name} {first.status}"
+                candidates.append(Best(setting, str(first.folder.parent), metric, values, int(first.flags["rank"])))
+            else:
+                candidates.append(Best(name, str(first.folder), metric, values))
     return min(candidates, key=lambda one: mean(one.values), default=None)
 
 

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from finetune import distributed
+from finetune.charts.curves import duration
 from finetune.errors import UserError
 from finetune.memory import tables
 from finetune.memory.sizes import sizes_of_name
@@ -92,6 +93,30 @@ def print_run_table(
     console = tables.wide_console()
     console.print(fit(table, console.width))
     print_memory(console, settings, rows, placement)
+
+
+def print_closing_table(experiment: Experiment) -> None:
+    """Losses, time, memory and the rank that a finished run has used."""
+    config, result = experiment.config, experiment.config["result"]
+    table = Table(show_header=False, title=escape(experiment.folder.name), title_style="bold")
+    table.add_column(style="dim")
+    table.add_column()
+    losses = {"at the end": result["final_loss"], "lowest": result["min_loss"], "evaluation": result["best_eval_loss"]}
+    shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
+    table.add_row("loss", shown or "not logged")
+    table.add_row("time", f"{duration(result['seconds'])}, {result['tokens_per_second']:,.0f} tokens/s")
+    table.add_row("peak memory", f"{result['peak_memory_gb']:.1f} GB")
+    if ranks := config.get("ranks"):
+        table.add_row("rank used", rank_line(ranks))
+        if losses := ranks.get("eval_loss"):
+            table.add_row("loss by rank", ", ".join(f"{rank}: {loss:.4f}" for rank, loss in losses.items()))
+    Console(stderr=True).print(table)
+
+
+def rank_line(ranks: dict[str, Any]) -> str:
+    """A `ranks` entry of experiment_config.json in one line."""
+    parts = ", ".join(f"{share:.1%} in the first {count}" for count, share in ranks["energy"].items())
+    return f"of {ranks['rank']}: {parts} directions of each layer; {ranks['rank_of_99_percent']} hold 99% of its energy"
 
 
 def memory_line(memory: dict[str, Any]) -> str:

@@ -232,7 +232,23 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss per trained token over all evaluation rows, computed with shared prefixes."""
+        """Log `evaluation_loss` and, with --eval_calls, the scores of calls."""
+        loss = self.evaluation_loss()
+        with self._stoppable():
+            self.run_log.pause()
+            calls = self._score_calls()
+        self.runner.model.train()
+        metrics = {"eval_loss": loss, **calls}
+        self.run_log.log_eval(step=self.state.global_step, epoch=self.state.epoch or 0.0, **metrics)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluation_loss(self) -> float:
+        """Mean loss per trained token over all evaluation rows, computed with shared prefixes.
+
+        Raises EvaluationStopped when a signal has arrived.
+        """
         self.runner.model.eval()
         rows = [make_row(*pair) for pair in self.eval_sequences[distributed.rank() :: distributed.size()]]
         # Neighbors in this order share the longest prefixes; the sum does not depend on the order.
@@ -248,15 +264,8 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
                     raise EvaluationStopped
                 if i < len(rows):
                     loss_sum += self.runner.run(rows[i : i + size], 1.0).loss_sum
-            self.run_log.pause()
-            calls = self._score_calls()
         loss_sum, positions = distributed.totals([loss_sum, sum(len(row.positions) for row in rows)])
-        self.runner.model.train()
-        metrics = {"eval_loss": loss_sum / positions, **calls}
-        self.run_log.log_eval(step=self.state.global_step, epoch=self.state.epoch or 0.0, **metrics)
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return loss_sum / positions
 
     def _score_calls(self) -> dict[str, float]:
         if self.call_scorer is None:
