@@ -13,6 +13,7 @@ from finetune.sweep.from_largest import largest_points
 from finetune.sweep.grid import make_points
 from finetune.sweep.runs import open_sweep
 from finetune.sweep.summary import write_results
+from tests.scripts import run_script
 
 EVALUATED = {"eval_fraction": 0.2}
 
@@ -100,3 +101,23 @@ def test_run_that_measured_nothing_is_reported_alone(sweep):
     best = write_results(sweep)
     assert best.cut_to is None
     assert len((sweep.folder / "summary.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.slow
+def test_real_sweep_trains_one_run_and_resumes(rows, tiny_model, tmp_path):
+    pytest.importorskip("ray")
+    argv = ["--rank", "2", "8", "--from_largest", "--experiments_dir", tmp_path, "--name", "s", "--",
+            "--model", tiny_model, "--dataset", rows, "--format", "chatml", "--max_steps", "2",
+            "--eval_fraction", "0.2"]  # fmt: skip
+    summaries = []
+    for _ in range(2):
+        result = run_script("sweep_lora.py", *argv, fresh=True)
+        assert result.returncode == 0, result.stderr
+        summaries.append((tmp_path / "s" / "summary.csv").read_text())
+    assert [path.name for path in (tmp_path / "s").glob("rank*")] == ["rank8"]
+    assert "1 runs, 1 of them done" in result.stderr
+    assert summaries[0] == summaries[1] and "from rank 8" in summaries[0]
+    sweep = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    losses = json.loads((tmp_path / "s" / "rank8" / "experiment_config.json").read_text())["ranks"]["eval_loss"]
+    assert set(losses) == {"2", "8"} and len(sweep["runs"]) == 1
+    assert sweep["best"]["values"] == [pytest.approx(min(losses.values()), abs=1e-6)]

@@ -95,8 +95,7 @@ def energy_share(spectra: list[np.ndarray], rank: int) -> float:
 
 def rank_use(model: Any) -> dict[str, Any]:
     """Which part of its rank r an adapter uses: the energy in the first r/4 and r/2 directions, as recorded."""
-    spectra = adapter_spectra(model)
-    rank = max(map(len, spectra))
+    spectra, rank = adapter_spectra(model), max(update.rank for update in lora_updates(model))
     shares = {str(part): round(energy_share(spectra, part), 6) for part in sorted({-(-rank // 4), -(-rank // 2)})}
     enough = next(k for k in range(1, rank + 1) if energy_share(spectra, k) >= 0.99 or k == rank)
     return {"rank": rank, "energy": shares, "rank_of_99_percent": enough}
