@@ -11,6 +11,7 @@ import pytest
 
 import evaluate_lora
 import export_lora
+import train_lora
 from finetune.evaluation.rank_losses import halved_ranks, smallest_rank
 from finetune.runs.find import find_run
 from tests import training_runs
@@ -103,7 +104,7 @@ def test_report_has_scores_table_and_picture(reported, run_folder, rows):
     folder = run_folder.with_name("reported") / "evaluation"
     assert all("tool_name_accuracy" in values for values in report["ranks"].values())
     table = (folder / "ranks.md").read_text("utf-8")
-    assert table.count("\n| ") == 5, "header, base, two ranks, the adapter"
+    assert table.count("\n| ") == 6, "header, separator, base, two ranks, the adapter"
     assert "| 12 (the adapter itself) |" in table
     assert (folder / "ranks.png").read_bytes().startswith(b"\x89PNG")
     again = run_script("evaluate_lora.py", folder.parent, "--ranks", "2,4", "--dataset", rows, "--max_new_tokens", 4)
@@ -140,18 +141,16 @@ def test_exported_adapter_is_a_run_to_later_commands(small_adapter, rows, tmp_pa
     assert json.loads((moved / "evaluation" / "ranks.json").read_text("utf-8"))["settings"]["format"] == "chatml"
 
 
-@pytest.mark.parametrize(("tolerance", "ranks"), [("1000", {1}), ("0", {1, 2, 4, 8, 12})], ids=["any", "none"])
-def test_auto_chooses_by_the_loss(run_folder, rows, tmp_path, tolerance, ranks):
-    output = tmp_path / "auto"
+def test_auto_chooses_by_the_loss(run_folder, rows, tmp_path):
+    output, tolerance = tmp_path / "auto", 0.05
     result = run_script("export_lora.py", run_folder, "--to", "adapter", "--rank", "auto", "--tolerance", tolerance,
                         "--dataset", rows, "--output", output)  # fmt: skip
     assert result.returncode == 0, result.stderr
-    rank = json.loads((output / "adapter_config.json").read_text("utf-8"))["r"]
     shown = result.stderr.partition(": 1: ")[2].partition(";")[0]
-    losses = dict(part.split(": ") for part in ("1: " + shown).split(", "))
-    assert rank in ranks and list(map(int, losses)) == [1, 2, 4, 8, 12]
-    allowed = float(losses["12"]) + float(tolerance) + 1e-4
-    assert rank == min(int(one) for one, loss in losses.items() if float(loss) <= allowed)
+    losses = {int(rank): float(loss) for rank, loss in (part.split(": ") for part in ("1: " + shown).split(", "))}
+    assert list(losses) == [1, 2, 4, 8, 12]
+    enough = min(rank for rank, loss in losses.items() if loss <= losses[12] + tolerance)
+    assert json.loads((output / "adapter_config.json").read_text("utf-8"))["r"] == enough
 
 
 def test_without_rank_the_adapter_is_copied(run_folder, tmp_path):
@@ -175,13 +174,18 @@ REFUSED = {
 }
 
 
+def exit_status(script, *arguments: str) -> int:
+    try:
+        return script.main(list(arguments))
+    except SystemExit as ended:  # argparse
+        return ended.code
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_in_one_line(name, run_folder, rows, tmp_path, capsys):
     script, arguments, reason = REFUSED[name]
     arguments = [one.format(rows=rows) for one in arguments]
-    with pytest.raises(SystemExit) as ended:
-        script.main([str(run_folder), *arguments, "--output", str(tmp_path / "out")])
-    assert ended.value.code == 2
+    assert exit_status(script, str(run_folder), *arguments, "--output", str(tmp_path / "out")) == 2
     assert reason in capsys.readouterr().err
 
 
@@ -191,8 +195,7 @@ def test_model_without_adapter_has_no_rank(run_folder, rows, tmp_path, capsys):
         (evaluate_lora, ["--ranks", "2", "--dataset", str(rows)]),
         (export_lora, ["--to", "adapter"]),
     ):
-        with pytest.raises(SystemExit):
-            script.main([base, *arguments, "--output", str(tmp_path / "out")])
+        assert exit_status(script, base, *arguments, "--output", str(tmp_path / "out")) == 2
         assert "has no adapter" in capsys.readouterr().err
 
 
@@ -232,7 +235,7 @@ def test_run_records_the_rank_it_used(trained):
     assert 0 < ranks["energy"]["2"] <= ranks["energy"]["4"] <= 1
     assert list(ranks["eval_loss"]) == ["2", "4", "8"]
     logged = [float(row["eval_loss"]) for row in training_runs.log_rows(folder) if row["eval_loss"]]
-    assert ranks["eval_loss"]["8"] == pytest.approx(logged[-1], abs=1e-6), "the adapter itself, evaluated once more"
+    assert ranks["eval_loss"]["8"] == pytest.approx(logged[-1], abs=2e-6), "the adapter itself, evaluated once more"
     assert ranks["eval_loss"]["2"] != ranks["eval_loss"]["8"]
     assert "rank used" in stderr and "directions of each layer" in stderr and "loss by rank" in stderr
 
@@ -258,9 +261,5 @@ def test_report_of_a_runs_own_evaluation_rows(trained):
     ids=["rank", "rows"],
 )
 def test_eval_ranks_refused(arguments, reason, capsys):
-    import train_lora
-
-    with pytest.raises(SystemExit) as ended:
-        train_lora.main([*arguments, "--dataset", "rows.jsonl"])
-    assert ended.value.code == 2
+    assert exit_status(train_lora, *arguments, "--dataset", "rows.jsonl") == 2
     assert reason in capsys.readouterr().err
