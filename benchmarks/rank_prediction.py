@@ -60,6 +60,37 @@ def measure(folder: Path, seed: int, rank: int) -> dict[str, Any] | None:
     return read(report)
 
 
+def losses_alone(folder: Path, seed: int, every: int) -> dict[int, dict[str, Any]]:
+    """As the reports of one seed's runs, without scores, on every N-th held-out row; the base is loaded once."""
+    from finetune.evaluation.rank_losses import LossMeter, encode_loss_rows
+    from finetune.models.adapter import attach_adapter
+    from finetune.models.truncation import TruncatableAdapter, energy_share
+    from finetune.runs.find import find_run
+
+    reports: dict[int, dict[str, Any]] = {}
+    base = rows = None
+    for rank in reversed(RANKS):
+        path = folder / f"r{rank}_s{seed}"
+        if not (path / "final_model").is_dir():
+            continue
+        run = find_run(path)
+        if base is None:
+            loaded, fmt = run.load_base()
+            base, tokenizer = loaded.model, loaded.tokenizer
+            rows = encode_loss_rows(run, tokenizer, fmt, [str(folder / "heldout.jsonl")])[0].sequences[::every]
+        model = attach_adapter(base, run.adapter)
+        adapter, meter = TruncatableAdapter(model), LossMeter(model, tokenizer, rows)
+        reports[rank] = {}
+        for cut in RANKS if rank == max(RANKS) else (rank,):
+            with adapter.at_rank(cut):
+                energy = energy_share(adapter.spectra, cut)
+                reports[rank][str(cut)] = {"eval_loss": round(meter.loss(), 6), "energy": round(energy, 6)}
+            print(f"seed {seed}, trained {rank}, cut to {cut}: {reports[rank][str(cut)]}", flush=True)
+        base = model.unload()
+    print(f"{meter.tokens} trained tokens of {len(rows)} sequences")
+    return reports
+
+
 def read(report: Path) -> dict[str, Any] | None:
     return json.loads(report.read_text(encoding="utf-8"))["ranks"] if report.is_file() else None
 
