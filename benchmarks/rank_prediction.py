@@ -52,10 +52,8 @@ def measure(folder: Path, seed: int, rank: int) -> dict[str, Any] | None:
                  ",".join(map(str, RANKS)) if rank == max(RANKS) else rank],
     }  # fmt: skip
     for result, command in commands.items():
-        if (
-            not result.exists()
-            and subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=False).returncode
-        ):
+        arguments = [sys.executable, *map(str, command)]
+        if not result.exists() and subprocess.run(arguments, cwd=ROOT, check=False).returncode:
             return None
     return read(report)
 
@@ -95,46 +93,32 @@ def read(report: Path) -> dict[str, Any] | None:
     return json.loads(report.read_text(encoding="utf-8"))["ranks"] if report.is_file() else None
 
 
-def collect(folder: Path, seeds: list[int], *, run: bool) -> list[dict[str, Any]]:
-    """One entry for each seed and rank: loss and score of the trained run, and of the largest one's truncation."""
+def collect(reports: dict[int, dict[int, dict[str, Any] | None]]) -> list[dict[str, Any]]:
+    """An entry for each seed and rank: loss and score of the trained run, if there is one, and of the truncation."""
     entries = []
-    for seed in seeds:
-        reports = {
-            rank: measure(folder, seed, rank)
-            if run
-            else read(folder / f"r{rank}_s{seed}" / "evaluation" / "ranks.json")
-            for rank in reversed(RANKS)
-        }
-        largest = reports[max(RANKS)]
-        for rank in RANKS:
-            if largest is not None and (trained := reports[rank]) is not None:
-                own, cut = trained[str(rank)], largest[str(rank)]
-                entries.append(
-                    {"seed": seed, "rank": rank, "trained": own["eval_loss"], "truncated": cut["eval_loss"],
-                     "trained_score": own[SCORE], "truncated_score": cut[SCORE], "energy": cut["energy"]}
-                )  # fmt: skip
+    for seed, of_ranks in reports.items():
+        largest = of_ranks.get(max(RANKS))
+        for rank in RANKS if largest is not None else ():
+            own, cut = (of_ranks.get(rank) or {}).get(str(rank), {}), largest[str(rank)]
+            entries.append(
+                {"seed": seed, "rank": rank, "trained": own.get("eval_loss"), "truncated": cut["eval_loss"],
+                 "trained_score": own.get(SCORE), "truncated_score": cut.get(SCORE), "energy": cut["energy"]}
+            )  # fmt: skip
     return entries
 
 
 def markdown(entries: list[dict[str, Any]]) -> str:
-    header = [
-        "rank",
-        "seeds",
-        "loss, trained",
-        "loss, truncated",
-        f"{SCORE}, trained",
-        f"{SCORE}, truncated",
-        "energy kept",
-    ]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    """Means over the seeds that have a value."""
+    columns = (f"{what}, {how}" for what in ("loss", SCORE) for how in ("trained", "truncated"))
+    header = ["rank", *columns, "energy kept"]
+    lines = [header, ["---:"] * len(header)]
     for rank in RANKS:
         of = [entry for entry in entries if entry["rank"] == rank]
-        if of:
-            middle = {name: mean(entry[name] for entry in of) for name in of[0]}
-            lines.append([
-                str(rank), str(len(of)), f"{middle['trained']:.4f}", f"{middle['truncated']:.4f}",
-                f"{middle['trained_score']:.3f}", f"{middle['truncated_score']:.3f}", f"{middle['energy']:.1%}",
-            ])  # fmt: skip
+        cells = [str(rank)]
+        for name in ("trained", "truncated", "trained_score", "truncated_score", "energy"):
+            values = [entry[name] for entry in of if entry[name] is not None]
+            cells.append(f"{mean(values):.4f}" if values else "")
+        lines.append(cells)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -150,8 +134,9 @@ def draw(entries: list[dict[str, Any]], output: Path) -> None:
     for color, seed in zip(ramp(len(seeds)), seeds, strict=True):
         of = sorted((entry for entry in entries if entry["seed"] == seed), key=lambda entry: entry["rank"])
         for name, line in (("trained", "o-"), ("truncated", "s--")):
-            label = f"{name}, seed {seed}" if name == "trained" else f"truncated from rank {max(RANKS)}, seed {seed}"
-            axes.plot([one["rank"] for one in of], [one[name] for one in of], line, color=color, label=label)
+            label = f"{name}, seed {seed}" if name == "trained" else f"rank {max(RANKS)} cut to it, seed {seed}"
+            known = [one for one in of if one[name] is not None]
+            axes.plot([one["rank"] for one in known], [one[name] for one in known], line, color=color, label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(RANKS, list(map(str, RANKS)))
     axes.minorticks_off()
@@ -167,13 +152,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[3407])
     parser.add_argument("--folder", type=Path, default=ROOT / "experiments" / "rank_prediction")
-    parser.add_argument("--report", action="store_true", help="only report what is there")
+    parser.add_argument(
+        "--losses",
+        type=int,
+        metavar="N",
+        help="train nothing and score no answers: losses alone of the runs that exist, on every N-th held-out row",
+    )
     args = parser.parse_args()
     folder = args.folder.resolve()
-    if not args.report:
-        write_rows(ROOT / "data/samples/gennx_train.jsonl", folder / "train.jsonl")
-        write_rows(ROOT / "data/samples/gennx_heldout.jsonl", folder / "heldout.jsonl")
-    entries = collect(folder, args.seeds, run=not args.report)
+    write_rows(ROOT / "data/samples/gennx_train.jsonl", folder / "train.jsonl")
+    write_rows(ROOT / "data/samples/gennx_heldout.jsonl", folder / "heldout.jsonl")
+    reports = {
+        seed: losses_alone(folder, seed, args.losses) if args.losses
+        else {rank: measure(folder, seed, rank) for rank in reversed(RANKS)} for seed in args.seeds
+    }  # fmt: skip
+    entries = collect(reports)
     (folder / "results.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     (folder / "results.md").write_text(markdown(entries), encoding="utf-8")
     if entries:
