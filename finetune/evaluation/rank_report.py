@@ -125,7 +125,7 @@ def write_rank_report(report: dict[str, Any], folder: Path) -> list[Path]:
         scores=scores,
         spectra=[np.array(values) for values in report["spectra"]],
         chosen=report["smallest_rank"],
-        title=f"{Path(report['model']).name}: rank {report['smallest_rank']} of {report['rank']} is enough",
+        title=f"{Path(report['model']).name}: {report['advice'].partition(':')[0]}",
     )
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     return [
