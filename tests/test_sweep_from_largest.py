@@ -45,9 +45,9 @@ def test_refused(fixed, grid, reason):
         largest_points(make_points(fixed, grid))
 
 
-def test_dry_run_lists_the_trained_run_alone(capsys, tmp_path):
+def test_dry_run_lists_the_trained_run_alone(capsys, rows, tmp_path):
     argv = ["--rank", "4", "8", "--from-largest", "--dry_run", "--experiments_dir", str(tmp_path), "--name", "s"]
-    assert sweep_lora.main([*argv, "--", "--dataset", "rows.jsonl", "--eval_fraction", "0.2"]) == 0
+    assert sweep_lora.main([*argv, "--", "--dataset", str(rows), "--eval_fraction", "0.2"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{tmp_path / 's' / 'rank8'}: train_lora.py ") and line.endswith("--eval_ranks 4")
 
