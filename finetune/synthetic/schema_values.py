@@ -62,8 +62,10 @@ class SchemaValues:
     """Draws values for one schema; `words` is the `values` entry of a file in finetune/synthetic/phrasings."""
 
     def __init__(self, schema: dict[str, Any], words: dict[str, list[str]], rng: random.Random):
-        self.root, self.words, self.rng = schema, words, rng
+        self.words, self.rng = words, rng
         self._validator, self._invalid = validator_of(json.dumps(schema))
+        # Without the keywords that are not valid: a minimum that is a text, a list of required names that is an object.
+        self.root = {} if self._invalid else self._validator.schema
 
     def draw(self, tool: str) -> dict[str, Any]:
         """An object that the schema accepts; raises UserError naming `tool` when none is found."""
