@@ -220,7 +220,7 @@ def check_command(path: Path, folder: Path) -> None:
         if code == 0:
             assert (output / "dataset_card.md").is_file()
             lines = sum(file.read_text("utf-8").count("\n") for file in output.glob("*.jsonl"))
-            read = int(re.search(r"([\d,]+) rows? read", shown.getvalue())[1].replace(",", ""))
+            read = int(re.search(r"([\d,]+) read =", shown.getvalue())[1].replace(",", ""))
             assert lines == read, f"{lines} rows written of {read} read"
     finally:
         shutil.rmtree(output, ignore_errors=True)
