@@ -180,7 +180,9 @@ def output_folder(args: argparse.Namespace) -> Path:
 def keep_speed(cost: dict[str, Any], path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Speed of this run; if it reused all answers, the speed recorded by the run that generated them."""
     if not cost["generated_rows"] and path.is_file():
-        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not written by this script
+        with contextlib.suppress(
+            ValueError, LookupError, TypeError, AttributeError, RecursionError
+        ):  # not written by this script
             earlier = json.loads(path.read_text(encoding="utf-8"))
             if {k: v for k, v in earlier["settings"].items() if k != "batch_size"} == settings:
                 cost = earlier["generation"]

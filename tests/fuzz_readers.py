@@ -71,7 +71,10 @@ def check_row(case: dict[str, Any], folder: Path) -> None:
     for word in set(PLANTED.findall(json.dumps(row, ensure_ascii=False))) - set(PLANTED.findall(text)):
         paths = [path for path, inner in parts(row).items() if isinstance(inner, str) and word in inner]
         named = " ".join(notes)
-        if not any({path[0], *path} & {*unread, "answer_start"} or any(repr(str(key)) in named for key in path) for path in paths):
+        if not any(
+            {path[0], *path} & {*unread, "answer_start"} or any(repr(str(key)) in named for key in path)
+            for path in paths
+        ):
             raise AssertionError(f"text lost: {word} at {paths}; notes {dict(notes)}")
     check_encoding(conversation, case["pair"])
 
@@ -167,7 +170,9 @@ def file_bytes(rows: list[Any], suffix: str, chance: random.Random) -> tuple[byt
     try:
         table = pyarrow.Table.from_pylist(rows)
     except Exception:  # what Arrow cannot hold as structs is written as JSON text
-        table = pyarrow.Table.from_pylist([{k: v.encode("utf-8", "replace").decode() for k, v in row.items()} for row in cells])
+        table = pyarrow.Table.from_pylist(
+            [{k: v.encode("utf-8", "replace").decode() for k, v in row.items()} for row in cells]
+        )
     sink = io.BytesIO()
     try:
         if suffix == ".parquet":
@@ -251,7 +256,9 @@ def schema_case(chance: random.Random) -> dict[str, Any]:
             tool = mutated(tool, chance, [TOOL], 1)
         if not isinstance(tool, dict):
             break
-    arguments = mutated({"pct": 5, "room": "hall", "modes": ["a"], "when": {"at": {}}, "more": {"x": 1}}, chance, seeds())
+    arguments = mutated(
+        {"pct": 5, "room": "hall", "modes": ["a"], "when": {"at": {}}, "more": {"x": 1}}, chance, seeds()
+    )
     return {"tool": tool, "arguments": arguments if isinstance(arguments, dict) else {"pct": arguments}}
 
 
@@ -275,7 +282,9 @@ def check_schema(case: dict[str, Any], folder: Path) -> None:
         schema_errors(schema, case["arguments"])
         unchecked_keywords(schema)
     for name in ("qwen-xml", "chatml"):
-        get_format(name).parse(f"<tool_call>\n<function={call['name']}>\n<parameter=pct>\n5\n</parameter>\n</function>", tools)
+        get_format(name).parse(
+            f"<tool_call>\n<function={call['name']}>\n<parameter=pct>\n5\n</parameter>\n</function>", tools
+        )
     from finetune.synthetic.generate import generate
 
     with contextlib.suppress(UserError):
@@ -350,7 +359,9 @@ def check_yaml(case: dict[str, Any], folder: Path) -> None:
 
     assert fmt.parse("<call>dim|{}</call>") is not None
     with contextlib.suppress(FormatError):
-        encode({"messages": [{"role": "user", "content": "Dim"}, {"role": "assistant", "content": "Done"}]}, tokenizer, fmt)
+        encode(
+            {"messages": [{"role": "user", "content": "Dim"}, {"role": "assistant", "content": "Done"}]}, tokenizer, fmt
+        )
 
 
 KINDS = (
@@ -363,4 +374,3 @@ KINDS = (
     Kind("results", "files of an evaluation", 4, results_case, check_results),
     Kind("formats", "format YAML", 4, yaml_case, check_yaml),
 )
-

@@ -133,7 +133,9 @@ def read_resumed(run: Path, suffix: str) -> None:
     from finetune.runs.experiment import _open_trained
 
     experiment = _open_trained(run)
-    resumed(parse(["--resume", str(run), "--force"]), experiment.config["flags"], str(run), changed_versions(experiment))
+    resumed(
+        parse(["--resume", str(run), "--force"]), experiment.config["flags"], str(run), changed_versions(experiment)
+    )
     refuse_changed(experiment, True, data="0", eval_data="0", format="0")
 
 
@@ -163,7 +165,20 @@ def log_case(chance: random.Random) -> dict[str, Any]:
     """Two logs, one of them damaged, and a config."""
     lines = [",".join(COLUMNS)]
     for step in range(1, chance.randint(1, 12)):
-        cells = [step, step / 8, 2.5 / step, chance.choice(("", 1.5)), 2e-4, 1.0, step * 9, step * 4, 10.5, 9.5, step, 1.25]
+        cells = [
+            step,
+            step / 8,
+            2.5 / step,
+            chance.choice(("", 1.5)),
+            2e-4,
+            1.0,
+            step * 9,
+            step * 4,
+            10.5,
+            9.5,
+            step,
+            1.25,
+        ]
         lines.append(",".join(map(str, cells)))
     log = "\n".join(lines).encode() + b"\n"
     return {"log": edited(log, chance), "other": log, "config": damaged(config(), chance), "x": chance.randrange(4)}
@@ -183,7 +198,9 @@ def check_log(case: dict[str, Any], folder: Path) -> None:
     shown = io.StringIO()
     table, page = runs / "summary.csv", runs / "page.html"
     with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
-        code = visualize_loss.main(["-s", str(table), "--html", str(page), str(runs), "--x", list(curves.X_COLUMNS)[case["x"]]])
+        code = visualize_loss.main(
+            ["-s", str(table), "--html", str(page), str(runs), "--x", list(curves.X_COLUMNS)[case["x"]]]
+        )
     assert code in (0, 2)
     if code == 0:
         with table.open(encoding="utf-8", newline="") as file:
@@ -200,7 +217,9 @@ def results_case(chance: random.Random) -> dict[str, Any]:
                "data": {"items_sha256": "0", "sources": ["a"]}, "generation": {"tokens_per_second": 5.0}}  # fmt: skip
     lines = [{"source": "rows", "row": n, "settings": "s", "item": chance.choice(("k1", "k2")), "text": "Done", "content":
               "Done", "parsed_calls": [], "verdicts": {}, "latency_s": 0.1, "parse_errors": []} for n in range(3)]  # fmt: skip
-    line = b"\n".join(damaged(one, chance) if chance.random() < 0.5 else json.dumps(one).encode() for one in lines) + b"\n"
+    line = (
+        b"\n".join(damaged(one, chance) if chance.random() < 0.5 else json.dumps(one).encode() for one in lines) + b"\n"
+    )
     return {"metrics": damaged(metrics, chance), "results": line, "good": metrics}
 
 
