@@ -20,16 +20,17 @@ _TEXTS = re.compile(r"\b(Dim|Done|Hello|Hi|See you|No lamp|Greet|It is dim)\b")
 PLANTED = re.compile(r"zq\d+z")
 KEYS = (
     "role", "from", "content", "value", "messages", "conversations", "tools", "tool_calls", "function", "name",
-    "arguments", "parameters", "parts", "text", "type", "prompt", "completion", "answer", "answers", "question", "chosen",
-    "system", "reasoning_content", "train", "weight", "id", "tool_call_id", "input", "output", "thinking", "history",
-    "", "$ref", "x" * 300, "<|im_end|>", "날씨", "__class__",
+    "arguments", "parameters", "parts", "text", "type", "prompt", "completion", "answer", "answers", "question",
+    "chosen", "system", "reasoning_content", "train", "weight", "id", "tool_call_id", "input", "output",
+    "thinking", "history", "", "$ref", "x" * 300, "<|im_end|>", "날씨", "__class__",
 )  # fmt: skip
 _SPECIAL: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 10**30, 1e308, -0.0, 1e-320, "", " ", "\n", "null", "[]", "{}", '"', "\x00", "\ud83d",
     "\x1b]52;c;eA==\x07", "007", "1e3", [], {}, [[]], [None], {"": None}, [{}], "[", '{"a": 1, "a": 2}', "NaN",
     '{"name": "dim", "arguments": {"pct": 5}}', '[dim(pct=5)]', "<tool_call>{}</tool_call>", "<think>", "</think>",
-    "=cmd|' /C calc'!A1", "{{ 7*7 }}", "{% for x in range(9**9) %}", "\u202e", "\ufeff", "a" * 5000, "user", "assistant",
-    "tool", "system", "function_call", "image_url", {"type": "text", "text": "part"}, {"role": "user", "content": "more"},
+    "=cmd|' /C calc'!A1", "{{ 7*7 }}", "{% for x in range(9**9) %}", "\u202e", "\ufeff", "a" * 5000, "user",
+    "assistant", "tool", "system", "function_call", "image_url", {"type": "text", "text": "part"},
+    {"role": "user", "content": "more"},
     {"role": "assistant", "content": "more"}, {"type": "image", "url": "x"}, {"functionCall": {"name": "f"}},
     "[" * 3000, '{"a":' * 300 + "1" + "}" * 300,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Files of run folders, recipes, sweeps, logs and evaluations, mutated; read by the code of the commands that open them."""
+"""Files of run folders, recipes, sweeps, logs and evaluations, mutated, and what the commands read of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from finetune.errors import UserError
 from finetune.runs.run_log import COLUMNS
 from formats import FormatError
 from tests.fuzz_inputs import edited, mutated
+from tests.scored import item
 
 SWEEP = {"train": {"dataset": ["rows.jsonl"], "rank": 8}, "grid": {"lr": [1e-4, 2e-4]}, "runs": [{"alpha": 8}],
          "random": {"count": 2, "seed": 1, "flags": {"dropout": {"uniform": [0, 0.1]}}}, "seeds": 2}  # fmt: skip
@@ -69,8 +70,8 @@ def damaged(value: Any, chance: random.Random) -> bytes:
 
 def config_case(chance: random.Random) -> dict[str, Any]:
     """One damaged file, and which one it is."""
-    values = {"run": config(), "adapter": ADAPTER, "state": STATE, "counters": COUNTERS, "manifest": MANIFEST,
-              "recipe": {"rank": 8, "lr": "2e-4", "dataset": ["a.jsonl"], "share_prefix": True}, "sweep": SWEEP}  # fmt: skip
+    values = {"run": config(), "adapter": ADAPTER, "state": STATE, "counters": COUNTERS, "manifest": MANIFEST}
+    values |= {"recipe": {"rank": 8, "lr": "2e-4", "dataset": ["a.jsonl"], "share_prefix": True}, "sweep": SWEEP}
     which = chance.choice(["run"] * 6 + list(values))
     return {"which": which, "data": damaged(values[which], chance), "json": chance.random() < 0.5}
 
@@ -82,10 +83,13 @@ def check_config(case: dict[str, Any], folder: Path) -> None:
     checkpoint.mkdir(parents=True)
     (run / "final_model").mkdir()
     given = {"run": case["data"]} if case["which"] == "run" else {case["which"]: case["data"]}
-    files = {"run": (run / "experiment_config.json", config()),
-             "adapter": (run / "final_model" / "adapter_config.json", ADAPTER),
-             "state": (checkpoint / "trainer_state.json", STATE), "counters": (checkpoint / "log_counters.json", COUNTERS),
-             "manifest": (checkpoint / "manifest.json", MANIFEST)}  # fmt: skip
+    files = {
+        "run": (run / "experiment_config.json", config()),
+        "adapter": (run / "final_model" / "adapter_config.json", ADAPTER),
+        "state": (checkpoint / "trainer_state.json", STATE),
+        "counters": (checkpoint / "log_counters.json", COUNTERS),
+        "manifest": (checkpoint / "manifest.json", MANIFEST),
+    }
     for which, (path, value) in files.items():
         if which != "manifest" or which in given:
             path.write_bytes(given.get(which) or json.dumps(value).encode())
@@ -212,11 +216,15 @@ def check_log(case: dict[str, Any], folder: Path) -> None:
 
 
 def results_case(chance: random.Random) -> dict[str, Any]:
-    metrics = {"items": 2, "tool_name_accuracy": 0.5, "parameter_accuracy": 0.25, "per_tool": {"dim": {"support": 2, "f1": 1.0}},
-               "intervals_95": {"tool_name_accuracy": [0.1, 0.9]}, "settings": {"format": "chatml", "adapter_sha256": None},
-               "data": {"items_sha256": "0", "sources": ["a"]}, "generation": {"tokens_per_second": 5.0}}  # fmt: skip
-    lines = [{"source": "rows", "row": n, "settings": "s", "item": chance.choice(("k1", "k2")), "text": "Done", "content":
-              "Done", "parsed_calls": [], "verdicts": {}, "latency_s": 0.1, "parse_errors": []} for n in range(3)]  # fmt: skip
+    metrics = {
+        "items": 2, "tool_name_accuracy": 0.5, "parameter_accuracy": 0.25, "generation": {"tokens_per_second": 5.0},
+        "per_tool": {"dim": {"support": 2, "f1": 1.0}}, "intervals_95": {"tool_name_accuracy": [0.1, 0.9]},
+        "settings": {"format": "chatml", "adapter_sha256": None}, "data": {"items_sha256": "0", "sources": ["a"]},
+    }  # fmt: skip
+    lines = [
+        {"source": "rows", "row": n, "settings": "s", "item": item(row=n).fingerprint(), "text": "Done",
+         "content": "Done", "parsed_calls": [], "verdicts": {}, "latency_s": 0.1, "parse_errors": []} for n in range(3)
+    ]  # fmt: skip
     line = (
         b"\n".join(damaged(one, chance) if chance.random() < 0.5 else json.dumps(one).encode() for one in lines) + b"\n"
     )
@@ -226,14 +234,13 @@ def results_case(chance: random.Random) -> dict[str, Any]:
 def check_results(case: dict[str, Any], folder: Path) -> None:
     from evaluate_lora import keep_speed
     from finetune.charts import curves
-    from finetune.evaluation.metrics import metric_names
     from finetune.evaluation.folder import archive_incomparable_scores
+    from finetune.evaluation.metrics import metric_names
     from finetune.evaluation.run import ResultsFile
     from finetune.export.hub import read_scores
     from finetune.runs.experiment import Experiment
     from finetune.runs.find import Run
     from finetune.runs.model_card import model_card
-    from tests.scored import item
 
     run = folder / "scored"
     shutil.rmtree(run, ignore_errors=True)
@@ -254,11 +261,11 @@ def check_results(case: dict[str, Any], folder: Path) -> None:
     kept = path.read_text("utf-8").count("\n")
     assert kept or not before or results.archived, "answers are gone"
     for line in results.lines.values():
-        assert isinstance(line["text"], str)
+        assert isinstance(line["text"], str) and line["latency_s"] >= 0
     keep_speed({"generated_rows": 0, "tokens_per_second": None}, scores / "base_model_metrics.json", {})
     curves.summarize(curves.read_run(run / "training_log.csv"))
     experiment = Experiment(run, config())
-    with contextlib.suppress(UserError), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.suppress(UserError), contextlib.redirect_stderr(io.StringIO()):
         found, _ = read_scores(Run(run, experiment, adapter))
         model_card(experiment, scores=found, metrics=metric_names(found))
     archive_incomparable_scores(scores, {"base": case["good"]}, lambda text: None)

@@ -307,8 +307,11 @@ def _records_of_batches(path: Path, batches, what: str) -> Iterator[tuple[int, d
             if len(set(schema.names)) < len(schema.names):
                 raise UserError(f"{path}: duplicate column name ({', '.join(schema.names)}); rename one of them")
             yield from enumerate((row for batch in found for row in arrow_rows(batch)), start=1)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not {what} ({str(error).splitlines()[0]}); download or save it again") from error
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the file system's; Arrow's own have no number
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not {what} ({reason}); download or save it again") from error
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: holds values that cannot be read ({reason}); convert it to JSON Lines") from error

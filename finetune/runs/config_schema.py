@@ -1,11 +1,11 @@
-"""What experiment_config.json must hold for the commands that open a run; it may have been edited, or come from others."""
+"""What experiment_config.json must hold for the commands that open a run; others may have written or edited it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.settings import BY_NAME, checked
+from finetune.settings import checked
 
 _NUMBER: dict[str, Any] = {"type": ["number", "null"]}
 SCHEMA: dict[str, Any] = {
