@@ -25,6 +25,7 @@ from formats import get_format
 from tests.fuzz_inputs import PLANTED, edited, mutated, parts, row_seeds
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+METADATA = ("answer_start", "from", "id", "index", "type")  # keys whose value is no text of the conversation
 PAIRS = (("chatml", "smollm2"), ("qwen", "qwen3"), ("llama3", "llama3"), ("mistral", "mistral-tekken"),
          ("plain", "smollm2"), ("qwen-xml", "qwen3"), ("native", "qwen3"))  # fmt: skip
 
@@ -53,8 +54,7 @@ def check_row(case: dict[str, Any], folder: Path) -> None:
         paths = [path for path, inner in parts(row).items() if isinstance(inner, str) and word in inner]
         named = " ".join(notes)
         if not any(
-            {path[0], *path} & {*unread, "answer_start"} or any(repr(str(key)) in named for key in path)
-            for path in paths
+            {path[0], *path} & {*unread, *METADATA} or any(repr(str(key)) in named for key in path) for path in paths
         ):
             raise AssertionError(f"text lost: {word} at {paths}; notes {dict(notes)}")
     check_encoding(conversation, case["pair"])

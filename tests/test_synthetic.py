@@ -577,6 +577,34 @@ def test_errors_of_tool_schemas(tmp_path, tools, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"minimum": "#"},
+        {"type": "integer", "minimum": 0, "maximum": "1"},
+        {"type": "integer", "multipleOf": "h"},
+        {"maxLength": "long"},
+        {"type": "array", "minItems": [1]},
+        {"patternProperties": 3},
+    ],
+)
+def test_invalid_keywords_are_ignored(schema, tmp_path):
+    """A keyword that no validator can read does not decide which values are drawn."""
+    tool = {"name": "f", "parameters": {"type": "object", "required": ["x"], "properties": {"x": schema}}}
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps([tool]), encoding="utf-8")
+    ((train, _), _) = generate_files(path, tmp_path, per_tool=2)
+    calls = [call for row in map(json.loads, train.read_text("utf-8").splitlines()) for m in row["messages"]
+             for call in m.get("tool_calls", ())]  # fmt: skip
+    assert calls and all("x" in json.loads(call["function"]["arguments"]) for call in calls)
+
+
+def test_required_must_be_a_list(tmp_path):
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps([{"name": "f", "parameters": {"required": {"enum": "a"}}}]), encoding="utf-8")
+    assert generate_files(path, tmp_path, per_tool=2)
+
+
 def test_call_that_breaks_its_schema_is_an_error(tmp_path):
     path = tmp_path / "phrasings.json"
     wrong = {"Assign": {"{id}": {"X": "{x}", "Y": "{y}"}}}  # Z is required
