@@ -601,7 +601,8 @@ def test_invalid_keywords_are_ignored(schema, tmp_path):
 
 def test_required_must_be_a_list(tmp_path):
     path = tmp_path / "tools.json"
-    path.write_text(json.dumps([{"name": "f", "parameters": {"required": {"enum": "a"}}}]), encoding="utf-8")
+    schema = {"type": "object", "properties": {"x": {}}, "required": {"enum": "a"}}
+    path.write_text(json.dumps([{"name": "f", "parameters": schema}]), encoding="utf-8")
     assert generate_files(path, tmp_path, per_tool=2)
 
 
