@@ -173,12 +173,12 @@ def check_yaml(case: dict[str, Any], folder: Path) -> None:
 
 
 KINDS = (
-    Kind("rows", "rows of every shape, encoded", 40, row_case, check_row),
+    Kind("rows", "rows of every shape, encoded", 47, row_case, check_row),
     Kind("files", "JSONL, JSON, CSV, Parquet and Arrow files", 15, file_case, check_file),
     Kind("texts", "generated text, every format's parser", 15, text_case, check_text),
     Kind("schemas", "tool schemas and arguments", 10, schema_case, check_schema),
-    Kind("configs", "run folders, recipes, sweeps", 8, config_case, check_config),
-    Kind("logs", "training_log.csv", 4, log_case, check_log),
+    Kind("configs", "run folders, recipes, sweeps", 3, config_case, check_config),
+    Kind("logs", "training_log.csv", 2, log_case, check_log),
     Kind("results", "files of an evaluation", 4, results_case, check_results),
     Kind("formats", "format YAML", 4, yaml_case, check_yaml),
 )

@@ -25,7 +25,8 @@ from formats import get_format
 from tests.fuzz_inputs import PLANTED, edited, mutated, parts, row_seeds
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-METADATA = ("answer_start", "from", "id", "index", "type")  # keys whose value is no text of the conversation
+# Keys whose value is not a text of the conversation: SQuAD has more than texts under `answers`.
+METADATA = ("answers", "from", "id", "index", "type")
 PAIRS = (("chatml", "smollm2"), ("qwen", "qwen3"), ("llama3", "llama3"), ("mistral", "mistral-tekken"),
          ("plain", "smollm2"), ("qwen-xml", "qwen3"), ("native", "qwen3"))  # fmt: skip
 

@@ -28,10 +28,12 @@ def test_growing_text_has_the_tokens_of_the_text(vocabulary):
     tokenizer, chance = parts.tokenizer(vocabulary), random.Random(0)
     tokens, text = Tokens(tokenizer), ""
     pieces = [*FRAGMENTS, "<|im_", "end|>", "start|>user\n", "<|eot", "_id|>", "[IN", "ST]", "<", "|"]
-    for step in range(150):
+    for step in range(100):
         text = text[: chance.randrange(len(text))] if step % 40 == 39 else text + chance.choice(pieces)
         made = tokens.tokenized(text)
         assert made.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+        if step % 10:
+            continue
         alone = Tokens(tokenizer).tokenized(text)
         assert [made.start(n) for n in range(len(made.ids))] == [alone.start(n) for n in range(len(alone.ids))]
         assert sorted(made.unspelled) == sorted(alone.unspelled)
