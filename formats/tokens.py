@@ -82,7 +82,7 @@ class Tokens:
         self.end_ids: dict[tuple, set[int]] = {}  # results of `check_tokenizer`, by format
         self.escapers: dict[tuple, Any] = {}  # of formats.escape, by format
         self.skeletons: dict[tuple, Any] = {}  # of formats.roles
-        self.probed: dict[tuple, str | None] = {}  # results of formats.losses
+        self.probed: dict[tuple, tuple[int | None, str] | None] = {}  # results of formats.losses
         self.anchors = _anchors(tokenizer) if getattr(tokenizer, "is_fast", False) else []
         self._cut = _any_of(self.anchors) if self.anchors else None
         self._names = {number: token for token, number in self.added.items()}
