@@ -563,6 +563,10 @@ def test_errors_of_a_phrasing_file(tmp_path, change, message):
             [{"properties": {"a": {"type": "number", "multipleOf": 5e-324}}}],
             "tool f0: .*OverflowError",
         ),
+        (
+            [{"properties": {"a": {"type": "string", "pattern": "((((((((a+)+)+)+)+)+)+)+)+"}}, "required": ["a"]}],
+            "no text fits the pattern .*it takes more than 20,000 steps",
+        ),
         ([{"type": "array", "items": {}}], "tool f0: no arguments found .*it does not describe an object"),
         ([{}, {}, None], "declares the tool f1 2 times"),
     ],
