@@ -54,9 +54,8 @@ def check_row(case: dict[str, Any], folder: Path) -> None:
     for word in set(PLANTED.findall(json.dumps(row, ensure_ascii=False))) - set(PLANTED.findall(text)):
         paths = [path for path, inner in parts(row).items() if isinstance(inner, str) and word in inner]
         named = " ".join(notes)
-        if not any(
-            {path[0], *path} & {*unread, *METADATA} or any(repr(str(key)[:40]) in named for key in path) for path in paths
-        ):
+        noted = {*unread, *METADATA}
+        if not any({*path} & noted or any(repr(str(key)[:40]) in named for key in path) for path in paths):
             raise AssertionError(f"text lost: {word} at {paths}; notes {dict(notes)}")
     check_encoding(conversation, case["pair"])
 
