@@ -47,6 +47,7 @@ def write_run(folder, **changes):
         ({"format": {"name": 7}}, "format, name: 7 is not of type 'string'"),
         ({"result": {"final_loss": "low"}}, "result, final_loss"),
         ({"data": {"sequences": []}}, "data, sequences"),
+        ({"data": {"trained_tokens": None}}, "data, trained_tokens"),
         ({"resumed": 3}, "resumed"),
     ],
 )
@@ -73,6 +74,17 @@ def test_flags_of_an_earlier_version(tmp_path):
     opened = find_run(run).experiment.config["flags"]
     assert (opened["max_seq_length"], opened["rank"], opened["an_old_flag"], opened["alpha"]) == (512, 16, 1, 32)
     assert "alpha 32," in model_card(find_run(run).experiment)
+
+
+@pytest.mark.parametrize(("entry", "name"), [("steps", "steps"), ("dtype", "dtype"), ("data", "sequences")])
+def test_card_needs_its_entries(entry, name, tmp_path):
+    run = write_run(tmp_path / "run", data={}, load_in_4bit=False)
+    config = json.loads((run / CONFIG).read_text("utf-8"))
+    config[entry] = {} if entry == "data" else config.pop(entry) and None
+    config = {key: value for key, value in config.items() if value is not None}
+    (run / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match=f"has no entry '{name}'"):
+        model_card(Experiment.open(run))
 
 
 def scored_run(tmp_path, metrics):

@@ -7,6 +7,7 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.settings import checked
 
+_COUNT: dict[str, Any] = {"type": "integer"}
 _NUMBER: dict[str, Any] = {"type": ["number", "null"]}
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -16,11 +17,11 @@ SCHEMA: dict[str, Any] = {
         "base_model_revision": {"type": ["string", "null"]},
         "dtype": {"enum": ["auto", "float32", "float16", "bfloat16"]},
         "load_in_4bit": {"type": ["boolean", "null"]},
-        "format": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
-        "data": {"type": "object", "properties": {"sequences": _NUMBER, "trained_tokens": _NUMBER}},
+        "format": {"type": "object", "properties": {"name": {"type": "string"}}},
+        "data": {"type": "object", "properties": {"sequences": _COUNT, "trained_tokens": _COUNT}},
         "eval_data": {"type": ["object", "null"]},
         "result": {"type": "object", "properties": {"final_loss": _NUMBER, "best_eval_loss": _NUMBER}},
-        "steps": _NUMBER,
+        "steps": _COUNT,
         "status": {"type": ["string", "null"]},
         "resumed": {"type": "array"},
     },
