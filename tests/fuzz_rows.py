@@ -52,7 +52,7 @@ def check_row(case: dict[str, Any], folder: Path) -> None:
     check_conversation(conversation)
     text = conversation_text(conversation).decode("utf-8")
     described = describe(row)
-    unread = described.partition("; not read: ")[2].split(", ")
+    unread = re.split(r", |\.", described.partition("; not read: ")[2])
     for word in set(PLANTED.findall(json.dumps(row, ensure_ascii=False))) - set(PLANTED.findall(text)):
         paths = [path for path, inner in parts(row).items() if isinstance(inner, str) and word in inner]
         named = " ".join(notes)
