@@ -12,13 +12,13 @@ from tests.fuzz_inputs import PLANTED, edited, mutated, planted, shrunk
 from tests.fuzz_readers import KINDS, Kind
 
 CASES = {
-    "rows": 900,
-    "files": 60,
-    "texts": 400,
-    "schemas": 150,
-    "configs": 40,
-    "logs": 25,
-    "results": 60,
+    "rows": 2000,
+    "files": 40,
+    "texts": 200,
+    "schemas": 80,
+    "configs": 12,
+    "logs": 15,
+    "results": 40,
     "formats": 60,
 }
 
