@@ -139,3 +139,14 @@ def test_edited_answer_is_answered_again(changes, tmp_path):
     results = ResultsFile(path, "s", [one])
     results.close()
     assert results.lines == {one.fingerprint(): good} and results.archived is None
+
+
+@pytest.mark.parametrize("generation", [[{"tokens_per_second": [5.0]}], {"tokens_per_second": "fast"}, None])
+def test_edited_speed_is_ignored(generation, tmp_path):
+    from evaluate_lora import keep_speed
+
+    path, cost = tmp_path / "base_model_metrics.json", {"generated_rows": 0, "tokens_per_second": None}
+    path.write_text(json.dumps({"settings": {}, "generation": generation}), encoding="utf-8")
+    assert keep_speed(cost, path, {}) == {"generation": cost}
+    path.write_text(json.dumps({"settings": {}, "generation": {"tokens_per_second": 5.0}}), encoding="utf-8")
+    assert keep_speed(cost, path, {})["tokens_per_second"] == 5.0

@@ -228,3 +228,16 @@ def test_long_csv_line_is_refused(tmp_path, monkeypatch):
     (tmp_path / "rows.csv").write_text("a,b\n1,2\n" + "x" * 200 + ",3\n")
     with pytest.raises(UserError, match="line 3 is longer"):
         list(read_rows(tmp_path / "rows.csv"))
+
+
+def test_damaged_offsets_of_an_arrow_file(tmp_path):
+    """They would be read from anywhere in memory."""
+    import pyarrow
+
+    offsets = pyarrow.py_buffer(b"".join(n.to_bytes(4, "little", signed=True) for n in (0, 2_000_000_000, 4)))
+    texts = pyarrow.StringArray.from_buffers(2, offsets, pyarrow.py_buffer(b"abcd"))
+    batch = pyarrow.RecordBatch.from_arrays([texts], ["text"])
+    with pyarrow.OSFile(str(tmp_path / "rows.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, batch.schema) as out:
+        out.write_batch(batch)
+    with pytest.raises(UserError, match="not an Arrow file"):
+        list(read_rows(tmp_path / "rows.arrow"))

@@ -276,7 +276,12 @@ def arrow_records(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
         reader = ipc.open_file(source) if is_file else ipc.open_stream(source)
-        return reader.schema, (map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader)
+        found = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        return reader.schema, map(valid, found)
+
+    def valid(batch):
+        batch.validate(full=True)  # damaged offsets would be read from anywhere in memory
+        return batch
 
     return _records_of_batches(path, batches, "an Arrow file")
 
