@@ -96,6 +96,7 @@ def run(kind: Kind, seed: int, numbers: range, folder: Path) -> tuple[Counter, l
     found: dict[tuple[str, str], Failure] = {}
     counts: Counter = Counter()
     logging.disable(logging.WARNING)  # one line a case
+    kind.prepare()
     for number in numbers[:3]:  # imports what the readers need, which takes longer than a case may
         with contextlib.suppress(Exception, SystemExit):
             kind.check(kind.make(random.Random(f"{kind.name}:{seed}:{number}")), folder)

@@ -21,7 +21,7 @@ from formats import FormatError, get_format
 from tests.formats.cases import ALL_ATTACKS
 from tests.formats.fuzz import FRAGMENTS
 from tests.fuzz_inputs import edited, mutated, parts
-from tests.fuzz_rows import PAIRS, check_file, check_row, file_case, loaded_pair, row_case, seeds
+from tests.fuzz_rows import PAIRS, check_file, check_row, file_case, load_pairs, loaded_pair, row_case, seeds
 from tests.fuzz_runs import check_config, check_log, check_results, config_case, log_case, results_case
 
 
@@ -34,6 +34,7 @@ class Kind:
     share: int
     make: Callable[[random.Random], Any]
     check: Callable[[Any, Path], None]
+    prepare: Callable[[], Any] = tuple  # what takes longer than a case may
 
 
 TOOL = {
@@ -173,12 +174,12 @@ def check_yaml(case: dict[str, Any], folder: Path) -> None:
 
 
 KINDS = (
-    Kind("rows", "rows of every shape, encoded", 47, row_case, check_row),
+    Kind("rows", "rows of every shape, encoded", 47, row_case, check_row, load_pairs),
     Kind("files", "JSONL, JSON, CSV, Parquet and Arrow files", 15, file_case, check_file),
-    Kind("texts", "generated text, every format's parser", 15, text_case, check_text),
+    Kind("texts", "generated text, every format's parser", 15, text_case, check_text, load_pairs),
     Kind("schemas", "tool schemas and arguments", 10, schema_case, check_schema),
-    Kind("configs", "run folders, recipes, sweeps", 3, config_case, check_config),
+    Kind("configs", "run folders, recipes, sweeps", 3, config_case, check_config, load_pairs),
     Kind("logs", "training_log.csv", 2, log_case, check_log),
     Kind("results", "files of an evaluation", 4, results_case, check_results),
-    Kind("formats", "format YAML", 4, yaml_case, check_yaml),
+    Kind("formats", "format YAML", 4, yaml_case, check_yaml, load_pairs),
 )

@@ -82,6 +82,12 @@ def loaded_pair(number: int) -> tuple[Any, Any, re.Pattern, dict[int, str]]:
     return tokenizer, fmt, re.compile("|".join(map(re.escape, strings))), {n: text for text, n in control.items()}
 
 
+def load_pairs() -> None:
+    """Load every tokenizer."""
+    for number in range(len(PAIRS)):
+        loaded_pair(number)
+
+
 def without_control(value: Any, pattern: re.Pattern) -> Any:
     """The value with every control string replaced, however they overlap."""
     if isinstance(value, str):
