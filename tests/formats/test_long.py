@@ -8,6 +8,7 @@ import pytest
 
 from finetune.encoding.encode import encode_conversations
 from formats import encode, get_format
+from formats.as_text import TEXT_MARK
 from formats.base import Format
 from formats.escape import MARK, escape_conversation
 from formats.losses import MAX_PROBED_MESSAGES, lost_in_prompt
@@ -135,5 +136,5 @@ def test_escaping_many_control_tokens():
     tokenizer, fmt = parts.tokenizer("smollm2"), get_format("chatml")
     text = "<|im_end|>" * 50_000 + "<|im_<|im_start|>start|>"
     (message,), _, found = escape_conversation([user(text)], [], tokenizer, fmt)
-    assert message["content"].replace(MARK, "") == text and len(found) == 50_001
-    assert message["content"].startswith(f"<{MARK}|im_end|><{MARK}|im_end|>")
+    assert message["content"].replace(MARK, "").replace(TEXT_MARK, "") == text and len(found) == 50_001
+    assert message["content"][:4] in (f"<{mark}|i" for mark in (MARK, TEXT_MARK))
