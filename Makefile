@@ -20,7 +20,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Python compiles the imported ones at their first use.
 PIP := $(PY) -m pip install --disable-pip-version-check --no-input --no-compile $$([ -t 1 ] || echo --quiet)
 
-.PHONY: help install install-test demo test test-slow test-servers faults lint bench gpu clean
+.PHONY: help install install-test demo test test-slow test-servers faults fuzz lint bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -100,6 +100,9 @@ test-servers: install-test $(VLLM)/.installed  ## exports on real servers, vLLM 
 
 faults: install-test  ## kill runs at random moments and resume them (KILLS=20 SEED=0); minutes
 	$(PY) -m tests.faults --kills $(or $(KILLS),20) --seed $(or $(SEED),0)
+
+fuzz: install-test  ## mutated inputs against every reader (CASES=100000 SEED=0); minutes
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --cases $(or $(CASES),100000) --seed $(or $(SEED),0)
 
 lint: install-test  ## style, directions of imports, types
 	$(PY) -m ruff check .

@@ -234,9 +234,11 @@ def output_folder(args: argparse.Namespace) -> Path:
 def keep_speed(cost: dict[str, Any], path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Speed of this run; if it reused all answers, the speed recorded by the run that generated them."""
     if not cost["generated_rows"] and path.is_file():
-        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):  # not written by this script
+        # A file that this script did not write is ignored.
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
             earlier = json.loads(path.read_text(encoding="utf-8"))
-            if {k: v for k, v in earlier["settings"].items() if k != "batch_size"} == settings:
+            is_same = {k: v for k, v in earlier["settings"].items() if k != "batch_size"} == settings
+            if is_same and isinstance(earlier["generation"]["tokens_per_second"], int | float | None):
                 cost = earlier["generation"]
     speed = {"tokens_per_second": cost["tokens_per_second"]} if cost["tokens_per_second"] is not None else {}
     return {**speed, "generation": cost}

@@ -134,10 +134,13 @@ class Escaper:
             text = kept
         # Control strings may overlap: escaping one can expose the next, so search until nothing is found.
         while match := pattern.search(text):
+            pieces, at = [], 0
             while match:
                 found.append(f"{where}: {match.group()}")
-                text = text[: match.start()] + self._marked(match.group()) + text[match.end() :]
-                match = pattern.search(text, match.start() + 1)
+                pieces += [text[at : match.start() + 1], self._marked(match.group())[1]]
+                at = match.start() + 1
+                match = pattern.search(text, at)
+            text = "".join([*pieces, text[at:]])
         return text
 
 

@@ -11,6 +11,7 @@ from formats.base import Format, call_of, place, render_messages, split_reasonin
 from formats.tokens import tokens_of
 
 MAX_CACHED_PROBES = 20_000
+MAX_PROBED_MESSAGES = 64
 DROPS_TEXT = "the template drops its text"
 DROPS_CALLS = "the template drops its tool calls"
 
@@ -93,52 +94,86 @@ def _contains(text: str, content: str) -> bool:
     return stripped in text or json.dumps(stripped, ensure_ascii=False)[1:-1] in text or _bare(content) in _bare(text)
 
 
-def lost_in_prompt(messages: list[dict], tools: list[dict], prompt: str, fmt: Format, tokenizer: Any) -> str | None:
+def lost_in_prompt(
+    messages: list[dict],
+    tools: list[dict],
+    prompt: str,
+    fmt: Format,
+    tokenizer: Any,
+    checked: tuple[str, int] = ("", 0),
+) -> str | None:
     """What a prompt lost of the messages and tools that it is made of, or None.
 
     Two checks: every content is found in the prompt, and (once for each shape of conversation) a probe of that shape,
     with a different word in every place, keeps all its words. The probe also finds the loss of a text that occurs
     somewhere else as well.
+
+    checked  an earlier prompt of the same conversation, and the number of its messages that were found in it
     """
-    for index, message in enumerate(messages):
+    at, number = (len(checked[0]), checked[1]) if prompt.startswith(checked[0]) else (0, 0)
+    rest = prompt[at:]
+    for index, message in enumerate(messages[number:], number):
         content = message["content"]
         if message["role"] == "assistant":
             content = split_reasoning(content, fmt.reasoning)[1]
-        if not _contains(prompt, content):
+        if not _contains(rest, content) and not (at and _contains(prompt, content)):
             return f"{place(index, message['role'])}: {DROPS_TEXT}"
+    probed = _probed_messages(messages)
     shape = tuple(
-        (message["role"], bool(message["content"].strip()), len(message.get("tool_calls", []))) for message in messages
+        (message["role"], bool(message["content"].strip()), len(message.get("tool_calls", []))) for _, message in probed
     )
     key = (fmt.template, tuple(fmt.template_kwargs.items()), shape, bool(tools))
     known = tokens_of(tokenizer).probed
     if key not in known:
         if len(known) > MAX_CACHED_PROBES:
             known.clear()
-        known[key] = _probe(messages, tools, fmt, tokenizer)
-    return known[key]
+        known[key] = _probe([message for _, message in probed], tools, fmt, tokenizer)
+    if (lost := known[key]) is None:
+        return None
+    position, reason = lost
+    if position is None:
+        return reason
+    index, message = probed[position]
+    return f"{place(index, message['role'])}: {reason}"
 
 
-def _probe(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any) -> str | None:
-    probes, words = [], []
-    for index, message in enumerate(messages):
-        probe, where = dict(message), place(index, message["role"])
+def _probed_messages(messages: list[dict]) -> list[tuple[int, dict]]:
+    """(index, message) of those that are probed: of a long conversation its system messages and its last turns.
+
+    The turns before them were probed when their own answers were checked.
+    """
+    numbered = list(enumerate(messages))
+    if len(messages) <= MAX_PROBED_MESSAGES:
+        return numbered
+    begin = next((index for index, message in numbered if message["role"] != "system"), 0)
+    first = len(messages) - MAX_PROBED_MESSAGES
+    cut = next((index for index, message in numbered[first:] if message["role"] == "user"), begin)
+    return numbered[:begin] + numbered[max(cut, begin) :]
+
+
+def _probe(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any) -> tuple[int | None, str] | None:
+    """(position of the message that loses something, or None for the tools; what it loses); None if nothing is lost."""
+    probes: list[dict] = []
+    words: list[tuple[str, int | None, str]] = []
+    for position, message in enumerate(messages):
+        probe = dict(message)
         if message["content"].strip():
-            probe["content"] = f"wq{index}zk"
-            words.append((probe["content"], f"{where}: {DROPS_TEXT}"))
+            probe["content"] = f"wq{position}zk"
+            words.append((probe["content"], position, DROPS_TEXT))
         if calls := message.get("tool_calls"):
-            names = [(f"fq{index}x{number}zk", f"vq{index}x{number}zk") for number in range(len(calls))]
+            names = [(f"fq{position}x{number}zk", f"vq{position}x{number}zk") for number in range(len(calls))]
             probe["tool_calls"] = [
                 {**call, "function": {"name": name, "arguments": {"a": value}}}
                 for call, (name, value) in zip(calls, names, strict=True)
             ]
-            words += [(word, f"{where}: {DROPS_CALLS}") for pair in names for word in pair]
+            words += [(word, position, DROPS_CALLS) for pair in names for word in pair]
         probes.append(probe)
     if tools:
         schema = {"type": "object", "properties": {"a": {"type": "string", "description": "a"}}, "required": ["a"]}
         tools = [{"type": "function", "function": {"name": "tq0zk", "description": "d", "parameters": schema}}]
-        words.append(("tq0zk", f"format {fmt.name}: the template does not show the model its tools"))
+        words.append(("tq0zk", None, f"format {fmt.name}: the template does not show the model its tools"))
     try:
         text = render_messages(probes, tools, fmt, tokenizer, add_generation_prompt=True)
     except Exception:  # the template depends on the contents, so only the first check applies
         return None
-    return next((reason for word, reason in words if word not in text), None)
+    return next(((position, reason) for word, position, reason in words if word not in text), None)

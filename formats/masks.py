@@ -64,6 +64,7 @@ def encode(
     reasoning: str = "keep",
     allow_unreadable_calls: bool = False,
     train_reasoning: str = "on",
+    max_tokens: int | None = None,
 ) -> Encoded:
     """Token ids and labels of a conversation {"messages", "tools"}.
 
@@ -72,6 +73,7 @@ def encode(
     reasoning: "keep" (where the template has no place for it: omitted, with a warning), "drop" or "refuse" such rows.
     allow_unreadable_calls: train calls although `fmt` cannot read them back; otherwise the row is refused.
     train_reasoning: "on", or "off" to mask answers up to the end of their reasoning; its closing tag is trained.
+    max_tokens: the last sequence is the first one that is longer; later turns, longer still, are not encoded.
     Raises FormatError when tokenizer and format do not fit together; a row that cannot be expressed is "refused".
     """
     if train_on not in ("all", "last"):
@@ -102,6 +104,7 @@ def encode(
             refuse_lost_reasoning=reasoning == "refuse",
             allow_unreadable_calls=allow_unreadable_calls,
             train_reasoning=train_reasoning == "on",
+            max_tokens=max_tokens,
         )
         sequences = encoder.encode(turns)
         for sequence in sequences:
@@ -167,6 +170,7 @@ class _Encoder:
     refuse_lost_reasoning   refuse the row when the template has no place for an answer's reasoning
     allow_unreadable_calls  train calls that the format cannot read back
     train_reasoning         train the reasoning of answers
+    max_tokens              stop behind the first turn whose prompt is longer
     """
 
     messages: list[dict]
@@ -178,7 +182,9 @@ class _Encoder:
     refuse_lost_reasoning: bool = False
     allow_unreadable_calls: bool = False
     train_reasoning: bool = True
+    max_tokens: int | None = None
     warnings: list[str] = field(default_factory=list)
+    checked: tuple[str, int] = ("", 0)  # the last prompt in which nothing was lost, and its number of messages
 
     def encode(self, turns: list[int]) -> list[Sequence]:
         """The sequences that train the assistant messages `turns`. Raises FormatError with the reason of refusal."""
@@ -211,6 +217,8 @@ class _Encoder:
             if not self.train_reasoning:
                 self._mask_reasoning(index, turn, tokenized, len(prompt_ids), labels)
             sequences.append(Sequence(turn.prompt + turn.completion, tokenized.ids, labels))
+            if self.max_tokens is not None and len(prompt_ids) > self.max_tokens:
+                break
         assert turn is not None
         last, tokenized = self._append_rest(sequences[-1], turn, last, tokenized)
         self._check_spelling(tokenized)
@@ -294,8 +302,9 @@ class _Encoder:
             if lost:
                 problem = f"{where}: {lost}"
                 continue
-            if lost := lost_in_prompt(past, self.tools, prompt, self.fmt, self.tokenizer):
+            if lost := lost_in_prompt(past, self.tools, prompt, self.fmt, self.tokenizer, self.checked):
                 raise FormatError(lost)
+            self.checked = (prompt, len(past))
             if warning:
                 self.warnings.append(f"{where}: {warning}")
             return _Turn(prompt, completion, upto, fmt)

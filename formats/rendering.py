@@ -7,6 +7,7 @@ A conversation is rendered twice for every answer. Templates are compiled once w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import weakref
 from datetime import datetime
@@ -25,6 +26,9 @@ class CachedDict(dict):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.written: dict[tuple, str] = {}
+
+
+_DICT_ATTRIBUTES = frozenset((*dir(CachedDict), "written"))
 
 
 class CachedTools(list):
@@ -67,13 +71,18 @@ def _raise_exception(message: str) -> None:
 @cache
 def _environment() -> Environment:
     from jinja2.ext import loopcontrols
+    from jinja2.runtime import LoopContext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
 
     class FastEnvironment(ImmutableSandboxedEnvironment):
         def getattr(self, obj: Any, attribute: str) -> Any:
             # `message.role`: the sandbox looks for a key as well when the object has no attribute of this name.
-            if isinstance(obj, dict) and attribute in obj and not hasattr(obj, attribute):
-                return obj[attribute]
+            if isinstance(obj, dict) and attribute not in _DICT_ATTRIBUTES:
+                return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+            if type(obj) in (LoopContext, Namespace) and not attribute.startswith("_"):
+                with contextlib.suppress(AttributeError):
+                    return getattr(obj, attribute)
             return super().getattr(obj, attribute)
 
     environment = FastEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])

@@ -198,18 +198,20 @@ def _make_skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokeniz
     }
     opening = _answer_opening(fmt, tokenizer)  # what a template writes behind it belongs to the answer
     text = _render(_placeholder_messages(messages, placeholders, with_calls=False), tools, fmt, tokenizer)
-    if text is None or not all(placeholder in text for placeholder in placeholders.values()):
+    places = _places(text or "")
+    if not places.keys() >= set(placeholders.values()):
         # Some templates require calls where there are results; then the placeholder is the name of a call.
         text = _render(_placeholder_messages(messages, placeholders, with_calls=True), tools, fmt, tokenizer)
+        places = _places(text or "")
     if text is None:
         return None
-    positions = {index: text.find(placeholder) for index, placeholder in placeholders.items()}
+    positions = {index: places.get(placeholder, -1) for index, placeholder in placeholders.items()}
     order = sorted(positions, key=positions.__getitem__)
-    headers = []
+    headers, at = [], 0
     for index in order:
-        header, found, text = text.partition(placeholders[index])
-        if not found:
+        if positions[index] < at:
             return None
+        header, at = text[at : positions[index]], positions[index] + len(placeholders[index])
         if messages[index]["role"] == "assistant":
             # Reasoning and a space before it belong to the answer, whether a prompt contains them or not.
             header = next((header.removesuffix(block) for block in _BLOCKS if header.endswith(block)), header)
@@ -217,7 +219,12 @@ def _make_skeleton(messages: list[dict], tools: list[dict], fmt: Format, tokeniz
                 header = header[: header.rindex(opening) + len(opening)]
             header = header.rstrip(" ")
         headers.append(header)
-    return Skeleton(order, [Piece(header, _find_tools(header, tools)) for header in (*headers, text)])
+    return Skeleton(order, [Piece(header, _find_tools(header, tools)) for header in (*headers, text[at:])])
+
+
+def _places(text: str) -> dict[str, int]:
+    """Where each placeholder begins for the first time."""
+    return {match[0]: match.start() for match in reversed(list(re.finditer(r"wq\d+zk|73\d{5}", text)))}
 
 
 def _placeholder_messages(messages: list[dict], placeholders: dict[int, str], with_calls: bool) -> list[dict]:

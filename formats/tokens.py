@@ -19,6 +19,7 @@ from formats.as_text import TEXT_MARK, ids_as_text
 from formats.base import Format, FormatError
 
 CACHED_PIECES = 8_000
+KEPT_PIECES = 3  # of a text's end, cut again when the text continues
 COMPARED_TEXTS = 32  # the first texts of every tokenizer are also tokenised without cutting, and compared
 
 
@@ -37,29 +38,39 @@ class Tokenized:
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.unspelled: list[str] = []
-        self._offsets: list[int] = []  # first character of each piece
+        self.offsets: list[int] = []  # first character of each piece
         self._firsts: list[int] = []  # number of its first token
         self._pieces: list[Piece] = []
 
     def add(self, offset: int, piece: Piece) -> None:
         """Append a piece that begins at character `offset`."""
-        self._offsets.append(offset)
+        self.offsets.append(offset)
         self._firsts.append(len(self.ids))
         self._pieces.append(piece)
         self.ids += piece.ids
         self.unspelled += piece.unspelled
 
+    def first_pieces(self, number: int) -> tuple[Tokenized, int]:
+        """(the tokens of the first pieces, where the next piece begins); there must be one."""
+        first = Tokenized()
+        first.offsets, first._firsts = self.offsets[:number], self._firsts[:number]
+        first._pieces = self._pieces[:number]
+        first.ids = self.ids[: self._firsts[number]]
+        if self.unspelled:
+            first.unspelled = [name for piece in first._pieces for name in piece.unspelled]
+        return first, self.offsets[number]
+
     def start(self, number: int) -> int:
         """The position of the first character of a token."""
         at = bisect_right(self._firsts, number) - 1
-        return self._offsets[at] + self._pieces[at].starts[number - self._firsts[at]]
+        return self.offsets[at] + self._pieces[at].starts[number - self._firsts[at]]
 
     def before(self, character: int) -> int:
         """How many tokens begin before the character at this position."""
-        at = bisect_right(self._offsets, character) - 1
+        at = bisect_right(self.offsets, character) - 1
         if at < 0:
             return 0
-        return self._firsts[at] + bisect_left(self._pieces[at].starts, character - self._offsets[at])
+        return self._firsts[at] + bisect_left(self._pieces[at].starts, character - self.offsets[at])
 
 
 class Tokens:
@@ -71,13 +82,14 @@ class Tokens:
         self.end_ids: dict[tuple, set[int]] = {}  # results of `check_tokenizer`, by format
         self.escapers: dict[tuple, Any] = {}  # of formats.escape, by format
         self.skeletons: dict[tuple, Any] = {}  # of formats.roles
-        self.probed: dict[tuple, str | None] = {}  # results of formats.losses
+        self.probed: dict[tuple, tuple[int | None, str] | None] = {}  # results of formats.losses
         self.anchors = _anchors(tokenizer) if getattr(tokenizer, "is_fast", False) else []
         self._cut = _any_of(self.anchors) if self.anchors else None
         self._names = {number: token for token, number in self.added.items()}
         self._control = _any_of(sorted(self.added, key=len, reverse=True))
         self._piece = lru_cache(CACHED_PIECES)(self._tokenize)
         self._comparisons_left = COMPARED_TEXTS
+        self._last = ("", Tokenized())  # the last text, which the next one may continue
 
     @cached_property
     def as_text(self) -> dict[str, list[int]]:
@@ -92,17 +104,19 @@ class Tokens:
         """The tokens of a text, as the tokenizer gives them for all of it; marked control strings are ordinary text."""
         if TEXT_MARK in text:
             return self._with_marks(text)
-        result, offset = Tokenized(), 0
-        pieces = self.pieces(text)
+        result, offset = self._begun(text)
+        pieces = self.pieces(text, offset)
         for piece in pieces:
             result.add(offset, self._piece(piece))
             offset += len(piece)
+        self._last = (text, result)
         if self._comparisons_left and len(pieces) > 1:
             self._comparisons_left -= 1
             if self.tokenizer(text, add_special_tokens=False)["input_ids"] != result.ids:
                 # The argument above does not hold for this tokenizer: only complete texts from now on.
                 self._cut, self.anchors = None, []
                 self._piece.cache_clear()
+                self._last = ("", Tokenized())
                 return self.tokenized(text)
         return result
 
@@ -127,10 +141,18 @@ class Tokens:
             return self._piece(text)
         return Piece(piece.ids[len(newline) :], [at - 1 for at in piece.starts[len(newline) :]], piece.unspelled)
 
-    def pieces(self, text: str) -> list[str]:
-        """`text`, cut before every anchor."""
-        cuts = [match.start() for match in self._cut.finditer(text)] if self._cut else []
-        return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True) if a < b]
+    def _begun(self, text: str) -> tuple[Tokenized, int]:
+        """(the tokens that `text` shares with the last text, where it continues): a conversation grows turn by turn."""
+        last, known = self._last
+        if self._cut is None or len(known.offsets) < KEPT_PIECES or not text.startswith(last):
+            return Tokenized(), 0
+        # An anchor may begin in the end of the last text, so its last pieces are cut again.
+        return known.first_pieces(len(known.offsets) - KEPT_PIECES)
+
+    def pieces(self, text: str, at: int = 0) -> list[str]:
+        """`text` from the anchor at `at` on, cut before every anchor."""
+        cuts = [match.start() for match in self._cut.finditer(text, at)] if self._cut else []
+        return [text[a:b] for a, b in zip([at, *cuts], [*cuts, len(text)], strict=True) if a < b]
 
     def continued(self, prompt: str, text: str, prompt_ids: list[int]) -> Tokenized:
         """The tokens of `prompt` followed by those of `text` as it is generated.
@@ -147,6 +169,7 @@ class Tokens:
         numbers = range(1 if anchor else 0, len(alone.ids))
         starts = [alone.start(number) - len(anchor) for number in numbers]
         result = self.tokenized(prompt)
+        self._last = ("", Tokenized())  # `result` is changed
         result.add(len(prompt), Piece(alone.ids[numbers.start :], starts, alone.unspelled))
         return result
 

@@ -276,9 +276,9 @@ def test_results_file_is_never_overwritten(dataset, tmp_path):
     settings = settings_hash({"temperature": 0})
     assert settings != settings_hash({"temperature": 1}) and settings == settings_hash({"temperature": 0})
     first = ResultsFile(path, settings, items)
-    first.append({"item": keys[1], "settings": settings, "text": "b"})
+    first.append({"item": keys[1], "settings": settings, "text": "b", "latency_s": 0.1})
     assert [line["text"] for line in read_lines(path)] == ["b"]  # written at once
-    first.append({"item": keys[0], "settings": settings, "text": "a"})
+    first.append({"item": keys[0], "settings": settings, "text": "a", "latency_s": 0.1})
     first.close()
     first.rewrite()
     assert [line["text"] for line in read_lines(path)] == ["a", "b"]

@@ -11,6 +11,7 @@ from finetune.json_schema import limits as json_schema
 from finetune.json_schema import schema_errors, unchecked_keywords, validator_of
 from finetune.preparing.checks import check_conversation
 from finetune.reading import size_limits
+from finetune.reading.normalize import normalize_row
 from finetune.reading.row_files import Unreadable
 from finetune.reading.sources import read_rows
 from formats import FormatError, get_format
@@ -164,6 +165,33 @@ def test_duplicate_yaml_key_is_refused(tmp_path):
         get_format(str(path))
 
 
+def long_row(kind):
+    """A row whose reading took time with the square of its length."""
+    ask, say = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    ids = [f"c{n}" for n in range(20_000)]
+    calls = [{"id": name, "function": {"name": "f", "arguments": {}}} for name in ids]
+    results = [{"role": "tool", "tool_call_id": name, "content": "1"} for name in reversed(ids)]
+    tags = {"role": "tool", "content": "<tool_response>" * 200_000}
+    call = {"role": "assistant", "tool_calls": calls[:1]}
+    return {
+        "unclosed tags": [ask, call, tags, say],
+        "parallel calls": [ask, {"role": "assistant", "tool_calls": calls}, *results, say],
+        "messages of one turn": [ask, *({"role": "assistant", "content": "word " * 20} for _ in range(20_000))],
+        "thoughts of one turn": [ask, *({"role": "assistant", "content": "<think>x</think>y"} for _ in range(20_000))],
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "messages"),
+    [("unclosed tags", 4), ("parallel calls", 20_003), ("messages of one turn", 2), ("thoughts of one turn", 2)],
+)
+def test_long_rows_are_read(kind, messages):
+    tools = [{"name": "f", "parameters": {"type": "object"}}]
+    conversation = normalize_row({"messages": long_row(kind), "tools": tools})
+    assert len(conversation["messages"]) == messages
+    assert not [problem for problem in check_conversation(conversation) if problem.error]
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
 def test_long_line_is_one_rejected_row(name, tmp_path, monkeypatch):
     monkeypatch.setattr(size_limits, "MAX_ROW_BYTES", 100)
@@ -200,3 +228,16 @@ def test_long_csv_line_is_refused(tmp_path, monkeypatch):
     (tmp_path / "rows.csv").write_text("a,b\n1,2\n" + "x" * 200 + ",3\n")
     with pytest.raises(UserError, match="line 3 is longer"):
         list(read_rows(tmp_path / "rows.csv"))
+
+
+def test_damaged_offsets_of_an_arrow_file(tmp_path):
+    """They would be read from anywhere in memory."""
+    import pyarrow
+
+    offsets = pyarrow.py_buffer(b"".join(n.to_bytes(4, "little", signed=True) for n in (0, 2_000_000_000, 4)))
+    texts = pyarrow.StringArray.from_buffers(2, offsets, pyarrow.py_buffer(b"abcd"))
+    batch = pyarrow.RecordBatch.from_arrays([texts], ["text"])
+    with pyarrow.OSFile(str(tmp_path / "rows.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, batch.schema) as out:
+        out.write_batch(batch)
+    with pytest.raises(UserError, match="not an Arrow file"):
+        list(read_rows(tmp_path / "rows.arrow"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections import Counter
 
 import pytest
 
@@ -13,7 +14,7 @@ from finetune.reading.bracket_calls import bracket_calls
 from finetune.reading.conversations import RowError, load_conversations, normalize_row
 from finetune.reading.shapes import SHAPES, describe, detect_shape
 from finetune.reading.tool_schemas import load_tools_file
-from tests.rows import LAMP, WRAPPED, calls
+from tests.rows import ANSWER, LAMP, WRAPPED, calls
 from tests.shape_rows import EXAMPLES, VARIANTS
 
 
@@ -509,3 +510,39 @@ def test_part_of_a_column_is_mapped():
 def test_plain_rows_pass_the_checks():
     for name in ("messages", "prompt and completion", "messages and answer column"):
         assert not check_conversation(normalize_row(EXAMPLES[name][0]))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [{"type": "human", "text": "Hi"}, {"type": "ai", "content": "Hello"}]}, "a key text"),
+        ({"title": "x", "chat": {"messages": [{"role": "user", "parts": "Hi"}, ANSWER]}}, "a key parts"),
+    ],
+)
+def test_text_under_an_unread_key_is_refused(row, reason):
+    """Of LangChain's and Open WebUI's messages too, whose metadata are not read."""
+    with pytest.raises(RowError, match=f"message 1 \\(user\\) has no content but {reason}"):
+        normalize_row(row)
+
+
+def test_unread_keys_of_langchain_are_counted():
+    notes = Counter()
+    answer = {"type": "ai", "content": "Hello", "artifact": "lamp.png", "usage_metadata": {"total": 3}}
+    normalize_row({"messages": [{"type": "human", "content": "Hi"}, answer]}, notes=notes)
+    assert notes == {"not read, key 'artifact' of assistant messages": 1}
+
+
+def test_preference_rows_of_llama_factory_v1():
+    parts = [{"type": "text", "value": "Hi"}]
+    chosen = [{"role": "user", "content": parts, "loss_weight": 0.0}, {"role": "assistant", "content": "Hello"}]
+    row = {"chosen_messages": chosen, "rejected_messages": [chosen[0], {"role": "assistant", "content": "No"}]}
+    assert [message["content"] for message in normalize_row(row)["messages"]] == ["Hi", "Hello"]
+
+
+def test_keys_beside_a_function_are_kept():
+    """Whatever the `type` is called; the model sees the declaration as it is."""
+    notes = Counter()
+    tools = [{"type": "web_search", "function": {"name": "find"}, "region": "KR"}]
+    row = normalize_row({"messages": [{"role": "user", "content": "Hi"}, ANSWER], "tools": tools}, notes=notes)
+    assert row["tools"] == [{"type": "function", "function": {"name": "find"}, "region": "KR"}]
+    assert notes["type of a tool -> function"] == 1

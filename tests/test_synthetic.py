@@ -563,6 +563,10 @@ def test_errors_of_a_phrasing_file(tmp_path, change, message):
             [{"properties": {"a": {"type": "number", "multipleOf": 5e-324}}}],
             "tool f0: .*OverflowError",
         ),
+        (
+            [{"properties": {"a": {"type": "string", "pattern": "((((((((a+)+)+)+)+)+)+)+)+"}}, "required": ["a"]}],
+            "no text fits the pattern .*it takes more than 20,000 steps",
+        ),
         ([{"type": "array", "items": {}}], "tool f0: no arguments found .*it does not describe an object"),
         ([{}, {}, None], "declares the tool f1 2 times"),
     ],
@@ -575,6 +579,35 @@ def test_errors_of_tool_schemas(tmp_path, tools, message):
     with pytest.raises(UserError, match=message):
         generate_files(path, tmp_path / "out", per_tool=2)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"minimum": "#"},
+        {"type": "integer", "minimum": 0, "maximum": "1"},
+        {"type": "integer", "multipleOf": "h"},
+        {"maxLength": "long"},
+        {"type": "array", "minItems": [1]},
+        {"patternProperties": 3},
+    ],
+)
+def test_invalid_keywords_are_ignored(schema, tmp_path):
+    """A keyword that no validator can read does not decide which values are drawn."""
+    tool = {"name": "f", "parameters": {"type": "object", "required": ["x"], "properties": {"x": schema}}}
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps([tool]), encoding="utf-8")
+    ((train, _), _) = generate_files(path, tmp_path, per_tool=2)
+    calls = [call for row in map(json.loads, train.read_text("utf-8").splitlines()) for m in row["messages"]
+             for call in m.get("tool_calls", ())]  # fmt: skip
+    assert calls and all("x" in json.loads(call["function"]["arguments"]) for call in calls)
+
+
+def test_required_must_be_a_list(tmp_path):
+    path = tmp_path / "tools.json"
+    schema = {"type": "object", "properties": {"x": {}}, "required": {"enum": "a"}}
+    path.write_text(json.dumps([{"name": "f", "parameters": schema}]), encoding="utf-8")
+    assert generate_files(path, tmp_path, per_tool=2)
 
 
 def test_call_that_breaks_its_schema_is_an_error(tmp_path):

@@ -112,6 +112,7 @@ def _encode(conversation: Conversation, tokenizer: Any, fmt: Format, flags: Flag
         reasoning=flags.reasoning,
         allow_unreadable_calls=flags.allow_unreadable_calls,
         train_reasoning=flags.train_reasoning,
+        max_tokens=flags.limit,
     )
 
 

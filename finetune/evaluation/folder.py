@@ -75,7 +75,13 @@ def archive_incomparable_scores(folder: Path, metrics: dict[str, dict[str, Any]]
         return
     try:
         known = _comparable_settings(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, LookupError, TypeError):  # written by an older version or by another program
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):  # written by an older version or by another program
         known = None
     if known != _comparable_settings(scored):
         say(f"{path.name} held scores of other rows or settings; it is now {archive(path).name}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,7 @@ class ResultsFile:
         self.path, self.settings = path, settings
         self.keys = [item.fingerprint() for item in items]
         lines, keys = self._read(), set(self.keys)
-        wanted = [line for line in lines if line.get("settings") == settings and line.get("item") in keys]
+        wanted = [line for line in lines if line.get("settings") == settings and _is_answer(line, keys)]
         self.lines = {line["item"]: line for line in wanted}
         self.archived = archive(path) if len(wanted) < len(lines) else None
         self.rewrite()
@@ -130,6 +131,15 @@ class ResultsFile:
         """Stop appending."""
         with contextlib.suppress(OSError):  # a full disk has been reported
             self.file.close()
+
+
+def _is_answer(line: dict[str, Any], keys: set[str]) -> bool:
+    """Whether a line of a results file is an answer to one of the items; others may have written the file."""
+    latency = line.get("latency_s")
+    is_number = isinstance(latency, int | float) and not isinstance(latency, bool) and 0 <= latency < math.inf
+    return (
+        isinstance(line.get("item"), str) and line["item"] in keys and isinstance(line.get("text"), str) and is_number
+    )
 
 
 def run_model(

@@ -91,7 +91,8 @@ class LimitedValidator:
     """A jsonschema validator whose checks end with TooExpensive once they have taken `MAX_CHECKS` steps."""
 
     def __init__(self, kind: Any, schema: Any, registry: Any):
-        self._validator = limited_class(kind)(without_dialects(schema), registry=registry)
+        self.schema = without_dialects(schema)
+        self._validator = limited_class(kind)(self.schema, registry=registry)
         self._refused: str | None = None
 
     def iter_errors(self, value: Any) -> Iterator[Any]:

@@ -130,6 +130,8 @@ def _check_results(messages: list[dict[str, Any]]) -> Iterator[Problem]:
     """Each result must answer a call of the assistant message before it, by id where both sides have ids."""
     calls: list[dict[str, Any]] = []
     results = 0
+    ids: set[str] = set()  # of the calls
+    names: set[str] = set()
     answered: set[str] = set()  # ids with a result
     for number, message in enumerate(messages, start=1):
         if message["role"] == "assistant":
@@ -137,9 +139,11 @@ def _check_results(messages: list[dict[str, Any]]) -> Iterator[Problem]:
                 which = "have no result" if results == 0 else f"are {len(calls)}, with {results} results"
                 yield _warning("call without a result", f"message {number}: the calls before it {which}")
             calls, results, answered = message.get("tool_calls", []), 0, set()
+            ids = {call["id"] for call in calls if "id" in call}
+            names = {call["function"]["name"] for call in calls}
         elif message["role"] == "tool":
             results += 1
-            if orphan := _orphan(message, calls, results):
+            if orphan := _orphan(message, len(calls), ids, names, results):
                 yield Problem("orphan result", f"message {number}: {orphan}")
                 continue
             given, expected = message.get("tool_call_id"), calls[results - 1].get("id")
@@ -147,21 +151,20 @@ def _check_results(messages: list[dict[str, Any]]) -> Iterator[Problem]:
                 yield Problem("orphan result", f"message {number}: a second result for the call {given!r}")
                 continue
             answered.add(given)
-            if given not in (None, expected) and any("id" in call for call in calls):
+            if given not in (None, expected) and ids:
                 kind = "results in another order than their calls"  # formats without ids rely on the order
                 yield _warning(kind, f"message {number}: {given!r} is out of order")
 
 
-def _orphan(message: dict[str, Any], calls: list[dict[str, Any]], results: int) -> str:
-    """Why a result, the `results`-th after `calls`, belongs to none of them; "" if it does."""
-    ids = {call["id"] for call in calls if "id" in call}
+def _orphan(message: dict[str, Any], calls: int, ids: set[str], names: set[str], results: int) -> str:
+    """Why a result, the `results`-th after `calls` calls, belongs to none of them; "" if it does."""
     if not calls:
         return "a tool result, but nothing was called"
     if ids and message.get("tool_call_id") and message["tool_call_id"] not in ids:
         return f"no call before it has the tool_call_id {message['tool_call_id']!r}"
-    if results > len(calls):
-        return f"{results} results for {len(calls)} calls"
-    if message.get("name") and message["name"] not in {call["function"]["name"] for call in calls}:
+    if results > calls:
+        return f"{results} results for {calls} calls"
+    if message.get("name") and message["name"] not in names:
         return f"a result of {message['name']}, which was not called"
     return ""
 

@@ -31,8 +31,19 @@ def open_webui_messages(chat: dict[str, Any]) -> list[dict[str, Any]]:
     for number, message in enumerate(messages, start=1):
         if isinstance(message, dict) and message.get("files"):
             raise RowError(f"message {number} of the chat has files; only text can be trained")
-    kept = ("role", "content", "tool_calls", "tool_call_id", "reasoning_content")
-    return [{key: m[key] for key in kept if key in m} if isinstance(m, dict) else m for m in messages]
+    metadata = (
+        "id",
+        "parentId",
+        "childrenIds",
+        "timestamp",
+        "model",
+        "models",
+        "modelName",
+        "modelIdx",
+        "done",
+        "files",
+    )
+    return [{key: m[key] for key in m if key not in metadata} if isinstance(m, dict) else m for m in messages]
 
 
 def is_function_chat_dialog(turns: Any) -> bool:

@@ -36,10 +36,10 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "context": "input context 입력 输入 入力",
         "history": "history",
         "completion": (
-            "completion response output outputs answer chosen_response chosen a assistant assistant_message "
-            "best_answer solution ideal expected_output targets choices candidates 답변 대답 응답 정답 출력 "
-            "回答 答案 输出 出力 antwort respuesta réponse reponse risposta resposta ответ cevap câu_trả_lời odpowiedź "
-            "antwoord جواب إجابة उत्तर"
+            "completion response output outputs answer chosen_response chosen chosen_messages a assistant "
+            "assistant_message best_answer solution ideal expected_output targets choices candidates 답변 대답 응답 "
+            "정답 출력 回答 答案 输出 出力 antwort respuesta réponse reponse risposta resposta ответ cevap câu_trả_lời "
+            "odpowiedź antwoord جواب إجابة उत्तर"
         ),
         "answers": "answers",
         "correct_answer": "correct_answer",

@@ -263,17 +263,15 @@ def _result_part(result: Message, tools: list[dict[str, Any]], notes: Counter) -
     return _tool_results(result, content if isinstance(content, str) else result_text(content), tools, notes)
 
 
-_TOOL_RESPONSE = re.compile(r"<tool_response>(.*?)</tool_response>\s*", re.DOTALL)  # Hermes
-
-
 def _tool_results(message: Message, content: str, tools: list[dict[str, Any]], notes: Counter) -> list[Message]:
     result: Message = {"role": "tool", "content": content}
     if isinstance(message.get("name"), str) and message["name"]:
         result["name"] = without_namespace(message["name"], [tool["function"]["name"] for tool in tools])
     if message.get("tool_call_id") is not None:
         result["tool_call_id"] = str(message["tool_call_id"])
-    stripped = content.strip()
-    if not stripped.startswith("<tool_response>") or _TOOL_RESPONSE.sub("", stripped):
+    opening, closing = "<tool_response>", "</tool_response>"  # Hermes
+    *parts, rest = content.strip().split(closing)
+    if not parts or rest or not all(part.lstrip().startswith(opening) for part in parts):
         return [result]
     notes["<tool_response> tags taken off"] += 1
-    return [result | {"content": text.strip()} for text in _TOOL_RESPONSE.findall(stripped)]
+    return [result | {"content": part.strip().removeprefix(opening).strip()} for part in parts]

@@ -12,9 +12,7 @@ _LANGCHAIN_ROLES = {
     **{"humanmessage": "user", "aimessage": "assistant", "systemmessage": "system", "toolmessage": "tool"},
     **{"humanmessagechunk": "user", "aimessagechunk": "assistant", "functionmessage": "tool"},
 }
-_LANGCHAIN_KEYS = str.split(
-    "content name tool_call_id train weight reasoning_content tool_calls function_call additional_kwargs"
-)
+_LANGCHAIN_METADATA = ("type", "id", "lc", "example", "status", "response_metadata", "usage_metadata")
 _ITEM_TYPES = frozenset(("function_call", "function_call_output", "reasoning", "message"))
 _HOSTED = "a tool that runs on the provider's side"
 
@@ -49,7 +47,7 @@ def from_langchain(messages: list[Message]) -> list[Message]:
     result = []
     for number, message in enumerate(messages, start=1):
         body = next((message[key] for key in ("data", "kwargs") if isinstance(message.get(key), dict)), message)
-        made = {"role": _langchain_role(message), **{key: body[key] for key in _LANGCHAIN_KEYS if key in body}}
+        made = {"role": _langchain_role(message), **{key: body[key] for key in body if key not in _LANGCHAIN_METADATA}}
         if body.get("invalid_tool_calls"):
             raise RowError(f"message {number} has invalid_tool_calls: calls that could not be parsed are not trained")
         extra = body.get("additional_kwargs") if isinstance(body.get("additional_kwargs"), dict) else {}

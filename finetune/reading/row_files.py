@@ -276,7 +276,12 @@ def arrow_records(path: Path) -> Iterator[tuple[int, dict | Unreadable]]:
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
         reader = ipc.open_file(source) if is_file else ipc.open_stream(source)
-        return reader.schema, (map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader)
+        found = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        return reader.schema, map(valid, found)
+
+    def valid(batch):
+        batch.validate(full=True)  # damaged offsets would be read from anywhere in memory
+        return batch
 
     return _records_of_batches(path, batches, "an Arrow file")
 
@@ -307,8 +312,11 @@ def _records_of_batches(path: Path, batches, what: str) -> Iterator[tuple[int, d
             if len(set(schema.names)) < len(schema.names):
                 raise UserError(f"{path}: duplicate column name ({', '.join(schema.names)}); rename one of them")
             yield from enumerate((row for batch in found for row in arrow_rows(batch)), start=1)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not {what} ({str(error).splitlines()[0]}); download or save it again") from error
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the file system's; Arrow's own have no number
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not {what} ({reason}); download or save it again") from error
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: holds values that cannot be read ({reason}); convert it to JSON Lines") from error

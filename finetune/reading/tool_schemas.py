@@ -98,8 +98,9 @@ def _tool(item: Any, number: int, notes: Counter) -> dict[str, Any]:
     wrapper: dict[str, Any] = {"type": "function"}
     if isinstance(item.get("function"), dict):
         function = dict(item["function"])
-        if item.get("type") == "function":
-            wrapper = item
+        wrapper = {**(wrapper if "type" not in item else {}), **item, "type": "function"}
+        if item.get("type") not in (None, "function"):
+            notes["type of a tool -> function"] += 1
     else:
         function = dict(item)
         if function.get("type") in ("function", "custom"):

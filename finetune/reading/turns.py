@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from finetune.reading.row_files import RowError
@@ -26,52 +27,59 @@ def merge_turns(read: list[ReadMessage], notes: Counter) -> list[Message]:
     Only text behind a call stays a message of its own, since a turn ends with its calls. Raises RowError when the
     pieces of a turn have different training marks.
     """
-    turns: list[ReadMessage] = []  # from the last to the first, so that reasoning joins what is behind it
+    runs: list[list[ReadMessage]] = []  # from the last to the first
+    has_text = False  # in the run that is being collected
     for item in reversed(read):
-        if turns and _is_one_turn(item.message, turns[-1].message):
-            turns[-1] = _joined(item, turns[-1], notes)
+        message = item.message
+        is_same = bool(runs) and message["role"] == runs[-1][0].message["role"] == "assistant"
+        if is_same and not (has_text and message.get("tool_calls")):
+            runs[-1].append(item)
         else:
-            turns.append(item)
-    return _ordered(turns[::-1], notes)
-
-
-def _is_one_turn(before: Message, after: Message) -> bool:
-    return before["role"] == after["role"] == "assistant" and not (before.get("tool_calls") and after["content"])
+            runs.append([item])
+            has_text = False
+        has_text = has_text or bool(message["content"])
+    return _ordered([_joined(run[::-1], notes) for run in reversed(runs)], notes)
 
 
 def _is_empty(message: Message) -> bool:
     return not (message["content"] or message.get("tool_calls") or message.get("reasoning_content"))
 
 
-def _joined(first: ReadMessage, second: ReadMessage, notes: Counter) -> ReadMessage:
-    before, after = first.message, second.message
-    if _is_empty(before) or _is_empty(after):
-        notes["empty assistant message beside another one removed"] += 1
-        return second if _is_empty(before) else first
-    if before.get("train", True) != after.get("train", True):
-        mark = next(str(item.mark) for item in (first, second) if item.mark and not item.mark.trained)
-        raise RowError(
-            f"messages {first.number} and {second.number} are one turn, and one turn cannot be trained in part "
-            f"({mark}); mark both alike"
-        )
-    reasoning = [m["reasoning_content"] for m in (before, after) if m.get("reasoning_content")]
-    if after.get("reasoning_content") and (before["content"] or before.get("tool_calls")):
-        notes["reasoning behind the words or calls of a turn put in front of them"] += 1
-    texts = [before["content"], after["content"]]
-    if texts[0] and split_reasoning(texts[1])[0] is not None:  # `<think>` begins a turn
+def _joined(run: list[ReadMessage], notes: Counter) -> ReadMessage:
+    """Consecutive assistant messages as one turn; a run of one message as it is."""
+    if len(run) == 1:
+        return run[0]
+    kept = [item for item in run if not _is_empty(item.message)] or run[:1]
+    if len(kept) < len(run):
+        notes["empty assistant message beside another one removed"] += len(run) - len(kept)
+    for first, second in pairwise(kept):
+        if first.message.get("train", True) != second.message.get("train", True):
+            mark = next(str(item.mark) for item in (first, second) if item.mark and not item.mark.trained)
+            raise RowError(
+                f"messages {first.number} and {second.number} are one turn, and one turn cannot be trained in part "
+                f"({mark}); mark both alike"
+            )
+    if len(kept) == 1:
+        return kept[0]
+    messages = [item.message for item in kept]
+    texts = [message["content"] for message in messages if message["content"]]
+    spoken = next((at for at, message in enumerate(messages) if message["content"] or message.get("tool_calls")), 0)
+    behind = sum(bool(message.get("reasoning_content")) for message in messages[spoken + 1 :])
+    if any(split_reasoning(text)[0] is not None for text in texts[1:]):  # `<think>` begins a turn
         thoughts, texts = zip(*map(split_reasoning, texts), strict=True)
         texts = ["<think>\n" + "\n\n".join(filter(None, thoughts)) + "\n</think>", *texts]
-        notes["reasoning behind the words or calls of a turn put in front of them"] += 1
-    message: Message = {"role": "assistant", "content": "\n\n".join(text.strip() for text in texts if text.strip())}
-    if reasoning:
-        message["reasoning_content"] = "\n\n".join(reasoning)
-    calls = before.get("tool_calls", []) + after.get("tool_calls", [])
-    if calls:
-        message["tool_calls"] = calls
-    if "train" in before:
-        message["train"] = before["train"]
-    notes["assistant messages joined to one turn"] += 1
-    return ReadMessage(message, first.number, first.mark or second.mark)
+        behind += 1
+    joined: Message = {"role": "assistant", "content": "\n\n".join(text.strip() for text in texts if text.strip())}
+    if reasoning := [message["reasoning_content"] for message in messages if message.get("reasoning_content")]:
+        joined["reasoning_content"] = "\n\n".join(reasoning)
+    if calls := [call for message in messages for call in message.get("tool_calls", ())]:
+        joined["tool_calls"] = calls
+    if "train" in messages[0]:
+        joined["train"] = messages[0]["train"]
+    if behind:
+        notes["reasoning behind the words or calls of a turn put in front of them"] += behind
+    notes["assistant messages joined to one turn"] += len(kept) - 1
+    return ReadMessage(joined, kept[0].number, next((item.mark for item in kept if item.mark), None))
 
 
 def _ordered(turns: list[ReadMessage], notes: Counter) -> list[Message]:
@@ -83,7 +91,7 @@ def _ordered(turns: list[ReadMessage], notes: Counter) -> list[Message]:
             end += 1
         results = turns[position:end]
         if results:
-            _refuse_results_behind_text(turns[:position], results)
+            _refuse_results_behind_text(turns[max(position - 2, 0) : position], results)
             calls = turns[position - 1].message.get("tool_calls", []) if position else []
             order = _order(calls, [item.message for item in results])
             if order != sorted(order):
@@ -103,8 +111,9 @@ def _order(calls: list[dict[str, Any]], results: list[Message]) -> list[int]:
         ([r.get("tool_call_id") for r in results], [c.get("id") for c in calls]),
         ([r.get("name") for r in results], [c["function"]["name"] for c in calls]),
     ):
-        if len(set(called)) == len(called) and all(value is not None and value in called for value in given):
-            return [called.index(value) for value in given]
+        places = {value: place for place, value in enumerate(called)}
+        if len(places) == len(called) and all(value is not None and value in places for value in given):
+            return [places[value] for value in given]
         if any(value is not None for value in given) and any(value is not None for value in called):
             return []  # ids that do not tell it are not overruled by names
     return []

@@ -21,6 +21,7 @@ from typing import Any
 
 from finetune.errors import UserError, no_room
 from finetune.files import current_umask, write_text_atomic
+from finetune.runs.config_schema import checked_config
 from finetune.runs.links import refuse_links
 from finetune.runs.manifest import MANIFEST, has_manifest, manifest_mismatch
 from finetune.runs.run_log import counters_fault
@@ -124,12 +125,12 @@ class Experiment:
             config = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{folder} is not a run folder: it has no {CONFIG}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"cannot read {path}: {error}") from error
         config = config if isinstance(config, dict) else {}
         if missing := [key for key in entries if not isinstance(config.get(key), (dict, str))]:
             raise UserError(f"{path} has no {', '.join(missing)}: train_lora.py did not write it; train again")
-        return cls(folder, config)
+        return cls(folder, checked_config(str(path), config))
 
     def save(self) -> None:
         if self.writes:

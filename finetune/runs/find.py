@@ -123,7 +123,7 @@ class Run:
             fmt = choose_format(tokenizer)[0]
         else:
             given = str(self.experiment.config["flags"]["format"])
-            name = given if given.endswith((".yaml", ".yml")) else self.experiment.config["format"]["name"]
+            name = given if given.endswith((".yaml", ".yml")) else self.experiment.config["format"].get("name", given)
             fmt = get_format(name, tokenizer)
         if fmt.unreadable_calls:
             log.warning("%s; an answer's calls are shown, and scored, as text", fmt.unreadable_calls)

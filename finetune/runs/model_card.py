@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.errors import UserError
 from finetune.models.hub import public_base, public_name
-from finetune.runs.experiment import Experiment
+from finetune.runs.experiment import CONFIG, Experiment
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 Scores = dict[str, dict[str, Any]]  # "base" and/or "tuned" -> metrics of evaluate_lora.py
@@ -24,6 +25,10 @@ def model_card(
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     scores = scores or {}
+    try:
+        settings = _settings(experiment.config)
+    except KeyError as error:
+        raise UserError(f"{experiment.folder / CONFIG} has no entry {error}, which the model card shows") from error
     base = public_base(experiment.config["base_model"])
     results = [
         EvalResult(
@@ -49,7 +54,7 @@ def model_card(
         template_path=str(TEMPLATE),
         name=experiment.folder.name,
         base=base,
-        settings=_settings(experiment.config),
+        settings=settings,
         has_curve=has_curve,
         metrics=metrics,
         scores=scores,

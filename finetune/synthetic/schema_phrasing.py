@@ -28,8 +28,7 @@ class SchemaCase:
     def __init__(self, tool: dict[str, Any], words: dict[str, Any], wording: Wording, rng: random.Random):
         function = tool["function"]
         self.name, self.words, self.wording, self.rng = function["name"], words, wording, rng
-        self.schema = function.get("parameters") or {"type": "object"}
-        self.values = SchemaValues(self.schema, words["values"], rng)
+        self.values = SchemaValues(function.get("parameters") or {"type": "object"}, words["values"], rng)
         self.task = task_of(function, words)
         self._decks = {
             (split, name): Deck(rng, words[name][split])
@@ -45,7 +44,7 @@ class SchemaCase:
     def incomplete(self, split: str) -> tuple[str, str] | None:
         """(request without one required argument, the question for it), None when no argument is required."""
         with errors_prefixed(f"tool {self.name}"):
-            required = self.values.resolved(self.schema).get("required", [])
+            required = self.values.resolved(self.values.root).get("required", [])
         if not required:
             return None
         arguments = self.values.draw(self.name)
@@ -60,7 +59,7 @@ class SchemaCase:
             return self._fill(self._decks[split, "without_arguments"].deal(), **slots)
         texts = [value for value in arguments.values() if isinstance(value, str)]
         # A single text needs no label: "search the web for: flood levels".
-        if len(arguments) == 1 and texts and len(self.schema.get("properties", {})) == 1:
+        if len(arguments) == 1 and texts and len(self.values.root.get("properties", {})) == 1:
             return self._fill(self._decks[split, "with_text"].deal(), **slots, text=texts[0])
         pair = self._decks[split, "pairs"].deal()
         pairs = enumeration(self._pairs(arguments, pair), self.wording.lists[split][0])

@@ -30,6 +30,7 @@ MAX_CHARACTERS = 10_000  # of one text
 MAX_VALUES = 5_000  # in one call's arguments
 MAX_REFERENCES = 20  # followed in a row
 MAX_TRIES = 300
+MAX_PATTERN_STEPS = 20_000  # of drawing one text that fits a pattern
 OPTIONAL_SHARE = 0.35  # of optional properties that are given
 # "e.g. Seoul, Paris" and "for example: a, b" in a description
 _EXAMPLES = re.compile(r"(?:e\.g\.,?|for example:?|for instance:?|such as|예:|예를 들어)\s+([^.;)\n]+)", re.IGNORECASE)
@@ -62,8 +63,10 @@ class SchemaValues:
     """Draws values for one schema; `words` is the `values` entry of a file in finetune/synthetic/phrasings."""
 
     def __init__(self, schema: dict[str, Any], words: dict[str, list[str]], rng: random.Random):
-        self.root, self.words, self.rng = schema, words, rng
+        self.words, self.rng = words, rng
         self._validator, self._invalid = validator_of(json.dumps(schema))
+        # Without the keywords that are not valid: a minimum that is a text, a list of required names that is an object.
+        self.root = {} if self._invalid else self._validator.schema
 
     def draw(self, tool: str) -> dict[str, Any]:
         """An object that the schema accepts; raises UserError naming `tool` when none is found."""
@@ -290,7 +293,19 @@ def _from_pattern(pattern: str, rng: random.Random) -> str:
         import rstr
     except ImportError as error:
         raise UserError("a schema has a `pattern`; install the generator for it: pip install rstr") from error
+
+    class Drawing(rstr.Rstr):
+        """Nested repetition (`((a*)*)*`) would multiply to billions of characters."""
+
+        steps = 0
+
+        def _handle_state(self, state: Any) -> Any:
+            self.steps += 1
+            if self.steps > MAX_PATTERN_STEPS:
+                raise ValueError(f"it takes more than {MAX_PATTERN_STEPS:,} steps")
+            return super()._handle_state(state)
+
     try:
-        return rstr.Rstr(rng).xeger(pattern)
+        return Drawing(rng).xeger(pattern)
     except (re.error, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"no text fits the pattern {pattern!r} ({error}); add `examples` beside it") from error
