@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetune.errors import UserError, one_line_errors
 from finetune.flag_types import FlagParser, folder_name, positive_int
-from finetune.torchless import hide_torch
+from finetune.packages import hide_torch
 
 EXAMPLES = """examples:
   prepare_data.py rows.jsonl more.parquet --output data/processed        normalise, check, split 80/10/10

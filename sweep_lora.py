@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, one_line_errors
-from finetune.flag_hints import flags_of, hint
 from finetune.flag_types import (
     FlagParser,
+    flags_of,
     folder_name,
+    hint,
     nonnegative_float,
     nonnegative_int,
     number_type,

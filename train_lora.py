@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from finetune import distributed
 from finetune.errors import Terminated, UserError, one_line_errors
 from finetune.models.bundled import cache_dir
-from finetune.packages import install_command
+from finetune.packages import hide_unused, install_command
 from finetune.runs.experiment import (
     CONFIG,
     Experiment,
@@ -25,7 +25,6 @@ from finetune.runs.experiment import (
     list_checkpoints,
 )  # fmt: skip
 from finetune.settings import Settings, parse, resumed
-from finetune.torchless import hide_unused
 from finetune.training import record
 from finetune.training.data import RunData
 

@@ -71,8 +71,8 @@ def main() -> None:
     from finetune.encoding.encode import encode_conversations
     from finetune.encoding.token_files import load_format, load_tokenizer
     from finetune.files import write_jsonl
+    from finetune.packages import hide_torch
     from finetune.reading.conversations import load_conversations
-    from finetune.torchless import hide_torch
 
     hide_torch()
     with tempfile.TemporaryDirectory() as folder:

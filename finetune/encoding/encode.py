@@ -22,9 +22,9 @@ from finetune.encoding import cache
 from finetune.encoding.encoded import EncodedRows
 from finetune.encoding.rows import Chunk, Conversation, Flags, encode_chunk
 from finetune.errors import UserError
+from finetune.packages import hide_torch
 from finetune.progress import progress_bar
 from finetune.reading.normalize import conversations_fingerprint
-from finetune.torchless import hide_torch
 from formats import Format
 
 MAX_REPORTED_ROWS = 100  # omitted rows named in the report; `EncodedRows.left_out` has all

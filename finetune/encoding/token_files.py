@@ -17,12 +17,12 @@ from typing import Any
 from finetune.encoding.rows import warn_of_length, warning_kinds
 from finetune.errors import UserError
 from finetune.files import json_line, open_atomic
+from finetune.packages import unhide_torch
 from finetune.progress import progress_bar
 from finetune.reading.normalize import normalize_row
 from finetune.reading.row_files import RowError, Unreadable, json_lines
 from finetune.reading.sources import Spec, data_suffix, parse_spec, read_rows, refuse_same_file
 from finetune.reading.tool_schemas import normalize_tools
-from finetune.torchless import unhide_torch
 from formats import Encoded, Format, choose_format, encode, get_format
 
 log = logging.getLogger(__name__)

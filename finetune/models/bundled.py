@@ -14,7 +14,7 @@ from pathlib import Path
 
 from finetune.errors import UserError, require
 from finetune.files import atomic_directory
-from finetune.torchless import unhide_torch
+from finetune.packages import unhide_torch
 
 NAME = "smollm2-135m"
 CONVERSION_VERSION = "v1"  # part of the folder's name: increase it when the conversion gives another result

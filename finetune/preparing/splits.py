@@ -14,10 +14,10 @@ from operator import itemgetter
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.packages import without_scipy_integrate
 from finetune.preparing.checks import called_tool
 from finetune.preparing.related_rows import continued_conversations, own_texts
 from finetune.reading.load_result import LoadResult
-from finetune.torchless import without_scipy_integrate
 
 SPLITS = ("train", "validation", "test")
 MIN_SIMILARITY = 0.8  # Jaccard similarity of shingles from which two requests count as near-duplicates
