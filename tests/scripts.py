@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8", "COLUMNS": "160"}
-_parent: _ParentProcess | None = None
+_parent: ParentProcess | None = None
 
 
 def run_script(
@@ -39,11 +39,11 @@ def run_script(
             text=True, encoding="utf-8", check=False,
         )  # fmt: skip
     if _parent is None:
-        _parent = _ParentProcess()
+        _parent = ParentProcess()
     return _parent.run(command, given, cwd, environment, timeout)
 
 
-class _ParentProcess:
+class ParentProcess:
     """The process that the others are forked from, one after another; it ends with the tests."""
 
     def __init__(self):
@@ -60,22 +60,30 @@ class _ParentProcess:
         with tempfile.TemporaryDirectory() as folder:
             files = {name: Path(folder) / name for name in ("stdin", "stdout", "stderr")}
             files["stdin"].write_text(given, encoding="utf-8")
-            request = {
-                "command": command,
-                "cwd": str(cwd),
-                "env": environment,
-                "files": {k: str(v) for k, v in files.items()},
-            }
-            os.write(self.requests_fd, json.dumps(request).encode() + b"\n")
-            pid = int(self.answers.readline())
-            timed_out = not select.select([self.answers_fd], [], [], timeout)[0]
-            if timed_out:
+            pid = self.start(command, files, cwd, environment)
+            code = self.wait(timeout)
+            if timed_out := code is None:
                 os.kill(pid, 9)
-            code = int(self.answers.readline())
+                code = self.wait()
             output = {name: files[name].read_text(encoding="utf-8") for name in ("stdout", "stderr")}
         if timed_out:
             raise subprocess.TimeoutExpired(command, timeout, output["stdout"], output["stderr"])
         return subprocess.CompletedProcess(command, code, output["stdout"], output["stderr"])
+
+    def start(self, command, files, cwd, environment) -> int:
+        """The id of a new process, whose stdin, stdout and stderr are `files`."""
+        request = {
+            "command": command,
+            "cwd": str(cwd),
+            "env": environment,
+            "files": {name: str(path) for name, path in files.items()},
+        }
+        os.write(self.requests_fd, json.dumps(request).encode() + b"\n")
+        return int(self.answers.readline())
+
+    def wait(self, timeout=None) -> int | None:
+        """The exit status of the process; None if it still runs after `timeout` s."""
+        return int(self.answers.readline()) if select.select([self.answers_fd], [], [], timeout)[0] else None
 
 
 def _fork_scripts(requests: int, answers: int) -> dict | None:
