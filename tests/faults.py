@@ -52,6 +52,7 @@ CASES = [
 ]
 KILLED = -signal.SIGKILL if hasattr(signal, "SIGKILL") else -9
 WAIT_SECONDS = 300
+_parents: list[ParentProcess] = []  # the process with rank 0 is forked from the first one, and so on
 
 
 def flags_of(case: tuple[str, ...]) -> tuple[Any, ...]:
@@ -65,19 +66,19 @@ class Processes:
 
     number: int
     output: Path
-    parents: list[ParentProcess] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     codes: list[int | None] = field(default_factory=list)
     starts: int = 0
 
     def start(self, *arguments: Any) -> None:
-        self.parents = self.parents or [ParentProcess() for _ in range(self.number)]
+        while len(_parents) < self.number:
+            _parents.append(ParentProcess())
         self.starts += 1
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
         self.ids, self.codes = [], [None] * self.number
-        for rank, parent in enumerate(self.parents):
+        for rank, parent in enumerate(_parents[: self.number]):
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.number, "MASTER_PORT": port}
             launcher = {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
             environment = {**os.environ, **QUIET, **(launcher if self.number > 1 else {})}
@@ -89,7 +90,7 @@ class Processes:
         """Whether all have ended, after at most `timeout` seconds for each."""
         for rank, code in enumerate(self.codes):
             if code is None:
-                self.codes[rank] = self.parents[rank].wait(timeout)
+                self.codes[rank] = _parents[rank].wait(timeout)
         return None not in self.codes
 
     def kill(self, ranks: list[int]) -> None:
@@ -102,12 +103,6 @@ class Processes:
         """What the processes of the last start have said."""
         paths = sorted(self.output.glob(f"{self.starts}_*_std*"))
         return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in paths)[-4000:]
-
-    def end(self) -> None:
-        for parent in self.parents:
-            os.close(parent.requests_fd)
-            parent.answers.close()
-            parent.process.wait(30)
 
 
 def outcome(folder: Path) -> tuple[bytes, list[dict[str, Any]]]:
@@ -187,7 +182,6 @@ def compare_killed_run(
         assert group.poll(WAIT_SECONDS) and not any(group.codes), group.text()
     finally:
         group.kill(list(range(len(group.codes))))
-        group.end()
     expected, actual = outcome(undisturbed / "run"), outcome(killed / "run")
     assert actual[1] == expected[1], f"the rows of training_log.csv differ: {actual[1]}, not {expected[1]}"
     assert actual[0] == expected[0], "the adapter's bytes differ"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import select
 import subprocess
 import sys
@@ -116,12 +117,14 @@ def _apply(request: dict) -> str:
     os.chdir(request["cwd"])
     script, *_ = sys.argv = request["command"]
     sys.path[0] = str(Path(script).parent)
+    for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):  # as an interpreter does
+        sys.path.append(folder)
+        if (custom := Path(folder) / "sitecustomize.py").is_file():
+            runpy.run_path(str(custom))
     return script
 
 
 if __name__ == "__main__":
-    import runpy
-
     from finetune.models.loading import import_unsloth
 
     import_unsloth()
