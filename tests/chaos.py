@@ -63,8 +63,9 @@ def make_server(path: Path) -> socketserver.UnixStreamServer:
 def main() -> int:
     import argparse
 
+    from tests.faults import write_byte_model
     from tests.scripts import QUIET
-    from tests.training_runs import conversation, write_rows, write_tiny_model
+    from tests.training_runs import conversation, write_rows
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max_points", type=int, default=40, help="kills, spread evenly over the file events")
@@ -77,7 +78,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = write_rows(folder / "rows.jsonl", [conversation(number) for number in range(12)])
-        model = write_tiny_model(folder / "model")
+        model = write_byte_model(folder / "model")
         os.environ.update(QUIET, **{SOCKET: str(folder / "socket")})
         server = make_server(folder / "socket")
         threading.Thread(target=server.serve_forever, daemon=True).start()

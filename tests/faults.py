@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.scripts import QUIET, ROOT, ParentProcess
-from tests.training_runs import command, config_of, conversation, log_rows, write_rows, write_tiny_model
+from tests.tiny import tiny_llama
+from tests.training_runs import command, config_of, conversation, log_rows, write_rows
 
 # Columns that depend on the machine.
 TIMING_COLUMNS = {"tokens_per_second", "computed_tokens_per_second", "seconds", "peak_memory_gb"}
@@ -53,6 +54,23 @@ CASES = [
 KILLED = -signal.SIGKILL if hasattr(signal, "SIGKILL") else -9
 WAIT_SECONDS = 300
 _parents: list[ParentProcess] = []  # the process with rank 0 is forked from the first one, and so on
+
+
+def write_byte_model(folder: Path) -> Path:
+    """A random Llama of two small layers with a token for each byte: a run of it takes seconds, its files are small."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    tokenizer.save_pretrained(folder)
+    tiny_llama(tokenizer, hidden_size=32, intermediate_size=64, max_position_embeddings=8192).save_pretrained(folder)
+    return folder
 
 
 def flags_of(case: tuple[str, ...]) -> tuple[Any, ...]:
@@ -210,7 +228,7 @@ def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         rows = write_rows(Path(folder) / "rows.jsonl", [conversation(number) for number in range(12)])
-        model = write_tiny_model(Path(folder) / "model")
+        model = write_byte_model(Path(folder) / "model")
         for case in cases:
             workspace = Path(folder) / "_".join(case)
             workspace.mkdir()

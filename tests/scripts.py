@@ -117,11 +117,34 @@ def _apply(request: dict) -> str:
     os.chdir(request["cwd"])
     script, *_ = sys.argv = request["command"]
     sys.path[0] = str(Path(script).parent)
-    for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):  # as an interpreter does
-        sys.path.append(folder)
-        if (custom := Path(folder) / "sitecustomize.py").is_file():
+    folders = list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
+    sys.path += folders
+    for custom in (Path(folder) / "sitecustomize.py" for folder in folders):  # as an interpreter does
+        if custom.is_file():
             runpy.run_path(str(custom))
     return script
+
+
+def run_forked(command: list[str], output: Path) -> int:
+    """The id of a fork of this process that runs a script; it must have imported nothing of this project."""
+    if pid := os.fork():
+        return pid
+    try:
+        files = {"stdin": os.devnull, "stdout": str(output), "stderr": str(output)}
+        _forget_project()
+        request = {"command": command, "env": {**os.environ, **QUIET}, "cwd": str(ROOT), "files": files}
+        runpy.run_path(_apply(request), run_name="__main__")
+    except SystemExit as error:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.code or 0)
+    os._exit(1)
+
+
+def _forget_project() -> None:
+    """The script imports its own modules of this project, in its own order."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("finetune", "formats", "tests")]:
+        del sys.modules[name]
 
 
 if __name__ == "__main__":
@@ -131,8 +154,7 @@ if __name__ == "__main__":
     import sklearn.metrics  # noqa: F401  slow to import, and no test is about when it is imported
     from trl import SFTTrainer  # noqa: F401
 
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("finetune", "formats", "tests")]:
-        del sys.modules[name]  # the script imports its own, in its own order
+    _forget_project()
     request = _fork_scripts(*map(int, sys.argv[1:]))
     if request is not None:
         runpy.run_path(_apply(request), run_name="__main__")

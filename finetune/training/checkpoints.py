@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from finetune.files import sync
+from finetune.files import require_run_folder, sync
 from finetune.runs.experiment import COUNTERS
 from finetune.runs.manifest import write_manifest
 from finetune.runs.run_log import RunLog
@@ -43,6 +43,7 @@ class CheckpointMixin:
         target = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if target.exists():  # saved before a process was lost in the next step
             return
+        require_run_folder(self.folder)
         self._locate_best_checkpoint()
         temporary = self.folder / ".saving"
         if self.args.should_save:
