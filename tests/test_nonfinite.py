@@ -37,9 +37,13 @@ def parameter(gradient):
 
 @pytest.mark.parametrize(
     ("loss", "gradient", "said"),
-    [(math.nan, 1.0, "the loss is nan"), (math.inf, 1.0, "the loss is inf"), (2.0, math.nan, "the gradient is not finite"),
-     (2.0, math.inf, "the gradient is not finite")],
-)  # fmt: skip
+    [
+        (math.nan, 1.0, "the loss is nan"),
+        (math.inf, 1.0, "the loss is inf"),
+        (2.0, math.nan, "the gradient is not finite"),
+        (2.0, math.inf, "the gradient is not finite"),
+    ],
+)
 def test_rows_of_a_nonfinite_step_are_named(loss, gradient, said, caplog):
     check, logged = make_check()
     check([0, 1], 2.0, [parameter(1.0), parameter(None)])

@@ -316,10 +316,11 @@ def test_resume_auto_starts_then_continues(rows, tiny_model, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
-def test_random_kills_change_nothing(rows, tiny_model, tmp_path):
+def test_random_kills_change_nothing(rows, tmp_path):
     """The short form of `make faults`."""
+    model = faults.write_byte_model(tmp_path / "model")
     flags = faults.flags_of(("float32", "shared", "1", "dropout"))
-    found = faults.compare_killed_run(("--model", tiny_model, "--dataset", rows, *flags), tmp_path, kills=3, seed=3)
+    found = faults.compare_killed_run(("--model", model, "--dataset", rows, *flags), tmp_path, kills=3, seed=3)
     assert len(found) == 3
 
 
