@@ -70,7 +70,7 @@ def limited(room, backward):
     import resource
 
     model = gradient_check.with_random_lora(gradient_check.small_llama())
-    rows = gradient_check.random_rows(40, 2, prefix=100)
+    rows = gradient_check.random_rows(30, 2)
     runner = runner_module.PassRunner(model, 10**9, share_prefix=True, pad_token_id=0)
     original, failed = runner.run_once, []
 
