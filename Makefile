@@ -20,7 +20,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Python compiles the imported ones at their first use.
 PIP := $(PY) -m pip install --disable-pip-version-check --no-input --no-compile $$([ -t 1 ] || echo --quiet)
 
-.PHONY: help install install-test demo test test-slow test-servers faults fuzz lint bench gpu clean
+.PHONY: help install install-test demo test test-slow test-servers faults chaos soak fuzz lint bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -98,8 +98,14 @@ $(VLLM)/.installed: requirements/test_servers.txt
 test-servers: install-test $(VLLM)/.installed  ## exports on real servers, vLLM and llama.cpp (ONLY="chatml" ARGS=…); hours
 	$(PY) -m tests.servers --vllm $(VLLM) $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
-faults: install-test  ## kill runs at random moments and resume them (KILLS=20 SEED=0); minutes
-	$(PY) -m tests.faults --kills $(or $(KILLS),20) --seed $(or $(SEED),0)
+faults: install-test  ## kill runs of 16 kinds at random moments and resume them (KILLS=7 of each, SEED=0); an hour
+	$(PY) -m tests.faults --kills $(or $(KILLS),7) --seed $(or $(SEED),0)
+
+chaos: install-test  ## the same by ckpt-chaos, which has to be installed (POINTS=40); half an hour
+	$(PY) -m tests.chaos --max_points $(or $(POINTS),40) --ckpt_chaos $(or $(CKPT_CHAOS),ckpt-chaos)
+
+soak: install-test  ## thousands of steps and evaluations: memory and open files must not grow (STEPS=3000); minutes
+	$(PY) -m tests.soak --steps $(or $(STEPS),3000)
 
 fuzz: install-test  ## mutated inputs against every reader (CASES=100000 SEED=0); minutes
 	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --cases $(or $(CASES),100000) --seed $(or $(SEED),0)

@@ -86,6 +86,8 @@ def build_parser() -> FlagParser:
         help="retries from the last checkpoint after a failure that makes no progress")
     add("--hang_minutes", type=nonnegative_float, default=60.0, metavar="N",
         help="stop and retry a run that neither logs nor prints for N minutes; 0: never")
+    add("--force", action="store_true",
+        help="continue runs from their checkpoints although package versions differ from those they started with")
     add("--address", type=text, help="a Ray cluster (auto, or host:port); default: Ray on this machine alone")
     add("--gpus_per_run", type=gpu_count, metavar="N",
         help="GPUs per run: 0.5 puts two runs on a GPU, 2 starts torchrun (default: 1 if there are any)")
@@ -275,6 +277,7 @@ def run_options(args: argparse.Namespace) -> Any:
         gpus_per_run=args.gpus_per_run, cpus_per_run=args.cpus_per_run, transport=args.transport,
         scratch=args.scratch and str(Path(args.scratch).absolute()),  # workers have another working folder
         retries=args.retries, command=tuple(args.command), hang_minutes=args.hang_minutes,
+        force=args.force,
     )  # fmt: skip
 
 

@@ -324,7 +324,9 @@ def prepare_training(
         log_to_file(experiment.folder / "training.log")
     groups = tool_sets(data.train.conversations, data.rows.rows) if settings.order == "group_tools" else None
     saved = with_format(tokenizer, fmt)  # every checkpoint carries the run's own template, not the base's
-    trainer = make_trainer(settings, experiment, model, saved, data.rows, data.eval_rows, loaded, console, groups)
+    trainer = make_trainer(
+        settings, experiment, model, saved, data.rows, data.eval_rows, loaded, console, groups, data.train.origins
+    )
     if settings.eval_calls:
         trainer.call_scorer = call_scorer(settings, experiment, data, fmt, tokenizer)
     if is_main:

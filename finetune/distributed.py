@@ -169,6 +169,17 @@ def from_first(make: Callable[[], str]) -> str:
     return box[0]
 
 
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks, in their order. Raises RankLost."""
+    if _group is None:
+        return [value]
+    import torch.distributed as dist
+
+    values = [None] * size()
+    _communicate(dist.all_gather_object, values, value, group=_group)
+    return values
+
+
 def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     """Replace every gradient by its sum over all ranks; one that no rank has stays None. Raises RankLost."""
     if _group is None:

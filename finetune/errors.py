@@ -102,7 +102,11 @@ def _report(reason: str, code: int = 2) -> int:
 
 
 def no_room(error: BaseException) -> bool:
-    """Whether the error means a full disk or quota; safetensors and torch raise errors of their own for that."""
+    """Whether the error means a full disk or quota; safetensors and torch raise errors of their own for that.
+
+    "unexpected pos" is torch.save's, after a write that was cut short.
+    """
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         return True
-    return bool(re.search(r"os error (27|28|122)\b|No space left|file write failed|File too large", str(error)))
+    own = r"os error (27|28|122)\b|No space left|file write failed|File too large|unexpected pos \d+ vs"
+    return bool(re.search(own, str(error)))

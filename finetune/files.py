@@ -26,10 +26,31 @@ def current_umask() -> int:
     return value
 
 
+def require_run_folder(folder: Path) -> None:
+    """UserError when a run's folder has been deleted or renamed, or its disk is gone, while the run writes there."""
+    if not folder.is_dir():
+        raise UserError(f"the run's folder {folder} has disappeared; nothing more can be saved")
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file or folder to the disk; folders cannot be synced on Windows."""
+    with contextlib.suppress(OSError):  # some network file systems cannot
+        if not path.is_dir():
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
+        elif os.name != "nt":
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
 @contextlib.contextmanager
 def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
     """Yield a temporary file beside `path` that replaces it on success; readers never see a partial file.
 
+    It is on the disk before it is renamed: otherwise a power failure could leave an empty file in its place.
     After an error `path` is as it was, and folders created for it are removed again. A device or a pipe (/dev/null,
     /dev/stdout) is written to, never replaced. Raises UserError when the folder is not writable or the disk is full.
     """
@@ -52,6 +73,8 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
     try:
         with file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes 0600 files
         try:
             os.replace(temporary, path)
@@ -151,6 +174,7 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         for path in (temporary, *temporary.rglob("*")):
             mode = 0o777 if path.is_dir() or path.stat().st_mode & 0o100 else 0o666
             path.chmod(mode & ~current_umask())
+            sync(path)
         old = temporary.with_suffix(".old")
         if replace and target.exists():
             target.rename(old)
@@ -161,6 +185,7 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
                 old.rename(target)
             if replace or not isinstance(error, OSError) or not target.is_dir():
                 raise
+        sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except Exception as error:
         if not no_room(error):

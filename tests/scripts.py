@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import select
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8", "COLUMNS": "160"}
-_parent: _ParentProcess | None = None
+_parent: ParentProcess | None = None
 
 
 def run_script(
@@ -39,11 +40,11 @@ def run_script(
             text=True, encoding="utf-8", check=False,
         )  # fmt: skip
     if _parent is None:
-        _parent = _ParentProcess()
+        _parent = ParentProcess()
     return _parent.run(command, given, cwd, environment, timeout)
 
 
-class _ParentProcess:
+class ParentProcess:
     """The process that the others are forked from, one after another; it ends with the tests."""
 
     def __init__(self):
@@ -60,22 +61,30 @@ class _ParentProcess:
         with tempfile.TemporaryDirectory() as folder:
             files = {name: Path(folder) / name for name in ("stdin", "stdout", "stderr")}
             files["stdin"].write_text(given, encoding="utf-8")
-            request = {
-                "command": command,
-                "cwd": str(cwd),
-                "env": environment,
-                "files": {k: str(v) for k, v in files.items()},
-            }
-            os.write(self.requests_fd, json.dumps(request).encode() + b"\n")
-            pid = int(self.answers.readline())
-            timed_out = not select.select([self.answers_fd], [], [], timeout)[0]
-            if timed_out:
+            pid = self.start(command, files, cwd, environment)
+            code = self.wait(timeout)
+            if timed_out := code is None:
                 os.kill(pid, 9)
-            code = int(self.answers.readline())
+                code = self.wait()
             output = {name: files[name].read_text(encoding="utf-8") for name in ("stdout", "stderr")}
         if timed_out:
             raise subprocess.TimeoutExpired(command, timeout, output["stdout"], output["stderr"])
         return subprocess.CompletedProcess(command, code, output["stdout"], output["stderr"])
+
+    def start(self, command, files, cwd, environment) -> int:
+        """The id of a new process, whose stdin, stdout and stderr are `files`."""
+        request = {
+            "command": command,
+            "cwd": str(cwd),
+            "env": environment,
+            "files": {name: str(path) for name, path in files.items()},
+        }
+        os.write(self.requests_fd, json.dumps(request).encode() + b"\n")
+        return int(self.answers.readline())
+
+    def wait(self, timeout=None) -> int | None:
+        """The exit status of the process; None if it still runs after `timeout` s."""
+        return int(self.answers.readline()) if select.select([self.answers_fd], [], [], timeout)[0] else None
 
 
 def _fork_scripts(requests: int, answers: int) -> dict | None:
@@ -108,20 +117,44 @@ def _apply(request: dict) -> str:
     os.chdir(request["cwd"])
     script, *_ = sys.argv = request["command"]
     sys.path[0] = str(Path(script).parent)
+    folders = list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
+    sys.path += folders
+    for custom in (Path(folder) / "sitecustomize.py" for folder in folders):  # as an interpreter does
+        if custom.is_file():
+            runpy.run_path(str(custom))
     return script
 
 
-if __name__ == "__main__":
-    import runpy
+def run_forked(command: list[str], output: Path) -> int:
+    """The id of a fork of this process that runs a script; it must have imported nothing of this project."""
+    if pid := os.fork():
+        return pid
+    try:
+        files = {"stdin": os.devnull, "stdout": str(output), "stderr": str(output)}
+        _forget_project()
+        request = {"command": command, "env": {**os.environ, **QUIET}, "cwd": str(ROOT), "files": files}
+        runpy.run_path(_apply(request), run_name="__main__")
+    except SystemExit as error:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.code or 0)
+    os._exit(1)
 
+
+def _forget_project() -> None:
+    """The script imports its own modules of this project, in its own order."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("finetune", "formats", "tests")]:
+        del sys.modules[name]
+
+
+if __name__ == "__main__":
     from finetune.models.loading import import_unsloth
 
     import_unsloth()
     import sklearn.metrics  # noqa: F401  slow to import, and no test is about when it is imported
     from trl import SFTTrainer  # noqa: F401
 
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("finetune", "formats", "tests")]:
-        del sys.modules[name]  # the script imports its own, in its own order
+    _forget_project()
     request = _fork_scripts(*map(int, sys.argv[1:]))
     if request is not None:
         runpy.run_path(_apply(request), run_name="__main__")

@@ -66,8 +66,12 @@ def test_torchrun_gives_the_curve_of_one_process(rows, tiny_model, single_log, t
 
 
 @pytest.mark.skipif(os.name == "nt", reason="gloo under torchrun is only tested on Linux")
-@pytest.mark.parametrize("launcher", [(), TORCHRUN])
-def test_two_processes_resume_any_run(launcher, rows, tiny_model, single_log, tmp_path):
+@pytest.mark.parametrize(
+    ("launcher", "again"),
+    [pytest.param((), TORCHRUN, id="1 to 2"), pytest.param(TORCHRUN, TORCHRUN, id="2 to 2"),
+     pytest.param(TORCHRUN, (), id="2 to 1", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_resume_with_another_number_of_processes(launcher, again, rows, tiny_model, single_log, tmp_path):
     """A run of one process, and one of two, whose last steps are lost."""
     flags = [flag for flag in FLAGS if flag not in ("--save_steps", "0")]
     arguments = launch_command(launcher, "--model", tiny_model, "--dataset", rows, *flags, "--save_steps", 4,
@@ -77,11 +81,11 @@ def test_two_processes_resume_any_run(launcher, rows, tiny_model, single_log, tm
     folder = tmp_path / "run"
     shutil.rmtree(folder / f"checkpoint-{STEPS}")
     shutil.rmtree(folder / "final_model")
-    arguments = launch_command(TORCHRUN, "--resume", folder)
+    arguments = launch_command(again, "--resume", folder)
     result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr
     assert "resumed from step 4" in result.stderr and "Traceback" not in result.stderr
-    assert ("random numbers (dropout) will differ" in result.stderr) == (not launcher)
+    assert ("random numbers (dropout) will differ" in result.stderr) == (launcher != again)
     log = log_rows(folder)
     assert len(log) == STEPS
     assert_same_curve(log, single_log)

@@ -16,8 +16,9 @@ import pytest
 from finetune.errors import UserError
 from finetune.runs.run_log import COLUMNS
 from finetune.sweep import ray_runner
-from finetune.sweep.attempt import last_lines, outcome_of, run_attempt
+from finetune.sweep.attempt import last_lines, outcome_of, run_arguments, run_attempt
 from finetune.sweep.coordinator import Coordinator
+from finetune.sweep.file_sync import Workspace
 from finetune.sweep.grid import make_points
 from finetune.sweep.ray_session import SweepOptions, defer_ctrl_c, ray_session
 from finetune.sweep.runs import TOKEN, open_sweep
@@ -50,7 +51,7 @@ class Site:
             "folder": str(self.folder), "cwd": str(self.cwd), "scratch": str(self.root / "tmp"), "sweep_id": "id",
             "machine": machine, "token": "token", "transport": transport, "inputs": self.inputs, "processes": 1,
             "cpus": 1.0, "gpus": 0.0, "number": self.number, "interval": 0.05, "patience": 20.0,
-            "hang_minutes": 0.0,
+            "hang_minutes": 0.0, "force": False,
         }  # fmt: skip
         task |= options or {}
 
@@ -150,6 +151,17 @@ def test_stopped_run_saves_a_checkpoint(site, why):
     assert 0 < step < 400
     assert (site.folder / "rank4" / f"checkpoint-{step}" / "step").read_text() == str(step)
     assert json.loads((site.folder / "rank4" / "experiment_config.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_force_reaches_only_a_resumed_run(tmp_path, force):
+    """`sweep_lora.py --force`: after an update of a package a run's --resume alone is refused."""
+    task = {"name": "new", "arguments": ["--rank", "4"], "force": force}
+    workspace = Workspace(tmp_path, tmp_path / "sweep", True)
+    (workspace.folder / "old" / "checkpoint-2").mkdir(parents=True)
+    resumed = run_arguments(task, workspace, workspace.folder / "old")
+    assert resumed == ["--resume", str(Path("sweep") / "old"), *(["--force"] if force else [])]
+    assert "--force" not in run_arguments(task, workspace, workspace.folder / "new")
 
 
 def test_hung_run_is_ended(site):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, no_room
-from finetune.files import current_umask, write_text_atomic
+from finetune.files import current_umask, require_run_folder, write_text_atomic
 from finetune.runs.config_schema import checked_config
 from finetune.runs.links import refuse_links
 from finetune.runs.manifest import MANIFEST, has_manifest, manifest_mismatch
@@ -134,6 +134,7 @@ class Experiment:
 
     def save(self) -> None:
         if self.writes:
+            require_run_folder(self.folder)  # it would be created again, with nothing but the config
             write_text_atomic(self.folder / CONFIG, json.dumps(self.config, ensure_ascii=False, indent=2) + "\n")
 
     def update(self, **entries: Any) -> None:

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 
+from finetune.files import sync
+
 MANIFEST = "manifest.json"
-
-
-def sync(path: Path) -> None:
-    """Have the system write a file or folder to the disk; folders cannot be synced on Windows."""
-    flags = os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR
-    with contextlib.suppress(OSError):  # some network file systems cannot
-        descriptor = os.open(path, flags)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def write_manifest(folder: Path) -> None:

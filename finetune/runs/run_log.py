@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.files import write_text_atomic
+from finetune.files import require_run_folder, write_text_atomic
 
 COLUMNS = (
     "step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_seen", "trained_tokens",
@@ -149,7 +149,11 @@ class RunLog:
         row, self._pending = self._pending, None
         if row is None or self.path is None:
             return
+        require_run_folder(self.path.parent)
+        is_new = not self.path.exists()  # someone has deleted it
         with self.path.open("a", encoding="utf-8", newline="") as file:
+            if is_new:
+                file.write(",".join(COLUMNS) + "\n")
             csv.writer(file, lineterminator="\n").writerow([row[column] for column in COLUMNS])
 
     def state(self) -> dict[str, Any]:

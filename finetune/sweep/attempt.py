@@ -120,7 +120,7 @@ def run_arguments(task: dict[str, Any], workspace: Workspace, folder: Path) -> l
     """`--resume FOLDER` where the run has a checkpoint; else its flags, after archiving what an attempt has left."""
     if folder.is_dir():
         if list_checkpoints(folder):
-            return ["--resume", workspace.argument(folder)]
+            return ["--resume", workspace.argument(folder), *(["--force"] if task["force"] else [])]
         archive_broken(folder)
     return [*task["arguments"], "--experiments_dir", workspace.argument(workspace.folder), "--name", task["name"]]
 

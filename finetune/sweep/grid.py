@@ -24,7 +24,7 @@ from finetune.files import read_data
 from finetune.settings import BY_NAME, FLAGS, Settings
 
 # Flags of train_lora.py that the sweep sets itself.
-RESERVED = {"experiments_dir": "--experiments_dir before the --", "name": "--name before the --"}
+RESERVED = {name: f"--{name} before the --" for name in ("experiments_dir", "name", "force")}
 MAX_RUNS = 10_000
 MAX_LABEL_BYTES = 80  # a folder name has at most 255, and names of other files are made of this one
 SWITCH_VALUES = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}

@@ -28,7 +28,7 @@ class SweepOptions:
 
     interval: seconds between two looks at a run's log. patience: seconds that a run has for its last step and its
     checkpoint when it is told to stop. hang_minutes: a run that neither logs nor prints for so long is ended and tried
-    again (0: never).
+    again (0: never). force: a run continues from its checkpoint although package versions differ.
     """
 
     address: str | None = None
@@ -41,6 +41,7 @@ class SweepOptions:
     patience: float = 120.0
     interval: float = 1.0
     hang_minutes: float = 60.0
+    force: bool = False
 
 
 def require_ray() -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from finetune.files import require_run_folder, sync
 from finetune.runs.experiment import COUNTERS
-from finetune.runs.manifest import sync, write_manifest
+from finetune.runs.manifest import write_manifest
 from finetune.runs.run_log import RunLog
 from finetune.training.resume import check_random_state
 
@@ -42,6 +43,7 @@ class CheckpointMixin:
         target = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if target.exists():  # saved before a process was lost in the next step
             return
+        require_run_folder(self.folder)
         self._locate_best_checkpoint()
         temporary = self.folder / ".saving"
         if self.args.should_save:
@@ -60,6 +62,8 @@ class CheckpointMixin:
                 # A pickle that nothing here reads: the flags are in experiment_config.json.
                 (saved / "training_args.bin").unlink(missing_ok=True)
                 write_manifest(saved)
+                if self.run_log.path:  # a resumed run keeps the rows before this checkpoint
+                    sync(self.run_log.path)
                 os.replace(saved, target)
                 sync(self.folder)
                 rotate_checkpoints(

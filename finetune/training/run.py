@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,12 @@ def make_trainer(
     loaded: Loaded,
     console: Console,
     groups: np.ndarray | None = None,
+    origins: Sequence[tuple[str, int]] = (),
 ) -> SandwichTrainer:
-    """The trainer for these settings, which writes into the experiment's folder; `groups` as in steps_of_epoch."""
+    """The trainer for these settings, which writes into the experiment's folder; `groups` as in steps_of_epoch.
+
+    origins  (file, row) of each conversation, for messages
+    """
     sequences = rows.sequences
     with stdout_to_log():
         args = training_arguments(settings, experiment, len(sequences), eval_rows is not None, loaded)
@@ -53,6 +58,7 @@ def make_trainer(
         tokens_per_pass=settings.tokens_per_pass or memory.MIN_DEFAULT_TOKENS_PER_PASS,
         share_prefix=settings.share_prefix,
         groups=groups,
+        origins=[origins[row] for row in rows.rows] if origins else (),
         loraplus_lr_ratio=settings.loraplus_lr_ratio,
         log_callback=LogCallback(RunLog(experiment.folder / LOG if is_first else None), console, quiet=not is_first),
     )

@@ -29,12 +29,11 @@ from finetune.runs.experiment import CONFIG, LOG, Experiment  # noqa: E402
 from finetune.training.call_scores import CallScorer  # noqa: E402
 from finetune.training.callbacks import LogCallback, StopCallback  # noqa: E402
 from finetune.training.checkpoints import CheckpointMixin  # noqa: E402
+from finetune.training.nonfinite import FiniteCheck  # noqa: E402
 from finetune.training.order import StepSampler  # noqa: E402
 from finetune.training.resume import EvaluationStopped, ResumeCallback, unloadable  # noqa: E402
 
 log = logging.getLogger("sandwich")
-# float16's loss scaler skips steps without a finite gradient, so a few in a row are harmless.
-MAX_NONFINITE_STEPS_FP16 = 10
 EVAL_ROWS_PER_RUN = 64  # evaluation rows that may share prefixes; passes are limited by their tokens anyway
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]  # (input_ids, labels) of each row
@@ -52,7 +51,7 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
 
     args.per_device_train_batch_size is batch_size x grad_accum and args.gradient_accumulation_steps is 1: PassRunner
     splits a step into forward passes, and the loss is the mean over the step's trained tokens. groups: as in
-    `steps_of_epoch`.
+    `steps_of_epoch`; origins: as in FiniteCheck.
     """
 
     def __init__(
@@ -64,6 +63,7 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
         share_prefix: bool,
         log_callback: LogCallback,
         groups: np.ndarray | None = None,
+        origins: Sequence[tuple[str, int]] = (),
         loraplus_lr_ratio: float | None = None,
         **kwargs: Any,
     ):
@@ -75,7 +75,7 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
         self.checkpoint: Path | None = None  # from which `train` resumes
         self.is_loaded = False  # whether it has loaded, and training has begun
         self._is_checked = False
-        self._nonfinite_steps = 0  # in a row
+        self._check_is_finite = FiniteCheck(self, origins)
         adapter = {n: p.data for n, p in kwargs["model"].named_parameters() if p.requires_grad}
         super().__init__(
             # TRL requires a Dataset; its rows are only indices into `sequences`.
@@ -147,32 +147,16 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
         loss_sum, tokens, computed_tokens = distributed.totals(
             [result.loss_sum, sum(row.length for row in rows), result.computed_tokens]
         )
-        distributed.sum_gradients([p for p in self.runner.model.parameters() if p.requires_grad])
+        parameters = [p for p in self.runner.model.parameters() if p.requires_grad]
+        distributed.sum_gradients(parameters)
         self.run_log.add_step(
             loss_sum=loss_sum,
             tokens=int(tokens),
             trained_tokens=int(trained),
             computed_tokens=int(computed_tokens),
         )
-        self._check_is_finite(loss_sum)
+        self._check_is_finite(inputs["rows"], loss_sum, parameters)
         return torch.tensor(loss_sum / max(trained, 1), device=self.args.device)
-
-    def _check_is_finite(self, loss_sum: float) -> None:
-        """UserError, after logging the step's row, when the next step would make every weight nan.
-
-        Not with --load_best once a checkpoint was evaluated: the run ends with the best one whatever follows.
-        """
-        self._nonfinite_steps = 0 if math.isfinite(loss_sum) else self._nonfinite_steps + 1
-        best = self.state.best_metric
-        has_best = self.args.load_best_model_at_end and best is not None and math.isfinite(best)
-        if has_best or self._nonfinite_steps <= (MAX_NONFINITE_STEPS_FP16 if self.args.fp16 else 0):
-            return
-        step, rate = self.state.global_step + 1, self.optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
-        self.run_log.log_row(step=step, epoch=self.state.epoch or 0, learning_rate=rate, grad_norm=math.nan)
-        raise UserError(
-            f"step {step}: the loss is {loss_sum}, and training cannot continue; try a lower --lr (it was {rate:g} in "
-            "this step), --max_grad_norm, or another --dtype"
-        )
 
     # Overridden (transformers 5.17): a run resumed at its last step would otherwise take one step more.
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,239 @@
+"""Real faults in the middle of a run: a full or read-only disk, limits, damage, a moved folder, a clock that jumps.
+
+Each run is then resumed; its adapter and log must be those of a run without the fault.
+"""
+
+import contextlib
+import itertools
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from finetune.runs.manifest import write_manifest
+from tests import faults
+from tests.test_manifest import flip_256_bytes, zero_4_kb
+from tests.training_runs import config_of, log_rows, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="signals, limits and mounts of Unix")]
+FLAGS = (
+    "--format", "chatml", "--batch_size", 2, "--grad_accum", 2, "--max_steps", 6, "--lr", "5e-3", "--dropout", 0.1,
+    "--eval_fraction", 0.17, "--eval_steps", 3, "--logging_steps", 1, "--name", "run", "--resume", "auto",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def training(rows, tmp_path_factory):
+    model = faults.write_byte_model(tmp_path_factory.mktemp("model") / "model")
+    return ("--model", model, "--dataset", rows, *FLAGS, "--save_steps", 2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(training, tmp_path_factory):
+    """The folder of a run without a fault."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    result = run(*training, "--experiments_dir", folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def expected(undisturbed):
+    return faults.outcome(undisturbed)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """mount(options) mounts or changes a small file system of its own; returns its folder."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        again = ["-o", f"remount,{options}"] if os.path.ismount(folder) else ["-o", options]
+        done = subprocess.run(["mount", "-t", "tmpfs", *again, "tmpfs", folder], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip(f"cannot mount a file system: {done.stderr.decode().strip()}")
+        return folder
+
+    yield mount
+    if os.path.ismount(folder):
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@contextlib.contextmanager
+def running(tmp_path, *arguments):
+    """The process of a run, once it has logged a row."""
+    (tmp_path / "output").mkdir(exist_ok=True)
+    group = faults.Processes(1, tmp_path / "output")
+    group.start(*arguments)
+    log = arguments[arguments.index("--experiments_dir") + 1] / "run" / "training_log.csv"
+    deadline = time.monotonic() + 300
+    try:
+        while not (log.exists() and log.read_text().count("\n") > 1):
+            assert not group.poll() and time.monotonic() < deadline, group.text()
+            time.sleep(0.002)
+        yield group
+    finally:
+        group.kill([0])
+        group.poll(60)
+
+
+def ends_in_one_line(code, text, wanted, status):
+    """No traceback on the console, and one line that says what happened."""
+    assert code == status, text
+    errors = [line for line in text.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and wanted in errors[0], text
+    assert "Traceback" not in text, text
+
+
+def resumes_to(expected, training, folder):
+    result = run(*training, "--experiments_dir", folder)
+    assert result.returncode == 0, result.stderr
+    assert faults.outcome(folder / "run") == expected
+    assert not list((folder / "run").glob(".*"))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "resumed"),
+    [(0, None), (0.6, None), (1.6, "resumed from step 2")],
+    ids=["config", "first", "second"],
+)
+def test_full_disk_then_resume(checkpoints, resumed, disk, training, expected, undisturbed):
+    """The disk has room for so many checkpoints and 8 KB."""
+    used = sum(path.stat().st_size for path in (undisturbed / "checkpoint-2").iterdir())
+    folder = disk(f"size={8 + checkpoints * used / 1024:.0f}k")
+    result = run(*training, "--experiments_dir", folder)
+    ends_in_one_line(result.returncode, result.stderr, "free some space", 1)
+    disk("size=200m")
+    result = resumes_to(expected, training, folder)
+    assert (resumed in result.stderr) if resumed else ("resumed from" not in result.stderr)
+
+
+def test_full_disk_at_a_row_of_the_log(disk, tmp_path, training, expected):
+    """Someone else fills the disk between two checkpoints."""
+    folder = disk("size=60m")
+    arguments = (*training, "--max_steps", 4000, "--save_steps", 4000, "--epochs", 1, "--experiments_dir", folder)
+    with running(tmp_path, *arguments) as group:
+        with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as filler:
+            for size in itertools.chain(itertools.repeat(1 << 20, 60), itertools.repeat(512)):
+                with contextlib.suppress(OSError):
+                    filler.write(b"x" * size)
+                if os.statvfs(folder).f_bavail == 0:
+                    break
+        assert group.poll(120), "the run did not notice"
+        ends_in_one_line(group.codes[0], group.text(), "free some space", 1)
+    (folder / "filler").unlink()
+    rows = log_rows(folder / "run")
+    assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
+    assert config_of(folder / "run")["status"] in ("failed", "running")  # the disk may have been too full to say so
+
+
+def test_full_disk_at_the_adapter(disk, training, tmp_path):
+    """Without checkpoints the run is lost, and says so; nothing incomplete is left."""
+    folder = disk("size=100k")
+    result = run(*training, "--save_steps", 0, "--experiments_dir", folder)
+    ends_in_one_line(result.returncode, result.stderr, "free some space", 1)
+    assert not list((folder / "run").glob("*final_model*"))
+    assert config_of(folder / "run")["status"] == "failed"
+
+
+def test_read_only_disk_then_resume(disk, tmp_path, training, expected):
+    folder = disk("size=200m")
+    with running(tmp_path, *training, "--experiments_dir", folder) as group:
+        disk("ro")
+        assert group.poll(120)
+        ends_in_one_line(group.codes[0], group.text(), "Read-only file system", 2)
+    result = run(*training, "--experiments_dir", folder, "--name", "other")
+    ends_in_one_line(result.returncode, result.stderr, "cannot write to", 2)
+    disk("rw")
+    resumes_to(expected, training, folder)
+
+
+def in_each_child(tmp_path, code):
+    """Environment in which a run executes `code` before anything else."""
+    (tmp_path / "custom").mkdir()
+    (tmp_path / "custom" / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": str(tmp_path / "custom")}
+
+
+def test_file_size_limit_then_resume(tmp_path, training, expected):
+    """ulimit -f: writes fail with EFBIG, as they do with EDQUOT where a quota is used up."""
+    code = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
+    result = run(*training, "--experiments_dir", tmp_path, env=in_each_child(tmp_path, code))
+    ends_in_one_line(result.returncode, result.stderr, "free some space", 1)
+    resumes_to(expected, training, tmp_path)
+
+
+def test_clock_that_jumps_back(tmp_path, training, expected):
+    """Each look at the clock is an hour before the last one; then the oldest checkpoint seems to be the newest."""
+    code = (
+        "import itertools, time\nreal, hours = time.time, itertools.count()\n"
+        "time.time = lambda: real() - 3600 * next(hours)\n"
+    )
+    result = run(*training, "--experiments_dir", tmp_path, "--save_total_limit", 2, env=in_each_child(tmp_path, code))
+    assert result.returncode == 0, result.stderr
+    assert faults.outcome(tmp_path / "run") == expected
+    seconds = [float(row["seconds"]) for row in log_rows(tmp_path / "run")]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    kept = sorted((tmp_path / "run").glob("checkpoint-*"))
+    assert [path.name for path in kept] == ["checkpoint-4", "checkpoint-6"]
+    for age, path in enumerate(kept):
+        os.utime(path, (1e9 - age * 1e6, 1e9 - age * 1e6))
+    assert "resumed from step 6" in run("--resume", tmp_path / "run").stderr
+
+
+def test_vanished_folder_ends_the_run(tmp_path, training):
+    with running(tmp_path, *training, "--max_steps", 4000, "--experiments_dir", tmp_path / "e") as group:
+        (tmp_path / "e" / "run").rename(tmp_path / "moved")
+        assert group.poll(120)
+        ends_in_one_line(group.codes[0], group.text(), "has disappeared", 2)
+    assert not (tmp_path / "e" / "run").exists()
+    assert len(log_rows(tmp_path / "moved")) >= 1
+
+
+def test_damaged_checkpoints_then_resume(tmp_path, training, expected):
+    """The newest complete checkpoint is used and named, and no other one is deleted before it has loaded."""
+    assert run(*training, "--experiments_dir", tmp_path).returncode == 0
+    folder = tmp_path / "run"
+    shutil.rmtree(folder / "final_model")
+    zero_4_kb(folder / "checkpoint-6" / "adapter_model.safetensors")
+    flip_256_bytes(folder / "checkpoint-4" / "optimizer.pt")
+    result = run("--resume", folder, "--dry_run")
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+    result = resumes_to(expected, training, tmp_path)
+    for text in ("checkpoint-6: its adapter_model.safetensors is damaged", "checkpoint-4: its optimizer.pt is damaged",
+                 "resuming", "at checkpoint-2", "resumed from step 2"):  # fmt: skip
+        assert text in result.stderr
+    for path in folder.glob("checkpoint-*"):
+        (path / "scheduler.pt").unlink()
+    result = run("--resume", folder)
+    ends_in_one_line(result.returncode, result.stderr, "no complete checkpoint", 2)
+    assert len(list(folder.glob("checkpoint-*"))) == 3
+
+
+class Planted:
+    def __reduce__(self):
+        return (os.system, ("touch planted_pickle_ran",))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_planted_pickle_is_not_run(name, tmp_path, training):
+    """In a checkpoint with a manifest that fits: someone else's checkpoint can have one."""
+    result = run(*training, "--max_steps", 4, "--experiments_dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    torch_file = (
+        f"import torch, sys\nfrom tests.test_faults import Planted\ntorch.save(Planted(), {str(checkpoint / name)!r})"
+    )
+    subprocess.run([sys.executable, "-c", torch_file], check=True)
+    (checkpoint / "training_args.bin").write_bytes(pickle.dumps(Planted()))
+    write_manifest(checkpoint)
+    result = run("--resume", tmp_path / "run", cwd=tmp_path, env={"PYTHONPATH": str(faults.ROOT)})
+    ends_in_one_line(result.returncode, result.stderr, "cannot be loaded", 2)
+    assert not list(tmp_path.rglob("planted_pickle_ran"))
+    assert checkpoint.is_dir()
