@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # The columns of training_log.csv that curves and summary need.
 COLUMNS = (
     "step", "epoch", "loss", "eval_loss", "tokens_seen", "trained_tokens", "seconds", "peak_memory_gb",
+    "eval_tool_name_accuracy", "eval_parameter_accuracy",
 )  # fmt: skip
 # What other trainers write into their output folder: LLaMA-Factory, Transformers' Trainer (see other_logs.py).
 OTHER_LOGS = ("trainer_log.jsonl", "trainer_state.json")

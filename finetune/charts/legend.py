@@ -78,10 +78,11 @@ def _label(group: str, runs: list[LoggedRun]) -> str:
     return f"{text}  ({', '.join(states)})" if states else text
 
 
-def draw_legend(figure: Figure, comparison: Comparison, line_styles: list[Entry]) -> None:
+def draw_legend(figure: Figure, comparison: Comparison, line_styles: list[Entry], below: float = 0) -> None:
     """Draw the legend, make the picture as high as it needs, and place the axes below it.
 
     line_styles  what solid, dotted and filled mean, after the entries of the runs
+    below        inches to keep free under the axes
     """
     from matplotlib.lines import Line2D
 
@@ -112,10 +113,11 @@ def draw_legend(figure: Figure, comparison: Comparison, line_styles: list[Entry]
     high = box.height / figure.dpi + 0.12
     # Without the margins at its sides, the chart is `CHART_SHARE` of the picture.
     share = CHART_SHARE / ((width - left - RIGHT) / width)
-    height = max(figure.get_figheight(), (TOP + BOTTOM + high) / (1 - share))
+    height = max(figure.get_figheight(), (TOP + BOTTOM + high) / (1 - share)) + below
+    bottom = BOTTOM + below
     figure.set_figheight(height)
     axes.set_position((
-        left / width, BOTTOM / height, (width - left - RIGHT) / width, (height - TOP - BOTTOM - high) / height,
+        left / width, bottom / height, (width - left - RIGHT) / width, (height - TOP - bottom - high) / height,
     ))  # fmt: skip
     legend.set_bbox_to_anchor((left / width, (height - TOP) / height), transform=figure.transFigure)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.charts import curves
+from finetune.charts.call_panel import HEIGHT, add_call_panel, has_scores
 from finetune.charts.fonts import font_family, missing_glyphs_ignored
 from finetune.charts.legend import DOT, LEFT, Entry, draw_legend
 from finetune.charts.limits import visible_range
@@ -44,7 +45,7 @@ def draw_curves(
     Faint line: every logged loss; strong line: its centred mean over `smooth` points (see `curves.smooth`); dotted
     line: eval loss, with a dot at its lowest. With `repeats`, runs that differ only by their seed become one mean curve
     in a band of one standard deviation. y_range: loss at the bottom and at the top; None: chosen so that a spike or a
-    steep start does not squash the rest.
+    steep start does not squash the rest. Runs with --eval_calls get a panel with their scores.
     """
     check_picture_type(output)
     from matplotlib import rc_context
@@ -75,7 +76,10 @@ def draw_curves(
         top = _set_y_range(axes, drawn, log_y, y_range)
         _mark_ends(axes, comparison, x, scale, smooth, top)
         _format_axes(axes, headings, x, log_y)
-        draw_legend(figure, comparison, _line_styles(comparison, bands))
+        scored = has_scores(comparison)
+        draw_legend(figure, comparison, _line_styles(comparison, bands), below=HEIGHT if scored else 0)
+        if scored:
+            add_call_panel(figure, axes, comparison, x, scale)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=output.suffix[1:].lower(), dpi=150, facecolor="white")
     write_bytes_atomic(output, buffer.getvalue())
