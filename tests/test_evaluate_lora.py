@@ -146,7 +146,7 @@ def test_script_scores_both_models_and_resumes(dataset, adapter):
     assert metrics["base"]["settings"]["adapter_sha256"] is None
     assert len(metrics["finetuned"]["settings"]["adapter_sha256"]) == 64
     table = (folder / "comparison.md").read_text("utf-8")
-    assert "| tool_name_accuracy | 0.000 | 0.000 | +0.000 | +0.000 to +0.000 | 1.000 |" in table
+    assert "| tool_name_accuracy | 3 | 0.000 | 0.000 | +0.000 | +0.000 to +0.000 | 1.000 |" in table
     assert "tool_name_accuracy" in first.stdout and "difference" in first.stdout
 
     # Killed while it wrote its fourth answer.
@@ -355,7 +355,7 @@ def test_results_file_archives_unknown_lines(dataset, tmp_path):
     path = tmp_path / "results.jsonl"
     first = ResultsFile(path, "s", items)
     for key in keys:
-        first.append({"item": key, "settings": "s", "text": "one\u2028two\x85three"})
+        first.append({"item": key, "settings": "s", "text": "one\u2028two\x85three", "latency_s": 0.5})
     first.close()
     again = ResultsFile(path, "s", items)
     again.close()
