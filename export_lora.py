@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     if Path(name).name != name or name in (".", ".."):
         raise UserError(f"--name {name}: the name becomes a part of file names; omit slashes")
 
-    run.check_vocabulary()
+    if args.to != "hub":  # it uploads the adapter alone, also where the base cannot be reached
+        run.check_vocabulary()
     with atomic_directory(output, replace=True) as folder:
         job = Job(
             run, folder, name, args.dtype, args.quantization, args.llama_cpp, args.mode, args.repo_id, args.public,

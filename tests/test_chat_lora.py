@@ -795,7 +795,8 @@ def test_page_through_the_gradio_client(agent, monkeypatch):
         assert tuned[-1]["metadata"]["title"] == "not a call" and chat_model.BROKEN in said(tuned)[-1]
         *_, shown, _ = client.predict("x", "{", *settings[1:], api_name="/ask")
         assert "not answered" in shown and "not valid JSON" in shown
-        assert chat_model.BROKEN_REQUEST in Path(saved["value"] if isinstance(saved, dict) else saved).read_text("utf-8")
+        path = saved["value"] if isinstance(saved, dict) else saved
+        assert chat_model.BROKEN_REQUEST in Path(path).read_text("utf-8")
         copies = Path(os.environ["GRADIO_TEMP_DIR"])
         assert list(copies.rglob("chat.jsonl")) and copies.stat().st_mode & 0o77 == 0  # private to this user
 
