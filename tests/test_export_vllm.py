@@ -202,7 +202,7 @@ def test_too_large_rank_is_refused():
 KNOWN_PARSERS = {"hermes", "llama3_json", "pythonic", "mistral", "qwen3_coder", "sandwich", None}
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "native"])
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.template])
 def test_command_for_every_format(name):
     fmt = FORMATS[name]
     tokens = {token for names in PARSER_TOKENS.values() for token in names}
