@@ -84,6 +84,7 @@ def build_parser() -> FlagParser:
     add("--query", metavar="SELECT", help="the query for --sql")
     add("--table", help="a complete table instead of --query (default: query_logs)")
     add("--where", action="append", metavar="COLUMN=VALUE", help="only rows with this value; repeatable")
+    add("--include_rejected", action="store_true", help="keep rows whose answer is marked as a bad one (label: false)")
     add("--strict", action="store_true", help="stop at the first bad row instead of rejecting it")
     add("--dedupe", action="store_true", help="also reject near-duplicates (exact ones always are)")
     add("--split", default="80/10/10", help="ratio of train/validation/test")

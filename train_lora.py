@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     check_tracker(settings.report_to)
     check_upload(settings.push_to_hub, settings.model)
     distributed.refuse_sharding()
-    check_names(settings)
+    check_names(settings, with_model=stopped_run is None)
     data = load_data(settings)
     eval_fingerprint = data.held_out and data.held_out.fingerprint
     record.refuse_changed(stopped_run, settings.force, data=data.train.fingerprint, eval_data=eval_fingerprint)
@@ -191,8 +191,8 @@ def check_upload(repository: str | None, model: str) -> None:
         raise UserError(f"--push_to_hub {repository}: there is no token; set HF_TOKEN to one with write access")
 
 
-def check_names(settings: Settings) -> None:
-    """UserError for a data set, format or model that does not exist."""
+def check_names(settings: Settings, *, with_model: bool) -> None:
+    """UserError for a data set or format that does not exist; for a new run also for such a model."""
     from finetune.models.hub import check_available
     from finetune.reading.sources import parse_spec
     from formats import check_format_name
@@ -200,7 +200,8 @@ def check_names(settings: Settings) -> None:
     check_format_name(settings.format)
     for spec in [*settings.dataset, *(settings.eval_dataset or [])]:
         parse_spec(spec)
-    check_available(settings.model, settings.revision)
+    if with_model:
+        check_available(settings.model, settings.revision)
 
 
 def load_data(settings: Settings) -> RunData:
@@ -213,6 +214,7 @@ def load_data(settings: Settings) -> RunData:
 
     options = {
         "seed": settings.seed, "cache_dir": cache_dir() / "rows", "refuse_marked_splits": True,
+        "include_rejected": settings.include_rejected,
         "tools": load_tools_file(settings.tools) if settings.tools else None,
     }  # fmt: skip
     train = load_conversations(settings.dataset, limit=settings.limit, where=parse_where(settings.where), **options)

@@ -82,6 +82,7 @@ class Settings:
     where: list[str] | None = setting(
         None, "only rows of --dataset with this value in this column; repeatable; does not apply to --eval_dataset",
         metavar="COLUMN=VALUE")
+    include_rejected: bool = setting(False, "train rows whose answer is marked as a bad one (label: false), too")
     format: str = setting("auto", "chat format (see docs/formats.md), path to a format's YAML, native, or auto")
     train_on: Literal["all", "last"] = setting("all", "train on every assistant turn or only on the last")
     control_tokens: Literal["escape", "error", "allow"] = setting(

@@ -117,3 +117,21 @@ def test_column_that_may_hold_the_tools_is_named(tmp_path, capsys):
     assert prepare_data.main([str(path), "--output", str(tmp_path / "o"), "--overwrite"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "calls of undeclared tools: give the tools with --tools FILE, or map" in shown
+
+
+def test_rows_with_a_bad_answer_are_left_out(tmp_path):
+    """`label: false` (KTO): counted and left out, also where the first bad row would stop a run."""
+    rows = [
+        {"prompt": "Capital of Peru?", "completion": "Lima.", "label": True},
+        {"prompt": "Capital of Chile?", "completion": "Lima.", "label": False},
+        {"prompt": "Capital of Cuba?", "completion": "Oslo.", "kto_tag": False},
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    loaded = load_conversations([str(path)], strict=True)
+    assert [c["messages"][-1]["content"] for c in loaded.conversations] == ["Lima."]
+    assert (loaded.counts["read"], loaded.counts["kept"], loaded.counts["rejected"]) == (3, 1, 2)
+    assert loaded.notes["rows not read: their answer is marked as a bad one (--include_rejected reads them)"] == 2
+    every = load_conversations([str(path)], strict=True, include_rejected=True)
+    assert (every.counts["kept"], len(every.rejected)) == (3, 0)
+    rejected = load_conversations([str(path)], strict=False).rejected
+    assert ["label is false" in one.reason or "kto_tag is false" in one.reason for one in rejected] == [True, True]

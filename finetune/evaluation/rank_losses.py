@@ -72,7 +72,10 @@ def _own_evaluation_rows(run: Run, flags: dict[str, Any]) -> LoadResult:
     from finetune.reading.row_filter import parse_where
     from finetune.reading.tool_schemas import load_tools_file
 
-    options = {"seed": flags["seed"], "tools": load_tools_file(flags["tools"]) if flags.get("tools") else None}
+    options = {
+        "seed": flags["seed"], "tools": load_tools_file(flags["tools"]) if flags.get("tools") else None,
+        "include_rejected": bool(flags.get("include_rejected")),
+    }  # fmt: skip
     if flags.get("eval_dataset"):
         loaded = load_conversations(flags["eval_dataset"], **options)
     else:

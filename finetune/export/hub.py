@@ -14,7 +14,6 @@ from finetune.charts.plots import draw_curves
 from finetune.charts.run_labels import compare_runs
 from finetune.errors import UserError
 from finetune.evaluation.answer_settings import adapter_hash
-from finetune.evaluation.metrics import METRICS
 from finetune.export.adapter_files import PUBLIC_FILES, WRITTEN_FILES, copy_adapter, inside
 from finetune.export.targets import Job, target
 from finetune.models.adapter import lora_rank
@@ -25,20 +24,6 @@ from finetune.runs.find import Run, find_run
 from finetune.runs.model_card import Scores, model_card
 
 MAX_METRICS = 12  # in the model card
-# What the model card reads of a metrics file, which may come with a run folder of others.
-METRICS_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "patternProperties": {"^bfcl_": {"type": "number"}},
-    "properties": {metric.name: {"type": ["number", "null"]} for metric in METRICS}
-    | {
-        "settings": {"type": "object"},
-        "items": {"type": "integer"},
-        "intervals_95": {
-            "type": "object",
-            "additionalProperties": {"type": ["array", "null"], "items": {"type": "number"}, "minItems": 2},
-        },
-    },
-}
 
 
 @target("hub", marker="adapter_config.json", help="adapter and model card; uploaded with --repo_id")
@@ -125,7 +110,18 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import best_match
 
-    if error := best_match(Draft202012Validator(METRICS_SCHEMA).iter_errors(metrics)):
+    from finetune.evaluation.metrics import METRICS
+
+    # What the model card reads; the file may have come with a run folder of others.
+    interval = {"type": ["array", "null"], "items": {"type": "number"}, "minItems": 2}
+    properties = {
+        **{metric.name: {"type": ["number", "null"]} for metric in METRICS},
+        "settings": {"type": "object"},
+        "items": {"type": "integer"},
+        "intervals_95": {"type": "object", "additionalProperties": interval},
+    }
+    schema = {"type": "object", "patternProperties": {"^bfcl_": {"type": "number"}}, "properties": properties}
+    if error := best_match(Draft202012Validator(schema).iter_errors(metrics)):
         entry = ", ".join([str(path), *map(str, error.absolute_path)])
         raise UserError(f"{entry}: {error.message[:200]}; score the run again with evaluate_lora.py")
     return metrics

@@ -38,6 +38,7 @@ class PrepareOptions:
     train_reasoning: str = "on"
     num_proc: int | None = None
     where: dict[str, list[str]] | None = None
+    include_rejected: bool = False
 
 
 @dataclass
@@ -116,6 +117,7 @@ def prepare(
         rows=rows,
         where=options.where,
         refuse_marked_splits=True,
+        include_rejected=options.include_rejected,
     )
     result = Prepared(loaded, rejected=list(loaded.rejected))
     kept = [

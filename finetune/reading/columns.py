@@ -180,13 +180,22 @@ def _is_tool(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("name"), str) and any(key in value for key in schemas)
 
 
+class BadAnswerError(RowError):
+    """The row's answer is marked as a bad one."""
+
+
+def bad_verdicts(raw: dict[str, Any]) -> list[str]:
+    """The columns that mark the row's answer as a bad one; only booleans count, a number is a class."""
+    return [name for name, value in raw.items() if value is False and column_key(name) in map(column_key, _VERDICTS)]
+
+
 def reject_bad_verdict(raw: dict[str, Any]) -> None:
-    """Raise RowError for a row whose answer is marked as a bad one; only booleans count, a number is a class."""
-    for column, value in raw.items():
-        if value is False and column_key(column) in map(column_key, _VERDICTS):
-            raise RowError(
-                f"{column} is false: its answer is marked as a bad one (KTO), and only good ones are trained"
-            )
+    """Raise BadAnswerError for a row whose answer is marked as a bad one."""
+    for column in bad_verdicts(raw):
+        raise BadAnswerError(
+            f"{column} is false: its answer is marked as a bad one (KTO), and only good ones are trained; "
+            "--include_rejected keeps such rows"
+        )
 
 
 def no_shape(raw: dict[str, Any]) -> RowError:

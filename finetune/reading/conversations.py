@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.reading.columns import refuse_csv_header, tool_columns
+from finetune.reading.columns import BadAnswerError, bad_verdicts, refuse_csv_header, tool_columns
 from finetune.reading.load_result import UNREAD_TOOLS, LoadResult, Rejected, SourceRow
 from finetune.reading.normalize import conversations_fingerprint, normalize_row
 from finetune.reading.reading_cache import LazyList, entry_path, load_entry, save_entry
@@ -17,6 +17,8 @@ from finetune.reading.row_files import RowError
 from finetune.reading.row_filter import RowFilter
 from finetune.reading.shapes import describe
 from finetune.reading.sources import Spec, parse_spec, read_rows
+
+BAD_ANSWER = "rows not read: their answer is marked as a bad one (--include_rejected reads them)"
 
 
 def load_conversations(
@@ -31,23 +33,26 @@ def load_conversations(
     cache_dir: str | Path | None = None,
     where: dict[str, list[str]] | None = None,
     refuse_marked_splits: bool = False,
+    include_rejected: bool = False,
 ) -> LoadResult:
     """Read, normalise and mix all sources.
 
     specs   files, folders or Hub ids, each optionally with a weight (`rows.jsonl*0.5`); see finetune.reading.sources
     limit   at most this many conversations of each source
-    strict  True: the first bad row raises UserError with file, row and remedy; False: it goes to `.rejected`
+    strict  True: the first bad row raises UserError with file, row and remedy; False: it goes to `.rejected`, as a row
+            whose answer is marked as a bad one always does
     seed    decides, with a source's index among `specs` and not its path, which rows a fractional weight keeps
     rows    rows read elsewhere (SQL), taken after those of `specs`
     cache_dir  (only for files, only if strict) folder that caches the result; when nothing has changed, the files are
                hashed only, and rows are read when a conversation is accessed
     where   only rows that have one of these values in each of these columns (see finetune.reading.row_filter)
+    include_rejected  read rows whose answer is marked as a bad one like the others
     refuse_marked_splits  UserError for a file with a column that marks training and other rows
     """
     specs = [specs] if isinstance(specs, (str, Path)) else list(specs)
     parsed = [parse_spec(spec) for spec in specs]  # a missing file is reported before the first one is read
     options = {"limit": limit, "column_map": column_map, "tools": tools, "seed": seed, "where": where or {}}
-    options["refuse_marked_splits"] = refuse_marked_splits
+    options |= {"refuse_marked_splits": refuse_marked_splits, "include_rejected": include_rejected}
     if cache_dir is None or not strict or rows is not None:
         return _read_all(parsed, rows, strict, **options)
     path = entry_path(cache_dir, parsed, options)
@@ -79,6 +84,7 @@ def _read_all(
     seed: int,
     where: dict[str, list[str]],
     refuse_marked_splits: bool,
+    include_rejected: bool,
 ) -> LoadResult:
     result = LoadResult()
     row_filter = RowFilter(where, refuse_marked_splits=refuse_marked_splits)
@@ -95,11 +101,15 @@ def _read_all(
             if not row_filter.chooses(source, raw):
                 continue
             read += 1
+            if include_rejected and isinstance(raw, dict) and (marks := bad_verdicts(raw)):
+                raw = {name: value for name, value in raw.items() if name not in marks}
             try:
                 conversation = normalize_row(raw, column_map=column_map, tools=tools, notes=result.notes)
             except RowError as error:
                 reason = str(error)
-                if strict:
+                if strict and isinstance(error, BadAnswerError):
+                    result.notes[BAD_ANSWER] += 1
+                elif strict:
                     refuse_csv_header(source, reason, raw)
                     raise UserError(
                         f"{source}, row {number}: {reason}; fix the row, or reject such rows with prepare_data.py"
