@@ -884,7 +884,7 @@ def test_page_in_a_real_browser(agent, tmp_path, monkeypatch):
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
             page.get_by_role("button", name="Clear").first.click()  # the bin
             page.get_by_text(chat_model.BASE_ANSWER).wait_for(state="detached")
-            assert page.get_by_text("call: set_lamp").count() == 0
+            page.get_by_text("call: set_lamp").wait_for(state="detached")
             assert elsewhere == []  # nothing is fetched from other hosts
         finally:
             browser.close()

@@ -73,7 +73,7 @@ def stretched_run(folder, scaling):
     return find_run(run)
 
 
-@pytest.mark.parametrize("scaling", ["yarn:4", "linear:2"])
+@pytest.mark.parametrize("scaling", [pytest.param("yarn:4", marks=pytest.mark.slow), "linear:2"])
 def test_gguf_carries_the_scaling(scaling, tmp_path):
     """write_gguf itself compares llama.cpp's log-probabilities with those of the stretched model."""
     from finetune.export.gguf import find_tools, read_metadata, tools_folder, write_gguf

@@ -86,7 +86,9 @@ def test_password_in_url_query_is_hidden(query):
     with pytest.raises(UserError, match="localhost:1/db") as caught:
         list(read_sql(url, query="SELECT 1"))
     assert "hush" not in str(caught.value)
-    assert "hush" not in prepare_data.command_line(Namespace(argv=["--sql", url, "--output", "out"], sql=url))
+    assert "hush" not in prepare_data.command_line(
+        Namespace(argv=["--sql", url, "--output", "out"], sql=url, query=None)
+    )
 
 
 def test_sqlite_is_read_only(sqlite_url):

@@ -322,8 +322,8 @@ def test_folder_belongs_to_one_sweep(tmp_path):
 def test_dry_run_of_a_hostile_file_prints_no_escapes(tmp_path, capsys):
     path = tmp_path / "sweep.yaml"
     path.write_text('grid: {rank: [4]}\ntrain: {dataset: ["\\e]52;c;cm0gLXJmIH4=\\a.jsonl"]}\n')
-    assert sweep_lora.main(["--sweep", str(path), "--dry_run"]) == 0
-    shown = capsys.readouterr().out
+    assert sweep_lora.main(["--sweep", str(path), "--dry_run"]) == 2  # there is no such file
+    shown = "".join(capsys.readouterr())
     assert "52;c" in shown and not set(shown) & {"\x1b", "\x07"}
 
 

@@ -64,6 +64,8 @@ def test_encode_writes_one_exact_line_per_row(tmp_path, tokenizer, tokenizer_dir
             {"text": s.text, "input_ids": s.input_ids, "labels": s.labels} for s in expected.sequences
         ]
         for sequence in row["sequences"]:
+            if "PWNED" in sequence["text"]:  # its control tokens are ordinary text, which the tokenizer cannot know
+                continue
             assert tokenizer(sequence["text"], add_special_tokens=False)["input_ids"] == sequence["input_ids"]
     assert "PWNED" not in trained_text(encoded[3]["sequences"][0], tokenizer)
     assert trained_text(encoded[0]["sequences"][0], tokenizer) == (

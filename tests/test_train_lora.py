@@ -145,7 +145,9 @@ BASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    "base", ["float32", "4bit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bfloat16", "dequantized"))]
+)
 def test_killed_run_resumes_to_the_same_bytes(base, rows, tiny_model, tmp_path):
     """SIGKILL after a checkpoint, then --resume: adapter bytes and log rows equal those of an undisturbed run.
 
@@ -324,6 +326,7 @@ def test_random_kills_change_nothing(rows, tmp_path):
     assert len(found) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="has no SIGHUP")
 def test_sighup_is_ignored_under_nohup(rows, tiny_model, tmp_path):
     words = command("--model", tiny_model, "--dataset", rows, "--format", "chatml", "--batch_size", 1, "--grad_accum",
