@@ -129,6 +129,12 @@ def test_no_flag_is_split_in_80_columns():
         assert flag in words
 
 
+def test_markup_in_a_status_is_text(capsys):
+    row = dict.fromkeys(tables.SHOWN_COLUMNS, 1.25) | {"status": "a[/INST]b", "run": "r", "notes": ""}
+    tables.print_table([row])
+    assert "a[/INST]b" in capsys.readouterr().out.split()
+
+
 def test_summary_table_omits_columns_and_says_so(monkeypatch, capsys, tmp_path):
     row = dict.fromkeys(tables.SHOWN_COLUMNS, 1.25) | {"status": "finished", "run": "rank=64  lr=1e-03", "notes": ""}
     monkeypatch.setattr(tables, "shown_width", lambda: 80)

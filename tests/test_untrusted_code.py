@@ -227,7 +227,8 @@ def test_run_folder_with_a_link_out_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize(
     "changes", [{"flags": "x"}, {"format": "chatml"}, {"format": {"name": ["a"]}}, {"flags": {"max_seq_length": "x"}},
-                {"flags": {"max_seq_length": -1}}, {"flags": {"format": ["a"]}}, {"flags": None}],
+                {"flags": {"max_seq_length": -1}}, {"flags": {"format": ["a"]}}, {"flags": {"rope_scaling": "{}"}},
+                {"flags": None}],
 )  # fmt: skip
 def test_config_of_another_kind_is_refused(tmp_path, changes):
     config = {"flags": {"max_seq_length": 9, "format": "chatml"}, "base_model": "m", "format": {"name": "chatml"}}

@@ -71,7 +71,7 @@ def print_table(table: list[dict[str, Any]]) -> None:
         view.add_column("notes", overflow="fold", style="yellow")
     for index, row in enumerate(table, start=1):
         notes = [escape(row["notes"])] if "notes" in others else []
-        view.add_row(escape(row["run"]), *(values[index] for values in cells.values()), *notes)
+        view.add_row(escape(row["run"]), *(escape(values[index]) for values in cells.values()), *notes)
     console = Console(width=width, highlight=False)
     console.print(fit(view, width))
     if omitted:

@@ -176,7 +176,7 @@ def _open_trained(folder: Path) -> Experiment:
     where, flags, fmt = str(folder / CONFIG), experiment.config["flags"], experiment.config["format"]
     if not isinstance(flags, dict) or not isinstance(fmt, dict) or not isinstance(fmt.get("name"), str):
         raise UserError(f"{where}: flags or format is not as train_lora.py writes it; train again")
-    for name in {"max_seq_length", "format"} & flags.keys():
+    for name in {"max_seq_length", "format", "rope_scaling"} & flags.keys():
         checked(where, name, flags[name])
     return experiment
 
