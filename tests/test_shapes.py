@@ -377,6 +377,11 @@ def test_function_chat_dialog_repeats_its_turns():
         normalize_row({"turns": turns})
 
 
+def test_open_webui_names_keys_beside_the_messages():
+    row = {"chat": {"messages": [user("Dim"), says("Done.")], "title": "Lamps", "tags": [], "input": ["more"]}}
+    assert describe(row) == "Open WebUI export: chat; not read: chat.title, chat.input"
+
+
 def test_open_webui_reads_the_shown_branch():
     nodes = {
         "a": user("q") | {"parentId": None},

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from finetune.preparing.groups import Groups
+
 WINDOW = 20  # characters of the pieces that are looked for in all requests
 MIN_SHARED_FRACTION = 0.5  # of the requests; a piece that more of them hold is omitted
 MIN_TEXTS = 6  # requests from which a shared piece means something
@@ -66,21 +68,13 @@ def continued_conversations(conversations: Sequence[dict[str, Any]]) -> list[int
             complete.setdefault(prefixes[-1], index)
     # Two rows that repeat two answers or more continue one conversation even where its first rows are missing.
     shared: dict[bytes, int] = {}
-    parent = list(range(len(keys)))
-
-    def find(item: int) -> int:
-        while parent[item] != item:
-            parent[item] = parent[parent[item]]
-            item = parent[item]
-        return item
-
+    groups = Groups(len(keys))
     for index, prefixes in enumerate(keys):
         others = [complete[prefix] for prefix in prefixes if prefix in complete]
         others += [shared.setdefault(prefix, index) for prefix in prefixes[1:-1]]
         for other in others:
-            a, b = find(index), find(other)
-            parent[max(a, b)] = min(a, b)
-    return [find(index) for index in range(len(parent))]
+            groups.join(index, other)
+    return groups.names()
 
 
 def _prefix_keys(conversation: dict[str, Any]) -> list[bytes]:

@@ -16,6 +16,7 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.packages import without_scipy_integrate
 from finetune.preparing.checks import called_tool
+from finetune.preparing.groups import Groups
 from finetune.preparing.related_rows import continued_conversations, own_texts
 from finetune.reading.load_result import LoadResult
 
@@ -59,21 +60,10 @@ def near_duplicate_groups(conversations: Sequence[dict[str, Any]]) -> list[int]:
     exactly. Groups are connected components, so a chain of near-duplicates is one group.
     """
     texts: dict[str, int] = {}
-    parent = list(range(len(conversations)))
-
-    def find(item: int) -> int:
-        while parent[item] != item:
-            parent[item] = parent[parent[item]]
-            item = parent[item]
-        return item
-
-    def join(a: int, b: int) -> None:
-        a, b = find(a), find(b)
-        parent[max(a, b)] = min(a, b)
-
+    groups = Groups(len(conversations))
     for index, conversation in enumerate(conversations):
         if text := request_text(conversation):  # rows without a user's text are not near-duplicates of each other
-            join(texts.setdefault(text, index), index)
+            groups.join(texts.setdefault(text, index), index)
     sets = {index: shingles(own) for own, index in zip(own_texts(list(texts)), texts.values(), strict=True)}
     signatures, buckets = _lsh_buckets(sets)
     for bucket in buckets:
@@ -84,13 +74,13 @@ def near_duplicate_groups(conversations: Sequence[dict[str, Any]]) -> list[int]:
             joined = False
             for place in _alike(compared[: len(seen)], signature):
                 other = seen[place]
-                if find(other) != find(item) and _are_similar(sets[item], sets[other]):
-                    join(item, other)
-                joined = joined or find(other) == find(item)
+                if groups.find(other) != groups.find(item) and _are_similar(sets[item], sets[other]):
+                    groups.join(item, other)
+                joined = joined or groups.find(other) == groups.find(item)
             if not joined:
                 compared[len(seen)] = signature
                 seen.append(item)
-    return [find(index) for index in range(len(conversations))]
+    return groups.names()
 
 
 def _are_similar(a: frozenset, b: frozenset) -> bool:
@@ -172,19 +162,11 @@ def split_groups(conversations: Sequence[dict[str, Any]], near_duplicates: Seque
 
 def joined_groups(first: Sequence[int], second: Sequence[int]) -> list[int]:
     """The groups of both, joined where they overlap; each is named by the index of its first member."""
-    parent = list(range(len(first)))
-
-    def find(item: int) -> int:
-        while parent[item] != item:
-            parent[item] = parent[parent[item]]
-            item = parent[item]
-        return item
-
+    joined = Groups(len(first))
     for groups in (first, second):
         for index, group in enumerate(groups):
-            a, b = find(index), find(group)
-            parent[max(a, b)] = min(a, b)
-    return [find(index) for index in range(len(parent))]
+            joined.join(index, group)
+    return joined.names()
 
 
 def split_off(loaded: LoadResult, fraction: float, seed: int) -> tuple[LoadResult, LoadResult]:

@@ -7,6 +7,9 @@ from typing import Any
 from finetune.reading.columns import decoded
 from finetune.reading.row_files import RowError, json_type
 
+# Of an Open WebUI message.
+METADATA = ("id", "parentId", "childrenIds", "timestamp", "model", "models", "modelName", "modelIdx", "done", "files")
+
 
 def is_open_webui(chat: Any) -> bool:
     """Whether a `chat` column holds the messages of an Open WebUI export."""
@@ -31,19 +34,12 @@ def open_webui_messages(chat: dict[str, Any]) -> list[dict[str, Any]]:
     for number, message in enumerate(messages, start=1):
         if isinstance(message, dict) and message.get("files"):
             raise RowError(f"message {number} of the chat has files; only text can be trained")
-    metadata = (
-        "id",
-        "parentId",
-        "childrenIds",
-        "timestamp",
-        "model",
-        "models",
-        "modelName",
-        "modelIdx",
-        "done",
-        "files",
-    )
-    return [{key: m[key] for key in m if key not in metadata} if isinstance(m, dict) else m for m in messages]
+    return [{key: m[key] for key in m if key not in METADATA} if isinstance(m, dict) else m for m in messages]
+
+
+def open_webui_unread(chat: dict[str, Any]) -> list[str]:
+    """The keys beside the messages that hold something."""
+    return [f"chat.{key}" for key, value in chat.items() if key not in ("messages", "history") and value]
 
 
 def is_function_chat_dialog(turns: Any) -> bool:

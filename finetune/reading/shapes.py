@@ -26,6 +26,7 @@ from finetune.reading.chat_exports import (
     is_function_chat_single_call,
     is_open_webui,
     open_webui_messages,
+    open_webui_unread,
     reject_single_call,
 )
 from finetune.reading.columns import (
@@ -57,6 +58,7 @@ class Shape:
     used     fields that are read if present, besides tools and system, which every shape may have
     guard    a condition on the fields that says whether a row with the needed fields has this shape
     read     fields -> messages in any spelling; raises RowError with the reason why it refuses a row
+    unread   fields -> keys inside a field that are not read, as they are named to the user
     """
 
     name: str
@@ -66,6 +68,7 @@ class Shape:
     guard: Callable[[Fields], bool] = lambda fields: True
     read: Callable[[Fields], Any] = read_messages
     used: Set[str] = frozenset()
+    unread: Callable[[Fields], list[str]] = lambda fields: []
 
     def fields_read(self, fields: Fields) -> Set[str]:
         """The fields that are read of a row."""
@@ -91,7 +94,7 @@ def describe(raw: dict[str, Any], column_map: dict[str, str] | None = None) -> s
     raw = flattened(with_parts(raw, column_map))
     names = shape.fields_read(fields)
     columns = {column: name for column, name in matched.items() if name in names}
-    unread = [column for column in raw if column not in columns and raw[column] is not None]
+    unread = [column for column in raw if column not in columns and raw[column] is not None] + shape.unread(fields)
     read = ", ".join(column if column == name else f"{column} -> {name}" for column, name in columns.items())
     return f"{shape.name}: {read}" + (f"; not read: {', '.join(unread)}" if unread else "")
 
@@ -165,6 +168,7 @@ SHAPES: tuple[Shape, ...] = (
         needs={"chat"},
         guard=lambda fields: is_open_webui(fields["chat"]),
         read=lambda fields: open_webui_messages(fields["chat"]),
+        unread=lambda fields: open_webui_unread(fields["chat"]),
     ),
     Shape(
         "Glaive chat",
