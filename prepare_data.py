@@ -87,7 +87,7 @@ def build_parser() -> FlagParser:
     add("--include_rejected", action="store_true", help="keep rows whose answer is marked as a bad one (label: false)")
     add("--strict", action="store_true", help="stop at the first bad row instead of rejecting it")
     add("--dedupe", action="store_true", help="also reject near-duplicates (exact ones always are)")
-    add("--split", default="80/10/10", help="ratio of train/validation/test")
+    add("--split", help="ratio of train/validation/test (default: 80/10/10); each must get a row")
     add("--seed", type=int, default=0, help="seed of the split")
     add("--limit", type=positive_int, help="use only the first N good rows of each source")
     add_format_flags(verb, required=False)
@@ -217,7 +217,7 @@ def prepare(args: argparse.Namespace) -> int:
         refuse_same_file(args.inputs, Path(args.output, name))
     refuse_to_replace(args.output, overwrite=args.overwrite)
     names = preparation.PrepareOptions.__dataclass_fields__
-    given = {name: value for name, value in vars(args).items() if name in names}
+    given = {name: value for name, value in vars(args).items() if name in names and (name != "split" or value)}
     options = preparation.PrepareOptions(**given | reading_options(args) | {"where": parse_where(args.where)})
     tokenizer, fmt = load_tokenizer_and_format(args) if args.tokenizer else (None, None)
     options.model_positions = positions_of(args) if args.tokenizer else None
@@ -232,6 +232,11 @@ def prepare(args: argparse.Namespace) -> int:
         if error.rejected:
             raise UserError(f"{error}; all reasons: {write_rejected(error.rejected, args.output)}") from error
         raise
+    if args.split and result.empty_splits:
+        raise UserError(
+            f"--split {args.split}: {' and '.join(result.empty_splits)} would get no row; add rows, give a larger share, "
+            "or omit --split"
+        )
     write_prepared(result, args.output, options, command_line(args), overwrite=args.overwrite)
     print_prepared(result, Path(args.output))
     return 0

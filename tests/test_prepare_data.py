@@ -363,3 +363,13 @@ def test_show_refuses_a_missing_row(tmp_path, tokenizer_dir, capsys):
     assert "there is no row 2" in fail(capsys, *show, "--first", "2")
     assert "there is no row 2" in fail(capsys, *show, "--first", "2", "--html", str(tmp_path / "page.html"))
     assert not (tmp_path / "page.html").exists()
+
+
+def test_split_asked_for_without_rows_is_an_error(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Capital of Peru?", "completion": "Lima."}])
+    arguments = [str(source), "--output", str(tmp_path / "out")]
+    assert prepare_data.main([*arguments, "--split", "80/10/10"]) == 2
+    assert "--split 80/10/10: validation and test would get no row" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert prepare_data.main(arguments) == 0  # the default shares are not asked for: the empty splits are named
+    assert "the split test gets no row" in " ".join(capsys.readouterr().out.split())

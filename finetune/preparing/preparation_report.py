@@ -46,7 +46,7 @@ def print_prepared(result: Prepared, folder: Path) -> None:
         table.add_row(name, *(f"{number:,}" for number in numbers))
     console.print(table)
     for name in result.empty_splits:
-        console.print(f"the split {name} was asked for and gets no row; add rows, or give it a larger share (--split)")
+        console.print(f"the split {name} gets no row; add rows, or give it a larger share (--split)")
     balance = tool_balance(result)
     tools = ", ".join(f"{tool} {counts.total():,}" for tool, counts in list(balance.items())[:MAX_SHOWN])
     console.print(f"{len(balance):,} tools: {escape(tools)}{' …' if len(balance) > MAX_SHOWN else ''}")
