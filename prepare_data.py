@@ -234,8 +234,8 @@ def prepare(args: argparse.Namespace) -> int:
         raise
     if args.split and result.empty_splits:
         raise UserError(
-            f"--split {args.split}: {' and '.join(result.empty_splits)} would get no row; add rows, give a larger share, "
-            "or omit --split"
+            f"--split {args.split}: {' and '.join(result.empty_splits)} would get no row; add rows, give a larger "
+            "share, or omit --split"
         )
     write_prepared(result, args.output, options, command_line(args), overwrite=args.overwrite)
     print_prepared(result, Path(args.output))
