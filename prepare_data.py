@@ -172,12 +172,6 @@ def reading_options(args: argparse.Namespace) -> dict:
     return {"column_map": parse_map(args.map), "tools": load_tools_file(args.tools) if args.tools else None}
 
 
-def encoding_options(args: argparse.Namespace) -> dict:
-    """Options of `formats.encode`."""
-    names = ("train_on", "control_tokens", "reasoning", "train_reasoning", "allow_unreadable_calls")
-    return {name: getattr(args, name) for name in names}
-
-
 def load_tokenizer_and_format(args: argparse.Namespace) -> tuple:
     """The tokenizer and the format that fits it."""
     from finetune.encoding.token_files import load_format, load_tokenizer
@@ -203,6 +197,7 @@ def positions_of(args: argparse.Namespace) -> int | None:
 
 def prepare(args: argparse.Namespace) -> int:
     """Write splits, rejected rows and the dataset card."""
+    from finetune.encoding.options import EncodingOptions
     from finetune.preparing import preparation
     from finetune.preparing.preparation_report import print_prepared
     from finetune.preparing.writing import WRITTEN, refuse_to_replace, write_prepared, write_rejected
@@ -218,7 +213,8 @@ def prepare(args: argparse.Namespace) -> int:
     refuse_to_replace(args.output, overwrite=args.overwrite)
     names = preparation.PrepareOptions.__dataclass_fields__
     given = {name: value for name, value in vars(args).items() if name in names and (name != "split" or value)}
-    options = preparation.PrepareOptions(**given | reading_options(args) | {"where": parse_where(args.where)})
+    given |= reading_options(args) | {"where": parse_where(args.where), "encoding": EncodingOptions.of(args)}
+    options = preparation.PrepareOptions(**given)
     tokenizer, fmt = load_tokenizer_and_format(args) if args.tokenizer else (None, None)
     options.model_positions = positions_of(args) if args.tokenizer else None
     rows = None
@@ -268,13 +264,16 @@ def _without_folders(argument: str) -> str:
 
 def encode(args: argparse.Namespace) -> int:
     """Write texts, input_ids and labels."""
+    from finetune.encoding.options import EncodingOptions
     from finetune.encoding.token_files import encode_file
     from finetune.models.loading import known_positions
     from finetune.preparing.checks import refusal
 
     tokenizer, fmt = load_tokenizer_and_format(args)
-    options = reading_options(args) | encoding_options(args) | {"positions": known_positions(args.tokenizer)}
-    counts = encode_file(args.input, args.output, tokenizer, fmt, check=refusal, overwrite=args.overwrite, **options)
+    counts = encode_file(
+        args.input, args.output, tokenizer, fmt, EncodingOptions.of(args), check=refusal, overwrite=args.overwrite,
+        positions=known_positions(args.tokenizer), **reading_options(args),
+    )  # fmt: skip
     statuses = ", ".join(f"{n} {status}" for status, n in counts.items())
     print(f"{counts.total()} rows: {statuses} -> {args.output}")
     return 0
@@ -296,6 +295,7 @@ def parse(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> int:
     """Show rows with their trained tokens."""
+    from finetune.encoding.options import EncodingOptions
     from finetune.encoding.token_files import encoded_rows
     from finetune.preparing.checks import refusal
     from finetune.preparing.mask_view import show_html, show_terminal
@@ -304,8 +304,10 @@ def show(args: argparse.Namespace) -> int:
     if args.html:
         refuse_same_file(args.inputs, args.html)
     tokenizer, fmt = load_tokenizer_and_format(args)
-    options = reading_options(args) | encoding_options(args)
-    entries = encoded_rows(args.inputs, tokenizer, fmt, first=args.first, number=args.rows, check=refusal, **options)
+    entries = encoded_rows(
+        args.inputs, tokenizer, fmt, EncodingOptions.of(args), first=args.first, number=args.rows, check=refusal,
+        **reading_options(args),
+    )  # fmt: skip
     if args.html:
         show_html(entries, tokenizer, f"{fmt.name}: {', '.join(args.inputs)}", args.html)
         print(f"written: {args.html}")
@@ -318,6 +320,7 @@ def audit(args: argparse.Namespace) -> int:
     """Print statistics and assertions; 1 when an assertion fails."""
     from rich.console import Console
 
+    from finetune.encoding.options import EncodingOptions
     from finetune.models.loading import known_positions
     from finetune.preparing import audit as audits
     from finetune.reading.conversations import load_conversations
@@ -326,7 +329,8 @@ def audit(args: argparse.Namespace) -> int:
     loaded = load_conversations(args.inputs, limit=args.limit, strict=False, **reading_options(args))
     names = (f"{source}, row {row}" for source, row in loaded.origins)
     rows = zip(names, loaded.conversations, strict=True)
-    result = audits.audit(rows, tokenizer, fmt, positions=known_positions(args.tokenizer), **encoding_options(args))
+    positions = known_positions(args.tokenizer)
+    result = audits.audit(rows, tokenizer, fmt, EncodingOptions.of(args), positions=positions)
     result.add_rejected(loaded.rejected)
     audits.print_audit(result, Console())
     return 0 if result.passed else 1

@@ -103,16 +103,17 @@ def without_control(value: Any, pattern: re.Pattern) -> Any:
 
 def check_encoding(conversation: dict[str, Any], pair: int) -> None:
     """The control tokens of a row are those of the same row without control strings in its contents."""
+    from finetune.encoding.options import EncodingOptions
     from finetune.encoding.rows import encode_answers
 
     tokenizer, fmt, pattern, control = loaded_pair(pair)
-    flags = {"allow_unreadable_calls": True, "reasoning": "drop"}
-    encoded = encode_answers(conversation, tokenizer, fmt, **flags)
+    options = EncodingOptions(allow_unreadable_calls=True, reasoning="drop")
+    encoded = encode_answers(conversation, tokenizer, fmt, options)
     if encoded.status == "refused":
         assert encoded.reason and not encoded.sequences, "refused without a reason"
         return
     calm = without_control(conversation, pattern)
-    other = encode_answers(calm, tokenizer, fmt, **flags)
+    other = encode_answers(calm, tokenizer, fmt, options)
     if calm == conversation or other.status == "refused" or "</think>" in json.dumps(conversation):
         return
     for kind in ("labels", "input_ids"):

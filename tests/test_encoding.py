@@ -12,7 +12,8 @@ from finetune.encoding import cache as encoding_cache
 from finetune.encoding import encode as encoding
 from finetune.encoding import rows as row_encoding
 from finetune.encoding.encode import encode_conversations
-from finetune.encoding.rows import Flags, turn_starts, without_oldest_turns
+from finetune.encoding.options import EncodingOptions
+from finetune.encoding.rows import turn_starts, without_oldest_turns
 from finetune.errors import UserError
 from finetune.preparing.checks import check_conversation
 from finetune.reading.conversations import normalize_row
@@ -103,7 +104,12 @@ LONG = conversation(*[f"{word} " * 40 for word in ("one", "two", "three", "four"
 def test_drop_omits_and_names_long_rows(tokenizer):
     limit = length(LONG, tokenizer) - 1
     encoded = encode_conversations(
-        [ROWS[0], LONG], tokenizer, FMT, max_seq_length=limit, progress=False, origins=[("a.jsonl", 3), ("b.jsonl", 9)]
+        [ROWS[0], LONG],
+        tokenizer,
+        FMT,
+        EncodingOptions(max_seq_length=limit),
+        progress=False,
+        origins=[("a.jsonl", 3), ("b.jsonl", 9)],
     )
     assert encoded.rows.tolist() == [0]
     assert encoded.left_out == [(1, f"longer than max_seq_length: {limit + 1} > {limit} tokens")]
@@ -112,14 +118,21 @@ def test_drop_omits_and_names_long_rows(tokenizer):
 
 
 def test_a_row_of_exactly_the_limit_is_kept(tokenizer):
-    encoded = encode_conversations([LONG], tokenizer, FMT, max_seq_length=length(LONG, tokenizer), progress=False)
+    encoded = encode_conversations(
+        [LONG], tokenizer, FMT, EncodingOptions(max_seq_length=length(LONG, tokenizer)), progress=False
+    )
     assert encoded.report["kept"] == 1
 
 
 def test_error_stops_with_file_and_row(tokenizer):
     with pytest.raises(UserError, match=r"b\.jsonl, row 9: longer than max_seq_length"):
         encode_conversations(
-            [LONG], tokenizer, FMT, max_seq_length=50, overlong="error", progress=False, origins=[("b.jsonl", 9)]
+            [LONG],
+            tokenizer,
+            FMT,
+            EncodingOptions(max_seq_length=50, overlong="error"),
+            progress=False,
+            origins=[("b.jsonl", 9)],
         )
 
 
@@ -128,7 +141,7 @@ def test_trim_turns_removes_as_few_turns_as_needed(tokenizer, turns):
     kept = without_oldest_turns(LONG, turns)
     limit = length(kept, tokenizer)
     encoded = encode_conversations(
-        [ROWS[1], LONG], tokenizer, FMT, max_seq_length=limit, overlong="trim_turns", progress=False
+        [ROWS[1], LONG], tokenizer, FMT, EncodingOptions(max_seq_length=limit, overlong="trim_turns"), progress=False
     )
     (expected,) = encode(kept, tokenizer, FMT).sequences
     assert encoded.sequences[1] == (expected.input_ids, expected.labels)
@@ -137,7 +150,9 @@ def test_trim_turns_removes_as_few_turns_as_needed(tokenizer, turns):
 
 
 def test_too_long_last_turn_drops_the_row(tokenizer):
-    encoded = encode_conversations([LONG], tokenizer, FMT, max_seq_length=60, overlong="trim_turns", progress=False)
+    encoded = encode_conversations(
+        [LONG], tokenizer, FMT, EncodingOptions(max_seq_length=60, overlong="trim_turns"), progress=False
+    )
     assert len(encoded.sequences) == 0 and encoded.report["dropped"] == 1 and encoded.turns_removed == {}
 
 
@@ -186,10 +201,11 @@ def test_silent_answer_is_refused_as_in_preparation(tokenizer):
 
 def test_second_run_comes_from_the_cache(tokenizer, tmp_path, monkeypatch):
     rows = [*ROWS, conversation("no answer"), LONG]
-    flags = {"max_seq_length": 400, "overlong": "trim_turns", "cache_dir": tmp_path, "progress": False}
-    first = encode_conversations(rows, tokenizer, FMT, **flags)
+    options = EncodingOptions(max_seq_length=400, overlong="trim_turns")
+    flags = {"cache_dir": tmp_path, "progress": False}
+    first = encode_conversations(rows, tokenizer, FMT, options, **flags)
     monkeypatch.setattr(encoding, "encode_chunk", None)  # a second computation would fail
-    second = encode_conversations(rows, tokenizer, FMT, **flags)
+    second = encode_conversations(rows, tokenizer, FMT, options, **flags)
     assert same(first, second) and second.turns_removed == first.turns_removed
     assert (first.report["from_cache"], second.report["from_cache"]) == (False, True)
     assert {**first.report, "from_cache": 0} == {**second.report, "from_cache": 0}
@@ -212,7 +228,7 @@ def test_cached_result_needs_no_conversations(tokenizer, tmp_path):
 def test_cache_key_covers_what_changes_a_token(tokenizer, tmp_path):
     def path(rows=ROWS, fmt=FMT, tok=tokenizer, **changes):
         flags = {"max_seq_length": 100, "train_on": "all", "control_tokens": "escape", "overlong": "drop"} | changes
-        return encoding_cache.cache_path(tmp_path, conversations_fingerprint(rows), tok, fmt, Flags(**flags))
+        return encoding_cache.cache_path(tmp_path, conversations_fingerprint(rows), tok, fmt, EncodingOptions(**flags))
 
     other_tokenizer = copy.deepcopy(tokenizer)
     other_tokenizer.add_tokens(["<extra>"])
@@ -261,13 +277,13 @@ def test_unwritable_cache_is_a_user_error(tokenizer, tmp_path):
 
 
 def test_labels_that_differ_from_ids_raise(tokenizer, monkeypatch):
-    honest = row_encoding._encode
+    honest = row_encoding.encode_answers
 
     def wrong(*args):
         encoded = honest(*args)
         encoded.sequences[0].labels[-1] = 5
         return encoded
 
-    monkeypatch.setattr(row_encoding, "_encode", wrong)
+    monkeypatch.setattr(row_encoding, "encode_answers", wrong)
     with pytest.raises(AssertionError, match="do not match"):
         encode_conversations(ROWS, tokenizer, FMT, progress=False)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from finetune.encoding.encode import encode_conversations
+from finetune.encoding.options import EncodingOptions
 from finetune.errors import UserError
 from finetune.models import limits
 from finetune.models.limits import LengthLimit, check_vocabulary, context_limit, model_positions
@@ -65,12 +66,16 @@ def row(words: int) -> dict:
 @pytest.mark.parametrize("overlong", ["drop", "trim_turns", "error"])
 def test_rows_beyond_the_positions_are_counted(overlong):
     tokenizer = parts.tokenizer("smollm2")
-    flags = {"max_seq_length": 9000, "max_positions": 128, "overlong": overlong, "progress": False}
+    options = EncodingOptions(max_seq_length=9000, max_positions=128, overlong=overlong)
     if overlong == "error":
         with pytest.raises(UserError, match=r"row 2.*longer than the model's positions.*; use --overlong"):
-            encode_conversations([row(10), row(500)], tokenizer, get_format("chatml", tokenizer), **flags)
+            encode_conversations(
+                [row(10), row(500)], tokenizer, get_format("chatml", tokenizer), options, progress=False
+            )
         return
-    encoded = encode_conversations([row(10), row(500)], tokenizer, get_format("chatml", tokenizer), **flags)
+    encoded = encode_conversations(
+        [row(10), row(500)], tokenizer, get_format("chatml", tokenizer), options, progress=False
+    )
     assert encoded.report["reasons"] == {"longer than the model's positions": 1}
     assert encoded.report["max_seq_length"] == 128 and encoded.report["kept"] == 1
     assert [number for number, _ in encoded.left_out] == [1] and "> 128 tokens" in encoded.left_out[0][1]
@@ -79,7 +84,11 @@ def test_rows_beyond_the_positions_are_counted(overlong):
 def test_flag_below_the_positions_is_the_reason():
     tokenizer = parts.tokenizer("smollm2")
     encoded = encode_conversations(
-        [row(500)], tokenizer, get_format("chatml", tokenizer), max_seq_length=100, max_positions=128, progress=False
+        [row(500)],
+        tokenizer,
+        get_format("chatml", tokenizer),
+        EncodingOptions(max_seq_length=100, max_positions=128),
+        progress=False,
     )
     assert encoded.report["reasons"] == {"longer than max_seq_length": 1}
 

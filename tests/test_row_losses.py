@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from finetune.encoding.encode import encode_conversations
+from finetune.encoding.options import EncodingOptions
 from finetune.encoding.token_files import encode_file, encoded_rows
 from finetune.preparing.audit import audit
 from finetune.preparing.preparation import PrepareOptions, prepare
@@ -50,7 +51,7 @@ def test_encode_report_counts_rows_and_names_the_first(tokenizer, fmt, tmp_path)
 @pytest.mark.parametrize("reasoning,kept", [("drop", 3), ("refuse", 1)])
 def test_dropped_or_refused_reasoning_is_no_warning(tokenizer, fmt, reasoning, kept):
     report = encode_conversations(
-        [PLAIN, *REASONED], tokenizer, fmt, num_proc=1, progress=False, reasoning=reasoning
+        [PLAIN, *REASONED], tokenizer, fmt, EncodingOptions(reasoning=reasoning), num_proc=1, progress=False
     ).report
     assert (report["kept"], report["warnings"]) == (kept, [])
     refused = {f"refused: message 2 (assistant): {PLACE}": 2} if reasoning == "refuse" else {}
@@ -81,7 +82,9 @@ def test_rows_with_unreadable_calls_are_refused():
     rows = [PLAIN, row(user("Time?"), calls(("clock", {"zone": "UTC"})), tools=(CLOCK,))]
     refused = encode_conversations(rows, tokenizer, fmt, num_proc=1, progress=False)
     assert refused.report["refused"] == 1 and "--allow_unreadable_calls" in refused.left_out[0][1]
-    allowed = encode_conversations(rows, tokenizer, fmt, num_proc=1, progress=False, allow_unreadable_calls=True)
+    allowed = encode_conversations(
+        rows, tokenizer, fmt, EncodingOptions(allow_unreadable_calls=True), num_proc=1, progress=False
+    )
     assert (allowed.report["kept"], allowed.report["refused"]) == (2, 0)
 
 

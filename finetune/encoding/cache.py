@@ -1,4 +1,4 @@
-"""Encoded data on disk: one .npz of flat arrays per combination of data, format, tokenizer, flags and code."""
+"""Encoded data on disk: one .npz of flat arrays per combination of data, format, tokenizer, options and code."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import numpy as np
 
 import formats
 from finetune.encoding.encoded import EncodedRows
-from finetune.encoding.rows import Flags
+from finetune.encoding.options import EncodingOptions
 from finetune.files import write_to_cache
 from formats import Format
 
 ARRAYS = ("input_ids", "trained", "offsets", "rows")
 
 
-def cache_path(cache_dir: str | Path, fingerprint: str, tokenizer: Any, fmt: Format, flags: Flags) -> Path:
+def cache_path(cache_dir: str | Path, fingerprint: str, tokenizer: Any, fmt: Format, options: EncodingOptions) -> Path:
     """The file for exactly this input: everything that could change an id or a label is part of its name.
 
     fingerprint  of the conversations, order included
@@ -32,7 +32,7 @@ def cache_path(cache_dir: str | Path, fingerprint: str, tokenizer: Any, fmt: For
     fields = {field.name: getattr(fmt, field.name) for field in dataclasses.fields(fmt)}
     functions = [value for value in fields.values() if callable(value)]
     data = {name: value for name, value in fields.items() if not callable(value) and name != "ollama"}
-    described = json.dumps([data, dataclasses.asdict(flags)], default=str, sort_keys=True)
+    described = json.dumps([data, dataclasses.asdict(options)], default=str, sort_keys=True)
     digest = hashlib.sha256()
     for part in (fingerprint, tokenizer_fingerprint(tokenizer), described, _code_fingerprint(functions)):
         digest.update(part.encode())
@@ -54,7 +54,7 @@ def _code_fingerprint(functions: list[Any]) -> str:
     a fixed bug must not survive in a cache."""
     package = Path(formats.__file__).parent
     files = {path for path in package.rglob("*") if path.suffix in (".py", ".jinja")}
-    files |= {Path(__file__).with_name(name) for name in ("encode.py", "encoded.py", "rows.py")}
+    files |= {Path(__file__).with_name(name) for name in ("encode.py", "encoded.py", "options.py", "rows.py")}
     files |= {Path(str(sys.modules[function.__module__].__file__)) for function in functions}
     digest = hashlib.sha256()
     for path in sorted(files):

@@ -20,7 +20,8 @@ import numpy as np
 
 from finetune.encoding import cache
 from finetune.encoding.encoded import EncodedRows
-from finetune.encoding.rows import Chunk, Conversation, Flags, encode_chunk
+from finetune.encoding.options import DEFAULT_OPTIONS, EncodingOptions
+from finetune.encoding.rows import Chunk, Conversation, encode_chunk
 from finetune.errors import UserError
 from finetune.packages import hide_torch
 from finetune.progress import progress_bar
@@ -40,15 +41,8 @@ def encode_conversations(
     conversations: Sequence[Conversation],
     tokenizer: Any,
     fmt: Format,
+    options: EncodingOptions = DEFAULT_OPTIONS,
     *,
-    max_seq_length: int | None = None,
-    max_positions: int | None = None,
-    train_on: str = "all",
-    control_tokens: str = "escape",
-    overlong: str = "drop",
-    reasoning: str = "keep",
-    allow_unreadable_calls: bool = False,
-    train_reasoning: str = "on",
     num_proc: int | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = True,
@@ -57,29 +51,16 @@ def encode_conversations(
 ) -> EncodedRows:
     """Render, tokenise and mask every conversation.
 
-    max_seq_length  in tokens; None: no limit
-    max_positions   the model's, if they are fewer than max_seq_length: the limit instead; None: no limit by the model
-    overlong        "drop" omits a longer sequence, "trim_turns" removes the oldest turns (system messages and tools
-                    stay) until the rest fits, "error" raises UserError; an answer is never cut
-    reasoning, allow_unreadable_calls, train_reasoning  see `formats.encode`
     num_proc        processes; None: all cores if one process alone would take long
-    cache_dir       folder for results, keyed by data, format, tokenizer, flags and code; None: no cache
+    cache_dir       folder for results, keyed by data, format, tokenizer, options and code; None: no cache
     origins         (source, row) of each conversation, to name rows in the report and in errors
     fingerprint     of the conversations (`LoadResult.fingerprint`), so that a cached result needs none of them
     Raises UserError, and formats.FormatError when format and tokenizer do not fit together.
     """
-    if overlong not in ("drop", "trim_turns", "error"):
-        raise UserError(f"overlong is {overlong!r}; choose drop, trim_turns or error")
-    if max_positions is not None and max_seq_length is not None and max_positions >= max_seq_length:
-        max_positions = None
-    flags = Flags(
-        max_seq_length, train_on, control_tokens, overlong, reasoning, allow_unreadable_calls, train_reasoning,
-        max_positions,
-    )  # fmt: skip
     path = None
     if cache_dir is not None:
         fingerprint = fingerprint or conversations_fingerprint(conversations)
-        path = cache.cache_path(cache_dir, fingerprint, tokenizer, fmt, flags)
+        path = cache.cache_path(cache_dir, fingerprint, tokenizer, fmt, options)
         if (cached := cache.load(path)) is not None:
             cached.report["from_cache"] = True
             return _with_row_names(cached, origins)
@@ -87,14 +68,14 @@ def encode_conversations(
     work = [(start, conversations[start : start + CHUNK_ROWS]) for start in range(0, len(conversations), CHUNK_ROWS)]
     chunks = []
     with progress_bar("rows to tokens", len(conversations), shown=progress) as advance:
-        for chunk, (_, rows) in zip(_encode_chunks(work, tokenizer, fmt, flags, num_proc), work, strict=True):
-            if overlong == "error" and chunk.counts["sequences_too_long"]:
+        for chunk, (_, rows) in zip(_encode_chunks(work, tokenizer, fmt, options, num_proc), work, strict=True):
+            if options.overlong == "error" and chunk.counts["sequences_too_long"]:
                 row, reason = next((row, reason) for row, reason in chunk.left_out if reason.startswith("longer"))
-                remedy = "use" if max_positions else "raise --max_seq_length or use"
+                remedy = "use" if options.max_positions else "raise --max_seq_length or use"
                 raise UserError(f"{_row_name(row, origins)}: {reason}; {remedy} --overlong drop|trim_turns")
             chunks.append(chunk)
             advance(len(rows))
-    encoded = _joined(chunks, len(conversations), flags)
+    encoded = _joined(chunks, len(conversations), options)
     encoded.report["seconds"] = round(time.monotonic() - started, 3)
     if path is not None:
         cache.save(path, encoded)
@@ -103,7 +84,7 @@ def encode_conversations(
 
 
 def _encode_chunks(
-    work: list[Work], tokenizer: Any, fmt: Format, flags: Flags, num_proc: int | None
+    work: list[Work], tokenizer: Any, fmt: Format, options: EncodingOptions, num_proc: int | None
 ) -> Iterator[Chunk]:
     """Chunks in order; in this process, until the rest turns out to be worth the start of several processes."""
     processes = num_proc or os.cpu_count() or 1
@@ -112,12 +93,12 @@ def _encode_chunks(
         elapsed = time.monotonic() - started
         is_long = elapsed > PROBE_SECONDS and elapsed / done * (len(work) - done) > MIN_POOL_SECONDS
         if processes > 1 and (num_proc or is_long):
-            yield from _encode_in_pool(work[done:], tokenizer, fmt, flags, processes)
+            yield from _encode_in_pool(work[done:], tokenizer, fmt, options, processes)
             return
-        yield encode_chunk(start, rows, tokenizer, fmt, flags)
+        yield encode_chunk(start, rows, tokenizer, fmt, options)
 
 
-_WORKER: tuple[Any, Format, Flags]  # tokenizer, format and flags of a worker process
+_WORKER: tuple[Any, Format, EncodingOptions]  # tokenizer, format and options of a worker process
 
 
 def _start_worker(payload: bytes, torchless: bool) -> None:
@@ -133,8 +114,10 @@ def _work(item: Work) -> Chunk:
     return encode_chunk(*item, *_WORKER)
 
 
-def _encode_in_pool(work: list[Work], tokenizer: Any, fmt: Format, flags: Flags, processes: int) -> Iterator[Chunk]:
-    payload = pickle.dumps((tokenizer, fmt, flags))
+def _encode_in_pool(
+    work: list[Work], tokenizer: Any, fmt: Format, options: EncodingOptions, processes: int
+) -> Iterator[Chunk]:
+    payload = pickle.dumps((tokenizer, fmt, options))
     # spawn works on Linux and Windows and never copies the threads of a running torch
     context = multiprocessing.get_context("spawn")
     torchless = type(tokenizer).__module__.startswith("transformers.")  # a tokenizer's own code may need torch
@@ -168,7 +151,7 @@ def _with_row_names(encoded: EncodedRows, origins: Origins) -> EncodedRows:
     return encoded
 
 
-def _joined(chunks: list[Chunk], read: int, flags: Flags) -> EncodedRows:
+def _joined(chunks: list[Chunk], read: int, options: EncodingOptions) -> EncodedRows:
     ids = [array for chunk in chunks for array in chunk.ids]
     trained = [array for chunk in chunks for array in chunk.trained]
     lengths = np.asarray([len(array) for array in ids], dtype=np.int64)
@@ -197,12 +180,12 @@ def _joined(chunks: list[Chunk], read: int, flags: Flags) -> EncodedRows:
             str(p): int(np.percentile(lengths, p, method="higher")) for p in (50, 90, 95, 99) if len(lengths)
         },
         "escaped": counts["escaped"],
-        "max_seq_length": flags.limit,
-        "train_on": flags.train_on,
-        "control_tokens": flags.control_tokens,
-        "overlong": flags.overlong,
-        "reasoning": flags.reasoning,
-        "train_reasoning": flags.train_reasoning,
+        "max_seq_length": options.limit,
+        "train_on": options.train_on,
+        "control_tokens": options.control_tokens,
+        "overlong": options.overlong,
+        "reasoning": options.reasoning,
+        "train_reasoning": options.train_reasoning,
     }
     return EncodedRows(
         np.concatenate(ids) if ids else np.zeros(0, np.int32),

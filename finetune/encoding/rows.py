@@ -10,32 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from finetune.encoding.options import EncodingOptions
 from formats import IGNORE_INDEX, Encoded, Format, Sequence, encode
 
 Conversation = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Flags:
-    """What decides the result besides data, format and tokenizer."""
-
-    max_seq_length: int | None
-    train_on: str
-    control_tokens: str
-    overlong: str
-    reasoning: str = "keep"
-    allow_unreadable_calls: bool = False
-    train_reasoning: str = "on"
-    max_positions: int | None = None  # of the model, where they are fewer than max_seq_length
-
-    @property
-    def limit(self) -> int | None:
-        """The maximum length of a sequence in tokens."""
-        return self.max_positions or self.max_seq_length
-
-    @property
-    def overlong_reason(self) -> str:
-        return "longer than the model's positions" if self.max_positions else "longer than max_seq_length"
 
 
 @dataclass
@@ -58,15 +36,15 @@ class Chunk:
         self.left_out.append((row, reason + detail))
         self.reasons[reason] += 1
 
-    def add(self, row: int, sequence: Sequence, flags: Flags) -> bool:
+    def add(self, row: int, sequence: Sequence, options: EncodingOptions) -> bool:
         """Add one sequence if it fits and trains something; returns whether it was added."""
         ids = np.asarray(sequence.input_ids, dtype=np.int32)
         labels = np.asarray(sequence.labels, dtype=np.int32)
         trained = labels != IGNORE_INDEX
         if len(ids) != len(labels) or not np.array_equal(labels[trained], ids[trained]):
             raise AssertionError(f"labels of conversation {row} do not match its ids")
-        if flags.limit is not None and len(ids) > flags.limit:
-            self.omit(row, flags.overlong_reason, f": {len(ids)} > {flags.limit} tokens")
+        if options.limit is not None and len(ids) > options.limit:
+            self.omit(row, options.overlong_reason, f": {len(ids)} > {options.limit} tokens")
             self.counts["sequences_too_long"] += 1
             return False
         if not trained.any():
@@ -80,18 +58,20 @@ class Chunk:
         return True
 
 
-def encode_chunk(start: int, conversations: Iterable[Conversation], tokenizer: Any, fmt: Format, flags: Flags) -> Chunk:
+def encode_chunk(
+    start: int, conversations: Iterable[Conversation], tokenizer: Any, fmt: Format, options: EncodingOptions
+) -> Chunk:
     """Encode consecutive conversations, the first of which is number `start` of all."""
     chunk = Chunk()
     for row, conversation in enumerate(conversations, start=start):
-        encoded = _encode(conversation, tokenizer, fmt, flags)
+        encoded = encode_answers(conversation, tokenizer, fmt, options)
         if encoded.status == "refused":
             chunk.omit(row, f"refused: {encoded.reason}")
             chunk.counts["refused"] += 1
             continue
         chunk.longest = max(chunk.longest, (_longest(encoded), row))
-        encoded, removed = _trimmed(encoded, conversation, tokenizer, fmt, flags)
-        added = [chunk.add(row, sequence, flags) for sequence in encoded.sequences]
+        encoded, removed = _trimmed(encoded, conversation, tokenizer, fmt, options)
+        added = [chunk.add(row, sequence, options) for sequence in encoded.sequences]
         if any(added):
             chunk.counts.update(kept=1, split=int(len(added) > 1), escaped=encoded.escaped)
             chunk.warned += [(row, kind) for kind in warning_kinds(encoded)]
@@ -102,30 +82,16 @@ def encode_chunk(start: int, conversations: Iterable[Conversation], tokenizer: A
     return chunk
 
 
-def _encode(conversation: Conversation, tokenizer: Any, fmt: Format, flags: Flags) -> Encoded:
-    return encode_answers(
-        conversation,
-        tokenizer,
-        fmt,
-        train_on=flags.train_on,
-        control_tokens=flags.control_tokens,
-        reasoning=flags.reasoning,
-        allow_unreadable_calls=flags.allow_unreadable_calls,
-        train_reasoning=flags.train_reasoning,
-        max_tokens=flags.limit,
-    )
-
-
 def warning_kinds(encoded: Encoded) -> list[str]:
     """The different warnings of a row, without the number of the message that each is about."""
     return list(dict.fromkeys(warning.partition(": ")[2] for warning in encoded.warnings))
 
 
-def encode_answers(conversation: Conversation, tokenizer: Any, fmt: Format, **flags: Any) -> Encoded:
+def encode_answers(conversation: Conversation, tokenizer: Any, fmt: Format, options: EncodingOptions) -> Encoded:
     """`formats.encode`, but a row with an empty answer is refused, which some formats could express."""
     if empty := empty_answer(conversation):
         return Encoded("refused", empty)
-    return encode(conversation, tokenizer, fmt, **flags)
+    return encode(conversation, tokenizer, fmt, **options.of_format)
 
 
 def warn_of_length(encoded: Encoded, positions: int | None) -> None:
@@ -147,20 +113,20 @@ def empty_answer(conversation: Conversation) -> str | None:
 
 
 def _trimmed(
-    encoded: Encoded, conversation: Conversation, tokenizer: Any, fmt: Format, flags: Flags
+    encoded: Encoded, conversation: Conversation, tokenizer: Any, fmt: Format, options: EncodingOptions
 ) -> tuple[Encoded, int]:
     """With trim_turns: (encoded, turns removed) without as few of the oldest turns as make every sequence fit.
 
     The input and 0 when nothing has to be removed or nothing helps.
     """
-    limit = flags.limit
-    if limit is None or flags.overlong != "trim_turns" or _longest(encoded) <= limit:
+    limit = options.limit
+    if limit is None or options.overlong != "trim_turns" or _longest(encoded) <= limit:
         return encoded, 0
     first, last = 1, len(turn_starts(conversation["messages"])) - 1  # how many turns may go: at least one stays
     best = encoded, 0
     while first <= last:
         middle = (first + last) // 2
-        trial = _encode(without_oldest_turns(conversation, middle), tokenizer, fmt, flags)
+        trial = encode_answers(without_oldest_turns(conversation, middle), tokenizer, fmt, options)
         if trial.status != "refused" and _longest(trial) <= limit:
             best, last = (trial, middle), middle - 1
         else:

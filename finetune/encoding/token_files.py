@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from finetune.encoding.options import DEFAULT_OPTIONS, EncodingOptions
 from finetune.encoding.rows import warn_of_length, warning_kinds
 from finetune.errors import UserError
 from finetune.files import json_line, open_atomic
@@ -66,7 +67,7 @@ def load_format(name: str, tokenizer: Any) -> tuple[Format, str]:
 
 
 def _encode_row(
-    raw: Any, tokenizer: Any, fmt: Format, column_map: Any, tools: Any, check: Check | None = None, **flags: Any
+    raw: Any, tokenizer: Any, fmt: Format, options: EncodingOptions, column_map: Any, tools: Any, check: Check | None
 ) -> Encoded:
     """Encode one raw row; what cannot be used is refused with its reason."""
     try:
@@ -75,7 +76,7 @@ def _encode_row(
         return Encoded("refused", str(error))
     if check is not None and (reason := check(conversation)):
         return Encoded("refused", reason)
-    return encode(conversation, tokenizer, fmt, **flags)
+    return encode(conversation, tokenizer, fmt, **options.of_format)
 
 
 def encode_file(
@@ -83,18 +84,19 @@ def encode_file(
     target: str | Path,
     tokenizer: Any,
     fmt: Format,
+    options: EncodingOptions = DEFAULT_OPTIONS,
     *,
     column_map: Any = None,
     tools: Any = None,
+    check: Check | None = None,
     overwrite: bool = False,
     positions: int | None = None,
-    **flags: Any,
 ) -> Counter:
     """Write `{"row", "status", "reason", "sequences": [{"text", "input_ids", "labels"}]}` per row; counts by status.
 
     `row` is the row's number from 1 (for JSON Lines its line). A row that is trained without a part of it, or has more
-    tokens than `positions`, has its "warnings"; they are also counted in the log. `flags` go to formats.encode
-    (train_on, control_tokens, reasoning …), but `check`: a function that says why a conversation is refused.
+    tokens than `positions`, has its "warnings"; they are also counted in the log. `check` says why a conversation is
+    refused, or returns None.
     """
     counts: Counter = Counter()
     warned: dict[str, list[int]] = {}
@@ -102,7 +104,7 @@ def encode_file(
     writing = _rewritten(spec, target, _ENCODED_KEYS, overwrite=overwrite)
     with writing as write, progress_bar("rows", _row_count(spec)) as advance:
         for _, number, raw in read_rows(spec):
-            encoded = _encode_row(raw, tokenizer, fmt, column_map, tools, **flags)
+            encoded = _encode_row(raw, tokenizer, fmt, options, column_map, tools, check)
             warn_of_length(encoded, positions)
             counts[encoded.status] += 1
             sequences = [{"text": s.text, "input_ids": s.input_ids, "labels": s.labels} for s in encoded.sequences]
@@ -154,12 +156,13 @@ def encoded_rows(
     specs: list[str],
     tokenizer: Any,
     fmt: Format,
+    options: EncodingOptions = DEFAULT_OPTIONS,
     *,
     first: int = 1,
     number: int = 5,
     column_map: Any = None,
     tools: Any = None,
-    **flags: Any,
+    check: Check | None = None,
 ) -> Iterator[dict[str, Any]]:
     """{"title", "reason", "sequences": [(input_ids, labels, roles)]} of `number` rows, counted over all sources.
 
@@ -169,7 +172,7 @@ def encoded_rows(
     found = False
     for source, row, raw in islice(rows, first - 1, first - 1 + number):
         found = True
-        encoded = _encode_row(raw, tokenizer, fmt, column_map, tools, **flags)
+        encoded = _encode_row(raw, tokenizer, fmt, options, column_map, tools, check)
         notes = [f"{encoded.status}: {encoded.reason}"] if encoded.reason else []
         notes += [f"warning: {warning}" for warning in encoded.warnings]
         yield {

@@ -9,7 +9,6 @@ from finetune.errors import UserError
 from finetune.models.adapter import adapter_config, lora_rank
 from finetune.progress import progress_bar
 from finetune.runs.find import Run
-from finetune.settings import BY_NAME
 
 if TYPE_CHECKING:
     from finetune.encoding.encoded import EncodedRows
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 DEFAULT_TOLERANCE = 0.01  # nats of loss, share of answers
 TOKENS_PER_PASS = 4096  # halved where they do not fit
 ROWS_PER_RUN = 64  # rows that may share prefixes
-ENCODING_FLAGS = ("train_on", "control_tokens", "overlong", "reasoning", "allow_unreadable_calls")
 # Scores that a smaller rank must keep.
 KEPT_SCORES = ("tool_name_accuracy", "parameter_accuracy", "tool_selection_accuracy")
 
@@ -48,6 +46,7 @@ def encode_loss_rows(
     Raises UserError where none has a loss, and where the run's evaluation rows have changed since. See `check_ranks`.
     """
     from finetune.encoding.encode import encode_conversations
+    from finetune.encoding.options import EncodingOptions
     from finetune.evaluation.items import load_rows
 
     flags: dict[str, Any] = run.experiment.config["flags"] if run.experiment is not None else {}
@@ -55,11 +54,8 @@ def encode_loss_rows(
         loaded, source = load_rows(datasets, limit=limit)[0], "--dataset"
     else:
         loaded, source = _own_evaluation_rows(run, flags), "the run's evaluation rows"
-    options = {name: flags.get(name, BY_NAME[name].default) for name in ENCODING_FLAGS}
-    rows = encode_conversations(
-        loaded.conversations, tokenizer, fmt, max_seq_length=run.max_length(), origins=loaded.origins, progress=False,
-        **options,
-    )  # fmt: skip
+    options = EncodingOptions.of(flags, max_seq_length=run.max_length())
+    rows = encode_conversations(loaded.conversations, tokenizer, fmt, options, origins=loaded.origins, progress=False)
     if not len(rows.sequences):
         reasons = "; ".join(rows.report["reasons"]) or "no conversation"
         raise UserError(f"{source}: no row has a loss ({reasons}); name other rows with --dataset")

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune.encoding.options import DEFAULT_OPTIONS, EncodingOptions
 from finetune.preparing.checks import refusal
 from finetune.preparing.mask_view import trained_spans
 from finetune.reading.load_result import Rejected
@@ -48,8 +49,8 @@ class Audit:
         self.reasons[reason] += 1
 
     def add(
-        self, name: str, conversation: dict[str, Any], tokenizer, fmt, ends: set[int], *, train_on: str,
-        positions: int | None = None, **flags: Any,
+        self, name: str, conversation: dict[str, Any], tokenizer, fmt, ends: set[int], options: EncodingOptions,
+        positions: int | None = None,
     ) -> None:  # fmt: skip
         """Encode one row and check what its labels train."""
         from finetune.encoding.rows import encode_answers, warn_of_length, warning_kinds
@@ -57,7 +58,7 @@ class Audit:
         if reason := refusal(conversation):
             self._refuse(reason)
             return
-        encoded = encode_answers(conversation, tokenizer, fmt, train_on=train_on, **flags)
+        encoded = encode_answers(conversation, tokenizer, fmt, options)
         if encoded.status == "refused":
             self._refuse(encoded.reason)
             return
@@ -68,7 +69,7 @@ class Audit:
         for kind in warning_kinds(encoded):
             _add_row(self.warnings, kind, name)
         texts = [text for sequence in encoded.sequences for text in self._check(sequence, name, ends, tokenizer, fmt)]
-        expected = trained_messages(conversation, train_on)
+        expected = trained_messages(conversation, options.train_on)
         self.turns += len(expected)
         if not texts:
             _add_row(self.failures, "a row without any trained token", name)
@@ -118,10 +119,12 @@ def _add_row(table: dict[str, list[str]], kind: str, name: str) -> None:
         rows.append(name)
 
 
-def audit(rows: Iterable[tuple[str, dict[str, Any]]], tokenizer, fmt, *, train_on: str = "all", **flags: Any) -> Audit:
+def audit(
+    rows: Iterable[tuple[str, dict[str, Any]]], tokenizer, fmt, options: EncodingOptions = DEFAULT_OPTIONS,
+    *, positions: int | None = None,
+) -> Audit:  # fmt: skip
     """Encode every (name, conversation) and check what its labels train.
 
-    `flags` go to `Audit.add` and `formats.encode`.
     Fails: a trained token of another role than the assistant; a label that is not its id; a trained turn that does not
     end in an end-of-turn token; a row without any trained token; a turn trained twice or not at all; nothing trained.
     Warns: a turn whose text is parsed as other calls than the conversation holds; a row with more tokens than
@@ -132,7 +135,7 @@ def audit(rows: Iterable[tuple[str, dict[str, Any]]], tokenizer, fmt, *, train_o
     ends = set(check_tokenizer(tokenizer, fmt))
     result = Audit()
     for name, conversation in rows:
-        result.add(name, conversation, tokenizer, fmt, ends, train_on=train_on, **flags)
+        result.add(name, conversation, tokenizer, fmt, ends, options, positions)
     if not result.spans:
         _add_row(result.failures, "nothing is trained at all", "all rows")
     return result

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from finetune.encoding.options import DEFAULT_OPTIONS, EncodingOptions
 from finetune.errors import UserError
 from finetune.preparing.checks import ERROR_KINDS, check_conversation, exact_key
 from finetune.preparing.reason_kinds import count_kinds
@@ -28,14 +29,8 @@ class PrepareOptions:
     limit: int | None = None
     column_map: dict[str, str] | None = None
     tools: list[dict[str, Any]] | None = None
-    max_seq_length: int | None = None
+    encoding: EncodingOptions = DEFAULT_OPTIONS
     model_positions: int | None = None  # longer rows are kept with a warning: training omits them
-    overlong: str = "drop"
-    train_on: str = "all"
-    control_tokens: str = "escape"
-    reasoning: str = "keep"
-    allow_unreadable_calls: bool = False
-    train_reasoning: str = "on"
     num_proc: int | None = None
     where: dict[str, list[str]] | None = None
     include_rejected: bool = False
@@ -197,13 +192,7 @@ def _fit_to_length(rows: list[_Row], result: Prepared, options: PrepareOptions, 
         [row.conversation for row in rows],
         tokenizer,
         fmt,
-        max_seq_length=options.max_seq_length,
-        train_on=options.train_on,
-        control_tokens=options.control_tokens,
-        overlong=options.overlong,
-        reasoning=options.reasoning,
-        allow_unreadable_calls=options.allow_unreadable_calls,
-        train_reasoning=options.train_reasoning,
+        options.encoding,
         num_proc=options.num_proc,
         origins=[row.origin for row in rows],
     )

@@ -26,7 +26,7 @@ def write_prepared(
     files = {f"{name}.jsonl": json_lines(conversations).encode() for name, conversations in result.splits.items()}
     if result.rejected:
         files["rejected.jsonl"] = _rejected_lines(result.rejected)
-    files["lengths.png"] = draw_lengths(result, options.max_seq_length)
+    files["lengths.png"] = draw_lengths(result, options.encoding.max_seq_length)
     files["tools.png"] = draw_tools(result)
     files["dataset_card.md"] = card(result, options, command).encode(errors="backslashreplace")
     write_together({folder / name: data for name, data in files.items()})

@@ -32,13 +32,13 @@ class RunData:
     def encode(self, tokenizer: PreTrainedTokenizerBase, fmt: Format, settings: Settings, limit: LengthLimit) -> None:
         """Make token ids and labels, or take them from the cache. UserError when too few rows are left."""
         from finetune.encoding.encode import encode_conversations
+        from finetune.encoding.options import EncodingOptions
+
+        options = EncodingOptions.of(settings, max_seq_length=limit.requested, max_positions=limit.positions)
 
         def encoded(loaded: LoadResult) -> EncodedRows:
             return encode_conversations(
-                loaded.conversations, tokenizer, fmt, max_seq_length=limit.requested, max_positions=limit.positions,
-                train_on=settings.train_on, control_tokens=settings.control_tokens, overlong=settings.overlong,
-                reasoning=settings.reasoning, allow_unreadable_calls=settings.allow_unreadable_calls,
-                train_reasoning=settings.train_reasoning, cache_dir=cache_dir() / "tokens",
+                loaded.conversations, tokenizer, fmt, options, cache_dir=cache_dir() / "tokens",
                 origins=loaded.origins, fingerprint=loaded.fingerprint,
             )  # fmt: skip
 

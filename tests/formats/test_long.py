@@ -7,6 +7,7 @@ import random
 import pytest
 
 from finetune.encoding.encode import encode_conversations
+from finetune.encoding.options import EncodingOptions
 from formats import encode, get_format
 from formats.as_text import TEXT_MARK
 from formats.base import Format
@@ -123,7 +124,7 @@ def test_thousands_of_turns_end_at_the_limit(overlong):
     tokenizer = parts.tokenizer("smollm2")
     rows = [chat(3_000), chat(2)]
     encoded = encode_conversations(
-        rows, tokenizer, get_format("chatml"), max_seq_length=300, overlong=overlong, progress=False
+        rows, tokenizer, get_format("chatml"), EncodingOptions(max_seq_length=300, overlong=overlong), progress=False
     )
     if overlong == "drop":
         assert encoded.report["reasons"] == {"longer than max_seq_length": 1} and encoded.rows.tolist() == [1]
