@@ -66,13 +66,13 @@ def measure(args: argparse.Namespace, at_once: int, runs: int) -> dict[str, Any]
     """The record of one sweep; UserError with its last line when a run has failed."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        with card_memory(args.card) as peak:
+        with gpu_memory_peak(args.gpu) as peak:
             code, output = run_quietly(words_of(args, at_once, folder, "s", runs), args.env)
         if code != 0:
             failed = next((line for line in output if "failed: " in line), output[-1] if output else "no output")
             raise UserError(f"{runs} runs, {at_once} at a time: exit status {code}: {failed}")
         record = record_of(folder / "s", at_once)
-    return record | {"card_gb": peak.get("gb")}
+    return record | {"gpu_gb": peak.get("gb")}
 
 
 def run_quietly(command: list[str], env: dict[str, str]) -> tuple[int, list[str]]:
@@ -88,7 +88,7 @@ def run_quietly(command: list[str], env: dict[str, str]) -> tuple[int, list[str]
     return process.returncode, errors.strip().splitlines()
 
 
-def one_card(environment: Mapping[str, str]) -> tuple[dict[str, str], int | None]:
+def one_gpu(environment: Mapping[str, str]) -> tuple[dict[str, str], int | None]:
     """(the environment with only the first of its visible GPUs, that GPU's index for the driver).
 
     None: the GPU is given by its UUID, or none is visible.
@@ -99,7 +99,7 @@ def one_card(environment: Mapping[str, str]) -> tuple[dict[str, str], int | None
 
 
 @contextlib.contextmanager
-def card_memory(card: int | None) -> Iterator[dict[str, float]]:
+def gpu_memory_peak(gpu: int | None) -> Iterator[dict[str, float]]:
     """Peak memory in use on the GPU inside the block, by all processes: {"gb": …}; {} without a GPU."""
     from finetune.memory.devices import NoDriver, open_driver
 
@@ -109,19 +109,19 @@ def card_memory(card: int | None) -> Iterator[dict[str, float]]:
     def watch() -> None:
         with contextlib.suppress(NoDriver, UserError), open_driver() as driver:
             while not stop.is_set():
-                used = next((one.memory_used_gb for one in driver.gpus() if one.index == card), None)
+                used = next((one.memory_used_gb for one in driver.gpus() if one.index == gpu), None)
                 if used is not None:
                     peak["gb"] = max(used, peak.get("gb", 0.0))
                 stop.wait(SECONDS_BETWEEN_READINGS)
 
     thread = threading.Thread(target=watch, daemon=True)
-    if card is not None:
+    if gpu is not None:
         thread.start()
     try:
         yield peak
     finally:
         stop.set()
-        if card is not None:
+        if gpu is not None:
             thread.join()
 
 
@@ -199,9 +199,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for at_once in sorted({one["at_once"] for one in records}):
         some = [one for one in records if one["at_once"] == at_once]
         middle = {name: median(one[name] for one in some) for name in ("whole_s", "steps_s")}
-        card = [one["card_gb"] for one in some if one.get("card_gb")]
+        used = [one["gpu_gb"] for one in some if one.get("gpu_gb")]
         cells = [at_once, len(some), f"{middle['whole_s']:.1f}", f"{middle['steps_s']:.1f}",
-                 f"{max(one['peak_gb'] for one in some):.2f}", f"{max(card):.2f}" if card else ""]  # fmt: skip
+                 f"{max(one['peak_gb'] for one in some):.2f}", f"{max(used):.2f}" if used else ""]  # fmt: skip
         for kind in ("whole", "steps"):
             values = faster.get(at_once, {}).get(kind, [])
             spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
@@ -266,12 +266,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.show:
         show(args.show)
         return 0
-    args.env, args.card = one_card(os.environ)
+    args.env, args.gpu = one_gpu(os.environ)
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     facts = machine_facts(args.env)
     args.cuda, args.cores = facts["gpu"] is not None, facts["cores"]
     if not args.cuda:
-        args.env, args.card = dict(os.environ), None
+        args.env, args.gpu = dict(os.environ), None
     args.at_once = args.at_once or ([2, 4] if args.cuda else [2])
     args.steps = args.steps or (100 if args.cuda else 8)
     counts, runs = [1, *(n for n in sorted(set(args.at_once)) if n > 1)], max(args.at_once)

@@ -50,9 +50,9 @@ def test_cpu_cores_are_divided(tmp_path):
 )
 def test_first_visible_gpu(visible, left, number):
     given = {"A": "b"} if visible is None else {"A": "b", "CUDA_VISIBLE_DEVICES": visible}
-    env, card = side_by_side.one_card(given)
+    env, gpu = side_by_side.one_gpu(given)
     assert env == {"A": "b", "CUDA_VISIBLE_DEVICES": left, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    assert card == number
+    assert gpu == number
 
 
 def test_peak_gpu_memory(monkeypatch):
@@ -62,14 +62,14 @@ def test_peak_gpu_memory(monkeypatch):
     nvml = FakeNvml(other, card)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(side_by_side, "SECONDS_BETWEEN_READINGS", 0.0)
-    with side_by_side.card_memory(1) as peak:
+    with side_by_side.gpu_memory_peak(1) as peak:
         deadline = time.monotonic() + 60
         while card.asked < 6:
             assert time.monotonic() < deadline
             time.sleep(0.01)
     assert peak == {"gb": 3.0}
     assert nvml.opened == 0
-    with side_by_side.card_memory(None) as peak:
+    with side_by_side.gpu_memory_peak(None) as peak:
         pass
     assert peak == {}
 
@@ -113,7 +113,7 @@ def test_too_few_steps_are_refused(tmp_path):
 
 def record(at_once, whole, steps, **more):
     return {"at_once": at_once, "runs": 4, "whole_s": whole, "steps_s": steps, "peak_gb": 2.0 * at_once,
-            "card_gb": None, "dtype": "bfloat16", "losses": {"rank4": 1.0}} | more  # fmt: skip
+            "gpu_gb": None, "dtype": "bfloat16", "losses": {"rank4": 1.0}} | more  # fmt: skip
 
 
 def test_ratios_are_within_one_repeat():
