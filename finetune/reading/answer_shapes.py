@@ -7,13 +7,13 @@ from typing import Any
 from finetune.reading.chat_exports import same_messages
 from finetune.reading.columns import Fields, decoded
 from finetune.reading.provider_messages import converted, is_langchain, is_responses
-from finetune.reading.request_logs import response_answer
+from finetune.reading.request_logs import response_answer, response_unread
 from finetune.reading.row_files import RowError, decode_json
 from finetune.reading.text_shapes import read_speaker_text, text_field
 
 Message = dict[str, Any]
 _ASKING = ("user", "human", "tool", "function", "observation", "ipython", "tool_response", "function_response")
-_ANSWER_FIELDS = ("completion", "ground_truth")
+ANSWER_FIELDS = ("completion", "ground_truth")
 
 
 def _role(message: dict[str, Any]) -> Any:
@@ -31,9 +31,7 @@ def answer_field(fields: Fields) -> str | None:
         return None
     if is_responses(messages) and isinstance(fields.get("completion"), list):  # the items of one response
         return "completion"
-    return (
-        next((n for n in _ANSWER_FIELDS if fields.get(n) not in (None, "")), None) if _role(last) in _ASKING else None
-    )
+    return next((n for n in ANSWER_FIELDS if fields.get(n) not in (None, "")), None) if _role(last) in _ASKING else None
 
 
 def read_messages(fields: Fields) -> Any:
@@ -68,15 +66,24 @@ def answer_messages(value: Any, name: str) -> list[Any]:
     if isinstance(value, list):
         if value and all(map(_is_call, value)):
             return [{"role": "assistant", "content": "", "tool_calls": value}]
-        if value and all(isinstance(item, str) for item in value):
+        if _is_texts(value):
             value = value[0]
-        elif is_responses(value) or any(map(_is_message, value)):
-            return converted(value)
-        elif value and all(isinstance(part, dict) and "type" in part for part in value):
-            return [{"role": "assistant", "content": value}]
         else:
-            return converted(value)
+            messages = converted(value)
+            are_parts = messages is value and value and all(isinstance(part, dict) for part in value)
+            if are_parts and not any(map(_is_message, value)):
+                return [{"role": "assistant", "content": value}]
+            return messages
     return [{"role": "assistant", "content": text_field({name: value}, name)}]
+
+
+def answer_unread(value: Any) -> list[str]:
+    """What of an answer's column is not read: further answers, and what a response holds beside its answer."""
+    return ["further answers"] if _is_texts(value) and len(value) > 1 else response_unread(value)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
 def _is_message(value: Any) -> bool:
@@ -110,7 +117,7 @@ def _role_of(message: Any) -> Any:
 
 def read_pair(fields: Fields) -> list[Any]:
     """A prompt and its answer; each is text or, as in TRL's conversational rows, a list of messages."""
-    name = next(name for name in _ANSWER_FIELDS if name in fields)
+    name = next(name for name in ANSWER_FIELDS if name in fields)
     answer = answer_messages(fields[name], name)
     prompt = fields["prompt"]
     if isinstance(prompt, str) and prompt.lstrip().startswith("["):

@@ -12,6 +12,7 @@ from finetune.reading.raw_calls import (
     CALL_KEYS,
     bare_json_calls,
     calls_under_other_keys,
+    is_call_type,
     plain_call,
     read_channel,
     refuse_hidden_calls,
@@ -155,6 +156,7 @@ def _call(item: Any, notes: Counter) -> dict[str, Any]:
     except RowError as error:
         raise RowError(f"call of {name}: {error}") from error
     unread = [key for key, value in {**item, **function}.items() if key not in CALL_KEYS and value not in _EMPTY]
+    unread += ["type"] if not all(is_call_type(holder.get("type")) for holder in (item, function)) else []
     if unread and arguments is None:
         raise RowError(f"call of {name} has no arguments but {', '.join(unread)}; rename it to arguments")
     if marks := [key for key in unread if key in TRAINING_MARKS]:

@@ -243,6 +243,8 @@ def _check_unread(message: Message, unread: Message, role: str, tools: list[dict
     if role in ("assistant", "call"):
         refuse_unknown_marks(unread)
     for key in unread:
+        if key in TRAINING_MARKS and role in ("assistant", "call"):
+            raise RowError(f"has {key} inside a content part; mark the message, or the part itself")
         if key in ("tool_calls", "function_call") or (role in ("system", "user") and is_call_key(key)):
             raise RowError(f"has {key}; only the assistant calls tools")
         if key in _OTHER_CONTENT_KEYS and not _has_content_or_calls(message):

@@ -17,7 +17,7 @@ _READ_CALL_KEYS = ("tool_calls", "function_call")  # read by normalize
 _EMPTY = (None, "", [], {})
 _NAMES = ("name", "toolName", "tool_name", "tool", "functionName", "function_name")
 _IDS = ("id", "call_id", "toolCallId", "tool_call_id", "toolUseId", "tool_use_id")
-_CALL_TYPES = (None, "", "function", "tool_use", "tool_call", "tool-call", "function_call", "custom")
+CALL_TYPES = ("function", "tooluse", "toolcall", "toolcalls", "functioncall", "custom")  # squeezed
 CALL_KEYS = frozenset(("name", *ARGUMENT_KEYS, "id", "type", "index", "function"))
 _FUNCTION_PREFIX = "functions."  # Harmony's namespace of the declared tools
 
@@ -40,11 +40,21 @@ def plain_call(item: Any) -> dict[str, Any]:
     if isinstance(item.get("function"), dict):
         return item
     call: dict[str, Any] = {}
-    rest = {key: value for key, value in item.items() if key != "type"}
+    rest = dict(item)
     for name, keys in (("name", _NAMES), ("id", _IDS)):
         if given := [key for key in keys if rest.get(key) is not None]:
             call[name] = rest.pop(given[0])
     return call | rest
+
+
+def is_call_type(value: Any) -> bool:
+    """Whether the `type` of a call says no more than that it is one."""
+    return value in _EMPTY or (isinstance(value, str) and squeezed(value) in CALL_TYPES)
+
+
+def squeezed(name: str) -> str:
+    """`tool_use`, `tool-use` and `toolUse` alike."""
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def calls_under_other_keys(message: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -78,7 +88,7 @@ def _readable_calls(key: str, value: Any) -> list[dict[str, Any]]:
             call = plain_call(item)
             function = call["function"] if isinstance(call.get("function"), dict) else call
             unknown = call.keys() - CALL_KEYS
-            if item.get("type") not in _CALL_TYPES or unknown or not isinstance(function.get("name"), str):
+            if not is_call_type(call.get("type")) or unknown or not isinstance(function.get("name"), str):
                 raise RowError(f"it has {', '.join(sorted(unknown)) or 'no name'}")
             calls.append(call)
     except RowError as error:
