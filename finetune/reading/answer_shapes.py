@@ -162,7 +162,7 @@ _SPEAKERS = ("human:", "user:", "assistant:")
 
 def is_whole_conversation(fields: Fields) -> bool:
     """Whether the answer column holds the conversation itself, as messages or as text with speakers."""
-    value = decoded(fields["completion"])
+    value = response_answer(decoded(fields["completion"]))
     if isinstance(value, str):
         return value.lstrip().lower().startswith(_SPEAKERS)
     return isinstance(value, list) and bool(value) and all(map(_is_message, value))
@@ -170,7 +170,7 @@ def is_whole_conversation(fields: Fields) -> bool:
 
 def read_whole_conversation(fields: Fields) -> list[Any]:
     """A conversation in `chosen`, without a prompt column."""
-    value = decoded(fields["completion"])
+    value = response_answer(decoded(fields["completion"]))
     return read_speaker_text({**fields, "text": value.strip()}) if isinstance(value, str) else value
 
 

@@ -31,15 +31,16 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "prompt": (
             "prompt instruction instructions question query user_query user_input q user_message human user 질문 질의 "
             "지시문 지시 问题 問題 提问 指令 質問 frage pregunta domanda pergunta вопрос soru câu_hỏi pytanie vraag "
-            "سؤال प्रश्न problem input 입력 输入 入力 inputs context"
+            "سؤال प्रश्न problem input 입력 输入 入力 inputs context request"
         ),
         "context": "input context 입력 输入 入力",
         "history": "history",
         "completion": (
-            "completion response output outputs answer chosen_response chosen chosen_messages a assistant "
-            "assistant_message best_answer solution ideal expected_output targets choices candidates 답변 대답 응답 "
-            "정답 출력 回答 答案 输出 出力 antwort respuesta réponse reponse risposta resposta ответ cevap câu_trả_lời "
-            "odpowiedź antwoord جواب إجابة उत्तर"
+            "completion response output outputs answer chosen_response chosen chosen_messages preferred_output a "
+            "assistant assistant_message reference_response response_j best_answer solution ideal expected_output "
+            "targets choices candidates 답변 대답 응답 정답 출력 回答 答案 输出 出力 "
+            "antwort respuesta réponse reponse risposta resposta ответ cevap câu_trả_lời odpowiedź "
+            "antwoord جواب إجابة उत्तर"
         ),
         "answers": "answers",
         "correct_answer": "correct_answer",
@@ -59,7 +60,10 @@ _ONLY_MESSAGE_LISTS = {
 }
 _ROLE_KEYS = ("role", "from", "type", "parts")
 # Columns of a log whose parts are read as columns of their own, as `request.messages`.
-LOG_REQUESTS = ("request", "requestbody", "inputs", "input", "kwargs", "body", "params", "payload")
+LOG_REQUESTS = (
+    *("request", "requestbody", "inputs", "input", "kwargs", "body", "params", "payload"),
+    "responsescreateparams",
+)
 LOG_RESPONSES = ("response", "responsebody", "outputs", "output", "completion", "result")
 _VERDICTS = ("label", "kto_tag")  # KTO: whether the answer is a good one
 
@@ -129,6 +133,8 @@ def _is_usable(raw: dict[str, Any], column: str, name: str) -> bool:
         return not any(column_key(other) in ("choices", "options") for other in raw)
     if name == "completion" and key in ("choices", "candidates"):  # of an API's response
         return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+    if name == "prompt" and key == "request":  # an object is a log
+        return isinstance(value, str)
     if name == "prompt" and key == "user":  # often the id of a user
         return isinstance(value, str) and any(column_key(other) == "assistant" for other in raw)
     return True
@@ -223,7 +229,8 @@ def no_shape(raw: dict[str, Any]) -> RowError:
     ]
     rest = [column for column in texts if column not in (prompt, answer)]
     if answer is None and rest:
-        answer = rest.pop(-1 if prompt or len(rest) > 1 else 0)
+        answer = max(rest[not prompt :] or rest, key=lambda column: len(raw[column]))
+        rest.remove(answer)
     if prompt is None and rest:
         prompt = rest[0]
     if prompt is not None and answer is not None:

@@ -35,7 +35,7 @@ Message = dict[str, Any]
 _ROLE_NAMES = {
     "system": ("system", "developer"),
     "user": ("user", "human"),
-    "assistant": ("assistant", "gpt", "model", "chatgpt", "bot", "ai"),
+    "assistant": ("assistant", "gpt", "model", "chatgpt", "bot", "chatbot", "ai"),
     "tool": ("tool", "ipython", "function", "observation", "tool_response", "function_response", "environment"),
     "call": ("function_call", "tool_call", "tool_calls", "function_calls"),
 }

@@ -14,7 +14,10 @@ _OF_A_CHOICE = frozenset(("index", "finish_reason", "logprobs", "generation_info
 _METADATA = _OF_A_CHOICE | set(
     str.split(
         "id object created created_at model usage system_fingerprint service_tier status type finishReason avgLogprobs "
-        "safetyRatings responseId modelVersion usageMetadata createTime stopReason metrics llm_output run"
+        "safetyRatings responseId modelVersion usageMetadata createTime stopReason metrics llm_output run background "
+        "billing completed_at frequency_penalty incomplete_details max_output_tokens metadata moderation "
+        "parallel_tool_calls presence_penalty prompt_cache_retention reasoning store temperature text tool_choice "
+        "tool_usage top_logprobs top_p truncation"
     )
 )
 _ASKING = {"messages", "prompt"}
@@ -30,12 +33,16 @@ def flattened(raw: dict[str, Any]) -> dict[str, Any]:
         ),
         None,
     )
-    if found is None or _asks({name: value for name, value in raw.items() if name != found[0]}):
+    if found is None:
         return raw
     column, request = found
+    asked = match_columns({name: value for name, value in raw.items() if name != column}).values()
+    if "messages" in asked or ("prompt" in asked and "messages" not in match_columns(request).values()):
+        return raw
     row = {f"{column}.{key}": _flat_list(value) for key, value in request.items()}
+    response = next((name for name in raw if column_key(name) in LOG_RESPONSES), None)
     for name, value in raw.items():
-        inner = _inside(value) if column_key(name) in LOG_RESPONSES else {}
+        inner = _inside(value) if name == response else {}
         if inner and response_answer(inner) is inner and match_columns(inner).keys():
             row |= {f"{name}.{key}": part for key, part in inner.items()}
         elif name != column:
