@@ -619,3 +619,15 @@ def test_type_of_a_call(place):
             ("", [("dim", {})])
         ]
         assert notes["not read, key 'type' of calls"] == noted
+
+
+def test_key_that_repeats_a_call_is_only_noted():
+    """SWE-agent writes `action` beside the call that it was made of."""
+    message = says("I dim it.") | {"tool_calls": [{"name": "dim", "arguments": {}}], "action": "dim"}
+    row = {"tools": [LAMP, {"name": "dim"}], "history": [user("q"), message]}
+    notes = Counter()
+    assert answers(row, notes=notes) == [("I dim it.", [("dim", {})])]
+    assert notes["not read, key 'action' of assistant messages"] == 1
+    message["action"] = "set_lamp"
+    with pytest.raises(RowError, match="the key 'action' is not read but holds the name of the tool set_lamp"):
+        normalize_row(row)

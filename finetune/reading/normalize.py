@@ -196,8 +196,12 @@ def _message(
         canonical, read = read_assistant(message, content, tools, notes, only_calls=role == "call", answered=answered)
     unread |= {k: v for k, v in message.items() if k not in _READ_KEYS[role] and k not in read and v not in _EMPTY}
     if unread:
-        _check_unread(message, unread, role, tools, notes)
+        _check_unread(message, unread, role, notes)
     if role in ("assistant", "call"):
+        called = {call["function"]["name"] for call in canonical.get("tool_calls", ())}
+        # SWE-agent repeats a call under another key.
+        names = [tool["function"]["name"] for tool in tools if tool["function"]["name"] not in called]
+        refuse_hidden_calls(unread, names)
         trained = {} if mark is None or mark.trained else {"train": False}
         return [ReadMessage(canonical | trained, number, mark)]
     if results:
@@ -237,7 +241,7 @@ def _beside(message: Message, keys: Iterable[str], text: str) -> str:
     return text
 
 
-def _check_unread(message: Message, unread: Message, role: str, tools: list[dict[str, Any]], notes: Counter) -> None:
+def _check_unread(message: Message, unread: Message, role: str, notes: Counter) -> None:
     """Count the keys that are not read; raises RowError when one of them holds a text, a picture or a call."""
     refuse_media_keys(unread)
     if role in ("assistant", "call"):
@@ -250,8 +254,6 @@ def _check_unread(message: Message, unread: Message, role: str, tools: list[dict
         if key in _OTHER_CONTENT_KEYS and not _has_content_or_calls(message):
             raise RowError(f"has no content but a key {key}; rename it to content")
         notes[f"not read, key {key[:40]!r} of {role} messages"] += 1
-    if role in ("assistant", "call"):
-        refuse_hidden_calls(unread, [tool["function"]["name"] for tool in tools])
 
 
 def _has_content_or_calls(message: Message) -> bool:
