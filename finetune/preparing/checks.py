@@ -211,5 +211,9 @@ def exact_key(conversation: dict[str, Any]) -> bytes:
 
 def called_tool(conversation: dict[str, Any]) -> str:
     """The tool that is called first, for balance and stratified splits; "(no call)" if there is none."""
-    calls = (call for message in conversation["messages"] for call in message.get("tool_calls", ()))
-    return next((call["function"]["name"] for call in calls), "(no call)")
+    return next((call["function"]["name"] for call in all_calls(conversation)), "(no call)")
+
+
+def all_calls(conversation: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The calls of all turns."""
+    return (call for message in conversation["messages"] for call in message.get("tool_calls", ()))

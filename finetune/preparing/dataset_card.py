@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from finetune.charts.fonts import missing_glyphs_ignored
 from finetune.charts.palette import BLUE, GREEN, ORANGE
 from finetune.models.hub import public_name
-from finetune.preparing.checks import called_tool
+from finetune.preparing.checks import all_calls, called_tool
 from finetune.preparing.preparation import Prepared, PrepareOptions
 from finetune.preparing.reason_kinds import count_kinds
 from finetune.preparing.splits import SPLITS, request_text
@@ -38,11 +38,23 @@ def percentile(values: list[int], percent: int) -> int:
 
 def tool_balance(result: Prepared) -> dict[str, Counter]:
     """Tool called first -> rows per split, the most frequent tool first."""
+    return _by_tool(result, lambda conversation: [called_tool(conversation)])
+
+
+def _by_tool(result: Prepared, tools_of: Callable[[dict], list[str]]) -> dict[str, Counter]:
     table: dict[str, Counter] = {}
     for split, conversations in result.splits.items():
-        for conversation in conversations:
-            table.setdefault(called_tool(conversation), Counter())[split] += 1
+        for tool in (tool for conversation in conversations for tool in tools_of(conversation)):
+            table.setdefault(tool, Counter())[split] += 1
     return dict(sorted(table.items(), key=lambda item: (-item[1].total(), item[0])))
+
+
+def _most_frequent(table: dict[str, Counter], most: int) -> list[tuple[str, Counter]]:
+    """The first entries of a table; if there are more than `most`, the others are one entry."""
+    entries = list(table.items())
+    rest = entries[most:]
+    others = [(f"{len(rest)} other tools", sum((counts for _, counts in rest), Counter()))] if rest else []
+    return entries[:most] + others
 
 
 def quality_counts(result: Prepared) -> list[tuple[str | int, ...]]:
@@ -69,17 +81,8 @@ def quality_counts(result: Prepared) -> list[tuple[str | int, ...]]:
 
 def tool_calls(result: Prepared) -> list[tuple[str, Counter]]:
     """The most frequent tools with their calls per split; the others are one line."""
-    table: dict[str, Counter] = {}
-    for split, conversations in result.splits.items():
-        for message in (message for conversation in conversations for message in conversation["messages"]):
-            for call in message.get("tool_calls", ()):
-                table.setdefault(call["function"]["name"], Counter())[split] += 1
-    balance = sorted(table.items(), key=lambda item: (-item[1].total(), item[0]))
-    if len(balance) <= MAX_TOOLS_IN_CARD:
-        return [(f"`{_cell(tool)}`", counts) for tool, counts in balance]
-    rest = sum((counts for _, counts in balance[MAX_TOOLS_IN_CARD:]), Counter())
-    shown = [(f"`{_cell(tool)}`", counts) for tool, counts in balance[:MAX_TOOLS_IN_CARD]]
-    return [*shown, (f"{len(balance) - MAX_TOOLS_IN_CARD} other tools", rest)]
+    table = _by_tool(result, lambda conversation: [call["function"]["name"] for call in all_calls(conversation)])
+    return _most_frequent({f"`{_cell(tool)}`": counts for tool, counts in table.items()}, MAX_TOOLS_IN_CARD)
 
 
 def shared_requests(result: Prepared) -> int:
@@ -148,10 +151,7 @@ def draw_lengths(result: Prepared, limit: int | None) -> bytes:
 
 def draw_tools(result: Prepared) -> bytes:
     """PNG: rows per tool and split as bars; the rarest of too many tools share one bar."""
-    balance = list(tool_balance(result).items())
-    if len(balance) > MAX_TOOL_BARS:
-        rest = sum((counts for _, counts in balance[MAX_TOOL_BARS:]), Counter())
-        balance = [*balance[:MAX_TOOL_BARS], (f"{len(balance) - MAX_TOOL_BARS} other tools", rest)]
+    balance = _most_frequent(tool_balance(result), MAX_TOOL_BARS)
     figure, axes = _figure(8, 1.2 + 0.28 * len(balance))
     left = [0] * len(balance)
     for name in SPLITS:

@@ -16,6 +16,13 @@ from finetune.reading.conversations import load_conversations
 from finetune.reading.load_result import LoadResult, Rejected, SourceRow
 from finetune.reading.sources import parse_spec
 
+# Fields of PrepareOptions that reading and encoding take.
+READING_OPTIONS = ("strict", "limit", "column_map", "tools", "where", "include_rejected")
+ENCODING_OPTIONS = (
+    *("max_seq_length", "overlong", "train_on", "control_tokens", "reasoning", "allow_unreadable_calls"),
+    *("train_reasoning", "num_proc"),
+)
+
 
 @dataclass
 class PrepareOptions:
@@ -108,17 +115,7 @@ def prepare(
     for spec in specs:
         if parse_spec(spec).weight != 1:
             raise UserError(f"{spec}: weights belong to training; here every row is kept or rejected exactly once")
-    loaded = load_conversations(
-        specs,
-        strict=options.strict,
-        limit=options.limit,
-        column_map=options.column_map,
-        tools=options.tools,
-        rows=rows,
-        where=options.where,
-        refuse_marked_splits=True,
-        include_rejected=options.include_rejected,
-    )
+    loaded = load_conversations(specs, rows=rows, refuse_marked_splits=True, **_chosen(options, READING_OPTIONS))
     result = Prepared(loaded, rejected=list(loaded.rejected))
     kept = [
         _Row(conversation, origin, len(json.dumps(conversation, ensure_ascii=False)))
@@ -145,6 +142,10 @@ def prepare(
     if result.kept + len(result.rejected) != loaded.counts["read"]:
         raise AssertionError("kept + rejected rows must be the rows read")
     return result
+
+
+def _chosen(options: PrepareOptions, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names}
 
 
 def _reject(row: _Row, reason: str, result: Prepared, options: PrepareOptions, kind: str = "") -> None:
@@ -193,20 +194,9 @@ def _fit_to_length(rows: list[_Row], result: Prepared, options: PrepareOptions, 
     from finetune.encoding.encode import encode_conversations
     from finetune.encoding.rows import without_oldest_turns
 
-    encoded = encode_conversations(
-        [row.conversation for row in rows],
-        tokenizer,
-        fmt,
-        max_seq_length=options.max_seq_length,
-        train_on=options.train_on,
-        control_tokens=options.control_tokens,
-        overlong=options.overlong,
-        reasoning=options.reasoning,
-        allow_unreadable_calls=options.allow_unreadable_calls,
-        train_reasoning=options.train_reasoning,
-        num_proc=options.num_proc,
-        origins=[row.origin for row in rows],
-    )
+    conversations, origins = [row.conversation for row in rows], [row.origin for row in rows]
+    flags = _chosen(options, ENCODING_OPTIONS)
+    encoded = encode_conversations(conversations, tokenizer, fmt, origins=origins, **flags)
     result.encoding_report = encoded.report
     result.unit = "tokens"
     reasons = dict(reversed(encoded.left_out))

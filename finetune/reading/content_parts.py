@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.reading.raw_calls import CALL_TYPES, plain_calls, squeezed
-from finetune.reading.row_files import RowError, as_text, json_type
+from finetune.reading.row_files import EMPTY, RowError, as_text, json_type
 from finetune.reading.training_marks import TRAINING_MARKS, Mark, refuse_unknown_marks, training_mark
 
 _TEXT_KEYS = ("text", "value", "content")
@@ -150,7 +150,7 @@ def _add(parts: Parts, kind: str, payload: dict[str, Any]) -> None:
 
 def _text_of(part: dict[str, Any], keys: tuple[str, ...], kind: str) -> tuple[str, str]:
     """(text, key) of a part: text, {"value": text}, or a list of texts and text parts under one of the keys."""
-    found = [(key, part[key]) for key in keys if part.get(key) not in (None, "", [], {})]
+    found = [(key, part[key]) for key in keys if part.get(key) not in EMPTY]
     if len(found) > 1 and any(value != found[0][1] for _, value in found):
         raise RowError(f"a content part has {' and '.join(key for key, _ in found)}; keep one of them")
     if not found:

@@ -18,7 +18,7 @@ from finetune.reading.media import refuse_media_columns, refuse_media_keys
 from finetune.reading.null_padding import remove_null_padding
 from finetune.reading.provider_messages import converted
 from finetune.reading.raw_calls import CALLS_OF_PARTS, is_call_key, refuse_hidden_calls, without_namespace
-from finetune.reading.row_files import RowError, Unreadable, as_text, decode_json, json_type
+from finetune.reading.row_files import EMPTY, RowError, Unreadable, as_text, decode_json, json_type
 from finetune.reading.shapes import detect_shape
 from finetune.reading.system_tools import system_text, without_tools
 from finetune.reading.tool_schemas import normalize_tools
@@ -43,7 +43,6 @@ ROLES = {name: role for role, names in _ROLE_NAMES.items() for name in names}
 _TEXT_KEYS = frozenset(("role", "from", "content", "value", *TRAINING_MARKS))
 # Where other programs keep the content: Gemini's parts, a tool's result, a refusal.
 _OTHER_CONTENT_KEYS = ("text", "parts", "message", "body", "output", "result", "response", "refusal")
-_EMPTY = (None, "", [], {})
 _ASSISTANT_KEYS = _TEXT_KEYS | {"tool_calls", "function_call", *REASONING_KEYS}
 _READ_KEYS = {  # keys of a message that are read, by role
     "system": _TEXT_KEYS | {"tools"},
@@ -153,8 +152,8 @@ def _role(message: Any, number: int) -> str:
 
 def _raw_content(message: Message) -> Any:
     content = _either(message, "content", "value")
-    if message.get("value") not in (*_EMPTY, content):
-        if content not in _EMPTY:
+    if message.get("value") not in (*EMPTY, content):
+        if content not in EMPTY:
             raise RowError("has a content and another value; keep one of them")
         content = message["value"]
     return content
@@ -194,7 +193,7 @@ def _message(
         message, results, unread, content = _with_parts(message, role, content)
     if role in ("assistant", "call"):
         canonical, read = read_assistant(message, content, tools, notes, only_calls=role == "call", answered=answered)
-    unread |= {k: v for k, v in message.items() if k not in _READ_KEYS[role] and k not in read and v not in _EMPTY}
+    unread |= {k: v for k, v in message.items() if k not in _READ_KEYS[role] and k not in read and v not in EMPTY}
     if unread:
         _check_unread(message, unread, role, notes)
     if role in ("assistant", "call"):
@@ -226,7 +225,7 @@ def _with_parts(message: Message, role: str, parts: Parts) -> tuple[Message, lis
         raise RowError("has text beside tool results among its content parts; keep one of them")
     if parts.reasoning:
         message = {**message, "reasoning_content": _beside(message, REASONING_KEYS, "\n\n".join(parts.reasoning))}
-    if parts.calls and message.get("tool_calls") in _EMPTY:
+    if parts.calls and message.get("tool_calls") in EMPTY:
         message = {**message, "tool_calls": parts.calls}
     elif parts.calls:  # LangChain keeps both
         message = {**message, CALLS_OF_PARTS: parts.calls}
@@ -236,7 +235,7 @@ def _with_parts(message: Message, role: str, parts: Parts) -> tuple[Message, lis
 def _beside(message: Message, keys: Iterable[str], text: str) -> str:
     """`text` of the content parts; raises RowError when one of the message's keys holds another."""
     for key in keys:
-        if message.get(key) not in (*_EMPTY, text):
+        if message.get(key) not in (*EMPTY, text):
             raise RowError(f"has {key} and another reasoning among its content parts; keep one of them")
     return text
 
@@ -258,7 +257,7 @@ def _check_unread(message: Message, unread: Message, role: str, notes: Counter) 
 
 def _has_content_or_calls(message: Message) -> bool:
     return _either(message, "content", "value") is not None or any(
-        message.get(key) not in _EMPTY for key in ("tool_calls", "function_call")
+        message.get(key) not in EMPTY for key in ("tool_calls", "function_call")
     )
 
 

@@ -8,13 +8,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from finetune.reading.calls_in_text import ARGUMENT_KEYS
-from finetune.reading.row_files import RowError, decode_json, json_type, strict_json
+from finetune.reading.row_files import EMPTY, RowError, decode_json, json_type, strict_json
 from finetune.reading.training_marks import snake_case
 
 _CALL_KEY = re.compile(r"(?:tool|function)_?(?:call|use|invocation|request)s?")
 CALLS_OF_PARTS = "its content parts"  # takes the place of a key where content parts and tool_calls hold calls
 _READ_CALL_KEYS = ("tool_calls", "function_call")  # read by normalize
-_EMPTY = (None, "", [], {})
 _NAMES = ("name", "toolName", "tool_name", "tool", "functionName", "function_name")
 _IDS = ("id", "call_id", "toolCallId", "tool_call_id", "toolUseId", "tool_use_id")
 CALL_TYPES = ("function", "tooluse", "toolcall", "toolcalls", "functioncall", "custom")  # squeezed
@@ -49,7 +48,7 @@ def plain_call(item: Any) -> dict[str, Any]:
 
 def is_call_type(value: Any) -> bool:
     """Whether the `type` of a call says no more than that it is one."""
-    return value in _EMPTY or (isinstance(value, str) and squeezed(value) in CALL_TYPES)
+    return value in EMPTY or (isinstance(value, str) and squeezed(value) in CALL_TYPES)
 
 
 def squeezed(name: str) -> str:
@@ -59,10 +58,10 @@ def squeezed(name: str) -> str:
 
 def calls_under_other_keys(message: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(raw calls, {key: value} that held them) of an assistant message. Raises RowError naming a key it cannot read."""
-    held = {k: v for k, v in message.items() if is_call_key(k) and v not in _EMPTY}
+    held = {k: v for k, v in message.items() if is_call_key(k) and v not in EMPTY}
     extra = message.get("additional_kwargs")  # LangChain
     if isinstance(extra, dict):
-        held |= {f"additional_kwargs.{k}": extra[k] for k in (*_READ_CALL_KEYS,) if extra.get(k) not in _EMPTY}
+        held |= {f"additional_kwargs.{k}": extra[k] for k in (*_READ_CALL_KEYS,) if extra.get(k) not in EMPTY}
     calls: list[dict[str, Any]] = []
     first = ""
     for key, value in held.items():
@@ -100,7 +99,7 @@ def refuse_hidden_calls(unread: dict[str, Any], tools: Iterable[str]) -> None:
     """Raises RowError when a key of an assistant message that is not read holds the name of a declared tool."""
     for key, value in unread.items():
         for name in tools:
-            if value not in _EMPTY and _holds_name(value, name):
+            if value not in EMPTY and _holds_name(value, name):
                 raise RowError(
                     f"the key {key[:40]!r} is not read but holds the name of the tool {name}; write the call into "
                     "tool_calls, or remove the key"

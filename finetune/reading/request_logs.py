@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.reading.columns import LOG_REQUESTS, LOG_RESPONSES, column_key, decoded, match_columns
+from finetune.reading.row_files import EMPTY
 
 _ENVELOPES = ("body", "json", "kwargs", "data")  # what holds the request of an HTTP log
 _CHOICES = ("choices", "candidates", "generations")
@@ -87,7 +88,7 @@ def response_unread(value: Any) -> list[str]:
     unread: list[str] = []
     while (opened := _opened(value)) is not None:
         value, beside = opened
-        unread += [key for key, part in beside.items() if part not in (None, "", [], {}) and key not in _METADATA]
+        unread += [key for key, part in beside.items() if part not in EMPTY and key not in _METADATA]
     return unread
 
 

@@ -43,6 +43,7 @@ from finetune.reading.columns import (
 from finetune.reading.content_parts import has_provider_parts
 from finetune.reading.provider_messages import is_gemini, is_langchain, is_pairs, is_responses
 from finetune.reading.request_logs import flattened
+from finetune.reading.row_files import EMPTY
 from finetune.reading.text_shapes import read_glaive, read_speaker_text
 
 __all__ = ["FIELDS", "SHAPES", "Shape", "describe", "detect_shape", "parse_map"]
@@ -107,7 +108,7 @@ def _keys_beside(value: Any, *read: str) -> list[str]:
     """The keys of an object, or of a list's objects, that hold something and are not among those that are read."""
     value = decoded(value)
     items = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
-    found = [key for item in items for key in item if key not in read and item[key] not in (None, "", [], {})]
+    found = [key for item in items for key in item if key not in read and item[key] not in EMPTY]
     return list(dict.fromkeys(found))
 
 
