@@ -46,35 +46,25 @@ def read_messages(fields: Fields) -> Any:
 
 
 def answer_messages(value: Any, name: str) -> list[Any]:
-    """An answer as messages: text, a message, calls, a list of messages, or a list of texts of which the first."""
+    """An answer as messages: text, a message, calls, a list of messages or of parts, or texts of which the first."""
     value = response_answer(value)
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         inner = decoded(value)
-        value = (
-            inner
-            if _is_message(inner) or (isinstance(inner, list) and inner and all(map(_is_message, inner)))
-            else value
-        )
-    if _is_message(value):
-        return converted([value])
-    if isinstance(value, dict):
-        if _is_call(value):
-            return [{"role": "assistant", "content": "", "tool_calls": [value]}]
-        if "content" in value or "tool_calls" in value:
-            return converted([{"role": "assistant", **value}])
-        raise RowError(f"the {name} is an object without role and content; give a message or text")
-    if isinstance(value, list):
-        if value and all(map(_is_call, value)):
-            return [{"role": "assistant", "content": "", "tool_calls": value}]
-        if _is_texts(value):
-            value = value[0]
-        else:
-            messages = converted(value)
-            are_parts = messages is value and value and all(isinstance(part, dict) for part in value)
-            if are_parts and not any(map(_is_message, value)):
-                return [{"role": "assistant", "content": value}]
-            return messages
-    return [{"role": "assistant", "content": text_field({name: value}, name)}]
+        value = inner if _are_messages(inner if isinstance(inner, list) else [inner]) else value
+    value = value[0] if _is_texts(value) else value
+    if not isinstance(value, (list, dict)):
+        return [{"role": "assistant", "content": text_field({name: value}, name)}]
+    items = value if isinstance(value, list) else [value]
+    if items and all(map(_is_call, items)):
+        return [calling(items)]
+    messages = converted(items)
+    if messages is not items or any(map(_is_message, items)) or not all(isinstance(item, dict) for item in items):
+        return messages
+    if items is value:
+        return [{"role": "assistant", "content": value}] if value else []
+    if value.keys() & {"content", "tool_calls"}:
+        return converted([{"role": "assistant", **value}])
+    raise RowError(f"the {name} is an object without role and content; give a message or text")
 
 
 def answer_unread(value: Any) -> list[str]:
@@ -84,6 +74,10 @@ def answer_unread(value: Any) -> list[str]:
 
 def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
 
 
 def _is_message(value: Any) -> bool:
@@ -122,7 +116,7 @@ def read_pair(fields: Fields) -> list[Any]:
     prompt = fields["prompt"]
     if isinstance(prompt, str) and prompt.lstrip().startswith("["):
         inner = decoded(prompt)
-        prompt = inner if isinstance(inner, list) and inner and all(map(_is_message, inner)) else prompt
+        prompt = inner if _are_messages(inner) else prompt
     if isinstance(prompt, list):
         return joined(converted(prompt), answer)
     messages = []
@@ -165,7 +159,7 @@ def is_whole_conversation(fields: Fields) -> bool:
     value = response_answer(decoded(fields["completion"]))
     if isinstance(value, str):
         return value.lstrip().lower().startswith(_SPEAKERS)
-    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+    return _are_messages(value)
 
 
 def read_whole_conversation(fields: Fields) -> list[Any]:
