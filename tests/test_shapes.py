@@ -410,7 +410,10 @@ def test_glaive_without_line_breaks():
         ({"question": [[user("a")], [user("b")]], "path": []}, "multi-turn BFCL rows need their simulator"),
         ({"role": "user", "content": "q"}, "it is one message"),
         ({"gespraech": [user("q"), says("a")]}, "--map gespraech=messages"),
-        ({"log": {"steps": [user("q"), says("a")]}}, "log holds some under steps; .* --map log.steps=messages"),
+        (
+            {"log": {"steps": [user("q"), says("a")]}},
+            "log.steps looks like the conversation, .* --map log.steps=messages",
+        ),
         ({"ask me": "what is it", "reply": "it is this"}, "--map 'ask me=prompt' --map reply=completion"),
     ],
 )

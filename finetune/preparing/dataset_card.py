@@ -59,24 +59,22 @@ def _most_frequent(table: dict[str, Counter], most: int) -> list[tuple[str, Coun
 
 def quality_counts(result: Prepared) -> list[tuple[str | int, ...]]:
     """(what, rows per split) of what decides quality: rows with and without calls, parallel calls, turns."""
-    table = {name: Counter() for name in SPLITS}
+    table: dict[str, Counter] = {}
     for split, conversations in result.splits.items():
         for conversation in conversations:
-            turns = [message for message in conversation["messages"] if message["role"] == "assistant"]
-            calls = [len(message.get("tool_calls", ())) for message in turns]
-            users = sum(message["role"] == "user" for message in conversation["messages"])
-            counts = table[split]
-            counts["with a call" if any(calls) else "without a call"] += 1
-            counts["with parallel calls (several in one turn)"] += max(calls, default=0) > 1
-            counts["with several user turns"] += users > 1
-            counts["with tools, but without a call"] += bool(conversation["tools"]) and not any(calls)
-            counts["(calls in all rows)"] += sum(calls)
-            counts["(assistant turns in all rows)"] += len(turns)
-    names = (
-        "with a call", "without a call", "with tools, but without a call", "with parallel calls (several in one turn)",
-        "with several user turns", "(assistant turns in all rows)", "(calls in all rows)",
-    )  # fmt: skip
-    return [(name, *(table[split][name] for split in SPLITS)) for name in names]
+            roles = Counter(message["role"] for message in conversation["messages"])
+            calls = [len(message.get("tool_calls", ())) for message in conversation["messages"]]
+            for name, number in (
+                ("with a call", any(calls)),
+                ("without a call", not any(calls)),
+                ("with tools, but without a call", bool(conversation["tools"]) and not any(calls)),
+                ("with parallel calls (several in one turn)", max(calls) > 1),
+                ("with several user turns", roles["user"] > 1),
+                ("(assistant turns in all rows)", roles["assistant"]),
+                ("(calls in all rows)", sum(calls)),
+            ):
+                table.setdefault(name, Counter())[split] += number
+    return [(name, *(counts[split] for split in SPLITS)) for name, counts in table.items()]
 
 
 def tool_calls(result: Prepared) -> list[tuple[str, Counter]]:

@@ -173,10 +173,14 @@ def with_parts(raw: dict[str, Any], column_map: dict[str, str] | None) -> dict[s
 def tool_columns(raw: dict[str, Any]) -> list[str]:
     """The columns, and parts of columns (`info.tools`), that hold tool schemas."""
     values = {name: decoded(value) for name, value in raw.items()}
-    values |= {
-        f"{n}.{key}": decoded(v) for n, value in values.items() if isinstance(value, dict) for key, v in value.items()
-    }
+    values |= _inside(values)
     return [name for name, value in values.items() if isinstance(value, list) and value and all(map(_is_tool, value))]
+
+
+def _inside(values: dict[str, Any]) -> dict[str, Any]:
+    """The parts of columns that are objects, as `info.tools`."""
+    objects = {name: value for name, value in values.items() if isinstance(value, dict)}
+    return {f"{name}.{key}": decoded(part) for name, value in objects.items() for key, part in value.items()}
 
 
 def _is_tool(value: Any) -> bool:
@@ -210,18 +214,12 @@ def no_shape(raw: dict[str, Any]) -> RowError:
     known = "give messages, a prompt and a completion, or a text with 'User:' and 'Assistant:'"
     if ("role" in raw or "from" in raw) and ("content" in raw or "value" in raw):
         return RowError('has no messages: it is one message; write a conversation a row, {"messages": [...]}')
-    for column, value in raw.items():
+    for column, value in (raw | _inside(raw)).items():
         if is_message_list(value):
             return RowError(
                 f"has no messages under a known name (its columns: {columns}); {column} looks like the "
                 f"conversation, try prepare_data.py --map {shlex.quote(f'{column}=messages')}"
             )
-        for key, inner in value.items() if isinstance(value, dict) else ():
-            if is_message_list(inner):
-                part = shlex.quote(f"{column}.{key}=messages")
-                return RowError(
-                    f"has no messages, but {column} holds some under {key}; try prepare_data.py --map {part}"
-                )
     texts = [column for column, value in raw.items() if isinstance(value, str) and " " in value.strip()]
     prompt, answer = [
         next((column for column in raw if name in dict(_CANDIDATES.get(column_key(column), ()))), None)

@@ -170,25 +170,18 @@ def _text_of(part: dict[str, Any], keys: tuple[str, ...], kind: str) -> tuple[st
 
 def _result_message(part: dict[str, Any]) -> dict[str, Any]:
     """A part with a tool's result as a raw tool message."""
-    message: dict[str, Any] = {"role": "tool", "content": ""}
-    for key in _RESULT_CONTENT_KEYS:
-        if part.get(key) is not None:
-            message["content"] = _unwrapped(part[key])
-            break
+    content = next((part[key] for key in _RESULT_CONTENT_KEYS if part.get(key) is not None), "")
+    message: dict[str, Any] = {"role": "tool", "content": _unwrapped(content)}
     for name, keys in (("tool_call_id", _RESULT_ID_KEYS), ("name", _RESULT_NAME_KEYS)):
-        value = next((part[key] for key in keys if part.get(key) not in (None, "")), None)
-        if value is not None:
-            message[name] = value
+        message |= next(({name: part[key]} for key in keys if part.get(key) not in (None, "")), {})
     return message
 
 
 def _unwrapped(output: Any) -> Any:
     """The value of the AI SDK's {"type": "text" | "json" | "content", "value": …}."""
-    if isinstance(output, dict) and output.keys() == {"type", "value"}:
-        kind = output["type"]
-        if kind in ("text", "json", "error-text", "error-json", "content"):
-            return output["value"]
-    return output
+    kinds = ("text", "json", "error-text", "error-json", "content")
+    is_wrapped = isinstance(output, dict) and output.keys() == {"type", "value"} and output["type"] in kinds
+    return output["value"] if is_wrapped else output
 
 
 def result_text(content: Any) -> str:

@@ -204,7 +204,7 @@ def _message(
         trained = {} if mark is None or mark.trained else {"train": False}
         return [ReadMessage(canonical | trained, number, mark)]
     if results:
-        made = [new for result in results for new in _result_part(result, tools, notes)]
+        made = [new for one in results for new in _tool_results(one, result_text(one["content"]), tools, notes)]
         made += [{"role": role, "content": content}] if content.strip() else []
     elif role == "tool":
         made = _tool_results(message, content, tools, notes)
@@ -224,7 +224,10 @@ def _with_parts(message: Message, role: str, parts: Parts) -> tuple[Message, lis
     if role == "tool" and parts.text.strip():
         raise RowError("has text beside tool results among its content parts; keep one of them")
     if parts.reasoning:
-        message = {**message, "reasoning_content": _beside(message, REASONING_KEYS, "\n\n".join(parts.reasoning))}
+        text = "\n\n".join(parts.reasoning)
+        if other := next((key for key in REASONING_KEYS if message.get(key) not in (*EMPTY, text)), ""):
+            raise RowError(f"has {other} and another reasoning among its content parts; keep one of them")
+        message = {**message, "reasoning_content": text}
     if parts.calls and message.get("tool_calls") in EMPTY:
         message = {**message, "tool_calls": parts.calls}
     elif parts.calls:  # LangChain keeps both
@@ -232,17 +235,12 @@ def _with_parts(message: Message, role: str, parts: Parts) -> tuple[Message, lis
     return message, parts.results, parts.unread, parts.text
 
 
-def _beside(message: Message, keys: Iterable[str], text: str) -> str:
-    """`text` of the content parts; raises RowError when one of the message's keys holds another."""
-    for key in keys:
-        if message.get(key) not in (*EMPTY, text):
-            raise RowError(f"has {key} and another reasoning among its content parts; keep one of them")
-    return text
-
-
 def _check_unread(message: Message, unread: Message, role: str, notes: Counter) -> None:
     """Count the keys that are not read; raises RowError when one of them holds a text, a picture or a call."""
     refuse_media_keys(unread)
+    is_filled = any(message.get(key) is not None for key in ("content", "value")) or any(
+        message.get(key) not in EMPTY for key in ("tool_calls", "function_call")
+    )
     if role in ("assistant", "call"):
         refuse_unknown_marks(unread)
     for key in unread:
@@ -250,20 +248,9 @@ def _check_unread(message: Message, unread: Message, role: str, notes: Counter) 
             raise RowError(f"has {key} inside a content part; mark the message, or the part itself")
         if key in ("tool_calls", "function_call") or (role in ("system", "user") and is_call_key(key)):
             raise RowError(f"has {key}; only the assistant calls tools")
-        if key in _OTHER_CONTENT_KEYS and not _has_content_or_calls(message):
+        if key in _OTHER_CONTENT_KEYS and not is_filled:
             raise RowError(f"has no content but a key {key}; rename it to content")
         notes[f"not read, key {key[:40]!r} of {role} messages"] += 1
-
-
-def _has_content_or_calls(message: Message) -> bool:
-    return _either(message, "content", "value") is not None or any(
-        message.get(key) not in EMPTY for key in ("tool_calls", "function_call")
-    )
-
-
-def _result_part(result: Message, tools: list[dict[str, Any]], notes: Counter) -> list[Message]:
-    content = result["content"]
-    return _tool_results(result, content if isinstance(content, str) else result_text(content), tools, notes)
 
 
 def _tool_results(message: Message, content: str, tools: list[dict[str, Any]], notes: Counter) -> list[Message]:
