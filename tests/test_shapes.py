@@ -412,7 +412,7 @@ def test_glaive_without_line_breaks():
         ({"gespraech": [user("q"), says("a")]}, "--map gespraech=messages"),
         (
             {"log": {"steps": [user("q"), says("a")]}},
-            "log.steps looks like the conversation, .* --map log.steps=messages",
+            "log.steps looks like .* --map log.steps=messages",
         ),
         ({"ask me": "what is it", "reply": "it is this"}, "--map 'ask me=prompt' --map reply=completion"),
     ],
