@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from finetune.charts.fonts import missing_glyphs_ignored
+from finetune.charts.fonts import font_family, missing_glyphs_ignored
 from finetune.charts.palette import BLUE, GREEN, ORANGE
 from finetune.models.hub import public_name
 from finetune.preparing.checks import all_calls, called_tool
@@ -16,7 +16,6 @@ from finetune.preparing.reason_kinds import count_kinds
 from finetune.preparing.splits import SPLITS, request_text
 
 COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
-CJK_FONTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "AppleGothic")
 MAX_TOOL_BARS = 40
 MAX_TOOLS_IN_CARD = 30
 MAX_LABEL_LENGTH = 60
@@ -150,13 +149,13 @@ def draw_lengths(result: Prepared, limit: int | None) -> bytes:
 def draw_tools(result: Prepared) -> bytes:
     """PNG: rows per tool and split as bars; the rarest of too many tools share one bar."""
     balance = _most_frequent(tool_balance(result), MAX_TOOL_BARS)
-    figure, axes = _figure(8, 1.2 + 0.28 * len(balance))
+    labels = [_label(tool) for tool, _ in balance]
+    figure, axes = _figure(8, 1.2 + 0.28 * len(balance), "".join(labels))
     left = [0] * len(balance)
     for name in SPLITS:
         values = [counts[name] for _, counts in balance]
         axes.barh(range(len(balance)), values, left=left, color=COLOURS[name], label=name)
         left = [a + b for a, b in zip(left, values, strict=True)]
-    labels = [_label(tool) for tool, _ in balance]
     axes.set_yticks(range(len(balance)), labels, parse_math=False)  # a name may hold "$"
     axes.invert_yaxis()
     axes.set_xlabel("rows")
@@ -168,14 +167,12 @@ def _label(name: str) -> str:
     return name if len(name) <= MAX_LABEL_LENGTH else f"{name[: MAX_LABEL_LENGTH - 1]}…"
 
 
-def _figure(width: float, height: float):
-    """(figure, axes) that draw Korean and Chinese tool names where a font for them is installed."""
+def _figure(width: float, height: float, text: str = ""):
+    """(figure, axes) with a font that has the letters of a text."""
     import matplotlib
-    from matplotlib import font_manager
     from matplotlib.figure import Figure
 
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    matplotlib.rcParams["font.family"] = [*(name for name in CJK_FONTS if name in installed), "DejaVu Sans"]
+    matplotlib.rcParams["font.family"] = font_family(text)
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
