@@ -17,8 +17,8 @@ _METADATA = _OF_A_CHOICE | set(
         "id object created created_at model usage system_fingerprint service_tier status type finishReason avgLogprobs "
         "safetyRatings responseId modelVersion usageMetadata createTime stopReason metrics llm_output run background "
         "billing completed_at frequency_penalty incomplete_details max_output_tokens metadata moderation "
-        "parallel_tool_calls presence_penalty prompt_cache_retention reasoning store temperature text tool_choice "
-        "tool_usage top_logprobs top_p truncation"
+        "parallel_tool_calls presence_penalty prompt_cache_retention store temperature tool_choice tool_usage "
+        "top_logprobs top_p truncation"
     )
 )
 _ASKING = {"messages", "prompt"}
@@ -41,7 +41,8 @@ def flattened(raw: dict[str, Any]) -> dict[str, Any]:
     if "messages" in asked or ("prompt" in asked and "messages" not in match_columns(request).values()):
         return raw
     row = {f"{column}.{key}": _flat_list(value) for key, value in request.items()}
-    response = next((name for name in raw if column_key(name) in LOG_RESPONSES), None)
+    responses = {column_key(name): name for name in raw if column_key(name) in LOG_RESPONSES}
+    response = next((responses[key] for key in LOG_RESPONSES if key in responses), None)
     for name, value in raw.items():
         inner = _inside(value) if name == response else {}
         if inner and response_answer(inner) is inner and match_columns(inner).keys():
