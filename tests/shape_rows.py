@@ -234,6 +234,13 @@ VARIANTS: list[tuple[str, Any, list[tuple[str, list]], list[str]]] = [
         [("Done", [])],
         [],
     ),
+    ("Vertex AI text tuning", {"input_text": "Dim", "output_text": "Done"}, [("Done", [])], []),
+    (
+        "full-hh-rlhf",
+        {"prompt": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Dim\n\nAssistant:", "response": " Done"},
+        [("Hello", []), ("Done", [])],
+        [],
+    ),
     ("Bedrock evaluation", {"prompt": "Dim", "referenceResponse": "Done", "category": "lamp"}, [("Done", [])], []),
     ("LangSmith", {"inputs": {"question": "Dim"}, "outputs": {"answer": "Done"}}, [("Done", [])], []),
     (

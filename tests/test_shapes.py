@@ -530,6 +530,7 @@ def test_plain_rows_pass_the_checks():
     [
         ({"messages": [{"type": "human", "text": "Hi"}, {"type": "ai", "content": "Hello"}]}, "a key text"),
         ({"title": "x", "chat": {"messages": [{"role": "user", "parts": "Hi"}, ANSWER]}}, "a key parts"),
+        ({"messages": [{"role": "user", "blocks": [{"block_type": "text", "text": "Hi"}]}, ANSWER]}, "a key blocks"),
     ],
 )
 def test_text_under_an_unread_key_is_refused(row, reason):

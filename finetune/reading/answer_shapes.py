@@ -119,6 +119,8 @@ def read_pair(fields: Fields) -> list[Any]:
         prompt = inner if _are_messages(inner) else prompt
     if isinstance(prompt, list):
         return joined(converted(prompt), answer)
+    if isinstance(prompt, str) and _asks_assistant(prompt):
+        return joined(read_speaker_text({"text": prompt.strip()})[:-1], answer)
     messages = []
     history = fields.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
@@ -160,6 +162,12 @@ def is_whole_conversation(fields: Fields) -> bool:
     if isinstance(value, str):
         return value.lstrip().lower().startswith(_SPEAKERS)
     return _are_messages(value)
+
+
+def _asks_assistant(prompt: str) -> bool:
+    """Whether a prompt is `Human: … Assistant:`, as in Anthropic's first sets."""
+    text = prompt.strip().lower()
+    return text.startswith(_SPEAKERS) and text.endswith("\nassistant:")
 
 
 def read_whole_conversation(fields: Fields) -> list[Any]:

@@ -31,14 +31,14 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "prompt": (
             "prompt instruction instructions question query user_query user_input q user_message human user 질문 질의 "
             "지시문 지시 问题 問題 提问 指令 質問 frage pregunta domanda pergunta вопрос soru câu_hỏi pytanie vraag "
-            "سؤال प्रश्न problem input 입력 输入 入力 inputs context request"
+            "سؤال प्रश्न problem input 입력 输入 入力 inputs context input_text request"
         ),
         "context": "input context 입력 输入 入力",
         "history": "history",
         "completion": (
             "completion response output outputs answer chosen_response chosen chosen_messages preferred_output a "
             "assistant assistant_message reference_response response_j best_answer solution ideal expected_output "
-            "targets choices candidates 답변 대답 응답 정답 출력 回答 答案 输出 出力 "
+            "output_text targets choices candidates 답변 대답 응답 정답 출력 回答 答案 输出 出力 "
             "antwort respuesta réponse reponse risposta resposta ответ cevap câu_trả_lời odpowiedź "
             "antwoord جواب إجابة उत्तर"
         ),

@@ -42,7 +42,7 @@ _ROLE_NAMES = {
 ROLES = {name: role for role, names in _ROLE_NAMES.items() for name in names}
 _TEXT_KEYS = frozenset(("role", "from", "content", "value", *TRAINING_MARKS))
 # Where other programs keep the content: Gemini's parts, a tool's result, a refusal.
-_OTHER_CONTENT_KEYS = ("text", "parts", "message", "body", "output", "result", "response", "refusal")
+_OTHER_CONTENT_KEYS = ("text", "parts", "blocks", "message", "body", "output", "result", "response", "refusal")
 _ASSISTANT_KEYS = _TEXT_KEYS | {"tool_calls", "function_call", *REASONING_KEYS}
 _READ_KEYS = {  # keys of a message that are read, by role
     "system": _TEXT_KEYS | {"tools"},
