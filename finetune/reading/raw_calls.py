@@ -16,7 +16,7 @@ CALLS_OF_PARTS = "its content parts"  # takes the place of a key where content p
 _READ_CALL_KEYS = ("tool_calls", "function_call")  # read by normalize
 _NAMES = ("name", "toolName", "tool_name", "tool", "functionName", "function_name")
 _IDS = ("id", "call_id", "toolCallId", "tool_call_id", "toolUseId", "tool_use_id")
-CALL_TYPES = ("function", "tooluse", "toolcall", "toolcalls", "functioncall", "custom")  # squeezed
+CALL_TYPES = ("function", "tooluse", "toolcall", "toolcalls", "functioncall")  # squeezed
 CALL_KEYS = frozenset(("name", *ARGUMENT_KEYS, "id", "type", "index", "function"))
 _FUNCTION_PREFIX = "functions."  # Harmony's namespace of the declared tools
 
@@ -48,7 +48,7 @@ def plain_call(item: Any) -> dict[str, Any]:
 
 def is_call_type(value: Any) -> bool:
     """Whether the `type` of a call says no more than that it is one."""
-    return value in EMPTY or (isinstance(value, str) and squeezed(value) in CALL_TYPES)
+    return value in EMPTY or (isinstance(value, str) and squeezed(value) in (*CALL_TYPES, "custom"))
 
 
 def squeezed(name: str) -> str:
