@@ -27,7 +27,7 @@ def lost_in_answer(answer: dict, completion: str, tools: list[dict], fmt: Format
     calls = [call_of(call) for call in answer.get("tool_calls", [])]
     warning = None
     if reasoning and reasoning not in completion:
-        warning = "the template has no place for its reasoning"
+        warning = "the template has no place for its reasoning (qwen-xml's has one)"
     if fmt.read_calls is None:
         return _missing(content, calls, completion), warning
     return _not_parsed_back(content, calls, completion, tools, fmt), warning

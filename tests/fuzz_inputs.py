@@ -60,7 +60,7 @@ def any_value(chance: random.Random, pool: list[Any]) -> Any:
 
 
 def parts(value: Any) -> dict[Path, Any]:
-    """path -> value of a value and of everything inside it; text that is JSON is opened too."""
+    """path -> value of a value and of everything inside it."""
     found: dict[Path, Any] = {}
     waiting: list[tuple[Path, Any]] = [((), value)]
     while waiting:

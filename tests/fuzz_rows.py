@@ -17,6 +17,7 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.preparing.checks import check_conversation
 from finetune.preparing.preparation import PrepareOptions, prepare
+from finetune.reading.columns import decoded
 from finetune.reading.conversations import load_conversations
 from finetune.reading.normalize import conversation_text, normalize_row
 from finetune.reading.row_files import RowError
@@ -26,8 +27,8 @@ from tests.fuzz_inputs import PLANTED, edited, mutated, parts, row_seeds
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 METADATA = ("from", "id", "index", "type")  # keys whose value is not a text of the conversation
-# Shapes that hold alternatives of an answer, of which the first is read, and metadata of turns.
-WITH_ALTERNATIVES = ("BFCL", "SQuAD", "FunctionChat")
+# Shapes that hold alternatives of an answer, of which the first is read.
+WITH_ALTERNATIVES = ("BFCL", "SQuAD")
 PAIRS = (("chatml", "smollm2"), ("qwen", "qwen3"), ("llama3", "llama3"), ("mistral", "mistral-tekken"),
          ("plain", "smollm2"), ("qwen-xml", "qwen3"), ("native", "qwen3"))  # fmt: skip
 
@@ -43,6 +44,16 @@ def row_case(chance: random.Random) -> dict[str, Any]:
     return {"row": row, "pair": pair if pair < len(PAIRS) else None}
 
 
+def opened(value: Any) -> Any:
+    """The value with every text that is JSON of an object or a list replaced by what it holds."""
+    if isinstance(value, str):
+        inner = decoded(value) if value.lstrip()[:1] in ("{", "[") else value
+        return value if isinstance(inner, str) else opened(inner)
+    if isinstance(value, list):
+        return [opened(item) for item in value]
+    return {key: opened(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
 def check_row(case: dict[str, Any], folder: Path) -> None:
     row = case["row"]
     notes: Counter = Counter()
@@ -55,7 +66,7 @@ def check_row(case: dict[str, Any], folder: Path) -> None:
     described = describe(row)
     unread = re.split(r", |\.", described.partition("; not read: ")[2])
     for word in set(PLANTED.findall(json.dumps(row, ensure_ascii=False))) - set(PLANTED.findall(text)):
-        paths = [path for path, inner in parts(row).items() if isinstance(inner, str) and word in inner]
+        paths = [path for path, inner in parts(opened(row)).items() if isinstance(inner, str) and word in inner]
         named = " ".join(notes)
         noted = {*unread, *METADATA}
         noted |= {"tools"} if "translated to JSON Schema" in named else set()

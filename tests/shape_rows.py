@@ -195,6 +195,53 @@ VARIANTS: list[tuple[str, Any, list[tuple[str, list]], list[str]]] = [
         [CALL],
         ["dim"],
     ),
+    (
+        "NeMo Gym",
+        {
+            "responses_create_params": {
+                "input": [_ASKS | {"type": "message"}],
+                "tools": [{"type": "function", **_TOOL}],
+            },
+            "response": {
+                "output": [{"type": "function_call", "call_id": "c", "name": "dim", "arguments": '{"pct": 5}'}],
+                "tool_choice": "auto",
+            },
+            "question": "Dim",
+            "reward": 1.0,
+        },
+        [CALL],
+        ["dim"],
+    ),
+    (
+        "OpenAI preferences",
+        {
+            "input": {"messages": [_ASKS], "tools": [_TOOL]},
+            "preferred_output": [_DIM],
+            "non_preferred_output": [{"role": "assistant", "content": "No"}],
+        },
+        [CALL],
+        ["dim"],
+    ),
+    (
+        "Fireworks preferences",
+        {"chosen": {"messages": [_ASKS, _DONE], "tools": []}, "rejected": {"messages": [_ASKS], "tools": []}},
+        [("Done", [])],
+        [],
+    ),
+    (
+        "Cohere",
+        {"messages": [{"role": "User", "content": "Dim"}, {"role": "Chatbot", "content": "Done"}]},
+        [("Done", [])],
+        [],
+    ),
+    ("Vertex AI text tuning", {"input_text": "Dim", "output_text": "Done"}, [("Done", [])], []),
+    (
+        "full-hh-rlhf",
+        {"prompt": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Dim\n\nAssistant:", "response": " Done"},
+        [("Hello", []), ("Done", [])],
+        [],
+    ),
+    ("Bedrock evaluation", {"prompt": "Dim", "referenceResponse": "Done", "category": "lamp"}, [("Done", [])], []),
     ("LangSmith", {"inputs": {"question": "Dim"}, "outputs": {"answer": "Done"}}, [("Done", [])], []),
     (
         "verifiers",

@@ -72,9 +72,29 @@ CALLS_IN_OTHER_NOTATIONS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["I called set_lamp (as you see).", "Use set_lamp(room) for it.", '{"name": "Ada"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("I called set_lamp (as you see).", "Use set_lamp(room) for it.", '{"name": "Ada"}', "[see](a=b)"),
+        '{"name": "Ada", "age": 7, "input": "x"}',
+    ],
+)
 def test_mention_of_a_tool_is_not_a_call(text):
     assert problems({"role": "assistant", "content": text}) == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{'api': 'tides', 'parameters': {'bay': 'Orm'}, 'responses': []}]",
+        "{'name':terminal, 'parameters':{'commands': ['mkdir a']}}",
+        '```json\n{"tool": "tides", "args": {}}\n```',
+        '{"action": "tides", "action_input": "Orm"}',
+        "[tides.at(bay='Orm')]",
+    ],
+)
+def test_calls_in_the_text_without_tools_are_named(text):
+    assert problems({"role": "assistant", "content": text}, tools=[]) == {"call left in the text": False}
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ TOOL_USE = {"toolUse": {"toolUseId": "t", "name": "set_lamp", "input": {"room": 
         {"request": json.dumps(CHAT), "response": json.dumps(COMPLETION)},
         {"request": {"url": "/v1", "body": CHAT}, "response": {"status_code": 200, "body": COMPLETION}},
         {"input": CHAT, "output": COMPLETION},
+        {"request": CHAT, "result": {"messages": [ASKS]}, "response": json.dumps(COMPLETION), "question": "Dim it"},
         {"kwargs": CHAT, "output": ANSWER},
         {"inputs": CHAT, "outputs": ANSWER, "metadata": {}},
         {**CHAT, "choices": COMPLETION["choices"]},

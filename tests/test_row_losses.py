@@ -18,7 +18,7 @@ from tests.formats import own_templates as own
 from tests.formats.cases import CLOCK, calls, row, says, user
 from tests.formats.public_templates import tokenizer_with
 
-PLACE = "the template has no place for its reasoning"
+PLACE = "the template has no place for its reasoning (qwen-xml's has one)"
 PLAIN = row(user("When does the ferry leave?"), says("At six."))
 REASONED = [
     row(user(f"Harbour {name}?"), says(f"It is open, {name}.", reasoning_content=f"{name} opens at five."))

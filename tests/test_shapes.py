@@ -72,7 +72,8 @@ def test_answer_beside_messages(column, answer, expected):
     row = {"messages": [user("q")], column: answer, "rejected": "bad"}
     assert answers(row) == [expected]
     assert roles(row) == ["user", "assistant"]
-    assert describe(row).endswith("not read: rejected")
+    further = f", {column}.further answers" if answer == ["text", "other text"] else ""
+    assert describe(row).endswith(f"not read: rejected{further}")
 
 
 def test_answer_after_a_tool_result():
@@ -390,6 +391,10 @@ def test_open_webui_reads_the_shown_branch():
     }
     row = {"chat": {"history": {"messages": nodes, "currentId": "c"}, "messages": [user("q"), says("old")]}}
     assert answers(row) == [("new", [])]
+    assert describe(row) == "Open WebUI export: chat; not read: chat.messages, chat.other branches"
+    for broken in ({"c": says("new") | {"parentId": "gone"}}, {"c": says("new") | {"parentId": "c"}}):
+        with pytest.raises(RowError, match="the chat's history runs in a circle, or a message of it is missing"):
+            normalize_row({"chat": {"history": {"messages": broken, "currentId": "c"}}})
 
 
 def test_glaive_without_line_breaks():
@@ -405,7 +410,10 @@ def test_glaive_without_line_breaks():
         ({"question": [[user("a")], [user("b")]], "path": []}, "multi-turn BFCL rows need their simulator"),
         ({"role": "user", "content": "q"}, "it is one message"),
         ({"gespraech": [user("q"), says("a")]}, "--map gespraech=messages"),
-        ({"log": {"steps": [user("q"), says("a")]}}, "log holds some under steps; .* --map log.steps=messages"),
+        (
+            {"log": {"steps": [user("q"), says("a")]}},
+            "log.steps looks like .* --map log.steps=messages",
+        ),
         ({"ask me": "what is it", "reply": "it is this"}, "--map 'ask me=prompt' --map reply=completion"),
     ],
 )
@@ -522,6 +530,7 @@ def test_plain_rows_pass_the_checks():
     [
         ({"messages": [{"type": "human", "text": "Hi"}, {"type": "ai", "content": "Hello"}]}, "a key text"),
         ({"title": "x", "chat": {"messages": [{"role": "user", "parts": "Hi"}, ANSWER]}}, "a key parts"),
+        ({"messages": [{"role": "user", "blocks": [{"block_type": "text", "text": "Hi"}]}, ANSWER]}, "a key blocks"),
     ],
 )
 def test_text_under_an_unread_key_is_refused(row, reason):
@@ -551,3 +560,78 @@ def test_keys_beside_a_function_are_kept():
     row = normalize_row({"messages": [{"role": "user", "content": "Hi"}, ANSWER], "tools": tools}, notes=notes)
     assert row["tools"] == [{"type": "function", "function": {"name": "find"}, "region": "KR"}]
     assert notes["type of a tool -> function"] == 1
+
+
+WITH_KEYS_BESIDE = {
+    "chat.history": {"chat": {"messages": [user("q"), says("a")], "history": {"note": "x"}}},
+    "answers.note": {"context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [0], "note": "x"}},
+    "answers.other": {"question": "q", "answers": {"good": "a", "other": "b"}, "correct_answer": "good"},
+    "turns.note": {"turns": [{"query": [user("q")], "ground_truth": says("a"), "note": "x"}]},
+    "answer.further answers": {"question": "q", "answer": ["a", "b"]},
+    "choices.further choices": {
+        "messages": [user("q")],
+        "choices": [{"index": 0, "message": says("a")}, {"index": 1, "message": says("b")}],
+    },
+    "response.note": {
+        "request": {"messages": [user("q")]},
+        "response": {"choices": [{"text": "a", "index": 0}], "note": "x", "usage": {"total_tokens": 3}},
+    },
+}
+
+
+@pytest.mark.parametrize("name", WITH_KEYS_BESIDE)
+def test_keys_beside_an_answer_are_named(name):
+    row = WITH_KEYS_BESIDE[name]
+    assert answers(row) == [("a", [])]
+    assert describe(row).endswith(f"; not read: {name}")
+
+
+def test_texts_of_an_answer_are_joined():
+    """Items without a role are content parts; only those of a completion API are alternatives."""
+    assert answers({"input": [], "output": [{"text": "D"}, {"content": "x"}]}) == [("Dx", [])]
+    assert answers({"input": "q", "output": [{"text": "D", "index": 0}, {"text": "x", "index": 1}]}) == [("D", [])]
+    with pytest.raises(RowError, match="message 2: a content part with the keys note is not text"):
+        answers({"input": "q", "output": [{"text": "D"}, {"note": "x"}]})
+
+
+@pytest.mark.parametrize("mark", ["train", "weight", "loss_mask", "masked"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"functionCall": {"name": "dim", "args": {"pct": 5}}},
+        {"toolUse": {"name": "dim", "input": {"pct": 5}}},
+        {"reasoningContent": {"text": "hm"}},
+    ],
+)
+def test_mark_inside_a_part(part, mark):
+    """A mark on the part itself is the message's, where all parts agree; inside the call it is refused."""
+    row = {"messages": [user("q"), {"role": "assistant", "content": [part | {mark: 0}]}]}
+    assert normalize_row(row)["messages"][-1].get("train", True) is (mark == "masked")
+    ((key, inner),) = part.items()
+    row["messages"][1]["content"] = [{key: inner | {mark: 0}}]
+    with pytest.raises(RowError, match=f"message 2.* has {mark}"):
+        normalize_row(row)
+
+
+@pytest.mark.parametrize("place", ["call", "function", "plain"])
+def test_type_of_a_call(place):
+    call = {"name": "dim", "arguments": {}} if place == "plain" else {"function": {"name": "dim", "arguments": {}}}
+    for kind, noted in ((None, 0), ("function", 0), ("toolUse", 0), ("tool-call", 0), ("web_search", 1), ({"a": 1}, 1)):
+        (call["function"] if place == "function" else call)["type"] = kind
+        notes = Counter()
+        assert answers({"messages": [user("q"), says("") | {"tool_calls": [call]}]}, notes=notes) == [
+            ("", [("dim", {})])
+        ]
+        assert notes["not read, key 'type' of calls"] == noted
+
+
+def test_key_that_repeats_a_call_is_only_noted():
+    """SWE-agent writes `action` beside the call that it was made of."""
+    message = says("I dim it.") | {"tool_calls": [{"name": "dim", "arguments": {}}], "action": "dim"}
+    row = {"tools": [LAMP, {"name": "dim"}], "history": [user("q"), message]}
+    notes = Counter()
+    assert answers(row, notes=notes) == [("I dim it.", [("dim", {})])]
+    assert notes["not read, key 'action' of assistant messages"] == 1
+    message["action"] = "set_lamp"
+    with pytest.raises(RowError, match="the key 'action' is not read but holds the name of the tool set_lamp"):
+        normalize_row(row)

@@ -90,6 +90,12 @@ _CALL_TAGS = (
     *("<start_function_call>", "<|tool_calls_section_begin|>"),
 )
 
+# `{"name": "f", "arguments": …` and `[f(a=` at the beginning of a text, whatever is declared.
+_CALL_OBJECT = re.compile(
+    r"""\s*(?:```\w*\s*)?\[?\s*(?:\{\s*["'](?:name|api|api_name|tool|tool_name|function|action)["']\s*:\s*["']?[\w./-]+["']?"""
+    r"""\s*,\s*["'](?:parameters|arguments|args|input|action_input|tool_input)["']\s*:|(?<=\[)[A-Za-z_][\w.]*\(\w+\s*=)"""
+)
+
 
 def unread_call(text: str, names: Iterable[str]) -> str:
     """The part of an assistant's text that looks like a call but was not read as one; "" if there is none.
@@ -98,6 +104,8 @@ def unread_call(text: str, names: Iterable[str]) -> str:
     """
     if tag := next((tag for tag in _CALL_TAGS if tag in text), "") or call_tag(text):
         return tag
+    if found := _CALL_OBJECT.match(text):
+        return found[0].strip()
     if not (declared := "|".join(map(re.escape, names))):
         return ""
     found = re.match(rf"\s*\[?\s*(?:{declared})\(", text) or re.search(
@@ -203,5 +211,9 @@ def exact_key(conversation: dict[str, Any]) -> bytes:
 
 def called_tool(conversation: dict[str, Any]) -> str:
     """The tool that is called first, for balance and stratified splits; "(no call)" if there is none."""
-    calls = (call for message in conversation["messages"] for call in message.get("tool_calls", ()))
-    return next((call["function"]["name"] for call in calls), "(no call)")
+    return next((call["function"]["name"] for call in all_calls(conversation)), "(no call)")
+
+
+def all_calls(conversation: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The calls of all turns."""
+    return (call for message in conversation["messages"] for call in message.get("tool_calls", ()))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from finetune.charts.fonts import missing_glyphs_ignored
+from finetune.charts.fonts import font_family, missing_glyphs_ignored
 from finetune.charts.palette import BLUE, GREEN, ORANGE
 from finetune.models.hub import public_name
-from finetune.preparing.checks import called_tool
+from finetune.preparing.checks import all_calls, called_tool
 from finetune.preparing.preparation import Prepared, PrepareOptions
 from finetune.preparing.reason_kinds import count_kinds
 from finetune.preparing.splits import SPLITS, request_text
 
 COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
-CJK_FONTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "AppleGothic")
 MAX_TOOL_BARS = 40
 MAX_TOOLS_IN_CARD = 30
 MAX_LABEL_LENGTH = 60
@@ -38,48 +37,49 @@ def percentile(values: list[int], percent: int) -> int:
 
 def tool_balance(result: Prepared) -> dict[str, Counter]:
     """Tool called first -> rows per split, the most frequent tool first."""
+    return _by_tool(result, lambda conversation: [called_tool(conversation)])
+
+
+def _by_tool(result: Prepared, tools_of: Callable[[dict], list[str]]) -> dict[str, Counter]:
     table: dict[str, Counter] = {}
     for split, conversations in result.splits.items():
-        for conversation in conversations:
-            table.setdefault(called_tool(conversation), Counter())[split] += 1
+        for tool in (tool for conversation in conversations for tool in tools_of(conversation)):
+            table.setdefault(tool, Counter())[split] += 1
     return dict(sorted(table.items(), key=lambda item: (-item[1].total(), item[0])))
+
+
+def _most_frequent(table: dict[str, Counter], most: int) -> list[tuple[str, Counter]]:
+    """The first entries of a table; if there are more than `most`, the others are one entry."""
+    entries = list(table.items())
+    rest = entries[most:]
+    others = [(f"{len(rest)} other tools", sum((counts for _, counts in rest), Counter()))] if rest else []
+    return entries[:most] + others
 
 
 def quality_counts(result: Prepared) -> list[tuple[str | int, ...]]:
     """(what, rows per split) of what decides quality: rows with and without calls, parallel calls, turns."""
-    table = {name: Counter() for name in SPLITS}
+    table: dict[str, Counter] = {}
     for split, conversations in result.splits.items():
         for conversation in conversations:
-            turns = [message for message in conversation["messages"] if message["role"] == "assistant"]
-            calls = [len(message.get("tool_calls", ())) for message in turns]
-            users = sum(message["role"] == "user" for message in conversation["messages"])
-            counts = table[split]
-            counts["with a call" if any(calls) else "without a call"] += 1
-            counts["with parallel calls (several in one turn)"] += max(calls, default=0) > 1
-            counts["with several user turns"] += users > 1
-            counts["with tools, but without a call"] += bool(conversation["tools"]) and not any(calls)
-            counts["(calls in all rows)"] += sum(calls)
-            counts["(assistant turns in all rows)"] += len(turns)
-    names = (
-        "with a call", "without a call", "with tools, but without a call", "with parallel calls (several in one turn)",
-        "with several user turns", "(assistant turns in all rows)", "(calls in all rows)",
-    )  # fmt: skip
-    return [(name, *(table[split][name] for split in SPLITS)) for name in names]
+            roles = Counter(message["role"] for message in conversation["messages"])
+            calls = [len(message.get("tool_calls", ())) for message in conversation["messages"]]
+            for name, number in (
+                ("with a call", any(calls)),
+                ("without a call", not any(calls)),
+                ("with tools, but without a call", bool(conversation["tools"]) and not any(calls)),
+                ("with parallel calls (several in one turn)", max(calls) > 1),
+                ("with several user turns", roles["user"] > 1),
+                ("(assistant turns in all rows)", roles["assistant"]),
+                ("(calls in all rows)", sum(calls)),
+            ):
+                table.setdefault(name, Counter())[split] += number
+    return [(name, *(counts[split] for split in SPLITS)) for name, counts in table.items()]
 
 
 def tool_calls(result: Prepared) -> list[tuple[str, Counter]]:
     """The most frequent tools with their calls per split; the others are one line."""
-    table: dict[str, Counter] = {}
-    for split, conversations in result.splits.items():
-        for message in (message for conversation in conversations for message in conversation["messages"]):
-            for call in message.get("tool_calls", ()):
-                table.setdefault(call["function"]["name"], Counter())[split] += 1
-    balance = sorted(table.items(), key=lambda item: (-item[1].total(), item[0]))
-    if len(balance) <= MAX_TOOLS_IN_CARD:
-        return [(f"`{_cell(tool)}`", counts) for tool, counts in balance]
-    rest = sum((counts for _, counts in balance[MAX_TOOLS_IN_CARD:]), Counter())
-    shown = [(f"`{_cell(tool)}`", counts) for tool, counts in balance[:MAX_TOOLS_IN_CARD]]
-    return [*shown, (f"{len(balance) - MAX_TOOLS_IN_CARD} other tools", rest)]
+    table = _by_tool(result, lambda conversation: [call["function"]["name"] for call in all_calls(conversation)])
+    return _most_frequent({f"`{_cell(tool)}`": counts for tool, counts in table.items()}, MAX_TOOLS_IN_CARD)
 
 
 def shared_requests(result: Prepared) -> int:
@@ -148,17 +148,14 @@ def draw_lengths(result: Prepared, limit: int | None) -> bytes:
 
 def draw_tools(result: Prepared) -> bytes:
     """PNG: rows per tool and split as bars; the rarest of too many tools share one bar."""
-    balance = list(tool_balance(result).items())
-    if len(balance) > MAX_TOOL_BARS:
-        rest = sum((counts for _, counts in balance[MAX_TOOL_BARS:]), Counter())
-        balance = [*balance[:MAX_TOOL_BARS], (f"{len(balance) - MAX_TOOL_BARS} other tools", rest)]
-    figure, axes = _figure(8, 1.2 + 0.28 * len(balance))
+    balance = _most_frequent(tool_balance(result), MAX_TOOL_BARS)
+    labels = [_label(tool) for tool, _ in balance]
+    figure, axes = _figure(8, 1.2 + 0.28 * len(balance), "".join(labels))
     left = [0] * len(balance)
     for name in SPLITS:
         values = [counts[name] for _, counts in balance]
         axes.barh(range(len(balance)), values, left=left, color=COLOURS[name], label=name)
         left = [a + b for a, b in zip(left, values, strict=True)]
-    labels = [_label(tool) for tool, _ in balance]
     axes.set_yticks(range(len(balance)), labels, parse_math=False)  # a name may hold "$"
     axes.invert_yaxis()
     axes.set_xlabel("rows")
@@ -170,14 +167,12 @@ def _label(name: str) -> str:
     return name if len(name) <= MAX_LABEL_LENGTH else f"{name[: MAX_LABEL_LENGTH - 1]}…"
 
 
-def _figure(width: float, height: float):
-    """(figure, axes) that draw Korean and Chinese tool names where a font for them is installed."""
+def _figure(width: float, height: float, text: str = ""):
+    """(figure, axes) with a font that has the letters of a text."""
     import matplotlib
-    from matplotlib import font_manager
     from matplotlib.figure import Figure
 
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    matplotlib.rcParams["font.family"] = [*(name for name in CJK_FONTS if name in installed), "DejaVu Sans"]
+    matplotlib.rcParams["font.family"] = font_family(text)
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 

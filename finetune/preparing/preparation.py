@@ -17,6 +17,9 @@ from finetune.reading.conversations import load_conversations
 from finetune.reading.load_result import LoadResult, Rejected, SourceRow
 from finetune.reading.sources import parse_spec
 
+# Fields of PrepareOptions that reading takes.
+READING_OPTIONS = ("strict", "limit", "column_map", "tools", "where", "include_rejected")
+
 
 @dataclass
 class PrepareOptions:
@@ -103,17 +106,8 @@ def prepare(
     for spec in specs:
         if parse_spec(spec).weight != 1:
             raise UserError(f"{spec}: weights belong to training; here every row is kept or rejected exactly once")
-    loaded = load_conversations(
-        specs,
-        strict=options.strict,
-        limit=options.limit,
-        column_map=options.column_map,
-        tools=options.tools,
-        rows=rows,
-        where=options.where,
-        refuse_marked_splits=True,
-        include_rejected=options.include_rejected,
-    )
+    reading = {name: getattr(options, name) for name in READING_OPTIONS}
+    loaded = load_conversations(specs, rows=rows, refuse_marked_splits=True, **reading)
     result = Prepared(loaded, rejected=list(loaded.rejected))
     kept = [
         _Row(conversation, origin, len(json.dumps(conversation, ensure_ascii=False)))
@@ -188,13 +182,9 @@ def _fit_to_length(rows: list[_Row], result: Prepared, options: PrepareOptions, 
     from finetune.encoding.encode import encode_conversations
     from finetune.encoding.rows import without_oldest_turns
 
+    conversations, origins = [row.conversation for row in rows], [row.origin for row in rows]
     encoded = encode_conversations(
-        [row.conversation for row in rows],
-        tokenizer,
-        fmt,
-        options.encoding,
-        num_proc=options.num_proc,
-        origins=[row.origin for row in rows],
+        conversations, tokenizer, fmt, options.encoding, num_proc=options.num_proc, origins=origins
     )
     result.encoding_report = encoded.report
     result.unit = "tokens"

@@ -7,13 +7,13 @@ from typing import Any
 from finetune.reading.chat_exports import same_messages
 from finetune.reading.columns import Fields, decoded
 from finetune.reading.provider_messages import converted, is_langchain, is_responses
-from finetune.reading.request_logs import response_answer
+from finetune.reading.request_logs import response_answer, response_unread
 from finetune.reading.row_files import RowError, decode_json
 from finetune.reading.text_shapes import read_speaker_text, text_field
 
 Message = dict[str, Any]
 _ASKING = ("user", "human", "tool", "function", "observation", "ipython", "tool_response", "function_response")
-_ANSWER_FIELDS = ("completion", "ground_truth")
+ANSWER_FIELDS = ("completion", "ground_truth")
 
 
 def _role(message: dict[str, Any]) -> Any:
@@ -31,9 +31,7 @@ def answer_field(fields: Fields) -> str | None:
         return None
     if is_responses(messages) and isinstance(fields.get("completion"), list):  # the items of one response
         return "completion"
-    return (
-        next((n for n in _ANSWER_FIELDS if fields.get(n) not in (None, "")), None) if _role(last) in _ASKING else None
-    )
+    return next((n for n in ANSWER_FIELDS if fields.get(n) not in (None, "")), None) if _role(last) in _ASKING else None
 
 
 def read_messages(fields: Fields) -> Any:
@@ -48,35 +46,38 @@ def read_messages(fields: Fields) -> Any:
 
 
 def answer_messages(value: Any, name: str) -> list[Any]:
-    """An answer as messages: text, a message, calls, a list of messages, or a list of texts of which the first."""
+    """An answer as messages: text, a message, calls, a list of messages or of parts, or texts of which the first."""
     value = response_answer(value)
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         inner = decoded(value)
-        value = (
-            inner
-            if _is_message(inner) or (isinstance(inner, list) and inner and all(map(_is_message, inner)))
-            else value
-        )
-    if _is_message(value):
-        return converted([value])
-    if isinstance(value, dict):
-        if _is_call(value):
-            return [{"role": "assistant", "content": "", "tool_calls": [value]}]
-        if "content" in value or "tool_calls" in value:
-            return converted([{"role": "assistant", **value}])
-        raise RowError(f"the {name} is an object without role and content; give a message or text")
-    if isinstance(value, list):
-        if value and all(map(_is_call, value)):
-            return [{"role": "assistant", "content": "", "tool_calls": value}]
-        if value and all(isinstance(item, str) for item in value):
-            value = value[0]
-        elif is_responses(value) or any(map(_is_message, value)):
-            return converted(value)
-        elif value and all(isinstance(part, dict) and "type" in part for part in value):
-            return [{"role": "assistant", "content": value}]
-        else:
-            return converted(value)
-    return [{"role": "assistant", "content": text_field({name: value}, name)}]
+        value = inner if _are_messages(inner if isinstance(inner, list) else [inner]) else value
+    value = value[0] if _is_texts(value) else value
+    if not isinstance(value, (list, dict)):
+        return [{"role": "assistant", "content": text_field({name: value}, name)}]
+    items = value if isinstance(value, list) else [value]
+    if items and all(map(_is_call, items)):
+        return [calling(items)]
+    messages = converted(items)
+    if messages is not items or any(map(_is_message, items)) or not all(isinstance(item, dict) for item in items):
+        return messages
+    if items is value:
+        return [{"role": "assistant", "content": value}] if value else []
+    if value.keys() & {"content", "tool_calls"}:
+        return converted([{"role": "assistant", **value}])
+    raise RowError(f"the {name} is an object without role and content; give a message or text")
+
+
+def answer_unread(value: Any) -> list[str]:
+    """What of an answer's column is not read: further answers, and what a response holds beside its answer."""
+    return ["further answers"] if _is_texts(value) and len(value) > 1 else response_unread(value)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
 
 
 def _is_message(value: Any) -> bool:
@@ -110,14 +111,16 @@ def _role_of(message: Any) -> Any:
 
 def read_pair(fields: Fields) -> list[Any]:
     """A prompt and its answer; each is text or, as in TRL's conversational rows, a list of messages."""
-    name = next(name for name in _ANSWER_FIELDS if name in fields)
+    name = next(name for name in ANSWER_FIELDS if name in fields)
     answer = answer_messages(fields[name], name)
     prompt = fields["prompt"]
     if isinstance(prompt, str) and prompt.lstrip().startswith("["):
         inner = decoded(prompt)
-        prompt = inner if isinstance(inner, list) and inner and all(map(_is_message, inner)) else prompt
+        prompt = inner if _are_messages(inner) else prompt
     if isinstance(prompt, list):
         return joined(converted(prompt), answer)
+    if isinstance(prompt, str) and _asks_assistant(prompt):
+        return joined(read_speaker_text({"text": prompt.strip()})[:-1], answer)
     messages = []
     history = fields.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
@@ -155,15 +158,21 @@ _SPEAKERS = ("human:", "user:", "assistant:")
 
 def is_whole_conversation(fields: Fields) -> bool:
     """Whether the answer column holds the conversation itself, as messages or as text with speakers."""
-    value = decoded(fields["completion"])
+    value = response_answer(decoded(fields["completion"]))
     if isinstance(value, str):
         return value.lstrip().lower().startswith(_SPEAKERS)
-    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+    return _are_messages(value)
+
+
+def _asks_assistant(prompt: str) -> bool:
+    """Whether a prompt is `Human: … Assistant:`, as in Anthropic's first sets."""
+    text = prompt.strip().lower()
+    return text.startswith(_SPEAKERS) and text.endswith("\nassistant:")
 
 
 def read_whole_conversation(fields: Fields) -> list[Any]:
     """A conversation in `chosen`, without a prompt column."""
-    value = decoded(fields["completion"])
+    value = response_answer(decoded(fields["completion"]))
     return read_speaker_text({**fields, "text": value.strip()}) if isinstance(value, str) else value
 
 

@@ -12,18 +12,18 @@ from finetune.reading.raw_calls import (
     CALL_KEYS,
     bare_json_calls,
     calls_under_other_keys,
+    is_call_type,
     plain_call,
     read_channel,
     refuse_hidden_calls,
     same_calls,
 )
-from finetune.reading.row_files import RowError, decode_json, json_type
+from finetune.reading.row_files import EMPTY, RowError, decode_json, json_type
 from finetune.reading.training_marks import TRAINING_MARKS
 from formats.base import split_reasoning
 
 Message = dict[str, Any]
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_EMPTY = (None, "", [], {})
 
 
 def read_assistant(
@@ -57,7 +57,7 @@ def read_assistant(
     if any(key.startswith("additional_kwargs.") for key in held):
         rest = {k: v for k, v in message["additional_kwargs"].items() if f"additional_kwargs.{k}" not in held}
         refuse_hidden_calls(rest, names)
-        notes.update(f"not read, key {key[:40]!r} of additional_kwargs" for key in rest if rest[key] not in _EMPTY)
+        notes.update(f"not read, key {key[:40]!r} of additional_kwargs" for key in rest if rest[key] not in EMPTY)
         read.add("additional_kwargs")
     if not calls and content.lstrip().startswith("["):
         with contextlib.suppress(ValueError):
@@ -117,7 +117,7 @@ def _call_turn(
     if not content.strip() and isinstance(message.get("name"), str):
         keys = {key for key in ("name", "arguments", "parameters", "id") if key in message}
         return "", [_call({key: message[key] for key in keys}, notes)], keys
-    if not content.strip() and any(message.get(key) not in _EMPTY for key in ("tool_calls", "function_call")):
+    if not content.strip() and any(message.get(key) not in EMPTY for key in ("tool_calls", "function_call")):
         return "", [], set()
     thought, rest = split_thought(content)
     found = split_calls(rest, tools)
@@ -129,10 +129,10 @@ def _call_turn(
 
 def _tool_calls(message: Message, notes: Counter) -> list[dict[str, Any]]:
     calls, legacy = message.get("tool_calls"), message.get("function_call")
-    if calls in _EMPTY and legacy in _EMPTY:
+    if calls in EMPTY and legacy in EMPTY:
         return []
     calls, legacy = decode_json(calls, "tool_calls"), decode_json(legacy, "function_call")
-    if legacy not in _EMPTY:
+    if legacy not in EMPTY:
         notes["function_call not read: the message has tool_calls" if calls else "function_call -> tool_calls"] += 1
         calls = calls or [legacy]
     if not calls:
@@ -154,7 +154,8 @@ def _call(item: Any, notes: Counter) -> dict[str, Any]:
         arguments = given_arguments(item) if function is item else given_arguments(function, item)
     except RowError as error:
         raise RowError(f"call of {name}: {error}") from error
-    unread = [key for key, value in {**item, **function}.items() if key not in CALL_KEYS and value not in _EMPTY]
+    unread = [key for key, value in {**item, **function}.items() if key not in CALL_KEYS and value not in EMPTY]
+    unread += ["type"] if not all(is_call_type(holder.get("type")) for holder in (item, function)) else []
     if unread and arguments is None:
         raise RowError(f"call of {name} has no arguments but {', '.join(unread)}; rename it to arguments")
     if marks := [key for key in unread if key in TRAINING_MARKS]:

@@ -2,84 +2,62 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from formats.pythonic import read_literal
+
+_ARGUMENT = re.compile(r"""\s*([^()\[\]{},'"=]*[^()\[\]{},'"=\s])\s*=""")
+_PIECE = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^'"()\[\]{},]+|[^'"]""", re.DOTALL)
 
 
 def bracket_calls(text: str, names: list[str]) -> list[dict[str, Any]] | None:
     """The calls of `[Name With Spaces(k="v"), f.g(x=[1])]`; None unless the text begins like one, with a known name.
 
+    names  the longest first
     Values are Python literals or JSON's `true`, `false` and `null`. Raises ValueError for a call that breaks off.
     """
+    call = re.compile(rf"[\[,]\s*({'|'.join(map(re.escape, names))})\s*\(")
     text = text.strip()
-    position = _after_space(text, 1)
-    if not text.startswith("[") or _name_at(text, position, names) is None:
+    if not names or not call.match(text):
         return None
-    calls = []
-    while True:
-        name = _name_at(text, position, names)
-        if name is None:
+    calls: list[dict[str, Any]] = []
+    position = 0
+    while text[position:] != "]":
+        match = call.match(text, position)
+        if match is None or (text[position] == "[") is bool(calls):
             raise ValueError(f"no declared function at {text[position : position + 30]!r}")
-        position = text.index("(", position + len(name)) + 1
-        arguments, position = _arguments(text, position)
-        calls.append({"name": name, "arguments": arguments})
-        position = _after_space(text, position)
-        if text[position:] == "]":
-            return calls
-        if text[position : position + 1] != ",":
-            raise ValueError(f"neither ',' nor the closing ']' at {text[position : position + 30]!r}")
-        position = _after_space(text, position + 1)
-
-
-def _name_at(text: str, position: int, names: list[str]) -> str | None:
-    """The longest known name at a position that is followed by an opening parenthesis."""
-    for name in names:
-        if text.startswith(name, position) and text[position + len(name) :].lstrip()[:1] == "(":
-            return name
-    return None
-
-
-def _after_space(text: str, position: int) -> int:
-    while position < len(text) and text[position].isspace():
-        position += 1
-    return position
+        arguments, position = _arguments(text, match.end())
+        calls.append({"name": match[1], "arguments": arguments})
+    return calls
 
 
 def _arguments(text: str, position: int) -> tuple[dict[str, Any], int]:
-    """The named arguments up to the closing parenthesis, and the position behind it."""
+    """The named arguments up to the closing parenthesis, and the position of what follows it."""
     arguments: dict[str, Any] = {}
     position = _after_space(text, position)
     while text[position : position + 1] != ")":
-        equals = text.find("=", position)
-        name = text[position:equals].strip() if equals >= 0 else ""
-        if not name or any(letter in name for letter in "()[]{},'\""):
+        match = _ARGUMENT.match(text, position)
+        if match is None:
             raise ValueError(f"an argument without a name at {text[position : position + 30]!r}")
-        if name in arguments:
-            raise ValueError(f"the argument {name} twice")
-        end = _value_end(text, equals + 1)
-        arguments[name] = read_literal(text[equals + 1 : end])
-        position = _after_space(text, end + 1) if text[end] == "," else end
-    return arguments, position + 1
+        if match[1] in arguments:
+            raise ValueError(f"the argument {match[1]} twice")
+        end = _value_end(text, match.end())
+        arguments[match[1]] = read_literal(text[match.end() : end])
+        position = _after_space(text, end + (text[end] == ","))
+    return arguments, _after_space(text, position + 1)
 
 
 def _value_end(text: str, position: int) -> int:
     """Where a value ends: the `,` or `)` outside of quotes and brackets."""
-    depth, quote = 0, ""
-    while position < len(text):
-        letter = text[position]
-        if quote:
-            if letter == "\\":
-                position += 1
-            elif letter == quote:
-                quote = ""
-        elif letter in "'\"":
-            quote = letter
-        elif letter in "([{":
-            depth += 1
-        elif letter in ")]}" and depth:
-            depth -= 1
-        elif letter in ",)" and not depth:
+    depth = 0
+    while piece := _PIECE.match(text, position):
+        if piece[0] in ",)" and not depth:
             return position
-        position += 1
+        depth += (piece[0] in "([{") - (piece[0] in ")]}")
+        position = piece.end()
     raise ValueError("it breaks off")
+
+
+def _after_space(text: str, position: int) -> int:
+    return len(text) - len(text[position:].lstrip())

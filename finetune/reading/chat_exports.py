@@ -10,36 +10,43 @@ from finetune.reading.row_files import RowError, json_type
 # Of an Open WebUI message.
 METADATA = ("id", "parentId", "childrenIds", "timestamp", "model", "models", "modelName", "modelIdx", "done", "files")
 
+_NO_HISTORY = {"messages": {}, "currentId": None}
+
 
 def is_open_webui(chat: Any) -> bool:
     """Whether a `chat` column holds the messages of an Open WebUI export."""
     return isinstance(chat, dict) and ("messages" in chat or isinstance(chat.get("history"), dict))
 
 
-def open_webui_messages(chat: dict[str, Any]) -> list[dict[str, Any]]:
-    """The branch that was shown last: from `history.currentId` back to its first message, else `messages`."""
+def open_webui_chat(chat: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """(messages, keys of the chat that are not read and hold something).
+
+    The messages are the branch that was shown last, from `history.currentId` back to its first message; without a
+    branch they are those in `messages`.
+    """
     history = chat.get("history") if isinstance(chat.get("history"), dict) else {}
     by_id, current = history.get("messages"), history.get("currentId")
-    messages = chat.get("messages")
+    messages, key = chat.get("messages"), "messages"
     if isinstance(by_id, dict) and isinstance(current, str) and current in by_id:
-        branch: list[Any] = []
-        while isinstance(current, str) and isinstance(by_id.get(current), dict):
-            if len(branch) > len(by_id):
-                raise RowError("the chat's history runs in a circle")
-            branch.append(by_id[current])
+        branch: dict[str, Any] = {}
+        while current is not None:
+            if not isinstance(current, str) or not isinstance(by_id.get(current), dict) or current in branch:
+                raise RowError("the chat's history runs in a circle, or a message of it is missing")
+            branch[current] = by_id[current]
             current = by_id[current].get("parentId")
-        messages = branch[::-1]
+        messages, key = list(branch.values())[::-1], "history"
     if not isinstance(messages, list):
         raise RowError(f"the chat's messages are a JSON {json_type(messages)}, not a list")
     for number, message in enumerate(messages, start=1):
         if isinstance(message, dict) and message.get("files"):
             raise RowError(f"message {number} of the chat has files; only text can be trained")
-    return [{key: m[key] for key in m if key not in METADATA} if isinstance(m, dict) else m for m in messages]
-
-
-def open_webui_unread(chat: dict[str, Any]) -> list[str]:
-    """The keys beside the messages that hold something."""
-    return [f"chat.{key}" for key, value in chat.items() if key not in ("messages", "history") and value]
+    unread = [name for name, value in chat.items() if name != key and value not in ("", [], {}, None, _NO_HISTORY)]
+    if key == "history":
+        if isinstance(chat.get("messages"), list) and same_messages(chat["messages"], messages):
+            unread.remove("messages")
+        unread += ["other branches"] if len(by_id) > len(messages) else []
+    read = [{key: m[key] for key in m if key not in METADATA} if isinstance(m, dict) else m for m in messages]
+    return read, unread
 
 
 def is_function_chat_dialog(turns: Any) -> bool:

@@ -31,15 +31,16 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "prompt": (
             "prompt instruction instructions question query user_query user_input q user_message human user 질문 질의 "
             "지시문 지시 问题 問題 提问 指令 質問 frage pregunta domanda pergunta вопрос soru câu_hỏi pytanie vraag "
-            "سؤال प्रश्न problem input 입력 输入 入力 inputs context"
+            "سؤال प्रश्न problem input 입력 输入 入力 inputs context input_text request"
         ),
         "context": "input context 입력 输入 入力",
         "history": "history",
         "completion": (
-            "completion response output outputs answer chosen_response chosen chosen_messages a assistant "
-            "assistant_message best_answer solution ideal expected_output targets choices candidates 답변 대답 응답 "
-            "정답 출력 回答 答案 输出 出力 antwort respuesta réponse reponse risposta resposta ответ cevap câu_trả_lời "
-            "odpowiedź antwoord جواب إجابة उत्तर"
+            "completion response output outputs answer chosen_response chosen chosen_messages preferred_output a "
+            "assistant assistant_message reference_response response_j best_answer solution ideal expected_output "
+            "output_text targets choices candidates 답변 대답 응답 정답 출력 回答 答案 输出 出力 "
+            "antwort respuesta réponse reponse risposta resposta ответ cevap câu_trả_lời odpowiedź "
+            "antwoord جواب إجابة उत्तर"
         ),
         "answers": "answers",
         "correct_answer": "correct_answer",
@@ -59,7 +60,10 @@ _ONLY_MESSAGE_LISTS = {
 }
 _ROLE_KEYS = ("role", "from", "type", "parts")
 # Columns of a log whose parts are read as columns of their own, as `request.messages`.
-LOG_REQUESTS = ("request", "requestbody", "inputs", "input", "kwargs", "body", "params", "payload")
+LOG_REQUESTS = (
+    *("request", "requestbody", "inputs", "input", "kwargs", "body", "params", "payload"),
+    "responsescreateparams",
+)
 LOG_RESPONSES = ("response", "responsebody", "outputs", "output", "completion", "result")
 _VERDICTS = ("label", "kto_tag")  # KTO: whether the answer is a good one
 
@@ -129,6 +133,8 @@ def _is_usable(raw: dict[str, Any], column: str, name: str) -> bool:
         return not any(column_key(other) in ("choices", "options") for other in raw)
     if name == "completion" and key in ("choices", "candidates"):  # of an API's response
         return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+    if name == "prompt" and key == "request":  # an object is a log
+        return isinstance(value, str)
     if name == "prompt" and key == "user":  # often the id of a user
         return isinstance(value, str) and any(column_key(other) == "assistant" for other in raw)
     return True
@@ -167,10 +173,14 @@ def with_parts(raw: dict[str, Any], column_map: dict[str, str] | None) -> dict[s
 def tool_columns(raw: dict[str, Any]) -> list[str]:
     """The columns, and parts of columns (`info.tools`), that hold tool schemas."""
     values = {name: decoded(value) for name, value in raw.items()}
-    values |= {
-        f"{n}.{key}": decoded(v) for n, value in values.items() if isinstance(value, dict) for key, v in value.items()
-    }
+    values |= _inside(values)
     return [name for name, value in values.items() if isinstance(value, list) and value and all(map(_is_tool, value))]
+
+
+def _inside(values: dict[str, Any]) -> dict[str, Any]:
+    """The parts of columns that are objects, as `info.tools`."""
+    objects = {name: value for name, value in values.items() if isinstance(value, dict)}
+    return {f"{name}.{key}": decoded(part) for name, value in objects.items() for key, part in value.items()}
 
 
 def _is_tool(value: Any) -> bool:
@@ -204,18 +214,12 @@ def no_shape(raw: dict[str, Any]) -> RowError:
     known = "give messages, a prompt and a completion, or a text with 'User:' and 'Assistant:'"
     if ("role" in raw or "from" in raw) and ("content" in raw or "value" in raw):
         return RowError('has no messages: it is one message; write a conversation a row, {"messages": [...]}')
-    for column, value in raw.items():
+    for column, value in (raw | _inside(raw)).items():
         if is_message_list(value):
             return RowError(
                 f"has no messages under a known name (its columns: {columns}); {column} looks like the "
                 f"conversation, try prepare_data.py --map {shlex.quote(f'{column}=messages')}"
             )
-        for key, inner in value.items() if isinstance(value, dict) else ():
-            if is_message_list(inner):
-                part = shlex.quote(f"{column}.{key}=messages")
-                return RowError(
-                    f"has no messages, but {column} holds some under {key}; try prepare_data.py --map {part}"
-                )
     texts = [column for column, value in raw.items() if isinstance(value, str) and " " in value.strip()]
     prompt, answer = [
         next((column for column in raw if name in dict(_CANDIDATES.get(column_key(column), ()))), None)
@@ -223,7 +227,8 @@ def no_shape(raw: dict[str, Any]) -> RowError:
     ]
     rest = [column for column in texts if column not in (prompt, answer)]
     if answer is None and rest:
-        answer = rest.pop(-1 if prompt or len(rest) > 1 else 0)
+        answer = max(rest[not prompt :] or rest, key=lambda column: len(raw[column]))
+        rest.remove(answer)
     if prompt is None and rest:
         prompt = rest[0]
     if prompt is not None and answer is not None:

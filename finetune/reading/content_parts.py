@@ -13,21 +13,20 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.reading.raw_calls import plain_calls
-from finetune.reading.row_files import RowError, as_text, json_type
+from finetune.reading.raw_calls import CALL_TYPES, plain_calls, squeezed
+from finetune.reading.row_files import EMPTY, RowError, as_text, json_type
 from finetune.reading.training_marks import TRAINING_MARKS, Mark, refuse_unknown_marks, training_mark
 
 _TEXT_KEYS = ("text", "value", "content")
 _REASONING_KEYS = ("thinking", "reasoning", "reasoning_content", "text", "value", "content", "summary", "reasoningText")
 _TEXT_TYPES = ("text", "inputtext", "outputtext", "summarytext")
 _REASONING_TYPES = ("thinking", "reasoning", "reasoningcontent", "reasoningtext", "thought", "think")
-_CALL_TYPES = ("tooluse", "toolcall", "toolcalls", "functioncall", "function")
 _RESULT_TYPES = ("toolresult", "toolresponse", "functionresponse", "functionresult", "functioncalloutput")
 _OMITTED_TYPES = ("redactedthinking", "redactedreasoning", "cachepoint", "stepstart")
 _KINDS = {
     **dict.fromkeys(_TEXT_TYPES, "text"),
     **dict.fromkeys(_REASONING_TYPES, "reasoning"),
-    **dict.fromkeys(_CALL_TYPES, "call"),
+    **dict.fromkeys(CALL_TYPES, "call"),
     **dict.fromkeys(_RESULT_TYPES, "result"),
     **dict.fromkeys(_OMITTED_TYPES, "omitted"),
 }
@@ -74,7 +73,10 @@ def read_parts(content: list[Any] | dict[str, Any], notes: Counter) -> Parts:
             part = {"type": "text", "text": part}
         if not isinstance(part, dict):
             raise RowError(f"a content part is a JSON {json_type(part)}, not text; only text can be trained")
-        part = {key: value for key, value in part.items() if value is not None}  # nulls fill up structs
+        parts.marks.append(training_mark(part))
+        refuse_unknown_marks(part)
+        # Nulls fill up structs.
+        part = {k: v for k, v in part.items() if v is not None and k not in TRAINING_MARKS}
         kind, payload = _kind_and_payload(part)
         if kind == "omitted":
             notes[f"content part of type {str(part.get('type') or next(iter(part)))[:40]!r} not read"] += 1
@@ -82,8 +84,6 @@ def read_parts(content: list[Any] | dict[str, Any], notes: Counter) -> Parts:
         _add(parts, kind, payload)
         if payload is not part:
             parts.unread |= {k: v for k, v in part.items() if v is not payload and k not in _API_KEYS and k != "type"}
-        parts.marks.append(training_mark(part))
-        refuse_unknown_marks(part)
     return parts
 
 
@@ -105,18 +105,18 @@ def holds_results(content: list[Any]) -> bool:
 def _kinds(part: dict[str, Any]) -> set[str | None]:
     """What the type of a part, or without one its keys, may say that it is."""
     names = [part["type"]] if part.get("type") else part
-    return {_KINDS.get(_squeezed(name)) for name in names if isinstance(name, str)}
+    return {_KINDS.get(squeezed(name)) for name in names if isinstance(name, str)}
 
 
 def _kind_and_payload(part: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """("text" | "reasoning" | "call" | "result" | "omitted", the object that holds it)."""
     named = part.get("type")
-    kind = _KINDS.get(_squeezed(named)) if isinstance(named, str) else None
+    kind = _KINDS.get(squeezed(named)) if isinstance(named, str) else None
     if kind == "reasoning" and part.get("redactedContent"):
         kind = "omitted"
     if kind is None and named in (None, ""):
         for key, value in part.items():
-            wrapped = _KINDS.get(_squeezed(key))
+            wrapped = _KINDS.get(squeezed(key))
             if wrapped in ("call", "result", "omitted") and isinstance(value, dict):
                 return wrapped, value
             if key == "reasoningContent" and isinstance(value, dict):
@@ -141,7 +141,7 @@ def _add(parts: Parts, kind: str, payload: dict[str, Any]) -> None:
         parts.reasoning += [text] if text.strip() else []
         parts.unread |= _unread(payload, {key, "type", "id", "thought", "status", "encrypted_content"})
     elif kind == "call":
-        parts.calls += plain_calls({k: v for k, v in payload.items() if k not in _API_KEYS | TRAINING_MARKS.keys()})
+        parts.calls += plain_calls({k: v for k, v in payload.items() if k not in _API_KEYS})
     else:
         parts.results.append(_result_message(payload))
         known = (*_RESULT_CONTENT_KEYS, *_RESULT_ID_KEYS, *_RESULT_NAME_KEYS, "type")
@@ -150,7 +150,7 @@ def _add(parts: Parts, kind: str, payload: dict[str, Any]) -> None:
 
 def _text_of(part: dict[str, Any], keys: tuple[str, ...], kind: str) -> tuple[str, str]:
     """(text, key) of a part: text, {"value": text}, or a list of texts and text parts under one of the keys."""
-    found = [(key, part[key]) for key in keys if part.get(key) not in (None, "", [], {})]
+    found = [(key, part[key]) for key in keys if part.get(key) not in EMPTY]
     if len(found) > 1 and any(value != found[0][1] for _, value in found):
         raise RowError(f"a content part has {' and '.join(key for key, _ in found)}; keep one of them")
     if not found:
@@ -170,25 +170,18 @@ def _text_of(part: dict[str, Any], keys: tuple[str, ...], kind: str) -> tuple[st
 
 def _result_message(part: dict[str, Any]) -> dict[str, Any]:
     """A part with a tool's result as a raw tool message."""
-    message: dict[str, Any] = {"role": "tool", "content": ""}
-    for key in _RESULT_CONTENT_KEYS:
-        if part.get(key) is not None:
-            message["content"] = _unwrapped(part[key])
-            break
+    content = next((part[key] for key in _RESULT_CONTENT_KEYS if part.get(key) is not None), "")
+    message: dict[str, Any] = {"role": "tool", "content": _unwrapped(content)}
     for name, keys in (("tool_call_id", _RESULT_ID_KEYS), ("name", _RESULT_NAME_KEYS)):
-        value = next((part[key] for key in keys if part.get(key) not in (None, "")), None)
-        if value is not None:
-            message[name] = value
+        message |= next(({name: part[key]} for key in keys if part.get(key) not in (None, "")), {})
     return message
 
 
 def _unwrapped(output: Any) -> Any:
     """The value of the AI SDK's {"type": "text" | "json" | "content", "value": …}."""
-    if isinstance(output, dict) and output.keys() == {"type", "value"}:
-        kind = output["type"]
-        if kind in ("text", "json", "error-text", "error-json", "content"):
-            return output["value"]
-    return output
+    kinds = ("text", "json", "error-text", "error-json", "content")
+    is_wrapped = isinstance(output, dict) and output.keys() == {"type", "value"} and output["type"] in kinds
+    return output["value"] if is_wrapped else output
 
 
 def result_text(content: Any) -> str:
@@ -210,7 +203,7 @@ def _result_part(item: dict[str, Any]) -> str | None:
     if rest.keys() == {"json"}:  # Bedrock
         return as_text(rest["json"])
     named = rest.pop("type", None)
-    if named is not None and not (isinstance(named, str) and _squeezed(named) in _TEXT_TYPES):
+    if named is not None and not (isinstance(named, str) and squeezed(named) in _TEXT_TYPES):
         return None
     keys = _TEXT_KEYS if named else ("text",)
     (value,) = rest.values() if len(rest) == 1 and rest.keys() <= set(keys) else (None,)
@@ -231,11 +224,7 @@ def _is_media(item: dict[str, Any]) -> bool:
 
 
 def _unread(part: dict[str, Any], read: set[str]) -> dict[str, Any]:
-    return {k: v for k, v in part.items() if k not in read and k not in _API_KEYS and k not in TRAINING_MARKS}
-
-
-def _squeezed(name: str) -> str:
-    return name.lower().replace("_", "").replace("-", "")
+    return {k: v for k, v in part.items() if k not in read and k not in _API_KEYS}
 
 
 def _keys(part: dict[str, Any]) -> str:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from finetune.reading.row_files import RowError, as_text
+from finetune.reading.row_files import EMPTY, RowError, as_text
 
 _COLUMNS = ("images", "videos", "audios")  # lists of files, of which the text may or may not hold placeholders
 _SINGULAR = ("image", "video", "audio", "image_path", "video_path", "audio_path", "image_url")
 _PLACEHOLDER = re.compile(r"<\|?(?:image|video|audio)(?:_?(?:pad|\d+))?\|?>", re.IGNORECASE)
 _MESSAGE_KEYS = ("images", "image", "image_url", "videos", "video", "audios")
-_EMPTY = (None, "", [], {})
 
 
 def refuse_media_columns(row: dict[str, Any], messages: list[Any]) -> None:
     """Raises RowError naming a column of a row that holds images, videos or audio for its messages."""
     for column in (*_COLUMNS, *_SINGULAR):
-        if row.get(column) in _EMPTY:
+        if row.get(column) in EMPTY:
             continue
         if column in _COLUMNS or _PLACEHOLDER.search(as_text(messages)):
             raise RowError(f"has the column {column}, but only text can be trained; remove such rows")

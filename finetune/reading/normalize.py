@@ -18,7 +18,7 @@ from finetune.reading.media import refuse_media_columns, refuse_media_keys
 from finetune.reading.null_padding import remove_null_padding
 from finetune.reading.provider_messages import converted
 from finetune.reading.raw_calls import CALLS_OF_PARTS, is_call_key, refuse_hidden_calls, without_namespace
-from finetune.reading.row_files import RowError, Unreadable, as_text, decode_json, json_type
+from finetune.reading.row_files import EMPTY, RowError, Unreadable, as_text, decode_json, json_type
 from finetune.reading.shapes import detect_shape
 from finetune.reading.system_tools import system_text, without_tools
 from finetune.reading.tool_schemas import normalize_tools
@@ -35,15 +35,14 @@ Message = dict[str, Any]
 _ROLE_NAMES = {
     "system": ("system", "developer"),
     "user": ("user", "human"),
-    "assistant": ("assistant", "gpt", "model", "chatgpt", "bot", "ai"),
+    "assistant": ("assistant", "gpt", "model", "chatgpt", "bot", "chatbot", "ai"),
     "tool": ("tool", "ipython", "function", "observation", "tool_response", "function_response", "environment"),
     "call": ("function_call", "tool_call", "tool_calls", "function_calls"),
 }
 ROLES = {name: role for role, names in _ROLE_NAMES.items() for name in names}
 _TEXT_KEYS = frozenset(("role", "from", "content", "value", *TRAINING_MARKS))
 # Where other programs keep the content: Gemini's parts, a tool's result, a refusal.
-_OTHER_CONTENT_KEYS = ("text", "parts", "message", "body", "output", "result", "response", "refusal")
-_EMPTY = (None, "", [], {})
+_OTHER_CONTENT_KEYS = ("text", "parts", "blocks", "message", "body", "output", "result", "response", "refusal")
 _ASSISTANT_KEYS = _TEXT_KEYS | {"tool_calls", "function_call", *REASONING_KEYS}
 _READ_KEYS = {  # keys of a message that are read, by role
     "system": _TEXT_KEYS | {"tools"},
@@ -153,8 +152,8 @@ def _role(message: Any, number: int) -> str:
 
 def _raw_content(message: Message) -> Any:
     content = _either(message, "content", "value")
-    if message.get("value") not in (*_EMPTY, content):
-        if content not in _EMPTY:
+    if message.get("value") not in (*EMPTY, content):
+        if content not in EMPTY:
             raise RowError("has a content and another value; keep one of them")
         content = message["value"]
     return content
@@ -194,14 +193,18 @@ def _message(
         message, results, unread, content = _with_parts(message, role, content)
     if role in ("assistant", "call"):
         canonical, read = read_assistant(message, content, tools, notes, only_calls=role == "call", answered=answered)
-    unread |= {k: v for k, v in message.items() if k not in _READ_KEYS[role] and k not in read and v not in _EMPTY}
+    unread |= {k: v for k, v in message.items() if k not in _READ_KEYS[role] and k not in read and v not in EMPTY}
     if unread:
-        _check_unread(message, unread, role, tools, notes)
+        _check_unread(message, unread, role, notes)
     if role in ("assistant", "call"):
+        called = {call["function"]["name"] for call in canonical.get("tool_calls", ())}
+        # SWE-agent repeats a call under another key.
+        names = [tool["function"]["name"] for tool in tools if tool["function"]["name"] not in called]
+        refuse_hidden_calls(unread, names)
         trained = {} if mark is None or mark.trained else {"train": False}
         return [ReadMessage(canonical | trained, number, mark)]
     if results:
-        made = [new for result in results for new in _result_part(result, tools, notes)]
+        made = [new for one in results for new in _tool_results(one, result_text(one["content"]), tools, notes)]
         made += [{"role": role, "content": content}] if content.strip() else []
     elif role == "tool":
         made = _tool_results(message, content, tools, notes)
@@ -221,46 +224,33 @@ def _with_parts(message: Message, role: str, parts: Parts) -> tuple[Message, lis
     if role == "tool" and parts.text.strip():
         raise RowError("has text beside tool results among its content parts; keep one of them")
     if parts.reasoning:
-        message = {**message, "reasoning_content": _beside(message, REASONING_KEYS, "\n\n".join(parts.reasoning))}
-    if parts.calls and message.get("tool_calls") in _EMPTY:
+        text = "\n\n".join(parts.reasoning)
+        if other := next((key for key in REASONING_KEYS if message.get(key) not in (*EMPTY, text)), ""):
+            raise RowError(f"has {other} and another reasoning among its content parts; keep one of them")
+        message = {**message, "reasoning_content": text}
+    if parts.calls and message.get("tool_calls") in EMPTY:
         message = {**message, "tool_calls": parts.calls}
     elif parts.calls:  # LangChain keeps both
         message = {**message, CALLS_OF_PARTS: parts.calls}
     return message, parts.results, parts.unread, parts.text
 
 
-def _beside(message: Message, keys: Iterable[str], text: str) -> str:
-    """`text` of the content parts; raises RowError when one of the message's keys holds another."""
-    for key in keys:
-        if message.get(key) not in (*_EMPTY, text):
-            raise RowError(f"has {key} and another reasoning among its content parts; keep one of them")
-    return text
-
-
-def _check_unread(message: Message, unread: Message, role: str, tools: list[dict[str, Any]], notes: Counter) -> None:
+def _check_unread(message: Message, unread: Message, role: str, notes: Counter) -> None:
     """Count the keys that are not read; raises RowError when one of them holds a text, a picture or a call."""
     refuse_media_keys(unread)
+    is_filled = any(message.get(key) is not None for key in ("content", "value")) or any(
+        message.get(key) not in EMPTY for key in ("tool_calls", "function_call")
+    )
     if role in ("assistant", "call"):
         refuse_unknown_marks(unread)
     for key in unread:
+        if key in TRAINING_MARKS and role in ("assistant", "call"):
+            raise RowError(f"has {key} inside a content part; mark the message, or the part itself")
         if key in ("tool_calls", "function_call") or (role in ("system", "user") and is_call_key(key)):
             raise RowError(f"has {key}; only the assistant calls tools")
-        if key in _OTHER_CONTENT_KEYS and not _has_content_or_calls(message):
+        if key in _OTHER_CONTENT_KEYS and not is_filled:
             raise RowError(f"has no content but a key {key}; rename it to content")
         notes[f"not read, key {key[:40]!r} of {role} messages"] += 1
-    if role in ("assistant", "call"):
-        refuse_hidden_calls(unread, [tool["function"]["name"] for tool in tools])
-
-
-def _has_content_or_calls(message: Message) -> bool:
-    return _either(message, "content", "value") is not None or any(
-        message.get(key) not in _EMPTY for key in ("tool_calls", "function_call")
-    )
-
-
-def _result_part(result: Message, tools: list[dict[str, Any]], notes: Counter) -> list[Message]:
-    content = result["content"]
-    return _tool_results(result, content if isinstance(content, str) else result_text(content), tools, notes)
 
 
 def _tool_results(message: Message, content: str, tools: list[dict[str, Any]], notes: Counter) -> list[Message]:

@@ -70,21 +70,21 @@ def _schema(schema: Any, count: Counter) -> Any:
 
 def _arguments(value: Any, schemas: list[Any], root: Any, removed: Counter) -> Any:
     """The value without padding; `schemas` are all that describe it, references and branches resolved."""
-    if isinstance(value, list):
-        inner = [sub for schema in schemas for sub in _items(schema, root)]
-        return [_arguments(element, inner, root, removed) for element in value]
-    if not isinstance(value, dict):
+    if not isinstance(value, (list, dict)):
         return value
+    branches = [branch for schema in schemas for branch in _branches(schema, root)]
+    if isinstance(value, list):
+        items = [branch["items"] for branch in branches if isinstance(branch.get("items"), dict)]
+        return [_arguments(element, items, root, removed) for element in value]
     result: dict[str, Any] = {}
     for key, inner_value in value.items():
-        declared = [sub for schema in schemas for sub in _declarations(schema, key, root)]
-        if inner_value is None:
-            required = any(key in _required(schema, root) for schema in schemas)
-            # Of several branches one that allows null is enough.
-            if not (required or any(allows_null(sub, root) for sub in declared)):
-                removed["null padding in arguments removed"] += 1
-                continue
-        result[key] = _arguments(inner_value, declared, root, removed)
+        declared = [sub for branch in branches for sub in _declarations(branch, key)]
+        required = any(isinstance(b.get("required"), list) and key in b["required"] for b in branches)
+        # Of several branches one that allows null is enough.
+        if inner_value is None and not (required or any(allows_null(sub, root) for sub in declared)):
+            removed["null padding in arguments removed"] += 1
+        else:
+            result[key] = _arguments(inner_value, declared, root, removed)
     return result
 
 
@@ -112,24 +112,11 @@ def _resolved(reference: str, root: Any) -> Any:
     return root
 
 
-def _declarations(schema: Any, key: str, root: Any) -> Iterator[Any]:
-    for branch in _branches(schema, root):
-        properties = branch.get("properties")
-        if isinstance(properties, dict) and key in properties:
-            yield properties[key]
-        elif "additionalProperties" in branch:
-            yield branch["additionalProperties"]
-
-
-def _required(schema: Any, root: Any) -> set[str]:
-    found = [branch.get("required") for branch in _branches(schema, root)]
-    return {name for names in found if isinstance(names, list) for name in names if isinstance(name, str)}
-
-
-def _items(schema: Any, root: Any) -> Iterator[Any]:
-    for branch in _branches(schema, root):
-        if isinstance(branch.get("items"), dict):
-            yield branch["items"]
+def _declarations(branch: dict[str, Any], key: str) -> list[Any]:
+    properties = branch.get("properties")
+    if isinstance(properties, dict) and key in properties:
+        return [properties[key]]
+    return [branch["additionalProperties"]] if "additionalProperties" in branch else []
 
 
 def _holds_null(value: Any) -> bool:

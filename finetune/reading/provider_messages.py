@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.reading.row_files import RowError, is_list_of_two, json_type
+from finetune.reading.row_files import EMPTY, RowError, is_list_of_two, json_type
 
 Message = dict[str, Any]
 _LANGCHAIN_ROLES = {
@@ -124,7 +124,7 @@ def from_pairs(exchanges: list[Message]) -> list[Message]:
     for number, exchange in enumerate(exchanges, start=1):
         exchange = dict(enumerate(exchange)) if isinstance(exchange, list) else exchange
         unread = exchange.keys() - {"system", question, answer, "output_with_loss"}
-        if any(exchange[key] not in (None, "", [], {}) for key in unread):
+        if any(exchange[key] not in EMPTY for key in unread):
             raise RowError(
                 f"exchange {number} also holds {', '.join(sorted(map(str, unread)))}; write messages instead"
             )

@@ -8,16 +8,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from finetune.reading.calls_in_text import ARGUMENT_KEYS
-from finetune.reading.row_files import RowError, decode_json, json_type, strict_json
+from finetune.reading.row_files import EMPTY, RowError, decode_json, json_type, strict_json
 from finetune.reading.training_marks import snake_case
 
 _CALL_KEY = re.compile(r"(?:tool|function)_?(?:call|use|invocation|request)s?")
 CALLS_OF_PARTS = "its content parts"  # takes the place of a key where content parts and tool_calls hold calls
 _READ_CALL_KEYS = ("tool_calls", "function_call")  # read by normalize
-_EMPTY = (None, "", [], {})
 _NAMES = ("name", "toolName", "tool_name", "tool", "functionName", "function_name")
 _IDS = ("id", "call_id", "toolCallId", "tool_call_id", "toolUseId", "tool_use_id")
-_CALL_TYPES = (None, "", "function", "tool_use", "tool_call", "tool-call", "function_call", "custom")
+CALL_TYPES = ("function", "tooluse", "toolcall", "toolcalls", "functioncall")  # squeezed
 CALL_KEYS = frozenset(("name", *ARGUMENT_KEYS, "id", "type", "index", "function"))
 _FUNCTION_PREFIX = "functions."  # Harmony's namespace of the declared tools
 
@@ -40,19 +39,29 @@ def plain_call(item: Any) -> dict[str, Any]:
     if isinstance(item.get("function"), dict):
         return item
     call: dict[str, Any] = {}
-    rest = {key: value for key, value in item.items() if key != "type"}
+    rest = dict(item)
     for name, keys in (("name", _NAMES), ("id", _IDS)):
         if given := [key for key in keys if rest.get(key) is not None]:
             call[name] = rest.pop(given[0])
     return call | rest
 
 
+def is_call_type(value: Any) -> bool:
+    """Whether the `type` of a call says no more than that it is one."""
+    return value in EMPTY or (isinstance(value, str) and squeezed(value) in (*CALL_TYPES, "custom"))
+
+
+def squeezed(name: str) -> str:
+    """`tool_use`, `tool-use` and `toolUse` alike."""
+    return name.lower().replace("_", "").replace("-", "")
+
+
 def calls_under_other_keys(message: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(raw calls, {key: value} that held them) of an assistant message. Raises RowError naming a key it cannot read."""
-    held = {k: v for k, v in message.items() if is_call_key(k) and v not in _EMPTY}
+    held = {k: v for k, v in message.items() if is_call_key(k) and v not in EMPTY}
     extra = message.get("additional_kwargs")  # LangChain
     if isinstance(extra, dict):
-        held |= {f"additional_kwargs.{k}": extra[k] for k in (*_READ_CALL_KEYS,) if extra.get(k) not in _EMPTY}
+        held |= {f"additional_kwargs.{k}": extra[k] for k in (*_READ_CALL_KEYS,) if extra.get(k) not in EMPTY}
     calls: list[dict[str, Any]] = []
     first = ""
     for key, value in held.items():
@@ -78,7 +87,7 @@ def _readable_calls(key: str, value: Any) -> list[dict[str, Any]]:
             call = plain_call(item)
             function = call["function"] if isinstance(call.get("function"), dict) else call
             unknown = call.keys() - CALL_KEYS
-            if item.get("type") not in _CALL_TYPES or unknown or not isinstance(function.get("name"), str):
+            if not is_call_type(call.get("type")) or unknown or not isinstance(function.get("name"), str):
                 raise RowError(f"it has {', '.join(sorted(unknown)) or 'no name'}")
             calls.append(call)
     except RowError as error:
@@ -90,7 +99,7 @@ def refuse_hidden_calls(unread: dict[str, Any], tools: Iterable[str]) -> None:
     """Raises RowError when a key of an assistant message that is not read holds the name of a declared tool."""
     for key, value in unread.items():
         for name in tools:
-            if value not in _EMPTY and _holds_name(value, name):
+            if value not in EMPTY and _holds_name(value, name):
                 raise RowError(
                     f"the key {key[:40]!r} is not read but holds the name of the tool {name}; write the call into "
                     "tool_calls, or remove the key"

@@ -15,6 +15,7 @@ from finetune.reading.size_limits import MAX_ROW_BYTES, limited_lines, read_all
 from formats.calls import MAX_JSON_DEPTH, STRICT, json_depth
 
 ROW_LISTS = ("data", "rows", "train", "examples")  # keys under which a JSON document may hold its rows
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # values that hold nothing
 UTF_8_MARK = b"\xef\xbb\xbf"
 UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _JSON_TYPES = {str: "string", int: "number", float: "number", list: "array", dict: "object", bool: "boolean"}

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.reading.answer_shapes import (
+    ANSWER_FIELDS,
     answer_field,
+    answer_unread,
     is_squad,
     is_whole_conversation,
     read_messages,
@@ -25,8 +27,7 @@ from finetune.reading.chat_exports import (
     is_function_chat_dialog,
     is_function_chat_single_call,
     is_open_webui,
-    open_webui_messages,
-    open_webui_unread,
+    open_webui_chat,
     reject_single_call,
 )
 from finetune.reading.columns import (
@@ -42,6 +43,7 @@ from finetune.reading.columns import (
 from finetune.reading.content_parts import has_provider_parts
 from finetune.reading.provider_messages import is_gemini, is_langchain, is_pairs, is_responses
 from finetune.reading.request_logs import flattened
+from finetune.reading.row_files import EMPTY
 from finetune.reading.text_shapes import read_glaive, read_speaker_text
 
 __all__ = ["FIELDS", "SHAPES", "Shape", "describe", "detect_shape", "parse_map"]
@@ -58,7 +60,7 @@ class Shape:
     used     fields that are read if present, besides tools and system, which every shape may have
     guard    a condition on the fields that says whether a row with the needed fields has this shape
     read     fields -> messages in any spelling; raises RowError with the reason why it refuses a row
-    unread   fields -> keys inside a field that are not read, as they are named to the user
+    unread   fields -> {field: names of what is not read inside it}
     """
 
     name: str
@@ -68,7 +70,7 @@ class Shape:
     guard: Callable[[Fields], bool] = lambda fields: True
     read: Callable[[Fields], Any] = read_messages
     used: Set[str] = frozenset()
-    unread: Callable[[Fields], list[str]] = lambda fields: []
+    unread: Callable[[Fields], dict[str, list[str]]] = lambda fields: {}
 
     def fields_read(self, fields: Fields) -> Set[str]:
         """The fields that are read of a row."""
@@ -94,9 +96,20 @@ def describe(raw: dict[str, Any], column_map: dict[str, str] | None = None) -> s
     raw = flattened(with_parts(raw, column_map))
     names = shape.fields_read(fields)
     columns = {column: name for column, name in matched.items() if name in names}
-    unread = [column for column in raw if column not in columns and raw[column] is not None] + shape.unread(fields)
+    unread = [column for column in raw if column not in columns and raw[column] is not None]
+    inside = {name: answer_unread(fields[name]) for name in ANSWER_FIELDS if name in names & fields.keys()}
+    inside |= shape.unread(fields)
+    unread += [f"{column}.{key}" for column, name in columns.items() for key in inside.get(name, ())]
     read = ", ".join(column if column == name else f"{column} -> {name}" for column, name in columns.items())
     return f"{shape.name}: {read}" + (f"; not read: {', '.join(unread)}" if unread else "")
+
+
+def _keys_beside(value: Any, *read: str) -> list[str]:
+    """The keys of an object, or of a list's objects, that hold something and are not among those that are read."""
+    value = decoded(value)
+    items = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
+    found = [key for item in items for key in item if key not in read and item[key] not in EMPTY]
+    return list(dict.fromkeys(found))
 
 
 def _messages(fits: Callable[[Any], bool]) -> Callable[[Fields], bool]:
@@ -160,6 +173,7 @@ SHAPES: tuple[Shape, ...] = (
         needs={"turns"},
         guard=lambda fields: is_function_chat_dialog(fields["turns"]),
         read=lambda fields: function_chat_messages(fields["turns"]),
+        unread=lambda fields: {"turns": _keys_beside(fields["turns"], "query", "ground_truth")},
     ),
     Shape(
         "Open WebUI export",
@@ -167,8 +181,8 @@ SHAPES: tuple[Shape, ...] = (
         "`chat` with `messages` or `history`",
         needs={"chat"},
         guard=lambda fields: is_open_webui(fields["chat"]),
-        read=lambda fields: open_webui_messages(fields["chat"]),
-        unread=lambda fields: open_webui_unread(fields["chat"]),
+        read=lambda fields: open_webui_chat(fields["chat"])[0],
+        unread=lambda fields: {"chat": open_webui_chat(fields["chat"])[1]},
     ),
     Shape(
         "Glaive chat",
@@ -200,6 +214,7 @@ SHAPES: tuple[Shape, ...] = (
         "`question`, `answers`, `correct_answer`, `tools`",
         needs={"prompt", "answers", "correct_answer"},
         read=read_multiple_choice,
+        unread=lambda fields: {"answers": _keys_beside(fields["answers"], fields["correct_answer"])},
     ),
     Shape(
         "SQuAD",
@@ -209,6 +224,7 @@ SHAPES: tuple[Shape, ...] = (
         guard=is_squad,
         read=read_squad,
         used={"context"},
+        unread=lambda fields: {"answers": _keys_beside(fields["answers"], "text", "answer_start", "answer_end")},
     ),
     Shape(
         "APIGen/xLAM",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from finetune.reading.row_files import RowError
+from finetune.reading.row_files import EMPTY, RowError
 
 # key -> whether a true value means trained
 TRAINING_MARKS = {
@@ -16,7 +16,6 @@ TRAINING_MARKS = {
 # train_detail, lossMask, unmasked, sample_weight; not constraint, glossary, lightweight
 _LOOKS_LIKE_MARK = re.compile(r"(?<![a-z])(?:un|non?)?(?:train|loss|mask|weight)")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-_EMPTY = (None, "", [], {})
 
 
 class Mark(NamedTuple):
@@ -56,7 +55,7 @@ def training_mark(holder: dict[str, Any]) -> Mark | None:
 def refuse_unknown_marks(holder: dict[str, Any]) -> None:
     """Raises RowError for a key that looks like a training mark but is not a known one (train_detail, lossFactor)."""
     for key, value in holder.items():
-        if key not in TRAINING_MARKS and value not in _EMPTY and _LOOKS_LIKE_MARK.search(snake_case(key)):
+        if key not in TRAINING_MARKS and value not in EMPTY and _LOOKS_LIKE_MARK.search(snake_case(key)):
             raise RowError(
                 f"{key[:40]} is {_shown(value)}; it looks like a training mark but is not a known one: mark the "
                 "complete message with train true or false, or remove the key"

@@ -145,7 +145,7 @@ def test_reasoning_is_kept_dropped_or_refused():
     fmt = choose_format(tokenizer)[0]
     made = row(user("go"), says("Noon.", reasoning_content="The sun is high."), user("and?"), says("Still noon."))
     kept, dropped = encode(made, tokenizer, fmt), encode(made, tokenizer, fmt, reasoning="drop")
-    assert kept.warnings == ["message 2 (assistant): the template has no place for its reasoning"]
+    assert kept.warnings == ["message 2 (assistant): the template has no place for its reasoning (qwen-xml's has one)"]
     assert (dropped.status, dropped.warnings) == ("ok", [])
     refused = encode(made, tokenizer, fmt, reasoning="refuse")
     assert (refused.status, refused.reason) == ("refused", kept.warnings[0])
