@@ -20,7 +20,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Python compiles the imported ones at their first use.
 PIP := $(PY) -m pip install --disable-pip-version-check --no-input --no-compile $$([ -t 1 ] || echo --quiet)
 
-.PHONY: help install install-test demo test test-slow test-servers faults chaos soak fuzz lint bench gpu clean
+.PHONY: help install install-test demo test test-slow test-servers faults chaos soak fuzz lint docs bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -115,6 +115,16 @@ lint: install-test  ## style, directions of imports, types
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/lint-imports
 	$(PY) -m mypy
+
+DOCS := .cache/docs
+$(DOCS)/.installed: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check --no-input --quiet -r requirements/docs.txt
+	@touch $@
+
+docs: $(DOCS)/.installed  ## the documentation as a site in .cache/site, every link checked (needs no other install)
+	$(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "open .cache/site/index.html, or serve it: $(DOCS)/bin/mkdocs serve --dev-addr 127.0.0.1:8001"
 
 bench: install  ## the side-by-side measurements in benchmarks/
 	@set -- benchmarks/*.py; [ -e "$$1" ] || { echo "error: benchmarks/ has no script" >&2; exit 2; }; \
