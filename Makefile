@@ -123,7 +123,7 @@ $(DOCS)/.installed: requirements/docs.txt
 	@touch $@
 
 docs: $(DOCS)/.installed  ## the documentation as a site in .cache/site, every link checked (needs no other install)
-	$(DOCS)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 	@echo "open .cache/site/index.html, or serve it: $(DOCS)/bin/mkdocs serve --dev-addr 127.0.0.1:8001"
 
 bench: install  ## the side-by-side measurements in benchmarks/

@@ -24,7 +24,7 @@ from finetune.preparing.mask_view import decoded_spans  # noqa: E402
 from formats import get_format  # noqa: E402
 
 TRAINED, SHARED, MASKED, TEXT = "#b7e4c7", "#a8c7fa", "#e8eaed", "#202124"
-CHARACTER, LINE, COLUMNS = 7.25, 19, 112  # pixels, and characters in a line
+CHARACTER, LINE, COLUMNS = 7.25, 19, 84  # pixels, and characters in a line
 
 
 def svg(width: float, height: float, shapes: list[str], font: str) -> str:

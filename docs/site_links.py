@@ -22,7 +22,7 @@ def in_repository(page: str) -> str:
     return page.removeprefix(OUTSIDE) if page.startswith(OUTSIDE) else f"docs/{page}"
 
 
-def on_site(path: str) -> str | None:
+def site_path(path: str) -> str | None:
     """Path on the site of a file of the repository; None for a file that is not on it."""
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
@@ -42,7 +42,7 @@ def on_files(files: Files, config) -> Files:
     while waiting:
         page = waiting.pop()
         for path in linked(page, (ROOT / in_repository(page)).read_text(encoding="utf-8")):
-            target = on_site(path)
+            target = site_path(path)
             if target and target.startswith(OUTSIDE) and files.get_file_from_path(target) is None:
                 files.append(File.generated(config, target, abs_src_path=str(ROOT / path)))
                 waiting.append(target)
@@ -59,9 +59,9 @@ def on_page_markdown(markdown: str, page, **_) -> str:
         if EXTERNAL.match(target):
             return match[0]
         path = posixpath.normpath(posixpath.join(folder, target))
-        if path.startswith("docs/") and here == posixpath.dirname(on_site(path) or ""):
+        if path.startswith("docs/") and here == posixpath.dirname(site_path(path) or ""):
             return match[0]
-        new = on_site(path)
+        new = site_path(path)
         return f"{picture}[{text}]({posixpath.relpath(new, here or '.')}{anchor})" if new else f"{text} (`{path}`)"
 
     return LINK.sub(replace, markdown)
