@@ -9,8 +9,6 @@ import posixpath
 import re
 from pathlib import Path
 
-from mkdocs.structure.files import File, Files
-
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = "repository/"  # where those pages are on the site
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
@@ -36,8 +34,10 @@ def linked(page: str, text: str) -> list[str]:
     return [posixpath.normpath(posixpath.join(folder, target)) for target in targets if not EXTERNAL.match(target)]
 
 
-def on_files(files: Files, config) -> Files:
+def on_files(files, config):
     """Adds the linked Markdown files outside docs/, and those that they link to."""
+    from mkdocs.structure.files import File
+
     waiting = [file.src_uri for file in files.documentation_pages()]
     while waiting:
         page = waiting.pop()

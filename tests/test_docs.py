@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import re
 import shlex
 import subprocess
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -75,6 +77,25 @@ def test_menu_has_every_page():
     assert sorted(menu) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
 
+def test_links_out_of_docs_become_pages_or_text():
+    """What the site's hook makes of links to records, READMEs and files that are no pages."""
+    spec = importlib.util.spec_from_file_location("site_links", DOCS / "site_links.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+
+    def on_the_site(path: str, text: str) -> str:
+        return hook.on_page_markdown(text, SimpleNamespace(file=SimpleNamespace(src_uri=path)))
+
+    assert on_the_site("runs.md", "[a](../experiments/README.md#x)") == "[a](repository/experiments/README.md#x)"
+    assert on_the_site("ko/index.md", "[a](../../CHANGELOG.md)") == "[a](../repository/CHANGELOG.md)"
+    assert on_the_site("repository/CONTRIBUTING.md", "[a](docs/data.md)") == "[a](../data.md)"
+    assert on_the_site("speed.md", "[a](../benchmarks/results/x.json)") == "a (`benchmarks/results/x.json`)"
+    assert (
+        on_the_site("speed.md", "[a](memory.md) [b](https://x.y/z) [c](#d)")
+        == "[a](memory.md) [b](https://x.y/z) [c](#d)"
+    )
+
+
 def test_pictures_are_used():
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert not [picture.name for picture in (DOCS / "images").iterdir() if f"images/{picture.name}" not in text]
@@ -116,7 +137,11 @@ def test_commands_are_accepted(command):
 def test_readmes_have_the_same_commands():
     """The Korean README shows the commands of the English one, in its order; it may show fewer."""
     blocks = [
-        [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.split("\n")]
+        [
+            line.split("#")[0].strip()
+            for block in re.findall(r"```bash\n(.*?)```", text, re.S)
+            for line in block.split("\n")
+        ]
         for text in ((ROOT / file).read_text(encoding="utf-8") for file in ("README.md", "README.ko.md"))
     ]
     english, korean = ([line for line in lines if line] for lines in blocks)
@@ -134,8 +159,8 @@ def test_notebooks_are_listed():
 
 def test_no_page_links_to_a_file_git_ignores():
     """Such a link works on the writer's machine only."""
-    paths = {(page.parent / target.partition("#")[0]).resolve() for page in PAGES
-             for target in LINK.findall(page.read_text(encoding="utf-8")) if not re.match(r"[a-z]+:|#", target)}  # fmt: skip
+    links = ((page, target) for page in PAGES for target in LINK.findall(page.read_text(encoding="utf-8")))
+    paths = {(page.parent / target.partition("#")[0]).resolve() for page, target in links if ":" not in target}
     existing = "\n".join(str(path) for path in paths if path.exists())
     ignored = subprocess.run(
         ["git", "check-ignore", "--stdin"], cwd=ROOT, input=existing, capture_output=True, text=True, check=False
