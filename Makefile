@@ -20,7 +20,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Python compiles the imported ones at their first use.
 PIP := $(PY) -m pip install --disable-pip-version-check --no-input --no-compile $$([ -t 1 ] || echo --quiet)
 
-.PHONY: help install install-test demo test test-slow test-servers faults chaos soak fuzz lint docs bench gpu clean
+.PHONY: help install install-test demo test test-slow test-servers faults chaos soak fuzz lint bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -116,6 +116,7 @@ lint: install-test  ## style, directions of imports, types
 	$(VENV)/bin/lint-imports
 	$(PY) -m mypy
 
+.PHONY: docs
 DOCS := .cache/docs
 $(DOCS)/.installed: requirements/docs.txt
 	$(PYTHON) -m venv $(DOCS)
