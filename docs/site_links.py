@@ -65,3 +65,8 @@ def on_page_markdown(markdown: str, page, **_) -> str:
         return f"{picture}[{text}]({posixpath.relpath(new, here or '.')}{anchor})" if new else f"{text} (`{path}`)"
 
     return LINK.sub(replace, markdown)
+
+
+def on_page_content(html: str, **_) -> str:
+    """A flag in a table is not broken behind its dashes."""
+    return re.sub(r"<code>(-\S+)</code>", r'<code class="flag">\1</code>', html)
