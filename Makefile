@@ -116,6 +116,17 @@ lint: install-test  ## style, directions of imports, types
 	$(VENV)/bin/lint-imports
 	$(PY) -m mypy
 
+.PHONY: docs
+DOCS := .cache/docs
+$(DOCS)/.installed: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check --no-input --quiet -r requirements/docs.txt
+	@touch $@
+
+docs: $(DOCS)/.installed  ## the documentation as a site in .cache/site, every link checked (needs no other install)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "open .cache/site/index.html, or serve it: $(DOCS)/bin/mkdocs serve --dev-addr 127.0.0.1:8001"
+
 bench: install  ## the side-by-side measurements in benchmarks/
 	@set -- benchmarks/*.py; [ -e "$$1" ] || { echo "error: benchmarks/ has no script" >&2; exit 2; }; \
 	for script in "$$@"; do echo "== $$script"; $(PY) "$$script"; done

@@ -57,7 +57,7 @@ def refuse_sharding() -> None:
         if os.environ.get(variable, "").lower() not in ("", "0", "false"):
             raise UserError(
                 f"{name} shards the base weights, which this trainer's own forward passes cannot gather; launch with "
-                "torchrun --nproc_per_node N, with --load_in_4bit if one GPU cannot hold the model (docs/sweeps.md)"
+                "torchrun --nproc_per_node N, with --load_in_4bit if one GPU cannot hold the model (docs/clusters.md)"
             )
 
 

@@ -413,6 +413,8 @@ def test_smoothing_is_centred():
     assert np.allclose(curves.smooth(line, 6), line) and np.allclose(curves.smooth(line[:4], 9), line[:4])
     falling = 10.755 * np.exp(-np.arange(40) / 8)
     assert curves.smooth(falling)[0] == falling[0]  # runs that start alike are drawn alike
+    spiked = np.array([0.24, 0.31, 0.79, 0.08, 0.17, 0.11, 0.1])
+    assert curves.smooth(spiked, 5).min() >= spiked.min()
     assert curves.smooth(line, 0) is line and curves.smooth(line, 1) is line
     step = np.r_[np.zeros(20), np.ones(20)]
     assert curves.smooth(step, 10)[19:21].mean() == pytest.approx(0.5, abs=0.06)

@@ -217,7 +217,7 @@ def smooth(values: np.ndarray, width: int | None = None) -> np.ndarray:
 
     The window is narrower near the start, down to the first value itself: there the loss falls fastest, and a window
     with more points on one side would move the curve. The last half window is the straight line fitted to the last
-    `width` values. A straight line stays as it is.
+    `width` values, within their range: one high loss must not push the end below zero. A straight line stays as it is.
 
     width  None: 1/25 of the curve, at least 5 points; 0 or 1: no smoothing
     """
@@ -234,7 +234,8 @@ def smooth(values: np.ndarray, width: int | None = None) -> np.ndarray:
     smoothed = (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
     last = values[-2 * half - 1 :]
     slope = (np.arange(-half, half + 1) @ last) / (np.arange(-half, half + 1) ** 2).sum()
-    return np.concatenate([smoothed, last.mean() + slope * np.arange(1, half + 1)])
+    end = np.clip(last.mean() + slope * np.arange(1, half + 1), last.min(), last.max())
+    return np.concatenate([smoothed, end])
 
 
 def thin(y: np.ndarray, points: int) -> np.ndarray:

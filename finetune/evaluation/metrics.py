@@ -35,7 +35,7 @@ Value = bool | float | tuple[float, float] | None
 class Metric:
     """One number in the metrics files: the sum of numerators over items / the sum of denominators.
 
-    name             key in the metrics files; docs/evaluation.md has the definition
+    name             key in the metrics files; docs/metrics.md has the definition
     verdict          key in `Scored.verdicts`, or a function of Scored. Its value is a number (denominator 1), a
                      (numerator, denominator) or, for an item that does not count, None. A metric without a verdict is
                      derived from other numbers.

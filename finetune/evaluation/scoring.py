@@ -74,7 +74,7 @@ def pair_calls(expected: list[dict], made: list[dict]) -> list[tuple[int | None,
 
 
 def score(item: Item, text: str, parsed_calls: list[dict], parse_errors: list[str]) -> dict[str, Any]:
-    """The verdicts that apply to the item's kind; docs/evaluation.md defines them."""
+    """The verdicts that apply to the item's kind; docs/metrics.md defines them."""
     verdicts: dict[str, Any] = {"called": bool(parsed_calls or parse_errors)}
     if item.kind != QUESTION:
         verdicts |= _call_verdicts(item, parsed_calls, parse_errors)

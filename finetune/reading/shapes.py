@@ -53,8 +53,8 @@ __all__ = ["FIELDS", "SHAPES", "Shape", "describe", "detect_shape", "parse_map"]
 class Shape:
     """All that is known about one shape.
 
-    name     as printed and as listed in docs/data.md
-    writers  who writes such rows, for the table in docs/data.md
+    name     as printed and as listed in docs/shapes.md
+    writers  who writes such rows, for the table in docs/shapes.md
     columns  its columns in Markdown, for the same table
     needs    fields that must be present
     used     fields that are read if present, besides tools and system, which every shape may have
