@@ -129,8 +129,8 @@ def build_parser() -> FlagParser:
     add("--tools", metavar="FILE", required=True, help="JSON file with tool schemas")
     add("--output", metavar="DIR", required=True, help="folder for the two files")
     add("--phrasings", metavar="FILE", help="phrasing file for these tools (default: generic wording)")
-    add("--per_tool", type=number_or_file, default=32, metavar="N_OR_FILE", help="training requests per tool, or a JSON "
-        'file of tiers: {"TIER": {"rows": N, "tools": [NAME, …]}, …}')
+    add("--per_tool", type=number_or_file, default=32, metavar="N_OR_FILE", help="training requests per tool, or "
+        'a JSON file of tiers: {"TIER": {"rows": N, "tools": [NAME, …]}, …}')
     add("--rows", type=positive_int, metavar="N", help="training rows in total, instead of --per_tool")
     add("--heldout_rows", type=positive_int, metavar="N", help="held-out rows (default: a third of the training rows)")
     add("--language", choices=("en", "ko"), default="en", help="language of the generic wording")

@@ -271,7 +271,11 @@ def build_parser() -> FlagParser:
 def parse(argv: Sequence[str] | None = None) -> Settings:
     """Defaults, then --config, then the command line; argparse exits with code 2 on a wrong flag."""
     given = vars(build_parser().parse_args(argv))
-    values = read_config(given["config"], given) | given if "config" in given else given
+    values = read_config(given["config"], given) if "config" in given else {}
+    for name, other in (("eval_dataset", "eval_fraction"), ("eval_fraction", "eval_dataset")):
+        if name in given and other not in given:  # the command line's evaluation rows replace those of the config
+            values.pop(other, None)
+    values |= given
     return Settings(**values, given=set(values))
 
 

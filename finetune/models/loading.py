@@ -200,6 +200,9 @@ def load_base(
             trust_remote_code=trust_remote_code,
             token=hub_token(),
             use_safetensors=True,  # a pickle could run code
+            # Unsloth would load its own copy of many models, without the revision that was asked for and is recorded,
+            # and one that a machine without network may not have.
+            use_exact_model_name=True,
             **placement,
             # Unsloth sets the number of positions itself.
             **{key: value for key, value in stretch.items() if key == "rope_parameters"},

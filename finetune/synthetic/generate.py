@@ -249,8 +249,9 @@ def generate(
     language: str = "en",
     seed: int = 0,
 ) -> dict[str, tuple[Phrasebook, list[tuple[str, dict[str, Any]]]]]:
-    """Split -> (phrasebook, [(kind, row), ...]); per_tool: training requests of each tool, or a file as `read_tiers` has.
+    """Split -> (phrasebook, [(kind, row), ...]).
 
+    per_tool: training requests of each tool, or the file of `read_tiers`.
     Each split has its own random generator: the number of training rows does not change the held-out rows.
     """
     made = {}
