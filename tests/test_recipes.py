@@ -239,14 +239,17 @@ def hub_server(models: Path) -> Iterator[str]:
             self.answer(with_body=True)
 
         def answer(self, *, with_body: bool) -> None:
-            parts_of = self.path.partition("?")[0].strip("/").split("/")
-            owner, name = parts_of[2:4] if parts_of[0] == "api" else parts_of[:2]
-            folder = models / owner / name
-            if parts_of[0] == "api":
-                files = [{"rfilename": path.name} for path in folder.iterdir()]
-                body = json.dumps({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": files}).encode()
-            else:
-                body = (folder / parts_of[-1]).read_bytes()
+            found = re.match(r"(/api/models)?/([^/]+/[^/]+)/(revision|tree|resolve)/[^/?]+/?([^?]*)", self.path)
+            if found is None:
+                self.send_error(404)
+                return
+            files = {path.name: path.read_bytes() for path in (models / found[2]).iterdir()}
+            bodies = {
+                "revision": {"id": found[2], "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]},
+                "tree": [{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha256(data).hexdigest()[:40]}
+                         for name, data in files.items()],
+            }  # fmt: skip
+            body = files[found[4]] if found[3] == "resolve" else json.dumps(bodies[found[3]]).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
