@@ -188,7 +188,7 @@ def check(args: argparse.Namespace, *, answers_and_exits: bool) -> None:
         # Python represents bytes that are not UTF-8 by surrogates.
         if any("\ud800" <= character <= "\udfff" for character in text or ""):
             raise UserError(f"{flag} is not UTF-8 text; save it as UTF-8 and use --questions FILE")
-    if args.top_p < 1 and not args.temperature and not args.serve:
+    if args.top_p < 1 and not args.temperature and not (args.serve or args.web):
         raise UserError("--top_p is for sampling; add --temperature, or omit it for greedy answers")
     if args.share and not args.web:
         raise UserError("--share is for --web")
