@@ -9,13 +9,14 @@ from pathlib import Path
 
 from finetune.chat.address import is_loopback
 from finetune.errors import UserError, one_line_errors, require
-from finetune.flag_types import FlagParser, nonnegative_float, port, positive_float, positive_int
+from finetune.flag_types import FlagParser, nonnegative_float, port, positive_float, positive_int, probability
 
 EXAMPLES = """examples:
   python chat_lora.py experiments/RUN --tools my_tools.json
   python chat_lora.py experiments/RUN --tools my_tools.json --tool_command "python my_tool.py"
   python chat_lora.py experiments/RUN --tools my_tools.json --prompt "Dim the hall to 3" --compare
   python chat_lora.py experiments/RUN --questions questions.txt --output answers.jsonl
+  python chat_lora.py --config configs/fitness_qa.json         model, sampling and questions of its section inference
   python chat_lora.py experiments/RUN --web                    base and tuned side by side, on 127.0.0.1
   python chat_lora.py experiments/RUN --serve                  for OpenAI clients, on http://127.0.0.1:8000/v1
   python chat_lora.py Qwen/Qwen2.5-1.5B-Instruct               a model without an adapter
@@ -25,10 +26,11 @@ EXAMPLES = """examples:
 def build_parser() -> FlagParser:
     """The parser of chat_lora.py."""
     parser = FlagParser(description=__doc__, epilog=EXAMPLES)
-    parser.add_argument(
-        "model", help="experiment folder, adapter folder, or model (folder or Hub id); with --serve also a GGUF file"
-    )
     # fmt: off
+    parser.add_argument("model", nargs="?", help="experiment folder, adapter folder, or model (folder or Hub id); with "
+        "--serve also a GGUF file")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="JSON or YAML whose section inference has the "
+        "model, the sampling and the questions; flags on the command line win")
     add = parser.add_argument_group("model").add_argument
     add("--mode", choices=("lora", "merged"), default="lora", help="separate adapter, or merged into the base weights")
     add("--base", action="store_true", help="use the base model without the adapter")
@@ -41,7 +43,8 @@ def build_parser() -> FlagParser:
     add("--tools", type=Path, metavar="FILE", help="JSON file with tool schemas")
     add("--system", default="", metavar="TEXT", help="system message")
     add("--prompt", metavar="TEXT", help="answer this message and exit")
-    add("--questions", type=Path, metavar="FILE", help="answer every line of a text or .jsonl file and exit")
+    add("--questions", type=Path, metavar="FILE", help="answer every line of a text or .jsonl file, or "
+        "the list in a .json file, and exit")
     add("--output", type=Path, metavar="FILE", help="write answers here instead of to stdout (.jsonl: with calls)")
     add("--tool_command", metavar="PROGRAM", help="program to run for every call, without a shell: name and arguments "
         "as JSON on stdin, result on stdout (default: you type the results)")
@@ -51,6 +54,8 @@ def build_parser() -> FlagParser:
     add = parser.add_argument_group("generation").add_argument
     add("--max_new_tokens", type=positive_int, default=512, metavar="N", help="maximum length of an answer")
     add("--temperature", type=nonnegative_float, default=0.0, help="sampling temperature; 0 is greedy")
+    add("--top_p", type=probability, default=1.0, help="sample from the most likely tokens that together have this "
+        "probability")
     add("--seed", type=int, default=0, help="seed of the sampling")
     add("--batch_size", type=positive_int, default=16, help="questions to answer in one batch")
 
@@ -68,8 +73,8 @@ def build_parser() -> FlagParser:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    check(args)
+    args, questions = parse(argv)
+    check(args, answers_and_exits=bool(questions) or args.prompt is not None or args.questions is not None)
     from rich.console import Console
 
     from finetune.chat.questions import read_questions
@@ -83,8 +88,9 @@ def main(argv: list[str] | None = None) -> int:
         check_format_name(args.format)
     command = parse_tool_command(args.tool_command, args.tool_timeout)
     tools = read_tools(args.tools) if args.tools else []
-    questions = [args.prompt] if args.prompt is not None else []
-    if args.questions:
+    if args.prompt is not None:
+        questions = [args.prompt]
+    elif args.questions:
         questions = read_questions(args.questions, tools)
     start_logging(Console(stderr=True))
     for package in packages_of(args):
@@ -106,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     from finetune.chat.session import ChatAgent, ChatSession
     from finetune.generation.generate import Decoding
 
-    decoding = Decoding(model.stop_ids, args.max_new_tokens, args.batch_size, args.temperature, args.seed)
+    decoding = Decoding(model.stop_ids, args.max_new_tokens, args.batch_size, args.temperature, args.seed, args.top_p)
     agent = ChatAgent(model, decoding, command, args.max_rounds)
 
     # 3. Answer.
@@ -123,12 +129,31 @@ def main(argv: list[str] | None = None) -> int:
         from finetune.chat.questions import answer_all
 
         sides = [BASE, TUNED] if args.compare else [TUNED]
-        answer_all(agent, questions, args.system, tools, sides, args.output)
+        is_list = args.prompt is None and (args.questions is None or args.questions.suffix == ".json")
+        answer_all(agent, questions, args.system, tools, sides, args.output, with_questions=is_list)
     else:
         from finetune.chat.terminal import Terminal
 
         Terminal(agent, ChatSession(args.system, tools), Console()).run()
     return 0
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list]:
+    """(the command line with the values of --config as defaults, the config's questions where no mode is chosen)."""
+    parser = build_parser()
+    args, questions = parser.parse_args(argv), []
+    if args.config:
+        from finetune.chat.config import read_chat_config
+
+        values = read_chat_config(args.config, parser)
+        questions = values.pop("questions", [])
+        parser.set_defaults(**values)
+        args = parser.parse_args(argv)
+    if args.model is None:
+        missing = "its section inference has no adapter_path; add it, or name" if args.config else "name"
+        raise UserError(f"no model: {missing} an experiment folder or a model, as in chat_lora.py experiments/RUN")
+    chosen = args.prompt is not None or args.questions or args.web or args.serve
+    return args, [] if chosen else questions
 
 
 def packages_of(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -141,13 +166,12 @@ def packages_of(args: argparse.Namespace) -> list[tuple[str, str]]:
     return []
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, *, answers_and_exits: bool) -> None:
     """UserError for flags that contradict each other."""
     names = ("prompt", "questions", "web", "serve")
     modes = [f"--{name}" for name in names if getattr(args, name) not in (None, False)]
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} exclude each other; keep one of them")
-    answers_and_exits = args.prompt is not None or args.questions
     if args.output is not None and not answers_and_exits:
         raise UserError("--output is for --prompt and --questions; in a conversation use /save")
     if args.output is not None and args.output.exists():
@@ -164,6 +188,8 @@ def check(args: argparse.Namespace) -> None:
         # Python represents bytes that are not UTF-8 by surrogates.
         if any("\ud800" <= character <= "\udfff" for character in text or ""):
             raise UserError(f"{flag} is not UTF-8 text; save it as UTF-8 and use --questions FILE")
+    if args.top_p < 1 and not args.temperature and not (args.serve or args.web):
+        raise UserError("--top_p is for sampling; add --temperature, or omit it for greedy answers")
     if args.share and not args.web:
         raise UserError("--share is for --web")
     if args.web and (args.share or not is_loopback(args.host)) and not os.environ.get("SANDWICH_WEB_PASSWORD"):

@@ -129,7 +129,8 @@ def build_parser() -> FlagParser:
     add("--tools", metavar="FILE", required=True, help="JSON file with tool schemas")
     add("--output", metavar="DIR", required=True, help="folder for the two files")
     add("--phrasings", metavar="FILE", help="phrasing file for these tools (default: generic wording)")
-    add("--per_tool", type=positive_int, default=32, metavar="N", help="training requests per tool")
+    add("--per_tool", type=number_or_file, default=32, metavar="N_OR_FILE", help="training requests per tool, or "
+        'a JSON file of tiers: {"TIER": {"rows": N, "tools": [NAME, …]}, …}')
     add("--rows", type=positive_int, metavar="N", help="training rows in total, instead of --per_tool")
     add("--heldout_rows", type=positive_int, metavar="N", help="held-out rows (default: a third of the training rows)")
     add("--language", choices=("en", "ko"), default="en", help="language of the generic wording")
@@ -137,6 +138,11 @@ def build_parser() -> FlagParser:
     add("--name", type=folder_name, help="prefix of the file names")
     add("--overwrite", action="store_true", help="replace files already in --output")
     return parser
+
+
+def number_or_file(word: str) -> int | str:
+    """A number of at least 1, or the name of a .json or .yaml file."""
+    return word if word.endswith((".json", ".yaml", ".yml")) else positive_int(word)
 
 
 def add_reading_flags(parser: FlagParser) -> None:

@@ -37,6 +37,7 @@ ELSEWHERE = {
     "experiments_dir": "output_dir output output_folder out_dir",
     "name": "run_name experiment_name",
     "load_in_4bit": "quantization quantization_bit qlora bits load_in_4_bit",
+    "load_best": "load_best_model_at_end",
     "use_rslora": "rslora",
     "format": "template chat_template prompt_template",
     "resume": "resume_from_checkpoint resume_from",
@@ -54,7 +55,7 @@ ELSEWHERE = {
     "smooth": "smoothing",
     "seeds": "num_seeds repeats",
 }
-_ALIASES = {alias: name for name, aliases in ELSEWHERE.items() for alias in aliases.split()}
+ALIASES = {alias: name for name, aliases in ELSEWHERE.items() for alias in aliases.split()}
 _DATA_FILE = re.compile(r".*\.(jsonl|ndjson|json|csv|tsv|parquet|arrow)(\.gz)?", re.IGNORECASE)
 _RECIPE = re.compile(r".*\.ya?ml", re.IGNORECASE)
 
@@ -133,6 +134,7 @@ nonnegative_int = number_type(int, lambda value: 0 <= value < 2**63, "an integer
 positive_float = number_type(float, lambda value: 0 < value < math.inf, "a number > 0")
 nonnegative_float = number_type(float, lambda value: 0 <= value < math.inf, "a number >= 0")
 fraction = number_type(float, lambda value: 0 <= value < 1, "a number >= 0 and < 1")
+probability = number_type(float, lambda value: 0 < value <= 1, "a number > 0 and <= 1")
 MAX_STRETCH = 64
 
 
@@ -242,7 +244,7 @@ def flags_of(parser: argparse.ArgumentParser, arguments: Sequence[str] = ()) -> 
 def meant(name: str, known: Iterable[str]) -> str | None:
     """The flag of `known` that `name` is a slip of, or is called in another trainer; None where none is close."""
     name, known = name.lower().replace("-", "_"), list(known)
-    if (alias := _ALIASES.get(name)) in known:
+    if (alias := ALIASES.get(name)) in known:
         return alias
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not close and len(name) > 2:

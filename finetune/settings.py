@@ -12,6 +12,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args
 
+from finetune.config_sections import has_sections, read_sections
 from finetune.errors import UserError
 from finetune.files import read_data
 from finetune.flag_types import (
@@ -270,13 +271,18 @@ def build_parser() -> FlagParser:
 def parse(argv: Sequence[str] | None = None) -> Settings:
     """Defaults, then --config, then the command line; argparse exits with code 2 on a wrong flag."""
     given = vars(build_parser().parse_args(argv))
-    values = read_config(given["config"], given) | given if "config" in given else given
+    values = read_config(given["config"], given) if "config" in given else {}
+    for name, other in (("eval_dataset", "eval_fraction"), ("eval_fraction", "eval_dataset")):
+        if name in given and other not in given:  # the command line's evaluation rows replace those of the config
+            values.pop(other, None)
+    values |= given
     return Settings(**values, given=set(values))
 
 
 def read_config(path: str | Path, given: Container[str] = ()) -> dict[str, Any]:
     """Flags from a YAML or JSON file; of an experiment_config.json, its "flags" without the run's name.
 
+    A file with sections (see config_sections.py) may have settings for chat_lora.py, too.
     given  names of the flags on the command line, which override the file
     Flags that count only on the command line are omitted. Raises UserError naming the file and the key for an unknown
     flag or a wrong value.
@@ -286,8 +292,17 @@ def read_config(path: str | Path, given: Container[str] = ()) -> dict[str, Any]:
         raise UserError(f"config {path} must be a mapping of flags, such as 'rank: 16'")
     if isinstance(data.get("flags"), dict):
         data = {name: value for name, value in data["flags"].items() if name != "name"}
-    values = {name: checked(f"config {path}", name, value) for name, value in data.items()}
+    entries = {name: (f"config {path}", value) for name, value in data.items()}
+    if has_sections(data):
+        read, _ = read_sections(f"config {path}", data, settable_flags())
+        entries = {name: (f"config {path}, {entry}", value) for name, (entry, value) in read.items()}
+    values = {name: checked(where, name, value) for name, (where, value) in entries.items()}
     return without_command_line_only(f"config {path}", values, given)
+
+
+def settable_flags() -> list[str]:
+    """The names of the flags that a config can set."""
+    return [flag.name for flag in FLAGS if not flag.action or flag.name == "show_mask"]
 
 
 def without_command_line_only(where: str, values: dict[str, Any], given: Container[str] = ()) -> dict[str, Any]:

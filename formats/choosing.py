@@ -9,7 +9,7 @@ from typing import Any
 
 from formats import native, text_calls, yaml_format
 from formats.base import Format, FormatError
-from formats.comparison import compare
+from formats.comparison import compare, shows_tools
 from formats.probing import own_template
 from formats.registry import FORMATS, load_entry_points, register
 from formats.tokens import added_tokens, check_tokenizer
@@ -79,9 +79,13 @@ def choose_format(tokenizer: Any) -> tuple[Format, str]:
             return fmt, f"the tokenizer's own template{missing} renders as {fmt.name} does"
     if has_tools:
         return get_format("native", tokenizer), "no named format renders what the tokenizer's own template does"
-    if text_calls.shows_tools(tokenizer):
-        name = "native-tools" if text_calls.spelling(tokenizer) else "native"
+    spelled = text_calls.spelling(tokenizer)
+    if shows_tools(tokenizer):
+        name = "native-tools" if spelled else "native"
         return get_format(name, tokenizer), "the tokenizer's own template shows tools but writes no calls"
+    if spelled is text_calls.FUNCTION_TAG:
+        why = f"the tokenizer's own template shows no tools but has {spelled.start}"
+        return get_format(text_calls.FORMAT.name, tokenizer), why
     fmt, reason = detect(added, own)
     if fmt.name == "native":
         fmt, reason = text_calls.FORMAT, "tools and calls are written into its messages"

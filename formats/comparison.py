@@ -26,11 +26,12 @@ class Comparison(NamedTuple):
 def compare(fmt: Format, tokenizer: Any) -> Comparison:
     """Compare `fmt` with the tokenizer's own template on conversations of all kinds.
 
-    Conversations that the own template cannot render, or loses a part of, are skipped. Both get the format's
-    variables: a pinned date is no difference.
+    Conversations that the own template cannot render, or loses a part of, are skipped. Calls of a template that does
+    not show tools are compared without tools. Both get the format's variables: a pinned date is no difference.
     """
     compared, with_tools = False, False
-    for label, messages, tools, words in _conversations():
+    tools_shown = TOOLS if shows_tools(tokenizer) else None
+    for label, messages, tools, words in _conversations(tools_shown):
         prompted = messages[-1]["role"] != "assistant"
         own = own_text(tokenizer, messages, tools=tools, add_generation_prompt=prompted, **{**fmt.template_kwargs})
         if own is None or not all(word in own for word in words):
@@ -45,6 +46,11 @@ def compare(fmt: Format, tokenizer: Any) -> Comparison:
     return Comparison(None if compared else "every conversation", with_tools)
 
 
+def shows_tools(tokenizer: Any) -> bool:
+    """Whether the tokenizer's own template writes the tools into a prompt."""
+    return NAMES[0] in (own_text(tokenizer, [USER], tools=TOOLS, add_generation_prompt=True) or "")
+
+
 def own_difference(fmt: Format, tokenizer: Any) -> str | None:
     """One line on what `fmt` renders differently from the tokenizer's own template; None: nothing, or it has none."""
     if not own_template(tokenizer) or (difference := compare(fmt, tokenizer).difference) is None:
@@ -52,8 +58,10 @@ def own_difference(fmt: Format, tokenizer: Any) -> str | None:
     return f"format {fmt.name} renders {difference} differently from the tokenizer's own template"
 
 
-def _conversations() -> Iterator[tuple[str, list[dict[str, Any]], list[dict] | None, list[str]]]:
-    """(label, messages, tools, words that the rendering must hold)."""
+def _conversations(
+    tools: list[dict] | None,
+) -> Iterator[tuple[str, list[dict[str, Any]], list[dict] | None, list[str]]]:
+    """(label, messages, tools, words that the rendering must hold); calls come with `tools`."""
     calls = {
         "a call": [USER, answer("", call()), RESULTS[0], LAST],
         "parallel calls": [USER, answer("", call(), call(1)), *RESULTS, LAST],
@@ -65,8 +73,8 @@ def _conversations() -> Iterator[tuple[str, list[dict[str, Any]], list[dict] | N
         for label, messages in plain.items():
             yield f"{label}{start}", before + messages, None, _words(before + messages)
         for label, messages in {"a question": [USER], **calls}.items():
-            words = [*_words(before + messages), *NAMES]
-            yield f"{label}{start}, with tools", before + messages, TOOLS, words
+            words = [*_words(before + messages), *(NAMES if tools else ())]
+            yield f"{label}{start}, {'with' if tools else 'without'} tools", before + messages, tools, words
 
 
 def _words(messages: list[dict[str, Any]]) -> list[str]:

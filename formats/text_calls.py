@@ -16,8 +16,8 @@ from formats import native
 from formats.base import Format, Parsed, read_template
 from formats.call_grammar import CallGrammar, ObjectCore, PythonCore
 from formats.calls import parse_function_tag, parse_hermes
-from formats.comparison import SYSTEM, USER
-from formats.derivation import NAMES, TEXT, TOOLS, answer
+from formats.comparison import SYSTEM, USER, shows_tools
+from formats.derivation import NAMES, TEXT, answer
 from formats.probing import own_template, own_text
 from formats.tokens import added_tokens
 
@@ -59,12 +59,10 @@ FUNCTION_TAG = Spelling(
 def spelling(tokenizer: Any) -> Spelling | None:
     """The spelling of calls that the tokenizer's own template or vocabulary names; None for none."""
     added, template = added_tokens(tokenizer), own_template(tokenizer)
-    return next((found for text, found in SPELLINGS.items() if text in added or text in template), None)
-
-
-def shows_tools(tokenizer: Any) -> bool:
-    """Whether the tokenizer's own template writes the tools into a prompt."""
-    return NAMES[0] in (own_text(tokenizer, [USER], tools=TOOLS, add_generation_prompt=True) or "")
+    found = next((found for text, found in SPELLINGS.items() if text in added or text in template), None)
+    # With <parameter=…> inside the tag the arguments are not JSON.
+    named = FUNCTION_TAG if FUNCTION_TAG.start in template and "<parameter=" not in template else None
+    return found or named
 
 
 def adapt(fmt: Format, tokenizer: Any) -> Format:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import chat_lora
 from finetune.chat.questions import answer_all, read_questions, start_session
 from finetune.chat.reply import LiveText, Reply, read_reply
 from finetune.chat.session import ChatAgent, ChatSession, ToolResult, read_tools
@@ -270,6 +271,50 @@ def test_read_tools_and_questions(tmp_path):
         read_questions(lines)
 
 
+def test_questions_of_a_json_file(tmp_path):
+    path = tmp_path / "q.json"
+    for written in (["one", {"question": "two"}], {"questions": ["one", "two"]}):
+        path.write_text(json.dumps(written, indent=1), encoding="utf-8")
+        assert [row["messages"][-1]["content"] for row in read_questions(path)] == ["one", "two"]
+    for wrong, said in (("[]", "must be a list of questions"), ("{}", "must be a list"), ("[1]", "question 1: neither"),
+                        ('["a", {"x": 1}]', "question 2: neither"), ("[", "not valid JSON")):  # fmt: skip
+        path.write_text(wrong, encoding="utf-8")
+        with pytest.raises(UserError, match=said):
+            read_questions(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"rank": 8}, "has no section for answers"),
+        ({"inference": {"generation": {"top_p": 3}}}, "inference.generation.top_p must be a number > 0 and <= 1"),
+        ({"inference": {"mode": "both"}}, "inference.mode must be one of lora, merged"),
+        ({"inference": {"questions": "why?"}}, "inference.questions: must be a list"),
+        ({"lora": {"rr": 1}}, "unknown entry lora.rr"),
+        ({"inference": {}}, "its section inference has no adapter_path"),
+    ],
+)
+def test_bad_chat_config_is_refused_by_name(config, said, tmp_path, capsys):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    assert chat_lora.main(["--config", str(path)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_chat_config_is_the_default_of_the_command_line(tmp_path):
+    path, merged = tmp_path / "c.json", tmp_path / "merged"
+    inference = {"adapter_path": "run", "mode": "merged", "merged_model_path": str(merged), "questions": ["a?"],
+                 "generation": {"temperature": 0.2, "top_p": 0.9, "max_new_tokens": 9}}  # fmt: skip
+    path.write_text(json.dumps({"inference": inference}), encoding="utf-8")
+    args, questions = chat_lora.parse(["--config", str(path), "--top_p", "0.5"])
+    assert (args.model, args.mode, args.temperature, args.top_p, args.max_new_tokens) == ("run", "merged", 0.2, 0.5, 9)
+    assert [row["messages"][0]["content"] for row in questions] == ["a?"]
+    assert chat_lora.parse(["other", "--config", str(path), "--prompt", "b?"])[1] == []
+    merged.mkdir()
+    args, _ = chat_lora.parse(["--config", str(path)])
+    assert (args.model, args.mode) == (str(merged), "lora")
+
+
 @pytest.mark.parametrize(
     ("line", "system", "asked", "tools"),
     [
@@ -432,6 +477,12 @@ def test_terminal_commands(agent, tmp_path):
     text, conversation = typed(agent, [chat_model.REQUEST, "", "/system Be brief.", "/reset", "/base", "/system"])
     assert conversation.turns == [] and conversation.system == "Be brief."
     assert "nothing has been answered yet" in text and "system: Be brief." in text
+
+
+@pytest.mark.parametrize("word", ["quit", "Exit ", "/quit"])
+def test_terminal_ends_at_a_bare_quit(agent, word):
+    _, conversation = typed(agent, ["Do not quit", word, chat_model.REQUEST])
+    assert [turn["content"] for turn in conversation.turns if turn["role"] == "user"] == ["Do not quit"]
 
 
 def test_terminal_shows_broken_calls(agent):

@@ -1,4 +1,4 @@
-"""The recipes in configs/: published numbers, and a dry run of each with the bundled model and a few rows."""
+"""The recipes in configs/: published numbers; tests/test_recipes.py runs four of them, the others are dry runs here."""
 
 import json
 from pathlib import Path
@@ -30,6 +30,7 @@ PUBLISHED = {
                   "adamw_torch", "weight_decay": 0.01, "scheduler": "cosine", "dtype": "float32", "logging_steps": 10,
                   "save_steps": 500, "max_seq_length": 512},
 }  # fmt: skip
+RUN_ELSEWHERE = ("korean_tool_calling", "gennx_qlora", "qwen2_cpu", "fitness_qa")
 TOOL = {
     "type": "function",
     "function": {
@@ -74,7 +75,15 @@ def test_recipe_has_the_published_numbers(name):
     assert {key: getattr(chosen, key) for key in PUBLISHED[name]} == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_config_with_sections_is_the_recipe():
+    """configs/fitness_qa.json, in the names of other trainers, sets what the flat recipe sets, and the run's folder."""
+    flat, sections = (settings.parse(["--config", str(ROOT / "configs" / f"fitness_qa.{end}")]) for end in
+                      ("yaml", "json"))  # fmt: skip
+    assert sections.run_flags() == flat.run_flags() | {"name": "fitness_qa"}
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem not in RUN_ELSEWHERE],
+                         ids=lambda path: path.stem)  # fmt: skip
 def test_recipe_passes_a_dry_run(recipe, rows, tmp_path):
     # The bundled model has only ChatML's control tokens, and the datasets of the recipes are not available.
     arguments = ["--config", recipe, "--model", "smollm2-135m", "--format", "chatml", "--dataset", rows, "--dry_run",

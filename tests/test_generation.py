@@ -196,6 +196,16 @@ def test_sampled_frequencies_follow_the_logits():
     torch.testing.assert_close(shares, (logits[0] / 0.5).softmax(-1), atol=0.03, rtol=0)
 
 
+def test_top_p_samples_from_the_most_likely_tokens():
+    """Probabilities 0.09, 0.24, 0.67: the last two hold 0.8, the last one holds 0.6."""
+    logits = torch.tensor([[0.0, 1.0, 2.0]]).repeat(1000, 1)
+    for top_p, allowed in ((0.6, {2}), (0.8, {1, 2}), (1.0, {0, 1, 2})):
+        decoding = generation.Decoding((0,), temperature=1.0, top_p=top_p)
+        tokens = generation._Sampler(decoding, range(1000))(logits, list(range(1000)))
+        assert set(tokens.tolist()) == allowed
+        assert decoding.generation_config().top_p == top_p
+
+
 def test_unsupported_models_fall_back_with_a_reason(monkeypatch):
     prompts, decoding = random_prompts(4), generation.Decoding((5,), max_new_tokens=5)
     capped = tiny("gemma2", sliding_window=64)

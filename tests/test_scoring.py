@@ -416,6 +416,10 @@ def test_quality_rule_against_labels():
     )
     assert (m["quality_accuracy"], m["quality_precision"], m["quality_recall"], m["quality_f1"]) == (0.5, 0.5, 0.5, 0.5)
     assert m["quality_ok_rate"] == 0.5
+    assert m["quality_confusion"]["matrix"] == [[1, 1], [1, 1]]
+    three = compute_metrics([labelled(1, True, good), labelled(2, True, bad), labelled(3, False, good)])
+    assert three["quality_confusion"]["matrix"] == [[1, 1], [1, 0]]
+    assert "| tuned: not ok | 1 | 0 |" in comparison_markdown({"tuned": three}, {}, [])
 
 
 def test_docs_define_every_metric():

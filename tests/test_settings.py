@@ -234,3 +234,55 @@ def test_help_has_every_flag_with_its_default():
 def test_flags_page_is_up_to_date():
     page = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
     assert page == markdown(), "run: python -m finetune.settings > docs/flags.md"
+
+
+def write_config(tmp_path, data):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(data))
+    return str(path)
+
+
+def test_config_with_sections(tmp_path):
+    """The names of Transformers and PEFT, in sections; what is for answers does not concern the run."""
+    data = {
+        "device": "cuda", "model": {"model_name": "a/b", "max_seq_length": 2048},
+        "quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        "lora": {"r": 8, "lora_alpha": 16, "bias": "none", "task_type": "CAUSAL_LM"},
+        "training": {"per_device_train_batch_size": 1, "learning_rate": "2e-4", "output_dir": "./out/mine",
+                     "bf16": True},
+        "optimization": {"gradient_checkpointing": True, "optim": "paged_adamw_8bit"},
+        "inference": {"adapter_path": "x", "generation": {"top_p": 0.9}, "questions": ["?"]},
+    }  # fmt: skip
+    assert read_config(write_config(tmp_path, data)) == {
+        "model": "a/b", "max_seq_length": 2048, "load_in_4bit": True, "rank": 8, "alpha": 16.0, "batch_size": 1,
+        "lr": 2e-4, "experiments_dir": "out", "name": "mine", "dtype": "bfloat16", "gradient_checkpointing": True,
+        "optim": "paged_adamw_8bit",
+    }  # fmt: skip
+    assert parse(["--config", write_config(tmp_path, data), "--rank", "4"]).rank == 4
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        ({"lora": {"r": 8, "frobnicate": 1}}, "unknown entry lora.frobnicate; remove it"),
+        ({"training": {"learning_rat": 1}}, "unknown entry training.learning_rat; did you mean learning_rate"),
+        ({"inference": {"topp": 1}}, "unknown entry inference.topp; known: adapter_path"),
+        ({"lora": {"r": 8}, "rank": 4}, "rank and lora.r both set rank"),
+        ({"lora": {"bias": "all"}}, "lora.bias can only be none"),
+        ({"lora": {"r": 0}}, "config.json, lora.r: rank must be an integer"),
+        ({"training": {"evaluation_strategy": "epoch"}}, "training.evaluation_strategy can only be steps"),
+        ({"lora": {"r": {"x": 1}}}, "lora.r: rank cannot be"),
+        ({"lora": {}, "training": 5}, "unknown entry training"),
+    ],
+)
+def test_bad_sections_are_refused_by_name(tmp_path, data, wanted):
+    with pytest.raises(UserError, match=re.escape(wanted)):
+        read_config(write_config(tmp_path, data))
+
+
+def test_evaluation_rows_of_the_command_line_replace_those_of_the_config(tmp_path):
+    config = write_config(tmp_path, {"eval_fraction": 0.1, "dataset": "a.jsonl"})
+    chosen = parse(["--config", config, "--eval_dataset", "b.jsonl"])
+    assert (chosen.eval_dataset, chosen.eval_fraction) == (["b.jsonl"], 0.0)
+    with pytest.raises(UserError, match="exclude each other"):
+        parse(["--config", config, "--eval_dataset", "b.jsonl", "--eval_fraction", "0.2"])

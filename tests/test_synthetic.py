@@ -616,3 +616,34 @@ def test_call_that_breaks_its_schema_is_an_error(tmp_path):
     path.write_text(json.dumps(broken(lambda d: d["tools"]["POST /db/node"][0].update(arguments=wrong))))
     with pytest.raises(UserError, match=r"POST /db/node does not fit its schema.*'Z' is a required property"):
         generate(load_tools_file(SCHEMAS), path, rows=60, seed=0)
+
+
+def test_tiers_give_each_tool_its_rows():
+    tools = load_tools_file(SAMPLES / "gennx_tool_schemas_all.json")
+    made = generate(tools, per_tool=SAMPLES / "gennx_tiers.json", seed=7)["train"][1]
+    called = Counter(row["messages"][-1]["tool_calls"][0]["function"]["name"] for kind, row in made if kind == "call")
+    tiers = json.loads((SAMPLES / "gennx_tiers.json").read_text("utf-8")).values()
+    wanted = {name: tier["rows"] for tier in tiers for name in tier["tools"]}
+    assert called.keys() == wanted.keys()
+    # The mix of kinds gives or takes a few rows of calls.
+    assert all(abs(called[name] - rows) <= 1 for name, rows in wanted.items())
+
+
+@pytest.mark.parametrize(
+    ("tiers", "said"),
+    [
+        ({"one": {"rows": 2, "tools": ["f", "f"]}}, "the tool 'f' is in two tiers"),
+        ({"one": {"rows": 2, "tools": ["f", "x"]}}, "there is no tool 'x'"),
+        ({"one": {"rows": 2, "tools": ["f"]}}, "no tier has g"),
+        ({"one": {"rows": 0, "tools": ["f", "g"]}}, "all tiers have 0 rows"),
+        ({"one": {"rows": True, "tools": ["f", "g"]}}, "one must be"),
+        ({"one": {"rows": 1, "tools": [["f"]]}}, "there is no tool"),
+        ([1], "the file must be"),
+    ],
+)
+def test_bad_tiers_are_refused(tiers, said, tmp_path):
+    path = tmp_path / "tiers.json"
+    path.write_text(json.dumps(tiers), encoding="utf-8")
+    tools = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in "fg"]
+    with pytest.raises(UserError, match=said):
+        generate(tools, per_tool=path)

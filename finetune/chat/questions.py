@@ -26,23 +26,38 @@ Events = list[Reply | ToolResult]
 def read_questions(path: str | Path, tools: list[dict] | None = None) -> list[str | dict[str, Any]]:
     """One question a line; a line of a .jsonl file is text, {"question": …} or a row of any shape for training.
 
-    Returns text, or rows that end with a user message or a tool's result. Raises UserError with the line's number.
+    A .json file is a list of these, or has one under "questions". Returns text, or rows that end with a user message
+    or a tool's result. Raises UserError with the line's number.
     """
     text = read_text(path, "--questions")
+    if Path(path).suffix == ".json":
+        return as_questions(_json(text, f"--questions {path}"), tools or [], f"--questions {path}")
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise UserError(f"--questions {path}: the file has no questions")
     if Path(path).suffix not in (".jsonl", ".ndjson"):
         return [line for _, line in lines]
-    return [_read_question(line, tools or [], f"--questions {path}, line {number}") for number, line in lines]
+    wheres = [f"--questions {path}, line {number}" for number, _ in lines]
+    return [_question(_json(line, where), tools or [], where) for where, (_, line) in zip(wheres, lines, strict=True)]
 
 
-def _read_question(line: str, tools: list[dict], where: str) -> dict[str, Any]:
+def as_questions(value: Any, tools: list[dict], where: str) -> list[str | dict[str, Any]]:
+    """The questions of a JSON list, or of a list under "questions"; UserError with the item's number."""
+    items = value.get("questions") if isinstance(value, dict) else value
+    if not isinstance(items, list) or not items:
+        raise UserError(f'{where}: must be a list of questions, such as ["What is protein?"]')
+    return [_question(item, tools, f"{where}, question {number}") for number, item in enumerate(items, 1)]
+
+
+def _json(text: str, where: str) -> Any:
     try:
-        value = strict_json(line)
+        return strict_json(text)
     except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else error
         raise UserError(f"{where}: not valid JSON ({reason})") from error
+
+
+def _question(value: Any, tools: list[dict], where: str) -> dict[str, Any]:
     if isinstance(value, str):
         value = {"prompt": value}
     known = set(match_columns(value).values()) if isinstance(value, dict) else set()
@@ -77,10 +92,12 @@ def start_session(question: str | dict[str, Any], system: str, tools: list[dict]
 
 
 def answer_all(
-    agent: ChatAgent, questions: list[Any], system: str, tools: list[dict], sides: list[str], output: Path | None
-) -> None:
+    agent: ChatAgent, questions: list[Any], system: str, tools: list[dict], sides: list[str], output: Path | None,
+    *, with_questions: bool = False,
+) -> None:  # fmt: skip
     """Answer every question by every side and write the answers to `output` or stdout as they are ready.
 
+    with_questions: each question is written before its answers, where these are text.
     Without a tool command, `batch_size` questions are answered at a time.
     """
     sessions = [start_session(question, system, tools) for question in questions]
@@ -95,8 +112,12 @@ def answer_all(
             batch = sessions[at : at + size]
             answers = [list(_answers(replace(agent, side=side), batch, advance)) for side in sides]
             for number, by_side in enumerate(zip(*answers, strict=True), at + 1):
+                if with_questions and not _is_json_lines(output):
+                    asked = " ".join(batch[number - at - 1].messages[-1]["content"].split())
+                    file.write(printable(f"Question: {asked}\n"))
                 for side, (session, events) in zip(sides, by_side, strict=True):
-                    _write(file, output, number, side if len(sides) > 1 else None, session, events)
+                    label = side if len(sides) > 1 else None
+                    _write(file, output, number, label, session, events, "Answer: " if with_questions else "")
 
 
 def _answers(
@@ -136,16 +157,20 @@ def _open_output(output: Path | None) -> contextlib.AbstractContextManager[TextI
 
 
 def _write(
-    file: TextIO, output: Path | None, number: int, side: str | None, session: ChatSession, events: Events
+    file: TextIO, output: Path | None, number: int, side: str | None, session: ChatSession, events: Events, label: str
 ) -> None:
-    if output is not None and output.suffix in (".jsonl", ".ndjson"):
+    if _is_json_lines(output):
         last = next(event for event in reversed(events) if isinstance(event, Reply))
         line = {"row": number, **({"side": side} if side else {}), "messages": session.messages, **last.as_json()}
         file.write(json_line(line))
     else:
-        label = f"{side}: " if side else ""
+        label = f"{side}: " if side else label
         file.write(printable(label + " ".join(" ".join(map(_one_line, events)).split())) + "\n")
     file.flush()
+
+
+def _is_json_lines(output: Path | None) -> bool:
+    return output is not None and output.suffix in (".jsonl", ".ndjson")
 
 
 def _one_line(event: Reply | ToolResult) -> str:

@@ -32,9 +32,12 @@ HELP = """\
 /raw             the last answer exactly as it was generated
 /reset           delete the messages; system message and tools stay
 /save [FILE]     append the conversation to a JSON Lines file, as a row that prepare_data.py reads
-/help  /quit
+/help  /quit     a message that is only quit or exit ends the chat too
 Enter sends. For a new line inside a message press Alt+Enter, or end the line with a backslash. If a message begins
 with a slash, write two."""
+
+
+LEAVING = ("quit", "exit")
 
 
 class Terminal:
@@ -49,7 +52,7 @@ class Terminal:
         self.last: Reply | None = None
 
     def run(self) -> None:
-        """Read until /quit or the end of the input.
+        """Read until /quit, a bare quit or exit, or the end of the input.
 
         Ctrl-C stops the current answer; over a pipe it also ends the program.
         """
@@ -65,7 +68,7 @@ class Terminal:
                 if not self.keyboard:
                     raise
                 continue
-            if text.split(" ")[0] in ("/quit", "/exit", "/q"):
+            if text.split(" ")[0] in ("/quit", "/exit", "/q") or text.strip().lower() in LEAVING:
                 return
             try:
                 with self.session.transaction():

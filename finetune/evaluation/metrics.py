@@ -169,9 +169,9 @@ def compute_metrics(scored: Sequence[Scored], *, seed: int = 0) -> dict[str, Any
     if "argument_precision" in metrics and "argument_recall" in metrics:
         both = metrics["argument_precision"], metrics["argument_recall"]
         metrics["argument_f1"] = round(harmonic_mean(both), 6)
-    metrics |= _quality_scores(scored)
+    quality, quality_table = _quality_scores(scored)
     averages, tables = _tool_tables(scored)
-    metrics |= averages
+    metrics |= quality | averages
     if scored:
         latencies = [one.latency_s for one in scored]
         metrics["latency_p50_s"] = round(float(np.percentile(latencies, 50)), 4)
@@ -193,6 +193,7 @@ def compute_metrics(scored: Sequence[Scored], *, seed: int = 0) -> dict[str, Any
             "undeclared_arguments": sum(len(one.verdicts.get("hallucinated_arguments", ())) for one in scored),
         },
         "not_measured": missing,
+        **quality_table,
         **tables,
     }
 
@@ -234,17 +235,24 @@ def _tool_tables(scored: Sequence[Scored]) -> tuple[dict[str, float], dict[str, 
     }
 
 
-def _quality_scores(scored: Sequence[Scored]) -> dict[str, float]:
-    """Precision, recall and F1 of the quality rule's "ok" against the rows' labels."""
+def _quality_scores(scored: Sequence[Scored]) -> tuple[dict[str, float], dict[str, Any]]:
+    """(precision, recall and F1 of the quality rule's "ok" against the rows' labels, their confusion matrix)."""
     labelled = [one for one in scored if one.item.label is not None]
     if not labelled:
-        return {}
-    from sklearn.metrics import precision_recall_fscore_support
+        return {}, {}
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     truth, rule = [one.item.label for one in labelled], [one.verdicts["quality_ok"] for one in labelled]
     values = precision_recall_fscore_support(truth, rule, average="binary", pos_label=True, zero_division=0)[:3]
     names = ("quality_precision", "quality_recall", "quality_f1")
-    return {name: round(float(value), 6) for name, value in zip(names, values, strict=True)}
+    return {name: round(float(value), 6) for name, value in zip(names, values, strict=True)}, {
+        "quality_confusion": {
+            "labels": ["ok", "not ok"],
+            "rows": "label",
+            "columns": "rule",
+            "matrix": confusion_matrix(truth, rule, labels=[True, False]).tolist(),
+        }
+    }
 
 
 def paired_differences(base: Sequence[Scored], tuned: Sequence[Scored], *, seed: int = 0) -> dict[str, dict[str, Any]]:

@@ -37,7 +37,11 @@ def comparison_markdown(metrics: Scores, compared: Scores, heading: Sequence[str
         title = "Base against tuned"
         header = ["metric", "n", "base", "tuned", "difference", "95% interval of the difference", "p"]
         rows = [_comparison_row(name, metrics, compared.get(name, {})) for name in metric_names(metrics)]
-    return "\n".join([f"# {title}", "", *heading, "", table_markdown(header, rows)]) + _tool_table(metrics)
+    return (
+        "\n".join([f"# {title}", "", *heading, "", table_markdown(header, rows)])
+        + _tool_table(metrics)
+        + _quality_table(metrics)
+    )
 
 
 def _comparison_row(name: str, metrics: Scores, test: dict[str, Any]) -> list[str]:
@@ -64,6 +68,18 @@ def _tool_table(metrics: Scores) -> str:
         rows.append([tool.replace("|", "\\|"), str(support), *map(_number, scores), *difference])
     header = ["tool", "expected", *tables, *["difference"] * (len(tables) > 1)]
     return f"\n## F1 of each tool\n\n{table_markdown(header, rows)}"
+
+
+def _quality_table(metrics: Scores) -> str:
+    """How the quality rule judged the answers to rows labelled "ok" and "not ok"."""
+    tables = {side: m["quality_confusion"] for side, m in metrics.items() if "quality_confusion" in m}
+    rows = [
+        [f"{side}: {label}", *map(str, counts)]
+        for side, table in tables.items()
+        for label, counts in zip(table["labels"], table["matrix"], strict=True)
+    ]
+    header = ["model: label", "judged ok", "judged not ok"]
+    return f"\n## Labels and judgements\n\n{table_markdown(header, rows)}" if rows else ""
 
 
 def table_markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

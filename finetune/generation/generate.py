@@ -33,7 +33,7 @@ class Decoding:
     """Decoding settings. An answer ends at any of `stop_ids` or after `max_new_tokens`.
 
     `temperature` 0 is greedy; above 0, row i has its own random generator (`seed`, i), so that its answer does not
-    depend on its batch.
+    depend on its batch, and the token is one of the most likely that together have the probability `top_p`.
     """
 
     stop_ids: tuple[int, ...]
@@ -41,6 +41,7 @@ class Decoding:
     batch_size: int = 64
     temperature: float = 0.0
     seed: int = 0
+    top_p: float = 1.0
 
     def generation_config(self) -> GenerationConfig:
         """The same settings for the model's own `generate`."""
@@ -48,7 +49,7 @@ class Decoding:
 
         sampling = {"do_sample": False}
         if self.temperature:
-            sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+            sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": self.top_p}
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             eos_token_id=list(self.stop_ids),
@@ -262,7 +263,7 @@ class _Sampler:
     """The next token of each row: the most likely, or sampled with the row's own random generator."""
 
     def __init__(self, decoding: Decoding, rows: Sequence[int]):
-        self.temperature = decoding.temperature
+        self.temperature, self.top_p = decoding.temperature, decoding.top_p
         # The prime keeps (seed, row) and (seed + 1, another row) from having the same generator.
         self.generators = [torch.Generator().manual_seed(decoding.seed * 1_000_003 + row) for row in rows]
 
@@ -270,7 +271,12 @@ class _Sampler:
         """logits (n, vocabulary) -> token ids (n,); `rows` are indices into the batch."""
         if not self.temperature:
             return logits.argmax(-1)
-        cumulative = (logits.float() / self.temperature).softmax(-1).cumsum(-1)
+        scaled = logits.float() / self.temperature
+        if self.top_p < 1:
+            from transformers import TopPLogitsWarper
+
+            scaled = TopPLogitsWarper(self.top_p)(None, scaled)  # the filter of `model.generate`
+        cumulative = scaled.softmax(-1).cumsum(-1)
         draws = torch.stack([torch.rand(1, generator=self.generators[row]) for row in rows]).to(logits.device)
         # The cumulative sum ends at 1 only up to rounding.
         return torch.searchsorted(cumulative, draws * cumulative[:, -1:]).clamp_(max=logits.shape[-1] - 1)[:, 0]

@@ -87,6 +87,15 @@ def default_dtype() -> str:
     return "bfloat16" if _cpu_runtime().cpu_bf16_supported() else "float32"
 
 
+def compute_dtype(requested: str) -> str:
+    """--dtype as it is computed in: Unsloth replaces float16 on a CPU, and bfloat16 on a GPU without it."""
+    import torch
+
+    replaced = "bfloat16" if torch.cuda.is_available() else "float16"
+    best = default_dtype()
+    return best if requested == "auto" or (requested == replaced and best != replaced) else requested
+
+
 def _cpu_runtime() -> Any:
     """Unsloth's module that looks at the processor, without importing Unsloth, which takes many seconds."""
     require("unsloth_zoo", "training")
@@ -166,8 +175,9 @@ def load_base(
     unsloth = import_unsloth()
     import torch
 
-    if dtype == "auto":
-        dtype = default_dtype()
+    requested, dtype = dtype, compute_dtype(dtype)
+    if requested not in ("auto", dtype):
+        log.warning("--dtype %s is slow or missing on this device; it computes in %s", requested, dtype)
     if load_in_4bit is None:
         load_in_4bit = torch.cuda.is_available()
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
@@ -190,6 +200,9 @@ def load_base(
             trust_remote_code=trust_remote_code,
             token=hub_token(),
             use_safetensors=True,  # a pickle could run code
+            # Unsloth would load its own copy of many models, without the revision that was asked for and is recorded,
+            # and one that a machine without network may not have.
+            use_exact_model_name=True,
             **placement,
             # Unsloth sets the number of positions itself.
             **{key: value for key, value in stretch.items() if key == "rope_parameters"},

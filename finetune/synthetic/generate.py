@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.files import json_lines, write_together
+from finetune.files import json_lines, read_data, write_together
 from finetune.json_schema import validator_of
 from finetune.reading.tool_schemas import load_tools_file
 from finetune.synthetic.phrasebook import Phrasebook, Request, load_phrasebook
@@ -34,7 +34,12 @@ class NoNewRequest(UserError):
 class Writer:
     """Makes the rows of one split, in which no request repeats."""
 
-    def __init__(self, book: Phrasebook, tools: Sequence[dict[str, Any]], split: str, rng: random.Random):
+    def __init__(
+        self, book: Phrasebook, tools: Sequence[dict[str, Any]], split: str, rng: random.Random,
+        calls: Sequence[str] | None = None,
+    ):  # fmt: skip
+        """calls: the tool of each `call` row, dealt in random order; None: all tools alike."""
+        self.calls = calls or list(book.cases)
         self.book, self.split, self.rng = book, split, rng
         self.tools = json.dumps(list(tools), ensure_ascii=False, separators=(",", ":"))
         self.seen: set[str] = set()
@@ -58,7 +63,7 @@ class Writer:
         """One row of the kind; raises NoNewRequest when no new request is found."""
         make: Callable[..., list[dict[str, Any]]] = getattr(self, f"_{kind}")
         # Dealt once: a tool with few wordings is tried again instead of skipped.
-        tools = {"call": self.book.cases, "followup": self.book.cases, "answered": self._answerable}
+        tools = {"call": self.calls, "followup": self.book.cases, "answered": self._answerable}
         subject = (self._deal(kind, tools[kind]),) if kind in tools else ()
         for _ in range(MAX_TRIES):
             messages = make(*subject)
@@ -166,13 +171,18 @@ def shares(mix: dict[str, float], total: int) -> dict[str, int]:
 
 
 def make_rows(
-    book: Phrasebook, tools: Sequence[dict[str, Any]], split: str, total: int, rng: random.Random
+    book: Phrasebook,
+    tools: Sequence[dict[str, Any]],
+    split: str,
+    total: int,
+    rng: random.Random,
+    calls: Sequence[str] | None = None,
 ) -> list[tuple[str, dict[str, Any]]]:
     """`total` rows of one split with their kinds, in the phrasebook's mix, shuffled.
 
-    Where a kind has no further requests, `call` rows replace it.
+    Where a kind has no further requests, `call` rows replace it. calls: as in Writer.
     """
-    writer = Writer(book, tools, split, rng)
+    writer = Writer(book, tools, split, rng, calls)
     rows = []
     mix = {kind: part for kind, part in book.mix[split].items() if writer.possible(kind)}
     for kind, number in shares(mix, total).items():
@@ -233,7 +243,7 @@ def generate(
     tools: Sequence[dict[str, Any]],
     phrasings: str | Path | None = None,
     *,
-    per_tool: int = 32,
+    per_tool: int | str | Path = 32,
     rows: int | None = None,
     heldout_rows: int | None = None,
     language: str = "en",
@@ -241,18 +251,46 @@ def generate(
 ) -> dict[str, tuple[Phrasebook, list[tuple[str, dict[str, Any]]]]]:
     """Split -> (phrasebook, [(kind, row), ...]).
 
+    per_tool: training requests of each tool, or the file of `read_tiers`.
     Each split has its own random generator: the number of training rows does not change the held-out rows.
     """
     made = {}
+    names = [tool["function"]["name"] for tool in tools]
+    calls = names * per_tool if isinstance(per_tool, int) else read_tiers(per_tool, names)
     for split in SPLITS:
         rng = random.Random(f"{seed}:{split}")
         book = load_phrasebook(phrasings, tools, rng) if phrasings else general_phrasebook(tools, language, rng)
         if split == "train":
-            total = rows or rows_with_calls(book, per_tool * len(tools))
+            total = rows or rows_with_calls(book, len(calls))
         else:
             total = heldout_rows or max(1, total // 3)
-        made[split] = (book, make_rows(book, tools, split, total, rng))
+        dealt = None if isinstance(per_tool, int) else calls
+        made[split] = (book, make_rows(book, tools, split, total, rng, dealt))
     return made
+
+
+def read_tiers(path: str | Path, names: Sequence[str]) -> list[str]:
+    """The tool of each training request, from a file {"TIER": {"rows": N, "tools": [NAME, …]}, …}; N is for each tool.
+
+    Raises UserError for a tool that is in no tier, in two, or not among `names`.
+    """
+    tiers, calls, seen = read_data("tiers", path), [], set()
+    for tier, entry in tiers.items() if isinstance(tiers, dict) else [("the file", None)]:
+        rows, tools = (entry.get("rows"), entry.get("tools")) if isinstance(entry, dict) else (None, None)
+        if type(rows) is not int or rows < 0 or not isinstance(tools, list):
+            raise UserError(f'tiers {path}: {tier} must be {{"rows": a number >= 0, "tools": [names]}}')
+        for name in tools:
+            if name not in names:
+                raise UserError(f"tiers {path}, {tier}: there is no tool {name!r} in --tools; correct or remove it")
+            if name in seen:
+                raise UserError(f"tiers {path}, {tier}: the tool {name!r} is in two tiers; keep one of them")
+            seen.add(name)
+            calls += [name] * rows
+    if missing := [name for name in names if name not in seen]:
+        raise UserError(f"tiers {path}: no tier has {', '.join(missing)}; add them, with 0 rows for none")
+    if not calls:
+        raise UserError(f"tiers {path}: all tiers have 0 rows")
+    return calls
 
 
 def rows_with_calls(book: Phrasebook, calls: int) -> int:

@@ -26,6 +26,7 @@ PLANNED_STEPS = 24  # cut into passes in advance, to see how large a pass become
 BUDGET_SHARE = {"cpu": 0.6, "cuda": 0.8}
 MIN_DEFAULT_TOKENS_PER_PASS, MAX_DEFAULT_TOKENS_PER_PASS = 1024, 65_536
 MIN_ROWS_PER_CPU_PASS = 4  # a prefix that rows of two passes share is computed twice
+GPU_OPTIMIZERS = ("8bit", "paged", "bnb")  # parts of the names of bitsandbytes' optimizers, which Unsloth has for GPUs
 CPU_PROBE_TOKENS = (512, 1024)  # two passes, which take seconds on a CPU; a chunk of the loss is 512
 LOADED_PARTS = ("weights", "quantization_constants", "embeddings", "norms", "context", "adapter")
 
@@ -50,20 +51,21 @@ def default_placement(settings: Settings) -> Placement:
     """The placement that a run with these flags would use on this machine."""
     import torch
 
-    from finetune.models.loading import default_dtype
+    from finetune.models.loading import compute_dtype
 
     gpu = torch.cuda.is_available()
-    dtype = default_dtype() if settings.dtype == "auto" else settings.dtype
+    dtype = compute_dtype(settings.dtype)
     in_4bit = gpu if settings.load_in_4bit is None else settings.load_in_4bit
     checkpointing = gpu if settings.gradient_checkpointing is None else settings.gradient_checkpointing
     return Placement(dtype, in_4bit, checkpointing, torch.cuda.get_device_name(0) if gpu else "cpu")
 
 
 def chosen_optimizer(settings: Settings, device: str) -> str:
-    """--optim, with "auto" resolved for this device."""
-    if settings.optim != "auto":
-        return settings.optim
-    return "adamw_torch" if device.startswith("cpu") else "adamw_8bit"
+    """--optim, with "auto" resolved for this device; on a CPU AdamW in place of those that only a GPU has."""
+    if not device.startswith("cpu"):
+        return "adamw_8bit" if settings.optim == "auto" else settings.optim
+    only_gpu = any(part in settings.optim for part in GPU_OPTIMIZERS)
+    return "adamw_torch" if settings.optim == "auto" or only_gpu else settings.optim
 
 
 def plan_for(

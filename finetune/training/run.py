@@ -81,7 +81,8 @@ def plan_memory(trainer: SandwichTrainer, settings: Settings, experiment: Experi
     )
     runner, sizes = trainer.runner, sizes_of_model(trainer.runner.model)
     plan = memory.plan_for(settings, sizes, placement, trainer.sequences, runner=runner, groups=trainer.groups)
-    experiment.update(memory=plan.as_config())
+    optim = trainer.args.optim  # Unsloth may have replaced the one of the flags
+    experiment.update(memory=plan.as_config(), optim=str(getattr(optim, "value", optim)))
 
 
 def training_arguments(
@@ -191,5 +192,14 @@ def ending(trainer: SandwichTrainer) -> dict[str, Any]:
     """Why a run that was not interrupted ended, and which step's weights it keeps."""
     state = trainer.state
     kept = state.best_global_step if trainer.args.load_best_model_at_end else None
-    why = "finished" if state.global_step >= state.max_steps else "stopped early"
-    return {"reason": why, "max_steps": state.max_steps, "adapter_step": kept or state.global_step}
+    stopped_early = state.global_step < state.max_steps
+    stopping = next((c for c in trainer.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)), None)
+    why = ""
+    if stopped_early and stopping is not None and state.best_metric is not None:
+        margin = f" by more than {stopping.early_stopping_threshold:g}" if stopping.early_stopping_threshold else ""
+        why = (
+            f"{trainer.args.metric_for_best_model} did not improve{margin} in {stopping.early_stopping_patience} "
+            f"evaluations; its best is {state.best_metric:.4f}, at step {state.best_global_step}"
+        )
+    reason = "stopped early" if stopped_early else "finished"
+    return {"reason": reason, "why": why, "max_steps": state.max_steps, "adapter_step": kept or state.global_step}

@@ -70,3 +70,37 @@ def test_a_trained_model_is_loaded_alike(name):
     for made in ROWS.values():
         ids = [[s.input_ids for s in encode(made, *pair).sequences] for pair in ((tokenizer, fmt), (trained, again))]
         assert ids[0] == ids[1]
+
+
+TURNS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}CALLS{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WRITES_CALLS = TURNS.replace(
+    "CALLS",
+    "{% for c in m.tool_calls or [] %}{{ '<function=' + c.function.name + '>' + c.function.arguments | tojson + "
+    "'</function>' }}{% endfor %}",
+)
+NAMES_THEM = (
+    "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '\nAnswer with <function=name>{…}</function>"
+    "<|im_end|>\n' }}{% endif %}" + TURNS.replace("CALLS", "")
+)
+
+
+@pytest.mark.parametrize(("own", "why"), [(WRITES_CALLS, "shows no tools but has"), (NAMES_THEM, "writes no calls")])
+def test_auto_keeps_every_call_of_a_template_that_has_function_tags(own, why):
+    """A template that writes calls without showing tools, and one that only tells the model how to write them."""
+    tokenizer = tokenizer_with(own)
+    fmt, said = choose_format(tokenizer)
+    assert fmt.name == "native-tools" and why in said
+    for made in ROWS.values():
+        encoded = encode(made, tokenizer, fmt)
+        assert encoded.status == "ok", encoded.reason
+        assert_exact(made, encoded, tokenizer, fmt)
+    assert "<function=clock>" in encode(ROWS["call"], tokenizer, fmt).sequences[0].text
+
+
+def test_tags_with_parameters_inside_are_not_guessed():
+    """In <function=name><parameter=key> the arguments are not JSON."""
+    fmt, _ = choose_format(tokenizer_with(NAMES_THEM.replace("name>{…}", "name><parameter=key>")))
+    assert fmt.name == "native"
