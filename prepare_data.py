@@ -283,9 +283,8 @@ def encode(args: argparse.Namespace) -> int:
 def parse(args: argparse.Namespace) -> int:
     """Write contents and calls of generated texts."""
     from finetune.encoding.token_files import load_format, load_tokenizer, parse_file
-    from formats.choosing import OWN_TEMPLATE
 
-    if args.format in ("auto", *OWN_TEMPLATE) and not args.tokenizer:
+    if args.format in ("auto", "native", "native-tools") and not args.tokenizer:
         raise UserError(f"--format {args.format} needs --tokenizer")
     tokenizer = load_tokenizer(args.tokenizer, trust_remote_code=args.trust_remote_code) if args.tokenizer else None
     fmt, _ = load_format(args.format, tokenizer)
