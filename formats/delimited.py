@@ -30,6 +30,8 @@ class DelimitedCallParser:
         if self.reasoning and parsed.tool_calls and not parsed.errors:
             before, _, behind = ("\n" + parsed.content).partition(self.reasoning)
             parsed.content = "\n\n".join(filter(None, (before.strip(), behind.strip())))
+            if self.reasoning.strip().startswith(parsed.content):  # an answer that was cut there
+                parsed.content = ""
         return parsed
 
     def _read_call(self, source: str, at: int) -> tuple[dict[str, Any], int]:

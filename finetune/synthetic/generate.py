@@ -147,7 +147,8 @@ def call_message(request: Request) -> dict[str, Any]:
     """An assistant message with the request's call; its arguments are a JSON string."""
     arguments = json.dumps(request.arguments, ensure_ascii=False, separators=(",", ":"))
     function = {"name": request.name, "arguments": arguments}
-    return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+    beside = {"content": request.reasoning} if request.reasoning else {}
+    return {"role": "assistant", **beside, "tool_calls": [{"type": "function", "function": function}]}
 
 
 def result_message(request: Request) -> dict[str, Any]:
