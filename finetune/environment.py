@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 DOTENV = Path(".env")
-# Other names in the file are not touched: it may configure other programs. finetune/reading/sql.py reads the database's.
+# Other names in the file are not set: it may configure other programs. finetune/reading/sql.py reads the database's.
 NAMES = ("HF_TOKEN", "WANDB_API_KEY", "WANDB_ENTITY", "WANDB_PROJECT", "USE_WANDB")
 
 

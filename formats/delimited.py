@@ -1,4 +1,4 @@
-"""Parses calls of a name, a separator and JSON arguments: in tags (`<call>NAME|{…}</call>`) or on lines of their own."""
+"""Parses calls of a name, a separator and JSON arguments: in tags (`<call>NAME|{…}</call>`) or on their own lines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DelimitedCallParser:
     def __call__(self, text: str, tools: list[dict] | None = None) -> Parsed:
         start, read_call = self.start, self._read_call
         if not self.end:
-            start, read_call, text = "\n" + start.lstrip("\n"), self._read_line_call, "\n" + text.lstrip()
+            start, read_call, text = "\n" + start.strip(), self._read_line_call, "\n" + text.lstrip()
         parsed = read_tagged(text, start, self.end, read_call)
         if self.reasoning and parsed.tool_calls and not parsed.errors:
             before, _, behind = ("\n" + parsed.content).partition(self.reasoning)

@@ -74,7 +74,9 @@ SPELLINGS = {
 }
 
 
-def named(parser: DelimitedCallParser, read_calls: Callable[..., Parsed] | None = None, place: str = "system") -> Spelling:
+def named(
+    parser: DelimitedCallParser, read_calls: Callable[..., Parsed] | None = None, place: str = "system"
+) -> Spelling:
     """The spelling that `parser` reads: a name, its separator and JSON, in tags or (with an empty end) on lines."""
     start, end = parser.start, parser.end
     between = end + start if end else "\n" + start
@@ -128,7 +130,9 @@ def adapt(fmt: Format, tokenizer: Any, found: Spelling | None = None, base: Form
         "SHOWN": given is None and renders(NAMES[0], USER, tools=TOOLS), "TOOL_ROLE": tool_role, "SYSTEM": system,
         "ROLE": "system" if found.place == "system" and system else "user", "LAST": found.place == "last_user",
     }  # fmt: skip
-    literals = "".join(f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} %}}\n" for name, value in values.items())
+    literals = "".join(
+        f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} %}}\n" for name, value in values.items()
+    )
     return replace(
         base,
         name=fmt.name,
@@ -149,7 +153,7 @@ def adapt(fmt: Format, tokenizer: Any, found: Spelling | None = None, base: Form
 def call_markers(found: Spelling) -> tuple[str, ...]:
     """What an answer's text may not hold: start and end of a call; without an end a line that begins like one."""
     if not found.end:
-        return ("\n" + found.start,)
+        return ("\n" + found.start.strip(),)
     named_call = found.style == "named"  # its white space is part of the marker
     return (found.start, found.end) if named_call else (found.start.strip(), found.end.strip())
 
@@ -160,7 +164,7 @@ TOOL_REASONING = Format(
     "",
     ("</s>",),
     read_calls=TOOL_LINES,
-    call_markers=("\n" + TOOL_LINES.start,),
+    call_markers=call_markers(named(TOOL_LINES)),
     adapt=partial(adapt, found=named(TOOL_LINES)),
     ollama=Ollama(refused="it finds no calls that are written as lines"),
 )

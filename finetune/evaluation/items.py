@@ -69,8 +69,8 @@ def load_items(
     """Items of the first `limit` rows of `specs` (default: all rows). Raises UserError for a row it cannot read.
 
     A column `category` (`missing_parameter` or `irrelevant`) names the kind of a row's items. A row with the columns
-    `input` and `label` ("ok" or "not ok") is a labelled prompt for the quality rule. A query log without parameters, and
-    `metadata.tool` beside a text, name the expected tool alone. `tools` are for rows that declare none.
+    `input` and `label` ("ok" or "not ok") is a labelled prompt for the quality rule. A query log without parameters,
+    and `metadata.tool` beside a text, name the expected tool alone. `tools` are for rows that declare none.
     """
     loaded, items, named = load_rows(specs, limit=limit, tools=tools)
     for (source, row), conversation in zip(loaded.origins, loaded.conversations, strict=True):

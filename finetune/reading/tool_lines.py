@@ -40,7 +40,9 @@ def split_tool_lines(text: str, names: set[str]) -> tuple[str, list[dict[str, An
             calls[-1]["arguments"] = _arguments(value)
             if calls[-1]["arguments"] is None:
                 if calls[-1]["name"] in names:
-                    raise RowError(f"calls {calls[-1]['name']}, but its Parameters are not a JSON object: {value[:60]!r}")
+                    raise RowError(
+                        f"calls {calls[-1]['name']}, but its Parameters are not a JSON object: {value[:60]!r}"
+                    )
                 return None
     if any(not _is_name(call["name"], names) for call in calls):
         return None
