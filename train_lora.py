@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune import distributed
-from finetune.environment import wants_wandb
 from finetune.errors import Terminated, UserError, one_line_errors
 from finetune.models.bundled import cache_dir
-from finetune.packages import hide_unused, install_command
+from finetune.packages import hide_unused, install_command, wants_wandb
 from finetune.runs.experiment import (
     CONFIG,
     Experiment,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune import packages
-from finetune.environment import apply_dotenv
 from finetune.progress import printable, protect_rich
 from formats import FormatError
 
@@ -62,7 +61,7 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
             if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
                 stream.reconfigure(errors="backslashreplace")
         try:
-            apply_dotenv()
+            packages.apply_dotenv()
             code = main(*args, **kwargs) or 0
             sys.stdout.flush()  # an error of Python's own flush at exit could not be caught
             return code

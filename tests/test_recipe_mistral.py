@@ -132,12 +132,12 @@ def test_every_command_of_the_page(place):
 
 def test_environment_file(tmp_path, monkeypatch):
     """`.env` gives tokens and trackers that the environment lacks, and no other variable."""
-    from finetune import environment
+    from finetune import packages
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(environment.os, "environ", {"WANDB_PROJECT": "mine"})
+    monkeypatch.setattr(packages.os, "environ", {"WANDB_PROJECT": "mine"})
     text = 'export HF_TOKEN="hf_x"\nWANDB_PROJECT=theirs\nUSE_WANDB=True\nPATH=/tmp\n'
     (tmp_path / ".env").write_text(text, encoding="utf-8")
-    environment.apply_dotenv()
-    assert environment.os.environ == {"WANDB_PROJECT": "mine", "HF_TOKEN": "hf_x", "USE_WANDB": "True"}
-    assert environment.wants_wandb()
+    packages.apply_dotenv()
+    assert packages.os.environ == {"WANDB_PROJECT": "mine", "HF_TOKEN": "hf_x", "USE_WANDB": "True"}
+    assert packages.wants_wandb()

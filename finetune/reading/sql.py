@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.environment import dotenv
 from finetune.errors import UserError
+from finetune.packages import dotenv
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
