@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         from finetune.training.second_stage import with_adapter_flags
 
         settings = with_adapter_flags(settings)
-    if wants_wandb() and "report_to" not in settings.given:
+    if wants_wandb() and "report_to" not in settings.given and stopped_run is None:
         settings.report_to = "wandb"
         log.info("USE_WANDB is set: --report_to wandb")
     check_tracker(settings.report_to)

@@ -130,6 +130,14 @@ def test_every_command_of_the_page(place):
     assert "finds no calls that are written as lines" in result.stderr
 
 
+def test_use_wandb_is_report_to_wandb(tmp_path):
+    (tmp_path / ".env").write_text("USE_WANDB=true\n", encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text("{}\n", encoding="utf-8")
+    for flags, said in (([], True), (["--report_to", "none"], False)):
+        result = run_script("train_lora.py", "--model", "smollm2-135m", "--dataset", "rows.jsonl", *flags, cwd=tmp_path)
+        assert result.returncode == 2 and ("USE_WANDB is set: --report_to wandb" in result.stderr) == said
+
+
 def test_environment_file(tmp_path, monkeypatch):
     """`.env` gives tokens and trackers that the environment lacks, and no other variable."""
     from finetune import packages
