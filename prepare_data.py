@@ -133,6 +133,7 @@ def build_parser() -> FlagParser:
     add("--rows", type=positive_int, metavar="N", help="training rows in total, instead of --per_tool")
     add("--heldout_rows", type=positive_int, metavar="N", help="held-out rows (default: a third of the training rows)")
     add("--language", choices=("en", "ko"), default="en", help="language of the generic wording")
+    add("--reasons", action="store_true", help="write beside each call why it is made (for --format tool-reasoning)")
     add("--seed", type=int, default=0, help="the same seed gives the same bytes")
     add("--name", type=folder_name, help="prefix of the file names")
     add("--overwrite", action="store_true", help="replace files already in --output")
@@ -335,7 +336,9 @@ def generate(args: argparse.Namespace) -> int:
     """Write rows made from tool schemas."""
     from finetune.synthetic.generate import generate_files
 
-    names = ("phrasings", "per_tool", "rows", "heldout_rows", "language", "seed", "name", "overwrite")
+    names = ("phrasings", "per_tool", "rows", "heldout_rows", "language", "reasons", "seed", "name", "overwrite")
+    if args.reasons and args.phrasings:
+        raise UserError("--reasons is for the generic wording; write `reasoning` into the file of --phrasings")
     for path, counts in generate_files(args.tools, args.output, **{name: getattr(args, name) for name in names}):
         print(f"{path}: {counts.total()} rows (" + ", ".join(f"{n} {kind}" for kind, n in counts.items()) + ")")
     return 0

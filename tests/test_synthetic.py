@@ -616,3 +616,17 @@ def test_call_that_breaks_its_schema_is_an_error(tmp_path):
     path.write_text(json.dumps(broken(lambda d: d["tools"]["POST /db/node"][0].update(arguments=wrong))))
     with pytest.raises(UserError, match=r"POST /db/node does not fit its schema.*'Z' is a required property"):
         generate(load_tools_file(SCHEMAS), path, rows=60, seed=0)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_reasons_stand_beside_calls(language):
+    tools = [{"type": "function", "function": tool} for tool in FOUR_TOOLS]
+    made = {reasons: generate(tools, language=language, per_tool=2, reasons=reasons) for reasons in (False, True)}
+    for split, (_, rows) in made[True].items():
+        for _, row in rows:
+            for message in row["messages"]:
+                for call in message.get("tool_calls", ()):
+                    assert call["function"]["name"] in message["content"]
+        assert not any(
+            m.get("tool_calls") and m.get("content") for _, row in made[False][split][1] for m in row["messages"]
+        )

@@ -239,15 +239,20 @@ def generate(
     heldout_rows: int | None = None,
     language: str = "en",
     seed: int = 0,
+    reasons: bool = False,
 ) -> dict[str, tuple[Phrasebook, list[tuple[str, dict[str, Any]]]]]:
     """Split -> (phrasebook, [(kind, row), ...]).
 
     Each split has its own random generator: the number of training rows does not change the held-out rows.
+    reasons: without phrasings, write beside each call why it is made (a phrasing file has its own `reasoning`).
     """
     made = {}
     for split in SPLITS:
         rng = random.Random(f"{seed}:{split}")
-        book = load_phrasebook(phrasings, tools, rng) if phrasings else general_phrasebook(tools, language, rng)
+        if phrasings:
+            book = load_phrasebook(phrasings, tools, rng)
+        else:
+            book = general_phrasebook(tools, language, rng, reasons=reasons)
         if split == "train":
             total = rows or rows_with_calls(book, per_tool * len(tools))
         else:
