@@ -69,7 +69,7 @@ def test_query_log_without_parameters_keeps_its_tool():
 
 def test_tools_may_be_described_in_the_text():
     kinds = []
-    for asked in ("Tools: find, chat. Ask.", "Ask.", "A finding."):
+    for asked in ("Tools: find, chat. Ask.", "I find it.", "A tool for finding."):
         found = normalize_row({"instruction": asked, "response": LINES})
         kinds.append([problem.kind for problem in check_conversation(found) if "tool" in problem.kind])
     assert kinds == [["tools described only in the text"], ["undeclared tool"], ["undeclared tool"]]

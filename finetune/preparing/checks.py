@@ -88,10 +88,14 @@ def _problems(conversation: dict[str, Any]) -> Iterator[Problem]:
                 yield from _check_call(call["function"], number, schemas)
 
 
+_TOOL_WORD = re.compile(r"\b(?:tool|function)s?\b|도구|함수", re.IGNORECASE)
+
+
 def _named_before(messages: list[dict[str, Any]], name: str) -> bool:
-    """Whether a system's or user's message names the tool, as an instruction that lists its tools itself does."""
+    """Whether a system's or user's message speaks of tools and names this one: an instruction with its own list."""
     word = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
-    return any(message["role"] in ("system", "user") and word.search(message["content"]) for message in messages)
+    texts = [message["content"] for message in messages if message["role"] in ("system", "user")]
+    return any(word.search(text) and _TOOL_WORD.search(text) for text in texts)
 
 
 # Opening tags of calls in other formats: Llama 3.1's built-in tools, DeepSeek, gpt-oss, Phi, Command R, Gemma, Kimi.

@@ -20,8 +20,8 @@ _NOTHING = ("", "none", "null", "n/a", "-")
 def split_tool_lines(text: str, names: set[str]) -> tuple[str, list[dict[str, Any]]] | None:
     """(text and reasoning, [{"name", "arguments"}, …]) of an answer that calls by lines; None for any other text.
 
-    A tool that takes no parameters may omit them. `names` are those of the declared tools: only a call of one of them
-    may stand alone. Raises RowError for their parameters that cannot be read.
+    `names` are those of the declared tools: only they may omit their parameters. Raises RowError for parameters of a
+    declared tool that cannot be read.
     """
     labels = list(_LABEL.finditer(text))
     if not any(label[1].lower() == "tool" for label in labels):
@@ -46,8 +46,8 @@ def split_tool_lines(text: str, names: set[str]) -> tuple[str, list[dict[str, An
                 return None
     if any(not _is_name(call["name"], names) for call in calls):
         return None
-    if len(labels) == len(calls) and not all(call["name"] in names for call in calls):
-        return None  # a line that only begins with "Tool:"
+    if any(call["arguments"] is None and call["name"] not in names for call in calls):
+        return None  # a text that only begins with "Tool:"
     return "\n\n".join(filter(None, texts)), [{**call, "arguments": call["arguments"] or {}} for call in calls]
 
 
