@@ -131,7 +131,7 @@ def test_builtin_formats_are_found_by_file_name():
     folder = Path(builtin.__path__[0])
     names = {path.stem.replace("_", "-") for path in folder.glob("*.jinja")}
     assert {path.stem for path in folder.glob("*.jinja")} == {path.stem for path in folder.glob("*.py")} - {"__init__"}
-    assert {name for name in FORMATS if not name.startswith("mistral-")} == names | {"native", "native-tools"}
+    assert {name for name in FORMATS if not name.startswith("mistral-")} == names | {"native", "native-tools", "tool-reasoning"}
 
 
 def test_auto_asks_formats_in_this_order():
