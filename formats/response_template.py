@@ -139,7 +139,7 @@ def _delimited(fmt: Format) -> dict[str, Any] | None:
     parser = fmt.read_calls
     if not isinstance(parser, DelimitedCallParser):
         raise FormatError(f"format {fmt.name} has no delimited calls")
-    if not parser.end:  # the template cannot tell where a line begins
+    if not parser.end or parser.reasoning:  # it can tell neither where a line begins nor what is before a text
         return None
     start, separator, end = (re.escape(text) for text in (parser.start, parser.separator, parser.end))
     name = rf"(?P<name>(?:(?!{separator}).)*?\S)"

@@ -147,7 +147,19 @@ def adapt(fmt: Format, tokenizer: Any, found: Spelling | None = None, base: Form
         adapt=None,
         detect=None,
         unwritten_ends=(base.unwritten_ends[0], base.unwritten_ends[0]),
+        prepare=partial(_reasons_as_texts, prepare=base.prepare) if found.reasoning else base.prepare,
     )
+
+
+def _reasons_as_texts(messages: list[dict], prepare: Callable[[list[dict]], list[dict]] | None) -> list[dict]:
+    """The reasoning of a call that has no text beside it becomes that text, which the format has a place for."""
+    prepared = []
+    for message in messages:
+        if message.get("tool_calls") and not message["content"].strip() and message.get("reasoning_content"):
+            message = {**message, "content": message["reasoning_content"]}
+            del message["reasoning_content"]
+        prepared.append(message)
+    return prepare(prepared) if prepare else prepared
 
 
 def call_markers(found: Spelling) -> tuple[str, ...]:

@@ -122,6 +122,9 @@ def test_system_text_without_a_place_joins_the_user():
     text = encoded.sequences[0].text
     assert text.startswith("<s>[INST] Be brief.\n\nYou have access") and "12? [/INST]Tool: clock\n" in text
     assert "A time.</s>[INST] <result>12</result> [/INST]Noon.</s>" in text
+    thought = calls(("clock", {}), reasoning_content="A time.")
+    encoded = encode(row(user("12?"), thought, tools=(CLOCK,)), tokenizer, fmt)
+    assert encoded.sequences[0].text.endswith("Parameters: {}\nReasoning: A time.</s>") and not encoded.warnings
     broken = encode(row(user("Which?"), says("Tool: hammer")), tokenizer, fmt)
     assert broken.status == "refused" and "does not parse back" in broken.reason
     quoted = encode(row(user("Which?"), says("Both.\nTool: hammer")), tokenizer, fmt)
