@@ -129,3 +129,19 @@ def test_system_text_without_a_place_joins_the_user():
     assert broken.status == "refused" and "does not parse back" in broken.reason
     quoted = encode(row(user("Which?"), says("Both.\nTool: hammer")), tokenizer, fmt)
     assert (quoted.status, quoted.escaped) == ("ok", 1)
+
+
+def test_an_exported_model_reads_its_lines():
+    """Without its run, a model carries only the template: its calls are still found."""
+    tokenizer = parts.fresh_tokenizer("mistral-v1", parts.MISTRAL_7B_V02_TEMPLATE)
+    fmt = get_format("tool-reasoning", tokenizer)
+    exported = copy.deepcopy(tokenizer)
+    exported.chat_template = with_format(tokenizer, fmt).chat_template
+    found, _ = choose_format(exported)
+    assert (found.read_calls, found.end_of_turn) == (fmt.read_calls, fmt.end_of_turn)
+    for used in (found, get_format("tool-reasoning", exported)):
+        for made in ROWS.values():
+            ids = [
+                [s.input_ids for s in encode(made, *pair).sequences] for pair in ((tokenizer, fmt), (exported, used))
+            ]
+            assert ids[0] == ids[1]
