@@ -23,7 +23,7 @@ def split_tool_lines(text: str, names: set[str]) -> tuple[str, list[dict[str, An
     `names` are those of the declared tools: only they may omit their parameters. Raises RowError for parameters of a
     declared tool that cannot be read.
     """
-    labels = list(_LABEL.finditer(text))
+    labels = list(_LABEL.finditer(text)) if "tool" in text.lower() else []
     if not any(label[1].lower() == "tool" for label in labels):
         return None
     ends = [label.start() for label in labels[1:]] + [len(text)]
