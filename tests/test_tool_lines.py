@@ -39,6 +39,7 @@ def answer(text, **columns):
         ("Tool: chat", ("", [("chat", {})])),
         ("Tool: find\nParameters: {}\nTool: chat\nReasoning: r", ("r", [("find", {}), ("chat", {})])),
         ('Tool: elsewhere\nParameters: {"a": 1}', ("", [("elsewhere", {"a": 1})])),
+        (f"{LINES}\nReasoning: more", ("It is\nours.\nReasoning: more", [("find", {"q": "x"})])),
         ("Tool: hammer", ("Tool: hammer", [])),
         ("Tool: hammer\nParameters: 2 kg", ("Tool: hammer\nParameters: 2 kg", [])),
         ("Tool: none\nReasoning: r", ("Tool: none\nReasoning: r", [])),

@@ -26,6 +26,9 @@ def split_tool_lines(text: str, names: set[str]) -> tuple[str, list[dict[str, An
     labels = list(_LABEL.finditer(text)) if "tool" in text.lower() else []
     if not any(label[1].lower() == "tool" for label in labels):
         return None
+    kinds = [label[1].lower() for label in labels]
+    again = {at for at in range(1, len(kinds)) if kinds[at - 1 : at + 1] == ["reasoning"] * 2}  # a part of that text
+    labels = [label for at, label in enumerate(labels) if at not in again]
     ends = [label.start() for label in labels[1:]] + [len(text)]
     texts, calls = [text[: labels[0].start()].strip()], []
     for label, end in zip(labels, ends, strict=True):
