@@ -33,6 +33,7 @@ def build_parser() -> FlagParser:
     add = parser.add_argument
     add("model", help="experiment folder, adapter folder, or model (folder or Hub id)")
     add("--dataset", action="append", default=[], metavar="ROWS", help="held-out rows (repeatable)")
+    add("--tools", metavar="FILE", help="JSON file with tool schemas for rows without their own")
     add("--suite", help="bfcl:CATEGORY,CATEGORY… (package bfcl-eval)")
     add("--only", choices=("base", "tuned", "both"), default="both", help="which model to score")
     add("--ranks", type=positive_ints, metavar="N,N", help="loss, and with --dataset scores, of the adapter cut to "
@@ -65,10 +66,12 @@ def main(argv: list[str] | None = None) -> int:
     # 1. Read the rows and find the run before anything slow is imported, so that mistakes show at once.
     from finetune.evaluation import bfcl
     from finetune.evaluation.items import load_items
+    from finetune.reading.tool_schemas import load_tools_file
     from finetune.runs.find import find_run
     from formats import check_format_name
 
-    items = load_items(args.dataset, limit=args.limit) if args.dataset else []
+    tools = load_tools_file(args.tools) if args.tools else None
+    items = load_items(args.dataset, limit=args.limit, tools=tools) if args.dataset else []
     if args.suite:
         items += bfcl.load_items(bfcl.parse_suite(args.suite), limit=args.limit)
     if args.format:

@@ -134,6 +134,7 @@ def build_parser() -> FlagParser:
     add("--rows", type=positive_int, metavar="N", help="training rows in total, instead of --per_tool")
     add("--heldout_rows", type=positive_int, metavar="N", help="held-out rows (default: a third of the training rows)")
     add("--language", choices=("en", "ko"), default="en", help="language of the generic wording")
+    add("--reasons", action="store_true", help="write beside each call why it is made (for --format tool-reasoning)")
     add("--seed", type=int, default=0, help="the same seed gives the same bytes")
     add("--name", type=folder_name, help="prefix of the file names")
     add("--overwrite", action="store_true", help="replace files already in --output")
@@ -288,9 +289,8 @@ def encode(args: argparse.Namespace) -> int:
 def parse(args: argparse.Namespace) -> int:
     """Write contents and calls of generated texts."""
     from finetune.encoding.token_files import load_format, load_tokenizer, parse_file
-    from formats.choosing import OWN_TEMPLATE
 
-    if args.format in ("auto", *OWN_TEMPLATE) and not args.tokenizer:
+    if args.format in ("auto", "native", "native-tools") and not args.tokenizer:
         raise UserError(f"--format {args.format} needs --tokenizer")
     tokenizer = load_tokenizer(args.tokenizer, trust_remote_code=args.trust_remote_code) if args.tokenizer else None
     fmt, _ = load_format(args.format, tokenizer)
@@ -346,7 +346,9 @@ def generate(args: argparse.Namespace) -> int:
     """Write rows made from tool schemas."""
     from finetune.synthetic.generate import generate_files
 
-    names = ("phrasings", "per_tool", "rows", "heldout_rows", "language", "seed", "name", "overwrite")
+    names = ("phrasings", "per_tool", "rows", "heldout_rows", "language", "reasons", "seed", "name", "overwrite")
+    if args.reasons and args.phrasings:
+        raise UserError("--reasons is for the generic wording; write `reasoning` into the file of --phrasings")
     for path, counts in generate_files(args.tools, args.output, **{name: getattr(args, name) for name in names}):
         print(f"{path}: {counts.total()} rows (" + ", ".join(f"{n} {kind}" for kind, n in counts.items()) + ")")
     return 0

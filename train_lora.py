@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from finetune import distributed
 from finetune.errors import Terminated, UserError, one_line_errors
 from finetune.models.bundled import cache_dir
-from finetune.packages import hide_unused, install_command
+from finetune.packages import hide_unused, install_command, wants_wandb
 from finetune.runs.experiment import (
     CONFIG,
     Experiment,
@@ -58,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         from finetune.training.second_stage import with_adapter_flags
 
         settings = with_adapter_flags(settings)
+    if wants_wandb() and "report_to" not in settings.given and stopped_run is None:
+        settings.report_to = "wandb"
+        log.info("USE_WANDB is set: --report_to wandb")
     check_tracker(settings.report_to)
     check_upload(settings.push_to_hub, settings.model)
     distributed.refuse_sharding()

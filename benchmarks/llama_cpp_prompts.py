@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=__doc__.split("\n\n", 1)[1],
     )  # fmt: skip
-    names = [name for name in FORMATS if name != "native"]
+    names = [name for name, fmt in FORMATS.items() if fmt.template]
     parser.add_argument("--format", action="append", choices=names, help="repeatable; default: all")
     parser.add_argument("--show", action="store_true", help="print the prompts that differ and the reasons of refusals")
     args = parser.parse_args(argv)

@@ -61,6 +61,7 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
             if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
                 stream.reconfigure(errors="backslashreplace")
         try:
+            packages.apply_dotenv()
             code = main(*args, **kwargs) or 0
             sys.stdout.flush()  # an error of Python's own flush at exit could not be caught
             return code

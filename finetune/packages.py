@@ -1,4 +1,4 @@
-"""What is installed: which package a command lacks and the command that installs it; and keeping torch out.
+"""What a process starts with: the packages that are installed, the variables of `.env`, and torch kept out.
 
 Transformers imports torch wherever it is installed, even to load a tokenizer, which takes seconds in every command and
 worker process. A process that has called `hide_torch` gets the tokenizers without it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import os
 import re
 import sys
@@ -114,3 +115,32 @@ def unhide_torch() -> None:
     """Undo `hide_torch`; Transformers must not have been imported in between."""
     if sys.modules.get("torch", "") is None:
         del sys.modules["torch"]
+
+
+DOTENV = Path(".env")
+# Other names in the file are not set: it may configure other programs. finetune/reading/sql.py reads the database's.
+DOTENV_NAMES = ("HF_TOKEN", "WANDB_API_KEY", "WANDB_ENTITY", "WANDB_PROJECT", "USE_WANDB")
+
+
+def dotenv() -> dict[str, str]:
+    """The variables of `.env`; {} without the file."""
+    if not DOTENV.is_file():
+        return {}
+    try:
+        from dotenv import dotenv_values
+    except ImportError:  # train_lora.py --doctor, before anything is installed
+        return {}
+    text = DOTENV.read_text(encoding="utf-8-sig", errors="replace")
+    return {name: value for name, value in dotenv_values(stream=io.StringIO(text)).items() if value is not None}
+
+
+def apply_dotenv() -> None:
+    """Set those of DOTENV_NAMES that `.env` has and the environment lacks."""
+    for name, value in dotenv().items():
+        if name in DOTENV_NAMES:
+            os.environ.setdefault(name, value)
+
+
+def wants_wandb() -> bool:
+    """Whether $USE_WANDB asks for Weights & Biases."""
+    return os.environ.get("USE_WANDB", "").strip().lower() in ("1", "true", "yes", "on")

@@ -156,7 +156,8 @@ class Settings:
     load_best: bool | None = setting(
         None, "keep the weights of the best evaluation at the end; default: with --early_stopping_patience yes")
     report_to: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = setting(
-        "none", "also log to a tracker", resumable=True)
+        "none", "also log to a tracker; with USE_WANDB=true in the environment or .env the default is wandb",
+        resumable=True)
 
     experiments_dir: str = setting(
         "experiments", "folder for run folders", group="output", metavar="DIR", resumable=True)

@@ -14,10 +14,11 @@ from formats.probing import own_template
 from formats.registry import FORMATS, load_entry_points, register
 from formats.tokens import added_tokens, check_tokenizer
 
-OWN_TEMPLATE = ("native", "native-tools")  # formats that render with the tokenizer's own template
+OWN_TEMPLATE = ("native", "native-tools", "tool-reasoning")  # formats that render with the tokenizer's own template
 
 register(native.FORMAT)
 register(text_calls.FORMAT)
+register(text_calls.TOOL_REASONING)
 
 
 def get_format(name: str, tokenizer: Any = None) -> Format:
@@ -26,7 +27,7 @@ def get_format(name: str, tokenizer: Any = None) -> Format:
     Raises FormatError for an unknown name, and for `native` and `auto` without a tokenizer.
     """
     load_entry_points()
-    if tokenizer is None and name in ("auto", *OWN_TEMPLATE):
+    if tokenizer is None and name in ("auto", *OWN_TEMPLATE) and not (name in FORMATS and FORMATS[name].read_calls):
         raise FormatError(f"format {name} needs a tokenizer")
     if name == "auto":
         return choose_format(tokenizer)[0]
@@ -34,7 +35,7 @@ def get_format(name: str, tokenizer: Any = None) -> Format:
         fmt = FORMATS[name]
         return fmt.adapt(fmt, tokenizer) if fmt.adapt and tokenizer is not None else fmt
     if name.endswith((".yaml", ".yml")):
-        return yaml_format.load(name, None if tokenizer is None else _turn_layout(tokenizer))
+        return yaml_format.load(name, tokenizer, None if tokenizer is None else _turn_layout(tokenizer))
     raise FormatError(_unknown(name))
 
 

@@ -17,7 +17,7 @@ from formats.base import THINK, Format, FormatError, render_messages
 from formats.builtin import kanana, llama3, mistral, phi4_mini
 from formats.call_grammar import CallGrammar, NamedJsonCore, ObjectCore, source
 from formats.calls import parse_function_tag, parse_hermes
-from formats.yaml_format import DelimitedCallParser
+from formats.delimited import DelimitedCallParser
 
 JSON = (
     r"(?(DEFINE)(?P<string>\"(?:[^\"\\\x00-\x1f]|\\[\"\\/bfnrt]|\\u[0-9a-fA-F]{4})*+\")"
@@ -135,10 +135,12 @@ def _function_tag(fmt: Format) -> dict[str, Any]:
     return _tagged("<function=(?P<name>[^>]*[^>\\s][^>]*)>", "</function>", "json", FUNCTION)
 
 
-def _delimited(fmt: Format) -> dict[str, Any]:
+def _delimited(fmt: Format) -> dict[str, Any] | None:
     parser = fmt.read_calls
     if not isinstance(parser, DelimitedCallParser):
         raise FormatError(f"format {fmt.name} has no delimited calls")
+    if not parser.end or parser.reasoning:  # it can tell neither where a line begins nor what is before a text
+        return None
     start, separator, end = (re.escape(text) for text in (parser.start, parser.separator, parser.end))
     name = rf"(?P<name>(?:(?!{separator}).)*?\S)"
     return _tagged(rf"{start}\s*{name}\s*?{separator}", end, "json", FUNCTION)

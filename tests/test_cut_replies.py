@@ -8,7 +8,10 @@ from tests.helpers import lazy
 
 reply = lazy("finetune.chat.reply")
 TOOLS = [{"type": "function", "function": {"name": "any"}}]
-CHOSEN = {"qwen", "qwen-xml", "llama3", "llama3-pythonic", "llama3-function", "mistral-v13", "mistral", "gemma"}
+CHOSEN = {
+    "qwen", "qwen-xml", "llama3", "llama3-pythonic", "llama3-function", "mistral-v13", "mistral", "gemma",
+    "tool-reasoning",
+}  # fmt: skip
 ONE_EACH = list({pair.format: pair for pair in PAIRS if pair.format in CHOSEN}.values())
 
 
@@ -39,3 +42,14 @@ def test_cut_json_without_tools_stays():
     tokenizer, fmt = next(pair for pair in PAIRS if pair.format == "llama3").load()
     for text in ('{"na', "[TOO", '{"name": "Ann", "age'):
         assert reply.parsed_answer(text, [], tokenizer, fmt, is_cut=True).content == text
+
+
+def test_calls_on_lines_are_not_shown_as_text():
+    tokenizer, fmt = next(pair for pair in PAIRS if pair.format == "tool-reasoning").load()
+    for text, shown in (("Tool: f\nParameters: {}\nReasoning: So.", ""), ("Two.\nTool: f\nParameters: {}", "Two.")):
+        live = reply.LiveText(tokenizer, fmt, TOOLS)
+        assert "".join(live.feed(letter) for letter in text) == shown
+        rest, parsed = live.finish()
+        assert shown + rest == parsed.content and parsed.tool_calls == [{"name": "f", "arguments": {}}]
+    live = reply.LiveText(tokenizer, fmt, TOOLS)
+    assert "".join(live.feed(letter) for letter in "Tools are\ngood.") == "Tools are\ngood."

@@ -159,6 +159,28 @@ def test_plugin_finds_what_parse_finds(name, layout, vllm, tmp_path):
                 assert early, "plain text is streamed at once"
 
 
+def test_plugin_reads_calls_on_lines(vllm, tmp_path):
+    """Calls without an end: in a stream their reason, and a text that only begins like one, wait for the end."""
+    vllm("0.32")
+    parser_class = plugin_for("tool-reasoning", tmp_path)
+    tokenizer = parts.tokenizer("mistral-v1")
+    fmt = get_format("tool-reasoning", tokenizer)
+    rng = random.Random(0)
+    for text in (
+        'Tool: f\nParameters: {"a": "x"}\nReasoning: It is one.',
+        'First.\nTool: f\nParameters: {}\nTool: g h\nParameters: {"b": [1]}\nReasoning: Two.',
+        "Tool: hammer, and no call",
+        "Just text,\nTo be long.",
+        "Tool: f\nParameters: {",
+    ):
+        parsed = fmt.parse(text)
+        complete = parser_class(tokenizer).extract_tool_calls(text, REQUEST)
+        assert (complete.content or "", len(complete.tool_calls)) == (parsed.content, len(parsed.tool_calls))
+        content, calls, early = streamed(parser_class(tokenizer, TOOLS), text, "</s>", rng, fmt)
+        assert (content, calls) == (parsed.content, parsed.tool_calls)
+        assert early == text.startswith(("First", "Just"))
+
+
 def streamed(parser, text: str, end: str, rng: random.Random, fmt) -> tuple[str, list[dict], bool]:
     """(content, calls, whether content came before the last piece) of a text streamed in random pieces."""
     at, previous, content, calls, early = 0, "", "", [], False
@@ -211,7 +233,7 @@ def test_command_for_every_format(name):
     command = shlex.join(serve_command(name="my model", model="org/base", parser=parser, adapter="./adapter", rank=12))
     assert "--chat-template ./chat_template.jinja" in command and "--host 127.0.0.1" in command
     assert "--enable-lora --lora-modules 'my model=./adapter' --max-lora-rank 16" in command
-    assert ("--enable-auto-tool-choice" in command) == (name != "plain")
+    assert ("--enable-auto-tool-choice" in command) == fmt.has_tools
     assert ("--tool-parser-plugin" in command) == (name in TEXTS)
 
 
@@ -226,7 +248,9 @@ def test_command_for_every_format(name):
         ("mistral-v11", {"[TOOL_CALLS]"}, "sandwich"),
         ("mistral-v13", {"[TOOL_CALLS]", "[ARGS]"}, "mistral"),
         ("chatml", set(), "hermes"),
+        ("mistral-v1", set(), None),  # it has no tools
         ("plain", set(), None),
+        ("tool-reasoning", set(), "sandwich"),
     ],
 )
 def test_parser_that_the_vocabulary_can_load(name, vocabulary, parser):

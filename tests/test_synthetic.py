@@ -122,8 +122,8 @@ def test_command_gives_the_committed_samples(tmp_path, language):
 
 @pytest.mark.parametrize("name", sorted(path.name for path in SAMPLES.glob("*.jsonl")))
 def test_sample_rows_pass_the_checks_of_prepare_data(name):
-    loaded = load_conversations(SAMPLES / name, strict=True)
-    tools = load_tools_file(SCHEMAS)
+    tools = load_tools_file(SCHEMAS if name.startswith("gennx") else SAMPLES / "tool_choice_tools.json")
+    loaded = load_conversations(SAMPLES / name, strict=True, tools=tools)
     for (_, number), conversation in zip(loaded.origins, loaded.conversations, strict=True):
         assert conversation["tools"] == tools, number
         errors = [problem.text for problem in check_conversation(conversation) if problem.error]
@@ -647,3 +647,17 @@ def test_bad_tiers_are_refused(tiers, said, tmp_path):
     tools = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in "fg"]
     with pytest.raises(UserError, match=said):
         generate(tools, per_tool=path)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_reasons_stand_beside_calls(language):
+    tools = [{"type": "function", "function": tool} for tool in FOUR_TOOLS]
+    made = {reasons: generate(tools, language=language, per_tool=2, reasons=reasons) for reasons in (False, True)}
+    for split, (_, rows) in made[True].items():
+        for _, row in rows:
+            for message in row["messages"]:
+                for call in message.get("tool_calls", ()):
+                    assert call["function"]["name"] in message["content"]
+        assert not any(
+            m.get("tool_calls") and m.get("content") for _, row in made[False][split][1] for m in row["messages"]
+        )

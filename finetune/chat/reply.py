@@ -155,8 +155,9 @@ class LiveText:
         """The number of characters of `text` that no later token can make a part of a call."""
         if self.fmt.read_calls is not None and text[:1] in ("{", "["):
             return 0  # the complete turn is JSON or a list of calls
+        text = "\n" + text  # a mark may be the beginning of a line
         end = min((at for mark in self._marks if (at := text.find(mark)) >= 0), default=self._before_beginning(text))
-        return len(text[:end].rstrip())  # the parsed content ends without whitespace
+        return max(0, len(text[:end].rstrip()) - 1)  # the parsed content ends without whitespace
 
     def _before_beginning(self, text: str) -> int:
         """The length of `text` without the beginning of a mark at its end."""
@@ -169,8 +170,9 @@ class LiveText:
         if content[:1] in ("{", "["):
             is_call = has_tools and (parsed.errors or _FIRST_WORD.fullmatch(content))
             return "" if is_call else content
+        content = "\n" + content
         marks = [at for mark in self._marks if parsed.errors and (at := content.find(mark)) >= 0]
-        return content[: min([*marks, self._before_beginning(content)])].rstrip()
+        return content[: min([*marks, self._before_beginning(content)])].strip()
 
     def _show(self, text: str) -> str:
         new = text[len(self.shown) :] if text.startswith(self.shown) else ""

@@ -13,7 +13,10 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.reading.conversations import load_conversations
 from finetune.reading.load_result import LoadResult
+from finetune.reading.row_files import RowError
+from finetune.reading.shapes import detect_shape
 from finetune.reading.sources import parse_spec, read_rows
+from finetune.reading.tool_lines import named_tool
 from formats.base import call_of
 
 CALL = "call"  # tool calls are expected
@@ -32,6 +35,7 @@ class Item:
     row               number of the row in its source, from 1
     turn              index of the expected message
     expected_text     None for calls, for labelled rows and where the expected text is empty
+    expected_calls    {"name", "arguments"}; arguments None: not known, and not scored
     label             True for "ok", False for "not ok", None without a label
     possible_answers  BFCL: the allowed values of each argument of each expected call
     """
@@ -59,25 +63,28 @@ class Item:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def load_items(specs: Sequence[str | Path], *, limit: int | None = None) -> list[Item]:
+def load_items(
+    specs: Sequence[str | Path], *, limit: int | None = None, tools: list[dict[str, Any]] | None = None
+) -> list[Item]:
     """Items of the first `limit` rows of `specs` (default: all rows). Raises UserError for a row it cannot read.
 
     A column `category` (`missing_parameter` or `irrelevant`) names the kind of a row's items. A row with the columns
-    `input` and `label` ("ok" or "not ok") is a labelled prompt for the quality rule.
+    `input` and `label` ("ok" or "not ok") is a labelled prompt for the quality rule. A query log without parameters,
+    and `metadata.tool` beside a text, name the expected tool alone. `tools` are for rows that declare none.
     """
-    loaded, items, categories = load_rows(specs, limit=limit)
+    loaded, items, named = load_rows(specs, limit=limit, tools=tools)
     for (source, row), conversation in zip(loaded.origins, loaded.conversations, strict=True):
-        items += items_of(conversation, source, row, categories.get((source, row)))
+        items += items_of(conversation, source, row, **named.get((source, row), {}))
     if not items:
         raise UserError(f"{', '.join(map(str, specs))}: no assistant turn to score; use rows that end in an answer")
     return items
 
 
 def load_rows(
-    specs: Sequence[str | Path], *, limit: int | None = None
-) -> tuple[LoadResult, list[Item], dict[tuple[str, int], str]]:
-    """(conversations, items of labelled prompts, category of rows that have one) of the first `limit` rows."""
-    categories: dict[tuple[str, int], str] = {}
+    specs: Sequence[str | Path], *, limit: int | None = None, tools: list[dict[str, Any]] | None = None
+) -> tuple[LoadResult, list[Item], dict[tuple[str, int], dict[str, Any]]]:
+    """(conversations, items of labelled prompts, arguments of `items_of` of each row) of the first `limit` rows."""
+    named: dict[tuple[str, int], dict[str, Any]] = {}
     labelled: list[Item] = []
 
     for name in {str(spec) for spec in specs if list(map(str, specs)).count(str(spec)) > 1}:
@@ -95,21 +102,42 @@ def load_rows(
                     messages = [{"role": "user", "content": raw["input"]}]
                     labelled.append(Item(source, number, 1, QUESTION, messages, [], label=label))
                     continue
-                if isinstance(raw.get("category"), str):
-                    categories[source, number] = raw["category"]
+                category = raw.get("category") if isinstance(raw.get("category"), str) else None
+                named[source, number] = {"category": category, "tool": named_tool(raw), "logged": _logged_tool(raw)}
             yield source, number, raw
 
-    return load_conversations([], rows=conversations(), strict=True), labelled, categories
+    return load_conversations([], rows=conversations(), strict=True, tools=tools), labelled, named
 
 
-def items_of(conversation: dict[str, Any], source: str, row: int, category: str | None = None) -> list[Item]:
-    """One item for each assistant turn except those marked `"train": false`."""
+def _logged_tool(raw: dict[str, Any]) -> str | None:
+    """The tool of a query log's row that has no parameters."""
+    try:
+        shape, fields, _ = detect_shape(raw)
+    except RowError:  # reported when the row is read
+        return None
+    return fields["tool"] if shape.name == "query log" and "parameters" not in fields else None
+
+
+def items_of(
+    conversation: dict[str, Any], source: str, row: int, category: str | None = None, tool: str | None = None,
+    logged: str | None = None,
+) -> list[Item]:  # fmt: skip
+    """One item for each assistant turn except those marked `"train": false`.
+
+    tool    expected where the only answer is a text, if it is declared; its arguments are not known
+    logged  the tool of the only call, if its arguments were not logged
+    """
     items = []
+    alone = sum(message["role"] == "assistant" for message in conversation["messages"]) == 1
     messages, tools = conversation["messages"], conversation["tools"]
     for turn, message in enumerate(messages):
         if message["role"] != "assistant" or message.get("train") is False or turn == 0:
             continue
         calls = [call_of(call) for call in message.get("tool_calls") or []]
+        if alone and not calls and tool in [declared["function"]["name"] for declared in tools]:
+            calls = [{"name": tool, "arguments": None}]
+        elif alone and calls == [{"name": logged, "arguments": {}}]:
+            calls = [{"name": logged, "arguments": None}]
         items.append(
             Item(
                 source=source,

@@ -61,10 +61,10 @@ class Metric:
 
 
 def _matched_arguments(total: str) -> Callable[[Scored], Value]:
-    """Matching argument leaves / `total`; not for BFCL, which allows several values for an argument."""
+    """Matching argument leaves / `total`; not where they are unknown, and not for BFCL, which allows several values."""
 
     def ratio(scored: Scored) -> Value:
-        if scored.item.possible_answers is not None:
+        if scored.item.possible_answers is not None or not scored.verdicts.get("arguments_known", True):
             return None
         return scored.verdicts["arguments_matched"], scored.verdicts[total]
 
@@ -203,7 +203,11 @@ def _tool_tables(scored: Sequence[Scored]) -> tuple[dict[str, float], dict[str, 
     from sklearn.metrics import classification_report, confusion_matrix
 
     requests = [one for one in scored if one.item.kind in REQUESTS]
-    pairs = [pair for one in requests for pair in confusion_pairs(one.item, one.parsed_calls, len(one.parse_errors))]
+    known = {call["name"] for one in requests for call in one.item.expected_calls}
+    pairs = [
+        pair for one in requests
+        for pair in confusion_pairs(one.item, one.parsed_calls, len(one.parse_errors), known)
+    ]  # fmt: skip
     if not pairs:
         return {}, {}
     expected, made = zip(*pairs, strict=True)

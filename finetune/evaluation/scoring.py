@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from finetune.evaluation.items import CALL, QUESTION, Item
@@ -106,6 +106,7 @@ def _call_verdicts(item: Item, made: list[dict], errors: list[str]) -> dict[str,
     pairs = pair_calls(expected, made)
     matched = [(expected[i], made[j]) for i, j in pairs if i is not None and j is not None]
     same_names = not errors and len(expected) == len(made) and all(a["name"] == b["name"] for a, b in matched)
+    unknown = any(call["arguments"] is None for call in expected)
     if item.possible_answers is None:
         same_arguments = all(json_equal(a["arguments"], b["arguments"]) for a, b in matched)
     else:
@@ -116,9 +117,10 @@ def _call_verdicts(item: Item, made: list[dict], errors: list[str]) -> dict[str,
     return verdicts | {
         "json_valid": bool(made) and not errors,
         "name_correct": same_names,
-        "arguments_correct": same_names and same_arguments,
+        "arguments_correct": None if unknown else same_names and same_arguments,
         "parallel": len(expected) > 1,
         "step": _step(item),
+        "arguments_known": not unknown,
         "arguments_expected": sum(count_leaves(call["arguments"]) for call in expected),
         "arguments_made": sum(count_leaves(call["arguments"]) for call in made),
         "arguments_matched": sum(
@@ -127,12 +129,16 @@ def _call_verdicts(item: Item, made: list[dict], errors: list[str]) -> dict[str,
     }
 
 
-def confusion_pairs(item: Item, made: list[dict], broken: int = 0) -> list[tuple[str, str]]:
+def confusion_pairs(
+    item: Item, made: list[dict], broken: int = 0, known: Collection[str] = ()
+) -> list[tuple[str, str]]:
     """(expected, made) tool names of one request; NO_CALL where a side has none, UNDECLARED for invented tools.
 
     broken  number of calls that could not be read; they are paired last, as calls of BROKEN
+    known   the tools of a request that declares none, because its text describes them
     """
     names = {one["name"] for one in [tool["function"] for tool in item.tools] or item.expected_calls}
+    names.update(() if item.tools else known)
     made_names = [call["name"] if call["name"] in names else UNDECLARED for call in made] + [BROKEN] * broken
     made = made + [{"name": BROKEN, "arguments": {}}] * broken
     if not item.expected_calls and not made:

@@ -59,8 +59,11 @@ def go_template(fmt: Format) -> str:
 def known_format(fmt: Format, tokenizer: PreTrainedTokenizerBase) -> Format:
     """The built-in format whose template renders what `fmt`, the trained one, renders.
 
-    `native` and custom formats are compared with all built-in ones. Raises FormatError where none is the same.
+    `native` and custom formats are compared with all built-in ones; a format that Ollama cannot serve is returned as it
+    is. Raises FormatError where none is the same.
     """
+    if fmt.ollama is not None and fmt.ollama.refused:
+        return fmt
     named = [name for name in FORMATS if name not in OWN_TEMPLATE]
     names = [fmt.name] if fmt.name in named else named
     wanted = _renderings(fmt, tokenizer)

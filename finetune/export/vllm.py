@@ -27,9 +27,11 @@ PLUGIN_NAME = "sandwich"
 
 def parser_of(fmt: Format, vocabulary: Container[str]) -> str | None:
     """--tool-call-parser for a format: one of vLLM's own or the plugin; None for a format without calls."""
+    if not fmt.has_tools:
+        return None
     if fmt.vllm_parser and loads_parser(fmt.vllm_parser, fmt, vocabulary):
         return fmt.vllm_parser
-    return PLUGIN_NAME if fmt.read_calls and fmt.has_tools else None
+    return PLUGIN_NAME if fmt.read_calls else None
 
 
 def serve_command(

@@ -102,17 +102,19 @@ class SandwichToolParser(ToolParser):
 def final_content(text, fmt):
     """The content of an incomplete answer that no later token can change.
 
-    Of a format's `call_markers` the second closes a call, the others open one.
+    Of a format's `call_markers` the second closes a call, the others open one; without a second, only the end of the
+    answer tells what is a call.
     """
     if text.lstrip().startswith("<think>"[: len(text.lstrip())] or " ") and "</think>" not in text:
         return ""
     markers = (*fmt.call_markers, *fmt.end_of_turn)
+    text = "\n" + text  # a marker may be the beginning of a line
     # The text may end with the beginning of a marker.
     cut = max((n for marker in markers for n in range(1, len(marker)) if text.endswith(marker[:n])), default=0)
     text = text[: len(text) - cut]
     at = 0
     while (start := _next_opening(text, at, fmt)) >= 0:
-        end = _call_end(text, start, fmt)
+        end = _call_end(text, start, fmt) if len(fmt.call_markers) > 1 else None
         if end is None:
             return fmt.parse(text[:start]).content
         at = end

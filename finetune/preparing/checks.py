@@ -81,7 +81,21 @@ def _problems(conversation: dict[str, Any]) -> Iterator[Problem]:
         if message["role"] == "assistant" and not calls and (mark := unread_call(message["content"], schemas)):
             yield _warning("call left in the text", f"message {number}: {mark!r} looks like a call; it stays text")
         for call in calls:
-            yield from _check_call(call["function"], number, schemas)
+            name = call["function"]["name"]
+            if not tools and _named_before(messages[: number - 1], name):
+                yield _warning("tools described only in the text", f"message {number}: calls {name}")
+            else:
+                yield from _check_call(call["function"], number, schemas)
+
+
+_TOOL_WORD = re.compile(r"\b(?:tool|function)s?\b|도구|함수", re.IGNORECASE)
+
+
+def _named_before(messages: list[dict[str, Any]], name: str) -> bool:
+    """Whether a system's or user's message speaks of tools and names this one: an instruction with its own list."""
+    word = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
+    texts = [message["content"] for message in messages if message["role"] in ("system", "user")]
+    return any(word.search(text) and _TOOL_WORD.search(text) for text in texts)
 
 
 # Opening tags of calls in other formats: Llama 3.1's built-in tools, DeepSeek, gpt-oss, Phi, Command R, Gemma, Kimi.
@@ -109,7 +123,7 @@ def unread_call(text: str, names: Iterable[str]) -> str:
     if not (declared := "|".join(map(re.escape, names))):
         return ""
     found = re.match(rf"\s*\[?\s*(?:{declared})\(", text) or re.search(
-        rf"""["'](?:name|tool|function|action)["']\s*:\s*["'](?:{declared})["']|^Action:\s*(?:{declared})\s*$""",
+        rf"""["'](?:name|tool|function|action)["']\s*:\s*["'](?:{declared})["']|^(?:Action|Tool):\s*(?:{declared})\s*$""",
         text,
         re.MULTILINE,
     )

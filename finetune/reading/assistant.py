@@ -19,6 +19,7 @@ from finetune.reading.raw_calls import (
     same_calls,
 )
 from finetune.reading.row_files import EMPTY, RowError, decode_json, json_type
+from finetune.reading.tool_lines import split_tool_lines
 from finetune.reading.training_marks import TRAINING_MARKS
 from formats.base import split_reasoning
 
@@ -65,7 +66,10 @@ def read_assistant(
             if found:
                 content, calls = "", [{"type": "function", "function": call} for call in found]
                 notes["bracket calls in the text -> tool_calls"] += 1
-    if not calls and call_tag(content):
+    if not calls and (lines := split_tool_lines(content, names)):
+        content, calls = lines[0], [{"type": "function", "function": call} for call in lines[1]]
+        notes["lines Tool:, Parameters:, Reasoning: -> tool_calls"] += 1
+    elif not calls and call_tag(content):
         content, calls = _tagged_calls(content, tools, names, notes)
     elif not calls and answered:
         thought, rest = split_thought(content)

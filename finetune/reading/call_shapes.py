@@ -8,6 +8,7 @@ from finetune.reading.answer_shapes import asked, calling
 from finetune.reading.columns import Fields
 from finetune.reading.row_files import RowError, decode_json, json_type
 from finetune.reading.text_shapes import text_field
+from finetune.reading.tool_lines import split_tool_lines
 
 
 def is_bfcl(fields: Fields) -> bool:
@@ -63,6 +64,12 @@ def read_xlam(fields: Fields) -> list[Any]:
 
 
 def read_query_log(fields: Fields) -> list[Any]:
+    """The logged call. Without logged parameters they are those that the response writes, else none."""
+    tool, response = text_field(fields, "tool"), fields.get("completion")
+    if "parameters" not in fields and isinstance(response, str):
+        written = split_tool_lines(response, {tool})
+        if written and [call["name"] for call in written[1]] == [tool]:
+            return asked(fields, calling(written[1], written[0]))
     call = {"name": text_field(fields, "tool"), "arguments": fields.get("parameters")}
     return asked(fields, calling([call], text_field(fields, "reasoning").strip()))
 

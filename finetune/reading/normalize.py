@@ -21,6 +21,7 @@ from finetune.reading.raw_calls import CALLS_OF_PARTS, is_call_key, refuse_hidde
 from finetune.reading.row_files import EMPTY, RowError, Unreadable, as_text, decode_json, json_type
 from finetune.reading.shapes import detect_shape
 from finetune.reading.system_tools import system_text, without_tools
+from finetune.reading.tool_lines import refuse_other_tool
 from finetune.reading.tool_schemas import normalize_tools
 from finetune.reading.training_marks import (
     TRAINING_MARKS,
@@ -122,6 +123,7 @@ def _conversation(
         raise RowError("messages is empty")
     conversation = {"messages": merge_turns(read, notes), "tools": declared}
     remove_null_padding(conversation, raw, notes)
+    refuse_other_tool(raw, conversation)
     return conversation
 
 

@@ -236,9 +236,8 @@ SHAPES: tuple[Shape, ...] = (
     Shape(
         "query log",
         "a table of logged calls",
-        "`query`, `tool_used`, `parameters`, `reasoning`; `response` is not read",
+        "`query`, `tool_used`, `parameters`, `reasoning`; `response` is not read, unless it writes the call",
         needs={"prompt", "tool"},
-        guard=lambda fields: "parameters" in fields or "completion" not in fields,
         read=read_query_log,
         used={"parameters", "reasoning"},
     ),

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
+from finetune.packages import dotenv
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
 DEFAULT_TABLE = "query_logs"
+EXAMPLE_ROWS = "data/samples/query_logs.jsonl"
 # Entries of a URL's query that are shown. Any other may hold a password: password=…, odbc_connect=…;PWD=…
 _SHOWN_ENTRIES = {"sslmode", "charset", "mode", "uri", "cache", "timeout", "connect_timeout", "driver", "encrypt"}
 _ODBC_SECRET = re.compile(r"(?:pwd|password|token|secret|key)\s*=\s*(\{[^}]*\}|[^;]*)", re.IGNORECASE)
@@ -32,7 +34,7 @@ def database_url(text: str | None, environment: Mapping[str, str] | None = None)
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
-    known = _environment() if environment is None else environment
+    known = dotenv() | dict(os.environ) if environment is None else environment
     text = text or known.get("DATABASE_URL") or "postgresql://"
     try:
         url = make_url(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", text))
@@ -79,12 +81,6 @@ def _secrets(url: URL) -> list[str]:
     return sorted(filter(None, values), key=len, reverse=True)
 
 
-def _environment() -> dict[str, str]:
-    from dotenv import dotenv_values
-
-    return {name: value for name, value in dotenv_values(".env").items() if value is not None} | dict(os.environ)
-
-
 def read_sql(
     url_text: str | None, *, query: str | None = None, table: str | None = None
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -127,7 +123,8 @@ def read_sql(
         for secret in _secrets(url):
             reason = reason.replace(secret, "***")
         raise UserError(
-            f"{name}: {reason}; check --sql, --query or --table, and POSTGRES_* in the environment"
+            f"{name}: {reason}; check --sql, --query or --table, and POSTGRES_* in the environment, or read rows of a "
+            f"file instead (example: {EXAMPLE_ROWS})"
         ) from error
     finally:
         engine.dispose()

@@ -152,7 +152,8 @@ def call_message(request: Request) -> dict[str, Any]:
     """An assistant message with the request's call; its arguments are a JSON string."""
     arguments = json.dumps(request.arguments, ensure_ascii=False, separators=(",", ":"))
     function = {"name": request.name, "arguments": arguments}
-    return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+    beside = {"content": request.reasoning} if request.reasoning else {}
+    return {"role": "assistant", **beside, "tool_calls": [{"type": "function", "function": function}]}
 
 
 def result_message(request: Request) -> dict[str, Any]:
@@ -248,18 +249,23 @@ def generate(
     heldout_rows: int | None = None,
     language: str = "en",
     seed: int = 0,
+    reasons: bool = False,
 ) -> dict[str, tuple[Phrasebook, list[tuple[str, dict[str, Any]]]]]:
     """Split -> (phrasebook, [(kind, row), ...]).
 
     per_tool: training requests of each tool, or the file of `read_tiers`.
     Each split has its own random generator: the number of training rows does not change the held-out rows.
+    reasons: without phrasings, write beside each call why it is made (a phrasing file has its own `reasoning`).
     """
     made = {}
     names = [tool["function"]["name"] for tool in tools]
     calls = names * per_tool if isinstance(per_tool, int) else read_tiers(per_tool, names)
     for split in SPLITS:
         rng = random.Random(f"{seed}:{split}")
-        book = load_phrasebook(phrasings, tools, rng) if phrasings else general_phrasebook(tools, language, rng)
+        if phrasings:
+            book = load_phrasebook(phrasings, tools, rng)
+        else:
+            book = general_phrasebook(tools, language, rng, reasons=reasons)
         if split == "train":
             total = rows or rows_with_calls(book, len(calls))
         else:

@@ -43,6 +43,7 @@ class Request:
     result: Any
     answer: str
     slots: dict[str, Value] = field(default_factory=dict)
+    reasoning: str = ""  # why this tool: the text beside the call
 
 
 @dataclass
@@ -125,7 +126,9 @@ class Case:
         result = fill_arguments(self.spec["result"], slots | by_name, items) if self.answerable else None
         answer = expand(self.rng.choice(self.spec["answer"]), slots, {}, self.rng) if self.answerable else ""
         core, sentence = (text, None) if kind == "core" else (None, text)
-        return Request(self.tool, arguments, core, sentence, result, answer, slots)
+        reasons = self.spec.get("reasoning")
+        reasoning = self.wording.sentence(expand(self.rng.choice(reasons), slots, {}, self.rng)) if reasons else ""
+        return Request(self.tool, arguments, core, sentence, result, answer, slots, reasoning)
 
     def incomplete(self, split: str) -> tuple[str, str] | None:
         """(request that lacks a value, the assistant's question for it), None when the case has no such wording."""

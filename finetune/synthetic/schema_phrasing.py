@@ -21,12 +21,18 @@ _LONG_WORD = re.compile(r"\w{5,}")
 
 
 class SchemaCase:
-    """The requests of one tool in general wording; `words` is a file of finetune/synthetic/phrasings."""
+    """The requests of one tool in general wording; `words` is a file of finetune/synthetic/phrasings.
+
+    reasons  whether a call has a text beside it: why this tool
+    """
 
     answerable = True
 
-    def __init__(self, tool: dict[str, Any], words: dict[str, Any], wording: Wording, rng: random.Random):
+    def __init__(
+        self, tool: dict[str, Any], words: dict[str, Any], wording: Wording, rng: random.Random, reasons: bool = False
+    ):
         function = tool["function"]
+        self.reasons = words["reasons"] if reasons else []
         self.name, self.words, self.wording, self.rng = function["name"], words, wording, rng
         self.values = SchemaValues(function.get("parameters") or {"type": "object"}, words["values"], rng)
         self.task = task_of(function, words)
@@ -39,7 +45,11 @@ class SchemaCase:
         """A random request that names every argument and its value; always a core, `given` is ignored."""
         arguments = self.values.draw(self.name)
         core = self._core(arguments, split)
-        return Request(self.name, arguments, core, None, {"status": "ok"}, self.words["done"])
+        request = Request(self.name, arguments, core, None, {"status": "ok"}, self.words["done"])
+        if self.reasons:
+            reason = self._fill(self.rng.choice(self.reasons), task=self.task, tool=self.name)
+            request.reasoning = self.wording.sentence(reason)
+        return request
 
     def incomplete(self, split: str) -> tuple[str, str] | None:
         """(request without one required argument, the question for it), None when no argument is required."""
@@ -110,13 +120,15 @@ def _stems(word: str) -> list[str]:
     return [word, word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y"]
 
 
-def general_phrasebook(tools: Sequence[dict[str, Any]], language: str, rng: random.Random) -> Phrasebook:
+def general_phrasebook(
+    tools: Sequence[dict[str, Any]], language: str, rng: random.Random, *, reasons: bool = False
+) -> Phrasebook:
     """A phrasebook for any tools in the wording of finetune/synthetic/phrasings/<language>.json."""
     words = read_json(FOLDER / f"{language}.json")
     chat = {split: [pair for pair in words["chat"][split] if not _mentions(pair[0], tools)] for split in SPLITS}
     fields = {name: words[name] for name in ("language", "system", "frames", "joins", "lists", "openers")}
     wording = Wording(**fields, chat=chat)
-    cases = {tool["function"]["name"]: [SchemaCase(tool, words, wording, rng)] for tool in tools}
+    cases = {tool["function"]["name"]: [SchemaCase(tool, words, wording, rng, reasons)] for tool in tools}
     pairs = list(itertools.permutations(cases, 2))
     rng.shuffle(pairs)
     ambiguous = {

@@ -107,7 +107,7 @@ def _with_version(fmt: Format, version: str) -> Format:
     if version in ("v11", "v13"):
         tokens += ("[ARGS]",)
     ollama = Ollama("mistral", CALLS, parser="ministral" if version == "v13" else None)
-    return replace(fmt.with_kwargs(version=version), tokens=tokens, ollama=ollama)
+    return replace(fmt.with_kwargs(version=version), tokens=tokens, ollama=ollama, has_tools=version != "v1")
 
 
 def _version_of_template(tokenizer: Any) -> str | None:

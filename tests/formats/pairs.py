@@ -65,4 +65,5 @@ PAIRS = [
     Pair("native", "mistral-v3"),
     Pair("native", "mistral-v7"),
     Pair("native", "mistral-tekken"),
+    Pair("tool-reasoning", "mistral-v1"),
 ]

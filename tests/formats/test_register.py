@@ -12,6 +12,7 @@ import pytest
 import formats
 from finetune.encoding.encode import encode_conversations
 from formats import FormatError, builtin, get_format
+from formats.choosing import OWN_TEMPLATE
 from formats.registry import FORMATS
 from tests import parts
 from tests.formats.cases import ROWS
@@ -131,7 +132,7 @@ def test_builtin_formats_are_found_by_file_name():
     folder = Path(builtin.__path__[0])
     names = {path.stem.replace("_", "-") for path in folder.glob("*.jinja")}
     assert {path.stem for path in folder.glob("*.jinja")} == {path.stem for path in folder.glob("*.py")} - {"__init__"}
-    assert {name for name in FORMATS if not name.startswith("mistral-")} == names | {"native", "native-tools"}
+    assert {name for name in FORMATS if not name.startswith("mistral-")} == names | set(OWN_TEMPLATE)
 
 
 def test_auto_asks_formats_in_this_order():

@@ -8,6 +8,7 @@ import pytest
 
 from finetune.runs.saving import with_format
 from formats import choose_format, encode, get_format
+from tests import parts
 from tests.formats.cases import CLOCK, MAIL, WEATHER, calls, result, row, says, system, user
 from tests.formats.checks import assert_exact
 from tests.formats.own_templates import template
@@ -104,3 +105,77 @@ def test_tags_with_parameters_inside_are_not_guessed():
     """In <function=name><parameter=key> the arguments are not JSON."""
     fmt, _ = choose_format(tokenizer_with(NAMES_THEM.replace("name>{…}", "name><parameter=key>")))
     assert fmt.name == "native"
+
+
+LINES = "Tool: clock\nParameters: {}"
+PARSED_LINES = [
+    (f"{LINES}\nReasoning: so\nthat</s> more", [("clock", {})], "so\nthat", 0),
+    (f"  {LINES}", [("clock", {})], "", 0),
+    (f"{LINES}\nReason", [("clock", {})], "", 0),
+    (f"First.\n{LINES}\nReasoning: so", [("clock", {})], "First.\n\nso", 0),
+    ('Tool: a b\n\nParameters:\n{"x": "\\nTool: y"}\nTool: c\nParameters: {}',
+     [("a b", {"x": "\nTool: y"}), ("c", {})], "", 0),
+    ("The best Tool: a hammer.\nReasoning: it is cheap", [], "The best Tool: a hammer.\nReasoning: it is cheap", 0),
+    ("Tool: clock\nReasoning: so", [], "Tool: clock\nReasoning: so", 1),
+    ("Tool: clock\nParameters: [1]", [], "Tool: clock\nParameters: [1]", 1),
+    ('Tool: clock\nParameters: {"a": 1', [], 'Tool: clock\nParameters: {"a": 1', 1),
+    ("Tool:\nParameters: {}", [], "Tool:\nParameters: {}", 1),
+    ("Tool: see\nbelow\nParameters: {}", [], "Tool: see\nbelow\nParameters: {}", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "called", "content", "errors"), PARSED_LINES)
+def test_calls_on_lines_are_parsed(text, called, content, errors):
+    parsed = get_format("tool-reasoning").parse(text)
+    assert [(call["name"], call["arguments"]) for call in parsed.tool_calls] == called
+    assert (parsed.content, len(parsed.errors)) == (content, errors)
+
+
+def test_a_file_without_an_end_is_the_same_format(tmp_path):
+    path = tmp_path / "lines.yaml"
+    text = 'start: "Tool: "\nseparator: "\\nParameters: "\nend: ""\nreasoning: "\\nReasoning: "\ntools: '
+    path.write_text(text + "system\n", encoding="utf-8")
+    tokenizer = parts.tokenizer("mistral-v1")
+    own, named = get_format(str(path), tokenizer), get_format("tool-reasoning", tokenizer)
+    assert own.template == named.template and own.read_calls == named.read_calls
+    path.write_text(text + "last_user\n", encoding="utf-8")
+    made = row(user("Hi."), says("Hello."), user("12?"), calls(("clock", {}), text="A time."), tools=(CLOCK,))
+    encoded = encode(made, tokenizer, get_format(str(path), tokenizer))
+    first, _, last = encoded.sequences[-1].text.partition("Hello.")
+    assert '"clock"' in last and '"clock"' not in first and "Reasoning: A time.</s>" in last
+
+
+def test_system_text_without_a_place_joins_the_user():
+    """Mistral 7B v0.2 knows users and answers only: the system text, the tools and results are in the users' turns."""
+    tokenizer = parts.fresh_tokenizer("mistral-v1", parts.MISTRAL_7B_V02_TEMPLATE)
+    fmt = get_format("tool-reasoning", tokenizer)
+    asked = (user("12?"), calls(("clock", {"zone": "UTC"}), text="A time."), result("12"), says("Noon."))
+    made = row(system("Be brief."), *asked, tools=(CLOCK,))
+    encoded = encode(made, tokenizer, fmt)
+    assert_exact(made, encoded, tokenizer, fmt)
+    text = encoded.sequences[0].text
+    assert text.startswith("<s>[INST] Be brief.\n\nYou have access") and "12? [/INST]Tool: clock\n" in text
+    assert "A time.</s>[INST] <result>12</result> [/INST]Noon.</s>" in text
+    thought = calls(("clock", {}), reasoning_content="A time.")
+    encoded = encode(row(user("12?"), thought, tools=(CLOCK,)), tokenizer, fmt)
+    assert encoded.sequences[0].text.endswith("Parameters: {}\nReasoning: A time.</s>") and not encoded.warnings
+    broken = encode(row(user("Which?"), says("Tool: hammer")), tokenizer, fmt)
+    assert broken.status == "refused" and "does not parse back" in broken.reason
+    quoted = encode(row(user("Which?"), says("Both.\nTool: hammer")), tokenizer, fmt)
+    assert (quoted.status, quoted.escaped) == ("ok", 1)
+
+
+def test_an_exported_model_reads_its_lines():
+    """Without its run, a model carries only the template: its calls are still found."""
+    tokenizer = parts.fresh_tokenizer("mistral-v1", parts.MISTRAL_7B_V02_TEMPLATE)
+    fmt = get_format("tool-reasoning", tokenizer)
+    exported = copy.deepcopy(tokenizer)
+    exported.chat_template = with_format(tokenizer, fmt).chat_template
+    found, _ = choose_format(exported)
+    assert (found.read_calls, found.end_of_turn) == (fmt.read_calls, fmt.end_of_turn)
+    for used in (found, get_format("tool-reasoning", exported)):
+        for made in ROWS.values():
+            ids = [
+                [s.input_ids for s in encode(made, *pair).sequences] for pair in ((tokenizer, fmt), (exported, used))
+            ]
+            assert ids[0] == ids[1]
