@@ -14,8 +14,9 @@ import sys
 
 # Imported by the server, its engine and its worker; each would take a quarter of a minute for it.
 MODULES = (
-    "vllm.entrypoints.cli.main", "vllm.entrypoints.openai.api_server", "vllm.v1.engine.core", "vllm.v1.engine.async_llm",
-    "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama", "vllm.lora.models", "xgrammar",
+    "vllm.entrypoints.cli.main", "vllm.entrypoints.openai.api_server", "vllm.v1.engine.core",
+    "vllm.v1.engine.async_llm", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama", "vllm.lora.models",
+    "xgrammar",
 )  # fmt: skip
 
 
