@@ -278,6 +278,7 @@ class _Encoder:
                 upto = render_messages(self.messages[: index + 1], self.tools, fmt, self.tokenizer)
             except Exception as error:
                 raise FormatError(f"{where}: format {fmt.name} cannot express it: {error}") from error
+            upto = _reasoned(prompt, upto, answer, fmt)
             if not upto.startswith(prompt):
                 problem = f"{where}: the template does not render it after the prompt that a server feeds"
                 continue
@@ -309,6 +310,15 @@ class _Encoder:
                 self.warnings.append(f"{where}: {warning}")
             return _Turn(prompt, completion, upto, fmt)
         raise FormatError(problem)
+
+
+def _reasoned(prompt: str, upto: str, answer: dict, fmt: Format) -> str:
+    """`upto` with the reasoning that the prompt opens and a template that always thinks does not write."""
+    opening, closing = fmt.opened_reasoning
+    before = prompt.removesuffix(opening)
+    if not opening or upto.startswith(prompt) or before == prompt or not upto.startswith(before):
+        return upto
+    return prompt + reasoning_of(answer, fmt) + closing + upto.removeprefix(before)
 
 
 def _ends_in(text: str, fmt: Format) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
-from formats.base import Format, FormatError
+from formats.base import THINK, Format, FormatError
 from formats.builtin import mistral
 from formats.call_grammar import has_wildcards
 from formats.derivation import (
@@ -20,7 +20,7 @@ from formats.derivation import (
     writes_calls,
 )
 from formats.probing import USER, call_message, own_template, own_text, thinks
-from formats.reasoning import reasoning_tags
+from formats.reasoning import opened_reasoning, reasoning_tags
 from formats.registry import FORMATS
 from formats.tokens import added_tokens
 from formats.turn_ends import Ends, ends_of_turn
@@ -86,6 +86,9 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
         has_tools=writes_calls(turns),
         prepare=mistral.prepare if _requires_mistral_ids(tokenizer, kwargs) else None,
     )
+    opened = opened_reasoning(turns.render, template)
+    if opened[0]:
+        made = replace(made, opened_reasoning=opened, reasoning=opened[0].strip() == THINK[0])
     on = {**kwargs, "enable_thinking": True} if hybrid else kwargs
     tags = reasoning_tags(lambda messages, **more: own_text(tokenizer, messages, tools=TOOLS, **on, **more))
     # A tag that also stands in turns without reasoning would cut them.

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import json
+import weakref
+from pathlib import Path
 from typing import Any
 
+STRING_ARGUMENTS = Path(__file__).with_name("string_arguments.jinja").read_text(encoding="utf-8")
 USER = {"role": "user", "content": "wq0zk"}
 CALL_NAME = "fq0zk"
 
 
-def call_message(arguments: dict[str, Any] | None = None, call_id: str = "callid000") -> dict[str, Any]:
+def call_message(arguments: dict[str, Any] | str | None = None, call_id: str = "callid000") -> dict[str, Any]:
     """An assistant message with one call of CALL_NAME."""
     call = {"type": "function", "id": call_id, "function": {"name": CALL_NAME, "arguments": arguments or {}}}
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
+_USED: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictionary()
+
+
 def own_template(tokenizer: Any) -> str:
     """The tokenizer's chat template; "" when there is none. Of several, as Transformers chooses: "tool_use" with tools,
-    else "default"."""
+    else "default". A template that takes arguments only as JSON text (DeepSeek V3, functionary) is preceded by lines
+    that write them so: some servers pass text, others objects."""
+    template, known = _published(tokenizer), _USED.setdefault(tokenizer, {})
+    if template not in known:
+        needs_text = template and _takes_only_text(tokenizer, template)
+        known[template] = STRING_ARGUMENTS + template if needs_text else template
+    return known[template]
+
+
+def _takes_only_text(tokenizer: Any, template: str) -> bool:
+    """Whether the template raises for arguments that are an object or writes Python's repr of them, and writes JSON
+    text as it is."""
+    arguments = {"kq0zk": "vq0zk"}
+    function = {"name": CALL_NAME, "description": "d", "parameters": {"type": "object", "properties": {}}}
+    text, given = json.dumps(arguments), [arguments, json.dumps(arguments)]
+    tools = [{"type": "function", "function": function}]
+    of_object, of_text = (_rendered(tokenizer, template, [USER, call_message(one)], tools=tools) for one in given)
+    written = of_text is not None and text in of_text
+    return written and (of_object is None or (str(arguments) in of_object and text not in of_object))
+
+
+def _published(tokenizer: Any) -> str:
     template = tokenizer.chat_template
     if isinstance(template, dict):
         with_tools, plain = template.get("tool_use"), template.get("default")
@@ -30,8 +58,10 @@ def own_template(tokenizer: Any) -> str:
 def own_text(tokenizer: Any, messages: list[dict], **kwargs: Any) -> str | None:
     """The own template's rendering of `messages`; None where it raises or there is no template."""
     template = own_template(tokenizer)
-    if not template:
-        return None
+    return _rendered(tokenizer, template, messages, **kwargs) if template else None
+
+
+def _rendered(tokenizer: Any, template: str, messages: list[dict], **kwargs: Any) -> str | None:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **kwargs)
     except Exception:  # templates raise anything

@@ -1,4 +1,4 @@
-"""The tags around an answer's reasoning, derived from a rendering."""
+"""The tags around an answer's reasoning, derived from renderings."""
 
 from __future__ import annotations
 
@@ -23,3 +23,18 @@ def reasoning_tags(render: Callable[..., str | None]) -> tuple[str, str] | None:
         if reasoning and closing:
             found.add((head.removeprefix(prompt).strip() if head.startswith(prompt) else "", closing[1]))
     return found.pop() if len(found) == 1 and not any(closing == THINK[1] for _, closing in found) else None
+
+
+def opened_reasoning(render: Callable[..., str | None], template: str) -> tuple[str, str]:
+    """(what a prompt ends with to open reasoning that the template writes in no answer, what closes it); "" for none.
+
+    DeepSeek R1, QwQ and their distilled models always think; their templates drop the reasoning of every answer.
+    """
+    prompt, text = render([USER], add_generation_prompt=True) or "", render([USER, answer(ANSWER)]) or ""
+    before, found, _ = text.partition(ANSWER)
+    opening = prompt.removeprefix(before) if found and prompt.startswith(before) else ""
+    closing = opening.strip().replace("<", "</", 1).replace("[", "[/", 1)
+    if not re.fullmatch(_TAG, opening.strip()) or closing not in template:
+        return "", ""
+    space = opening[len(opening.rstrip()) :]
+    return opening, f"{space}{closing}{2 * space}"
