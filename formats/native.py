@@ -88,12 +88,14 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
     )
     opened = opened_reasoning(turns.render, template)
     if opened[0]:
-        made = replace(made, opened_reasoning=opened, reasoning=opened[0].strip() == THINK[0])
+        marks = (opened[0].strip(), opened[1].strip())
+        made = replace(made, opened_reasoning=opened, reasoning_tags=marks, reasoning=marks == THINK)
     on = {**kwargs, "enable_thinking": True} if hybrid else kwargs
     tags = reasoning_tags(lambda messages, **more: own_text(tokenizer, messages, tools=TOOLS, **on, **more))
-    # A tag that also stands in turns without reasoning would cut them.
-    texts = [turns.text(probe["content"], *probe["calls"]) or "" for probe in PROBES] if tags else []
-    return replace(made, reasoning_tags=tags) if tags and not any(tags[1] in text for text in texts) else made
+    # A tag that also stands in turns without reasoning would cut them; gpt-oss writes a text beside calls as reasoning.
+    texts = [(turns.text(probe["content"], *probe["calls"]) or "", probe["content"]) for probe in PROBES if tags]
+    cuts = any(tags[1] in text and not (said and text.startswith(tags[0] + said)) for text, said in texts if tags)
+    return replace(made, reasoning_tags=tags) if tags and not cuts else made
 
 
 def writes_tools(tokenizer: Any) -> bool:

@@ -13,16 +13,21 @@ _TAG = re.compile(r"\s*(<[^<>]+>|\[[^\[\]]+\])")
 
 
 def reasoning_tags(render: Callable[..., str | None]) -> tuple[str, str] | None:
-    """(opening, closing) around `reasoning_content`; None where the template writes it as `<think>`, or not at all."""
+    """(opening, closing) around `reasoning_content`; None where the template writes it as `<think>`, or not at all.
+
+    To the closing tag belongs what only answers with reasoning have behind it: `<|end|><|start|>assistant` of gpt-oss.
+    """
     prompt = render([USER], add_generation_prompt=True) or ""
     found = set()
     for turn, word in ((answer(ANSWER), ANSWER), (answer("", call()), NAMES[0])):
-        text = render([USER, {**turn, "reasoning_content": REASONING}]) or ""
+        text, plain = (render([USER, message]) or "" for message in ({**turn, "reasoning_content": REASONING}, turn))
         head, reasoning, tail = text.partition(REASONING)
-        closing = _TAG.match(tail.partition(word)[0])
-        if reasoning and closing:
-            found.add((head.removeprefix(prompt).strip() if head.startswith(prompt) else "", closing[1]))
-    return found.pop() if len(found) == 1 and not any(closing == THINK[1] for _, closing in found) else None
+        tail = tail.partition(word)[0]
+        if reasoning and (closing := _TAG.match(tail)):
+            rest = tail.removesuffix(plain.removeprefix(prompt).partition(word)[0]).strip()
+            opening = head.removeprefix(prompt).strip() if head.startswith(prompt) else ""
+            found.add((opening, rest if rest.startswith(closing[1]) else closing[1]))
+    return found.pop() if len(found) == 1 and not any(closing.startswith(THINK[1]) for _, closing in found) else None
 
 
 def opened_reasoning(render: Callable[..., str | None], template: str) -> tuple[str, str]:
