@@ -32,11 +32,13 @@ def own_template(tokenizer: Any) -> str:
     template that takes arguments only as JSON text (DeepSeek V3, functionary) or that reads reasoning from `thinking`
     or `reasoning` (gpt-oss, LFM2.5) gets them so.
     """
-    template, known = _published(tokenizer), _USED.setdefault(tokenizer, {})
+    if not (template := _published(tokenizer)):
+        return ""
+    known = _USED.setdefault(tokenizer, {})
     if template not in known:
-        flags = {"TEXT_ARGUMENTS": template and _takes_only_text(tokenizer, template),
-                 "REASONING": template and _names_reasoning_differently(tokenizer, template)}  # fmt: skip
-        literals = "".join(f"{{%- set {name} = {json.dumps(bool(value))} %}}\n" for name, value in flags.items())
+        flags = {"TEXT_ARGUMENTS": _takes_only_text(tokenizer, template),
+                 "REASONING": _names_reasoning_differently(tokenizer, template)}  # fmt: skip
+        literals = "".join(f"{{%- set {name} = {json.dumps(value)} %}}\n" for name, value in flags.items())
         known[template] = _fixed_date(template) + (literals + PREAMBLE if any(flags.values()) else "") + template
     return known[template]
 
