@@ -1,8 +1,8 @@
-"""Format `native-tools`: the tokenizer's own template where that writes no calls.
+"""Format `native-tools`: the tokenizer's own template where that shows no tools or writes no calls.
 
-Calls are written into the assistant's text: in the spelling that the template or the vocabulary names, else as
-`<function=NAME>{…}</function>`. Tools and results that the template has no place for are written into the system's (or
-the first user's) and the user's messages.
+Calls that the template writes stay as they are (DeepSeek V3). Others are written into the assistant's text: in the
+spelling that the template or the vocabulary names, else as `<function=NAME>{…}</function>`. Tools and results that the
+template has no place for are written into the system's (or the first user's) and the user's messages.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Spelling:
     between: str
     end: str
     hint: str
-    read_calls: Callable[[str, list[dict] | None], Parsed]
+    read_calls: Callable[[str, list[dict] | None], Parsed] | None = None
     vllm_parser: str | None = None
 
 
@@ -54,6 +54,7 @@ SPELLINGS = {
 FUNCTION_TAG = Spelling(
     "tag", "<function=", "</function><function=", "</function>", "name>{arguments as JSON}", parse_function_tag
 )
+OWN = Spelling("own", "", "", "", "")  # as the template writes them
 
 
 def spelling(tokenizer: Any) -> Spelling | None:
@@ -72,9 +73,11 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
     own = native.adapt(native.FORMAT, tokenizer)
     if PREAMBLE in own.template:  # a model that was trained with this format
         head = own.template.partition(PREAMBLE)[0]
-        trained = next(one for one in (*SPELLINGS.values(), FUNCTION_TAG) if _literal("START", one.start) in head)
+        known = (*SPELLINGS.values(), FUNCTION_TAG, OWN)
+        trained = next(one for one in known if _literal("START", one.start) in head)
         return _with_spelling(own, fmt.name, own.template, trained, _literal("TOOL_ROLE", True) in head)
-    found, shown = spelling(tokenizer) or FUNCTION_TAG, shows_tools(tokenizer)
+    found = OWN if own.read_calls else spelling(tokenizer) or FUNCTION_TAG
+    shown = shows_tools(tokenizer)
     result = {"role": "tool", "name": NAMES[0], "tool_call_id": "callid000", "content": "rq0zk"}
 
     def renders(word: str, *messages: dict[str, Any]) -> bool:
@@ -95,16 +98,16 @@ def _literal(name: str, value: Any) -> str:
 
 
 def _with_spelling(own: Format, name: str, template: str, found: Spelling, tool_role: bool) -> Format:
+    control = own.control_tokens if tool_role else (*own.control_tokens, RESULT, RESULT_END)
+    own = replace(own, name=name, template=template, control_tokens=control, has_tools=True)
+    if found is OWN:
+        return own
     return replace(
         own,
-        name=name,
-        template=template,
-        control_tokens=own.control_tokens if tool_role else (*own.control_tokens, RESULT, RESULT_END),
         call_markers=(found.start.strip(), found.end.strip()),
         read_calls=found.read_calls,
         vllm_parser=found.vllm_parser,
         untyped=False,
-        has_tools=True,
         unwritten_ends=(own.unwritten_ends[0], own.unwritten_ends[0]),
     )
 
