@@ -278,7 +278,8 @@ class _Encoder:
                 upto = render_messages(self.messages[: index + 1], self.tools, fmt, self.tokenizer)
             except Exception as error:
                 raise FormatError(f"{where}: format {fmt.name} cannot express it: {error}") from error
-            upto = _reasoned(prompt, upto, answer, fmt)
+            if not upto.startswith(prompt):
+                upto = self._behind_prompt(index, prompt, upto, fmt)
             if not upto.startswith(prompt):
                 problem = f"{where}: the template does not render it after the prompt that a server feeds"
                 continue
@@ -311,14 +312,27 @@ class _Encoder:
             return _Turn(prompt, completion, upto, fmt)
         raise FormatError(problem)
 
+    def _behind_prompt(self, index: int, prompt: str, upto: str, fmt: Format) -> str:
+        """`upto` behind the prompt that a server feeds, where the template treats reasoning differently in the two.
 
-def _reasoned(prompt: str, upto: str, answer: dict, fmt: Format) -> str:
-    """`upto` with the reasoning that the prompt opens and a template that always thinks does not write."""
-    opening, closing = fmt.opened_reasoning
-    before = prompt.removesuffix(opening)
-    if not opening or upto.startswith(prompt) or before == prompt or not upto.startswith(before):
+        A template that always thinks opens reasoning in the prompt and writes none; gpt-oss drops the reasoning of
+        past calls once an answer follows, so the answer is what it adds to a conversation without past reasoning.
+        """
+        past, answer = self.messages[:index], self.messages[index]
+        opening, closing = fmt.opened_reasoning
+        before = prompt.removesuffix(opening)
+        if opening and before != prompt and upto.startswith(before):
+            return prompt + reasoning_of(answer, fmt) + closing + upto.removeprefix(before)
+        bare = [without_reasoning(message, fmt) for message in past]
+        if bare != past:
+            try:
+                start = _prompt(bare, self.tools, fmt, self.tokenizer)
+                text = render_messages([*bare, answer], self.tools, fmt, self.tokenizer)
+            except Exception:  # templates raise anything
+                return upto
+            if text.startswith(start):
+                return prompt + text.removeprefix(start)
         return upto
-    return prompt + reasoning_of(answer, fmt) + closing + upto.removeprefix(before)
 
 
 def _ends_in(text: str, fmt: Format) -> list[int]:

@@ -144,6 +144,12 @@ def test_reasoning_under_another_name():
         ((start, end),) = spans(sequence.labels)
         parsed = fmt.parse(tokenizer.decode(sequence.input_ids[start:end]), made["tools"])
         assert (parsed.reasoning_content, parsed.content, parsed.errors) == (reasoning, content, [])
+    # Once an answer follows, the template drops the thinking of the calls before it; the prompt of the answer has it.
+    steps = row(*first["messages"], result("12"), *last["messages"][1:], user("ok"), says("Bye."), tools=(CLOCK,))
+    encoded = encode(steps, tokenizer, fmt)
+    assert (encoded.status, encoded.warnings) == ("split", []), encoded.reason
+    assert_exact(steps, encoded, tokenizer, fmt)
+    assert all(text in encoded.sequences[0].text for text in ("Look.", "Read it.", "Noon."))
 
 
 def test_own_layout_without_tools_is_kept():

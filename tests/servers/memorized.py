@@ -64,7 +64,7 @@ PUBLISHED = {"gemma4_v5": "native", "glm4moe": "native", "gptoss": "native", "lf
 EXPORTS = ("vllm:lora", "vllm:merged", "gguf")
 MAX_NEW_TOKENS = 160
 RANK = 16
-LEARNING_RATE = 3e-3  # of the first step; 0 at the last one
+LEARNING_RATE = 3e-3  # the largest, after 30 steps; 0 at the last one
 MAX_LOSS = 0.1  # nats, of each trained token: its probability is above 0.9
 
 
@@ -107,10 +107,11 @@ def memorize(model: Any, sequences: list[Any], answered: list[int], max_steps: i
     others = torch.full((len(targets), 1), math.log(llama.config.vocab_size))  # their logits are 0
     loss = math.inf
     for step in range(max_steps):
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / max_steps)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min((step + 1) / 30, 1 - step / max_steps)
         hidden = llama.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][trained]
         losses = cross_entropy(torch.cat([hidden @ head.T, others], dim=1), targets, reduction="none")
         losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
         optimizer.zero_grad()
         loss = losses.max().item()
