@@ -84,14 +84,13 @@ def serve_command(
 @target("vllm", marker="serve.sh", help="serve.sh with the adapter beside its base (or --mode merged)")
 def export_vllm(job: Job) -> None:
     """serve.sh, the chat template, adapter or merged weights, and a parser plugin where vLLM has no parser."""
+    tokenizer, fmt = job.run.load_tokenizer()
     if job.mode == "merged":
-        merged = write_merged(job.run, job.folder, job.dtype)
-        tokenizer, fmt = merged.tokenizer, merged.format
+        write_merged(job.run, job.folder, job.dtype)
+    elif job.run.adapter is None:
+        raise UserError(f"{job.run.path} has no adapter; use --mode merged")
     else:
-        if job.run.adapter is None:
-            raise UserError(f"{job.run.path} has no adapter; use --mode merged")
         check_adapter(job.run.adapter, adapter_config(job.run.adapter))
-        tokenizer, fmt = job.run.load_tokenizer()
     write_serving_files(job, fmt, parser_of(fmt, tokenizer.get_vocab()))
 
 

@@ -128,7 +128,9 @@ def serve(pair: Pair, export: str, folder: Path, vllm: Vllm) -> Outcome:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", nargs="*", metavar="FORMAT", help="formats (default: all with tools)")
+    parser.add_argument(
+        "--only", nargs="*", metavar="FORMAT", help="formats or templates (default: all formats with tools)"
+    )
     parser.add_argument("--exports", nargs="+", choices=EXPORTS, default=list(EXPORTS))
     parser.add_argument("--vllm", type=Path, default=ROOT / ".cache" / "vllm", help="virtual environment with vLLM")
     parser.add_argument("--workspace", type=Path, help="keep runs and exports in this folder")

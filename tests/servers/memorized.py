@@ -186,10 +186,13 @@ def own_answers(run: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def default_pairs(only: list[str] | None = None) -> list[Pair]:
-    """The first vocabulary of every format that has a place for tools; of `native` one for each published template."""
+    """The first vocabulary of every format that has a place for tools; of `native` one for each published template.
+
+    only   names of formats or templates
+    """
     first: dict[tuple[str, str], Pair] = {}
     for pair in (*PAIRS, *published_pairs()):
-        if "mistral-v1" in pair or pair.format == "plain" or (only and pair.format not in only):
+        if "mistral-v1" in pair or pair.format == "plain" or (only and not {pair.format, pair.template} & {*only}):
             continue
         first.setdefault((pair.format, pair.template if pair.format.startswith("native") else ""), pair)
     return list(first.values())
