@@ -245,6 +245,7 @@ def test_command_for_every_format(name):
     command = shlex.join(serve_command(name="my model", model="org/base", parser=parser, adapter="./adapter", rank=12))
     assert "--chat-template ./chat_template.jinja" in command and "--host 127.0.0.1" in command
     assert "--enable-lora --lora-modules 'my model=./adapter' --max-lora-rank 16" in command
+    assert "--generation-config ./adapter" in command  # its ends of turn, not the base's
     assert ("--enable-auto-tool-choice" in command) == (name != "plain")
     assert ("--tool-parser-plugin" in command) == (name in TEXTS)
 
