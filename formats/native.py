@@ -106,11 +106,13 @@ def writes_tools(tokenizer: Any) -> bool:
 def _variables(tokenizer: Any) -> dict[str, Any]:
     """Template variables of every rendering: a fixed date, and no thinking where it can be switched.
 
-    Some templates open reasoning in the prompt without thinking and write none in the answer: they keep their default.
+    Some templates open reasoning in the prompt without thinking and write none in the answer: they keep their default,
+    or think always (`opened_reasoning`).
     """
     date = {"date_string": DATE} if "date_string" in own_template(tokenizer) else {}
-    off = {**date, "enable_thinking": False}
-    return off if thinks(tokenizer) and not (_continues(tokenizer, date) and not _continues(tokenizer, off)) else date
+    off, on = ({**date, "enable_thinking": value} for value in (False, True))
+    tried = [off, date, on] if thinks(tokenizer) else [date]
+    return next((kwargs for kwargs in tried if _continues(tokenizer, kwargs)), tried[-1])
 
 
 def _continues(tokenizer: Any, kwargs: dict[str, Any]) -> bool:

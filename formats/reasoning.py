@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 
@@ -31,15 +32,23 @@ def reasoning_tags(render: Callable[..., str | None]) -> tuple[str, str] | None:
 
 
 def opened_reasoning(render: Callable[..., str | None], template: str) -> tuple[str, str]:
-    """(what a prompt ends with to open reasoning that the template writes in no answer, what closes it); "" for none.
+    """(what a prompt ends with to open reasoning, what closes it) where an answer has none of it; "" for none.
 
-    DeepSeek R1, QwQ and their distilled models always think; their templates drop the reasoning of every answer.
+    DeepSeek R1 and QwQ always think; their templates drop the reasoning of every answer. Cohere 2 writes it, but
+    opens none where there is none.
     """
-    prompt, text = render([USER], add_generation_prompt=True) or "", render([USER, answer(ANSWER)]) or ""
-    before, found, _ = text.partition(ANSWER)
-    opening = prompt.removeprefix(before) if found and prompt.startswith(before) else ""
-    closing = opening.strip().replace("<", "</", 1).replace("[", "[/", 1)
-    if not re.fullmatch(_TAG, opening.strip()) or closing not in template:
+    prompt, plain = render([USER], add_generation_prompt=True) or "", render([USER, answer(ANSWER)]) or ""
+    if ANSWER not in plain or plain.startswith(prompt):
         return "", ""
+    shared = os.path.commonprefix([prompt, plain])  # noqa: RUF071  texts, not paths
+    start = re.sub(r"[<\[][^>\]]*\Z", "", shared)  # without a tag that has only begun
+    opening, before = prompt[len(start) :], plain[len(start) :].partition(ANSWER)[0]
+    if not re.fullmatch(_TAG, opening.strip()):
+        return "", ""
+    written = render([USER, {**answer(ANSWER), "reasoning_content": REASONING}]) or ""
+    closing = written.removeprefix(prompt + REASONING).partition(ANSWER)[0].removesuffix(before)
+    if written.startswith(prompt + REASONING) and closing.strip():
+        return opening, closing
+    closing = opening.strip().replace("<", "</", 1).replace("[", "[/", 1)
     space = opening[len(opening.rstrip()) :]
-    return opening, f"{space}{closing}{2 * space}"
+    return (opening, f"{space}{closing}{2 * space}") if closing in template else ("", "")
