@@ -64,7 +64,7 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
         )
     kwargs = _variables(tokenizer)
     hybrid = "enable_thinking" in kwargs
-    turns = _turns(tokenizer, kwargs)
+    turns = turns_of(tokenizer, kwargs)
     found = _ends_of_turn(turns, tokenizer, kwargs)
     ends = found.tokens
     added = added_tokens(tokenizer)
@@ -100,7 +100,7 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
 
 def writes_tools(tokenizer: Any) -> bool:
     """Whether the tokenizer's own template shows the model its tools and writes calls."""
-    return writes_calls(_turns(tokenizer, _variables(tokenizer)))
+    return writes_calls(turns_of(tokenizer, _variables(tokenizer)))
 
 
 def _variables(tokenizer: Any) -> dict[str, Any]:
@@ -122,7 +122,8 @@ def _continues(tokenizer: Any, kwargs: dict[str, Any]) -> bool:
     return prompt is not None and text is not None and text.startswith(prompt)
 
 
-def _turns(tokenizer: Any, kwargs: dict[str, Any]) -> Turns:
+def turns_of(tokenizer: Any, kwargs: dict[str, Any]) -> Turns:
+    """What the own template writes for assistant turns, with tools."""
     return Turns(lambda messages, **more: own_text(tokenizer, messages, tools=TOOLS, **kwargs, **more))
 
 

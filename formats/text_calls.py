@@ -17,7 +17,7 @@ from formats.base import Format, Parsed, read_template
 from formats.call_grammar import CallGrammar, ObjectCore, PythonCore
 from formats.calls import parse_function_tag, parse_hermes
 from formats.comparison import SYSTEM, USER
-from formats.derivation import NAMES, TEXT, TOOLS, answer
+from formats.derivation import NAMES, TEXT, TOOLS, answer, call
 from formats.probing import own_template, own_text
 from formats.tokens import added_tokens
 
@@ -76,7 +76,7 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
         known = (*SPELLINGS.values(), FUNCTION_TAG, OWN)
         trained = next(one for one in known if _literal("START", one.start) in head)
         return _with_spelling(own, fmt.name, own.template, trained, _literal("TOOL_ROLE", True) in head)
-    found = OWN if own.read_calls else spelling(tokenizer) or FUNCTION_TAG
+    found = OWN if _ends_calls_once(tokenizer, own) else spelling(tokenizer) or FUNCTION_TAG
     shown = shows_tools(tokenizer)
     result = {"role": "tool", "name": NAMES[0], "tool_call_id": "callid000", "content": "rq0zk"}
 
@@ -91,6 +91,12 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
     }  # fmt: skip
     literals = "".join(_literal(name, value) for name, value in values.items())
     return _with_spelling(own, fmt.name, literals + PREAMBLE + own.template, found, tool_role)
+
+
+def _ends_calls_once(tokenizer: Any, own: Format) -> bool:
+    """Whether the own template writes calls that are read back, and no end of turn inside them."""
+    turn = native.turns_of(tokenizer, own.template_kwargs).text("", call()) or ""
+    return own.read_calls is not None and sum(turn.count(end) for end in own.end_of_turn) == 1
 
 
 def _literal(name: str, value: Any) -> str:
