@@ -110,8 +110,9 @@ def _variables(tokenizer: Any) -> dict[str, Any]:
     or think always (`opened_reasoning`).
     """
     date = {"date_string": DATE} if "date_string" in own_template(tokenizer) else {}
-    off, on = ({**date, "enable_thinking": value} for value in (False, True))
-    tried = [off, date, on] if thinks(tokenizer) else [date]
+    tried: list[dict[str, Any]] = [date]
+    if thinks(tokenizer):
+        tried = [{**date, "enable_thinking": False}, date, {**date, "enable_thinking": True}]
     return next((kwargs for kwargs in tried if _continues(tokenizer, kwargs)), tried[-1])
 
 

@@ -95,7 +95,7 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
 
 def _ends_calls_once(tokenizer: Any, own: Format) -> bool:
     """Whether the own template writes calls that are read back, and no end of turn inside them."""
-    turn = native.turns_of(tokenizer, own.template_kwargs).text("", call()) or ""
+    turn = native.turns_of(tokenizer, {**own.template_kwargs}).text("", call()) or ""
     return own.read_calls is not None and sum(turn.count(end) for end in own.end_of_turn) == 1
 
 
