@@ -71,6 +71,8 @@ class Format:
     detect_order      `auto` asks formats in ascending order
     thinking          template variable that enables reasoning for a turn that has `reasoning_content`
     reasoning         a lone `</think>` ends reasoning, because the prompt may open it
+    opened_reasoning  (what a prompt ends with to open reasoning, what closes it) where the template writes no answer's
+                      reasoning behind it; "" for none
     reasoning_tags    what opens and closes reasoning before an answer; the prompt may open it
     untyped           calls carry values without their type: 7 and "7" look alike
     has_tools         the template has a place for tools and calls
@@ -99,6 +101,7 @@ class Format:
     vllm_parser: str | None = None
     ollama: Ollama | None = None
     unwritten_ends: tuple[str, str] = ("", "")
+    opened_reasoning: tuple[str, str] = ("", "")
     reasoning_tags: tuple[str, str] = THINK
 
     def parse(self, text: str, tools: list[dict] | None = None) -> Parsed:

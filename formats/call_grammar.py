@@ -97,6 +97,12 @@ class CallGrammar:
         """Whether the opening has text of its own, so that it can be searched for."""
         return bool(re.sub(f"[{ANY_ID}{ANY_NUMBER}{ANY_NAME}]", "", self.opening).strip())
 
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """The text that opens a call, and the one behind it where there is one: pieces without wildcards."""
+        pieces = [re.split(f"[{ANY_ID}{ANY_NUMBER}{ANY_NAME}]", part.strip()) for part in (self.opening, self.closing)]
+        return tuple(found for part in pieces if (found := next(filter(str.strip, part), "").strip()))
+
     def _starts_call(self, text: str, at: int, tools: list[dict] | None) -> bool:
         try:
             self.core(text, at, tools)

@@ -80,17 +80,15 @@ def choose_format(tokenizer: Any) -> tuple[Format, str]:
             return fmt, f"the tokenizer's own template{missing} renders as {fmt.name} does"
     if has_tools:
         return get_format("native", tokenizer), "no named format renders what the tokenizer's own template does"
-    spelled = text_calls.spelling(tokenizer)
     if shows_tools(tokenizer):
-        name = "native-tools" if spelled else "native"
+        name = "native-tools" if text_calls.spelling(tokenizer) else "native"
         return get_format(name, tokenizer), "the tokenizer's own template shows tools but writes no calls"
-    if spelled is text_calls.FUNCTION_TAG:
-        why = f"the tokenizer's own template shows no tools but has {spelled.start}"
-        return get_format(text_calls.FORMAT.name, tokenizer), why
-    fmt, reason = detect(added, own)
-    if fmt.name == "native":
-        fmt, reason = text_calls.FORMAT, "tools and calls are written into its messages"
-    return get_format(fmt.name, tokenizer), f"the tokenizer's own template has no place for tools; {reason}"
+    try:
+        fmt, reason = get_format("native-tools", tokenizer), "tools and calls are written into its messages"
+    except FormatError:  # it ends an answer with no token, for one
+        fmt, reason = detect(added, own)
+        fmt = get_format(fmt.name, tokenizer)
+    return fmt, f"the tokenizer's own template has no place for tools; {reason}"
 
 
 def _candidates(added: set[str], own: str, tokenizer: Any) -> Iterator[Format]:

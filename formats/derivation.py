@@ -114,25 +114,26 @@ def call_grammar(turns: Turns, ends: tuple[str, ...]) -> CallGrammar | None:
     if found is None:
         return None
     plain = cut(turns.text(ANSWER) or "", ends).partition(ANSWER)
-    wrappers = {(plain[0].strip(), plain[2].strip())} if plain[1] else set()
+    wrappers = [(plain[0].strip(), plain[2].strip())] if plain[1] else []
     opening, more = _opening_beside_text(found, one, cut(turns.text(TEXT, call()) or "", ends))
-    ordered = sorted((wrappers | more) - {("", "")}, key=lambda pair: -len("".join(pair)))
+    # The longest first; of two equally long ones that of an answer without calls.
+    ordered = sorted(filter(any, dict.fromkeys(wrappers + more)), key=lambda pair: -len("".join(pair)))
     return CallGrammar(opening, found.core, found.between, found.closing, tuple(ordered))
 
 
-def _opening_beside_text(found: _Found, one: str, beside: str) -> tuple[str, set[tuple[str, str]]]:
+def _opening_beside_text(found: _Found, one: str, beside: str) -> tuple[str, list[tuple[str, str]]]:
     """(the opening that turns with and without text share, what the template puts around the text)."""
     opening, behind = found.opening.strip(), one[len(found.opening) :]
     head, text, rest = beside.replace(IDS[0], ANY_ID).partition(TEXT)
     if not text or not opening or behind not in rest:
-        return opening, set()
+        return opening, []
     other = rest[: rest.index(behind)].replace(NAMES[0], ANY_NAME).rstrip()
     shared = _without_partial_first_tag(_common_suffix(opening, other))
     if not shared:
-        return opening, set()
-    wrappers = {(head.strip(), other.removesuffix(shared).strip())}
+        return opening, []
+    wrappers = [(head.strip(), other.removesuffix(shared).strip())]
     if opening != shared:
-        wrappers.add((opening.removesuffix(shared).strip(), ""))
+        wrappers.append((opening.removesuffix(shared).strip(), ""))
     return shared, wrappers
 
 

@@ -46,7 +46,8 @@ def _not_parsed_back(content: str, calls: list[dict], completion: str, tools: li
         if calls and not parsed.tool_calls and calls[0]["name"] not in completion:
             return DROPS_CALLS
         return "its tool calls do not parse back to what they are" if calls else "its text would be read as a tool call"
-    if parsed.content.strip() != content.strip():
+    as_reasoning = bool(calls) and not parsed.content and parsed.reasoning_content == content.strip()  # gpt-oss
+    if parsed.content.strip() != content.strip() and not as_reasoning:
         return "its text does not parse back to what it is" if parsed.content.strip() else DROPS_TEXT
     return None
 

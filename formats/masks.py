@@ -279,6 +279,8 @@ class _Encoder:
             except Exception as error:
                 raise FormatError(f"{where}: format {fmt.name} cannot express it: {error}") from error
             if not upto.startswith(prompt):
+                upto = self._behind_prompt(index, prompt, upto, fmt)
+            if not upto.startswith(prompt):
                 problem = f"{where}: the template does not render it after the prompt that a server feeds"
                 continue
             completion = upto[len(prompt) :]
@@ -309,6 +311,28 @@ class _Encoder:
                 self.warnings.append(f"{where}: {warning}")
             return _Turn(prompt, completion, upto, fmt)
         raise FormatError(problem)
+
+    def _behind_prompt(self, index: int, prompt: str, upto: str, fmt: Format) -> str:
+        """`upto` behind the prompt that a server feeds, where the template treats reasoning differently in the two.
+
+        A template that always thinks opens reasoning in the prompt and writes none; gpt-oss drops the reasoning of
+        past calls once an answer follows, so the answer is what it adds to a conversation without past reasoning.
+        """
+        past, answer = self.messages[:index], self.messages[index]
+        opening, closing = fmt.opened_reasoning
+        before = prompt.removesuffix(opening)
+        if opening and before != prompt and upto.startswith(before):
+            return prompt + reasoning_of(answer, fmt) + closing + upto.removeprefix(before)
+        bare = [without_reasoning(message, fmt) for message in past]
+        if bare != past:
+            try:
+                start = _prompt(bare, self.tools, fmt, self.tokenizer)
+                text = render_messages([*bare, answer], self.tools, fmt, self.tokenizer)
+            except Exception:  # templates raise anything
+                return upto
+            if text.startswith(start):
+                return prompt + text.removeprefix(start)
+        return upto
 
 
 def _ends_in(text: str, fmt: Format) -> list[int]:

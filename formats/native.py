@@ -6,7 +6,7 @@ from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
-from formats.base import Format, FormatError
+from formats.base import THINK, Format, FormatError
 from formats.builtin import mistral
 from formats.call_grammar import has_wildcards
 from formats.derivation import (
@@ -20,7 +20,7 @@ from formats.derivation import (
     writes_calls,
 )
 from formats.probing import USER, call_message, own_template, own_text, thinks
-from formats.reasoning import reasoning_tags
+from formats.reasoning import opened_reasoning, reasoning_tags
 from formats.registry import FORMATS
 from formats.tokens import added_tokens
 from formats.turn_ends import Ends, ends_of_turn
@@ -64,7 +64,7 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
         )
     kwargs = _variables(tokenizer)
     hybrid = "enable_thinking" in kwargs
-    turns = _turns(tokenizer, kwargs)
+    turns = turns_of(tokenizer, kwargs)
     found = _ends_of_turn(turns, tokenizer, kwargs)
     ends = found.tokens
     added = added_tokens(tokenizer)
@@ -86,26 +86,34 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
         has_tools=writes_calls(turns),
         prepare=mistral.prepare if _requires_mistral_ids(tokenizer, kwargs) else None,
     )
+    opened = opened_reasoning(turns.render, template)
+    if opened[0]:
+        marks = (opened[0].strip(), opened[1].strip())
+        made = replace(made, opened_reasoning=opened, reasoning_tags=marks, reasoning=marks == THINK)
     on = {**kwargs, "enable_thinking": True} if hybrid else kwargs
     tags = reasoning_tags(lambda messages, **more: own_text(tokenizer, messages, tools=TOOLS, **on, **more))
-    # A tag that also stands in turns without reasoning would cut them.
-    texts = [turns.text(probe["content"], *probe["calls"]) or "" for probe in PROBES] if tags else []
-    return replace(made, reasoning_tags=tags) if tags and not any(tags[1] in text for text in texts) else made
+    # A tag that also stands in turns without reasoning would cut them; gpt-oss writes a text beside calls as reasoning.
+    texts = [(turns.text(probe["content"], *probe["calls"]) or "", probe["content"]) for probe in PROBES if tags]
+    cuts = any(tags[1] in text and not (said and text.startswith(tags[0] + said)) for text, said in texts if tags)
+    return replace(made, reasoning_tags=tags) if tags and not cuts else made
 
 
 def writes_tools(tokenizer: Any) -> bool:
     """Whether the tokenizer's own template shows the model its tools and writes calls."""
-    return writes_calls(_turns(tokenizer, _variables(tokenizer)))
+    return writes_calls(turns_of(tokenizer, _variables(tokenizer)))
 
 
 def _variables(tokenizer: Any) -> dict[str, Any]:
     """Template variables of every rendering: a fixed date, and no thinking where it can be switched.
 
-    Some templates open reasoning in the prompt without thinking and write none in the answer: they keep their default.
+    Some templates open reasoning in the prompt without thinking and write none in the answer: they keep their default,
+    or think always (`opened_reasoning`).
     """
     date = {"date_string": DATE} if "date_string" in own_template(tokenizer) else {}
-    off = {**date, "enable_thinking": False}
-    return off if thinks(tokenizer) and not (_continues(tokenizer, date) and not _continues(tokenizer, off)) else date
+    tried: list[dict[str, Any]] = [date]
+    if thinks(tokenizer):
+        tried = [{**date, "enable_thinking": False}, date, {**date, "enable_thinking": True}]
+    return next((kwargs for kwargs in tried if _continues(tokenizer, kwargs)), tried[-1])
 
 
 def _continues(tokenizer: Any, kwargs: dict[str, Any]) -> bool:
@@ -115,7 +123,8 @@ def _continues(tokenizer: Any, kwargs: dict[str, Any]) -> bool:
     return prompt is not None and text is not None and text.startswith(prompt)
 
 
-def _turns(tokenizer: Any, kwargs: dict[str, Any]) -> Turns:
+def turns_of(tokenizer: Any, kwargs: dict[str, Any]) -> Turns:
+    """What the own template writes for assistant turns, with tools."""
     return Turns(lambda messages, **more: own_text(tokenizer, messages, tools=TOOLS, **kwargs, **more))
 
 

@@ -1,7 +1,8 @@
-"""The tags around an answer's reasoning, derived from a rendering."""
+"""The tags around an answer's reasoning, derived from renderings."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 
@@ -13,13 +14,41 @@ _TAG = re.compile(r"\s*(<[^<>]+>|\[[^\[\]]+\])")
 
 
 def reasoning_tags(render: Callable[..., str | None]) -> tuple[str, str] | None:
-    """(opening, closing) around `reasoning_content`; None where the template writes it as `<think>`, or not at all."""
+    """(opening, closing) around `reasoning_content`; None where the template writes it as `<think>`, or not at all.
+
+    To the closing tag belongs what only answers with reasoning have behind it: `<|end|><|start|>assistant` of gpt-oss.
+    """
     prompt = render([USER], add_generation_prompt=True) or ""
     found = set()
     for turn, word in ((answer(ANSWER), ANSWER), (answer("", call()), NAMES[0])):
-        text = render([USER, {**turn, "reasoning_content": REASONING}]) or ""
+        text, plain = (render([USER, message]) or "" for message in ({**turn, "reasoning_content": REASONING}, turn))
         head, reasoning, tail = text.partition(REASONING)
-        closing = _TAG.match(tail.partition(word)[0])
-        if reasoning and closing:
-            found.add((head.removeprefix(prompt).strip() if head.startswith(prompt) else "", closing[1]))
-    return found.pop() if len(found) == 1 and not any(closing == THINK[1] for _, closing in found) else None
+        tail = tail.partition(word)[0]
+        if reasoning and (closing := _TAG.match(tail)):
+            rest = tail.removesuffix(plain.removeprefix(prompt).partition(word)[0]).strip()
+            opening = head.removeprefix(prompt).strip() if head.startswith(prompt) else ""
+            found.add((opening, rest if rest.startswith(closing[1]) else closing[1]))
+    return found.pop() if len(found) == 1 and not any(closing.startswith(THINK[1]) for _, closing in found) else None
+
+
+def opened_reasoning(render: Callable[..., str | None], template: str) -> tuple[str, str]:
+    """(what a prompt ends with to open reasoning, what closes it) where an answer has none of it; "" for none.
+
+    DeepSeek R1 and QwQ always think; their templates drop the reasoning of every answer. Cohere 2 writes it, but
+    opens none where there is none.
+    """
+    prompt, plain = render([USER], add_generation_prompt=True) or "", render([USER, answer(ANSWER)]) or ""
+    if ANSWER not in plain or plain.startswith(prompt):
+        return "", ""
+    shared = os.path.commonprefix([prompt, plain])  # noqa: RUF071  texts, not paths
+    start = re.sub(r"[<\[][^>\]]*\Z", "", shared)  # without a tag that has only begun
+    opening, before = prompt[len(start) :], plain[len(start) :].partition(ANSWER)[0]
+    if not re.fullmatch(_TAG, opening.strip()):
+        return "", ""
+    written = render([USER, {**answer(ANSWER), "reasoning_content": REASONING}]) or ""
+    closing = written.removeprefix(prompt + REASONING).partition(ANSWER)[0].removesuffix(before)
+    if written.startswith(prompt + REASONING) and closing.strip():
+        return opening, closing
+    closing = opening.strip().replace("<", "</", 1).replace("[", "[/", 1)
+    space = opening[len(opening.rstrip()) :]
+    return (opening, f"{space}{closing}{2 * space}") if closing in template else ("", "")

@@ -1,7 +1,7 @@
 """Calls as text of the messages, on the template that lays out the turns: that of the tokenizer, or of a YAML format.
 
-`native-tools`: for a template that writes no calls. They are spelled as the template or the vocabulary names, else as
-`<function=NAME>{…}</function>`.
+`native-tools`: for a template that shows no tools or writes no calls. Calls that it writes stay as they are (DeepSeek
+V3), others are spelled as the template or the vocabulary names, else as `<function=NAME>{…}</function>`.
 
 `tool-reasoning`: three lines, for models that have no calls at all (Mistral 7B v0.1 and v0.2) or shall give a reason:
 
@@ -27,7 +27,7 @@ from formats.call_grammar import CallGrammar, ObjectCore, PythonCore
 from formats.calls import parse_function_tag, parse_hermes
 from formats.comparison import SYSTEM, USER
 from formats.delimited import DelimitedCallParser
-from formats.derivation import NAMES, TEXT, TOOLS, answer
+from formats.derivation import NAMES, TEXT, TOOLS, answer, call
 from formats.probing import own_template
 from formats.tokens import added_tokens
 
@@ -39,7 +39,8 @@ PREAMBLE = read_template(__file__) + "\n"
 class Spelling:
     """How calls are written: start, calls with `between` between them, end; `read_calls` reads them back.
 
-    style      of a call: "object" (JSON), "python", or "named" (name, `separator`, JSON of the arguments)
+    style      of a call: "object" (JSON), "python", "named" (name, `separator`, JSON of the arguments), or "own": that of
+               the template
     hint       a call as the prompt explains it
     lead       between a text and the calls behind it
     reasoning  what precedes the text of a turn behind its calls; "": the text stands in front of them
@@ -51,7 +52,7 @@ class Spelling:
     between: str
     end: str
     hint: str
-    read_calls: Callable[[str, list[dict] | None], Parsed]
+    read_calls: Callable[[str, list[dict] | None], Parsed] | None = None
     vllm_parser: str | None = None
     separator: str = ""
     lead: str = ""
@@ -89,6 +90,7 @@ def named(
 
 
 FUNCTION_TAG = named(DelimitedCallParser("<function=", ">", "</function>"), parse_function_tag)
+OWN = Spelling("own", "", "", "", "")
 TOOL_LINES = DelimitedCallParser("Tool: ", "\nParameters: ", "", "\nReasoning: ")
 
 
@@ -106,10 +108,11 @@ def adapt(fmt: Format, tokenizer: Any, found: Spelling | None = None, base: Form
     own template. Raises FormatError when that cannot be used at all.
     """
     base = base or native.adapt(native.FORMAT, tokenizer)
-    turns = base.template.rpartition(PREAMBLE)[2]  # without what a model was trained with that had this format
+    head, _, turns = base.template.rpartition(PREAMBLE)  # head: of a model that was trained with this format
+    writes_calls = _literal("STYLE", OWN.style) in head if head else _ends_calls_once(tokenizer, base)
     base = replace(base, template=turns)
     given = found
-    found = found or spelling(tokenizer) or FUNCTION_TAG
+    found = found or (OWN if writes_calls else spelling(tokenizer) or FUNCTION_TAG)
 
     def renders(word: str, *messages: dict[str, Any], tools: list[dict] | None = None) -> bool:
         try:
@@ -124,29 +127,42 @@ def adapt(fmt: Format, tokenizer: Any, found: Spelling | None = None, base: Form
     values = {
         "STYLE": found.style, "START": found.start, "SEPARATOR": found.separator, "BETWEEN": found.between,
         "END": found.end, "LEAD": found.lead, "REASONING": found.reasoning,
-        "HINT": gap + found.start + found.hint + found.end, "RESULT": RESULT, "RESULT_END": RESULT_END,
+        "HINT": gap + found.start + found.hint + found.end if found.hint else "",
+        "RESULT": RESULT, "RESULT_END": RESULT_END,
         "SHOWN": given is None and renders(NAMES[0], USER, tools=TOOLS), "TOOL_ROLE": tool_role, "SYSTEM": system,
         "ROLE": "system" if found.place == "system" and system else "user", "LAST": found.place == "last_user",
     }  # fmt: skip
-    literals = "".join(
-        f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} %}}\n" for name, value in values.items()
-    )
-    return replace(
+    base = replace(
         base,
         name=fmt.name,
-        template=literals + PREAMBLE + turns,
+        template="".join(_literal(name, value) for name, value in values.items()) + PREAMBLE + turns,
         control_tokens=base.control_tokens if tool_role else (*base.control_tokens, RESULT, RESULT_END),
+        has_tools=True,
+        adapt=None,
+        detect=None,
+    )
+    if found is OWN:
+        return base
+    return replace(
+        base,
         call_markers=call_markers(found),
         read_calls=found.read_calls,
         vllm_parser=found.vllm_parser,
         ollama=fmt.ollama,
         untyped=False,
-        has_tools=True,
-        adapt=None,
-        detect=None,
         unwritten_ends=(base.unwritten_ends[0], base.unwritten_ends[0]),
         prepare=partial(_reasons_as_texts, prepare=base.prepare) if found.reasoning else base.prepare,
     )
+
+
+def _literal(name: str, value: Any) -> str:
+    return f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} %}}\n"
+
+
+def _ends_calls_once(tokenizer: Any, own: Format) -> bool:
+    """Whether the own template writes calls that are read back, and no end of turn inside them."""
+    turn = native.turns_of(tokenizer, {**own.template_kwargs}).text("", call()) or ""
+    return own.read_calls is not None and sum(turn.count(end) for end in own.end_of_turn) == 1
 
 
 def _reasons_as_texts(messages: list[dict], prepare: Callable[[list[dict]], list[dict]] | None) -> list[dict]:

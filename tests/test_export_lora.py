@@ -233,6 +233,7 @@ def test_vllm_folder_serves_adapter_and_template(run_folder, tmp_path, capsys):
     script = (tmp_path / "v" / "serve.sh").read_text("utf-8")
     assert "--tool-call-parser hermes" in script and "--max-lora-rank 16" in script
     assert "--lora-modules house=./adapter" in script and "--max-model-len 1024" in script
+    assert "--generation-config ./adapter" in script
     assert (tmp_path / "v" / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "v" / "chat_template.jinja").read_text("utf-8") == (
         run_folder / "final_model" / "chat_template.jinja"

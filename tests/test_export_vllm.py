@@ -19,8 +19,11 @@ from finetune.export.vllm import parser_of, serve_command, served_base, write_pl
 from finetune.export.vllm_rules import PARSER_TOKENS, check_adapter, max_lora_rank
 from finetune.models.bundled import smollm2_dir
 from finetune.runs.find import Run
-from formats import FORMATS, get_format
+from formats import FORMATS, IGNORE_INDEX, choose_format, encode, get_format
 from tests import parts
+from tests.formats import own_templates
+from tests.formats.cases import CLOCK, calls, row, says, tool, user
+from tests.formats.public_templates import load, tokenizer_with
 
 # Modules of vLLM's messages and base class, newest layout first.
 LAYOUTS = {
@@ -181,6 +184,37 @@ def test_plugin_reads_calls_on_lines(vllm, tmp_path):
         assert early == text.startswith(("First", "Just"))
 
 
+def test_reasoning_that_the_prompt_opened_is_no_content(vllm, tmp_path):
+    vllm("0.32")
+    tokenizer = tokenizer_with(own_templates.ALWAYS_THINKS)
+    write_plugin(tmp_path, Run("x", None, None), get_format("native", tokenizer))
+    parser = load_plugin(tmp_path)(tokenizer, TOOLS)
+    text = "Look at <c>f {</c>.\n</think>\n\nSo: <c>f {}</c>"
+    content, found, _ = streamed(parser, text, own_templates.END, random.Random(0), parser.format)
+    assert (content, found) == ("So:", [{"name": "f", "arguments": {}}])
+
+
+@pytest.mark.parametrize("style", ["cohere", "gptoss", "lfm2_v2", "glm4moe", *own_templates.STYLES])
+def test_derived_calls_are_streamed(style, vllm, tmp_path):
+    vllm("0.32")
+    text = own_templates.STYLES.get(style)
+    tokenizer = tokenizer_with(text) if text else load(style, "bytes")
+    fmt, _ = choose_format(tokenizer)
+    write_plugin(tmp_path, Run("x", None, None), fmt)
+    plugin, rng = load_plugin(tmp_path), random.Random(0)
+    one, two = ("clock", {"zone": "U, {T}C"}), ("job_run", {"n": 7})
+    tools = (CLOCK, tool("job_run", n={"type": "integer"}))
+    for answer in (says("It is [noon]."), calls(one), calls(one, two), calls(one, text="Let me look.")):
+        made = encode(row(user("go"), answer, tools=tools), tokenizer, fmt)
+        for sequence in made.sequences:
+            ids = [label for label in sequence.labels if label != IGNORE_INDEX]
+            text, end = tokenizer.decode(ids[:-1]), tokenizer.decode(ids[-1:])
+            parsed = fmt.parse(text, list(tools))
+            content, found, _ = streamed(plugin(tokenizer, list(tools)), text, end, rng, fmt)
+            assert (content, found) == (parsed.content, parsed.tool_calls), text
+            assert len(found) == len(answer.get("tool_calls", []))
+
+
 def streamed(parser, text: str, end: str, rng: random.Random, fmt) -> tuple[str, list[dict], bool]:
     """(content, calls, whether content came before the last piece) of a text streamed in random pieces."""
     at, previous, content, calls, early = 0, "", "", [], False
@@ -234,6 +268,7 @@ def test_command_for_every_format(name):
     assert "--chat-template ./chat_template.jinja" in command and "--host 127.0.0.1" in command
     assert "--enable-lora --lora-modules 'my model=./adapter' --max-lora-rank 16" in command
     assert ("--enable-auto-tool-choice" in command) == fmt.has_tools
+    assert "--generation-config ./adapter" in command  # its ends of turn, not the base's
     assert ("--tool-parser-plugin" in command) == (name in TEXTS)
 
 

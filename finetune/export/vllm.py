@@ -19,7 +19,7 @@ from finetune.models.adapter import adapter_config, lora_rank
 from finetune.models.bundled import resolve_model
 from finetune.progress import say
 from finetune.runs.find import Run
-from formats import Format
+from formats import Format, check_tokenizer
 
 PLUGIN = Path(__file__).with_name("vllm_plugin.py")
 PLUGIN_NAME = "sandwich"
@@ -70,6 +70,7 @@ def serve_command(
         if set(name) & set("=,"):  # would be split
             module = json.dumps({"name": name, "path": adapter})
         command += ["--enable-lora", "--lora-modules", module, "--max-lora-rank", str(max_lora_rank(rank))]
+        command += ["--generation-config", adapter]  # the base's would not stop at the format's end of turn
         if load_in_4bit:
             command += ["--quantization", "bitsandbytes"]
     else:
@@ -86,19 +87,18 @@ def serve_command(
 @target("vllm", marker="serve.sh", help="serve.sh with the adapter beside its base (or --mode merged)")
 def export_vllm(job: Job) -> None:
     """serve.sh, the chat template, adapter or merged weights, and a parser plugin where vLLM has no parser."""
+    tokenizer, fmt = job.run.load_tokenizer()
     if job.mode == "merged":
-        merged = write_merged(job.run, job.folder, job.dtype)
-        tokenizer, fmt = merged.tokenizer, merged.format
+        write_merged(job.run, job.folder, job.dtype)
+    elif job.run.adapter is None:
+        raise UserError(f"{job.run.path} has no adapter; use --mode merged")
     else:
-        if job.run.adapter is None:
-            raise UserError(f"{job.run.path} has no adapter; use --mode merged")
         check_adapter(job.run.adapter, adapter_config(job.run.adapter))
-        tokenizer, fmt = job.run.load_tokenizer()
-    write_serving_files(job, fmt, parser_of(fmt, tokenizer.get_vocab()))
+    write_serving_files(job, fmt, parser_of(fmt, tokenizer.get_vocab()), check_tokenizer(tokenizer, fmt))
 
 
-def write_serving_files(job: Job, fmt: Format, parser: str | None) -> None:
-    """Everything but the merged weights."""
+def write_serving_files(job: Job, fmt: Format, parser: str | None, ends: list[int]) -> None:
+    """Everything but the merged weights. ends: ids at which an answer stops."""
     run, folder = job.run, job.folder
     (folder / "chat_template.jinja").write_text(served_format(run, fmt).template, encoding="utf-8")
     config = run.experiment.config if run.experiment is not None else {}
@@ -107,6 +107,8 @@ def write_serving_files(job: Job, fmt: Format, parser: str | None) -> None:
     if job.mode != "merged":
         assert run.adapter is not None
         copy_adapter(run.adapter, folder / "adapter")
+        if not (stops := folder / "adapter" / "generation_config.json").is_file():  # a checkpoint
+            stops.write_text(json.dumps({"eos_token_id": ends}), encoding="utf-8")
         adapter = adapter_config(run.adapter)
         revision = config.get("base_model_revision") if config else adapter.get("revision")
         base = served_base(run.base_name)

@@ -14,7 +14,8 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
-from formats import get_format  # noqa: E402
+from formats import FORMATS, get_format  # noqa: E402
+from formats.base import THINK, split_reasoning  # noqa: E402
 
 try:  # since vLLM 0.32
     from vllm.renderers.chat_utils import make_tool_call_id
@@ -100,35 +101,64 @@ class SandwichToolParser(ToolParser):
 
 
 def final_content(text, fmt):
-    """The content of an incomplete answer that no later token can change.
+    """The content of an incomplete answer that no later token can change; "" while anything can.
 
-    Of a format's `call_markers` the second closes a call, the others open one; without a second, only the end of the
-    answer tells what is a call.
+    Of a format's markers the second closes a call, the others open one. A call without closing marker lasts until the
+    end of the turn, and one without any begins an answer.
     """
-    if text.lstrip().startswith("<think>"[: len(text.lstrip())] or " ") and "</think>" not in text:
+    text = text.lstrip()
+    for opening, closing in dict.fromkeys((fmt.reasoning_tags, THINK)):
+        begins = text.startswith(opening[: len(text)] or " ") or fmt.opened_reasoning[1].strip() == closing
+        if begins and closing not in text:
+            return ""
+        lone_end = fmt.reasoning or (opening, closing) != THINK
+        text = split_reasoning(text, lone_end, (opening, closing))[1].lstrip()
+    marks = call_markers(fmt)
+    if not marks or (text.startswith(("{", "[")) and len(marks) < 2):
         return ""
-    markers = (*fmt.call_markers, *fmt.end_of_turn)
+    text, suffixes = _unwrapped(text, fmt)
     text = "\n" + text  # a marker may be the beginning of a line
     # The text may end with the beginning of a marker.
-    cut = max((n for marker in markers for n in range(1, len(marker)) if text.endswith(marker[:n])), default=0)
+    ends = (*marks, *fmt.end_of_turn, *suffixes)
+    cut = max((n for marker in ends for n in range(1, len(marker)) if text.endswith(marker[:n])), default=0)
     text = text[: len(text) - cut]
     at = 0
-    while (start := _next_opening(text, at, fmt)) >= 0:
-        end = _call_end(text, start, fmt) if len(fmt.call_markers) > 1 else None
+    while (start := _next_opening(text, at, marks)) >= 0:
+        end = _call_end(text, start, marks[1], fmt) if len(marks) > 1 else None
         if end is None:
-            return fmt.parse(text[:start]).content
+            text = text[:start]
+            break
         at = end
-    return fmt.parse(text).content
+    return fmt.parse(min((text.partition(suffix)[0] for suffix in suffixes), key=len, default=text)).content
 
 
-def _next_opening(text, at, fmt):
-    openings = (*fmt.call_markers[:1], *fmt.call_markers[2:])
+def call_markers(fmt):
+    """What opens and closes calls; `Format.call_markers` omits what are tokens of the vocabulary."""
+    derived = getattr(fmt.read_calls, "markers", None)
+    if derived is not None:
+        return derived if fmt.read_calls.has_anchor else ()
+    named = [one.call_markers for one in FORMATS.values() if one.read_calls is fmt.read_calls]
+    return max([fmt.call_markers, *named], key=len)
+
+
+def _unwrapped(text, fmt):
+    """(text without what the template puts before an answer, what it puts behind it); "" while that may come."""
+    wrappers = getattr(fmt.read_calls, "wrappers", ())
+    for prefix, suffix in wrappers:
+        if prefix and text.startswith(prefix):
+            return text.removeprefix(prefix), [suffix] if suffix else []
+    if any(prefix.startswith(text) for prefix, _ in wrappers):
+        return "", []
+    return text, [suffix for prefix, suffix in wrappers if suffix and not prefix]
+
+
+def _next_opening(text, at, marks):
+    openings = (*marks[:1], *marks[2:])
     return min((found for marker in openings if (found := text.find(marker, at)) >= 0), default=-1)
 
 
-def _call_end(text, start, fmt):
+def _call_end(text, start, closing, fmt):
     """Where the call at `start` ends; `start` + 1 when it is invalid whatever follows; None while it is incomplete."""
-    closing = fmt.call_markers[1]
     invalid = False
     close = text.find(closing, start)
     while True:  # a string may contain the closing marker: the first that completes a call counts

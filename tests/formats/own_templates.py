@@ -44,11 +44,17 @@ STYLES: dict[str, str] = {
     "name before JSON": template(
         "<|call|>functions.{{ f.name }}:{{ number }}<|args|>{{ f.arguments | tojson }}<|/call|>", before="", between=""
     ),
+    "arguments as text": template("<c>{{ f.name }} {{ f.arguments }}</c>"),  # of an object: Python's repr
+    "arguments as added text": template("<c>{{ f.name + ' ' + f.arguments }}</c>"),  # of an object: an error
     "different ends": template(
         "to={{ f.name }} {{ f.arguments | tojson }}", before="<|tools|>", between="<|tools|>", call_end=CALL_END
     ),
 }
 STYLES["several templates"] = STYLES["JSON list"]
+# Its prompt opens reasoning that it writes in no answer.
+ALWAYS_THINKS = template(
+    "<c>{{ f.name }} {{ f.arguments | tojson }}</c>", text="{{ m.content.split('</think>')[-1] }}"
+).replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 # A closing token inside every turn that is not its end.
 INNER = template("<c>{{ f.name }} {{ f.arguments | tojson }}</c>", text="<|text|>{{ m.content }}<|/text|>")
 RELAXED = (

@@ -109,6 +109,61 @@ def test_end_inside_a_turn_is_refused():
     assert encoded.status == "refused" and "nothing between it and the answer before it" in encoded.reason
 
 
+@pytest.mark.parametrize("opening,closing", [("<think>", "</think>"), ("<muse>", "</muse>")])
+def test_reasoning_that_the_prompt_opens(opening, closing):
+    """A template that always thinks drops the reasoning of every answer; it is trained behind the prompt."""
+    text = own.ALWAYS_THINKS.replace("<think>", opening).replace("</think>", closing)
+    tokenizer = tokenizer_with(text)
+    fmt, _ = choose_format(tokenizer)
+    assert fmt.opened_reasoning == (f"{opening}\n", f"\n{closing}\n\n")
+    made = row(user("go"), calls(("clock", {}), reasoning_content="Look."), result("12"), says("Noon."), tools=(CLOCK,))
+    encoded = encode(made, tokenizer, fmt)
+    assert (encoded.status, encoded.warnings) == ("split", []), encoded.reason
+    assert_exact(made, encoded, tokenizer, fmt)
+    trained = [tokenizer.decode(s.input_ids[a:b]) for s in encoded.sequences for a, b in spans(s.labels)]
+    assert trained == [f"Look.\n{closing}\n\n<c>clock {{}}</c>{own.END}", f"\n{closing}\n\nNoon.{own.END}"]
+    assert [fmt.parse(text).reasoning_content for text in trained] == ["Look.", ""]
+    assert fmt.parse(trained[0]).tool_calls == [{"name": "clock", "arguments": {}}]
+
+
+def test_reasoning_under_another_name():
+    """gpt-oss reads `thinking`, writes a text beside calls in the same place, and today's date into its prompt."""
+    tokenizer = load("gptoss", "bytes")
+    fmt, _ = choose_format(tokenizer)
+    tags = ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant")
+    assert fmt.reasoning_tags == tags
+    first = row(user("go"), calls(("clock", {}), reasoning_content="Look."), tools=(CLOCK,))
+    beside = row(user("go"), calls(("clock", {}), text="Look."), tools=(CLOCK,))
+    last = row(user("go"), says("Noon.", reasoning_content="Read it."))
+    for made, reasoning, content in ((first, "Look.", ""), (beside, "Look.", ""), (last, "Read it.", "Noon.")):
+        encoded = encode(made, tokenizer, fmt)
+        assert (encoded.status, encoded.warnings) == ("ok", []), encoded.reason
+        assert_exact(made, encoded, tokenizer, fmt)
+        (sequence,) = encoded.sequences
+        assert "Current date: 2024-07-26" in sequence.text
+        ((start, end),) = spans(sequence.labels)
+        parsed = fmt.parse(tokenizer.decode(sequence.input_ids[start:end]), made["tools"])
+        assert (parsed.reasoning_content, parsed.content, parsed.errors) == (reasoning, content, [])
+    # Once an answer follows, the template drops the thinking of the calls before it; the prompt of the answer has it.
+    steps = row(*first["messages"], result("12"), *last["messages"][1:], user("ok"), says("Bye."), tools=(CLOCK,))
+    encoded = encode(steps, tokenizer, fmt)
+    assert (encoded.status, encoded.warnings) == ("split", []), encoded.reason
+    assert_exact(steps, encoded, tokenizer, fmt)
+    assert all(text in encoded.sequences[0].text for text in ("Look.", "Read it.", "Noon."))
+
+
+def test_own_layout_without_tools_is_kept():
+    """Phi-4 has ChatML's tokens and lays its turns out differently."""
+    turn = "<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>"
+    prompt = "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
+    tokenizer = tokenizer_with(f"{{% for m in messages %}}{turn}{{% endfor %}}{prompt}")
+    fmt, why = choose_format(tokenizer)
+    assert fmt.name == "native-tools" and "no place for tools" in why
+    assert compare(fmt, tokenizer).difference is None
+    made = row(user("go"), calls(("clock", {})), result("12"), says("Noon."), tools=(CLOCK,))
+    assert_exact(made, encode(made, tokenizer, fmt), tokenizer, fmt)
+
+
 def test_thinking_stays_on_where_off_breaks_turns():
     """MiniCPM5's prompt without thinking opens and closes reasoning that its answers do not have."""
     switched = "add_generation_prompt and enable_thinking is defined and not enable_thinking"

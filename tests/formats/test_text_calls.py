@@ -8,10 +8,11 @@ import pytest
 
 from finetune.runs.saving import with_format
 from formats import choose_format, encode, get_format
+from formats.call_grammar import CallGrammar
 from tests import parts
 from tests.formats.cases import CLOCK, MAIL, WEATHER, calls, result, row, says, system, user
 from tests.formats.checks import assert_exact
-from tests.formats.own_templates import template
+from tests.formats.own_templates import STYLES, template
 from tests.formats.public_templates import load, tokenizer_with
 
 HARD = {"to": ["a", None, True], "body": 'it\'s "b"\n</x> \\ 한국', "options": {"retry": {}}}
@@ -88,7 +89,7 @@ NAMES_THEM = (
 )
 
 
-@pytest.mark.parametrize(("own", "why"), [(WRITES_CALLS, "shows no tools but has"), (NAMES_THEM, "writes no calls")])
+@pytest.mark.parametrize(("own", "why"), [(WRITES_CALLS, "no place for tools"), (NAMES_THEM, "writes no calls")])
 def test_auto_keeps_every_call_of_a_template_that_has_function_tags(own, why):
     """A template that writes calls without showing tools, and one that only tells the model how to write them."""
     tokenizer = tokenizer_with(own)
@@ -179,3 +180,19 @@ def test_an_exported_model_reads_its_lines():
                 [s.input_ids for s in encode(made, *pair).sequences] for pair in ((tokenizer, fmt), (exported, used))
             ]
             assert ids[0] == ids[1]
+
+
+def test_calls_of_a_template_that_shows_no_tools():
+    """DeepSeek V3's template writes calls, of arguments as JSON text, and leaves the tools to the system message."""
+    text = STYLES["arguments as added text"].replace("{% if tools %}", "{% if false %}")
+    tokenizer = tokenizer_with(text)
+    fmt, _ = choose_format(tokenizer)
+    assert fmt.name == "native-tools" and isinstance(fmt.read_calls, CallGrammar)
+    made = row(user("go"), calls(("clock", {"zone": "UTC"})), result("12"), says("Noon."), tools=(CLOCK,))
+    encoded = encode(made, tokenizer, fmt)
+    assert encoded.status == "ok", encoded.reason
+    assert_exact(made, encoded, tokenizer, fmt)
+    assert '<c>clock {"zone": "UTC"}</c>' in encoded.sequences[0].text and '"clock"' in encoded.sequences[0].text
+    tokenizer.chat_template = fmt.pinned_template()  # as a trained model carries it
+    assert encode(made, tokenizer, choose_format(tokenizer)[0]).sequences == encoded.sequences
+    assert encode(made, tokenizer, get_format("native-tools", tokenizer)).sequences == encoded.sequences

@@ -11,10 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+from finetune.runs.experiment import FINAL
+from tests.formats import public_templates
 from tests.formats.cases import calls, result, row, says, tool, user
 from tests.formats.pairs import PAIRS, Pair
 
@@ -55,9 +58,13 @@ CASES = {
         tools=TOOLS,
     ),
 }  # fmt: skip
+# Published templates beside those of PAIRS: one for each kind of derived grammar, and one that has no place for tools.
+PUBLISHED = {"gemma4_v5": "native", "glm4moe": "native", "gptoss": "native", "lfm2_v2": "native",
+             "phi3_5": "native-tools"}  # fmt: skip
 EXPORTS = ("vllm:lora", "vllm:merged", "gguf")
 MAX_NEW_TOKENS = 160
 RANK = 16
+LEARNING_RATE = 3e-3  # the largest, after 30 steps; 0 at the last one
 MAX_LOSS = 0.1  # nats, of each trained token: its probability is above 0.9
 
 
@@ -84,12 +91,12 @@ def small_model(tokenizer: Any, answered: list[int]) -> Any:
     return model
 
 
-def memorize(model: Any, sequences: list[Any], answered: list[int], max_steps: int = 1000) -> float:
+def memorize(model: Any, sequences: list[Any], answered: list[int], max_steps: int = 600) -> float:
     """Train the adapter until every trained token is certain; returns the largest loss of a token, in nats."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     length = max(len(one.input_ids) for one in sequences)
     ids = torch.tensor([one.input_ids + [0] * (length - len(one.input_ids)) for one in sequences])
     labels = torch.tensor([one.labels + [-100] * (length - len(one.labels)) for one in sequences])[:, 1:]
@@ -99,10 +106,12 @@ def memorize(model: Any, sequences: list[Any], answered: list[int], max_steps: i
     head = llama.lm_head.weight[answered].detach()
     others = torch.full((len(targets), 1), math.log(llama.config.vocab_size))  # their logits are 0
     loss = math.inf
-    for _ in range(max_steps):
+    for step in range(max_steps):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min((step + 1) / 30, 1 - step / max_steps)
         hidden = llama.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][trained]
         losses = cross_entropy(torch.cat([hidden @ head.T, others], dim=1), targets, reduction="none")
         losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
         optimizer.zero_grad()
         loss = losses.max().item()
@@ -140,7 +149,7 @@ def make_run(folder: Path, pair: Pair) -> None:
         print(f"{pair.format}: the answers are not certain: a token has a loss of {loss:.2f} nats", flush=True)
     flags = {
         "dataset": [str(rows)], "format": pair.format, "max_seq_length": 9000, "trust_remote_code": False,
-        "rank": RANK, "alpha": 2 * RANK, "dropout": 0.0, "target_modules": targets, "lr": 3e-3, "epochs": 1,
+        "rank": RANK, "alpha": 2 * RANK, "dropout": 0.0, "target_modules": targets, "lr": LEARNING_RATE, "epochs": 1,
         "batch_size": 1, "grad_accum": 1, "seed": 0,
     }  # fmt: skip
     config = {
@@ -177,13 +186,25 @@ def own_answers(run: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def default_pairs(only: list[str] | None = None) -> list[Pair]:
-    """The first vocabulary of every format that has a place for tools; of `native` one for each published template."""
+    """The first vocabulary of every format that has a place for tools; of `native` one for each published template.
+
+    only   names of formats or templates
+    """
     first: dict[tuple[str, str], Pair] = {}
-    for pair in PAIRS:
-        if "mistral-v1" in pair or pair.format == "plain" or (only and pair.format not in only):
+    for pair in (*PAIRS, *published_pairs()):
+        if "mistral-v1" in pair or pair.format == "plain" or (only and not {pair.format, pair.template} & {*only}):
             continue
-        first.setdefault((pair.format, pair.template if pair.format == "native" else ""), pair)
+        first.setdefault((pair.format, pair.template if pair.format.startswith("native") else ""), pair)
     return list(first.values())
+
+
+def published_pairs() -> list[Pair]:
+    """Published templates whose calls are derived, on Qwen3's vocabulary with their control tokens."""
+    texts = [(name, public_templates.load(name, "bytes").chat_template) for name in PUBLISHED]
+    return [
+        Pair(name, "qwen3", template, sum(public_templates.control_tokens(text), ()))
+        for (template, text), name in zip(texts, PUBLISHED.values(), strict=True)
+    ]
 
 
 def folder_of(pair: Pair, workspace: Path) -> Path:
@@ -198,7 +219,8 @@ def main() -> int:
     args = parser.parse_args()
     folders = {pair: folder_of(pair, args.workspace) for pair in default_pairs(args.only)}
     for pair, folder in folders.items():  # before Unsloth is imported, which patches Transformers
-        if not folder.is_dir():
+        if not (folder / "experiments" / "run" / FINAL).is_dir():
+            shutil.rmtree(folder, ignore_errors=True)  # what a killed process has left
             make_run(folder, pair)
 
     import export_lora

@@ -3,53 +3,76 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-START_LIMIT_S = 900
+START_LIMIT_S = 300
 # For a small model on a CPU; the rest of the command is serve.sh's own.
-VLLM_FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "4", "--max-num-batched-tokens", "2048")
+# Under a grammar with free white space a model that has not learned it writes tabs until its tokens end.
+VLLM_FLAGS = (
+    "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "4", "--max-num-batched-tokens", "2048",
+    "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}',
+)  # fmt: skip
 VLLM_VARIABLES = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }  # fmt: skip
+# A `vllm` that prints the folder it was started in and its arguments, so that serve.sh itself says what is served.
+PRINTER = """#!/bin/sh
+printf '%s\\0' "$PWD" "$@"
+"""
 
 
 class StartError(Exception):
     """A server that ended before it answered; the message is the end of its log."""
 
 
-@contextlib.contextmanager
-def vllm_server(export: Path, venv: Path) -> Iterator[str]:
-    """`sh serve.sh` of an export with the vLLM of a virtual environment."""
-    port = _free_port()
-    log = export / "server.log"
-    path = os.pathsep.join([str((venv / "bin").absolute()), os.environ.get("PATH", "")])
-    command = ["sh", str(export / "serve.sh"), "--port", str(port), *VLLM_FLAGS]
-    with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, start_new_session=True,
-            env={**os.environ, **VLLM_VARIABLES, "PATH": path},
+class Vllm:
+    """The vLLM of a virtual environment, imported once (see preloaded.py); close it after the last server."""
+
+    def __init__(self, venv: Path) -> None:
+        self.process = subprocess.Popen(
+            [venv.absolute() / "bin" / "python", Path(__file__).with_name("preloaded.py")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+            env={**os.environ, **VLLM_VARIABLES},
         )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait(url, process, log)
-        yield url
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    @contextlib.contextmanager
+    def server(self, export: Path) -> Iterator[str]:
+        """`sh serve.sh` of an export."""
+        port, log = _free_port(), export.absolute() / "server.log"
+        with tempfile.TemporaryDirectory() as folder:
+            printer = Path(folder, "vllm")
+            printer.write_text(PRINTER, encoding="utf-8")
+            printer.chmod(0o755)
+            command = ["sh", str(export / "serve.sh"), "--port", str(port), *VLLM_FLAGS]
+            path = os.pathsep.join([folder, os.environ.get("PATH", "")])
+            printed = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": path}).stdout
+        at, *arguments = printed.split("\0")[:-1]
+        request = {"arguments": arguments, "folder": at, "log": str(log)}
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise StartError("the process that imports vLLM has ended")
+        pid, url = int(answer), f"http://127.0.0.1:{port}"
         try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _wait(url, pid, log)
+            yield url
+        finally:
+            _end(pid)
 
 
 @contextlib.contextmanager
@@ -67,13 +90,31 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _wait(url: str, process: subprocess.Popen, log: Path) -> None:
+def _runs(group: int) -> bool:
+    """Whether any process of a group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _end(group: int) -> None:
+    for number, patience_s in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, number)
+        deadline = time.monotonic() + patience_s
+        while _runs(group) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def _wait(url: str, group: int, log: Path) -> None:
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline:
-        if process.poll() is not None:
+        if not _runs(group):
             lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
             raise StartError("\n".join(lines[-8:]))
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
             return
-        time.sleep(1)
+        time.sleep(0.5)
     raise StartError(f"no answer within {START_LIMIT_S} s; see {log}")
