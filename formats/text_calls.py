@@ -39,7 +39,7 @@ PREAMBLE = read_template(__file__) + "\n"
 class Spelling:
     """How calls are written: start, calls with `between` between them, end; `read_calls` reads them back.
 
-    style      of a call: "object" (JSON), "python", "named" (name, `separator`, JSON of the arguments), or "own": that of
+    style      of a call: "object" (JSON), "python", "named" (name, `separator`, JSON of the arguments) or "own": that of
                the template
     hint       a call as the prompt explains it
     lead       between a text and the calls behind it
