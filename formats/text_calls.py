@@ -39,8 +39,8 @@ PREAMBLE = read_template(__file__) + "\n"
 class Spelling:
     """How calls are written: start, calls with `between` between them, end; `read_calls` reads them back.
 
-    style      of a call: "object" (JSON), "python", "named" (name, `separator`, JSON of the arguments) or "own": that of
-               the template
+    style      of a call: "object" (JSON), "python", "named" (name, `separator`, JSON of the arguments), or "own" (as
+               the template writes it)
     hint       a call as the prompt explains it
     lead       between a text and the calls behind it
     reasoning  what precedes the text of a turn behind its calls; "": the text stands in front of them
