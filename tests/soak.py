@@ -39,7 +39,7 @@ def slopes(samples: list[tuple[int, float, int]]) -> tuple[float, float]:
 def soak(folder: Path, steps: int) -> bool:
     rows = write_rows(folder / "rows.jsonl", [conversation(number) for number in range(60)])
     arguments = command(
-        "--model"(folder / "model"), "--dataset", rows, *FLAGS, "--max_steps", steps, "--save_steps",
+        "--model", folder / "model", "--dataset", rows, *FLAGS, "--max_steps", steps, "--save_steps",
         100, "--save_total_limit", 2, "--eval_fraction", 0.1, "--eval_steps", 50, "--experiments_dir", folder,
     )  # fmt: skip
     with (folder / "output").open("w") as output:

@@ -269,15 +269,15 @@ def test_run_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch, processe
     with pytest.raises(UserError, match="another process is training this run"):
         distributed.lock_run(tmp_path)
     other.release()
-    distributed.lock_run(tmp_path)
-    if processes == 1:
-        with pytest.raises(Timeout):
-            other.acquire(timeout=0)
-    else:  # locked later, in wait_for_lock
+    monkeypatch.setenv("RANK", str(processes - 1))
+    if processes == 2:
+        distributed.lock_run(tmp_path)  # does nothing: rank 0 locks
         other.acquire(timeout=0)
-        monkeypatch.setenv("RANK", "1")
-        distributed.lock_run(tmp_path)  # does nothing: rank 0 checks
         other.release()
+    monkeypatch.setenv("RANK", "0")
+    distributed.lock_run(tmp_path)
+    with pytest.raises(Timeout):
+        other.acquire(timeout=0)
 
 
 @pytest.mark.parametrize(

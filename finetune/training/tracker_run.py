@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from finetune.errors import UserError
-from finetune.files import write_text_atomic
+from finetune.files import require_run_folder, write_text_atomic
 from finetune.models.faults import one_line
 from finetune.models.hub import public_base, public_name
 from finetune.runs.experiment import Experiment
@@ -72,6 +72,7 @@ def tracker_callback(name: str, experiment: Experiment) -> TrainerCallback:
                 log.warning("--report_to %s failed (%s); the run continues without it", name, one_line(error))
 
         def write(self) -> None:
+            require_run_folder(experiment.folder)
             write_text_atomic(self.path, json.dumps(self.record) + "\n")
 
     Continued.__name__, Continued.__module__ = base.__name__, base.__module__

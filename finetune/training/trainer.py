@@ -136,7 +136,7 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
         model.train()
         rows = [make_row(*self.sequences[i]) for i in inputs["rows"]]
         if rows and not self._is_checked:
-            self.runner.check_against_model(rows)
+            self.runner.check_against_model(rows, self._check_is_finite.may_diverge())
             self._is_checked = True
         trained, stop_requests = distributed.totals(
             [sum(len(row.positions) for row in rows), self.stop_callback.requested is not None]
@@ -177,8 +177,6 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
 
         UserError when the checkpoint does not load; nothing is changed then.
         """
-        if self.args.should_save:
-            distributed.wait_for_lock(self.folder)
         checkpoint = kwargs.get("resume_from_checkpoint")
         self.checkpoint, self.is_loaded = Path(checkpoint) if checkpoint else None, False
         try:
