@@ -21,7 +21,7 @@ from typing import Any
 
 from finetune.errors import UserError, no_room
 from finetune.files import current_umask, require_run_folder, write_text_atomic
-from finetune.runs.config_schema import checked_config
+from finetune.runs.config_schema import TRAINER_STATE, checked_config, schema_fault
 from finetune.runs.links import refuse_links
 from finetune.runs.manifest import MANIFEST, has_manifest, manifest_mismatch
 from finetune.runs.run_log import counters_fault
@@ -257,6 +257,8 @@ def checkpoint_damage(checkpoint: Path) -> str | None:
                 if not isinstance(content, dict):
                     raise ValueError
                 if name == "trainer_state.json":
+                    if fault := schema_fault(TRAINER_STATE, content):
+                        return f"its {name}{fault}"
                     step = content["global_step"]
             elif name.endswith(".safetensors"):
                 safe_open(path, "numpy")
@@ -264,7 +266,7 @@ def checkpoint_damage(checkpoint: Path) -> str | None:
                 raise ValueError
         except FileNotFoundError:
             return f"it has no {name}"
-        except (OSError, ValueError, KeyError, SafetensorError):
+        except (OSError, ValueError, RecursionError, SafetensorError):
             return f"its {name} is not complete"
     if f"checkpoint-{step}" != checkpoint.name:
         return f"its trainer_state.json is of step {step}: the folder was renamed"

@@ -77,7 +77,12 @@ def remove_later_checkpoints(checkpoint: Path) -> None:
     names = [path.name for path in checkpoints]
     for path in checkpoints[names.index(checkpoint.name) + 1 :]:
         log.info("removing %s: the run resumes at %s", path.name, checkpoint.name)
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be removed ({error.strerror}); remove it, or resume from it with --resume {path}"
+            ) from error
 
 
 def unloadable(checkpoint: Path, error: Exception) -> UserError | None:
