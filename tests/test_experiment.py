@@ -119,6 +119,28 @@ def test_resume_finds_the_newest_checkpoint(tmp_path):
         find_resumable(str(tmp_path / "other"), tmp_path)
 
 
+def test_resume_of_a_run_that_is_named_like_a_checkpoint(tmp_path):
+    run = make_run(tmp_path, "interrupted", [2])
+    run.folder.rename(tmp_path / "checkpoint-5")
+    assert find_resumable(str(tmp_path / "checkpoint-5"), tmp_path)[1] == tmp_path / "checkpoint-5" / "checkpoint-2"
+
+
+def test_run_is_locked_before_its_checkpoints_are_read(tmp_path):
+    """The process that has the lock may still save one, or remove one."""
+    run, locked = make_run(tmp_path, "interrupted", [2]), []
+
+    def lock(folder):
+        locked.append(folder)
+        make_checkpoint(folder / "checkpoint-4")
+
+    assert find_resumable("", tmp_path, lock)[1].name == "checkpoint-4"
+    assert locked == [run.folder]
+    with pytest.raises(UserError, match="not a run folder"):
+        (tmp_path / "other").mkdir()
+        find_resumable(str(tmp_path / "other"), tmp_path, lock)
+    assert locked == [run.folder]
+
+
 @pytest.mark.parametrize(
     "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
              "adapter_config.json", COUNTERS],

@@ -214,7 +214,7 @@ def find_resumable(
         raise UserError(f"--resume {target}: no such folder; name a run folder or one of its checkpoints")
     if path.name in ("", ".."):  # the real name says whether it is a checkpoint
         path = path.resolve()
-    is_checkpoint = CHECKPOINT.fullmatch(path.name)
+    is_checkpoint = CHECKPOINT.fullmatch(path.name) and not (path / CONFIG).exists()  # a run may have such a name
     if lock:
         _open_trained(path.parent if is_checkpoint else path)  # not a run: nothing is locked
         lock(path.parent if is_checkpoint else path)
