@@ -104,7 +104,7 @@ def test_adapter_that_does_not_fit_is_refused(tmp_path):
     [{"r": 10**9}, {"r": "x"}, {"r": None}, {"r": 2}, {"r": -1}, {"lora_alpha": "x"}, {"target_modules": "((("},
      {"target_modules": 5}, {"target_modules": ["absent"]}, {"target_modules": ["q_proj", "k_proj"]},
      {"rank_pattern": {"q_proj": 10**9}}, {"rank_pattern": [3]}, {"peft_type": "NONE"}, {"peft_type": ["LORA"]},
-     {"peft_type": "PREFIX_TUNING"}, {"task_type": 5}, {"modules_to_save": ["absent"]},
+     {"peft_type": "PREFIX_TUNING"}, {"task_type": 5},
      {"modules_to_save": ["lm_head"]},
      {"layers_to_transform": [0]}, {"layers_to_transform": [99]}, {"megatron_config": {"a": 1}, "megatron_core": "os"},
      {"use_dora": True}, {"layer_replication": [[0, 2], [0, 2]]}, {"init_lora_weights": "nonsense"}, [], "x", None],
