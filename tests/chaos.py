@@ -45,9 +45,9 @@ def forward() -> int:
 
 def make_server(path: Path) -> socketserver.UnixStreamServer:
     """A server of `forward`'s requests, one at a time."""
-    from tests.scripts import ParentProcess
+    from tests.scripts import first_parent
 
-    parent = ParentProcess()
+    parent = first_parent()
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.scripts import QUIET, ROOT, ParentProcess
+from tests.scripts import QUIET, ROOT, ParentProcess, first_parent
 from tests.tiny import tiny_llama
 from tests.training_runs import command, config_of, conversation, log_rows, write_rows
 
@@ -91,7 +91,7 @@ class Processes:
 
     def start(self, *arguments: Any) -> None:
         while len(_parents) < self.first + self.number:
-            _parents.append(ParentProcess())
+            _parents.append(ParentProcess() if _parents else first_parent())
         self.parents = _parents[self.first : self.first + self.number]
         self.starts += 1
         with socket.socket() as listener:
