@@ -27,8 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOCKET = "SANDWICH_TESTS_SOCKET"
 KILLED = 137  # the tester's exit status
-# Its mode "unsynced" reads every path that is opened for writing. tempfile opens a folder that way, and the run would end
-# with an error before it could be killed.
+# Its mode "unsynced" reads every path that is opened for writing. tempfile opens a folder that way, and the run would
+# end with an error before it could be killed.
 FIX = """import os
 from ckpt_chaos import inject
 note = inject._note_open_for_write
