@@ -128,7 +128,7 @@ def start_console_log() -> Console:
 def find_stopped_run(settings: Settings) -> tuple[Settings, Experiment | None, Path | None]:
     """(flags, run to resume, its checkpoint) with --resume; otherwise check that a new run can be written."""
     if settings.resume is None:
-        if not settings.dry_run:
+        if not settings.dry_run and distributed.rank() == 0:  # others may still see what it has just renamed
             check_writable(settings.experiments_dir, make=False)
             check_free(settings.experiments_dir, settings.name)
         return settings, None, None
@@ -137,11 +137,10 @@ def find_stopped_run(settings: Settings) -> tuple[Settings, Experiment | None, P
         if settings.resume is None:
             return find_stopped_run(settings)
         settings.given.discard("name")  # it has named the folder, which may have been renamed since
-    run, checkpoint = find_resumable(settings.resume, settings.experiments_dir)
+    lock = None if settings.dry_run else distributed.lock_run
+    run, checkpoint = find_resumable(settings.resume, settings.experiments_dir, lock)
     settings = resumed(settings, run.config["flags"], str(run.folder), record.changed_versions(run))
     settings.revision = run.config.get("base_model_revision") or settings.revision
-    if not settings.dry_run:
-        distributed.lock_run(run.folder)
     log.info("resuming %s at %s", run.folder, checkpoint.name)
     return settings, run, checkpoint
 
@@ -156,8 +155,13 @@ def auto_target(settings: Settings) -> str | None:
     folder = Path(settings.experiments_dir) / settings.name
     if not (folder / CONFIG).exists():
         return None
-    if list_checkpoints(folder) or Experiment.open(folder).config.get("status") == "finished":
-        return str(folder)
+    try:
+        if list_checkpoints(folder) or Experiment.open(folder).config.get("status") == "finished":
+            return str(folder)
+    except (FileNotFoundError, UserError):
+        if distributed.rank() == 0:
+            raise
+        return None  # the first process has renamed it meanwhile
     if not settings.dry_run and distributed.rank() == 0:
         distributed.lock_run(folder)
         names = (folder.with_name(f"{folder.name}.no_checkpoint_{number}") for number in itertools.count(1))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
-from finetune.files import acquire_lock, release_lock
+from finetune.files import acquire_lock, release_lock, require_run_folder
 
 if TYPE_CHECKING:
     import torch
@@ -109,34 +109,29 @@ def end() -> None:
 def wait_for_lock(folder: Path) -> bool:
     """Lock the run's folder until this process ends, once no other process holds it; False if locks do not work there.
 
-    For runs of several processes: rank 0 takes the lock before its first step, so a rank that gets it after a process
+    For runs of several processes: rank 0 has the lock before its first step, so a rank that gets it after a process
     was lost knows, without a timeout, that rank 0 is dead or has already saved. torchrun kills the survivors 30 seconds
     after the first death.
     """
-    if _group is None:
-        return True
-    lock = acquire_lock(folder / LOCK, "", timeout=-1)
-    if lock is not None:
-        atexit.register(release_lock, lock)
-    return lock is not None
+    return _group is None or _hold(acquire_lock(folder / LOCK, "", timeout=-1))
 
 
 def lock_run(folder: Path) -> None:
     """Lock the run's folder until this process ends; UserError when another process is training there.
 
-    A process that was told to stop gets LOCK_TIMEOUT_SECONDS to end. In a run of several processes rank 0 only checks
-    the lock here and takes it in `wait_for_lock`, once the others have joined.
+    A process that was told to stop gets LOCK_TIMEOUT_SECONDS to end. In a run of several processes rank 0 locks.
     """
     if rank() > 0:
         return
     busy = f"{folder}: another process is training this run; wait for it, or stop it first"
-    lock = acquire_lock(folder / LOCK, busy, timeout=LOCK_TIMEOUT_SECONDS)
-    if lock is None:
-        return
-    if size() > 1:
-        lock.release()
-    else:
+    require_run_folder(folder)  # the lock would create it again
+    _hold(acquire_lock(folder / LOCK, busy, timeout=LOCK_TIMEOUT_SECONDS))
+
+
+def _hold(lock: Any) -> bool:
+    if lock is not None:
         atexit.register(release_lock, lock)
+    return lock is not None
 
 
 def is_lost(error: BaseException) -> bool:

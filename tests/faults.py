@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.scripts import QUIET, ROOT, ParentProcess
+from tests.scripts import QUIET, ROOT, ParentProcess, first_parent
 from tests.tiny import tiny_llama
 from tests.training_runs import command, config_of, conversation, log_rows, write_rows
 
@@ -84,19 +84,21 @@ class Processes:
 
     number: int
     output: Path
+    first: int = 0  # of _parents: another group at the same time needs others
     ids: list[int] = field(default_factory=list)
     codes: list[int | None] = field(default_factory=list)
     starts: int = 0
 
     def start(self, *arguments: Any) -> None:
-        while len(_parents) < self.number:
-            _parents.append(ParentProcess())
+        while len(_parents) < self.first + self.number:
+            _parents.append(ParentProcess() if _parents else first_parent())
+        self.parents = _parents[self.first : self.first + self.number]
         self.starts += 1
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
         self.ids, self.codes = [], [None] * self.number
-        for rank, parent in enumerate(_parents[: self.number]):
+        for rank, parent in enumerate(self.parents):
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.number, "MASTER_PORT": port}
             launcher = {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
             environment = {**os.environ, **QUIET, **(launcher if self.number > 1 else {})}
@@ -108,7 +110,7 @@ class Processes:
         """Whether all have ended, after at most `timeout` seconds for each."""
         for rank, code in enumerate(self.codes):
             if code is None:
-                self.codes[rank] = _parents[rank].wait(timeout)
+                self.codes[rank] = self.parents[rank].wait(timeout)
         return None not in self.codes
 
     def kill(self, ranks: list[int]) -> None:

@@ -31,7 +31,6 @@ def run_script(
     fresh: bool = False,
 ) -> subprocess.CompletedProcess:
     """The completed process, with stdout and stderr as text. Kills it and raises TimeoutExpired after `timeout` s."""
-    global _parent  # noqa: PLW0603
     command = [str(ROOT / script), *map(str, arguments)]
     environment = {**os.environ, **QUIET, **(env or {})}
     if fresh or not hasattr(os, "fork"):
@@ -39,9 +38,15 @@ def run_script(
             [sys.executable, *command], input=given, cwd=cwd, env=environment, timeout=timeout, capture_output=True,
             text=True, encoding="utf-8", check=False,
         )  # fmt: skip
+    return first_parent().run(command, given, cwd, environment, timeout)
+
+
+def first_parent() -> ParentProcess:
+    """The process that `run_script` uses; one child at a time."""
+    global _parent  # noqa: PLW0603
     if _parent is None:
         _parent = ParentProcess()
-    return _parent.run(command, given, cwd, environment, timeout)
+    return _parent
 
 
 class ParentProcess:

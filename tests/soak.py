@@ -39,7 +39,7 @@ def slopes(samples: list[tuple[int, float, int]]) -> tuple[float, float]:
 def soak(folder: Path, steps: int) -> bool:
     rows = write_rows(folder / "rows.jsonl", [conversation(number) for number in range(60)])
     arguments = command(
-        "--model"(folder / "model"), "--dataset", rows, *FLAGS, "--max_steps", steps, "--save_steps",
+        "--model", folder / "model", "--dataset", rows, *FLAGS, "--max_steps", steps, "--save_steps",
         100, "--save_total_limit", 2, "--eval_fraction", 0.1, "--eval_steps", 50, "--experiments_dir", folder,
     )  # fmt: skip
     with (folder / "output").open("w") as output:
@@ -77,6 +77,17 @@ def read_all(folder: Path, stop: threading.Event, problems: list[str], counts: l
                 problems.append(f"{run.name}: {error}")
 
 
+def draw_all(folder: Path, stop: threading.Event, problems: list[str], counts: list[int]) -> None:
+    """visualize_loss.py of all runs, again and again; there may be none yet."""
+    command = [sys.executable, str(ROOT / "visualize_loss.py"), str(folder), "-o", str(folder.parent / "runs.png")]
+    while not stop.is_set():
+        drawn = subprocess.run(command, cwd=ROOT, env=os.environ | QUIET, capture_output=True, text=True, check=False)
+        if drawn.returncode == 0:
+            counts[1] += 1
+        elif drawn.returncode != 2 or not drawn.stderr.startswith("error: "):
+            problems.append(f"visualize_loss.py: {drawn.returncode}, {drawn.stderr[-500:]}")
+
+
 def start_many(folder: Path, runs: int) -> bool:
     from finetune.models.loading import import_unsloth
 
@@ -95,17 +106,23 @@ def start_many(folder: Path, runs: int) -> bool:
     began = time.monotonic()
     children = [run_forked(arguments, folder / f"output_{number}") for number in range(runs)]
     print(f"{runs} runs started in {time.monotonic() - began:.2f} s")
-    stop, problems, counts = threading.Event(), [], [0]
-    reader = threading.Thread(target=read_all, args=(experiments, stop, problems, counts))
-    reader.start()
+    stop, problems, counts = threading.Event(), [], [0, 0]
+    readers = [
+        threading.Thread(target=read, args=(experiments, stop, problems, counts)) for read in (read_all, draw_all)
+    ]
+    for reader in readers:
+        reader.start()
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     stop.set()
-    reader.join()
+    for reader in readers:
+        reader.join()
     finished = [path for path in experiments.iterdir() if config_of(path)["status"] == "finished"]
     complete = [path for path in finished if [row["step"] for row in log_rows(path)] == ["1", "2", "3"]]
     adapters = {(path / "final_model" / "adapter_model.safetensors").read_bytes() for path in complete}
-    print(f"exit status 0: {codes.count(0)}; run folders: {len(list(experiments.iterdir()))}; complete: "
-          f"{len(complete)}; different adapters: {len(adapters)}; folders read meanwhile: {counts[0]}")  # fmt: skip
+    print(
+        f"exit status 0: {codes.count(0)}; run folders: {len(list(experiments.iterdir()))}; complete: {len(complete)}; "
+        f"different adapters: {len(adapters)}; folders read meanwhile: {counts[0]}; pictures drawn: {counts[1]}"
+    )
     print(*problems[:5], sep="\n")
     failed = next((number for number, code in enumerate(codes) if code), None)
     if failed is not None:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -640,6 +641,40 @@ def test_server_refuses_invalid_requests(agent):
     fine = client.post("/v1/chat/completions", json={**asked, **ignored, **numbers})
     assert fine.status_code == 200 and fine.json()["choices"][0]["finish_reason"] == "length"
     assert client.get("/health").json() == {"status": "ok"} and client.get("/docs").status_code == 404
+
+
+@pytest.mark.parametrize("depth", [70, 300, 700, 900, 930, 950, 960, 100_000])
+def test_server_refuses_deep_nesting(depth):
+    """Whatever part is nested, and whichever of JSON's readers and writers meets its own limit first."""
+    pytest.importorskip("fastapi", reason="pip install -r requirements/optional.txt")
+    from starlette.testclient import TestClient
+
+    from finetune.chat.serve import build_app
+
+    client = TestClient(build_app(SimpleNamespace(sides=("tuned",), name="m"), None), raise_server_exceptions=False)
+    deep, user = '{"a":' * depth + "1" + "}" * depth, '{"role": "user", "content": "x"}'
+    call = f'{{"type": "function", "function": {{"name": "f", "arguments": {deep}}}}}'
+    for body in (
+        "[" * depth + "]" * depth,
+        f'{{"messages": [{{"role": "user", "content": {deep}}}]}}',
+        f'{{"messages": [{{"role": "assistant", "tool_calls": [{call}]}}, {user}]}}',
+        f'{{"messages": [{user}], "tools": [{{"function": {{"name": "f", "parameters": {deep}}}}}]}}',
+    ):
+        answer = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 400, (body[:80], answer.text)
+
+
+def test_server_refusal_is_short():
+    """One that quotes the request would send back as much as it got."""
+    pytest.importorskip("fastapi", reason="pip install -r requirements/optional.txt")
+    from starlette.testclient import TestClient
+
+    from finetune.chat.serve import MAX_DETAIL, build_app
+
+    client = TestClient(build_app(SimpleNamespace(sides=("tuned",), name="m"), None), raise_server_exceptions=False)
+    for body in ({f"k{number}": 1 for number in range(5000)}, {"messages": [5] * 2000}, 5, None, "x"):
+        answer = client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 400 and len(answer.json()["detail"]) <= MAX_DETAIL
 
 
 def test_server_samples_with_the_seed(agent):

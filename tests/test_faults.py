@@ -5,9 +5,11 @@ Each run is then resumed; its adapter and log must be those of a run without the
 
 import contextlib
 import itertools
+import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import pytest
 
 from finetune.runs.manifest import write_manifest
 from tests import faults
+from tests.scripts import run_script
 from tests.test_manifest import flip_256_bytes, zero_4_kb
 from tests.training_runs import config_of, log_rows, run
 
@@ -142,16 +145,28 @@ def test_full_disk_at_the_adapter(disk, training, tmp_path):
     assert config_of(folder / "run")["status"] == "failed"
 
 
-def test_read_only_disk_then_resume(disk, tmp_path, training, expected):
-    folder = disk("size=200m")
-    with running(tmp_path, *training, "--experiments_dir", folder) as group:
-        disk("ro")
-        assert group.poll(120)
-        ends_in_one_line(group.codes[0], group.text(), "Read-only file system", 2)
-    result = run(*training, "--experiments_dir", folder, "--name", "other")
-    ends_in_one_line(result.returncode, result.stderr, "cannot write to", 2)
-    disk("rw")
-    resumes_to(expected, training, folder)
+def test_read_only_disk_then_resume(tmp_path, training, expected):
+    """What ext4 does after an error of the disk; a mount with open files cannot be made read-only otherwise."""
+    image, folder = tmp_path / "image", tmp_path / "disk"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    mount = ["mount", "-o", "loop,errors=remount-ro", image, folder]
+    for command in (["mkfs.ext4", "-q", image], mount):
+        if not shutil.which(command[0]) or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip(f"cannot run {command[0]}")
+    try:
+        with running(tmp_path, *training, "--experiments_dir", folder) as group:
+            subprocess.run(["mount", "-o", "remount,abort", folder], check=True)
+            assert group.poll(120)
+            ends_in_one_line(group.codes[0], group.text(), "Read-only file system", 2)
+        result = run(*training, "--experiments_dir", folder, "--name", "other")
+        ends_in_one_line(result.returncode, result.stderr, "cannot write to", 2)
+        subprocess.run(["umount", folder], check=True)
+        subprocess.run(mount, check=True)
+        resumes_to(expected, training, folder)
+    finally:
+        subprocess.run(["umount", "-l", folder], capture_output=True, check=False)
 
 
 def in_each_child(tmp_path, code):
@@ -194,6 +209,101 @@ def test_vanished_folder_ends_the_run(tmp_path, training):
         ends_in_one_line(group.codes[0], group.text(), "has disappeared", 2)
     assert not (tmp_path / "e" / "run").exists()
     assert len(log_rows(tmp_path / "moved")) >= 1
+
+
+def test_stopped_process_continues(tmp_path, training, expected):
+    """SIGSTOP and SIGCONT: Ctrl-Z, a suspended machine."""
+    with running(tmp_path, *training, "--experiments_dir", tmp_path) as group:
+        os.kill(group.ids[0], signal.SIGSTOP)
+        assert not group.poll(2)
+        os.kill(group.ids[0], signal.SIGCONT)
+        assert group.poll(300) and group.codes == [0], group.text()
+    assert faults.outcome(tmp_path / "run") == expected
+
+
+def test_two_resumes_at_once(tmp_path, training, expected):
+    """One trains; the other waits for it, and is refused or finds nothing left to do."""
+    with running(tmp_path, *training, "--experiments_dir", tmp_path) as group:
+        while not list((tmp_path / "run").glob("checkpoint-*")):
+            assert not group.poll(0.01)
+    groups = [faults.Processes(1, tmp_path / name, first) for first, name in enumerate(("first", "second"))]
+    try:
+        for group in groups:
+            group.output.mkdir()
+            group.start("--resume", tmp_path / "run")
+        for group in groups:
+            assert group.poll(300), group.text()
+            if group.codes != [0]:
+                ends_in_one_line(group.codes[0], group.text(), "another process is training this run", 2)
+    finally:
+        for group in groups:
+            group.kill([0])
+    assert [0] in [group.codes for group in groups]
+    assert faults.outcome(tmp_path / "run") == expected
+    assert config_of(tmp_path / "run")["status"] == "finished"
+
+
+def test_copies_of_a_running_run_resume(tmp_path, training, expected):
+    """`cp -r` at any moment: a copied file may be half written, a folder half copied."""
+    copies = []
+    with running(tmp_path, *training, "--experiments_dir", tmp_path / "e") as group:
+        while not group.poll(0.05):
+            copies.append(tmp_path / f"copy_{len(copies)}")
+            copies[-1].mkdir()
+            subprocess.run(["cp", "-r", tmp_path / "e" / "run", copies[-1]], capture_output=True, check=False)
+        assert group.codes == [0], group.text()
+    for folder in copies[:: max(1, len(copies) // 4)]:
+        resumes_to(expected, training, folder)
+
+
+def test_edited_log_then_resume(tmp_path, training, expected):
+    """Half a line, bytes that are not text, rows of later steps."""
+    with running(tmp_path, *training, "--experiments_dir", tmp_path) as group:
+        while not list((tmp_path / "run").glob("checkpoint-*")):
+            assert not group.poll(0.01)
+    with (tmp_path / "run" / "training_log.csv").open("ab") as file:
+        file.write(b'"\n\xff\x00,,,\n99,1,0.1,,,,,,,,,,,\n6,0.5,0.3')
+    resumes_to(expected, training, tmp_path)
+
+
+def test_checkpoint_that_cannot_be_removed(tmp_path, training, expected):
+    """A read-only mount; the run says so, and continues once it can."""
+    assert run(*training, "--experiments_dir", tmp_path).returncode == 0
+    folder = tmp_path / "run"
+    newest = folder / "checkpoint-6"
+    mount = subprocess.run(["mount", "--bind", newest, newest], capture_output=True, check=False)
+    if mount.returncode:
+        pytest.skip(f"cannot mount a file system: {mount.stderr.decode().strip()}")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", newest], check=True)
+        result = run("--resume", folder / "checkpoint-4")
+        ends_in_one_line(result.returncode, result.stderr, "checkpoint-6 cannot be removed", 2)
+    finally:
+        subprocess.run(["umount", newest], check=True)
+    resumes_to(expected, training, tmp_path)
+
+
+def test_full_disk_at_the_results_of_an_evaluation(disk, tmp_path, undisturbed, rows):
+    """One line and no half written file; the same command works once there is room."""
+    folder = disk("size=8k")
+    arguments = (undisturbed, "--dataset", rows, "--output", folder / "results", "--max_new_tokens", 8)
+    result = run_script("evaluate_lora.py", *arguments)
+    ends_in_one_line(result.returncode, result.stderr, "free some space", 1)
+    for path in folder.rglob("*.json"):
+        json.loads(path.read_text())
+    disk("size=60m")
+    result = run_script("evaluate_lora.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert (folder / "results" / "finetuned_model_metrics.json").is_file()
+    assert not list((folder / "results").glob(".*"))
+
+
+def test_twenty_runs_in_one_second():
+    """In one folder of runs, which others read meanwhile."""
+    done = subprocess.run([sys.executable, "-m", "tests.soak", "--runs", "20"], cwd=faults.ROOT, capture_output=True,
+                          text=True, timeout=1800, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_damaged_checkpoints_then_resume(tmp_path, training, expected):

@@ -207,7 +207,7 @@ def test_gguf_proxy_passes_on_only_the_api():
     assert seen == [("/v1/chat/completions", "Bearer inner", None)]
     for path in ("/props", "/slots", "/v1/../props"):
         assert request(app=app, path=path)[0] == 404
-    many = json.dumps({"messages": [{}] * (guard.MAX_MESSAGES + 1)}).encode()
-    assert request(app=app, body=many)[0] == 400
+    for name, limit in (("messages", guard.MAX_MESSAGES), ("tools", guard.MAX_TOOLS)):
+        assert request(app=app, body=json.dumps({name: [{}] * (limit + 1)}).encode())[0] == 400
     assert request(app=app, body=b"[" * 100_000)[0] == 400
     assert len(seen) == 1

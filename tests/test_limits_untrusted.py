@@ -1,10 +1,12 @@
 """No row, schema or file of others hangs a command or fills the memory: each is rejected with its reason."""
 
+import contextlib
 import gzip
 import json
 
 import pytest
 
+from finetune.chat.session import read_tools
 from finetune.errors import UserError
 from finetune.files import read_data
 from finetune.json_schema import limits as json_schema
@@ -14,6 +16,7 @@ from finetune.reading import size_limits
 from finetune.reading.normalize import normalize_row
 from finetune.reading.row_files import Unreadable
 from finetune.reading.sources import read_rows
+from finetune.reading.tool_schemas import load_tools_file
 from formats import FormatError, get_format
 from formats.safe_yaml import load_yaml
 
@@ -241,3 +244,15 @@ def test_damaged_offsets_of_an_arrow_file(tmp_path):
         out.write_batch(batch)
     with pytest.raises(UserError, match="not an Arrow file"):
         list(read_rows(tmp_path / "rows.arrow"))
+
+
+@pytest.mark.parametrize("depth", [70, 200, 500, 900, 990, 100_000])
+def test_deeply_nested_tools(depth, tmp_path):
+    """Python's own limit is met in other places, depending on the depth."""
+    path = tmp_path / "tools.json"
+    schema = '{"properties": {"a": ' * (depth // 2) + "{}" + "}}" * (depth // 2)
+    path.write_text(f'[{{"function": {{"name": "f", "parameters": {schema}}}}}]')
+    with pytest.raises(UserError, match=r"nested|not valid JSON"):
+        read_tools(path)
+    with contextlib.suppress(UserError):  # rows with such tools are rejected by their depth
+        load_tools_file(path)

@@ -24,6 +24,16 @@ def write(path: Path, value: object) -> None:
     path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
 
 
+def write_adapter(folder):
+    """An adapter of `tiny_llama`; returns the tokenizer."""
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer = parts.tokenizer("smollm2")
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny_llama(tokenizer), lora).save_pretrained(folder)
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -72,11 +82,7 @@ def test_broken_weights_are_one_line(tmp_path):
 
 
 def test_adapter_that_does_not_fit_is_refused(tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    tokenizer = parts.tokenizer("smollm2")
-    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    get_peft_model(tiny_llama(tokenizer), lora).save_pretrained(tmp_path / "complete")
+    tokenizer = write_adapter(tmp_path / "complete")
     config = json.loads((tmp_path / "complete" / "adapter_config.json").read_text("utf-8"))
     write(tmp_path / "complete" / "adapter_config.json", config | {"base_model_name_or_path": str(tmp_path / "base")})
     tokenizer.save_pretrained(tmp_path / "base")
@@ -91,6 +97,45 @@ def test_adapter_that_does_not_fit_is_refused(tmp_path):
     weights.rename(weights.with_suffix(".bin"))  # a pickle is never opened
     with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):
         attach_adapter(tiny_llama(tokenizer), tmp_path / "complete")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"r": 10**9}, {"r": "x"}, {"r": None}, {"r": 2}, {"r": -1}, {"lora_alpha": "x"}, {"target_modules": "((("},
+     {"target_modules": 5}, {"target_modules": ["absent"]}, {"target_modules": ["q_proj", "k_proj"]},
+     {"rank_pattern": {"q_proj": 10**9}}, {"rank_pattern": [3]}, {"peft_type": "NONE"}, {"peft_type": ["LORA"]},
+     {"peft_type": "PREFIX_TUNING"}, {"task_type": 5},
+     {"modules_to_save": ["lm_head"]},
+     {"layers_to_transform": [0]}, {"layers_to_transform": [99]}, {"megatron_config": {"a": 1}, "megatron_core": "os"},
+     {"use_dora": True}, {"layer_replication": [[0, 2], [0, 2]]}, {"init_lora_weights": "nonsense"}, [], "x", None],
+    ids=str,
+)  # fmt: skip
+def test_edited_adapter_config_is_refused(change, tmp_path):
+    """No traceback, no memory for a rank that the weights do not have, no adapter with random or unused weights."""
+    tokenizer = write_adapter(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    write(path, json.loads(path.read_text("utf-8")) | change if isinstance(change, dict) else json.dumps(change))
+    with pytest.raises(UserError, match="cannot be put on its base model: ") as caught:
+        attach_adapter(tiny_llama(tokenizer), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_adapter_of_a_model_with_other_layers_is_refused(layers, tmp_path):
+    """PEFT would drop the weights without a place, and leave modules without weights as they are."""
+    tokenizer = write_adapter(tmp_path)
+    with pytest.raises(UserError, match="its weights are of another model"):
+        attach_adapter(tiny_llama(tokenizer, num_hidden_layers=layers), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"{}", b"[" * 100_000], ids=["empty", "long", "bare", "text"]
+)
+def test_adapter_that_is_not_safetensors_is_refused(content, tmp_path):
+    tokenizer = write_adapter(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="cannot be put on its base model: "):
+        attach_adapter(tiny_llama(tokenizer), tmp_path)
 
 
 def test_merged_export_has_the_format_of_its_run(tmp_path):

@@ -3,9 +3,12 @@
 import json
 import shutil
 import sqlite3
+import struct
+from types import SimpleNamespace
 
 import pytest
 
+from finetune.errors import UserError
 from tests.helpers import lazy
 from tests.training_runs import conversation, run, write_rows, write_tiny_model
 
@@ -76,10 +79,45 @@ def test_trackio(inputs, tmp_path):
 def test_wandb(inputs, tmp_path):
     pytest.importorskip("wandb")
     tracked_twice("wandb", inputs, tmp_path, WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true")
-    starts = list((tmp_path / "wandb").glob("offline-run-*"))
+    starts = sorted((tmp_path / "wandb").glob("offline-run-*"))
     ids = {path.name.rsplit("-", 1)[-1] for path in starts}
     assert starts and len(ids) == 1
     assert json.loads((tmp_path / "run" / "tracker.json").read_text())["run"] in ids
+    rows = [row for folder in starts for row in wandb_rows(next(folder.glob("*.wandb")))]
+    assert [row["train/global_step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
+    assert [row["train/global_step"] for row in rows if "eval/loss" in row] == [2, 4]
+    assert [row["_step"] for row in rows] == list(range(len(rows)))  # W&B's server drops a number that it has
+
+
+def wandb_rows(path):
+    """The rows of an offline run: protocol buffers in LevelDB's log format, blocks of 32 KB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record, rows = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a complete record, or the last part of one
+            found = Record.FromString(record)
+            record = b""
+            if found.WhichOneof("record_type") == "history":
+                items = found.history.item
+                rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows
+
+
+def test_vanished_run_folder_is_not_made_again(tmp_path):
+    """By the tracker's own file; its error is the run's, not one of the tracker."""
+    pytest.importorskip("tensorboard")
+    callback = trackers.tracker_callback("tensorboard", SimpleNamespace(folder=tmp_path / "gone"))
+    callback.path, callback.record = tmp_path / "gone" / "tracker.json", {}
+    with pytest.raises(UserError, match="has disappeared"), callback.guarded():
+        callback.write()
+    assert not (tmp_path / "gone").exists()
 
 
 def test_tracker_that_is_down_costs_a_warning(inputs, tmp_path, monkeypatch):
@@ -108,7 +146,7 @@ def test_parameters_have_no_folders():
 
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"tracker": "wandb"}', '{"tracker": "mlflow", "sent": {"loss": "x"}}',
-             '{"tracker": "mlflow", "sent": 5}'],
+             '{"tracker": "mlflow", "sent": 5}', '{"tracker": "mlflow", "rows": "x"}'],
 )  # fmt: skip
 def test_damaged_state_starts_a_new_tracker_run(tmp_path, text):
     (tmp_path / "tracker.json").write_text(text)

@@ -11,7 +11,9 @@ import time
 
 import pytest
 
+import train_lora
 from finetune.runs.run_log import COLUMNS
+from finetune.settings import parse
 from tests import faults
 from tests.helpers import lazy
 from tests.scripts import ROOT
@@ -315,6 +317,45 @@ def test_resume_auto_starts_then_continues(rows, tiny_model, tmp_path):
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run.no_checkpoint_1" / "training_log.csv").read_bytes() == log
     assert (folder / "final_model" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_other_processes_start_again_with_the_first(tmp_path, monkeypatch):
+    """`torchrun … --resume auto` of a run without a checkpoint: the first process renames its folder at any time."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "experiment_config.json").write_text('{"status": "failed"}')
+    settings = parse(["--name", "run", "--experiments_dir", str(tmp_path), "--resume", "auto"])
+    assert train_lora.find_stopped_run(settings)[1:] == (None, None)
+
+    def list_checkpoints(folder):
+        folder.rename(tmp_path / "renamed")
+        return real(folder)
+
+    real = train_lora.list_checkpoints
+    monkeypatch.setattr(train_lora, "list_checkpoints", list_checkpoints)
+    settings = parse(["--name", "run", "--experiments_dir", str(tmp_path), "--resume", "auto"])
+    assert train_lora.find_stopped_run(settings)[1:] == (None, None)
+    assert not folder.exists()
+
+
+def test_diverged_run_with_load_best_resumes(rows, tiny_model, tmp_path):
+    """Its weights are not finite any more, and its best ones are kept: as in a run that was never stopped."""
+    arguments = ("--model", tiny_model, "--dataset", rows, "--format", "chatml", "--dtype", "float32", "--lr", "1e30",
+                 "--warmup_steps", 2, "--max_steps", 4, "--eval_fraction", 0.17, "--eval_steps", 1, "--load_best",
+                 "--experiments_dir", tmp_path, "--name", "run")  # fmt: skip
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "run"
+    expected = faults.outcome(folder)
+    assert [row["eval_loss"] for row in expected[1]][2:] == ["nan", "nan"]
+    shutil.rmtree(folder / "final_model")
+    shutil.rmtree(folder / "checkpoint-4")
+    result = run("--resume", folder)
+    assert result.returncode == 0, result.stderr
+    assert "resumed from step 3" in result.stderr
+    assert faults.outcome(folder) == expected
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")

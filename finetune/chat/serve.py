@@ -23,7 +23,7 @@ from finetune.chat.model import TUNED, ChatModel, Penalties
 from finetune.chat.reply import Reply
 from finetune.errors import UserError
 from formats import FormatError
-from formats.calls import reject_lone_surrogates
+from formats.calls import MAX_JSON_DEPTH, json_depth, reject_lone_surrogates
 
 if TYPE_CHECKING:
     from finetune.generation.generate import Decoding
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 IGNORED_FIELDS = {
     "metadata", "reasoning_effort", "service_tier", "store", "stream_options", "top_logprobs", "user",
 }  # fmt: skip
+MAX_DETAIL = 2000  # characters of a refusal, which may quote the request
 log = logging.getLogger("sandwich")
 
 
@@ -60,9 +61,13 @@ class ChatRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body  # refused by its type
+        if json_depth(body) > MAX_JSON_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
         reject_lone_surrogates(body)
-        if isinstance(body, dict) and (unknown := body.keys() - cls.model_fields.keys() - IGNORED_FIELDS):
-            raise ValueError(f"not supported: {', '.join(sorted(unknown))}")
+        if unknown := body.keys() - cls.model_fields.keys() - IGNORED_FIELDS:
+            raise ValueError(f"not supported: {', '.join(sorted(unknown))[:MAX_DETAIL]}")
         return body
 
     def decoding(self, default: Decoding) -> Decoding:
@@ -112,7 +117,7 @@ def build_app(model: ChatModel, decoding: Decoding) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     def refuse(_request: Request, error: RequestValidationError) -> JSONResponse:
         problems = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}".lstrip(": ") for one in error.errors()]
-        return JSONResponse({"detail": "; ".join(problems)}, 400)
+        return JSONResponse({"detail": "; ".join(problems)[:MAX_DETAIL]}, 400)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

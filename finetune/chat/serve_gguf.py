@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.chat.address import check_address
-from finetune.chat.guard import MAX_MESSAGES, Access, Guard, Receive, Send, answer, read_body, server_token
+from finetune.chat.guard import MAX_MESSAGES, MAX_TOOLS, Access, Guard, Receive, Send, answer, read_body, server_token
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def _problem(body: bytes) -> str | None:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
         return f"the body is not valid JSON ({error})"
-    messages = request.get("messages") if isinstance(request, dict) else None
-    if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
-        return f"messages: must have <= {MAX_MESSAGES} items"
+    for name, limit in (("messages", MAX_MESSAGES), ("tools", MAX_TOOLS)):
+        items = request.get(name) if isinstance(request, dict) else None
+        if isinstance(items, list) and len(items) > limit:
+            return f"{name}: must have <= {limit} items"
     return None

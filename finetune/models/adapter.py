@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +112,38 @@ def lora_rank(config: dict[str, Any]) -> int:
 def attach_adapter(model: Any, folder: Path) -> Any:
     """`model` with the adapter of `folder` on it (a PeftModel); UserError when there is none that fits."""
     from peft import PeftModel
-    from safetensors import SafetensorError
 
     # Only safetensors: PEFT would also load adapter_model.bin, which is a pickle.
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder} has no adapter_model.safetensors; save the adapter in that format")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{folder} has no {weights.name}; save the adapter in that format")
     try:
-        return PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        matrices = _checked_matrices(folder / "adapter_config.json", weights)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapted = PeftModel.from_pretrained(model, str(folder))
+        # PEFT leaves what the file lacks as it was initialized, with a warning, and ignores what has no place.
+        if absent := next((w for w in caught if "missing adapter keys" in str(w.message)), None):
+            raise ValueError(f"its weights are of another model. {absent.message}")
+        if 0 < (places := sum("lora_A" in name for name, _ in adapted.named_parameters())) < matrices:
+            raise ValueError(f"its weights are of another model: {matrices} matrices for {places} modules")
+        return adapted
+    except MemoryError:
+        raise
+    except Exception as error:  # of any kind: an edited adapter_config.json can make PEFT raise anything
         reason = " ".join(str(error).split())[:300]
         if isinstance(error, KeyError):
             reason = f"its adapter_config.json has no {reason}"
         raise UserError(f"the adapter in {folder} cannot be put on its base model: {reason}") from error
+
+
+def _checked_matrices(config_file: Path, weights: Path) -> int:
+    """How many lora_A the file has. ValueError when the config has a larger rank, for which PEFT would take memory."""
+    from safetensors import safe_open
+
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    with safe_open(weights, "numpy") as file:
+        ranks = [file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A" in name]  # noqa: SIM118
+    if config.get("peft_type") == "LORA" and (rank := lora_rank(config)) > max(ranks, default=rank):
+        raise ValueError(f"rank {rank} in {config_file.name}, {max(ranks)} in {weights.name}")
+    return len(ranks)

@@ -133,14 +133,19 @@ class PassRunner:
                 total += torch.nn.functional.cross_entropy(logits[positions].float(), targets, reduction="sum").item()
         return total
 
-    def check_against_model(self, rows: Sequence[Row]) -> None:
-        """UserError when the loss of the shortest rows, computed together, differs from the model's own."""
+    def check_against_model(self, rows: Sequence[Row], may_diverge: bool = False) -> None:
+        """UserError when the loss of the shortest rows, computed together, differs from the model's own.
+
+        may_diverge  not when that is not finite: a run that is resumed with such weights, as its best ones are kept
+        """
         few = sorted(rows, key=lambda row: len(row.input_ids))[:CHECKED_ROWS]
         self.model.eval()
         alone = self.reference_loss(few)
         together = self.run(few, 1.0).loss_sum
         self.model.train()
         if not math.isfinite(alone):
+            if may_diverge:
+                return
             raise UserError(
                 f"the model's own loss is {alone} before training; its weights are broken, or too large for this "
                 "--dtype (try --dtype float32)"

@@ -32,7 +32,10 @@ def normalize_tools(value: Any, notes: Counter | None = None) -> list[dict[str, 
     """
     if value is None:
         return []
-    tools, changed = _tools_of_text(value) if isinstance(value, str) else _tools(value)
+    try:
+        tools, changed = _tools_of_text(value) if isinstance(value, str) else _tools(value)
+    except RecursionError as error:
+        raise RowError("tools are nested too deeply") from error
     if notes is not None:
         notes.update(changed)
     return list(tools)

@@ -26,6 +26,22 @@ SCHEMA: dict[str, Any] = {
         "resumed": {"type": "array"},
     },
 }
+_VALUES: dict[str, Any] = {"type": "object", "additionalProperties": {"type": ["number", "boolean", "null"]}}
+# What training continues from in a checkpoint's trainer_state.json, beside what Transformers checks while it loads.
+TRAINER_STATE: dict[str, Any] = {
+    "type": "object",
+    "required": ["global_step"],
+    "properties": {
+        "global_step": _COUNT,
+        "epoch": _NUMBER,
+        "best_metric": _NUMBER,
+        "best_global_step": {"type": ["integer", "null"]},
+        "log_history": {"type": "array", "items": {"type": "object"}},
+        "stateful_callbacks": {
+            "type": "object", "additionalProperties": {"type": "object", "additionalProperties": _VALUES},
+        },
+    },
+}  # fmt: skip
 # The flags that commands read from a run's config.
 READ_FLAGS = (
     "format", "max_seq_length", "dataset", "rank", "alpha", "dropout", "target_modules", "lr", "epochs", "batch_size",
@@ -33,17 +49,22 @@ READ_FLAGS = (
 )  # fmt: skip
 
 
+def schema_fault(schema: dict[str, Any], value: Any) -> str | None:
+    """ ", entry, of an entry: what is wrong with it", to follow the name of a file; None where nothing is."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+
+    error = best_match(Draft202012Validator(schema).iter_errors(value))
+    return error and f"{''.join(f', {entry}' for entry in error.absolute_path)}: {error.message[:200]}"
+
+
 def checked_config(where: str, config: dict[str, Any]) -> dict[str, Any]:
     """The config, with the flags in READ_FLAGS converted to their types and set to their defaults where absent.
 
     Raises UserError, starting with `where`, that names the first entry that is not what train_lora.py writes.
     """
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
-
-    if error := best_match(Draft202012Validator(SCHEMA).iter_errors(config)):
-        entry = ", ".join([where, *map(str, error.absolute_path)])
-        raise UserError(f"{entry}: {error.message[:200]}; restore the file that train_lora.py wrote, or train again")
+    if fault := schema_fault(SCHEMA, config):
+        raise UserError(f"{where}{fault}; restore the file that train_lora.py wrote, or train again")
     if "flags" not in config:
         return config
     flags = dict(config["flags"])

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 from finetune.errors import UserError, no_room
 from finetune.files import current_umask, require_run_folder, write_text_atomic
-from finetune.runs.config_schema import checked_config
+from finetune.runs.config_schema import TRAINER_STATE, checked_config, schema_fault
 from finetune.runs.links import refuse_links
 from finetune.runs.manifest import MANIFEST, has_manifest, manifest_mismatch
 from finetune.runs.run_log import counters_fault
@@ -188,10 +188,13 @@ def folder_status(folder: Path) -> str | None:
     return None if status is None else str(status)
 
 
-def find_resumable(target: str, experiments_dir: str | Path) -> tuple[Experiment, Path]:
+def find_resumable(
+    target: str, experiments_dir: str | Path, lock: Callable[[Path], None] | None = None
+) -> tuple[Experiment, Path]:
     """(run, newest complete checkpoint) for --resume.
 
     target  a run folder, one of its checkpoints, or "" for the newest unfinished run. Raises UserError without one.
+    lock    called with the run's folder before anything is read from it that another process could still change
     """
     if not target:
         candidates = []
@@ -205,13 +208,17 @@ def find_resumable(target: str, experiments_dir: str | Path) -> tuple[Experiment
                 candidates.append((checkpoints[-1].stat().st_mtime, str(config.parent)))
         if not candidates:
             raise UserError(f"--resume: no unfinished run with a checkpoint in {experiments_dir}; name a run folder")
-        return find_resumable(max(candidates)[1], experiments_dir)
+        return find_resumable(max(candidates)[1], experiments_dir, lock)
     path = Path(target)
     if not path.is_dir():
         raise UserError(f"--resume {target}: no such folder; name a run folder or one of its checkpoints")
     if path.name in ("", ".."):  # the real name says whether it is a checkpoint
         path = path.resolve()
-    if CHECKPOINT.fullmatch(path.name):
+    is_checkpoint = CHECKPOINT.fullmatch(path.name) and not (path / CONFIG).exists()  # a run may have such a name
+    if lock:
+        _open_trained(path.parent if is_checkpoint else path)  # not a run: nothing is locked
+        lock(path.parent if is_checkpoint else path)
+    if is_checkpoint:
         if damage := checkpoint_damage(path):
             raise UserError(f"--resume {target}: {damage}; name another checkpoint, or the run's folder for its newest")
         warn_unverified(path)
@@ -250,6 +257,8 @@ def checkpoint_damage(checkpoint: Path) -> str | None:
                 if not isinstance(content, dict):
                     raise ValueError
                 if name == "trainer_state.json":
+                    if fault := schema_fault(TRAINER_STATE, content):
+                        return f"its {name}{fault}"
                     step = content["global_step"]
             elif name.endswith(".safetensors"):
                 safe_open(path, "numpy")
@@ -257,7 +266,7 @@ def checkpoint_damage(checkpoint: Path) -> str | None:
                 raise ValueError
         except FileNotFoundError:
             return f"it has no {name}"
-        except (OSError, ValueError, KeyError, SafetensorError):
+        except (OSError, ValueError, RecursionError, SafetensorError):
             return f"its {name} is not complete"
     if f"checkpoint-{step}" != checkpoint.name:
         return f"its trainer_state.json is of step {step}: the folder was renamed"

@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.files import atomic_directory
+from finetune.files import atomic_directory, require_run_folder
 from finetune.runs.experiment import FINAL, Experiment
 from finetune.runs.model_card import model_card
 from formats.escape import unmarked_as_special
@@ -25,8 +25,9 @@ def save_final_model(
     fmt: Format,
     end_of_turn_ids: list[int],
 ) -> Path:
-    """Write `final_model/`, complete or not at all; returns its path."""
+    """Write `final_model/`, complete or not at all; returns its path. UserError when the run's folder has vanished."""
     target = experiment.folder / FINAL
+    require_run_folder(experiment.folder)
     with atomic_directory(target, replace=True) as folder:  # a resumed run may have finished before
         model.save_pretrained(str(folder), safe_serialization=True)
         saved = with_format(tokenizer, fmt)  # the caller's tokenizer keeps its own template

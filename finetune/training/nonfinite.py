@@ -42,9 +42,7 @@ class FiniteCheck:
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             is_finite = not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite())
         self.steps_in_a_row = 0 if is_finite else self.steps_in_a_row + 1
-        best = trainer.state.best_metric
-        has_best = args.load_best_model_at_end and best is not None and math.isfinite(best)
-        if has_best or self.steps_in_a_row <= (MAX_NONFINITE_STEPS_FP16 if args.fp16 else 0):
+        if self.may_diverge() or self.steps_in_a_row <= (MAX_NONFINITE_STEPS_FP16 if args.fp16 else 0):
             return
         step, rate = trainer.state.global_step + 1, trainer.optimizer.param_groups[0]["lr"]
         names = sorted({name for names in distributed.gather([self.name(row) for row in rows]) for name in names})
@@ -56,6 +54,11 @@ class FiniteCheck:
             f"step {step}: {what}, and training cannot continue; try a lower --lr (it was {rate:g} in this step), "
             f"--max_grad_norm, or another --dtype, and look at the rows of the step ({shown}; all in training.log)"
         )
+
+    def may_diverge(self) -> bool:
+        """Whether the run ends with the weights of a finite evaluation whatever follows."""
+        best = self.trainer.state.best_metric
+        return self.trainer.args.load_best_model_at_end and best is not None and math.isfinite(best)
 
     def name(self, row: int) -> str:
         return "{}, row {}".format(*self.origins[row]) if row < len(self.origins) else f"sequence {row}"

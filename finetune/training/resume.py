@@ -23,7 +23,10 @@ class EvaluationStopped(Exception):
 
 
 class ResumeCallback(TrainerCallback):
-    """What follows once the trainer's checkpoint, if there is one, has loaded."""
+    """What follows once the trainer's checkpoint, if there is one, has loaded.
+
+    Before LogCallback, which cuts the log: a later checkpoint could not be resumed without these rows.
+    """
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -39,8 +42,17 @@ class ResumeCallback(TrainerCallback):
             forget_damaged_best(trainer.checkpoint.parent, state)
         if args.should_save:
             remove_later_checkpoints(trainer.checkpoint)
-        if trainer.run_log.evaluation_pending:
-            trainer.repeat_stopped_evaluation()
+
+
+class RepeatEvaluation(TrainerCallback):
+    """The evaluation that a signal stopped before the checkpoint; after all others, which log its result."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.run_log.evaluation_pending:
+            self.trainer.repeat_stopped_evaluation()
 
 
 def forget_damaged_best(folder: Path, state: TrainerState) -> None:
@@ -77,7 +89,12 @@ def remove_later_checkpoints(checkpoint: Path) -> None:
     names = [path.name for path in checkpoints]
     for path in checkpoints[names.index(checkpoint.name) + 1 :]:
         log.info("removing %s: the run resumes at %s", path.name, checkpoint.name)
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be removed ({error.strerror}); remove it, or resume from it with --resume {path}"
+            ) from error
 
 
 def unloadable(checkpoint: Path, error: Exception) -> UserError | None:

@@ -14,13 +14,14 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from finetune.errors import UserError
-from finetune.files import write_text_atomic
+from finetune.files import require_run_folder, write_text_atomic
 from finetune.models.faults import one_line
 from finetune.models.hub import public_base, public_name
 from finetune.runs.experiment import Experiment
 
 log = logging.getLogger("sandwich")
-STATE = "tracker.json"  # in the run folder: the tracker's run, and the last step of each metric that was sent to it
+# In the run folder: the tracker's run, how many rows were sent to it, and the last step of each metric.
+STATE = "tracker.json"
 MAX_PARAMETER_LENGTH = 250  # MLflow
 
 
@@ -39,6 +40,8 @@ def tracker_callback(name: str, experiment: Experiment) -> TrainerCallback:
             self.sent = dict(self.record.get("sent", {}))  # by the earlier process: its steps are repeated
             with self.guarded(), environment(RESUMERS[name](self, self.record.get("run"), experiment.folder)):
                 super().on_train_begin(args, state, control, **kwargs)
+                if name == "wandb":
+                    number_rows_from(self._wandb.run, self.record.get("rows", 0))
                 self.record |= {"tracker": name, "run": RUN_IDS[name](self)}
                 self.write()
                 PARAMETERS[name](self, parameters(experiment.config))
@@ -52,9 +55,10 @@ def tracker_callback(name: str, experiment: Experiment) -> TrainerCallback:
                 return None
             with self.guarded():
                 super().on_log(args, state, control, logs=logs, **kwargs)
+                self.record["rows"] = self.record.get("rows", 0) + 1
                 if kind:
                     self.record.setdefault("sent", {})[kind] = state.global_step
-                    self.write()
+                self.write()
             return None
 
         def on_train_end(self, *args: Any, **kwargs: Any) -> Any:
@@ -72,6 +76,7 @@ def tracker_callback(name: str, experiment: Experiment) -> TrainerCallback:
                 log.warning("--report_to %s failed (%s); the run continues without it", name, one_line(error))
 
         def write(self) -> None:
+            require_run_folder(experiment.folder)
             write_text_atomic(self.path, json.dumps(self.record) + "\n")
 
     Continued.__name__, Continued.__module__ = base.__name__, base.__module__
@@ -83,12 +88,19 @@ def read_state(path: Path, name: str) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         known = {kind: int(step) for kind, step in record.get("sent", {}).items()}
-        return {**record, "sent": known} if record["tracker"] == name else {}
+        rows = int(record.get("rows", 0))
+        return {**record, "sent": known, "rows": rows} if record["tracker"] == name else {}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("cannot read %s (%s): %s starts a new run", path, type(error).__name__, name)
         return {}
+
+
+def number_rows_from(run: Any, rows: int) -> None:
+    """Have W&B number the next row `rows`: offline it begins with 0 again, and a sync drops repeated numbers."""
+    if run.step < rows:
+        run.log({}, step=rows, commit=False)
 
 
 def parameters(config: dict[str, Any]) -> dict[str, str | int | float]:

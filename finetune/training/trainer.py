@@ -31,7 +31,7 @@ from finetune.training.callbacks import LogCallback, StopCallback  # noqa: E402
 from finetune.training.checkpoints import CheckpointMixin  # noqa: E402
 from finetune.training.nonfinite import FiniteCheck  # noqa: E402
 from finetune.training.order import StepSampler  # noqa: E402
-from finetune.training.resume import EvaluationStopped, ResumeCallback, unloadable  # noqa: E402
+from finetune.training.resume import EvaluationStopped, RepeatEvaluation, ResumeCallback, unloadable  # noqa: E402
 
 log = logging.getLogger("sandwich")
 EVAL_ROWS_PER_RUN = 64  # evaluation rows that may share prefixes; passes are limited by their tokens anyway
@@ -89,9 +89,8 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
             if name in adapter:
                 parameter.data = adapter[name]
         self.folder = Path(self.args.output_dir or "")
-        self.add_callback(log_callback)
-        self.add_callback(self.stop_callback)
-        self.add_callback(ResumeCallback(self))
+        for callback in (ResumeCallback(self), log_callback, self.stop_callback):
+            self.add_callback(callback)
         pad_token_id = getattr(self.processing_class, "pad_token_id", None) or 0
         self.runner = PassRunner(self.model, tokens_per_pass, share_prefix, pad_token_id)
         self.runner.autocast = self.accelerator.autocast
@@ -136,7 +135,7 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
         model.train()
         rows = [make_row(*self.sequences[i]) for i in inputs["rows"]]
         if rows and not self._is_checked:
-            self.runner.check_against_model(rows)
+            self.runner.check_against_model(rows, self._check_is_finite.may_diverge())
             self._is_checked = True
         trained, stop_requests = distributed.totals(
             [sum(len(row.positions) for row in rows), self.stop_callback.requested is not None]
@@ -177,10 +176,9 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
 
         UserError when the checkpoint does not load; nothing is changed then.
         """
-        if self.args.should_save:
-            distributed.wait_for_lock(self.folder)
         checkpoint = kwargs.get("resume_from_checkpoint")
         self.checkpoint, self.is_loaded = Path(checkpoint) if checkpoint else None, False
+        self.add_callback(RepeatEvaluation(self))
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
