@@ -16,9 +16,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 DEVICE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
 TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' requirements_lora.txt)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-# Progress on a terminal, quiet in a log. --no-compile: compiling every module takes more than half of the time, and
-# Python compiles the imported ones at their first use.
-PIP := $(PY) -m pip install --disable-pip-version-check --no-input --no-compile $$([ -t 1 ] || echo --quiet)
+# --no-compile: compiling every module takes more than half of the time, and Python compiles the imported ones at their
+# first use.
+PIP := $(PY) -m finetune.pip_progress install --disable-pip-version-check --no-input --no-compile
 
 .PHONY: help install install-test demo test test-slow test-servers faults chaos soak fuzz lint bench gpu clean
 
@@ -40,7 +40,7 @@ $(VENV)/.python:
 $(VENV)/.installed: $(VENV)/.python requirements_lora.txt requirements_unsloth.txt requirements/constraints.txt
 	@echo "installing into $(VENV) with $$($(PY) -V), torch $(TORCH) for $(DEVICE) (a few minutes) ..."
 	@if [ "$(DEVICE)" = cpu ] && [ "$$(uname -s)" = Linux ]; then \
-		$(PIP) "torch==$(TORCH)+cpu" 2>/dev/null || $(PIP) "torch==$(TORCH)" --index-url $(CPU_INDEX); fi
+		$(subst install,--try install,$(PIP)) "torch==$(TORCH)+cpu" || $(PIP) "torch==$(TORCH)" --index-url $(CPU_INDEX); fi
 	$(PIP) -r requirements_lora.txt
 	$(PIP) --no-deps -r requirements_unsloth.txt
 	@touch $@
