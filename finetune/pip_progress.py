@@ -5,6 +5,7 @@ Runs before anything is installed: only the standard library.
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import sysconfig
@@ -19,7 +20,7 @@ SECONDS_BETWEEN_LINES = 10  # in a log; on a terminal the line is rewritten ever
 def expected_packages(arguments: list[str]) -> int:
     """How many packages pip will report: those pinned in the requirement files and their constraint files."""
     names: set[str] = set()
-    paths = [Path(value) for flag, value in zip(arguments, arguments[1:], strict=False) if flag in ("-r", "-c")]
+    paths = [Path(value) for flag, value in itertools.pairwise(arguments) if flag in ("-r", "-c")]
     for path in paths:
         for line in path.read_text(encoding="utf-8").splitlines():
             first, _, rest = line.partition(" ")
@@ -36,7 +37,7 @@ def time_left(seconds: float, done: int, total: int) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Run `pip` with the arguments; returns its exit status. A first argument `--try` omits the messages of a failure."""
+    """Run `pip` with the arguments; returns its exit status. A first argument `--try`: no messages of a failure."""
     is_try = arguments[:1] == ["--try"]
     command = [sys.executable, "-m", "pip", *arguments[is_try:]]
     packages, site = expected_packages(arguments), Path(sysconfig.get_path("purelib"))

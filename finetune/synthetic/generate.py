@@ -46,9 +46,7 @@ class Writer:
         self._answerable = {name: answerable[name] for name in self.declared if answerable[name]}
         cases = [case for name in self.declared for case in dict.fromkeys(book.cases[name])]
         self._incomplete = [case for case in cases if case.incomplete(split) is not None]
-        self._sequences = [
-            pair for pair in book.sequences if pair[0] in self._answerable and pair[1] in self.declared
-        ]
+        self._sequences = [pair for pair in book.sequences if pair[0] in self._answerable and pair[1] in self.declared]
 
     def possible(self, kind: str) -> bool:
         """Whether these tools and phrasings can give rows of this kind."""
@@ -64,7 +62,10 @@ class Writer:
         """One row of the kind; raises NoNewRequest when no new request is found."""
         make: Callable[..., list[dict[str, Any]]] = getattr(self, f"_{kind}_row")
         # Dealt once: a tool with few wordings is tried again instead of skipped.
-        subjects = {"call": self.declared, "followup": self.declared, "parallel": self.declared, "answered": self._answerable, "absent": self.book.absent}
+        subjects = {
+            **dict.fromkeys(("call", "followup", "parallel"), self.declared),
+            "answered": self._answerable, "absent": self.book.absent,
+        }  # fmt: skip
         subject = (self._deal(kind, subjects[kind]),) if kind in subjects else ()
         for _ in range(MAX_TRIES):
             messages = make(*subject)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import re
 from collections.abc import Sequence
@@ -23,6 +22,9 @@ FOLDER = Path(__file__).parent / "phrasings"
 LANGUAGES = ("en", "ko")
 MAX_AMBIGUOUS_PAIRS = 200  # of tools
 MAX_TRIES = 10  # to draw arguments without two equal texts
+_BEFORE_NOUN = r"\b(?:an?|the|any|one|your|this) (?:(?:new|given|specified|specific|certain|single) )?"
+# Not before "or", or before a second noun ("a file system").
+_AFTER_NOUN = r"\b(?=$|[,.;)]| (?:of|in|on|at|to|into|from|with|by|for|as|that|which|line|using|given)\b)"
 _CONVERSATION = re.compile(r"\b(chat|conversation|small talk|greetings?)\b", re.IGNORECASE)
 _LONG_WORD = re.compile(r"\w{5,}")
 
@@ -156,8 +158,7 @@ def task_of(function: dict[str, Any], words: dict[str, Any]) -> str:
 def _with_value(task: str, key: str, value: str) -> tuple[str, bool]:
     """The task with a value in place of the words for it: `sort the contents of a file` with `file_name`."""
     for word in humanised(key).lower().split():
-        noun = rf"\b(?:an?|the|any|one|your|this) (?:(?:new|given|specified|specific|certain|single) )?{re.escape(word)}\b"
-        found = re.search(noun + r"(?! or\b)(?! and\b)(?! \w+s\b)", task)
+        found = re.search(_BEFORE_NOUN + re.escape(word) + _AFTER_NOUN, task)
         if word not in GENERIC_WORDS and found:
             return task[: found.start()] + value + task[found.end() :], True
     return task, False
@@ -166,7 +167,9 @@ def _with_value(task: str, key: str, value: str) -> tuple[str, bool]:
 def own_descriptions(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The tools' functions without the sentences with which all their descriptions begin."""
     functions = [tool["function"] for tool in tools]
-    common = os.path.commonprefix([str(function.get("description") or "").strip() for function in functions])
+    texts = sorted(str(function.get("description") or "").strip() for function in functions)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(texts[0], texts[-1], strict=False))
+    common = "".join(character for character, _ in same)
     end = max(common.rfind(mark) for mark in (". ", ": ", "\n"))
     if len(functions) == 1 or end < 0:
         return functions
@@ -204,9 +207,9 @@ def general_phrasebook(tools: Sequence[dict[str, Any]], language: str, rng: rand
         ]
         for split in SPLITS
     }  # fmt: skip
-    mix = dict.fromkeys(SPLITS, words["mix"])
     absent = [] if conversation or len(tools) == 1 else [name for name in cases if _is_alone(name, functions)]
-    return Phrasebook(wording, cases, pairs, mix, ambiguous, absent, conversation)
+    mix = {kind: part for kind, part in words["mix"].items() if absent or kind != "absent"}
+    return Phrasebook(wording, cases, pairs, dict.fromkeys(SPLITS, mix), ambiguous, absent, conversation)
 
 
 def _tasks(cases: dict[str, list[SchemaCase]], pair: Sequence[str]) -> dict[str, Value]:
