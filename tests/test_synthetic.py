@@ -1,6 +1,7 @@
 """Synthetic rows: reproducible, valid, with disjoint wordings of the splits; the committed samples."""
 
 import contextlib
+import itertools
 import json
 import random
 import re
@@ -27,14 +28,11 @@ from finetune.synthetic.schema_values import SchemaValues, humanised
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "data" / "samples"
 SCHEMAS = SAMPLES / "gennx_tool_schemas_tier1.json"
-# The commands of data/samples/README.md: language -> flags.
-COMMANDS = {
-    language: [
-        *("--tools", str(SCHEMAS), "--phrasings", str(SAMPLES / f"gennx_phrasings_{language}.json")),
-        *("--rows", "416", "--heldout-rows", "120", "--seed", "7", "--name", "gennx"),
-    ]
-    for language in LANGUAGES
-}
+README = " ".join((SAMPLES / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").split())
+# The flags of the commands that give the samples.
+COMMANDS = re.findall(
+    r"prepare_data\.py (generate --tools data/samples/\S+ --output data/samples \S.*? --name \w+)", README
+)
 FOUR_TOOLS = [
     {
         "name": "rag_retrieval",
@@ -107,17 +105,45 @@ def test_tier_1_has_fifteen_valid_schemas():
     assert sum(body is not None for body in bodies) == 11
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_command_gives_the_committed_samples(tmp_path, language):
-    done = prepare(*COMMANDS[language], "--output", str(tmp_path))
+@pytest.mark.parametrize("command", COMMANDS, ids=["gennx", "gennx_ko", "demo"])
+def test_command_gives_the_committed_samples(tmp_path, command):
+    done = prepare(*command.split()[1:], "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    suffix = "" if language == "en" else f"_{language}"
-    for split in SPLITS:
-        name = f"gennx_{split}{suffix}.jsonl"
-        assert (tmp_path / name).read_bytes() == (SAMPLES / name).read_bytes(), name
-        assert (SAMPLES / name).stat().st_size < 2_200_000
-    readme = " ".join((SAMPLES / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").split())
-    assert "--rows 416 --heldout-rows 120 --seed 7 --name gennx" in readme
+    written = list(tmp_path.iterdir())
+    assert len(written) == len(SPLITS)
+    for path in written:
+        assert path.read_bytes() == (SAMPLES / path.name).read_bytes(), path.name
+        assert path.stat().st_size < 2_000_000
+
+
+def test_samples_for_training_and_evaluation_share_no_request():
+    for prefix in ("demo", "gennx"):
+        asked = [
+            {skeleton(text) for row in read_rows(SAMPLES / f"{prefix}_{name}.jsonl") for text in texts(row, "user")}
+            for name in ("train", "heldout", "natural")
+        ]
+        assert all(not one & other for one, other in itertools.combinations(asked, 2))
+
+
+@pytest.mark.parametrize("prefix", ["demo", "gennx"])
+def test_hand_written_requests_need_every_tool_and_none(prefix):
+    rows = read_rows(SAMPLES / f"{prefix}_natural.jsonl")
+    tools = {tool["function"]["name"] for tool in json.loads(rows[0]["tools"])}
+    assert len(rows) == 40
+    assert {call["name"] for row in rows for call in calls(row)} == tools
+    categories = Counter(row.get("category") for row in rows)
+    assert categories["missing_parameter"] >= 7 and categories["irrelevant"] >= 4
+    assert sum(len(calls(row)) > 1 for row in rows) >= 3
+    for row in rows:
+        assert "category" in row or calls(row)
+        assert row.get("category") != "missing_parameter" or row["messages"][-1]["content"].endswith("?")
+
+
+def test_sample_questions_begin_alike():
+    """One first token of all questions makes "ask or call" one decision for a small model."""
+    rows = [row for name in ("demo", "gennx") for row in read_rows(SAMPLES / f"{name}_train.jsonl")]
+    asked = [row["messages"][-1]["content"] for row in rows if row.get("category") == "missing_parameter"]
+    assert len(asked) > 100 and all(text.startswith("Which ") for text in asked)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in SAMPLES.glob("*.jsonl")))
