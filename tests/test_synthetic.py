@@ -107,7 +107,7 @@ def test_tier_1_has_fifteen_valid_schemas():
 
 @pytest.mark.parametrize("command", COMMANDS, ids=["gennx", "gennx_ko", "demo"])
 def test_command_gives_the_committed_samples(tmp_path, command):
-    done = prepare(*command.split()[1:], "--output", str(tmp_path))
+    done = prepare(*command.split(), "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     written = list(tmp_path.iterdir())
     assert len(written) == len(SPLITS)
