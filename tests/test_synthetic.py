@@ -30,9 +30,7 @@ SAMPLES = ROOT / "data" / "samples"
 SCHEMAS = SAMPLES / "gennx_tool_schemas_tier1.json"
 README = " ".join((SAMPLES / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").split())
 # The flags of the commands that give the samples.
-COMMANDS = re.findall(
-    r"prepare_data\.py (generate --tools data/samples/\S+ --output data/samples \S.*? --name \w+)", README
-)
+COMMANDS = re.findall(r"generate (--tools data/samples/\S+ --output data/samples .*? --name \w+)", README)
 FOUR_TOOLS = [
     {
         "name": "rag_retrieval",
