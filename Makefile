@@ -18,7 +18,7 @@ TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' requirements_lora.txt)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # --no-compile: compiling every module takes more than half of the time, and Python compiles the imported ones at their
 # first use.
-PIP := $(PY) -m finetune.pip_progress install --disable-pip-version-check --no-input --no-compile
+PIP := $(PY) requirements/pip_progress.py install --disable-pip-version-check --no-input --no-compile
 
 .PHONY: help install install-test demo demo-full test test-slow test-servers faults chaos soak fuzz lint bench gpu clean
 

@@ -1,10 +1,14 @@
 """The progress line of `make install`: how many packages are expected, and pip's messages after a failure."""
 
+import runpy
 import subprocess
 import sys
 
-from finetune.pip_progress import expected_packages, time_left
 from tests.scripts import ROOT
+
+SCRIPT = ROOT / "requirements" / "pip_progress.py"
+FUNCTIONS = runpy.run_path(str(SCRIPT))
+expected_packages, time_left = FUNCTIONS["expected_packages"], FUNCTIONS["time_left"]
 
 
 def test_expected_packages_are_those_of_all_requirement_files(tmp_path):
@@ -22,7 +26,7 @@ def test_time_left():
 
 
 def test_failure_of_pip_is_shown(tmp_path):
-    command = [sys.executable, "-m", "finetune.pip_progress"]
+    command = [sys.executable, str(SCRIPT)]
     arguments = ["install", "--no-index", "--disable-pip-version-check", "no-such-package==1.0"]
     for option, shown in (([], True), (["--try"], False)):
         done = subprocess.run([*command, *option, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -13,7 +13,6 @@ import threading
 import time
 from pathlib import Path
 
-PROJECT = Path(__file__).parents[1]
 SECONDS_BETWEEN_LINES = 10  # in a log; on a terminal the line is rewritten every second
 
 
