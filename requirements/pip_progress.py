@@ -6,6 +6,7 @@ Runs before anything is installed: only the standard library.
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import sysconfig
@@ -42,21 +43,24 @@ def main(arguments: list[str]) -> int:
     packages, site = expected_packages(arguments), Path(sysconfig.get_path("purelib"))
     before = len(list(site.glob("*.dist-info")))
     started, found, output = time.monotonic(), 0, []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as pip:
         ended = threading.Event()
 
         def show() -> None:
             while not ended.wait(1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES):
                 installed = len(list(site.glob("*.dist-info"))) - before
                 left = time_left(time.monotonic() - started, found + installed, 2 * packages)
-                about = f" of about {packages}" if packages else ""
+                about = f" of about {max(packages, found)}" if packages else ""
                 say(f"packages: {found}{about} found, {installed} installed{left}", replaced=True)
 
         shown = threading.Thread(target=show)
         shown.start()
         for line in pip.stdout or ():
             output.append(line)
-            found += line.startswith("Collecting ")
+            found += line.startswith(("Collecting ", "Processing "))
         status = pip.wait()
         ended.set()
         shown.join()
