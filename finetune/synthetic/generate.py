@@ -10,6 +10,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,14 @@ class Writer:
         system = [{"role": "system", "content": self.book.wording.system}] if self.book.wording.system else []
         is_text = kind in CATEGORIES and not messages[-1].get("tool_calls")
         category = {"category": CATEGORIES[kind]} if is_text else {}
-        tools = [tool for tool in self.tools if kind != "absent" or tool["function"]["name"] not in subject]
-        as_json = json.dumps(tools, ensure_ascii=False, separators=(",", ":"))
-        return {"messages": system + messages, "tools": as_json, **category}
+        tools = self._tools_without(subject[0] if kind == "absent" else None)
+        return {"messages": system + messages, "tools": tools, **category}
+
+    @cache  # noqa: B019  (a writer lives as long as its rows are made)
+    def _tools_without(self, name: str | None) -> str:
+        """The schemas as JSON, without that of the tool `name`."""
+        tools = [tool for tool in self.tools if tool["function"]["name"] != name]
+        return json.dumps(tools, ensure_ascii=False, separators=(",", ":"))
 
     def _deal(self, key: Any, items: Iterable[Any]) -> Any:
         """The next item of the deck `key`, which is made of `items` at its first use."""
