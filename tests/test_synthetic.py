@@ -436,6 +436,7 @@ def test_parallel_rows_have_two_calls_in_one_answer(four_tools):
 def test_small_talk_goes_to_a_tool_for_it(four_tools):
     made = generate(load_tools_file(four_tools), rows=120, seed=1)["train"][1]
     talk = [row for kind, row in made if kind == "chat"]
+    assert not any("onversation" in texts(row, "user")[0] for kind, row in made if kind in ("missing", "ambiguous"))
     assert talk and not any("category" in row for row in talk)
     for row in talk:
         (call,) = calls(row)
@@ -480,11 +481,12 @@ def test_texts_follow_the_parameter_and_its_description():
         "branch_name": {"type": "string"},
         "mode": {"type": "string", "description": "'l' for lines, 'w' for words"},
         "user_name": {"type": "string"},
+        "order_id": {"type": "string"},
     }
     schema = {"type": "object", "properties": properties, "required": list(properties)}
     drawn = SchemaValues(schema, words, random.Random(0)).draw("f")
     assert drawn["file_name"] in words["file"] and drawn["branch_name"] in words["branch"]
-    assert drawn["mode"] in ("l", "w") and drawn["user_name"] in words["user"]
+    assert drawn["mode"] in ("l", "w") and drawn["user_name"] in words["user"] and drawn["order_id"] in words["id"]
 
 
 # --- values of any schema

@@ -45,7 +45,8 @@ class Writer:
         self._decks: dict[Any, Deck] = {}
         answerable = {name: [case for case in cases if case.answerable] for name, cases in book.cases.items()}
         self._answerable = {name: answerable[name] for name in self.declared if answerable[name]}
-        cases = [case for name in self.declared for case in dict.fromkeys(book.cases[name])]
+        silent = book.conversation[:1] if book.conversation else ()  # small talk lacks no value
+        cases = [case for name in self.declared if name not in silent for case in dict.fromkeys(book.cases[name])]
         self._incomplete = [case for case in cases if case.incomplete(split) is not None]
         self._sequences = [pair for pair in book.sequences if pair[0] in self._answerable and pair[1] in self.declared]
 

@@ -44,7 +44,7 @@ class SchemaCase:
         }  # fmt: skip
         verb, _, self._object = self.task.partition(" ")
         self._verbs = next((group for group in words["verb_groups"] if self._object and verb in group["verbs"]), None)
-        styles = [self._explicit, self._inline]
+        styles = [self._explicit, *([self._inline] if wording.language == "en" else [])]
         if self._verbs:
             styles += [self._synonym, *([self._need] if "needs" in self._verbs else [])]
         self._styles = {split: Deck(rng, styles) for split in SPLITS}
@@ -198,7 +198,7 @@ def general_phrasebook(tools: Sequence[dict[str, Any]], language: str, rng: rand
     functions = own_descriptions(tools)
     cases = {function["name"]: [SchemaCase(function, words, wording, rng)] for function in functions}
     conversation = next(((f["name"], parameter) for f in functions if (parameter := talks(f))), None)
-    pairs = list(itertools.permutations(cases, 2))
+    pairs = [pair for pair in itertools.permutations(cases, 2) if conversation is None or conversation[0] not in pair]
     rng.shuffle(pairs)
     ambiguous = {
         split: [

@@ -201,8 +201,9 @@ class SchemaValues:
         if len(quoted) > 1:
             return quoted
         words = humanised(name).lower().split()
-        # `file name` is a file, and `branch name` is not a person's: a last word that says little counts alone.
-        for word in reversed(words[:-1] if len(words) > 1 and words[-1] in GENERIC_WORDS else words):
+        if len(words) > 1 and words[-1] in GENERIC_WORDS:  # `file name` is a file; `branch name` is not a person's
+            words = [*([] if words[-1] == "name" else [words[-1]]), *words[:-1]]
+        for word in reversed(words):
             if texts := self.words.get(word) or self.words.get(word.removesuffix("s")):
                 return texts
         return self.words["word"]
