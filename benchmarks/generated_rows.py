@@ -25,13 +25,14 @@ from finetune.synthetic.generate import generate
 from finetune.synthetic.phrasing import read_json
 from finetune.synthetic.schema_phrasing import FOLDER, own_descriptions, task_of
 
+EXAMPLE = Path(__file__).parents[1] / "data" / "samples" / "demo_tool_schemas.json"
 # Answers without a call: evaluate_lora.py scores whether a call is made and a question asked, not the words.
 TEXTS = {"ask": ("missing_parameter", "Which one?"), "none": ("irrelevant", "Sorry, I have no tool for that.")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tools", help="JSON file with tool schemas")
+    parser.add_argument("tools", nargs="?", default=EXAMPLE, help="JSON file with tool schemas")
     parser.add_argument("--per_tool", type=int, default=32)
     parser.add_argument("--natural", nargs=2, metavar=("SET", "OUTPUT"), help="write the hand-written requests instead")
     args = parser.parse_args()
