@@ -47,9 +47,8 @@ def main() -> None:
     styles = Counter(style(row, tasks) for kind, row in rows if kind == "call")
     for name, number in styles.items():
         print(f"{name:<30}{number:>6}{number / styles.total():>8.0%}")
-    print(
-        f"tools with a description of their own: {sum(n == 1 for n in Counter(tasks.values()).values())} of {len(tools)}"
-    )
+    own = sum(number == 1 for number in Counter(tasks.values()).values())
+    print(f"tools with a description of their own: {own} of {len(tools)}")
 
 
 def style(row: dict, tasks: dict[str, str]) -> str:
