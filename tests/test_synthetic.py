@@ -444,6 +444,16 @@ def test_small_talk_goes_to_a_tool_for_it(four_tools):
         assert json.loads(call["arguments"]) == {"message": texts(row, "user")[0]}
 
 
+@pytest.mark.parametrize(
+    "schema", [{"type": "string", "maxLength": 5}, {"enum": ["hi"]}, {"type": "integer"}, {"type": ["string", "null"]}]
+)
+def test_small_talk_stays_text_where_the_tool_takes_no_free_text(tmp_path, schema):
+    parameters = {"type": "object", "properties": {"text": schema}}
+    tools = [{"name": "chat", "description": "Small talk", "parameters": parameters}, NOTES[1]]
+    rows = [row for kind, row in rows_of(tools, tmp_path, rows=40, seed=0) if kind == "chat"]
+    assert rows and not any(calls(row) for row in rows)
+
+
 def test_needs_are_worded_without_the_tool(tmp_path):
     """Text common to all descriptions is not what a tool does; some requests name neither tool nor description."""
     requests = [texts(row, "user")[0] for kind, row in rows_of(NOTES, tmp_path, per_tool=32, seed=2) if kind == "call"]

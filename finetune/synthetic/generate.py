@@ -27,7 +27,7 @@ KINDS = ("call", "answered", "steps", "parallel", "followup", "chat", "absent", 
 CATEGORIES = {
     "chat": "irrelevant", "absent": "irrelevant", "missing": "missing_parameter", "ambiguous": "missing_parameter",
 }  # fmt: skip
-SENTENCE_ENDS = ".?!"
+SENTENCE_ENDS = ".?!。？！"
 MAX_TRIES = 200  # to find a request that is not in the split yet
 
 

@@ -25,6 +25,7 @@ MAX_TRIES = 10  # to draw arguments without two equal texts
 _BEFORE_NOUN = r"\b(?:an?|the|any|one|your|this) (?:(?:new|given|specified|specific|certain|single) )?"
 # Not before "or", or before a second noun ("a file system").
 _AFTER_NOUN = r"\b(?=$|[,.;)]| (?:of|in|on|at|to|into|from|with|by|for|as|that|which|line|using|given)\b)"
+ANNOTATIONS = {"type", "title", "description", "default", "examples"}  # keywords that restrict nothing further
 _CONVERSATION = re.compile(r"\b(chat|conversation|small talk|greetings?)\b", re.IGNORECASE)
 _LONG_WORD = re.compile(r"\w{5,}")
 
@@ -173,15 +174,18 @@ def own_descriptions(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     end = max(common.rfind(mark) for mark in (". ", ": ", "\n"))
     if len(functions) == 1 or end < 0:
         return functions
-    return [{**function, "description": function["description"].strip()[end + 1 :]} for function in functions]
+    return [{**function, "description": str(function["description"]).strip()[end + 1 :]} for function in functions]
 
 
 def talks(function: dict[str, Any]) -> str | None:
-    """The text parameter of a tool for conversation ("Direct conversation without external tools"), else None."""
+    """The only parameter, any text, of a tool for conversation ("Chat without external tools"); None for others."""
     about = humanised(function["name"]) + " " + str(function.get("description") or "")
-    properties = (function.get("parameters") or {}).get("properties") or {}
-    texts = [name for name, schema in properties.items() if isinstance(schema, dict) and schema.get("type") == "string"]
-    return texts[0] if _CONVERSATION.search(about) and len(properties) == len(texts) == 1 else None
+    properties = (function.get("parameters") or {}).get("properties")
+    if not _CONVERSATION.search(about) or not isinstance(properties, dict) or len(properties) != 1:
+        return None
+    ((name, schema),) = properties.items()
+    is_any_text = isinstance(schema, dict) and schema.get("type") == "string" and schema.keys() <= ANNOTATIONS
+    return name if is_any_text else None
 
 
 def _stems(word: str) -> list[str]:
