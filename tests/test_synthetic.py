@@ -665,6 +665,10 @@ def broken(change) -> dict:
     ("change", "message"),
     [
         (lambda data: data.pop("frames"), r"phrasings\.json: field 'frames' is missing"),
+        (
+            lambda data: data["mix"]["train"].update(call_row=1),
+            "`mix` in the phrasings has the unknown kind 'call_row'",
+        ),
         (lambda data: data["tools"].pop("POST /db/node"), "no phrasings for the tool POST /db/node"),
         (lambda data: data["common"]["values"].pop("x"), r"POST /db/node: slot \{x\} has no value"),
         (lambda data: data["common"]["values"].update(x={"real": [0, 1]}), "value 'x' must be one of integer"),

@@ -212,6 +212,8 @@ def make_rows(
     """
     writer = Writer(book, tools, split, rng)
     rows = []
+    if unknown := [kind for kind in book.mix[split] if kind not in KINDS]:
+        raise UserError(f"`mix` in the phrasings has the unknown kind {unknown[0]!r}; use {', '.join(KINDS)}")
     mix = {kind: part for kind, part in book.mix[split].items() if writer.possible(kind)}
     for kind, number in shares(mix, total).items():
         for _ in range(number):
