@@ -679,7 +679,7 @@ def test_errors_of_a_phrasing_file(tmp_path, change, message):
     path = tmp_path / "phrasings.json"
     path.write_text(json.dumps(broken(change)), encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        load_phrasebook(path, load_tools_file(SCHEMAS), random.Random(0))
+        generate(load_tools_file(SCHEMAS), path, rows=4)
 
 
 @pytest.mark.parametrize(
