@@ -16,11 +16,11 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 DEVICE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
 TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' requirements_lora.txt)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-# Progress on a terminal, quiet in a log. --no-compile: compiling every module takes more than half of the time, and
-# Python compiles the imported ones at their first use.
-PIP := $(PY) -m pip install --disable-pip-version-check --no-input --no-compile $$([ -t 1 ] || echo --quiet)
+# --no-compile: compiling every module takes more than half of the time, and Python compiles the imported ones at their
+# first use.
+PIP := $(PY) requirements/pip_progress.py install --disable-pip-version-check --no-input --no-compile
 
-.PHONY: help install install-test demo test test-slow test-servers faults chaos soak fuzz lint bench gpu clean
+.PHONY: help install install-test demo demo-full test test-slow test-servers faults chaos soak fuzz lint bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -40,7 +40,7 @@ $(VENV)/.python:
 $(VENV)/.installed: $(VENV)/.python requirements_lora.txt requirements_unsloth.txt requirements/constraints.txt
 	@echo "installing into $(VENV) with $$($(PY) -V), torch $(TORCH) for $(DEVICE) (a few minutes) ..."
 	@if [ "$(DEVICE)" = cpu ] && [ "$$(uname -s)" = Linux ]; then \
-		$(PIP) "torch==$(TORCH)+cpu" 2>/dev/null || $(PIP) "torch==$(TORCH)" --index-url $(CPU_INDEX); fi
+		$(subst install,--try install,$(PIP)) "torch==$(TORCH)+cpu" || $(PIP) "torch==$(TORCH)" --index-url $(CPU_INDEX); fi
 	$(PIP) -r requirements_lora.txt
 	$(PIP) --no-deps -r requirements_unsloth.txt
 	@touch $@
@@ -54,11 +54,19 @@ $(VENV)/.installed-test: $(VENV)/.installed requirements/test.txt requirements/t
 	@touch $@
 
 JOBS ?= 2
-HELD_OUT ?= data/samples/gennx_heldout.jsonl
 
+demo: HELD_OUT := data/samples/demo_heldout.jsonl
 demo: install  ## fine-tune the bundled 135M model to call tools, draw its curve, score it (minutes, no GPU, no hub)
-	@name=demo_$$(date +%Y%m%d_%H%M%S); run=experiments/$$name; set -x; \
-	$(PY) train_lora.py --config configs/demo.yaml --name $$name; \
+	$(RUN_RECIPE)
+
+demo-full: HELD_OUT := data/samples/gennx_heldout.jsonl
+demo-full: install  ## the same with all fifteen tools
+	$(RUN_RECIPE)
+
+# Trains configs/TARGET.yaml and scores it on HELD_OUT.
+define RUN_RECIPE
+	@name=$(subst -,_,$@)_$$(date +%Y%m%d_%H%M%S); run=experiments/$$name; set -x; \
+	$(PY) train_lora.py --config configs/$(subst -,_,$@).yaml --name $$name; \
 	$(PY) visualize_loss.py $$run -o $$run/loss.png --html $$run/loss.html; \
 	$(PY) evaluate_lora.py $$run --dataset $(HELD_OUT); \
 	{ set +x; } 2>/dev/null; printf '%s\n' "" "Output files:" \
@@ -67,6 +75,7 @@ demo: install  ## fine-tune the bundled 135M model to call tools, draw its curve
 		"  loss curve     $$run/loss.png, loss.html" \
 		"  scores         $$run/evaluation/base_model_metrics.json, finetuned_model_metrics.json" \
 		"  every answer   $$run/evaluation/base_model_results.jsonl, finetuned_model_results.jsonl"
+endef
 
 # Two files at a time, one thread each: most tests spend their time in Python and imports, not in matrix products.
 test: install-test  ## the test suite, in the same environment plus test tools

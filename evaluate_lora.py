@@ -135,7 +135,7 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     archive_incomparable_scores(folder, metrics, say)
 
     # 5. Compare and report.
-    from finetune.evaluation.report import update_model_card, write_report
+    from finetune.evaluation.report import one_request, update_model_card, write_report
     from finetune.models.hub import public_name
     from finetune.terminal_tables import print_markdown
 
@@ -155,6 +155,8 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
         card = Path(args.model) / "final_model" / "README.md"
         update_model_card(card, comparison)
     print_markdown(Console(), comparison)
+    if len(scored) == 2:
+        print(f"\nOne request, side by side:\n{one_request(scored)}")
     print(f"\nwritten to {folder}: " + ", ".join(sorted(p.name for p in written)) + ", *_metrics.json, *_results.jsonl")
     return 0
 

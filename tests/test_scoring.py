@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from finetune.evaluation.items import ANSWER, CALL, IRRELEVANT, MISSING_PARAMETER, QUESTION, items_of
 from finetune.evaluation.metrics import METRICS, Metric, compute_metrics, paired_differences
-from finetune.evaluation.report import comparison_markdown
+from finetune.evaluation.report import comparison_markdown, one_request
 from finetune.evaluation.scoring import (
     BROKEN,
     NO_CALL,
@@ -427,3 +427,14 @@ def test_docs_define_every_metric():
 
     text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     assert [m.name for m in METRICS if m.verdict is not None and f"| `{m.name}` |" not in text] == []
+
+
+def test_one_request_is_one_that_only_the_tuned_model_gets_right():
+    lamp, door = call("set_lamp", room="hall"), call("door", Assign={"1": {"open": True}})
+    items = [item(CALL, lamp, row=1), item(CALL, door, row=2)]
+    base = [answered(items[0], lamp), answered(items[1], text="Sure!\x1b[2J")]
+    tuned = [answered(items[0], lamp), answered(items[1], door)]
+    lines = one_request({"base": base, "tuned": tuned}).splitlines()
+    assert [line.split()[0] for line in lines] == ["request", "expected", "base", "tuned"]
+    assert lines[0].endswith("Dim the kitchen") and lines[2].endswith("Sure!\ufffd[2J")
+    assert lines[1].endswith('door {"Assign": {"1": {"open": true}}}') and lines[3].endswith(lines[1].split(None, 1)[1])

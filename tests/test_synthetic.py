@@ -1,6 +1,7 @@
 """Synthetic rows: reproducible, valid, with disjoint wordings of the splits; the committed samples."""
 
 import contextlib
+import itertools
 import json
 import random
 import re
@@ -21,20 +22,15 @@ from finetune.reading.tool_schemas import load_tools_file
 from finetune.synthetic.generate import NoNewRequest, Writer, generate, generate_files, shares
 from finetune.synthetic.phrasebook import load_phrasebook
 from finetune.synthetic.phrasing import SPLITS, Value, expand, fill_arguments, read_json
-from finetune.synthetic.schema_phrasing import FOLDER, LANGUAGES, task_of
+from finetune.synthetic.schema_phrasing import FOLDER, LANGUAGES, _with_value, task_of
 from finetune.synthetic.schema_values import SchemaValues, humanised
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "data" / "samples"
 SCHEMAS = SAMPLES / "gennx_tool_schemas_tier1.json"
-# The commands of data/samples/README.md: language -> flags.
-COMMANDS = {
-    language: [
-        *("--tools", str(SCHEMAS), "--phrasings", str(SAMPLES / f"gennx_phrasings_{language}.json")),
-        *("--rows", "416", "--heldout-rows", "120", "--seed", "7", "--name", "gennx"),
-    ]
-    for language in LANGUAGES
-}
+README = " ".join((SAMPLES / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").split())
+# The flags of the commands that give the samples.
+COMMANDS = re.findall(r"generate (--tools data/samples/\S+ --output data/samples .*? --name \w+)", README)
 FOUR_TOOLS = [
     {
         "name": "rag_retrieval",
@@ -107,22 +103,51 @@ def test_tier_1_has_fifteen_valid_schemas():
     assert sum(body is not None for body in bodies) == 11
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_command_gives_the_committed_samples(tmp_path, language):
-    done = prepare(*COMMANDS[language], "--output", str(tmp_path))
+@pytest.mark.parametrize("command", COMMANDS, ids=["gennx", "gennx_ko", "demo"])
+def test_command_gives_the_committed_samples(tmp_path, command):
+    done = prepare(*command.split(), "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    suffix = "" if language == "en" else f"_{language}"
-    for split in SPLITS:
-        name = f"gennx_{split}{suffix}.jsonl"
-        assert (tmp_path / name).read_bytes() == (SAMPLES / name).read_bytes(), name
-        assert (SAMPLES / name).stat().st_size < 2_200_000
-    readme = " ".join((SAMPLES / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").split())
-    assert "--rows 416 --heldout-rows 120 --seed 7 --name gennx" in readme
+    written = list(tmp_path.iterdir())
+    assert len(written) == len(SPLITS)
+    for path in written:
+        assert path.read_bytes() == (SAMPLES / path.name).read_bytes(), path.name
+        assert path.stat().st_size < 2_000_000
+
+
+def test_samples_for_training_and_evaluation_share_no_request():
+    for prefix in ("demo", "gennx"):
+        asked = [
+            {skeleton(text) for row in read_rows(SAMPLES / f"{prefix}_{name}.jsonl") for text in texts(row, "user")}
+            for name in ("train", "heldout", "natural")
+        ]
+        assert all(not one & other for one, other in itertools.combinations(asked, 2))
+
+
+@pytest.mark.parametrize("prefix", ["demo", "gennx"])
+def test_hand_written_requests_need_every_tool_and_none(prefix):
+    rows = read_rows(SAMPLES / f"{prefix}_natural.jsonl")
+    tools = {tool["function"]["name"] for tool in json.loads(rows[0]["tools"])}
+    assert len(rows) == 40
+    assert {call["name"] for row in rows for call in calls(row)} == tools
+    categories = Counter(row.get("category") for row in rows)
+    assert categories["missing_parameter"] >= 7 and categories["irrelevant"] >= 4
+    assert sum(len(calls(row)) > 1 for row in rows) >= 3
+    for row in rows:
+        assert "category" in row or calls(row)
+        assert row.get("category") != "missing_parameter" or row["messages"][-1]["content"].endswith("?")
+
+
+def test_sample_questions_begin_alike():
+    """One first token of all questions makes "ask or call" one decision for a small model."""
+    rows = [row for name in ("demo", "gennx") for row in read_rows(SAMPLES / f"{name}_train.jsonl")]
+    asked = [row["messages"][-1]["content"] for row in rows if row.get("category") == "missing_parameter"]
+    assert len(asked) > 100 and all(text.startswith("Which ") for text in asked)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in SAMPLES.glob("*.jsonl")))
 def test_sample_rows_pass_the_checks_of_prepare_data(name):
-    tools = load_tools_file(SCHEMAS if name.startswith("gennx") else SAMPLES / "tool_choice_tools.json")
+    schemas = {"gennx": SCHEMAS, "demo_": SAMPLES / "demo_tool_schemas.json"}
+    tools = load_tools_file(schemas.get(name[:5], SAMPLES / "tool_choice_tools.json"))
     loaded = load_conversations(SAMPLES / name, strict=True, tools=tools)
     for (_, number), conversation in zip(loaded.origins, loaded.conversations, strict=True):
         assert conversation["tools"] == tools, number
@@ -291,7 +316,7 @@ def test_held_out_rows_do_not_depend_on_training_rows(four_tools):
 def test_incomplete_and_ambiguous_rows_ask_back(four_tools):
     made = generate(load_tools_file(four_tools), per_tool=32, seed=1)["train"][1]
     for kind, row in made:
-        if kind in ("missing", "ambiguous", "chat"):
+        if kind in ("missing", "ambiguous"):
             assert not calls(row)
         if kind == "missing":
             assert row["category"] == "missing_parameter"
@@ -314,7 +339,7 @@ def test_single_tool_without_parameters(tmp_path):
     [
         ("[]", [], ["contains no tool schema"]),
         ("[{}", [], ["tools.json", "JSON array of tool schemas"]),
-        (json.dumps(FOUR_TOOLS), ["--phrasings", str(SAMPLES / "gennx_phrasings_en.json")], ["POST /db/node"]),
+        (json.dumps(FOUR_TOOLS), ["--phrasings", str(SAMPLES / "gennx_phrasings_en.json")], ["rag_retrieval"]),
         (json.dumps(FOUR_TOOLS), ["--phrasings", "nowhere.json"], ["nowhere.json", "cannot be read"]),
         ('[{"name": "f"}]', ["--rows", "5000"], ["no new request", "fewer rows"]),
         (
@@ -349,6 +374,130 @@ def test_existing_files_are_kept_without_overwrite(tmp_path, four_tools):
     assert not (tmp_path / "train.jsonl").exists()
     assert prepare(*flags, "--overwrite").returncode == 0
     assert len(read_rows(tmp_path / "train.jsonl")) == 20
+
+
+# --- rows that teach choosing
+
+NOTES = [
+    {"name": "notes_search", "description": "Notes service. Searches the notes for a word.", "parameters": {
+        "type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}},
+    {"name": "notes_delete", "description": "Notes service. Delete a note.", "parameters": {
+        "type": "object", "properties": {"note_id": {"type": "integer"}}, "required": ["note_id"]}},
+    {"name": "notes_copy", "description": "Notes service. Copy a file to another place.", "parameters": {
+        "type": "object", "required": ["source", "destination"],
+        "properties": {"source": {"type": "string"}, "destination": {"type": "string"}}}},
+]  # fmt: skip
+
+
+def rows_of(tools: list[dict], tmp_path, **options) -> list[tuple[str, dict]]:
+    path = tmp_path / "some_tools.json"
+    path.write_text(json.dumps(tools), encoding="utf-8")
+    return generate(load_tools_file(path), **options)["train"][1]
+
+
+def test_undeclared_tool_is_declined(tmp_path):
+    rows = [row for kind, row in rows_of(NOTES, tmp_path, rows=200, seed=3) if kind == "absent"]
+    omitted = Counter()
+    for row in rows:
+        names = [tool["function"]["name"] for tool in json.loads(row["tools"])]
+        (name,) = {tool["name"] for tool in NOTES} - set(names)
+        omitted[name] += 1
+        assert not calls(row) and row["category"] == "irrelevant"
+        assert row["messages"][-1]["content"] == "Sorry, I have no tool for that."
+    assert len(omitted) == 3
+
+
+def test_similar_tools_are_not_omitted(tmp_path):
+    """Where another tool could serve the request, declining would be wrong."""
+    tools = [
+        {"name": "rm", "description": "Remove a file or directory."},
+        {"name": "rmdir", "description": "Remove a directory."},
+        {"name": "pwd", "description": "Print the path of the working folder."},
+    ]
+    for kind, row in rows_of(tools, tmp_path, per_tool=6, seed=0):
+        if kind == "absent":
+            assert [tool["function"]["name"] for tool in json.loads(row["tools"])] == ["rm", "rmdir"]
+
+
+def test_tools_with_phrasings_but_no_schema_are_declined(tmp_path):
+    tools = load_tools_file(SAMPLES / "demo_tool_schemas.json")
+    made = generate(tools, SAMPLES / "gennx_phrasings_en.json", rows=60, seed=0)["train"][1]
+    absent = [row for kind, row in made if kind == "absent"]
+    assert absent and {row["category"] for row in absent} == {"irrelevant"}
+    assert {len(json.loads(row["tools"])) for _, row in made} == {6}
+    assert {call["name"] for _, row in made for call in calls(row)} <= {tool["function"]["name"] for tool in tools}
+
+
+def test_parallel_rows_have_two_calls_in_one_answer(four_tools):
+    made = generate(load_tools_file(four_tools), rows=120, seed=1)["train"][1]
+    parallel = [row for kind, row in made if kind == "parallel"]
+    assert parallel and all(len(row["messages"][-1]["tool_calls"]) == 2 for row in parallel)
+
+
+def test_small_talk_goes_to_a_tool_for_it(four_tools):
+    made = generate(load_tools_file(four_tools), rows=120, seed=1)["train"][1]
+    talk = [row for kind, row in made if kind == "chat"]
+    assert not any("onversation" in texts(row, "user")[0] for kind, row in made if kind in ("missing", "ambiguous"))
+    assert talk and not any("category" in row for row in talk)
+    for row in talk:
+        (call,) = calls(row)
+        assert call["name"] == "direct_chat"
+        assert json.loads(call["arguments"]) == {"message": texts(row, "user")[0]}
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "string", "maxLength": 5}, {"enum": ["hi"]}, {"type": "integer"}, {"type": ["string", "null"]}]
+)
+def test_small_talk_stays_text_where_the_tool_takes_no_free_text(tmp_path, schema):
+    parameters = {"type": "object", "properties": {"text": schema}}
+    tools = [{"name": "chat", "description": "Small talk", "parameters": parameters}, NOTES[1]]
+    rows = [row for kind, row in rows_of(tools, tmp_path, rows=40, seed=0) if kind == "chat"]
+    assert rows and not any(calls(row) for row in rows)
+
+
+def test_needs_are_worded_without_the_tool(tmp_path):
+    """Text common to all descriptions is not what a tool does; some requests name neither tool nor description."""
+    requests = [texts(row, "user")[0] for kind, row in rows_of(NOTES, tmp_path, per_tool=32, seed=2) if kind == "call"]
+    assert not any("Notes service" in text or "notes service" in text for text in requests)
+    deletions = [text for text in requests if re.search(r"note id|\bnote\b", text)]
+    assert any("notes_delete" not in text and "elete" not in text for text in deletions)
+    copies = [row for kind, row in rows_of(NOTES, tmp_path, per_tool=32, seed=2)
+              for call in calls(row) if call["name"] == "notes_copy"]  # fmt: skip
+    for row in copies:
+        for call in calls(row):
+            if call["name"] == "notes_copy":
+                arguments = json.loads(call["arguments"])
+                assert arguments["source"] != arguments["destination"]
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "value", "expected"),
+    [
+        ("sort the contents of a file line by line", "file_name", "a.txt", "sort the contents of a.txt line by line"),
+        ("remove a file or directory", "file_name", "a.txt", None),
+        ("get the weather for a given city", "city", "Oslo", "get the weather for Oslo"),
+        ("switch branches", "branch_name", "main", None),
+        ("show a file system", "file", "a.txt", None),
+        ("lock the door", "name", "front", None),
+    ],
+)
+def test_value_replaces_the_words_for_it(task, key, value, expected):
+    assert _with_value(task, key, value) == (expected or task, expected is not None)
+
+
+def test_texts_follow_the_parameter_and_its_description():
+    words = read_json(FOLDER / "en.json")["values"]
+    properties = {
+        "file_name": {"type": "string"},
+        "branch_name": {"type": "string"},
+        "mode": {"type": "string", "description": "'l' for lines, 'w' for words"},
+        "user_name": {"type": "string"},
+        "order_id": {"type": "string"},
+    }
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    drawn = SchemaValues(schema, words, random.Random(0)).draw("f")
+    assert drawn["file_name"] in words["file"] and drawn["branch_name"] in words["branch"]
+    assert drawn["mode"] in ("l", "w") and drawn["user_name"] in words["user"] and drawn["order_id"] in words["id"]
 
 
 # --- values of any schema
@@ -517,8 +666,11 @@ def broken(change) -> dict:
     ("change", "message"),
     [
         (lambda data: data.pop("frames"), r"phrasings\.json: field 'frames' is missing"),
+        (
+            lambda data: data["mix"]["train"].update(call_row=1),
+            "`mix` in the phrasings has the unknown kind 'call_row'",
+        ),
         (lambda data: data["tools"].pop("POST /db/node"), "no phrasings for the tool POST /db/node"),
-        (lambda data: data["tools"].update({"f": []}), "phrasings for f, which has no tool schema"),
         (lambda data: data["common"]["values"].pop("x"), r"POST /db/node: slot \{x\} has no value"),
         (lambda data: data["common"]["values"].update(x={"real": [0, 1]}), "value 'x' must be one of integer"),
         (lambda data: data["tools"]["POST /doc/anal"][0]["core"].update(heldout=[]), "`core` has no heldout wording"),
@@ -528,7 +680,7 @@ def test_errors_of_a_phrasing_file(tmp_path, change, message):
     path = tmp_path / "phrasings.json"
     path.write_text(json.dumps(broken(change)), encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        load_phrasebook(path, load_tools_file(SCHEMAS), random.Random(0))
+        generate(load_tools_file(SCHEMAS), path, rows=4)
 
 
 @pytest.mark.parametrize(

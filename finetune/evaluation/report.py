@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from finetune.charts.fonts import missing_glyphs_ignored
 from finetune.charts.palette import BLUE, ORANGE
 from finetune.evaluation.folder import FILE_PREFIXES
-from finetune.evaluation.metrics import METRICS, metric_names
+from finetune.evaluation.metrics import METRICS, Scored, metric_names
 from finetune.evaluation.scoring import BROKEN, NO_CALL, UNDECLARED
 from finetune.files import open_atomic, write_bytes_atomic, write_text_atomic
+from finetune.progress import printable
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
+MAX_SHOWN_CHARACTERS = 200  # of an answer on the terminal
 MAX_PICTURED_TOOLS = 60  # more are unreadable, and a picture has at most 65,535 pixels a side
 OTHERS = "(other tools)"
 
@@ -208,6 +212,25 @@ def _save(figure: Figure, path: Path) -> Path:
     finally:
         plt.close(figure)
     return path
+
+
+def one_request(scored: dict[str, Sequence[Scored]]) -> str:
+    """One request with the expected answer and that of each model: the first that only the last model gets right."""
+    answers = list(zip(*scored.values(), strict=True))
+    first = next((pair for pair in answers if not _is_right(pair[0]) and _is_right(pair[-1])), answers[0])
+    item = first[0].item
+    asked = next((m["content"] for m in reversed(item.messages) if m["role"] == "user"), "")
+    lines = {"request": asked, "expected": _as_text(item.expected_text or "", item.expected_calls)}
+    lines |= {side: _as_text(one.text, one.parsed_calls) for side, one in zip(scored, first, strict=True)}
+    return "\n".join(f"  {label:<10}{shorten(printable(text), MAX_SHOWN_CHARACTERS)}" for label, text in lines.items())
+
+
+def _is_right(scored: Scored) -> bool:
+    return bool(scored.verdicts.get("arguments_correct"))
+
+
+def _as_text(text: str, calls: Sequence[dict[str, Any]]) -> str:
+    return " ".join([text.strip(), *(f"{c['name']} {json.dumps(c['arguments'], ensure_ascii=False)}" for c in calls)])
 
 
 def write_report(metrics: Scores, compared: Scores, heading: Sequence[str], folder: Path) -> list[Path]:

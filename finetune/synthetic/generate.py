@@ -10,6 +10,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from finetune.synthetic.phrasebook import Phrasebook, Request, load_phrasebook
 from finetune.synthetic.phrasing import SPLITS, Deck, Value, expand
 from finetune.synthetic.schema_phrasing import general_phrasebook
 
-KINDS = ("call", "answered", "steps", "followup", "chat", "missing", "ambiguous")
+KINDS = ("call", "answered", "steps", "parallel", "followup", "chat", "absent", "missing", "ambiguous")
 # Categories, for evaluation, of rows whose correct answer is text.
-CATEGORIES = {"chat": "irrelevant", "missing": "missing_parameter", "ambiguous": "missing_parameter"}
+CATEGORIES = {
+    "chat": "irrelevant", "absent": "irrelevant", "missing": "missing_parameter", "ambiguous": "missing_parameter",
+}  # fmt: skip
+SENTENCE_ENDS = ".?!。？！"
 MAX_TRIES = 200  # to find a request that is not in the split yet
 
 
@@ -39,32 +43,37 @@ class Writer:
         calls: Sequence[str] | None = None,
     ):  # fmt: skip
         """calls: the tool of each `call` row, dealt in random order; None: all tools alike."""
-        self.calls = calls or list(book.cases)
-        self.book, self.split, self.rng = book, split, rng
-        self.tools = json.dumps(list(tools), ensure_ascii=False, separators=(",", ":"))
+        self.book, self.split, self.rng, self.tools = book, split, rng, list(tools)
+        self.declared = [tool["function"]["name"] for tool in tools]
+        self.calls = calls or self.declared
         self.seen: set[str] = set()
         self._decks: dict[Any, Deck] = {}
         answerable = {name: [case for case in cases if case.answerable] for name, cases in book.cases.items()}
-        self._answerable = {name: cases for name, cases in answerable.items() if cases}
-        cases = [case for cases in book.cases.values() for case in dict.fromkeys(cases)]
+        self._answerable = {name: answerable[name] for name in self.declared if answerable[name]}
+        silent = book.conversation[:1] if book.conversation else ()  # small talk lacks no value
+        cases = [case for name in self.declared if name not in silent for case in dict.fromkeys(book.cases[name])]
         self._incomplete = [case for case in cases if case.incomplete(split) is not None]
-        self._sequences = [pair for pair in book.sequences if pair[0] in self._answerable]
+        self._sequences = [pair for pair in book.sequences if pair[0] in self._answerable and pair[1] in self.declared]
 
     def possible(self, kind: str) -> bool:
         """Whether these tools and phrasings can give rows of this kind."""
         needs = {
             "answered": self._answerable, "followup": self._answerable, "steps": self._sequences,
             "chat": self.book.wording.chat[self.split], "missing": self._incomplete,
+            "absent": self.book.absent, "parallel": self.book.wording.both[self.split],
             "ambiguous": self.book.ambiguous[self.split],
         }  # fmt: skip
         return bool(needs.get(kind, True))
 
     def row(self, kind: str) -> dict[str, Any]:
         """One row of the kind; raises NoNewRequest when no new request is found."""
-        make: Callable[..., list[dict[str, Any]]] = getattr(self, f"_{kind}")
+        make: Callable[..., list[dict[str, Any]]] = getattr(self, f"_{kind}_row")
         # Dealt once: a tool with few wordings is tried again instead of skipped.
-        tools = {"call": self.calls, "followup": self.book.cases, "answered": self._answerable}
-        subject = (self._deal(kind, tools[kind]),) if kind in tools else ()
+        subjects = {
+            "call": self.calls, "followup": self.declared, "parallel": self.declared,
+            "answered": self._answerable, "absent": self.book.absent,
+        }  # fmt: skip
+        subject = (self._deal(kind, subjects[kind]),) if kind in subjects else ()
         for _ in range(MAX_TRIES):
             messages = make(*subject)
             requests = [message["content"] for message in messages if message["role"] == "user"]
@@ -77,8 +86,16 @@ class Writer:
                 "ask for fewer rows or add phrasings and values"
             )
         system = [{"role": "system", "content": self.book.wording.system}] if self.book.wording.system else []
-        category = {"category": CATEGORIES[kind]} if kind in CATEGORIES else {}
-        return {"messages": system + messages, "tools": self.tools, **category}
+        is_text = kind in CATEGORIES and not messages[-1].get("tool_calls")
+        category = {"category": CATEGORIES[kind]} if is_text else {}
+        tools = self._tools_without(subject[0] if kind == "absent" else None)
+        return {"messages": system + messages, "tools": tools, **category}
+
+    @cache  # noqa: B019  (a writer lives as long as its rows are made)
+    def _tools_without(self, name: str | None) -> str:
+        """The schemas as JSON, without that of the tool `name`."""
+        tools = [tool for tool in self.tools if tool["function"]["name"] != name]
+        return json.dumps(tools, ensure_ascii=False, separators=(",", ":"))
 
     def _deal(self, key: Any, items: Iterable[Any]) -> Any:
         """The next item of the deck `key`, which is made of `items` at its first use."""
@@ -100,18 +117,18 @@ class Writer:
         text = request.sentence if request.core is None else self._framed(request.core)
         return {"role": "user", "content": text}
 
-    def _call(self, name: str) -> list[dict[str, Any]]:
+    def _call_row(self, name: str) -> list[dict[str, Any]]:
         request = self._case(name).request(self.split)
         return [self._user(request), call_message(request)]
 
-    def _answered(self, name: str) -> list[dict[str, Any]]:
+    def _answered_row(self, name: str) -> list[dict[str, Any]]:
         request = self._answerable_case(name).request(self.split)
         return [
             self._user(request), call_message(request), result_message(request),
             {"role": "assistant", "content": request.answer},
         ]  # fmt: skip
 
-    def _steps(self) -> list[dict[str, Any]]:
+    def _steps_row(self) -> list[dict[str, Any]]:
         """One request for two calls: the first call, its result, and the second call."""
         before, after, *common = self._deal("steps", self._sequences)
         first = self._answerable_case(before).request(self.split, core_only=True)
@@ -124,22 +141,41 @@ class Writer:
             call_message(first), result_message(first), call_message(second),
         ]  # fmt: skip
 
-    def _followup(self, name: str) -> list[dict[str, Any]]:
+    def _parallel_row(self, name: str) -> list[dict[str, Any]]:
+        """One request for two calls that do not depend on each other, in one answer."""
+        other = self._deal("other", self.declared)
+        requests = [self._case(tool).request(self.split, core_only=True) for tool in (name, other)]
+        clauses = {slot: Value(one.core, None) for slot, one in zip(("first", "second"), requests, strict=True)}
+        core = expand(self._deal("both", self.book.wording.both[self.split]), clauses, {}, self.rng)
+        return [{"role": "user", "content": self._framed(core)}, call_message(*requests)]
+
+    def _followup_row(self, name: str) -> list[dict[str, Any]]:
         """An answered request, followed by a request for the tool `name`."""
-        first = self._answered(self._deal("first", self._answerable))
+        first = self._answered_row(self._deal("first", self._answerable))
         second = self._case(name).request(self.split)
         return [*first, self._user(second), call_message(second)]
 
-    def _chat(self) -> list[dict[str, Any]]:
+    def _chat_row(self) -> list[dict[str, Any]]:
         wording = self.book.wording
         user, answer = self._deal("chat", wording.chat[self.split])
         openers = wording.openers[self.split] if wording.openers else [""]
-        return _pair((self.rng.choice(openers) + expand(user, {}, {}, self.rng), answer))
+        text = self.rng.choice(openers) + expand(user, {}, {}, self.rng)
+        if self.book.conversation is None:
+            return _pair((text, answer))
+        tool, parameter = self.book.conversation
+        call = call_message(Request(tool, {parameter: text}, None, text, None, ""))
+        return [{"role": "user", "content": text}, call]
 
-    def _missing(self) -> list[dict[str, Any]]:
-        return _pair(self._deal("missing", self._incomplete).incomplete(self.split))
+    def _absent_row(self, name: str) -> list[dict[str, Any]]:
+        """A request for a tool that the row does not declare."""
+        user = self._user(self._case(name).request(self.split, core_only=True))
+        return [user, {"role": "assistant", "content": self.book.wording.decline}]
 
-    def _ambiguous(self) -> list[dict[str, Any]]:
+    def _missing_row(self) -> list[dict[str, Any]]:
+        text, question = self._deal("missing", self._incomplete).incomplete(self.split)
+        return _pair((text if text[-1:] in SENTENCE_ENDS else self._framed(text), question))
+
+    def _ambiguous_row(self) -> list[dict[str, Any]]:
         return _pair(self._deal("ambiguous", self.book.ambiguous[self.split]))
 
 
@@ -148,12 +184,16 @@ def _pair(texts: Sequence[str]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
 
 
-def call_message(request: Request) -> dict[str, Any]:
-    """An assistant message with the request's call; its arguments are a JSON string."""
-    arguments = json.dumps(request.arguments, ensure_ascii=False, separators=(",", ":"))
-    function = {"name": request.name, "arguments": arguments}
-    beside = {"content": request.reasoning} if request.reasoning else {}
-    return {"role": "assistant", **beside, "tool_calls": [{"type": "function", "function": function}]}
+def call_message(*requests: Request) -> dict[str, Any]:
+    """An assistant message with a call for each request and the reasons for them; arguments are a JSON string."""
+    functions = [
+        {"name": one.name, "arguments": json.dumps(one.arguments, ensure_ascii=False, separators=(",", ":"))}
+        for one in requests
+    ]
+    reasons = " ".join(one.reasoning for one in requests if one.reasoning)
+    beside = {"content": reasons} if reasons else {}
+    calls = [{"type": "function", "function": function} for function in functions]
+    return {"role": "assistant", **beside, "tool_calls": calls}
 
 
 def result_message(request: Request) -> dict[str, Any]:
@@ -185,6 +225,8 @@ def make_rows(
     """
     writer = Writer(book, tools, split, rng, calls)
     rows = []
+    if unknown := [kind for kind in book.mix[split] if kind not in KINDS]:
+        raise UserError(f"`mix` in the phrasings has the unknown kind {unknown[0]!r}; use {', '.join(KINDS)}")
     mix = {kind: part for kind, part in book.mix[split].items() if writer.possible(kind)}
     for kind, number in shares(mix, total).items():
         for _ in range(number):

@@ -54,6 +54,8 @@ class Wording:
     joins    two clauses in one, `{first}` and `{second}`
     lists    separators of enumerations: [between elements, before the last]
     chat     [request that needs no tool, answer]; one of `openers` precedes the request
+    decline  the answer to a request for a tool that is not declared
+    both     two clauses for parallel calls in one, `{first}` and `{second}`
     """
 
     language: str
@@ -63,6 +65,8 @@ class Wording:
     lists: dict[str, list[list[str]]]
     chat: dict[str, list[list[str]]]
     openers: dict[str, list[str]] = field(default_factory=dict)
+    decline: str = ""
+    both: dict[str, list[str]] = field(default_factory=lambda: {split: [] for split in SPLITS})
 
     def sentence(self, text: str) -> str:
         """`text` capitalized, in English."""
@@ -131,12 +135,16 @@ class Case:
         return Request(self.tool, arguments, core, sentence, result, answer, slots, reasoning)
 
     def incomplete(self, split: str) -> tuple[str, str] | None:
-        """(request that lacks a value, the assistant's question for it), None when the case has no such wording."""
+        """(request that lacks a value, the question for it), None when the case has no such wording.
+
+        The request is a clause like `core` or, with a mark at its end, a complete sentence.
+        """
         if split not in self._missing:
             return None
         text, question = self._missing[split].deal()
         slots = self._draw(self._slots + self._each, split, {})
-        return expand(text, slots, {}, self.rng), expand(question, slots, {}, self.rng)
+        phrases = self._phrases[split]
+        return expand(text, slots, phrases, self.rng), expand(question, slots, phrases, self.rng)
 
     def _draw(self, names: Sequence[str], split: str, taken: dict[str, list]) -> dict[str, Value]:
         """A value for each slot, not among those `taken`; the slots listed in `unlike` differ from each other."""
@@ -171,6 +179,8 @@ class Phrasebook:
     sequences  [tool, tool that one request may also ask for, *slots whose value the second tool gets from the first]
     mix        split -> kind of row -> weight
     ambiguous  split -> (request, the assistant's question) pairs
+    absent     tools for whose requests a row declares no tool
+    conversation  (tool, its text parameter) that answers requests that need no other tool
     """
 
     wording: Wording
@@ -178,16 +188,20 @@ class Phrasebook:
     sequences: Sequence[Sequence[str]]
     mix: dict[str, dict[str, float]]
     ambiguous: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    absent: Sequence[str] = ()
+    conversation: tuple[str, str] | None = None
 
 
 def load_phrasebook(path: str | Path, tools: Sequence[dict[str, Any]], rng: random.Random) -> Phrasebook:
-    """The phrasebook of a phrasing file for these tools. Raises UserError for missing or superfluous entries."""
+    """The phrasebook of a phrasing file for these tools. Raises UserError for missing entries.
+
+    Tools of the file without a schema become requests that no declared tool serves.
+    """
     data = read_json(path)
     names = [tool["function"]["name"] for tool in tools]
     try:
-        wording = Wording(**{name: data[name] for name in ("language", "system", "frames", "joins", "lists", "chat")})
-        if unknown := [name for name in data["tools"] if name not in names]:
-            raise UserError(f"{path}: phrasings for {unknown[0]}, which has no tool schema; remove them")
+        fields = {name: data[name] for name in ("language", "system", "frames", "joins", "lists", "chat")}
+        wording = Wording(**fields, decline=data.get("decline", ""))
         if missing := [name for name in names if name not in data["tools"]]:
             raise UserError(f"{path}: no phrasings for the tool {missing[0]}; add them, or omit --phrasings")
         cases = {
@@ -195,8 +209,9 @@ def load_phrasebook(path: str | Path, tools: Sequence[dict[str, Any]], rng: rand
                 case for spec in data["tools"][name]
                 for case in [Case(name, spec, data["common"], wording, rng)] * spec.get("weight", 1)
             ]
-            for name in names
+            for name in data["tools"]
         }  # fmt: skip
-        return Phrasebook(wording, cases, data["sequences"], data["mix"])
+        absent = [name for name in data["tools"] if name not in names] if wording.decline else []
+        return Phrasebook(wording, cases, data["sequences"], data["mix"], absent=absent)
     except KeyError as error:
         raise UserError(f"{path}: field {error} is missing; see data/samples/README.md") from error

@@ -1,4 +1,8 @@
-"""Requests for tools without a phrasing file: general wording around the names and values of their schemas."""
+"""Requests for tools without a phrasing file: general wording around the names and values of their schemas.
+
+A request names the tool or what it does ("explicit"), has a value in place of the words for it ("inline": "sort the
+contents of notes.txt"), uses another verb ("synonym"), or only says what is needed ("need").
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,17 @@ from typing import Any
 
 from finetune.synthetic.phrasebook import Phrasebook, Request, Wording
 from finetune.synthetic.phrasing import SPLITS, Deck, Value, enumeration, expand, read_json
-from finetune.synthetic.schema_values import SchemaValues, errors_prefixed, humanised
+from finetune.synthetic.schema_values import GENERIC_WORDS, SchemaValues, errors_prefixed, humanised
 
 FOLDER = Path(__file__).parent / "phrasings"
 LANGUAGES = ("en", "ko")
 MAX_AMBIGUOUS_PAIRS = 200  # of tools
+MAX_TRIES = 10  # to draw arguments without two equal texts
+_BEFORE_NOUN = r"\b(?:an?|the|any|one|your|this) (?:(?:new|given|specified|specific|certain|single) )?"
+# Not before "or", or before a second noun ("a file system").
+_AFTER_NOUN = r"\b(?=$|[,.;)]| (?:of|in|on|at|to|into|from|with|by|for|as|that|which|line|using|given)\b)"
+ANNOTATIONS = {"type", "title", "description", "default", "examples"}  # keywords that restrict nothing further
+_CONVERSATION = re.compile(r"\b(chat|conversation|small talk|greetings?)\b", re.IGNORECASE)
 _LONG_WORD = re.compile(r"\w{5,}")
 
 
@@ -29,9 +39,8 @@ class SchemaCase:
     answerable = True
 
     def __init__(
-        self, tool: dict[str, Any], words: dict[str, Any], wording: Wording, rng: random.Random, reasons: bool = False
+        self, function: dict[str, Any], words: dict[str, Any], wording: Wording, rng: random.Random, reasons: bool
     ):
-        function = tool["function"]
         self.reasons = words["reasons"] if reasons else []
         self.name, self.words, self.wording, self.rng = function["name"], words, wording, rng
         self.values = SchemaValues(function.get("parameters") or {"type": "object"}, words["values"], rng)
@@ -40,12 +49,19 @@ class SchemaCase:
             (split, name): Deck(rng, words[name][split])
             for split in SPLITS for name in ("with_arguments", "with_text", "without_arguments", "pairs", "incomplete")
         }  # fmt: skip
+        verb, _, self._object = self.task.partition(" ")
+        self._verbs = next((group for group in words["verb_groups"] if self._object and verb in group["verbs"]), None)
+        styles = [self._explicit, *([self._inline] if wording.language == "en" else [])]
+        if self._verbs:
+            styles += [self._synonym, *([self._need] if "needs" in self._verbs else [])]
+        self._styles = {split: Deck(rng, styles) for split in SPLITS}
 
     def request(self, split: str, *, core_only: bool = False, given: dict[str, Value] | None = None) -> Request:
-        """A random request that names every argument and its value; always a core, `given` is ignored."""
-        arguments = self.values.draw(self.name)
-        core = self._core(arguments, split)
-        request = Request(self.name, arguments, core, None, {"status": "ok"}, self.words["done"])
+        """A random request that tells every argument's value. core_only: in the explicit style; `given` is ignored."""
+        arguments = self._distinct_arguments()
+        style = self._explicit if core_only else self._styles[split].deal()
+        core, sentence = style(arguments, split)
+        request = Request(self.name, arguments, core, sentence, {"status": "ok"}, self.words["done"])
         if self.reasons:
             reason = self._fill(self.rng.choice(self.reasons), task=self.task, tool=self.name)
             request.reasoning = self.wording.sentence(reason)
@@ -57,23 +73,58 @@ class SchemaCase:
             required = self.values.resolved(self.values.root).get("required", [])
         if not required:
             return None
-        arguments = self.values.draw(self.name)
+        arguments = self._distinct_arguments()
         missing = self.rng.choice(required)
         rest = {key: value for key, value in arguments.items() if key != missing}
-        text = self._fill(self._decks[split, "incomplete"].deal(), core=self._core(rest, split))
+        text = self._fill(self._decks[split, "incomplete"].deal(), core=self._core(rest, split, self.task))
         return self.wording.sentence(text), self._fill(self.words["question"], label=humanised(missing))
 
-    def _core(self, arguments: dict[str, Any], split: str) -> str:
-        slots = {"task": self.task, "tool": self.name}
+    def _distinct_arguments(self) -> dict[str, Any]:
+        """Arguments without two equal texts, such as a file that is copied to itself, where that can be avoided."""
+        for _ in range(MAX_TRIES):
+            arguments = self.values.draw(self.name)
+            texts = [value for value in arguments.values() if isinstance(value, str)]
+            if len(set(texts)) == len(texts):
+                break
+        return arguments
+
+    # A style: arguments -> (clause, None) or (None, sentence).
+
+    def _explicit(self, arguments: dict[str, Any], split: str) -> tuple[str | None, str | None]:
+        return self._core(arguments, split, self.task), None
+
+    def _inline(self, arguments: dict[str, Any], split: str) -> tuple[str | None, str | None]:
+        task, rest = self.task, dict(arguments)
+        for key, value in arguments.items():
+            if isinstance(value, str | int | float) and not isinstance(value, bool):
+                task, replaced = _with_value(task, key, self._text(value))
+                if replaced:
+                    del rest[key]
+        return (task if not rest else self._core(rest, split, task)), None
+
+    def _synonym(self, arguments: dict[str, Any], split: str) -> tuple[str | None, str | None]:
+        task = self._fill(self.rng.choice(self._verbs["synonyms"][split]), object=self._object)
+        return self._core(arguments, split, task), None
+
+    def _need(self, arguments: dict[str, Any], split: str) -> tuple[str | None, str | None]:
+        need = self._fill(self.rng.choice(self._verbs["needs"][split]), object=self._object)
+        pairs = f" ({self._arguments(arguments, split)})" if arguments else ""
+        return None, self.wording.sentence(f"{need}{pairs}.")
+
+    def _core(self, arguments: dict[str, Any], split: str, task: str) -> str:
+        slots = {"task": task, "tool": self.name}
         if not arguments:
             return self._fill(self._decks[split, "without_arguments"].deal(), **slots)
         texts = [value for value in arguments.values() if isinstance(value, str)]
         # A single text needs no label: "search the web for: flood levels".
         if len(arguments) == 1 and texts and len(self.values.root.get("properties", {})) == 1:
             return self._fill(self._decks[split, "with_text"].deal(), **slots, text=texts[0])
-        pair = self._decks[split, "pairs"].deal()
-        pairs = enumeration(self._pairs(arguments, pair), self.wording.lists[split][0])
+        pairs = self._arguments(arguments, split)
         return self._fill(self._decks[split, "with_arguments"].deal(), **slots, arguments=pairs)
+
+    def _arguments(self, arguments: dict[str, Any], split: str) -> str:
+        """`city Oslo and days 3`"""
+        return enumeration(self._pairs(arguments, self._decks[split, "pairs"].deal()), self.wording.lists[split][0])
 
     def _fill(self, template: str, **slots: str) -> str:
         return expand(template, {name: Value(text, text) for name, text in slots.items()}, {}, self.rng)
@@ -115,6 +166,38 @@ def task_of(function: dict[str, Any], words: dict[str, Any]) -> str:
     return f"{verb} {rest}".strip()
 
 
+def _with_value(task: str, key: str, value: str) -> tuple[str, bool]:
+    """The task with a value in place of the words for it: `sort the contents of a file` with `file_name`."""
+    for word in humanised(key).lower().split():
+        found = re.search(_BEFORE_NOUN + re.escape(word) + _AFTER_NOUN, task)
+        if word not in GENERIC_WORDS and found:
+            return task[: found.start()] + value + task[found.end() :], True
+    return task, False
+
+
+def own_descriptions(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tools' functions without the sentences with which all their descriptions begin."""
+    functions = [tool["function"] for tool in tools]
+    texts = sorted(str(function.get("description") or "").strip() for function in functions)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(texts[0], texts[-1], strict=False))
+    common = "".join(character for character, _ in same)
+    end = max(common.rfind(mark) for mark in (". ", ": ", "\n"))
+    if len(functions) == 1 or end < 0:
+        return functions
+    return [{**function, "description": str(function["description"]).strip()[end + 1 :]} for function in functions]
+
+
+def talks(function: dict[str, Any]) -> str | None:
+    """The only parameter, any text, of a tool for conversation ("Chat without external tools"); None for others."""
+    about = humanised(function["name"]) + " " + str(function.get("description") or "")
+    properties = (function.get("parameters") or {}).get("properties")
+    if not _CONVERSATION.search(about) or not isinstance(properties, dict) or len(properties) != 1:
+        return None
+    ((name, schema),) = properties.items()
+    is_any_text = isinstance(schema, dict) and schema.get("type") == "string" and schema.keys() <= ANNOTATIONS
+    return name if is_any_text else None
+
+
 def _stems(word: str) -> list[str]:
     """A word and the verbs it may be the third person of: searches, search."""
     return [word, word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y"]
@@ -126,10 +209,12 @@ def general_phrasebook(
     """A phrasebook for any tools in the wording of finetune/synthetic/phrasings/<language>.json."""
     words = read_json(FOLDER / f"{language}.json")
     chat = {split: [pair for pair in words["chat"][split] if not _mentions(pair[0], tools)] for split in SPLITS}
-    fields = {name: words[name] for name in ("language", "system", "frames", "joins", "lists", "openers")}
-    wording = Wording(**fields, chat=chat)
-    cases = {tool["function"]["name"]: [SchemaCase(tool, words, wording, rng, reasons)] for tool in tools}
-    pairs = list(itertools.permutations(cases, 2))
+    fields = ("language", "system", "frames", "joins", "lists", "openers", "decline", "both")
+    wording = Wording(**{name: words[name] for name in fields}, chat=chat)
+    functions = own_descriptions(tools)
+    cases = {function["name"]: [SchemaCase(function, words, wording, rng, reasons)] for function in functions}
+    conversation = next(((f["name"], parameter) for f in functions if (parameter := talks(f))), None)
+    pairs = [pair for pair in itertools.permutations(cases, 2) if conversation is None or conversation[0] not in pair]
     rng.shuffle(pairs)
     ambiguous = {
         split: [
@@ -138,12 +223,20 @@ def general_phrasebook(
         ]
         for split in SPLITS
     }  # fmt: skip
-    mix = dict.fromkeys(SPLITS, words["mix"])
-    return Phrasebook(wording, cases, pairs, mix, ambiguous)
+    absent = [] if conversation or len(tools) == 1 else [name for name in cases if _is_alone(name, functions)]
+    mix = {kind: part for kind, part in words["mix"].items() if absent or kind != "absent"}
+    return Phrasebook(wording, cases, pairs, dict.fromkeys(SPLITS, mix), ambiguous, absent, conversation)
 
 
 def _tasks(cases: dict[str, list[SchemaCase]], pair: Sequence[str]) -> dict[str, Value]:
     return {slot: Value(cases[name][0].task, None) for slot, name in zip(("first", "second"), pair, strict=True)}
+
+
+def _is_alone(name: str, functions: Sequence[dict[str, Any]]) -> bool:
+    """Whether no other tool is described in half of the tool's own words, so that nothing serves its requests."""
+    words = {f["name"]: set(_LONG_WORD.findall(str(f.get("description") or f["name"]).lower())) for f in functions}
+    own = words.pop(name)
+    return bool(own) and not any(2 * len(own & others) >= len(own) for others in words.values())
 
 
 def _mentions(text: str, tools: Sequence[dict[str, Any]]) -> bool:

@@ -34,6 +34,9 @@ MAX_PATTERN_STEPS = 20_000  # of drawing one text that fits a pattern
 OPTIONAL_SHARE = 0.35  # of optional properties that are given
 # "e.g. Seoul, Paris" and "for example: a, b" in a description
 _EXAMPLES = re.compile(r"(?:e\.g\.,?|for example:?|for instance:?|such as|예:|예를 들어)\s+([^.;)\n]+)", re.IGNORECASE)
+# "'local' for local branches, 'remote' for remote ones" in a description
+_QUOTED = re.compile(r"(?<!\w)'([\w.:/-]{1,20})'(?!\w)")
+GENERIC_WORDS = {"name", "id", "path", "value", "number", "type", "data", "input", "text"}  # in names of parameters
 # The type of a schema without `type`, by the keywords it has.
 _TYPE_KEYWORDS = {
     "object": {"properties", "additionalProperties", "patternProperties", "required"},
@@ -194,7 +197,13 @@ class SchemaValues:
             parts = [part.strip(" '\"`") for part in re.split(r",\s*(?:or|and)?\s*|\s+or\s+|\s+and\s+", match[1])]
             if examples := [part for part in parts if 0 < len(part) <= 40]:
                 return examples
-        for word in reversed(humanised(name).lower().split()):
+        quoted = list(dict.fromkeys(_QUOTED.findall(str(schema.get("description", "")))))
+        if len(quoted) > 1:
+            return quoted
+        words = humanised(name).lower().split()
+        if len(words) > 1 and words[-1] in GENERIC_WORDS:  # `file name` is a file; `branch name` is not a person's
+            words = [*([] if words[-1] == "name" else [words[-1]]), *words[:-1]]
+        for word in reversed(words):
             if texts := self.words.get(word) or self.words.get(word.removesuffix("s")):
                 return texts
         return self.words["word"]
