@@ -163,8 +163,8 @@ class Writer:
         if self.book.conversation is None:
             return _pair((text, answer))
         tool, parameter = self.book.conversation
-        call = call_message(Request(tool, {parameter: text}, None, text, None, ""))
-        return [{"role": "user", "content": text}, call]
+        request = Request(tool, {parameter: text}, None, text, None, "", reasoning=self._case(tool).reason())
+        return [{"role": "user", "content": text}, call_message(request)]
 
     def _absent_row(self, name: str) -> list[dict[str, Any]]:
         """A request for a tool that the row does not declare."""

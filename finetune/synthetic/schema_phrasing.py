@@ -61,11 +61,14 @@ class SchemaCase:
         arguments = self._distinct_arguments()
         style = self._explicit if core_only else self._styles[split].deal()
         core, sentence = style(arguments, split)
-        request = Request(self.name, arguments, core, sentence, {"status": "ok"}, self.words["done"])
-        if self.reasons:
-            reason = self._fill(self.rng.choice(self.reasons), task=self.task, tool=self.name)
-            request.reasoning = self.wording.sentence(reason)
-        return request
+        done = self.words["done"]
+        return Request(self.name, arguments, core, sentence, {"status": "ok"}, done, reasoning=self.reason())
+
+    def reason(self) -> str:
+        """Why this tool is called; "" where that is not written."""
+        if not self.reasons:
+            return ""
+        return self.wording.sentence(self._fill(self.rng.choice(self.reasons), task=self.task, tool=self.name))
 
     def incomplete(self, split: str) -> tuple[str, str] | None:
         """(request without one required argument, the question for it), None when no argument is required."""
