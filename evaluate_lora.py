@@ -63,14 +63,14 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("nothing to score; name held-out rows with --dataset, or use --suite bfcl:simple_python")
 
     # 1. Read the rows and find the run before anything slow is imported, so that mistakes show at once.
-    from finetune.evaluation import bfcl
     from finetune.evaluation.items import load_items
+    from finetune.evaluation.suites import load_suite
     from finetune.runs.find import find_run
     from formats import check_format_name
 
     items = load_items(args.dataset, limit=args.limit) if args.dataset else []
     if args.suite:
-        items += bfcl.load_items(bfcl.parse_suite(args.suite), limit=args.limit)
+        items += load_suite(args.suite, limit=args.limit)
     if args.format:
         check_format_name(args.format)
     run = find_run(args.model, trust_remote_code=args.trust_remote_code)

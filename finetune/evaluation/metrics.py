@@ -11,6 +11,7 @@ import numpy as np
 
 from finetune.evaluation.items import ANSWER, CALL, IRRELEVANT, MISSING_PARAMETER, QUESTION, Item, asks_back
 from finetune.evaluation.scoring import BROKEN, NO_CALL, UNDECLARED, confusion_pairs
+from finetune.evaluation.suites import SUITES
 
 BOOTSTRAP_SAMPLES = 2000
 REQUESTS = (CALL, IRRELEVANT, MISSING_PARAMETER)  # kinds of items where the model chooses a tool or none
@@ -96,7 +97,7 @@ METRICS = [
     Metric("rouge_l", "rouge_l", binary=False),
     Metric("quality_ok_rate", "quality_ok", (QUESTION,)),
     Metric("quality_accuracy", lambda s: None if s.item.label is None else s.verdicts["quality_ok"] == s.item.label),
-    Metric("bfcl_accuracy", "bfcl_valid"),
+    *(Metric(f"{name}_accuracy", f"{name}_valid") for name, suite in SUITES.items() if suite.verdict),
     Metric("bfcl_checker_agreement", "bfcl_agrees"),
     Metric("argument_f1"),
     *(Metric(f"{average}_{name}") for average in ("macro", "weighted") for name in ("precision", "recall", "f1")),
@@ -110,7 +111,8 @@ METRICS = [
 def metric_names(metrics: dict[str, dict[str, Any]]) -> list[str]:
     """Names of all numbers that any of the models has, in the order of the tables."""
     rates, derived = ([m.name for m in METRICS if (m.verdict is None) is empty] for empty in (False, True))
-    categories = sorted({name for m in metrics.values() for name in m if name.startswith("bfcl_")} - set(rates))
+    of_suites = tuple(f"{suite}_" for suite in SUITES)
+    categories = sorted({name for m in metrics.values() for name in m if name.startswith(of_suites)} - set(rates))
     return [name for name in (*rates, *categories, *derived) if any(m.get(name) is not None for m in metrics.values())]
 
 
@@ -176,9 +178,13 @@ def compute_metrics(scored: Sequence[Scored], *, seed: int = 0) -> dict[str, Any
         latencies = [one.latency_s for one in scored]
         metrics["latency_p50_s"] = round(float(np.percentile(latencies, 50)), 4)
         metrics["latency_p95_s"] = round(float(np.percentile(latencies, 95)), 4)
-    for category in sorted({one.item.category for one in scored if "bfcl_valid" in one.verdicts}):
-        valid = [one.verdicts["bfcl_valid"] for one in scored if one.item.category == category]
-        metrics[f"bfcl_{category}_accuracy"] = round(sum(valid) / len(valid), 6)
+    for suite in SUITES:
+        by_category: dict[str, list[bool]] = {}
+        for one in scored:
+            if f"{suite}_valid" in one.verdicts:
+                by_category.setdefault(str(one.item.category), []).append(one.verdicts[f"{suite}_valid"])
+        for category, valid in sorted(by_category.items()):
+            metrics[f"{suite}_{category}_accuracy"] = round(sum(valid) / len(valid), 6)
     kinds = [one.item.kind for one in scored]
     return metrics | {
         "items": len(scored),
