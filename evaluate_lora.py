@@ -21,7 +21,9 @@ EXAMPLES = """examples:
   python evaluate_lora.py experiments/RUN/checkpoint-200 --dataset test.jsonl --output evaluation_200
   python evaluate_lora.py Qwen/Qwen2.5-1.5B-Instruct --dataset test.jsonl            a model without an adapter
   python evaluate_lora.py experiments/RUN --suite bfcl:simple_python,multiple,irrelevance --limit 100
+  python evaluate_lora.py experiments/RUN --suite when2call:when2call_test_mcq.jsonl --decisions   by likelihood
   python evaluate_lora.py experiments/RUN --ranks 2,4,8 --dataset test.jsonl         would a smaller rank have done?
+  python evaluate_lora.py experiments/RUN --suspects 50                              training rows that may be wrong
 Rerun the same command to resume a killed evaluation.
 """
 
@@ -33,10 +35,14 @@ def build_parser() -> FlagParser:
     add = parser.add_argument
     add("model", help="experiment folder, adapter folder, or model (folder or Hub id)")
     add("--dataset", action="append", default=[], metavar="ROWS", help="held-out rows (repeatable)")
-    add("--suite", help="bfcl:CATEGORY,CATEGORY… (package bfcl-eval)")
+    add("--suite", help="bfcl:CATEGORY,CATEGORY… (package bfcl-eval), functionchat:FOLDER, acebench:FOLDER or "
+        "when2call:FILE")
+    add("--decisions", action="store_true", help="generate nothing: choose between the call, another call, asking back "
+        "and declining by likelihood")
     add("--only", choices=("base", "tuned", "both"), default="both", help="which model to score")
     add("--ranks", type=positive_ints, metavar="N,N", help="loss, and with --dataset scores, of the adapter cut to "
         "these ranks; without --dataset the run's own evaluation rows count")
+    add("--suspects", type=positive_int, metavar="N", help="list the N training rows that the run fits least")
     add("--tolerance", type=nonnegative_float, help="with --ranks: how much worse a smaller rank may be, in nats "
         f"of loss and as a share of the answers (default: {DEFAULT_TOLERANCE})")
     add("--limit", type=positive_int, metavar="N", help="use only the first N rows (of each suite category)")
@@ -58,9 +64,7 @@ def build_parser() -> FlagParser:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    check_rank_flags(args)
-    if not args.dataset and not args.suite and not args.ranks:
-        raise UserError("nothing to score; name held-out rows with --dataset, or use --suite bfcl:simple_python")
+    check_flags(args)
 
     # 1. Read the rows and find the run before anything slow is imported, so that mistakes show at once.
     from finetune.evaluation.items import load_items
@@ -81,15 +85,25 @@ def main(argv: list[str] | None = None) -> int:
     from finetune.evaluation.folder import exclusive_folder
 
     with exclusive_folder(folder):
-        return (report_ranks if args.ranks else evaluate)(args, run, items, folder)
+        reports = {report_ranks: args.ranks, report_decisions: args.decisions, list_suspects: args.suspects}
+        report = next((report for report, wanted in reports.items() if wanted), evaluate)
+        return report(args, run, items, folder)
 
 
-def check_rank_flags(args: argparse.Namespace) -> None:
-    """UserError for flags that do not go with --ranks, or only with it."""
-    if args.ranks and (args.suite or args.only != "both"):
-        raise UserError(f"--ranks and {'--suite' if args.suite else '--only'} exclude each other; omit one of them")
+def check_flags(args: argparse.Namespace) -> None:
+    """UserError for flags that do not go together."""
+    given = {
+        "--suspects": args.suspects, "--ranks": args.ranks, "--decisions": args.decisions, "--suite": args.suite,
+        "--only": args.only != "both", "--dataset": args.dataset,
+    }  # fmt: skip
+    excluded = {"--suspects": given.keys() - {"--suspects"}, "--ranks": {"--suite", "--only", "--decisions"}}
+    for flag, others in excluded.items():
+        if given[flag] and (other := next((one for one in given if one in others and given[one]), None)):
+            raise UserError(f"{flag} and {other} exclude each other; omit one of them")
     if args.tolerance is not None and not args.ranks:
         raise UserError("--tolerance needs --ranks")
+    if not args.dataset and not args.suite and not args.ranks and not args.suspects:
+        raise UserError("nothing to score; name held-out rows with --dataset, or use --suite bfcl:simple_python")
 
 
 def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -> int:
@@ -98,10 +112,7 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     from rich.console import Console
 
     model, tokenizer, fmt = load_model(args, base=args.only == "base")
-    has_adapter = hasattr(model, "disable_adapter")
-    if args.only == "tuned" and not has_adapter:
-        raise UserError(f"{args.model} has no adapter; omit --only to score the model itself")
-    sides = ["base", "tuned"] if has_adapter and args.only == "both" else ["tuned" if has_adapter else "base"]
+    sides = sides_of(model, args)
 
     # 3. Make the prompts and the decoding, the same for both.
     from finetune.evaluation.answer_settings import answer_settings
@@ -115,7 +126,7 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     scored, metrics = {}, {}
     for side in sides:
         settings = answer_settings(run, side, model, fmt, decoding)
-        with model.disable_adapter() if side == "base" and has_adapter else contextlib.nullcontext():
+        with adapter_of(side, model):
             scored[side], cost = run_model(
                 model, tokenizer, fmt, prompts, decoding, folder / f"{FILE_PREFIXES[side]}_results.jsonl", settings,
                 name=side, say=say, share_prefix=args.share_prefix,
@@ -153,6 +164,72 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
         update_model_card(card, comparison)
     print_markdown(Console(), comparison)
     print(f"\nwritten to {folder}: " + ", ".join(sorted(p.name for p in written)) + ", *_metrics.json, *_results.jsonl")
+    return 0
+
+
+def sides_of(model: Any, args: argparse.Namespace) -> list[str]:
+    """Which of "base" and "tuned" to score."""
+    has_adapter = hasattr(model, "disable_adapter")
+    if args.only == "tuned" and not has_adapter:
+        raise UserError(f"{args.model} has no adapter; omit --only to score the model itself")
+    return ["base", "tuned"] if has_adapter and args.only == "both" else ["tuned" if has_adapter else "base"]
+
+
+def adapter_of(side: str, model: Any) -> Any:
+    """A block in which the model is that of the side: its adapter is switched on or off."""
+    is_off = side == "base" and hasattr(model, "disable_adapter")
+    return model.disable_adapter() if is_off else contextlib.nullcontext()
+
+
+def report_decisions(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -> int:
+    """Let the models of `run` choose between answers by likelihood and write the report into `folder`."""
+    from rich.console import Console
+
+    from finetune.evaluation.answer_settings import answer_settings
+    from finetune.evaluation.decisions import DECISION_METRICS, choose, confusion_markdown, make_decisions
+    from finetune.evaluation.folder import FILE_PREFIXES, describe_items
+    from finetune.evaluation.metrics import compute_metrics, paired_differences
+    from finetune.evaluation.report import write_report
+    from finetune.files import write_text_atomic
+    from finetune.models.hub import public_name
+    from finetune.models.limits import context_limit
+    from finetune.terminal_tables import print_markdown
+
+    model, tokenizer, fmt = load_model(args, base=args.only == "base")
+    decisions = make_decisions(items, tokenizer, fmt, longest=context_limit(model))
+    if decisions.refused:
+        item, reason = decisions.refused[0]
+        say(f"{len(decisions.refused)} answers not scored, the first: {item.source} row {item.row}: {reason}")
+    if not decisions.items:
+        raise UserError("no row is a request with tools whose answers can be expressed; nothing to choose from")
+    scored, metrics, found = {}, {}, {}
+    for side in sides_of(model, args):
+        with adapter_of(side, model):
+            scored[side], found[side] = choose(
+                model, tokenizer, decisions, folder / f"{FILE_PREFIXES[side]}_decisions.jsonl", name=side
+            )
+        metrics[side] = {
+            **compute_metrics(scored[side], seed=args.seed, metrics_of=DECISION_METRICS),
+            "not_scored": len(decisions.refused),
+            "data": describe_items(decisions.items),
+            "settings": answer_settings(run, side, model, fmt, None),
+            **found[side],
+        }
+        write_json(folder / f"{FILE_PREFIXES[side]}_metrics.json", metrics[side])
+    both = len(scored) == 2
+    compared = (
+        paired_differences(scored["base"], scored["tuned"], seed=args.seed, metrics_of=DECISION_METRICS) if both else {}
+    )
+    sources = ", ".join([*map(public_name, args.dataset), *([args.suite] if args.suite else [])])
+    heading = [
+        f"{len(decisions.items)} decisions by likelihood ({sources}), format {fmt.name}, nothing generated. "
+        f"Model: {public_name(args.model)}."
+    ]
+    write_report(metrics, compared, heading, folder)
+    report = (folder / "comparison.md").read_text(encoding="utf-8") + confusion_markdown(found)
+    write_text_atomic(folder / "comparison.md", report)
+    print_markdown(Console(), report)
+    print(f"\nwritten to {folder}: comparison.md, *_metrics.json, *_decisions.jsonl")
     return 0
 
 
@@ -219,16 +296,31 @@ def report_ranks(args: argparse.Namespace, run: Any, items: list[Any], folder: P
     return 0
 
 
+def list_suspects(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -> int:
+    """Write the training rows that the run fits least into `folder`."""
+    from rich.console import Console
+
+    from finetune.evaluation.suspects import check_suspects, report_suspects
+    from finetune.terminal_tables import print_markdown
+
+    check_suspects(run)
+    written, table = report_suspects(run, *load_model(args), args.suspects, folder)
+    print_markdown(Console(), table)
+    print(f"\nwritten to {folder}: " + ", ".join(path.name for path in written))
+    return 0
+
+
 def output_folder(args: argparse.Namespace) -> Path:
     """The folder for the scores."""
     path = Path(args.model)
+    inner = "decisions" if args.decisions else ""
     is_run = any((path / name).is_file() for name in ("experiment_config.json", "adapter_config.json"))
     if args.output or not is_run:
-        return args.output or Path("evaluation") / path.name
+        return args.output or Path("evaluation") / path.name / inner
     from finetune.runs.links import refuse_links
 
     refuse_links(path / "evaluation", owner=path)
-    return path / "evaluation"
+    return path / "evaluation" / inner
 
 
 def keep_speed(cost: dict[str, Any], path: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -99,6 +99,8 @@ METRICS = [
     Metric("quality_accuracy", lambda s: None if s.item.label is None else s.verdicts["quality_ok"] == s.item.label),
     *(Metric(f"{name}_accuracy", f"{name}_valid") for name, suite in SUITES.items() if suite.verdict),
     Metric("bfcl_checker_agreement", "bfcl_agrees"),
+    Metric("decision_accuracy", "decision_correct"),
+    Metric("decision_accuracy_norm", "decision_correct_norm"),
     Metric("argument_f1"),
     *(Metric(f"{average}_{name}") for average in ("macro", "weighted") for name in ("precision", "recall", "f1")),
     *(Metric(f"quality_{name}") for name in ("precision", "recall", "f1")),
@@ -145,17 +147,19 @@ def _interval_95(samples: np.ndarray) -> list[float] | None:
     return [round(float(bound), 4) for bound in np.percentile(samples, [2.5, 97.5])] if len(samples) else None
 
 
-def compute_metrics(scored: Sequence[Scored], *, seed: int = 0) -> dict[str, Any]:
+def compute_metrics(
+    scored: Sequence[Scored], *, seed: int = 0, metrics_of: Sequence[Metric] | None = None
+) -> dict[str, Any]:
     """Metric names with plain numbers, then intervals, per-tool tables, the confusion matrix and counts.
 
-    A metric that no item counts for is absent and listed under "not_measured".
+    A metric that no item counts for is absent and listed under "not_measured". metrics_of: other than METRICS.
     """
     metrics: dict[str, Any] = {}
     intervals: dict[str, list[float] | None] = {}
     counted: dict[str, int] = {}
     missing: list[str] = []
     weights = _bootstrap_weights(scored, seed) if scored else None
-    for metric in METRICS:
+    for metric in METRICS if metrics_of is None else metrics_of:
         if metric.verdict is None:
             continue
         sums = _row_sums(scored, metric)
@@ -253,7 +257,9 @@ def _quality_scores(scored: Sequence[Scored]) -> dict[str, float]:
     return {name: round(float(value), 6) for name, value in zip(names, values, strict=True)}
 
 
-def paired_differences(base: Sequence[Scored], tuned: Sequence[Scored], *, seed: int = 0) -> dict[str, dict[str, Any]]:
+def paired_differences(
+    base: Sequence[Scored], tuned: Sequence[Scored], *, seed: int = 0, metrics_of: Sequence[Metric] | None = None
+) -> dict[str, dict[str, Any]]:
     """For every metric that both models have: difference (tuned - base), its paired bootstrap interval, p value.
 
     The items must be the same in the same order. The interval resamples rows, the same ones for both models. The
@@ -266,7 +272,7 @@ def paired_differences(base: Sequence[Scored], tuned: Sequence[Scored], *, seed:
         raise ValueError("base and tuned were not scored on the same items")
     weights = _bootstrap_weights(base, seed)
     comparison: dict[str, dict[str, Any]] = {}
-    for metric in METRICS:
+    for metric in METRICS if metrics_of is None else metrics_of:
         if metric.verdict is None:
             continue
         sums = [_row_sums(side, metric) for side in (base, tuned)]
