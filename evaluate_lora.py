@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, one_line_errors
-from finetune.files import write_text_atomic
+from finetune.files import write_json
 from finetune.flag_types import FlagParser, nonnegative_float, positive_int, positive_ints
 from finetune.progress import say
 
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     from finetune.evaluation.folder import exclusive_folder
 
     with exclusive_folder(folder):
-        reports = {report_ranks: args.ranks, report_decisions: args.decisions, list_suspects: args.suspects}
+        reports = {report_ranks: args.ranks, decide: args.decisions, list_suspects: args.suspects}
         report = next((report for report, wanted in reports.items() if wanted), evaluate)
         return report(args, run, items, folder)
 
@@ -116,7 +116,7 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
 
     # 3. Make the prompts and the decoding, the same for both.
     from finetune.evaluation.answer_settings import answer_settings
-    from finetune.evaluation.folder import FILE_PREFIXES, archive_incomparable_scores, describe_items
+    from finetune.evaluation.folder import FILE_PREFIXES, adapter_of, archive_incomparable_scores, describe_items
     from finetune.evaluation.metrics import compute_metrics, paired_differences
     from finetune.evaluation.run import run_model
 
@@ -151,9 +151,8 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     if compared:
         write_json(folder / "comparison.json", compared)
     rows = len({(item.source, item.row) for item in prompts.items})
-    sources = ", ".join([*map(public_name, args.dataset), *([args.suite] if args.suite else [])])
     heading = [
-        f"{len(prompts.items)} answers of {rows} rows ({sources}), "
+        f"{len(prompts.items)} answers of {rows} rows ({source_names(args)}), "
         f"format {fmt.name}, {'greedy' if not args.temperature else f'temperature {args.temperature:g}'}, "
         f"at most {args.max_new_tokens} new tokens. Model: {public_name(args.model)}."
     ]
@@ -175,59 +174,28 @@ def sides_of(model: Any, args: argparse.Namespace) -> list[str]:
     return ["base", "tuned"] if has_adapter and args.only == "both" else ["tuned" if has_adapter else "base"]
 
 
-def adapter_of(side: str, model: Any) -> Any:
-    """A block in which the model is that of the side: its adapter is switched on or off."""
-    is_off = side == "base" and hasattr(model, "disable_adapter")
-    return model.disable_adapter() if is_off else contextlib.nullcontext()
+def source_names(args: argparse.Namespace) -> str:
+    """Datasets and suite of the command line, for a heading."""
+    from finetune.models.hub import public_name
+
+    suite, _, what = (args.suite or "").partition(":")
+    suites = [f"{suite}:{public_name(what)}" if what else suite] if suite else []
+    return ", ".join([*map(public_name, args.dataset), *suites])
 
 
-def report_decisions(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -> int:
+def decide(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -> int:
     """Let the models of `run` choose between answers by likelihood and write the report into `folder`."""
     from rich.console import Console
 
-    from finetune.evaluation.answer_settings import answer_settings
-    from finetune.evaluation.decisions import DECISION_METRICS, choose, confusion_markdown, make_decisions
-    from finetune.evaluation.folder import FILE_PREFIXES, describe_items
-    from finetune.evaluation.metrics import compute_metrics, paired_differences
-    from finetune.evaluation.report import write_report
-    from finetune.files import write_text_atomic
-    from finetune.models.hub import public_name
+    from finetune.evaluation.decisions import report_decisions
     from finetune.models.limits import context_limit
     from finetune.terminal_tables import print_markdown
 
     model, tokenizer, fmt = load_model(args, base=args.only == "base")
-    decisions = make_decisions(items, tokenizer, fmt, longest=context_limit(model))
-    if decisions.refused:
-        item, reason = decisions.refused[0]
-        say(f"{len(decisions.refused)} answers not scored, the first: {item.source} row {item.row}: {reason}")
-    if not decisions.items:
-        raise UserError("no row is a request with tools whose answers can be expressed; nothing to choose from")
-    scored, metrics, found = {}, {}, {}
-    for side in sides_of(model, args):
-        with adapter_of(side, model):
-            scored[side], found[side] = choose(
-                model, tokenizer, decisions, folder / f"{FILE_PREFIXES[side]}_decisions.jsonl", name=side
-            )
-        metrics[side] = {
-            **compute_metrics(scored[side], seed=args.seed, metrics_of=DECISION_METRICS),
-            "not_scored": len(decisions.refused),
-            "data": describe_items(decisions.items),
-            "settings": answer_settings(run, side, model, fmt, None),
-            **found[side],
-        }
-        write_json(folder / f"{FILE_PREFIXES[side]}_metrics.json", metrics[side])
-    both = len(scored) == 2
-    compared = (
-        paired_differences(scored["base"], scored["tuned"], seed=args.seed, metrics_of=DECISION_METRICS) if both else {}
-    )
-    sources = ", ".join([*map(public_name, args.dataset), *([args.suite] if args.suite else [])])
-    heading = [
-        f"{len(decisions.items)} decisions by likelihood ({sources}), format {fmt.name}, nothing generated. "
-        f"Model: {public_name(args.model)}."
-    ]
-    write_report(metrics, compared, heading, folder)
-    report = (folder / "comparison.md").read_text(encoding="utf-8") + confusion_markdown(found)
-    write_text_atomic(folder / "comparison.md", report)
+    report = report_decisions(
+        run, model, tokenizer, fmt, items, sides_of(model, args), folder, longest=context_limit(model),
+        sources=source_names(args), seed=args.seed,
+    )  # fmt: skip
     print_markdown(Console(), report)
     print(f"\nwritten to {folder}: comparison.md, *_metrics.json, *_decisions.jsonl")
     return 0
@@ -334,11 +302,6 @@ def keep_speed(cost: dict[str, Any], path: Path, settings: dict[str, Any]) -> di
                 cost = earlier["generation"]
     speed = {"tokens_per_second": cost["tokens_per_second"]} if cost["tokens_per_second"] is not None else {}
     return {**speed, "generation": cost}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically."""
-    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from tests.scored import DOOR, LAMP, call, item
 from tests.scripts import run_script
 
 decisions = lazy("finetune.evaluation.decisions")
+options_module = lazy("finetune.evaluation.options")
 torch = lazy("torch")
 
 ASKS, DECLINES = "Which room?", "I cannot sing."
@@ -29,7 +30,7 @@ def items() -> list:
 
 
 def test_options_come_from_other_rows_with_the_same_tools():
-    pool = decisions._Pool(items())
+    pool = options_module.OptionPool(items())
     call_a, call_b, missing, irrelevant, _ = items()
     expected = [
         ("call", ["set_lamp"], "", True), ("other_call", ["door"], "", False), ("ask_back", [], ASKS, False),
@@ -42,21 +43,21 @@ def test_options_come_from_other_rows_with_the_same_tools():
     assert names["ask_back"] == (ASKS, True) and names["decline"] == (DECLINES, False)
     assert sorted(names["call"][0] + names["other_call"][0]) == ["door", "set_lamp"]
     assert pool.options(irrelevant)[0].text == DECLINES
-    assert pool.options(missing) == decisions._Pool(items()).options(missing), "the same at every call"
+    assert pool.options(missing) == options_module.OptionPool(items()).options(missing), "the same at every call"
 
 
 def test_options_without_other_rows_come_from_the_schemas():
     alone = item("call", call("set_lamp", room="hall"))
-    other = decisions._Pool([alone]).options(alone)[1]
+    other = options_module.OptionPool([alone]).options(alone)[1]
     assert other.name == "other_call" and other.calls[0]["name"] == "door"
     only = item("irrelevant", text="No.", tools=[LAMP])
-    options = decisions._Pool([only]).options(only)
+    options = options_module.OptionPool([only]).options(only)
     assert [option.name for option in options] == ["decline", "call", "ask_back"], "one tool gives one call"
     assert isinstance(options[1].calls[0]["arguments"]["room"], str)
     korean = item("call", call("set_lamp", room="거실"), tools=[LAMP])
     korean.messages = [{"role": "user", "content": "거실 불 꺼 줘"}]
-    assert [option.text for option in decisions._Pool([korean]).options(korean)[1:]] == list(
-        decisions.SENTENCES["ko"].values()
+    assert [option.text for option in options_module.OptionPool([korean]).options(korean)[1:]] == list(
+        options_module.SENTENCES["ko"].values()
     )
 
 
@@ -92,8 +93,8 @@ def test_every_format_is_scored(tokenizer, name, tmp_path):
         best = options[totals.index(max(totals))]
         assert (line["chosen"], one.text, one.parsed_calls) == (best.name, best.text, best.calls)
         assert one.verdicts["decision_correct"] is best.is_expected
-    assert sum(sum(row.values()) for row in found["confusion"].values()) == 4
-    assert 0 <= found["macro_f1"] <= 1
+    assert sum(sum(row.values()) for row in found["decision_confusion"].values()) == 4
+    assert 0 <= found["decision_macro_f1"] <= 1
 
 
 def test_options_that_a_row_brings(tokenizer):
@@ -129,7 +130,7 @@ def test_script(tmp_path):
     metrics = json.loads((folder / "finetuned_model_metrics.json").read_text("utf-8"))
     assert metrics["items"] == 3 and 0 <= metrics["decision_accuracy"] <= 1
     assert "exact_match" not in metrics and "decision_accuracy_norm" in metrics
-    assert sum(sum(row.values()) for row in metrics["confusion"].values()) == 3
+    assert sum(sum(row.values()) for row in metrics["decision_confusion"].values()) == 3
     report = (folder / "comparison.md").read_text("utf-8")
     assert "3 decisions by likelihood" in report and "## Chosen by tuned (macro F1" in report
     assert not (run / "evaluation" / "comparison.md").exists(), "scores of answers are in a folder of their own"

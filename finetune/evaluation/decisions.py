@@ -1,14 +1,10 @@
 """Decisions without generation: the model chooses between answers by their likelihood, over one shared prompt.
 
-The options of a request are the expected answer and, as far as they differ from it, a call, a call of another tool, a
-question back and a refusal. Where the row does not bring them they come from other rows with the same tools, else from
-the tools' schemas and from SENTENCES. Nothing is parsed, so formats whose calls cannot be read are scored too.
+Nothing is parsed, so formats whose calls cannot be read are scored too.
 """
 
 from __future__ import annotations
 
-import json
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,88 +12,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
-from finetune.evaluation.items import CALL, IRRELEVANT, MISSING_PARAMETER, Item, Option
-from finetune.evaluation.metrics import METRICS, REQUESTS, Metric, Scored
+from finetune.evaluation.answer_settings import answer_settings
+from finetune.evaluation.folder import FILE_PREFIXES, adapter_of, describe_items
+from finetune.evaluation.items import Item, Option
+from finetune.evaluation.metrics import METRICS, REQUESTS, Scored, compute_metrics, paired_differences
+from finetune.evaluation.options import OptionPool
 from finetune.evaluation.rank_losses import LossMeter
+from finetune.evaluation.report import table_markdown, write_report
 from finetune.evaluation.scoring import score
-from finetune.files import json_lines, write_text_atomic
-from finetune.progress import progress_bar
-from finetune.synthetic.phrasing import read_json
-from finetune.synthetic.schema_phrasing import FOLDER
-from finetune.synthetic.schema_values import SchemaValues
+from finetune.files import json_lines, write_json, write_text_atomic
+from finetune.progress import progress_bar, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from finetune.runs.find import Run
     from formats import Format
 
-EXPECTED_NAME = {CALL: "call", MISSING_PARAMETER: "ask_back", IRRELEVANT: "decline"}
-SENTENCES = {
-    "en": {"ask_back": "Could you give me the missing details?", "decline": "Sorry, none of my tools can do that."},
-    "ko": {"ask_back": "필요한 정보를 더 알려 주시겠어요?", "decline": "죄송하지만 제가 가진 도구로는 할 수 없습니다."},
-}
 SHOWN = (
     "decision_accuracy", "decision_accuracy_norm", "tool_selection_accuracy", "tool_name_accuracy",
     "irrelevance_accuracy", "missing_parameter_accuracy",
 )  # fmt: skip
-DECISION_METRICS: list[Metric] = [metric for metric in METRICS if metric.name in SHOWN]
-
-
-class _Pool:
-    """Answers of all items, by their tools."""
-
-    def __init__(self, items: Sequence[Item]):
-        self.calls: dict[str, dict[str, list[dict[str, Any]]]] = {}
-        self.texts: dict[tuple[str, str], list[str]] = {}
-        self.words = {language: read_json(FOLDER / f"{language}.json")["values"] for language in SENTENCES}
-        for item in items:
-            if item.kind == CALL and len(item.expected_calls) == 1:
-                self.calls.setdefault(_tools_key(item), {}).setdefault(
-                    item.expected_calls[0]["name"], item.expected_calls
-                )
-            elif item.expected_text and item.kind in EXPECTED_NAME:
-                self.texts.setdefault((_tools_key(item), EXPECTED_NAME[item.kind]), []).append(item.expected_text)
-
-    def options(self, item: Item) -> list[Option]:
-        """The expected answer first; the choice of the others depends on the item alone."""
-        rng = random.Random(item.fingerprint())
-        language = "ko" if any("가" <= letter <= "힣" for letter in item.messages[-1]["content"]) else "en"
-        expected = EXPECTED_NAME[item.kind]
-        options = [Option(expected, item.expected_calls, item.expected_text or "", True)]
-        if item.kind != CALL and not item.expected_text:
-            options[0].text = self._text(item, expected, language, rng)
-        taken = {call["name"] for call in item.expected_calls}
-        for name in ("call", "other_call")[item.kind == CALL :]:
-            if call := self._call(item, taken, language, rng):
-                options.append(Option(name, [call], ""))
-                taken.add(call["name"])
-        options += [
-            Option(name, [], self._text(item, name, language, rng))
-            for name in ("ask_back", "decline")
-            if name != expected
-        ]
-        return options
-
-    def _call(self, item: Item, taken: set[str], language: str, rng: random.Random) -> dict[str, Any] | None:
-        made = self.calls.get(_tools_key(item), {})
-        if names := sorted(made.keys() - taken):
-            return made[rng.choice(names)][0]
-        tools = {tool["function"]["name"]: tool["function"] for tool in item.tools}
-        for name in rng.sample(sorted(tools.keys() - taken), len(tools.keys() - taken)):
-            schema = tools[name].get("parameters") or {"type": "object"}
-            try:
-                return {"name": name, "arguments": SchemaValues(schema, self.words[language], rng).draw(name)}
-            except UserError:  # a schema for which no arguments are found
-                continue
-        return None
-
-    def _text(self, item: Item, name: str, language: str, rng: random.Random) -> str:
-        texts = sorted(set(self.texts.get((_tools_key(item), name), ())) - {item.expected_text})
-        return rng.choice(texts) if texts else SENTENCES[language][name]
-
-
-def _tools_key(item: Item) -> str:
-    return json.dumps(item.tools, sort_keys=True)
+DECISION_METRICS = [metric for metric in METRICS if metric.name in SHOWN]
 
 
 @dataclass
@@ -114,7 +50,7 @@ def make_decisions(
     items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, fmt: Format, *, longest: int | None = None
 ) -> Decisions:
     """The options of all items that are a request with tools; longest: tokens of prompt and answer."""
-    pool, decisions = _Pool(items), Decisions()
+    pool, decisions = OptionPool(items), Decisions()
     with progress_bar("options", len(items)) as advance:
         for item in items:
             advance(1)
@@ -201,17 +137,60 @@ def choose(
     labels = sorted({*expected, *picked})
     confusion = {one: {other: pairs_of_names.count((one, other)) for other in labels} for one in sorted({*expected})}
     macro = float(f1_score(expected, picked, average="macro", zero_division=0))
-    return scored, {"confusion": confusion, "macro_f1": round(macro, 6), "seconds_per_item": round(seconds, 4)}
+    return scored, {
+        "decision_confusion": confusion,
+        "decision_macro_f1": round(macro, 6),
+        "seconds_per_item": round(seconds, 4),
+    }
 
 
-def confusion_markdown(found: dict[str, dict[str, Any]]) -> str:
+def report_decisions(
+    run: Run, model: Any, tokenizer: PreTrainedTokenizerBase, fmt: Format, items: Sequence[Item], sides: Sequence[str],
+    folder: Path, *, longest: int | None, sources: str, seed: int,
+) -> str:  # fmt: skip
+    """Let the base and the tuned model choose, write the report into `folder`; returns its text.
+
+    Raises UserError when no item can be scored.
+    """
+    decisions = make_decisions(items, tokenizer, fmt, longest=longest)
+    if decisions.refused:
+        item, reason = decisions.refused[0]
+        say(f"{len(decisions.refused)} answers not scored, the first: {item.source} row {item.row}: {reason}")
+    if not decisions.items:
+        raise UserError("no row is a request with tools whose answers can be expressed; nothing to choose from")
+    scored, metrics = {}, {}
+    for side in sides:
+        with adapter_of(side, model):
+            path = folder / f"{FILE_PREFIXES[side]}_decisions.jsonl"
+            scored[side], found = choose(model, tokenizer, decisions, path, name=side)
+        metrics[side] = {
+            **compute_metrics(scored[side], seed=seed, metrics_of=DECISION_METRICS),
+            "not_scored": len(decisions.refused),
+            "data": describe_items(decisions.items),
+            "settings": answer_settings(run, side, model, fmt, None),
+            **found,
+        }
+        write_json(folder / f"{FILE_PREFIXES[side]}_metrics.json", metrics[side])
+    compared = (
+        paired_differences(scored["base"], scored["tuned"], seed=seed, metrics_of=DECISION_METRICS)
+        if len(scored) == 2
+        else {}
+    )
+    heading = f"{len(decisions.items)} decisions by likelihood ({sources}), format {fmt.name}, nothing generated."
+    write_report(metrics, compared, [heading], folder)
+    text = (folder / "comparison.md").read_text(encoding="utf-8") + _confusion_markdown(metrics)
+    write_text_atomic(folder / "comparison.md", text)
+    return text
+
+
+def _confusion_markdown(found: dict[str, dict[str, Any]]) -> str:
     """A table of expected and chosen kinds for each model."""
-    from finetune.evaluation.report import table_markdown
-
     parts = []
     for side, one in found.items():
-        chosen = sorted({name for row in one["confusion"].values() for name in row})
-        rows = [[name, *(str(row.get(other, 0)) for other in chosen)] for name, row in one["confusion"].items()]
+        chosen = sorted({name for row in one["decision_confusion"].values() for name in row})
+        rows = [
+            [name, *(str(row.get(other, 0)) for other in chosen)] for name, row in one["decision_confusion"].items()
+        ]
         table = table_markdown(["expected", *chosen], rows)
-        parts.append(f"\n## Chosen by {side} (macro F1 {one['macro_f1']:.3f})\n\n{table}")
+        parts.append(f"\n## Chosen by {side} (macro F1 {one['decision_macro_f1']:.3f})\n\n{table}")
     return "".join(parts)
