@@ -163,7 +163,7 @@ def test_time_limit_and_a_new_process_with_the_same_state():
 
 @dataclass
 class Scripted:
-    """Stands in for `generate`: each prompt is answered with the next scripted text of its row."""
+    """Replaces `generate`: each prompt is answered with the next scripted text of its row."""
 
     texts: list[list[str]]
     tokenizer: object

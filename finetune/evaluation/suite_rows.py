@@ -17,13 +17,15 @@ Row = dict[str, Any]
 
 
 def existing(folder: str, inner: Sequence[str], pattern: str, suite: str, source: str) -> list[Path]:
-    """The files of `pattern` in the folder, or in the first of its folders `inner` that has any, sorted.
+    """The files of `pattern` in the folder, or in the first of its folders `inner` that has any; or the file itself.
 
     source  where to get the data, for the UserError when there is none
     """
     root = Path(folder).expanduser()
     if not folder:
         raise UserError(f"--suite {suite} needs a folder: {suite}:FOLDER; get it with: {source}")
+    if root.is_file() and root.match(pattern):
+        return [root]
     for place in (root, *(root / name for name in inner)):
         if place.is_dir() and (files := sorted(place.glob(pattern))):
             return files

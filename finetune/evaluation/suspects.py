@@ -9,7 +9,7 @@ adapter counts because the last one may have memorised the error.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -106,7 +106,9 @@ def measure_turns(run: Run, model: Any, tokenizer: PreTrainedTokenizerBase, fmt:
             model.set_adapter(name)
             by_adapter.append(meter.predictions(advance))
     model.set_adapter(last)
-    turns = list(_turns(loaded, rows.rows, rows.sequences, by_adapter))
+    flags = run.experiment.config["flags"] if run.experiment else {}
+    trimmed = range(len(loaded.conversations)) if flags.get("train_on") == "last" else rows.turns_removed
+    turns = list(_turns(loaded, rows.rows, rows.sequences, by_adapter, trimmed))
     _score(turns)
     return Measured(turns, rows.sequences, len(loaded.conversations) - len({int(row) for row in rows.rows}))
 
@@ -116,8 +118,12 @@ def _turns(
     row_of: np.ndarray,
     sequences: Sequence[tuple[list[int], list[int]]],
     by_adapter: list[list[Predictions]],
+    trimmed: Container[int],
 ) -> Iterator[Turn]:
-    """Trained turns in the order of the sequences; a row that stands several times in the data is taken once."""
+    """Trained turns in the order of the sequences; a row that stands several times in the data is taken once.
+
+    trimmed  conversations whose first turns are not trained; otherwise it is the last ones, where they are too long
+    """
     seen: set[tuple[str, int, int]] = set()
     spans_of: dict[int, list[tuple[int, int, int]]] = {}  # conversation -> (sequence, first token, end)
     for number, (_, labels) in enumerate(sequences):
@@ -131,7 +137,8 @@ def _turns(
             if message["role"] == "assistant" and message.get("train") is not False
         ]  # fmt: skip
         taken: dict[int, int] = {}
-        for (number, first, end), index in zip(spans, assistant[-len(spans) :], strict=False):
+        own_turns = assistant[-len(spans) :] if conversation in trimmed else assistant
+        for (number, first, end), index in zip(spans, own_turns, strict=False):
             source, row = loaded.origins[conversation]
             offset = taken.get(number, 0)
             taken[number] = offset + end - first

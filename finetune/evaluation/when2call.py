@@ -41,6 +41,8 @@ def _items(number: int, row: dict[str, Any]) -> Iterator[Item]:
     for name, text in answers.items():
         if name not in KINDS:
             raise RowError(f"unknown kind of answer {name!r}")
+        if text is None:  # a column that another kind of rows has
+            continue
         is_call = KINDS[name] == CALL
         call = decode_json(text, name) if is_call else None
         options.append(Option(name, [call] if is_call else [], "" if is_call else text, name == correct))
