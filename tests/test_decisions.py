@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -66,14 +67,15 @@ def tokenizer():
     return parts.tokenizer("smollm2")
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama3", "plain"])
+@pytest.mark.parametrize("name", ["chatml", "llama3", "unreadable"])
 def test_every_format_is_scored(tokenizer, name, tmp_path):
-    """The likelihoods are those of the answer behind its prompt; `plain` has no notation for calls that can be read."""
+    """The likelihoods are those of the answer behind its prompt, also where nothing reads calls out of a text."""
     from formats import encode_prompt, get_format
     from tests.tiny import tiny_llama
 
     tokenizer = tokenizer if name != "llama3" else parts.tokenizer("llama3")
-    fmt = get_format(name, tokenizer)
+    fmt = get_format(name, tokenizer) if name != "unreadable" else replace(get_format("chatml"), read_calls=None)
+    assert bool(fmt.unreadable_calls) is (name == "unreadable")
     made = decisions.make_decisions(items(), tokenizer, fmt, longest=1000)
     assert [(one.row, reason) for one, reason in made.refused] == [(5, "not a request with tools")]
     prompt = encode_prompt(made.items[0].messages, made.items[0].tools, tokenizer, fmt)

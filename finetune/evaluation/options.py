@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,58 +22,76 @@ SENTENCES = {
 }
 
 
+MAX_COMPARED = 500  # requests with the same tools that are compared with one
+
+
 class OptionPool:
-    """Answers of all items, by their tools."""
+    """Calls and texts with which other requests are answered, by their tools."""
 
     def __init__(self, items: Sequence[Item]):
-        self.calls: dict[str, dict[str, list[dict[str, Any]]]] = {}
-        self.texts: dict[tuple[str, str], list[str]] = {}
+        self.answers: dict[tuple[str, str], list[tuple[set[str], Option]]] = {}
         self.words = {language: read_json(FOLDER / f"{language}.json")["values"] for language in SENTENCES}
         for item in items:
-            if item.kind == CALL and len(item.expected_calls) == 1:
-                self.calls.setdefault(_tools_key(item), {}).setdefault(
-                    item.expected_calls[0]["name"], item.expected_calls
-                )
-            elif item.expected_text and item.kind in EXPECTED_NAME:
-                self.texts.setdefault((_tools_key(item), EXPECTED_NAME[item.kind]), []).append(item.expected_text)
+            name = EXPECTED_NAME.get(item.kind, "")
+            if item.expected_text or len(item.expected_calls) == 1:
+                option = Option(name, item.expected_calls, item.expected_text or "")
+                found = self.answers.setdefault((_tools_key(item), name), [])
+                found += [(_words(_request(item)), option)] * (len(found) < MAX_COMPARED)
 
     def options(self, item: Item) -> list[Option]:
-        """The expected answer first; the choice of the others depends on the item alone."""
-        rng = random.Random(item.fingerprint())
-        language = "ko" if any("가" <= letter <= "힣" for letter in item.messages[-1]["content"]) else "en"
+        """The expected answer first. A call is that of the most similar request, so that the choice is not too easy."""
         expected = EXPECTED_NAME[item.kind]
         options = [Option(expected, item.expected_calls, item.expected_text or "", True)]
         if item.kind != CALL and not item.expected_text:
-            options[0].text = self._text(item, expected, language, rng)
+            options[0].text = self._text(item, expected)
         taken = {call["name"] for call in item.expected_calls}
         for name in ("call", "other_call")[item.kind == CALL :]:
-            if call := self._call(item, taken, language, rng):
+            if call := self._call(item, taken):
                 options.append(Option(name, [call], ""))
                 taken.add(call["name"])
-        options += [
-            Option(name, [], self._text(item, name, language, rng))
-            for name in ("ask_back", "decline")
-            if name != expected
-        ]
-        return options
+        texts = [name for name in ("ask_back", "decline") if name != expected]
+        return options + [Option(name, [], self._text(item, name)) for name in texts]
 
-    def _call(self, item: Item, taken: set[str], language: str, rng: random.Random) -> dict[str, Any] | None:
-        made = self.calls.get(_tools_key(item), {})
-        if names := sorted(made.keys() - taken):
-            return made[rng.choice(names)][0]
-        tools = {tool["function"]["name"]: tool["function"] for tool in item.tools}
-        for name in rng.sample(sorted(tools.keys() - taken), len(tools.keys() - taken)):
-            schema = tools[name].get("parameters") or {"type": "object"}
-            try:
-                return {"name": name, "arguments": SchemaValues(schema, self.words[language], rng).draw(name)}
-            except UserError:  # a schema for which no arguments are found
-                continue
+    def _nearest(self, item: Item, name: str) -> list[Option]:
+        """The answers of that kind to requests with the same tools, those of the most similar request first."""
+        own = _words(_request(item))
+        found = self.answers.get((_tools_key(item), name), [])
+        return [option for _, option in sorted(found, key=lambda pair: -_similarity(own, pair[0]))]
+
+    def _call(self, item: Item, taken: set[str]) -> dict[str, Any] | None:
+        for option in self._nearest(item, "call"):
+            if option.calls[0]["name"] not in taken:
+                return option.calls[0]
+        own, rng = _words(_request(item)), random.Random(item.fingerprint())
+        functions = [tool["function"] for tool in item.tools if tool["function"]["name"] not in taken]
+        described = {f["name"]: _words(f"{f['name']} {f.get('description', '')}") for f in functions}
+        for function in sorted(functions, key=lambda one: -_similarity(own, described[one["name"]])):
+            values = SchemaValues(function.get("parameters") or {"type": "object"}, self.words[_language(item)], rng)
+            with contextlib.suppress(UserError):  # a schema for which no arguments are found
+                return {"name": function["name"], "arguments": values.draw(function["name"])}
         return None
 
-    def _text(self, item: Item, name: str, language: str, rng: random.Random) -> str:
-        texts = sorted(set(self.texts.get((_tools_key(item), name), ())) - {item.expected_text})
-        return rng.choice(texts) if texts else SENTENCES[language][name]
+    def _text(self, item: Item, name: str) -> str:
+        texts = (option.text for option in self._nearest(item, name))
+        return next((text for text in texts if text != item.expected_text), SENTENCES[_language(item)][name])
 
 
 def _tools_key(item: Item) -> str:
     return json.dumps(item.tools, sort_keys=True)
+
+
+def _request(item: Item) -> str:
+    return next((message["content"] for message in reversed(item.messages) if message["role"] == "user"), "")
+
+
+def _language(item: Item) -> str:
+    return "ko" if any("가" <= letter <= "힣" for letter in _request(item)) else "en"
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[^\W_]+", text.lower()))
+
+
+def _similarity(left: set[str], right: set[str]) -> float:
+    """Jaccard's: common words / all words."""
+    return len(left & right) / (len(left | right) or 1)
