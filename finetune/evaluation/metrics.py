@@ -178,7 +178,7 @@ def compute_metrics(
     metrics |= _quality_scores(scored)
     averages, tables = _tool_tables(scored)
     metrics |= averages
-    if scored:
+    if scored and metrics_of is None:
         latencies = [one.latency_s for one in scored]
         metrics["latency_p50_s"] = round(float(np.percentile(latencies, 50)), 4)
         metrics["latency_p95_s"] = round(float(np.percentile(latencies, 95)), 4)
