@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 
+from finetune.errors import UserError
 from finetune.evaluation.bfcl import MULTI_TURN, load_items
 from finetune.evaluation.bfcl_multi_turn import UNDECLARED_CALL, Conversation, expression
 from finetune.evaluation.bfcl_tools import ToolProcess, ToolsFailed
@@ -159,6 +161,18 @@ def test_time_limit_and_a_new_process_with_the_same_state():
         (answer,) = process.ask({"row": row, "done": done, "calls": ["pwd()"]})["results"]
         assert answer.endswith('/document"}') and process._process.pid != first
     assert process._process is None
+
+
+def test_tools_that_cannot_start(monkeypatch, tmp_path):
+    """One line with the reason, and not 200 failed rows."""
+    (tmp_path / "bfcl_eval").mkdir()
+    (tmp_path / "bfcl_eval/__init__.py").write_text("raise ImportError('half installed')\n", encoding="utf-8")
+    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
+    with (
+        ToolProcess() as process,
+        pytest.raises(UserError, match="cannot be started: ImportError: half installed; pip"),
+    ):
+        process.ask({"row": {}, "done": [], "calls": []})
 
 
 @dataclass

@@ -15,10 +15,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from finetune.errors import UserError
+from finetune.packages import ROOT, install_command
+
+SECONDS_TO_START = 120
 MAX_MEMORY_BYTES = 2 * 1024**3
 REFUSED_EVENTS = (
     "socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.kill", "ctypes.",
@@ -63,11 +65,12 @@ class ToolProcess:
         return json.loads(line)
 
     def _start(self) -> subprocess.Popen[str]:
+        """Start the process and wait until its tools are imported. Raises UserError with its last line of stderr."""
         kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "TEMP", "LANG") if name in os.environ}
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder, stderr = tempfile.TemporaryDirectory(), tempfile.TemporaryFile()  # noqa: SIM115  closed below
         self._process = process = subprocess.Popen(
             [sys.executable, "-B", "-c", "from finetune.evaluation.bfcl_tools import main; main()"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8",
             cwd=self._folder.name, env=kept | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
             start_new_session=True,
         )  # fmt: skip
@@ -81,7 +84,15 @@ class ToolProcess:
             answers.put("")
 
         threading.Thread(target=read, daemon=True).start()
-        return process
+        with stderr, contextlib.suppress(queue.Empty):
+            if answers.get(timeout=SECONDS_TO_START).startswith("{"):
+                return process
+            stderr.seek(0)
+            reason = (stderr.read().decode("utf-8", "replace").strip().splitlines() or ["it ended"])[-1]
+            self._stop()
+            raise UserError(f"BFCL's simulated tools cannot be started: {reason}; {install_command('bfcl_eval')}")
+        self._stop()
+        raise UserError(f"BFCL's simulated tools did not start within {SECONDS_TO_START} s; run the command again")
 
     def _stop(self) -> None:
         if self._process is not None:
@@ -101,13 +112,17 @@ def main() -> None:
     {"results"}. {"row", "turns", "truth"}: BFCL's verdict -> {"valid", "error"}.
     """
     answers, sys.stdout = sys.stdout, sys.stderr  # a tool may print
+
+    def answer(value: dict[str, Any]) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
     tools = _Tools()
     _restrict()
+    answer({"ready": True})
     for line in sys.stdin:
         request = json.loads(line)
-        answer = tools.check(**request) if "truth" in request else tools.execute(**request)
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        answer(tools.check(**request) if "truth" in request else tools.execute(**request))
 
 
 class _Tools:
@@ -119,8 +134,8 @@ class _Tools:
         from bfcl_eval.constants.executable_backend_config import CLASS_FILE_PATH_MAPPING
         from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_checker, multi_turn_utils
 
-        for module in CLASS_FILE_PATH_MAPPING.values():
-            with contextlib.suppress(ImportError):  # those of other categories, which need more packages
+        for name, module in CLASS_FILE_PATH_MAPPING.items():
+            if not name.startswith(("WebSearch", "Memory")):  # of other categories; they need more packages
                 importlib.import_module(module)
         self.utils, self.checker = multi_turn_utils, multi_turn_checker
         self.executed: dict[str, int] = {}
