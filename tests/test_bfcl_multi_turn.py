@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -233,3 +234,24 @@ def written(message: dict, tokenizer, fmt) -> str:
     row = {"messages": [{"role": "user", "content": "x"}, message], "tools": []}
     sequence = encode(row, tokenizer, fmt, allow_unreadable_calls=True).sequences[0]
     return tokenizer.decode([label for label in sequence.labels if label >= 0][:-1])
+
+
+def test_script_scores_conversations_and_resumes(tmp_path):
+    """A random model never calls: each request ends with its answer, and BFCL's verdict is kept."""
+    from tests import training_runs
+    from tests.scripts import run_script
+
+    model = training_runs.write_tiny_model(tmp_path / "model")
+    arguments = (model, "--suite", "bfcl:multi_turn_base", "--limit", 1, "--format", "chatml", "--max_new_tokens", 3,
+                 "--output", tmp_path / "out")  # fmt: skip
+    first = run_script("evaluate_lora.py", *arguments)
+    assert first.returncode == 0, first.stderr
+    (line,) = [json.loads(one) for one in (tmp_path / "out/base_model_results.jsonl").read_text("utf-8").splitlines()]
+    assert line["kind"] == CONVERSATION and [m["role"] for m in line["messages"]] == ["user", "assistant"] * 4
+    assert line["verdicts"] == {"bfcl_valid": False, "bfcl_error": "multi_turn:empty_turn_model_response"}
+    metrics = json.loads((tmp_path / "out/base_model_metrics.json").read_text("utf-8"))
+    assert metrics["bfcl_accuracy"] == metrics["bfcl_multi_turn_base_accuracy"] == 0.0
+    assert metrics["items_by_kind"] == {"conversation": 1} and "tool_name_accuracy" in metrics["not_measured"]
+    second = run_script("evaluate_lora.py", *arguments)
+    assert second.returncode == 0 and "1 of 1 answers are already there" in second.stderr
+    assert json.loads((tmp_path / "out/base_model_metrics.json").read_text("utf-8"))["bfcl_accuracy"] == 0.0
