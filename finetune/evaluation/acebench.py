@@ -15,7 +15,8 @@ from typing import Any
 
 from finetune.evaluation.items import CALL, IRRELEVANT, MISSING_PARAMETER, Item
 from finetune.evaluation.scoring import json_equal
-from finetune.evaluation.suite_rows import calling, existing, make_item, read_items
+from finetune.evaluation.suite_rows import existing, make_item, read_items
+from finetune.reading.answer_shapes import calling
 from finetune.reading.row_files import RowError
 
 NAME = "acebench"
@@ -59,7 +60,7 @@ def _items(category: str, kind: str, answers: dict[str, Any], number: int, row: 
     if kind == CALL:
         declared = {tool["name"] for tool in tools}
         alternatives = [_calls(one, declared) for one in (truth if isinstance(truth, list) else [truth])]
-        answer = calling(alternatives[0])
+        answer = calling([{"name": name, "arguments": arguments} for name, arguments in alternatives[0]])
     source = f"{NAME}:{category}"
     yield make_item(source, number, kind, messages, tools, answer, category=category, truth=alternatives)
 

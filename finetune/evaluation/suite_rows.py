@@ -75,9 +75,3 @@ def make_item(source: str, row: int, kind: str, messages: list[Any], tools: Any,
     calls = [call_of(call) for call in last.get("tool_calls") or []]
     text = None if calls else last.get("content") or None
     return Item(source, row, len(before), kind, before, conversation["tools"], calls, text, **more)
-
-
-def calling(calls: Sequence[tuple[str, Any]]) -> Row:
-    """An assistant message that calls (name, arguments)."""
-    functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": f} for f in functions]}

@@ -11,7 +11,8 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.evaluation.items import CALL, IRRELEVANT, MISSING_PARAMETER, Item, Option
-from finetune.evaluation.suite_rows import calling, items_of_rows, make_item
+from finetune.evaluation.suite_rows import items_of_rows, make_item
+from finetune.reading.answer_shapes import calling
 from finetune.reading.row_files import RowError, decode_json
 from finetune.reading.sources import parse_spec, read_rows
 
@@ -50,7 +51,7 @@ def _items(number: int, row: dict[str, Any]) -> Iterator[Item]:
     if right is None:
         raise RowError(f"correct_answer {correct!r} is none of its answers")
     if right.calls:
-        answer = calling([(call["name"], call["arguments"]) for call in right.calls])
+        answer = calling(right.calls)
     else:
         answer = {"role": "assistant", "content": right.text}
     messages = [{"role": "user", "content": row["question"]}]
