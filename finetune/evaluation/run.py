@@ -146,13 +146,13 @@ def _is_answer(line: dict[str, Any], keys: set[str]) -> bool:
     """Whether a line of a results file is an answer to one of the items; others may have written the file."""
     latency = line.get("latency_s")
     is_number = isinstance(latency, int | float) and not isinstance(latency, bool) and 0 <= latency < math.inf
-    is_text = all(isinstance(line.get(name), str) for name in ("item", "text", "content"))
+    is_text = all(isinstance(line.get(name), str) for name in ("item", "text"))
     if not (is_number and is_text and line["item"] in keys):
         return False
     # The answers of a conversation are not judged again.
-    verdicts, calls = line.get("verdicts"), line.get("parsed_calls")
-    judged = isinstance(verdicts, dict) and isinstance(verdicts.get("bfcl_valid"), bool) and isinstance(calls, list)
-    return line.get("kind") != CONVERSATION or judged
+    verdicts = line.get("verdicts") if isinstance(line.get("verdicts"), dict) else {}
+    is_judged = isinstance(verdicts.get("bfcl_valid"), bool) and isinstance(line.get("parsed_calls"), list)
+    return line.get("kind") != CONVERSATION or (is_judged and isinstance(line.get("content"), str))
 
 
 def run_model(
