@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from formats import Format
 
 DEFAULT_TOLERANCE = 0.01  # nats of loss, share of answers
-TOKENS_PER_PASS = 16384  # many times the tokens of a shared prompt; halved where they do not fit
-ROWS_PER_RUN = 256  # rows that may share prefixes
+TOKENS_PER_PASS = 4096  # halved where they do not fit
+ROWS_PER_RUN = 64  # rows that may share prefixes
 ENCODING_FLAGS = (
     "train_on", "control_tokens", "overlong", "reasoning", "allow_unreadable_calls", "train_reasoning",
 )  # fmt: skip
