@@ -68,6 +68,34 @@ def test_scores():
     assert [turn.scores["excess_loss"] for turn in turns] == pytest.approx([0.3875, -0.3875, 0.0])
 
 
+def test_trained_spans_belong_to_their_turns():
+    """Of rows with several turns; a row that a weight repeats is listed once."""
+    from finetune.encoding.encode import encode_conversations
+    from finetune.reading.load_result import LoadResult
+    from finetune.reading.normalize import normalize_row
+    from formats import get_format
+    from tests import parts
+
+    tokenizer = parts.tokenizer("smollm2")
+    rows = [normalize_row(training_runs.conversation(number)) for number in range(3)]
+    encoded = encode_conversations(
+        rows, tokenizer, get_format("chatml", tokenizer), max_seq_length=None, progress=False
+    )
+    loaded = LoadResult(rows, [("a", number) for number in (1, 2, 2)])  # a weight repeats the second row
+    found = []
+    for _, labels in encoded.sequences:
+        count = sum(label >= 0 for label in labels)
+        found.append(predictions([-1.0] * count, [-0.5] * count))
+    turns = list(suspects._turns(loaded, encoded.rows, encoded.sequences, [found], ()))
+    assert [(turn.row, turn.turn, turn.tool) for turn in turns] == [
+        (1, 1, "get_weather"), (1, 3, "(text)"), (2, 1, "get_weather"), (2, 3, "(text)"),
+    ]  # fmt: skip
+    for turn in turns:
+        text = tokenizer.decode(encoded.sequences[turn.sequence][0][turn.first : turn.end])
+        assert (turn.message["content"] or turn.tool) in text and text.count("<|im_end|>") == 1
+        assert len(turn.margins()) == turn.end - turn.first
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Thirty steps of the 135M model on twenty-four rows of one tool, the row 5 of which asks for another city."""
