@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from finetune.evaluation import suspects
+from finetune.passes.plan import Predictions
 from tests import training_runs
-from tests.helpers import lazy
 from tests.scripts import run_script
-
-runner = lazy("finetune.passes.runner")
 
 
 def called(*calls: tuple[str, dict]) -> dict:
@@ -49,7 +47,7 @@ def test_place_in_the_second_of_parallel_calls():
 
 
 def predictions(log_p: list[float], best: list[float]):
-    return runner.Predictions(np.array(log_p), np.array(best), np.zeros(len(log_p), dtype=int))
+    return Predictions(np.array(log_p), np.array(best), np.zeros(len(log_p), dtype=int))
 
 
 def test_scores():

@@ -14,8 +14,7 @@ from finetune.settings import BY_NAME
 if TYPE_CHECKING:
     from finetune.encoding.encoded import EncodedRows
     from finetune.models.truncation import TruncatableAdapter
-    from finetune.passes.plan import Row
-    from finetune.passes.runner import Predictions
+    from finetune.passes.plan import Predictions, Row
     from finetune.reading.load_result import LoadResult
     from formats import Format
 

@@ -29,7 +29,7 @@ from formats.base import call_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.passes.runner import Predictions
+    from finetune.passes.plan import Predictions
     from finetune.reading.load_result import LoadResult
     from finetune.runs.find import Run
     from formats import Format

@@ -53,6 +53,18 @@ def make_row(input_ids: Sequence[int], labels: Sequence[int]) -> Row:
 
 
 @dataclass
+class Predictions:
+    """At each of a row's m trained tokens: log-probability of that token, of the most likely one, and the latter's id.
+
+    log_p, best_log_p: float32 [m]; best_ids: int64 [m].
+    """
+
+    log_p: np.ndarray
+    best_log_p: np.ndarray
+    best_ids: np.ndarray
+
+
+@dataclass
 class Segment:
     """Tokens [start, end) of a pass. Its descendants in the tree follow directly, up to subtree_end."""
 

@@ -20,6 +20,7 @@ from finetune.passes.plan import (
     MIN_SHARED_TOKENS,
     PaddedPass,
     Pass,
+    Predictions,
     Row,
     make_row,
     plan_padded,
@@ -42,18 +43,6 @@ class StepResult:
     loss_sum: float
     computed_tokens: int
     passes: int
-
-
-@dataclass
-class Predictions:
-    """At each of a row's m trained tokens: log-probability of that token, of the most likely one, and the latter's id.
-
-    log_p, best_log_p: float32 [m]; best_ids: int64 [m].
-    """
-
-    log_p: np.ndarray
-    best_log_p: np.ndarray
-    best_ids: np.ndarray
 
 
 class PassRunner:
