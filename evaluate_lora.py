@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, one_line_errors
-from finetune.files import write_text_atomic
+from finetune.files import write_json
 from finetune.flag_types import FlagParser, nonnegative_float, positive_int, positive_ints
 from finetune.progress import say
 
@@ -21,7 +21,9 @@ EXAMPLES = """examples:
   python evaluate_lora.py experiments/RUN/checkpoint-200 --dataset test.jsonl --output evaluation_200
   python evaluate_lora.py Qwen/Qwen2.5-1.5B-Instruct --dataset test.jsonl            a model without an adapter
   python evaluate_lora.py experiments/RUN --suite bfcl:simple_python,multiple,irrelevance --limit 100
+  python evaluate_lora.py experiments/RUN --suite when2call:when2call_test_mcq.jsonl --decisions   by likelihood
   python evaluate_lora.py experiments/RUN --ranks 2,4,8 --dataset test.jsonl         would a smaller rank have done?
+  python evaluate_lora.py experiments/RUN --suspects 50                              training rows that may be wrong
 Rerun the same command to resume a killed evaluation.
 """
 
@@ -34,10 +36,14 @@ def build_parser() -> FlagParser:
     add("model", help="experiment folder, adapter folder, or model (folder or Hub id)")
     add("--dataset", action="append", default=[], metavar="ROWS", help="held-out rows (repeatable)")
     add("--tools", metavar="FILE", help="JSON file with tool schemas for rows without their own")
-    add("--suite", help="bfcl:CATEGORY,CATEGORY… (package bfcl-eval)")
+    add("--suite", help="bfcl:CATEGORY,CATEGORY… (package bfcl-eval), functionchat:FOLDER, acebench:FOLDER or "
+        "when2call:FILE")
+    add("--decisions", action="store_true", help="generate nothing: choose between the call, another call, asking back "
+        "and declining by likelihood")
     add("--only", choices=("base", "tuned", "both"), default="both", help="which model to score")
     add("--ranks", type=positive_ints, metavar="N,N", help="loss, and with --dataset scores, of the adapter cut to "
         "these ranks; without --dataset the run's own evaluation rows count")
+    add("--suspects", type=positive_int, metavar="N", help="list the N training rows that the run fits least")
     add("--tolerance", type=nonnegative_float, help="with --ranks: how much worse a smaller rank may be, in nats "
         f"of loss and as a share of the answers (default: {DEFAULT_TOLERANCE})")
     add("--limit", type=positive_int, metavar="N", help="use only the first N rows (of each suite category)")
@@ -59,13 +65,11 @@ def build_parser() -> FlagParser:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    check_rank_flags(args)
-    if not args.dataset and not args.suite and not args.ranks:
-        raise UserError("nothing to score; name held-out rows with --dataset, or use --suite bfcl:simple_python")
+    check_flags(args)
 
     # 1. Read the rows and find the run before anything slow is imported, so that mistakes show at once.
-    from finetune.evaluation import bfcl
     from finetune.evaluation.items import load_items
+    from finetune.evaluation.suites import load_suite
     from finetune.reading.tool_schemas import load_tools_file
     from finetune.runs.find import find_run
     from formats import check_format_name
@@ -73,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     tools = load_tools_file(args.tools) if args.tools else None
     items = load_items(args.dataset, limit=args.limit, tools=tools) if args.dataset else []
     if args.suite:
-        items += bfcl.load_items(bfcl.parse_suite(args.suite), limit=args.limit)
+        items += load_suite(args.suite, limit=args.limit)
     if args.format:
         check_format_name(args.format)
     run = find_run(args.model, trust_remote_code=args.trust_remote_code)
@@ -84,15 +88,25 @@ def main(argv: list[str] | None = None) -> int:
     from finetune.evaluation.folder import exclusive_folder
 
     with exclusive_folder(folder):
-        return (report_ranks if args.ranks else evaluate)(args, run, items, folder)
+        reports = {report_ranks: args.ranks, decide: args.decisions, list_suspects: args.suspects}
+        report = next((report for report, wanted in reports.items() if wanted), evaluate)
+        return report(args, run, items, folder)
 
 
-def check_rank_flags(args: argparse.Namespace) -> None:
-    """UserError for flags that do not go with --ranks, or only with it."""
-    if args.ranks and (args.suite or args.only != "both"):
-        raise UserError(f"--ranks and {'--suite' if args.suite else '--only'} exclude each other; omit one of them")
+def check_flags(args: argparse.Namespace) -> None:
+    """UserError for flags that do not go together."""
+    given = {
+        "--suspects": args.suspects, "--ranks": args.ranks, "--decisions": args.decisions, "--suite": args.suite,
+        "--only": args.only != "both", "--dataset": args.dataset,
+    }  # fmt: skip
+    excluded = {"--suspects": given.keys() - {"--suspects"}, "--ranks": {"--suite", "--only", "--decisions"}}
+    for flag, others in excluded.items():
+        if given[flag] and (other := next((one for one in given if one in others and given[one]), None)):
+            raise UserError(f"{flag} and {other} exclude each other; omit one of them")
     if args.tolerance is not None and not args.ranks:
         raise UserError("--tolerance needs --ranks")
+    if not args.dataset and not args.suite and not args.ranks and not args.suspects:
+        raise UserError("nothing to score; name held-out rows with --dataset, or use --suite bfcl:simple_python")
 
 
 def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -> int:
@@ -101,14 +115,11 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     from rich.console import Console
 
     model, tokenizer, fmt = load_model(args, base=args.only == "base")
-    has_adapter = hasattr(model, "disable_adapter")
-    if args.only == "tuned" and not has_adapter:
-        raise UserError(f"{args.model} has no adapter; omit --only to score the model itself")
-    sides = ["base", "tuned"] if has_adapter and args.only == "both" else ["tuned" if has_adapter else "base"]
+    sides = sides_of(model, args)
 
     # 3. Make the prompts and the decoding, the same for both.
     from finetune.evaluation.answer_settings import answer_settings
-    from finetune.evaluation.folder import FILE_PREFIXES, archive_incomparable_scores, describe_items
+    from finetune.evaluation.folder import FILE_PREFIXES, adapter_of, archive_incomparable_scores, describe_items
     from finetune.evaluation.metrics import compute_metrics, paired_differences
     from finetune.evaluation.run import run_model
 
@@ -118,7 +129,7 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     scored, metrics = {}, {}
     for side in sides:
         settings = answer_settings(run, side, model, fmt, decoding)
-        with model.disable_adapter() if side == "base" and has_adapter else contextlib.nullcontext():
+        with adapter_of(side, model):
             scored[side], cost = run_model(
                 model, tokenizer, fmt, prompts, decoding, folder / f"{FILE_PREFIXES[side]}_results.jsonl", settings,
                 name=side, say=say, share_prefix=args.share_prefix,
@@ -143,9 +154,8 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     if compared:
         write_json(folder / "comparison.json", compared)
     rows = len({(item.source, item.row) for item in prompts.items})
-    sources = ", ".join([*map(public_name, args.dataset), *([args.suite] if args.suite else [])])
     heading = [
-        f"{len(prompts.items)} answers of {rows} rows ({sources}), "
+        f"{len(prompts.items)} answers of {rows} rows ({source_names(args)}), "
         f"format {fmt.name}, {'greedy' if not args.temperature else f'temperature {args.temperature:g}'}, "
         f"at most {args.max_new_tokens} new tokens. Model: {public_name(args.model)}."
     ]
@@ -158,6 +168,41 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     if len(scored) == 2:
         print(f"\nOne request, side by side:\n{one_request(scored)}")
     print(f"\nwritten to {folder}: " + ", ".join(sorted(p.name for p in written)) + ", *_metrics.json, *_results.jsonl")
+    return 0
+
+
+def sides_of(model: Any, args: argparse.Namespace) -> list[str]:
+    """Which of "base" and "tuned" to score."""
+    has_adapter = hasattr(model, "disable_adapter")
+    if args.only == "tuned" and not has_adapter:
+        raise UserError(f"{args.model} has no adapter; omit --only to score the model itself")
+    return ["base", "tuned"] if has_adapter and args.only == "both" else ["tuned" if has_adapter else "base"]
+
+
+def source_names(args: argparse.Namespace) -> str:
+    """Datasets and suite of the command line, for a heading."""
+    from finetune.models.hub import public_name
+
+    suite, _, what = (args.suite or "").partition(":")
+    suites = [f"{suite}:{public_name(what)}" if what else suite] if suite else []
+    return ", ".join([*map(public_name, args.dataset), *suites])
+
+
+def decide(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -> int:
+    """Let the models of `run` choose between answers by likelihood and write the report into `folder`."""
+    from rich.console import Console
+
+    from finetune.evaluation.decisions import report_decisions
+    from finetune.models.limits import context_limit
+    from finetune.terminal_tables import print_markdown
+
+    model, tokenizer, fmt = load_model(args, base=args.only == "base")
+    report = report_decisions(
+        run, model, tokenizer, fmt, items, sides_of(model, args), folder, longest=context_limit(model),
+        sources=source_names(args), seed=args.seed,
+    )  # fmt: skip
+    print_markdown(Console(), report)
+    print(f"\nwritten to {folder}: comparison.md, *_metrics.json, *_decisions.jsonl")
     return 0
 
 
@@ -224,16 +269,31 @@ def report_ranks(args: argparse.Namespace, run: Any, items: list[Any], folder: P
     return 0
 
 
+def list_suspects(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -> int:
+    """Write the training rows that the run fits least into `folder`."""
+    from rich.console import Console
+
+    from finetune.evaluation.suspects import check_suspects, report_suspects
+    from finetune.terminal_tables import print_markdown
+
+    check_suspects(run)
+    written, table = report_suspects(run, *load_model(args), args.suspects, folder)
+    print_markdown(Console(), table)
+    print(f"\nwritten to {folder}: " + ", ".join(path.name for path in written))
+    return 0
+
+
 def output_folder(args: argparse.Namespace) -> Path:
     """The folder for the scores."""
     path = Path(args.model)
+    inner = "decisions" if args.decisions else ""
     is_run = any((path / name).is_file() for name in ("experiment_config.json", "adapter_config.json"))
     if args.output or not is_run:
-        return args.output or Path("evaluation") / path.name
+        return args.output or Path("evaluation") / path.name / inner
     from finetune.runs.links import refuse_links
 
     refuse_links(path / "evaluation", owner=path)
-    return path / "evaluation"
+    return path / "evaluation" / inner
 
 
 def keep_speed(cost: dict[str, Any], path: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -247,11 +307,6 @@ def keep_speed(cost: dict[str, Any], path: Path, settings: dict[str, Any]) -> di
                 cost = earlier["generation"]
     speed = {"tokens_per_second": cost["tokens_per_second"]} if cost["tokens_per_second"] is not None else {}
     return {**speed, "generation": cost}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically."""
-    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -124,6 +124,11 @@ def write_text_atomic(path: str | Path, text: str) -> Path:
     return write_bytes_atomic(path, text.encode("utf-8", errors="backslashreplace"))
 
 
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write indented JSON atomically."""
+    return write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
 def json_line(row: dict[str, Any]) -> str:
     """One line of JSON Lines, not escaped to ASCII; lone surrogates, which UTF-8 cannot hold, become escapes.
 

@@ -8,7 +8,7 @@ from copy import deepcopy
 import pytest
 
 from finetune.errors import UserError
-from finetune.evaluation.bfcl import CATEGORIES, WITH_ANSWERS, check, load_items, parse_suite, verdict
+from finetune.evaluation.bfcl import CATEGORIES, WITH_ANSWERS, check, load_items, parse_categories, verdict
 from finetune.evaluation.items import CALL, IRRELEVANT
 from finetune.evaluation.scoring import matches_possible_answers, score
 
@@ -19,25 +19,24 @@ ROWS = {"simple_python": 400, "multiple": 200, "parallel": 200, "parallel_multip
         "live_multiple": 1053, "irrelevance": 240}  # fmt: skip
 
 
-def test_parse_suite():
-    assert parse_suite("bfcl:simple_python, irrelevance") == ["simple_python", "irrelevance"]
-    assert parse_suite("bfcl") == list(CATEGORIES)
+def test_parse_categories():
+    assert parse_categories("simple_python, irrelevance") == ["simple_python", "irrelevance"]
+    assert parse_categories("") == list(CATEGORIES)
+    assert parse_categories("multi_turn_base") == ["multi_turn_base"]
     with pytest.raises(UserError, match="no category 'simple'"):
-        parse_suite("bfcl:simple")
-    with pytest.raises(UserError, match="only suite"):
-        parse_suite("toolbench:all")
+        parse_categories("simple")
 
 
 @needs_bfcl
 @pytest.mark.parametrize(("category", "rows"), ROWS.items())
 def test_load_items_of_a_category(category, rows):
-    items = load_items([category])
+    items = load_items(category)
     assert len(items) == rows
     assert {item.kind for item in items} == {CALL if category in WITH_ANSWERS else IRRELEVANT}
     assert all(item.messages[-1]["role"] == "user" for item in items)
     types = {item.tools[0]["function"]["parameters"]["type"] for item in items if item.tools}
     assert types == {"object"}  # BFCL writes "dict"
-    assert len(load_items([category], limit=3)) == 3
+    assert len(load_items(category, limit=3)) == 3
 
 
 @needs_bfcl
@@ -47,7 +46,7 @@ def test_load_items_of_a_category(category, rows):
      ("live_simple", 0.96), ("live_multiple", 0.96)],
 )  # fmt: skip
 def test_verdicts_agree_with_the_checker(category, accepted):
-    items = load_items([category], limit=200)
+    items = load_items(category, limit=200)
     theirs, ours, agree = 0, 0, 0
     judged = 0
     for item in items:
@@ -102,7 +101,7 @@ CHANGES = (_no_call, _one_more, _wrong_name, _invented_argument, _wrong_text)
 
 @needs_bfcl
 def test_verdict_with_and_without_calls():
-    (item,) = load_items(["simple_python"], limit=1)
+    (item,) = load_items("simple_python", limit=1)
     right = [{"name": "calculate_triangle_area", "arguments": {"base": 10, "height": 5}}]
     for made, errors, valid in ((right, [], True), (right * 2, [], False), (right, ["call 2: cut off"], False)):
         ours = score(item, "", made, errors)
@@ -112,10 +111,10 @@ def test_verdict_with_and_without_calls():
     ours = score(item, "", as_float, [])
     assert verdict(item, as_float, [], ours) == {"bfcl_valid": False, "bfcl_agrees": False}  # it declares integers
 
-    (none,) = load_items(["irrelevance"], limit=1)
+    (none,) = load_items("irrelevance", limit=1)
     assert verdict(none, [], [], score(none, "No.", [], [])) == {"bfcl_valid": True, "bfcl_agrees": True}
     assert verdict(none, right, [], score(none, "", right, [])) == {"bfcl_valid": False, "bfcl_agrees": True}
-    bare = next(item for item in load_items(["live_irrelevance"]) if not item.tools)
+    bare = next(item for item in load_items("live_irrelevance") if not item.tools)
     assert verdict(bare, [], [], score(bare, "No.", [], [])) == {"bfcl_valid": True, "bfcl_agrees": True}
     broken = ["call 1: the JSON is cut off"]
     assert verdict(none, [], broken, score(none, "", [], broken)) == {"bfcl_valid": True, "bfcl_agrees": False}

@@ -1,5 +1,6 @@
 """Exactness of shared-prefix steps: attention, loss and gradients compared with each row computed alone."""
 
+import numpy as np
 import pytest
 
 from finetune.passes.plan import plan_passes
@@ -90,6 +91,29 @@ def test_unshared_modes_are_exact(mode):
     if mode == "padded":
         use_padding(runner)
     assert relative_distance(shared_gradients(runner, rows), row_by_row_gradients(runner, rows)) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["tree", "padded"])
+def test_predictions_are_those_of_each_row_alone(mode):
+    """In several passes, with equal rows and equal targets at shared positions."""
+    model = with_random_lora(small_llama()).eval()
+    rows = random_rows(2, 3)
+    rows.append(rows[0])
+    runner = make_runner(model, 200)
+    if mode == "padded":
+        use_padding(runner)
+    assert runner.mode == mode
+    for row, found in zip(rows, runner.predict(rows), strict=True):
+        with torch.no_grad():
+            logits = runner.causal_lm(input_ids=torch.from_numpy(row.input_ids).long()[None]).logits[0]
+        log_p = logits[torch.from_numpy(row.positions).long()].log_softmax(-1)
+        own = log_p[torch.arange(len(row.targets)), torch.from_numpy(row.targets).long()]
+        best, best_ids = log_p.max(-1)
+        assert np.allclose(found.log_p, own, atol=1e-5) and np.allclose(found.best_log_p, best, atol=1e-5)
+        assert found.best_ids.tolist() == best_ids.tolist()
+    assert runner.run(rows, 1.0).loss_sum == pytest.approx(
+        -sum(one.log_p.sum() for one in runner.predict(rows)), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 64), (4, 4, 80), (3, 1, 128)])

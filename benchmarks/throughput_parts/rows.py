@@ -57,7 +57,7 @@ def _bfcl(workload, tokenizer, fmt, steps, step_rows, seed) -> list[list[Row]]:
     from finetune.evaluation.bfcl import load_items
     from finetune.training.order import steps_of_epoch, tool_sets
 
-    items = load_items([workload.removesuffix("_shuffle")])
+    items = load_items(workload.removesuffix("_shuffle"))
     conversations = []
     for item in items:
         calls = [{"type": "function", "function": call} for call in item.expected_calls]

@@ -1,4 +1,4 @@
-"""The Berkeley Function Calling Leaderboard's single-turn rows, checked by the leaderboard's own checker.
+"""The Berkeley Function Calling Leaderboard's rows, checked by the leaderboard's own checker.
 
 Data and checker come from the package bfcl-eval (Apache-2.0), installed with --no-deps: the checker needs only the
 standard library once `bfcl_eval.constants.model_config`, which imports every vendor's client, is replaced.
@@ -25,6 +25,7 @@ WITH_ANSWERS = (
 )  # fmt: skip
 WITHOUT_CALL = ("irrelevance", "live_irrelevance")
 CATEGORIES = (*WITH_ANSWERS, *WITHOUT_CALL)
+MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
 
 
 def data_folder() -> Path:
@@ -34,22 +35,23 @@ def data_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "data"
 
 
-def parse_suite(suite: str) -> list[str]:
-    """`bfcl:simple_python,multiple` -> categories; plain `bfcl` means all of them."""
-    kind, _, names = suite.partition(":")
-    if kind != "bfcl":
-        raise UserError(f"--suite {suite}: the only suite is bfcl; for example bfcl:simple_python,multiple")
+def parse_categories(names: str) -> list[str]:
+    """`simple_python,multiple` -> categories; "" means all but those of several turns, which take hours."""
     categories = [name.strip() for name in names.split(",") if name.strip()] or list(CATEGORIES)
     for name in categories:
-        if name not in CATEGORIES:
-            raise UserError(f"--suite {suite}: no category {name!r}; choose from {', '.join(CATEGORIES)}")
+        if name not in (*CATEGORIES, *MULTI_TURN):
+            choices = ", ".join((*CATEGORIES, *MULTI_TURN))
+            raise UserError(f"--suite bfcl:{names}: no category {name!r}; choose from {choices}")
     return categories
 
 
-def load_items(categories: list[str], *, limit: int | None = None) -> list[Item]:
-    """Items of the first `limit` rows of each category (default: all rows)."""
+def load_items(names: str, *, limit: int | None = None) -> list[Item]:
+    """Items of the first `limit` rows of each category in `names` (default: all rows)."""
     items = []
-    for category in categories:
+    for category in parse_categories(names):
+        if category in MULTI_TURN:
+            items += _multi_turn_items(category, limit)
+            continue
         answers = {}
         if category in WITH_ANSWERS:
             answers = {row["id"]: row["ground_truth"] for row in _read_rows(f"possible_answer/BFCL_v4_{category}")}
@@ -69,6 +71,15 @@ def load_items(categories: list[str], *, limit: int | None = None) -> list[Item]
                 )
             )
     return items
+
+
+def _multi_turn_items(category: str, limit: int | None) -> list[Item]:
+    folder = data_folder()
+    from finetune.evaluation.bfcl_multi_turn import item_of
+
+    answers = {row["id"]: row["ground_truth"] for row in _read_rows(f"possible_answer/BFCL_v4_{category}")}
+    rows = _read_rows(f"BFCL_v4_{category}")[:limit]
+    return [item_of(row, answers[row["id"]], number, category, folder) for number, row in enumerate(rows, 1)]
 
 
 @cache

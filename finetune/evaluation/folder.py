@@ -41,6 +41,12 @@ def exclusive_folder(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
+def adapter_of(side: str, model: Any) -> contextlib.AbstractContextManager[Any]:
+    """A block in which the model is that of the side: its adapter is switched on or off."""
+    is_off = side == "base" and hasattr(model, "disable_adapter")
+    return model.disable_adapter() if is_off else contextlib.nullcontext()
+
+
 def describe_items(items: Sequence[Item]) -> dict[str, Any]:
     """Sources of the items and a hash of them, for the metrics files."""
     keys = "".join(item.fingerprint() for item in items)

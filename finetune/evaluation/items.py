@@ -25,7 +25,19 @@ IRRELEVANT = "irrelevant"  # no tool fits; text is expected
 ANSWER = "answer"  # text is expected after a tool's result, and no further call
 QUESTION = "question"  # no tools are declared
 
+CONVERSATION = "conversation"  # several requests, whose calls are executed and judged at the end
+
 OK_LABELS = {"ok": True, "not ok": False, "not_ok": False}
+
+
+@dataclass
+class Option:
+    """One of the answers that a model chooses from by likelihood: calls, or a text."""
+
+    name: str
+    calls: list[dict[str, Any]]
+    text: str
+    is_expected: bool = False
 
 
 @dataclass
@@ -38,6 +50,8 @@ class Item:
     expected_calls    {"name", "arguments"}; arguments None: not known, and not scored
     label             True for "ok", False for "not ok", None without a label
     possible_answers  BFCL: the allowed values of each argument of each expected call
+    truth             what else the verdict of the item's suite needs
+    options           the answers to choose from, where the row brings them
     """
 
     source: str
@@ -51,6 +65,8 @@ class Item:
     label: bool | None = None
     possible_answers: list[dict[str, Any]] | None = None
     category: str | None = None
+    truth: Any = None
+    options: list[Option] | None = None
 
     @property
     def origin(self) -> tuple[str, int]:
@@ -59,7 +75,8 @@ class Item:
 
     def fingerprint(self) -> str:
         """12 hexadecimal digits that change with anything that the answer or its verdict depends on."""
-        text = json.dumps(asdict(self), ensure_ascii=True, default=str)
+        fields = {key: value for key, value in asdict(self).items() if key not in ("truth", "options") or value}
+        text = json.dumps(fields, ensure_ascii=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

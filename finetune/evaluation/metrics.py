@@ -11,6 +11,7 @@ import numpy as np
 
 from finetune.evaluation.items import ANSWER, CALL, IRRELEVANT, MISSING_PARAMETER, QUESTION, Item, asks_back
 from finetune.evaluation.scoring import BROKEN, NO_CALL, UNDECLARED, confusion_pairs
+from finetune.evaluation.suites import SUITES
 
 BOOTSTRAP_SAMPLES = 2000
 REQUESTS = (CALL, IRRELEVANT, MISSING_PARAMETER)  # kinds of items where the model chooses a tool or none
@@ -96,8 +97,10 @@ METRICS = [
     Metric("rouge_l", "rouge_l", binary=False),
     Metric("quality_ok_rate", "quality_ok", (QUESTION,)),
     Metric("quality_accuracy", lambda s: None if s.item.label is None else s.verdicts["quality_ok"] == s.item.label),
-    Metric("bfcl_accuracy", "bfcl_valid"),
+    *(Metric(f"{name}_accuracy", f"{name}_valid") for name, suite in SUITES.items() if suite.verdict),
     Metric("bfcl_checker_agreement", "bfcl_agrees"),
+    Metric("decision_accuracy", "decision_correct"),
+    Metric("decision_accuracy_norm", "decision_correct_norm"),
     Metric("argument_f1"),
     *(Metric(f"{average}_{name}") for average in ("macro", "weighted") for name in ("precision", "recall", "f1")),
     *(Metric(f"quality_{name}") for name in ("precision", "recall", "f1")),
@@ -110,7 +113,8 @@ METRICS = [
 def metric_names(metrics: dict[str, dict[str, Any]]) -> list[str]:
     """Names of all numbers that any of the models has, in the order of the tables."""
     rates, derived = ([m.name for m in METRICS if (m.verdict is None) is empty] for empty in (False, True))
-    categories = sorted({name for m in metrics.values() for name in m if name.startswith("bfcl_")} - set(rates))
+    of_suites = tuple(f"{suite}_" for suite in SUITES)
+    categories = sorted({name for m in metrics.values() for name in m if name.startswith(of_suites)} - set(rates))
     return [name for name in (*rates, *categories, *derived) if any(m.get(name) is not None for m in metrics.values())]
 
 
@@ -143,17 +147,19 @@ def _interval_95(samples: np.ndarray) -> list[float] | None:
     return [round(float(bound), 4) for bound in np.percentile(samples, [2.5, 97.5])] if len(samples) else None
 
 
-def compute_metrics(scored: Sequence[Scored], *, seed: int = 0) -> dict[str, Any]:
+def compute_metrics(
+    scored: Sequence[Scored], *, seed: int = 0, metrics_of: Sequence[Metric] | None = None
+) -> dict[str, Any]:
     """Metric names with plain numbers, then intervals, per-tool tables, the confusion matrix and counts.
 
-    A metric that no item counts for is absent and listed under "not_measured".
+    A metric that no item counts for is absent and listed under "not_measured". metrics_of: other than METRICS.
     """
     metrics: dict[str, Any] = {}
     intervals: dict[str, list[float] | None] = {}
     counted: dict[str, int] = {}
     missing: list[str] = []
     weights = _bootstrap_weights(scored, seed) if scored else None
-    for metric in METRICS:
+    for metric in METRICS if metrics_of is None else metrics_of:
         if metric.verdict is None:
             continue
         sums = _row_sums(scored, metric)
@@ -172,13 +178,17 @@ def compute_metrics(scored: Sequence[Scored], *, seed: int = 0) -> dict[str, Any
     quality, quality_table = _quality_scores(scored)
     averages, tables = _tool_tables(scored)
     metrics |= quality | averages
-    if scored:
+    if scored and metrics_of is None:
         latencies = [one.latency_s for one in scored]
         metrics["latency_p50_s"] = round(float(np.percentile(latencies, 50)), 4)
         metrics["latency_p95_s"] = round(float(np.percentile(latencies, 95)), 4)
-    for category in sorted({one.item.category for one in scored if "bfcl_valid" in one.verdicts}):
-        valid = [one.verdicts["bfcl_valid"] for one in scored if one.item.category == category]
-        metrics[f"bfcl_{category}_accuracy"] = round(sum(valid) / len(valid), 6)
+    for suite in SUITES:
+        by_category: dict[str, list[bool]] = {}
+        for one in scored:
+            if f"{suite}_valid" in one.verdicts:
+                by_category.setdefault(str(one.item.category), []).append(one.verdicts[f"{suite}_valid"])
+        for category, valid in sorted(by_category.items()):
+            metrics[f"{suite}_{category}_accuracy"] = round(sum(valid) / len(valid), 6)
     kinds = [one.item.kind for one in scored]
     return metrics | {
         "items": len(scored),
@@ -259,7 +269,9 @@ def _quality_scores(scored: Sequence[Scored]) -> tuple[dict[str, float], dict[st
     }
 
 
-def paired_differences(base: Sequence[Scored], tuned: Sequence[Scored], *, seed: int = 0) -> dict[str, dict[str, Any]]:
+def paired_differences(
+    base: Sequence[Scored], tuned: Sequence[Scored], *, seed: int = 0, metrics_of: Sequence[Metric] | None = None
+) -> dict[str, dict[str, Any]]:
     """For every metric that both models have: difference (tuned - base), its paired bootstrap interval, p value.
 
     The items must be the same in the same order. The interval resamples rows, the same ones for both models. The
@@ -272,7 +284,7 @@ def paired_differences(base: Sequence[Scored], tuned: Sequence[Scored], *, seed:
         raise ValueError("base and tuned were not scored on the same items")
     weights = _bootstrap_weights(base, seed)
     comparison: dict[str, dict[str, Any]] = {}
-    for metric in METRICS:
+    for metric in METRICS if metrics_of is None else metrics_of:
         if metric.verdict is None:
             continue
         sums = [_row_sums(side, metric) for side in (base, tuned)]

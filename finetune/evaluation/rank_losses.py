@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
@@ -13,6 +13,7 @@ from finetune.runs.find import Run
 if TYPE_CHECKING:
     from finetune.encoding.encoded import EncodedRows
     from finetune.models.truncation import TruncatableAdapter
+    from finetune.passes.plan import Predictions, Row
     from finetune.reading.load_result import LoadResult
     from formats import Format
 
@@ -45,44 +46,56 @@ def encode_loss_rows(
 
     Raises UserError where none has a loss, and where the run's evaluation rows have changed since. See `check_ranks`.
     """
-    from finetune.encoding.encode import encode_conversations
-    from finetune.encoding.options import EncodingOptions
     from finetune.evaluation.items import load_rows
 
-    flags: dict[str, Any] = run.experiment.config["flags"] if run.experiment is not None else {}
     if datasets:
         loaded, source = load_rows(datasets, limit=limit)[0], "--dataset"
     else:
-        loaded, source = _own_evaluation_rows(run, flags), "the run's evaluation rows"
+        loaded, source = own_rows(run, "eval_data"), "the run's evaluation rows"
+    return encode_as_in_training(run, loaded, source, tokenizer, fmt), source
+
+
+def encode_as_in_training(run: Run, loaded: LoadResult, source: str, tokenizer: Any, fmt: Format) -> EncodedRows:
+    """Ids and labels of rows as the run encoded its own; UserError where no row has a loss."""
+    from finetune.encoding.encode import encode_conversations
+    from finetune.encoding.options import EncodingOptions
+
+    flags: dict[str, Any] = run.experiment.config["flags"] if run.experiment is not None else {}
     options = EncodingOptions.of(flags, max_seq_length=run.max_length())
     rows = encode_conversations(loaded.conversations, tokenizer, fmt, options, origins=loaded.origins, progress=False)
     if not len(rows.sequences):
         reasons = "; ".join(rows.report["reasons"]) or "no conversation"
         raise UserError(f"{source}: no row has a loss ({reasons}); name other rows with --dataset")
-    return rows, source
+    return rows
 
 
-def _own_evaluation_rows(run: Run, flags: dict[str, Any]) -> LoadResult:
+def own_rows(run: Run, part: str) -> LoadResult:
+    """The rows that a run trained on (part "data") or was evaluated on ("eval_data").
+
+    Raises UserError where they have changed since.
+    """
     from finetune.preparing.splits import split_off
     from finetune.reading.conversations import load_conversations
     from finetune.reading.row_filter import parse_where
     from finetune.reading.tool_schemas import load_tools_file
 
+    assert run.experiment is not None
+    flags = run.experiment.config["flags"]
     options = {
         "seed": flags["seed"], "tools": load_tools_file(flags["tools"]) if flags.get("tools") else None,
         "include_rejected": bool(flags.get("include_rejected")),
     }  # fmt: skip
-    if flags.get("eval_dataset"):
+    if part == "eval_data" and flags.get("eval_dataset"):
         loaded = load_conversations(flags["eval_dataset"], **options)
     else:
         where = parse_where(flags.get("where"))
-        every = load_conversations(flags["dataset"], limit=flags.get("limit"), where=where, **options)
-        loaded = split_off(every, flags["eval_fraction"], flags["seed"])[1]
-    recorded = (run.experiment.config.get("eval_data") or {}).get("fingerprint") if run.experiment else None
-    if recorded not in (None, loaded.fingerprint):
-        raise UserError(
-            f"the evaluation rows of {run.path} have changed since it was trained; name rows with --dataset"
-        )
+        loaded = load_conversations(flags["dataset"], limit=flags.get("limit"), where=where, **options)
+        if flags.get("eval_fraction") and not flags.get("eval_dataset"):
+            loaded = split_off(loaded, flags["eval_fraction"], flags["seed"])[part == "eval_data"]
+    if (run.experiment.config.get(part) or {}).get("fingerprint") not in (None, loaded.fingerprint):
+        rows = "evaluation rows" if part == "eval_data" else "training rows"
+        advice = "name rows with --dataset" if part == "eval_data" else "train again, or restore them"
+        raise UserError(f"the {rows} of {run.path} have changed since it was trained; {advice}")
     return loaded
 
 
@@ -94,15 +107,28 @@ class LossMeter:
         from finetune.passes.runner import PassRunner
 
         self.model = model
-        self.rows = sorted((make_row(*pair) for pair in sequences), key=lambda row: row.input_ids.tobytes())
+        rows = [make_row(*pair) for pair in sequences]
+        self.order = sorted(range(len(rows)), key=lambda number: rows[number].input_ids.tobytes())
+        self.rows = [rows[number] for number in self.order]
         self.tokens = sum(len(row.positions) for row in self.rows)
         self.runner = PassRunner(model, TOKENS_PER_PASS, True, tokenizer.pad_token_id or 0)
 
     def loss(self) -> float:
         """The loss of the model as it now is."""
         self.model.eval()
-        parts = (self.rows[at : at + ROWS_PER_RUN] for at in range(0, len(self.rows), ROWS_PER_RUN))
-        return sum(self.runner.run(part, 1.0).loss_sum for part in parts) / self.tokens
+        return sum(self.runner.run(part, 1.0).loss_sum for part in self._parts()) / self.tokens
+
+    def predictions(self, advance: Callable[[int], None]) -> list[Predictions]:
+        """What the model as it now is predicts at the trained tokens of each of the sequences, in their order."""
+        self.model.eval()
+        found: list[Predictions] = []
+        for part in self._parts():
+            found += self.runner.predict(part)
+            advance(len(part))
+        return [one for _, one in sorted(zip(self.order, found, strict=True), key=lambda pair: pair[0])]
+
+    def _parts(self) -> Iterator[Sequence[Row]]:
+        return (self.rows[at : at + ROWS_PER_RUN] for at in range(0, len(self.rows), ROWS_PER_RUN))
 
 
 def losses_by_rank(adapter: TruncatableAdapter, meter: LossMeter, ranks: Sequence[int]) -> dict[int, float]:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 from finetune.evaluation.folder import archive
-from finetune.evaluation.items import Item
+from finetune.evaluation.items import CONVERSATION, Item
 from finetune.evaluation.metrics import Scored
 from finetune.evaluation.scoring import score
+from finetune.evaluation.suites import suite_verdict
 from finetune.files import json_line, json_lines, write_text_atomic
 from finetune.progress import progress_bar
 
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Prompts:
-    """Items with their prompt ids; `refused` holds (item, reason) of those without a usable prompt."""
+    """Items with their prompt ids; `refused` holds (item, reason) of those without a usable prompt.
 
+    longest  maximum number of tokens of a prompt
+    """
+
+    longest: int | None = None
     items: list[Item] = field(default_factory=list)
     input_ids: list[list[int]] = field(default_factory=list)
     refused: list[tuple[Item, str]] = field(default_factory=list)
@@ -45,7 +50,7 @@ def make_prompts(
     """
     from formats import FormatError, encode_prompt
 
-    prompts = Prompts()
+    prompts = Prompts(longest)
     for item in items:
         try:
             ids = encode_prompt(item.messages, item.tools, tokenizer, fmt)
@@ -62,14 +67,18 @@ def make_prompts(
 
 
 def answer_token_limit(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> int:
-    """1.5 times the tokens of the longest expected answer, between 64 and 1024; 256 without expected answers."""
+    """1.5 times the tokens of the longest expected answer, between 64 and 1024; 256 without expected answers.
+
+    At least 256 with conversations, whose expected answers are not known.
+    """
     longest = 0
     for item in items:
         texts = [json.dumps(call, ensure_ascii=False) for call in item.expected_calls] or [item.expected_text or ""]
         # The brackets and tags of a call take up to a dozen tokens.
         lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 12 for text in texts if text]
         longest = max(longest, sum(lengths))
-    return min(1024, max(64, longest * 3 // 2)) if longest else 256
+    limit = min(1024, max(64, longest * 3 // 2)) if longest else 256
+    return max(limit, 256) if any(item.kind == CONVERSATION for item in items) else limit
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
@@ -137,9 +146,13 @@ def _is_answer(line: dict[str, Any], keys: set[str]) -> bool:
     """Whether a line of a results file is an answer to one of the items; others may have written the file."""
     latency = line.get("latency_s")
     is_number = isinstance(latency, int | float) and not isinstance(latency, bool) and 0 <= latency < math.inf
-    return (
-        isinstance(line.get("item"), str) and line["item"] in keys and isinstance(line.get("text"), str) and is_number
-    )
+    is_text = all(isinstance(line.get(name), str) for name in ("item", "text"))
+    if not (is_number and is_text and line["item"] in keys):
+        return False
+    # The answers of a conversation are not judged again.
+    verdicts = line.get("verdicts") if isinstance(line.get("verdicts"), dict) else {}
+    is_judged = isinstance(verdicts.get("bfcl_valid"), bool) and isinstance(line.get("parsed_calls"), list)
+    return line.get("kind") != CONVERSATION or (is_judged and isinstance(line.get("content"), str))
 
 
 def run_model(
@@ -167,50 +180,66 @@ def run_model(
         say(f"{path.name} held answers of other settings or rows; they are now in {results.archived.name}")
     # The first item of every key: identical items are answered once.
     first = {key: at for at, key in reversed(list(enumerate(results.keys)))}
-    todo = sorted(at for key, at in first.items() if key not in results.lines)
-    if len(todo) < len(prompts.items):
-        say(f"{name}: {len(prompts.items) - len(todo)} of {len(prompts.items)} answers are already there")
+    missing = sorted(at for key, at in first.items() if key not in results.lines)
+    if len(missing) < len(prompts.items):
+        say(f"{name}: {len(prompts.items) - len(missing)} of {len(prompts.items)} answers are already there")
+    todo = [at for at in missing if prompts.items[at].kind != CONVERSATION]
+    conversations = [at for at in missing if prompts.items[at].kind == CONVERSATION]
+
+    def append(at: int, answer: dict[str, Any]) -> None:
+        item = prompts.items[at]
+        fields = {key: getattr(item, key) for key in ("source", "row", "turn", "kind", "messages")}
+        expected = {"expected_calls": item.expected_calls, "expected_text": item.expected_text}
+        tools = [tool["function"]["name"] for tool in item.tools]
+        key = {"settings": results.settings, "item": results.keys[at]}
+        results.append({**fields, "tools": tools, **expected, **answer, **key})
 
     def record(index: int, generation: Generation) -> None:
-        item = prompts.items[todo[index]]
         text = decode(generation.input_ids, tokenizer, fmt)
-        results.append(
-            {
-                "source": item.source,
-                "row": item.row,
-                "turn": item.turn,
-                "kind": item.kind,
-                "messages": item.messages,
-                "tools": [tool["function"]["name"] for tool in item.tools],
-                "expected_calls": item.expected_calls,
-                "expected_text": item.expected_text,
-                **judge(item, text, tokenizer, fmt),
-                "latency_s": round(generation.latency_s, 4),
-                "new_tokens": len(generation.input_ids),
-                "finish_reason": generation.finish_reason,
-                "settings": results.settings,
-                "item": results.keys[todo[index]],
-            }
-        )
+        measured = {
+            "latency_s": round(generation.latency_s, 4),
+            "new_tokens": len(generation.input_ids),
+            "finish_reason": generation.finish_reason,
+        }
+        append(todo[index], judge(prompts.items[todo[index]], text, tokenizer, fmt) | measured)
         advance(1)
 
-    with contextlib.closing(results), progress_bar(name, len(todo)) as advance:
-        ids = [prompts.input_ids[at] for at in todo]
-        report = generate(model, ids, decoding=decoding, share_prefix=share_prefix, on_result=record)
+    with contextlib.closing(results):
+        with progress_bar(name, len(todo)) as advance:
+            ids = [prompts.input_ids[at] for at in todo]
+            report = generate(model, ids, decoding=decoding, share_prefix=share_prefix, on_result=record)
+        if conversations:
+            from finetune.evaluation.bfcl_multi_turn import converse
+
+            items = [prompts.items[at] for at in conversations]
+            turns = sum(len(item.truth["turns"]) for item in items)
+            with progress_bar(f"{name}, turns of conversations", turns) as advance:
+                finished = converse(
+                    model, tokenizer, fmt, items, decoding, longest=prompts.longest, share_prefix=share_prefix,
+                    on_turn=advance,
+                )  # fmt: skip
+                for index, answer in finished:
+                    append(conversations[index], answer)
     if report.reason and share_prefix:
         say(f"{name}: common prefixes of prompts are not shared ({report.reason})")
     scored = []
     for item, key in zip(prompts.items, results.keys, strict=True):
         line = results.lines[key]
-        line |= judge(item, line["text"], tokenizer, fmt)
+        if item.kind != CONVERSATION:
+            line |= judge(item, line["text"], tokenizer, fmt)
         scored.append(
             Scored(
-                item, line["content"], line["parsed_calls"], line["verdicts"], line["latency_s"], line["parse_errors"]
+                item,
+                line["content"],
+                line["parsed_calls"],
+                line["verdicts"],
+                line["latency_s"],
+                line.get("parse_errors", ()),
             )
         )
     results.rewrite()
     return scored, {
-        "generated_rows": len(todo),
+        "generated_rows": len(missing),
         "seconds": round(report.seconds, 3),
         "method": report.method if todo else None,
         "prompt_tokens": report.prompt_tokens,
@@ -228,10 +257,7 @@ def judge(item: Item, text: str, tokenizer: PreTrainedTokenizerBase, fmt: Format
     calls = unescape(parsed.tool_calls, tokenizer, fmt)
     content = unescape(parsed.content, tokenizer, fmt)
     verdicts = score(item, content, calls, parsed.errors)
-    if item.source.startswith("bfcl:"):
-        from finetune.evaluation.bfcl import verdict
-
-        verdicts |= verdict(item, calls, parsed.errors, verdicts)
+    verdicts |= suite_verdict(item, calls, parsed.errors, verdicts)
     return {
         "text": text,
         "content": content,

@@ -70,15 +70,21 @@ def head_loss(
         return _FrozenHeadLoss.apply(hidden, head.weight, head.bias, targets, weights)
 
     def chunk_loss(h: torch.Tensor, t: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        logits = head(h) * scale
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
+        logits = head_logits(head, h, softcap=softcap, scale=scale)
         return (F.cross_entropy(logits.float(), t, reduction="none") * w).sum()
 
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for h, t, w in zip(*(x.split(CHUNK_POSITIONS) for x in (hidden, targets, weights)), strict=True):
         total = total + checkpoint(chunk_loss, h, t, w, use_reentrant=False)
     return total
+
+
+def head_logits(
+    head: torch.nn.Module, hidden: torch.Tensor, *, softcap: float | None = None, scale: float = 1.0
+) -> torch.Tensor:
+    """The model's logits [N, vocabulary] of hidden states [N, E], as `head_loss` describes them."""
+    logits = head(hidden) * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def logit_transform(config: Any) -> dict[str, Any]:

@@ -53,6 +53,18 @@ def make_row(input_ids: Sequence[int], labels: Sequence[int]) -> Row:
 
 
 @dataclass
+class Predictions:
+    """At each of a row's m trained tokens: log-probability of that token, of the most likely one, and the latter's id.
+
+    log_p, best_log_p: float32 [m]; best_ids: int64 [m].
+    """
+
+    log_p: np.ndarray
+    best_log_p: np.ndarray
+    best_ids: np.ndarray
+
+
+@dataclass
 class Segment:
     """Tokens [start, end) of a pass. Its descendants in the tree follow directly, up to subtree_end."""
 
@@ -67,7 +79,8 @@ class Pass:
 
     input_ids, position_ids: int64 [T]; segments: the tree in preorder; positions: int64 [N], indices into the pass
     whose hidden states are projected by the lm_head; targets: int64 [N]; weights: float32 [N], number of rows that
-    train this (position, target); rows: indices of the step's rows.
+    train this (position, target); rows: indices of the step's rows; trained: int64 [M], for each trained token of each
+    of these rows, in their order, its index into positions.
     """
 
     input_ids: np.ndarray
@@ -77,6 +90,7 @@ class Pass:
     targets: np.ndarray
     weights: np.ndarray
     rows: list[int]
+    trained: np.ndarray
 
 
 @dataclass
@@ -132,7 +146,7 @@ class _Packer:
             segment.subtree_end = self.size
         pairs = np.stack([np.concatenate(column) for column in zip(*self.targets, strict=True)])
         # Rows may train the same target at a shared position: it is projected once, with a higher weight.
-        (positions, targets), weights = np.unique(pairs, axis=1, return_counts=True)
+        (positions, targets), trained, weights = np.unique(pairs, axis=1, return_inverse=True, return_counts=True)
         return Pass(
             input_ids=np.concatenate(self.ids).astype(np.int64),
             position_ids=np.concatenate(self.depths).astype(np.int64),
@@ -141,6 +155,7 @@ class _Packer:
             targets=targets.astype(np.int64),
             weights=weights.astype(np.float32),
             rows=self.rows,
+            trained=trained.ravel(),
         )
 
 
@@ -197,7 +212,8 @@ def plan_passes(
 class PaddedPass:
     """One padded forward pass, for models whose attention cannot process a packed tree.
 
-    input_ids, attention_mask: int64 [B, L], padded on the right; positions: int64 [N], indices into the flattened B*L.
+    input_ids, attention_mask: int64 [B, L], padded on the right; positions: int64 [N], indices into the flattened B*L;
+    the others as in Pass.
     """
 
     input_ids: np.ndarray
@@ -206,6 +222,7 @@ class PaddedPass:
     targets: np.ndarray
     weights: np.ndarray
     rows: list[int]
+    trained: np.ndarray
 
 
 def plan_padded(rows: Sequence[Row], tokens_per_pass: int, pad_token_id: int) -> list[PaddedPass]:
@@ -230,5 +247,5 @@ def _pad(rows: Sequence[Row], batch: list[int], pad_token_id: int) -> PaddedPass
     targets = np.concatenate([rows[i].targets for i in batch]).astype(np.int64)
     return PaddedPass(
         input_ids, is_token.astype(np.int64), positions.astype(np.int64), targets,
-        np.ones(len(targets), np.float32), batch,
+        np.ones(len(targets), np.float32), batch, np.arange(len(targets)),
     )  # fmt: skip

@@ -9,16 +9,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from finetune.errors import UserError
 from finetune.passes.attention import CpuTree, PackedAttention, UnsupportedModelError
-from finetune.passes.loss import CHUNK_POSITIONS, head_loss, logit_transform
+from finetune.passes.loss import CHUNK_POSITIONS, head_logits, head_loss, logit_transform
 from finetune.passes.plan import (
     CPU_TARGET_TOKENS,
     MIN_SHARED_TOKENS,
     PaddedPass,
     Pass,
+    Predictions,
     Row,
     make_row,
     plan_padded,
@@ -90,9 +92,12 @@ class PassRunner:
         After an out-of-memory error the step's gradients are discarded, the passes halved and the step is run again
         with the same rows. Raises the error when the passes cannot be made smaller.
         """
+        return self._with_smaller_passes(rows, lambda: self.run_once(rows, scale, backward))
+
+    def _with_smaller_passes(self, rows: Sequence[Row], compute: Callable[[], Any]) -> Any:
         while True:
             try:
-                return self.run_once(rows, scale, backward)
+                return compute()
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or self.tokens_per_pass <= MIN_TOKENS_PER_PASS:
                     raise
@@ -119,6 +124,30 @@ class PassRunner:
             losses.append(loss.detach())  # read after the last pass: each read would wait for the GPU
             computed += pass_.input_ids.size
         return StepResult(sum(loss.item() for loss in losses), computed, len(plan))
+
+    def predict(self, rows: Sequence[Row]) -> list[Predictions]:
+        """What the model predicts at the trained tokens of each row; passes are halved as in `run`."""
+        return self._with_smaller_passes(rows, lambda: self._predict(rows))
+
+    @torch.no_grad()
+    def _predict(self, rows: Sequence[Row]) -> list[Predictions]:
+        found: dict[int, Predictions] = {}
+        for pass_ in self.plan(rows):
+            with self.attention.patched(self.causal_lm), self.autocast():
+                states, targets = self.hidden_states(pass_), self._tensor(pass_.targets)
+                chunks = zip(states.split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS), strict=True)
+                parts = [self._predictions(*chunk) for chunk in chunks]
+            columns = [np.concatenate(column)[pass_.trained] for column in zip(*parts, strict=True)]
+            ends = np.cumsum([len(rows[number].positions) for number in pass_.rows])
+            for number, *own in zip(pass_.rows, *(np.split(column, ends[:-1]) for column in columns), strict=True):
+                found[number] = Predictions(*own)
+        return [found[number] for number in range(len(rows))]
+
+    def _predictions(self, states: torch.Tensor, targets: torch.Tensor) -> tuple[np.ndarray, ...]:
+        log_p = torch.log_softmax(head_logits(self.head, states, **self.logit_transform).float(), dim=-1)
+        best, best_ids = log_p.max(dim=-1)
+        columns = (log_p.gather(1, targets[:, None])[:, 0], best, best_ids)
+        return tuple(column.cpu().numpy() for column in columns)
 
     @torch.no_grad()
     def reference_loss(self, rows: Sequence[Row]) -> float:
