@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finetune.chat.address import is_loopback
 from finetune.errors import UserError, one_line_errors, require
-from finetune.flag_types import FlagParser, nonnegative_float, port, positive_float, positive_int, probability
+from finetune.flags.types import FlagParser, nonnegative_float, port, positive_float, positive_int, probability
 
 EXAMPLES = """examples:
   python chat_lora.py experiments/RUN --tools my_tools.json

@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.errors import UserError, one_line_errors
 from finetune.files import write_json
-from finetune.flag_types import FlagParser, nonnegative_float, positive_int, positive_ints
+from finetune.flags.types import FlagParser, nonnegative_float, positive_int, positive_ints
 from finetune.progress import say
 
 DEFAULT_TOLERANCE = 0.01

@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune.errors import UserError, one_line_errors
 from finetune.export import adapter, gguf, hub, merged, ollama, vllm  # noqa: F401 (each registers its target)
 from finetune.export.targets import TARGETS
-from finetune.flag_types import FlagParser, nonnegative_float, positive_int
+from finetune.flags.types import FlagParser, nonnegative_float, positive_int
 from finetune.progress import say
 
 EXAMPLES = """examples:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from finetune.errors import UserError, one_line_errors
-from finetune.flag_types import FlagParser, number_type, positive_float, positive_int, text
+from finetune.flags.types import FlagParser, number_type, positive_float, positive_int, text
 
 EXAMPLES = """examples:
   python gpu_memory.py estimate --model Qwen/Qwen2.5-1.5B-Instruct --card 6

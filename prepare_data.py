@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune.errors import UserError, one_line_errors
-from finetune.flag_types import FlagParser, folder_name, positive_int
+from finetune.flags.types import FlagParser, folder_name, positive_int
 from finetune.packages import hide_torch
 
 EXAMPLES = """examples:

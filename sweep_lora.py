@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, one_line_errors
-from finetune.flag_types import (
+from finetune.flags.types import (
     FlagParser,
     flags_of,
     folder_name,

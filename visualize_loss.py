@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune.charts import curves
 from finetune.charts.plots import check_picture_type
 from finetune.errors import UserError, one_line_errors
-from finetune.flag_types import FlagParser, nonnegative_int
+from finetune.flags.types import FlagParser, nonnegative_int
 
 DEFAULT_PICTURE = "loss_comparison.png"
 EXAMPLES = """examples:

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from finetune.errors import one_line_errors  # noqa: E402
 from finetune.files import write_text_atomic  # noqa: E402
-from finetune.flag_types import positive_int  # noqa: E402
+from finetune.flags.types import positive_int  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from finetune.errors import UserError, one_line_errors  # noqa: E402
 from finetune.files import write_text_atomic  # noqa: E402
-from finetune.flag_types import positive_int  # noqa: E402
+from finetune.flags.types import positive_int  # noqa: E402
 from finetune.runs.run_log import COLUMNS, read_rows  # noqa: E402
 
 RANKS = (4, 8, 16, 32, 64, 12, 24, 48)

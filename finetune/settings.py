@@ -12,10 +12,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args
 
-from finetune.config_sections import has_sections, read_sections
 from finetune.errors import UserError
 from finetune.files import read_data
-from finetune.flag_types import (
+from finetune.flags.sections import has_sections, read_sections
+from finetune.flags.types import (
     Flag,
     FlagParser,
     folder_name,
@@ -283,7 +283,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
 def read_config(path: str | Path, given: Container[str] = ()) -> dict[str, Any]:
     """Flags from a YAML or JSON file; of an experiment_config.json, its "flags" without the run's name.
 
-    A file with sections (see config_sections.py) may have settings for chat_lora.py, too.
+    A file with sections (see flags/sections.py) may have settings for chat_lora.py, too.
     given  names of the flags on the command line, which override the file
     Flags that count only on the command line are omitted. Raises UserError naming the file and the key for an unknown
     flag or a wrong value.

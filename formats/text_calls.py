@@ -107,16 +107,18 @@ def adapt(fmt: Format, tokenizer: Any, found: Spelling | None = None, base: Form
     """Calls in the spelling `found` on the turns of `base`; by default the spelling that the tokenizer names, and its
     own template. Raises FormatError when that cannot be used at all.
     """
-    base = base or native.adapt(native.FORMAT, tokenizer)
-    head, _, turns = base.template.rpartition(PREAMBLE)  # head: of a model that was trained with this format
-    writes_calls = _literal("STYLE", OWN.style) in head if head else _ends_calls_once(tokenizer, base)
-    base = replace(base, template=turns)
+    own = base or native.adapt(native.FORMAT, tokenizer)
+    head, _, turns = own.template.rpartition(PREAMBLE)  # head: of a model that was trained with this format
+    writes_calls = _literal("STYLE", OWN.style) in head if head else _ends_calls_once(tokenizer, own)
+    layout = replace(own, template=turns)
     given = found
     found = found or (OWN if writes_calls else spelling(tokenizer) or FUNCTION_TAG)
 
     def renders(word: str, *messages: dict[str, Any], tools: list[dict] | None = None) -> bool:
         try:
-            return word in render_messages(clean_messages(list(messages), base), tools, base, tokenizer, bool(tools))
+            return word in render_messages(
+                clean_messages(list(messages), layout), tools, layout, tokenizer, bool(tools)
+            )
         except Exception:  # templates raise anything
             return False
 
@@ -132,26 +134,26 @@ def adapt(fmt: Format, tokenizer: Any, found: Spelling | None = None, base: Form
         "SHOWN": given is None and renders(NAMES[0], USER, tools=TOOLS), "TOOL_ROLE": tool_role, "SYSTEM": system,
         "ROLE": "system" if found.place == "system" and system else "user", "LAST": found.place == "last_user",
     }  # fmt: skip
-    base = replace(
-        base,
+    made = replace(
+        layout,
         name=fmt.name,
         template="".join(_literal(name, value) for name, value in values.items()) + PREAMBLE + turns,
-        control_tokens=base.control_tokens if tool_role else (*base.control_tokens, RESULT, RESULT_END),
+        control_tokens=layout.control_tokens if tool_role else (*layout.control_tokens, RESULT, RESULT_END),
         has_tools=True,
         adapt=None,
         detect=None,
     )
     if found is OWN:
-        return base
+        return made
     return replace(
-        base,
+        made,
         call_markers=call_markers(found),
         read_calls=found.read_calls,
         vllm_parser=found.vllm_parser,
         ollama=fmt.ollama,
         untyped=False,
-        unwritten_ends=(base.unwritten_ends[0], base.unwritten_ends[0]),
-        prepare=partial(_reasons_as_texts, prepare=base.prepare) if found.reasoning else base.prepare,
+        unwritten_ends=(made.unwritten_ends[0], made.unwritten_ends[0]),
+        prepare=partial(_reasons_as_texts, prepare=made.prepare) if found.reasoning else made.prepare,
     )
 
 

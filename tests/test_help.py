@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from finetune.flag_types import FlagParser
+from finetune.flags.types import FlagParser
 from finetune.settings import build_parser as train_parser
 from tests.scripts import ROOT
 

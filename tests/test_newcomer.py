@@ -10,7 +10,7 @@ import pytest
 
 from finetune import packages
 from finetune.errors import UserError, require
-from finetune.flag_types import flags_of, hint, meant
+from finetune.flags.types import flags_of, hint, meant
 from finetune.models.hub import check_available, check_path
 from finetune.settings import build_parser
 from formats import FormatError, check_format_name

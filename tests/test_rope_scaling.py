@@ -9,7 +9,7 @@ import pytest
 
 from finetune.errors import UserError
 from finetune.export.targets import Job
-from finetune.flag_types import stretch
+from finetune.flags.types import stretch
 from finetune.models import rope
 from finetune.models.loading import load_base, load_config
 from finetune.runs.find import find_run

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from finetune.errors import UserError, one_line_errors
 from finetune.files import json_lines, write_together
-from finetune.flag_types import FlagParser, positive_int
+from finetune.flags.types import FlagParser, positive_int
 
 FIGURES = Path(__file__).with_name("nutrition_figures.csv")
 NAMES = ("qa_fitness_nutrition_train.jsonl", "qa_fitness_nutrition_val.jsonl")

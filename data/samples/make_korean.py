@@ -18,7 +18,7 @@ from typing import Any
 
 from finetune.errors import UserError, one_line_errors
 from finetune.files import json_lines, write_together
-from finetune.flag_types import FlagParser, positive_int
+from finetune.flags.types import FlagParser, positive_int
 
 MAX_TRIES = 50
 CITIES = ("서울", "부산", "대구", "인천", "광주", "대전", "제주", "강릉")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.chat.questions import as_questions
-from finetune.config_sections import has_sections, read_sections
 from finetune.errors import UserError
 from finetune.files import read_data
+from finetune.flags.sections import has_sections, read_sections
 from finetune.settings import settable_flags
 
 

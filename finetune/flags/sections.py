@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.flag_types import ALIASES
+from finetune.flags.types import ALIASES
 
 SECTIONS = ("model", "data", "dataset", "quantization", "lora", "training", "optimization", "logging", "inference",
             "generation")  # fmt: skip
