@@ -67,6 +67,8 @@ def choose_format(tokenizer: Any) -> tuple[Format, str]:
     load_entry_points()
     own, added = own_template(tokenizer), set(added_tokens(tokenizer))
     for name, fmt in FORMATS.items():
+        if text_calls.PREAMBLE in own and name in (text_calls.FORMAT.name, text_calls.TOOL_REASONING.name):
+            fmt = get_format(name, tokenizer)  # its template is made for the tokenizer's own
         if (pinned := fmt.pinned_in(own)) is not None:
             return get_format(name, tokenizer).with_kwargs(**pinned), f"the tokenizer carries our template of {name}"
     if not own:

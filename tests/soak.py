@@ -37,6 +37,7 @@ def slopes(samples: list[tuple[int, float, int]]) -> tuple[float, float]:
 
 
 def soak(folder: Path, steps: int) -> bool:
+    write_byte_model(folder / "model")
     rows = write_rows(folder / "rows.jsonl", [conversation(number) for number in range(60)])
     arguments = command(
         "--model", folder / "model", "--dataset", rows, *FLAGS, "--max_steps", steps, "--save_steps",
