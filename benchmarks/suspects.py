@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 UNITS = {"KN": "N", "N": "KN", "M": "MM", "MM": "M", "CM": "M", "TONF": "KN", "KGF": "N"}
-METHODS = ("margin", "loss", "excess_loss")
+METHODS = ("excess_margin", "margin", "excess_loss", "loss")
 
 
 def leaves(value: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:

@@ -49,8 +49,9 @@ def soak(folder: Path, steps: int) -> bool:
     while process.poll() is None:
         time.sleep(0.5)
         try:
-            if log.exists() and (step := log.read_text().count("\n") - 1) > 0:
-                samples.append((step, watched.memory_info().rss / 1e6, watched.num_fds()))
+            memory, files = watched.memory_info().rss / 1e6, watched.num_fds()
+            if memory and log.exists() and (step := log.read_text().count("\n") - 1) > 0:  # none left: it has ended
+                samples.append((step, memory, files))
         except psutil.Error:
             break
     if process.wait():

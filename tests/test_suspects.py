@@ -51,7 +51,7 @@ def predictions(log_p: list[float], best: list[float]):
 
 
 def test_scores():
-    """The margin is the largest of a turn, averaged over the adapters; the excess is that over the tool's median."""
+    """The margin is the largest of a turn, averaged over the adapters; the excess is that over the usual one."""
     turns = [
         suspects.Turn("a", row, 1, called((name, {})), 0, 0, 2, [predictions(*early), predictions(*late)])
         for row, name, early, late in (
@@ -63,7 +63,23 @@ def test_scores():
     suspects._score(turns)
     assert [turn.scores["margin"] for turn in turns] == pytest.approx([(3.5 + 1.8) / 2, 0.0, 0.75])
     assert [turn.scores["loss"] for turn in turns] == pytest.approx([7.1 / 4, 1.0, 2.0])
-    assert [turn.scores["excess_loss"] for turn in turns] == pytest.approx([0.3875, -0.3875, 0.0])
+    # Tools with few turns have the median of all calls.
+    assert [turn.scores["excess_margin"] for turn in turns] == pytest.approx([1.9, -0.75, 0.0])
+    assert [turn.scores["excess_loss"] for turn in turns] == pytest.approx([0.0, -0.775, 0.225])
+
+
+def test_a_kind_of_answer_that_is_not_learned_is_not_suspect():
+    """All texts have large margins; one call has a smaller one, which is large for its tool."""
+    margins = {"(text)": [9.0] * 6, "lamp": [0.1, 0.1, 0.2, 0.1, 4.0]}
+    turns = [
+        suspects.Turn(
+            "a", row, 1, {"role": "assistant", "content": "x"} if tool == "(text)" else called((tool, {})), 0, 0, 1,
+            [predictions([-margin], [0.0])],
+        )
+        for tool, values in margins.items() for row, margin in enumerate(values)
+    ]  # fmt: skip
+    suspects._score(turns)
+    assert max(turns, key=lambda turn: turn.scores[suspects.RANKED_BY]) is turns[-1]
 
 
 def test_trained_spans_belong_to_their_turns():
@@ -76,9 +92,7 @@ def test_trained_spans_belong_to_their_turns():
 
     tokenizer = parts.tokenizer("smollm2")
     rows = [normalize_row(training_runs.conversation(number)) for number in range(3)]
-    encoded = encode_conversations(
-        rows, tokenizer, get_format("chatml", tokenizer), max_seq_length=None, progress=False
-    )
+    encoded = encode_conversations(rows, tokenizer, get_format("chatml", tokenizer), progress=False)
     loaded = LoadResult(rows, [("a", number) for number in (1, 2, 2)])  # a weight repeats the second row
     found = []
     for _, labels in encoded.sequences:

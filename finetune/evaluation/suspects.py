@@ -3,7 +3,8 @@
 Every trained turn is predicted by the run's own early and last adapter, teacher-forced. Its margin is the largest
 log p(the model's token) - log p(the trained token) of its tokens, averaged over the two: a model that has learned from
 the other rows what belongs there prefers it by far, while a turn that is merely hard has many small margins. The early
-adapter counts because the last one may have memorised the error.
+adapter counts because the last one may have memorised the error. Turns are ranked by how far their margin exceeds the
+median of the turns of their tool: answers of a kind that the run has not learned are hard, and not suspect.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
     from formats import Format
 
 REPORT, TABLE = "suspects.jsonl", "suspects.md"
+RANKED_BY = "excess_margin"
 SHOWN_CHARACTERS = 60
 CONTINUED_TOKENS = 12
 NO_CALL = "(text)"
+MIN_TURNS = 5  # of a tool, for a median of its own
 
 
 @dataclass
@@ -155,25 +158,32 @@ def _part(predictions: Predictions, own: slice) -> Predictions:
 
 
 def _score(turns: list[Turn]) -> None:
-    """margin; loss (mean of the turn's tokens); excess_loss, the loss over the median of the turns of its tool."""
-    by_tool: dict[str, list[float]] = {}
+    """margin; loss (mean of the turn's tokens); excess_margin and excess_loss, above the median of the turns of its tool.
+
+    A tool with less than MIN_TURNS turns has the median of all turns with calls.
+    """
+    by_tool: dict[str, list[Turn]] = {}
     for turn in turns:
         turn.scores = {"margin": float(turn.margins().max()), "loss": float(turn.losses().mean())}
-        by_tool.setdefault(turn.tool, []).append(turn.scores["loss"])
-    usual = {tool: median(losses) for tool, losses in by_tool.items()}
-    for turn in turns:
-        turn.scores["excess_loss"] = turn.scores["loss"] - usual[turn.tool]
+        by_tool.setdefault(turn.tool, []).append(turn)
+    calling = [turn for turn in turns if turn.tool != NO_CALL]
+    for tool, own in by_tool.items():
+        alike = own if len(own) >= MIN_TURNS or tool == NO_CALL else calling
+        for name in ("margin", "loss"):
+            usual = median(turn.scores[name] for turn in alike)
+            for turn in own:
+                turn.scores[f"excess_{name}"] = turn.scores[name] - usual
 
 
 def find_suspects(
     measured: Measured, count: int, model: Any, tokenizer: PreTrainedTokenizerBase, fmt: Format
 ) -> list[dict[str, Any]]:
-    """The `count` rows with the largest margin: the worst turn, where it differs, what the model would write."""
+    """The `count` rows that rank first: the worst turn, where it differs, what the model would write."""
     from finetune.generation.generate import Decoding, generate
     from formats import check_tokenizer
 
     worst: dict[tuple[str, int], Turn] = {}
-    for turn in sorted(measured.turns, key=lambda turn: -turn.scores["margin"]):
+    for turn in sorted(measured.turns, key=lambda turn: -turn.scores[RANKED_BY]):
         worst.setdefault((turn.source, turn.row), turn)
     chosen = list(worst.values())[:count]
     places = [turn.first + int(turn.margins().argmax()) for turn in chosen]
@@ -219,11 +229,12 @@ def suspects_markdown(lines: Sequence[dict[str, Any]], heading: str) -> str:
     rows = [
         [
             f"{line['source']} row {line['row']}, turn {line['turn']}", line["tool"], line["where"],
-            _shown(line["before"][-24:], line["trained"]), _shown("", line["model"]), f"{line['scores']['margin']:.1f}",
+            _shown(line["before"][-24:], line["trained"]), _shown("", line["model"]),
+            f"{line['scores'][RANKED_BY]:.1f}",
         ]
         for line in lines
     ]  # fmt: skip
-    header = ["row", "tool", "where", "trained", "the model would write", "margin"]
+    header = ["row", "tool", "where", "trained", "the model would write", "margin above the usual"]
     return f"# Suspects\n\n{heading}\n\n{table_markdown(header, rows)}"
 
 
@@ -249,7 +260,7 @@ def report_suspects(
     listed = {(line["source"], line["row"], line["turn"]) for line in lines}
     others = [
         {"source": turn.source, "row": turn.row, "turn": turn.turn, "tool": turn.tool, "scores": _rounded(turn.scores)}
-        for turn in sorted(measured.turns, key=lambda turn: -turn.scores["margin"])
+        for turn in sorted(measured.turns, key=lambda turn: -turn.scores[RANKED_BY])
         if (turn.source, turn.row, turn.turn) not in listed
     ]
     table = suspects_markdown(lines, heading)
