@@ -158,7 +158,7 @@ def _part(predictions: Predictions, own: slice) -> Predictions:
 
 
 def _score(turns: list[Turn]) -> None:
-    """margin; loss (mean of the turn's tokens); excess_margin and excess_loss, above the median of the turns of its tool.
+    """margin; loss (mean of the turn's tokens); excess_margin and excess_loss, above the median of the tool's turns.
 
     A tool with less than MIN_TURNS turns has the median of all turns with calls.
     """
