@@ -7,12 +7,14 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from finetune.encoding.encode import encode_conversations
 from finetune.encoding.options import EncodingOptions
 from finetune.encoding.token_files import encode_file, encoded_rows
-from finetune.preparing.audit import audit
+from finetune.preparing.audit import audit, print_audit
 from finetune.preparing.preparation import PrepareOptions, prepare
+from finetune.preparing.preparation_report import print_prepared
 from formats import choose_format
 from tests.formats import own_templates as own
 from tests.formats.cases import CLOCK, calls, row, says, user
@@ -43,9 +45,25 @@ def test_encode_report_counts_rows_and_names_the_first(tokenizer, fmt, tmp_path)
             origins=[("a.jsonl", 1), ("a.jsonl", 4), ("b.jsonl", 2)],
         )  # fmt: skip
         assert encoded.report["from_cache"] is from_cache
-        assert encoded.report["warnings"] == [{"warning": PLACE, "rows": 2, "first": "a.jsonl, row 4"}]
+        assert encoded.report["warnings"] == [{"warning": PLACE, "rows": 2, "turns": 2, "first": "a.jsonl, row 4"}]
         assert encoded.warned == [(1, PLACE), (2, PLACE)]
         assert encoded.report["reasoning"] == "keep" and encoded.report["kept"] == 3
+
+
+def test_turns_are_counted_beside_rows(tokenizer, fmt, tmp_path, caplog, capsys):
+    """The second turn of a row is another one: 3 turns in 2 rows."""
+    asked = says("Open.", reasoning_content="Since five."), user("And West?"), says("Open.", reasoning_content="Too.")
+    rows = [row(user("Is Nord open?"), *asked), REASONED[1]]
+    report = encode_conversations(rows, tokenizer, fmt, num_proc=1, progress=False).report
+    assert [(one["turns"], one["rows"]) for one in report["warnings"]] == [(3, 2)]
+    source = tmp_path / "ferry.jsonl"
+    source.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+    with caplog.at_level(logging.WARNING):
+        encode_file(source, tmp_path / "ids.jsonl", tokenizer, fmt)
+    assert f"3 turns in 2 rows: {PLACE} (first: row 1)" in caplog.text
+    print_audit(audit([("row 1", rows[0]), ("row 2", rows[1])], tokenizer, fmt), Console(width=300))
+    print_prepared(prepare([str(source)], PrepareOptions(num_proc=1), tokenizer=tokenizer, fmt=fmt), tmp_path)
+    assert capsys.readouterr().out.count("3 turns in 2 rows") == 2
 
 
 @pytest.mark.parametrize("reasoning,kept", [("drop", 3), ("refuse", 1)])

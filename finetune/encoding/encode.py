@@ -136,12 +136,13 @@ def _row_name(row: int, origins: Origins) -> str:
 
 def _with_row_names(encoded: EncodedRows, origins: Origins) -> EncodedRows:
     """Add names of rows to the report. They are not cached: the same conversations may come from another file."""
-    first = dict(reversed([(warning, row) for row, warning in encoded.warned]))
-    counts = Counter(warning for _, warning in encoded.warned)
+    warned: dict[str, list[int]] = {}
+    for row, warning in encoded.warned:
+        warned.setdefault(warning, []).append(row)
     encoded.report |= {
         "warnings": [
-            {"warning": warning, "rows": number, "first": _row_name(first[warning], origins)}
-            for warning, number in counts.most_common()
+            {"warning": warning, "rows": len(set(rows)), "turns": len(rows), "first": _row_name(rows[0], origins)}
+            for warning, rows in sorted(warned.items(), key=lambda item: -len(item[1]))
         ],
         "left_out": [
             {"row": _row_name(row, origins), "reason": reason} for row, reason in encoded.left_out[:MAX_REPORTED_ROWS]

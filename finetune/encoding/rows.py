@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
@@ -83,8 +83,15 @@ def encode_chunk(
 
 
 def warning_kinds(encoded: Encoded) -> list[str]:
-    """The different warnings of a row, without the number of the message that each is about."""
-    return list(dict.fromkeys(warning.partition(": ")[2] for warning in encoded.warnings))
+    """The warnings of a row, without the number of the message that each is about."""
+    return [warning.partition(": ")[2] for warning in encoded.warnings]
+
+
+def in_rows(warned: Iterable[Hashable]) -> str:
+    """`2 rows`, or `3 turns in 2 rows`, for the row of each warning of one kind."""
+    turns = list(warned)
+    rows = len(set(turns))
+    return f"{rows:,} rows" if rows == len(turns) else f"{len(turns):,} turns in {rows:,} rows"
 
 
 def encode_answers(conversation: Conversation, tokenizer: Any, fmt: Format, options: EncodingOptions) -> Encoded:

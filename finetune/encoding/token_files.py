@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.encoding.options import DEFAULT_OPTIONS, EncodingOptions
-from finetune.encoding.rows import warn_of_length, warning_kinds
+from finetune.encoding.rows import in_rows, warn_of_length, warning_kinds
 from finetune.errors import UserError
 from finetune.files import json_line, open_atomic
 from finetune.packages import unhide_torch
@@ -114,7 +114,7 @@ def encode_file(
                 warned.setdefault(kind, []).append(number)
             advance(1)
     for kind, numbers in warned.items():
-        log.warning("%d rows: %s (first: row %d)", len(numbers), kind, numbers[0])
+        log.warning("%s: %s (first: row %d)", in_rows(numbers), kind, numbers[0])
     return counts
 
 

@@ -67,7 +67,7 @@ class Audit:
         self.escaped += encoded.escaped
         warn_of_length(encoded, positions)
         for kind in warning_kinds(encoded):
-            _add_row(self.warnings, kind, name)
+            self.warnings.setdefault(kind, []).append(name)
         texts = [text for sequence in encoded.sequences for text in self._check(sequence, name, ends, tokenizer, fmt)]
         expected = trained_messages(conversation, options.train_on)
         self.turns += len(expected)
@@ -153,6 +153,8 @@ def print_audit(result: Audit, console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from finetune.encoding.rows import in_rows
+
     total, trained = result.tokens.total(), result.trained.total()
     table = Table("role", "tokens", "trained", "share trained", title=f"{result.rows:,} rows")
     for column in table.columns[1:]:
@@ -173,6 +175,8 @@ def print_audit(result: Audit, console) -> None:
         console.print(f"{title} trained tokens: {escape(shown)}", highlight=False)
     for level, table_of in (("warning", result.warnings), ("FAILED", result.failures)):
         for kind, rows in table_of.items():
-            more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-            console.print(f"{level}: {kind}: {escape('; '.join(rows[:3]))}{more}", highlight=False, soft_wrap=True)
+            names = list(dict.fromkeys(rows))
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            shown = f"{escape('; '.join(names[:3]))}{more}"
+            console.print(f"{level}: {kind} ({in_rows(rows)}): {shown}", highlight=False, soft_wrap=True)
     console.print("passed: all assertions hold" if result.passed else "failed")

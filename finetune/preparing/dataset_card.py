@@ -114,7 +114,7 @@ def card(result: Prepared, options: PrepareOptions, command: str) -> str:
             (f"{_cell(kind)}, first: {_cell(public_name(row.source))}, row {row.row}", number)
             for kind, number, row in count_kinds(result.rejected)
         ],
-        warnings=_count_rows({kind: len(rows) for kind, rows in result.warnings.items()}),
+        warnings=_count_rows({kind: len(set(rows)) for kind, rows in result.warnings.items()}),
     )
     return f"{filled}\n"
 

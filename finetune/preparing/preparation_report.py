@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from finetune.encoding.rows import in_rows
 from finetune.preparing.dataset_card import length_summary, shared_requests, tool_balance
 from finetune.preparing.preparation import Prepared
 from finetune.preparing.reason_kinds import count_kinds
@@ -34,7 +35,10 @@ def print_prepared(result: Prepared, folder: Path) -> None:
     if result.remedy:
         console.print(f"  calls of undeclared tools: {escape(result.remedy)}")
     warnings = sorted(result.warnings.items(), key=lambda item: -len(item[1]))
-    print_counts("kept with a warning", [(f"{kind} (first: {rows[0]})", len(rows)) for kind, rows in warnings])
+    print_counts(
+        "kept with a warning",
+        [(f"{kind} ({in_rows(rows)}, first: {rows[0]})", len(set(rows))) for kind, rows in warnings],
+    )
     if result.turns_removed:
         console.print(f"oldest turns removed from over-long rows: {result.turns_removed:,}")
     if result.encoding_report and (escaped := result.encoding_report["escaped"]):

@@ -57,7 +57,8 @@ def print_run_table(
     if report["rows"] == report["kept"]:
         add("dropped", "none")
     for warning in report.get("warnings", []):
-        add("warning", f"{warning['rows']:,} rows: {warning['warning']} (first: {warning['first']})")
+        turns = f"{warning['turns']:,} turns in " if warning["turns"] != warning["rows"] else ""
+        add("warning", f"{turns}{warning['rows']:,} rows: {warning['warning']} (first: {warning['first']})")
     if report.get("trimmed"):
         add("trimmed", f"{report['trimmed']:,} rows, {report['turns_removed']:,} oldest turns removed")
     if report.get("escaped"):
