@@ -383,10 +383,10 @@ def finish(experiment: Experiment, repository: str | None) -> None:
 
     loss = experiment.config["result"]["final_loss"] or math.nan
     steps, ending = experiment.config["steps"], experiment.config["ending"]
-    why = f" ({ending['why']})" if ending["why"] else ""
+    why = f"; {ending['why']}" if ending.get("why") else ""
     log.info(
-        "%s at step %d of %d%s; adapter of step %d; loss %.4f",
-        ending["reason"], steps, ending["max_steps"], why, ending["adapter_step"], loss,
+        "%s at step %d of %d; adapter of step %d; loss %.4f%s",
+        ending["reason"], steps, ending["max_steps"], ending["adapter_step"], loss, why,
     )  # fmt: skip
     print_closing_table(experiment)
     print(experiment.folder)

@@ -159,7 +159,10 @@ def test_legacy_function_call():
         ),
         (Unreadable("is not JSON: x", "{"), "is not JSON"),
         (chat({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": DEEP}}]}), "deeper than 64"),
-        (chat({"role": "assistant", "content": "x"}, tools=[{"name": "f", "parameters": {"x": DEEP}}]), "deeper"),
+        (
+            chat({"role": "assistant", "content": "x"}, tools=[{"name": "f", "parameters": {"x": DEEP}}]),
+            "nested too deeply",
+        ),
         ({"instruction": "i", "output": "o", "history": 7}, "history is not a list"),
         ({"question": "q", "answers": {"a": "b"}, "correct_answer": ["a"]}, "no text under the correct_answer"),
         ({"question": [[{"role": "user", "content": "q"}]], "function": [LAMP], "ground_truth": [{"f": 5}]}, "without"),

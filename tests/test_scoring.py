@@ -425,7 +425,7 @@ def test_quality_rule_against_labels():
 def test_docs_define_every_metric():
     from pathlib import Path
 
-    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert [m.name for m in METRICS if m.verdict is not None and f"| `{m.name}` |" not in text] == []
 
 

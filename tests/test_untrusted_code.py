@@ -254,8 +254,8 @@ def test_scores_are_not_written_through_a_link(tmp_path):
     (adapter / "adapter_config.json").symlink_to(elsewhere / "config")
     (adapter / "evaluation").symlink_to(elsewhere)
     with pytest.raises(UserError, match="is a link to"):
-        evaluate_lora.output_folder(Namespace(model=str(adapter), output=None))
-    assert evaluate_lora.output_folder(Namespace(model=str(adapter), output=elsewhere)) == elsewhere
+        evaluate_lora.output_folder(Namespace(model=str(adapter), output=None, decisions=False))
+    assert evaluate_lora.output_folder(Namespace(model=str(adapter), output=elsewhere, decisions=False)) == elsewhere
 
 
 def test_scratch_folder_of_another_is_refused(tmp_path):
