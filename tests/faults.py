@@ -53,6 +53,7 @@ CASES = [
 ]
 KILLED = -signal.SIGKILL if hasattr(signal, "SIGKILL") else -9
 WAIT_SECONDS = 300
+PATIENCE_SECONDS = 30
 _parents: list[ParentProcess] = []  # the process with rank 0 is forked from the first one, and so on
 
 
@@ -191,6 +192,8 @@ def compare_killed_run(
                 ended = group.poll()
             one = kill_one and not ended and len(found) % 2
             group.kill([generator.randrange(processes)] if one else list(range(processes)))
+            if one and not group.poll(PATIENCE_SECONDS):  # waits for the others to connect: torchrun ends it
+                group.kill(list(range(processes)))
             assert group.poll(WAIT_SECONDS), group.text()
             assert one or set(group.codes) <= {0, KILLED}, group.text()
             if ended:
