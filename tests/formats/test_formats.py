@@ -9,7 +9,7 @@ import pytest
 from formats import FORMATS, FormatError, check_tokenizer, choose_format, encode, get_format, render
 from tests import parts
 from tests.formats import fuzz
-from tests.formats.cases import ROWS
+from tests.formats.cases import CLOCK, ROWS, calls, result, row, says, user
 from tests.formats.checks import assert_exact
 from tests.formats.pairs import PAIRS
 
@@ -132,3 +132,14 @@ def test_generated_conversations_are_exact(pair):
     counts, wrong = fuzz.run(pair, 25)
     assert wrong == []
     assert sum(counts.values()) == 25 and counts["ok"] + counts["split"] > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "written"),
+    [("12", "12"), ("0.5", "0.5"), ("nan", '"nan"'), ("inf", '"inf"'), ("-inf", '"-inf"'), ("1e999", '"1e999"')],
+)
+def test_mistral_writes_only_numbers_of_json_as_numbers(content, written):
+    tokenizer = parts.tokenizer("mistral-v3")
+    made = row(user("Weigh."), calls(("clock", {"zone": "UTC"})), result(content), says("So."), tools=(CLOCK,))
+    encoded = encode(made, tokenizer, get_format("mistral", tokenizer))
+    assert encoded.status == "ok" and f'{{"content": {written}, ' in encoded.sequences[0].text
