@@ -80,6 +80,7 @@ def choose_format(tokenizer: Any) -> tuple[Format, str]:
         if found.difference is None and (found.with_tools or not has_tools):
             missing = "" if has_tools else ", which has no place for tools"
             return fmt, f"the tokenizer's own template{missing} renders as {fmt.name} does"
+    native.raise_if_broken(tokenizer)
     if has_tools:
         return get_format("native", tokenizer), "no named format renders what the tokenizer's own template does"
     if shows_tools(tokenizer):

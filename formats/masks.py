@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from formats.as_text import TEXT_MARK
 from formats.base import Format, FormatError, clean_messages, place, render_messages, without_reasoning
+from formats.continuation import continuation
 from formats.escape import escape_conversation
 from formats.losses import lost_in_answer, lost_in_prompt, reasoning_of
 from formats.roles import Answer, token_roles
@@ -278,12 +279,11 @@ class _Encoder:
                 upto = render_messages(self.messages[: index + 1], self.tools, fmt, self.tokenizer)
             except Exception as error:
                 raise FormatError(f"{where}: format {fmt.name} cannot express it: {error}") from error
-            if not upto.startswith(prompt):
-                upto = self._behind_prompt(index, prompt, upto, fmt)
-            if not upto.startswith(prompt):
+            completion = self._behind_prompt(index, prompt, upto, fmt)
+            if completion is None:
                 problem = f"{where}: the template does not render it after the prompt that a server feeds"
                 continue
-            completion = upto[len(prompt) :]
+            upto = prompt + completion
             unwritten = fmt.unwritten_ends[bool(answer.get("tool_calls"))]
             if unwritten and not _ends_in(completion, fmt):
                 completion += unwritten
@@ -312,8 +312,8 @@ class _Encoder:
             return _Turn(prompt, completion, upto, fmt)
         raise FormatError(problem)
 
-    def _behind_prompt(self, index: int, prompt: str, upto: str, fmt: Format) -> str:
-        """`upto` behind the prompt that a server feeds, where the template treats reasoning differently in the two.
+    def _behind_prompt(self, index: int, prompt: str, upto: str, fmt: Format) -> str | None:
+        """What `upto` adds to the prompt that a server feeds, None for nothing.
 
         A template that always thinks opens reasoning in the prompt and writes none; gpt-oss drops the reasoning of
         past calls once an answer follows, so the answer is what it adds to a conversation without past reasoning.
@@ -321,18 +321,18 @@ class _Encoder:
         past, answer = self.messages[:index], self.messages[index]
         opening, closing = fmt.opened_reasoning
         before = prompt.removesuffix(opening)
-        if opening and before != prompt and upto.startswith(before):
-            return prompt + reasoning_of(answer, fmt) + closing + upto.removeprefix(before)
+        if opening and before != prompt and upto.startswith(before) and not upto.startswith(prompt):
+            return reasoning_of(answer, fmt) + closing + upto.removeprefix(before)
+        found = continuation(prompt, upto, past[-1]["content"], fmt.reasoning_tags)
         bare = [without_reasoning(message, fmt) for message in past]
-        if bare != past:
+        if found is None and bare != past:
             try:
                 start = _prompt(bare, self.tools, fmt, self.tokenizer)
                 text = render_messages([*bare, answer], self.tools, fmt, self.tokenizer)
             except Exception:  # templates raise anything
-                return upto
-            if text.startswith(start):
-                return prompt + text.removeprefix(start)
-        return upto
+                return None
+            return text.removeprefix(start) if text.startswith(start) else None
+        return found
 
 
 def _ends_in(text: str, fmt: Format) -> list[int]:

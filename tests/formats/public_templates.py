@@ -14,7 +14,7 @@ from tests import parts
 _SPECIAL = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>{}]{1,40}｜>|\[/?[A-Z_]{3,24}\]|</?s>|<(?:start|end)_of_turn>|<eos>|<bos>|<sep>"
     r"|<(?:turn|channel|tool)[a-z_]*\|>|<\|(?:turn|channel|think|tool)[a-z_]*>|<end_of_utterance>"
-    r"|<SPECIAL_\d+>|<seed:[be]os>|<(?:beginning|end)_of_sentence>|\[e~\[|\]~b\]|\]<\]minimax\[>\["
+    r"|\[\|[a-z]+\|\]|<SPECIAL_\d+>|<seed:[be]os>|<(?:beginning|end)_of_sentence>|\[e~\[|\]~b\]|\]<\]minimax\[>\["
 )
 _MARKS = re.compile(
     r"</?(?:tool|think|arg|assistant|user|system|TOOLCALL)[a-z_]*>|</?(?:seed|minimax|mm):[a-z_]+>|</?escape>"
