@@ -19,7 +19,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from formats.as_text import TEXT_MARK
-from formats.base import Format, FormatError, clean_messages, place, render_messages, without_reasoning
+from formats.base import (
+    Format,
+    FormatError,
+    clean_messages,
+    place,
+    render_messages,
+    template_error,
+    without_reasoning,
+)
 from formats.continuation import continuation
 from formats.escape import escape_conversation
 from formats.losses import lost_in_answer, lost_in_prompt, reasoning_of
@@ -278,7 +286,7 @@ class _Encoder:
             try:
                 upto = render_messages(self.messages[: index + 1], self.tools, fmt, self.tokenizer)
             except Exception as error:
-                raise FormatError(f"{where}: format {fmt.name} cannot express it: {error}") from error
+                raise FormatError(f"{where}: format {fmt.name} cannot express it: {template_error(error)}") from error
             completion = self._behind_prompt(index, prompt, upto, fmt)
             if completion is None:
                 problem = f"{where}: the template does not render it after the prompt that a server feeds"
@@ -352,7 +360,7 @@ def _prompt(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any
         return render_messages(messages, tools, fmt, tokenizer, add_generation_prompt=True)
     except Exception as error:  # templates raise anything: TemplateError, TypeError, UndefinedError …
         where = f"{place(len(messages) - 1)} and those before it"
-        raise FormatError(f"{where}: format {fmt.name} cannot express them: {error}") from error
+        raise FormatError(f"{where}: format {fmt.name} cannot express them: {template_error(error)}") from error
 
 
 def _thinking_modes(answer: dict, fmt: Format) -> list[Format]:

@@ -6,7 +6,7 @@ from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
-from formats.base import THINK, Format, FormatError
+from formats.base import THINK, Format, FormatError, template_error
 from formats.builtin import mistral
 from formats.call_grammar import has_wildcards
 from formats.continuation import continuation
@@ -20,14 +20,13 @@ from formats.derivation import (
     cut,
     writes_calls,
 )
-from formats.probing import CALL_NAME, USER, call_message, own_template, own_text, thinks
+from formats.probing import RESULT, USER, call_message, own_template, own_text, thinks
 from formats.reasoning import opened_reasoning, reasoning_tags
 from formats.registry import FORMATS
 from formats.tokens import added_tokens
 from formats.turn_ends import Ends, ends_of_turn
 
 ANSWER = {"role": "assistant", "content": "wq1zk"}
-RESULT = {"role": "tool", "tool_call_id": "callid000", "name": CALL_NAME, "content": "rq0zk"}
 DATE = "26 Jul 2024"
 _VALUES = {"a": "7", "b": 7, "c": [1.5, True, None], "d": {"e": {"f": "x"}}}
 _TYPES = {"a": "string", "b": "integer", "c": "array", "d": "object"}
@@ -159,16 +158,19 @@ def _ends_of_turn(turns: Turns, tokenizer: Any) -> Ends:
 
 
 def raise_if_broken(tokenizer: Any) -> None:
-    """Raise FormatError with the template's own message when it can render no question with its answer."""
-    if own_text(tokenizer, [USER, ANSWER]) or own_text(tokenizer, [USER, ANSWER], tools=TOOLS):
-        return
+    """Raise FormatError with the template's own message when Transformers can render no answer with it."""
+    tried = [([USER, ANSWER], None), ([USER, ANSWER], TOOLS)]
+    if any(own_text(tokenizer, messages, tools=tools) for messages, tools in tried):
+        tried = [([USER, call_message()], TOOLS)]  # may need a filter that Transformers does not have
     try:
-        tokenizer.apply_chat_template([USER, ANSWER], tokenize=False)
+        for messages, tools in tried:
+            tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
     except Exception as error:  # templates raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise FormatError(
-            f"the tokenizer's own template cannot render an answer ({reason}); choose a format by name"
-        ) from error
+        if messages[-1] == ANSWER or "No filter named" in str(error):
+            raise FormatError(
+                f"the tokenizer's own template cannot render an answer ({template_error(error)[:200]}); "
+                "choose a format by name"
+            ) from error
 
 
 def _reader(turns: Turns, ends: tuple[str, ...]) -> Format | None:
