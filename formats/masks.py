@@ -330,7 +330,10 @@ class _Encoder:
         opening, closing = fmt.opened_reasoning
         before = prompt.removesuffix(opening)
         if opening and before != prompt and upto.startswith(before) and not upto.startswith(prompt):
-            return reasoning_of(answer, fmt) + closing + upto.removeprefix(before)
+            written = upto.removeprefix(before)
+            if closing.strip() in answer["content"]:  # the template leaves the line breaks behind reasoning in a text
+                written = written.lstrip("\n")
+            return reasoning_of(answer, fmt) + closing + written
         found = continuation(prompt, upto, past[-1]["content"], fmt.reasoning_tags)
         bare = [without_reasoning(message, fmt) for message in past]
         if found is None and bare != past:
