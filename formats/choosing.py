@@ -86,12 +86,8 @@ def choose_format(tokenizer: Any) -> tuple[Format, str]:
     if shows_tools(tokenizer):
         name = "native-tools" if text_calls.spelling(tokenizer) else "native"
         return get_format(name, tokenizer), "the tokenizer's own template shows tools but writes no calls"
-    try:
-        fmt, reason = get_format("native-tools", tokenizer), "tools and calls are written into its messages"
-    except FormatError:  # it ends an answer with no token, for one
-        fmt, reason = detect(added, own)
-        fmt = get_format(fmt.name, tokenizer)
-    return fmt, f"the tokenizer's own template has no place for tools; {reason}"
+    why = "the tokenizer's own template has no place for tools; tools and calls are written into its messages"
+    return get_format("native-tools", tokenizer), why
 
 
 def _candidates(added: set[str], own: str, tokenizer: Any) -> Iterator[Format]:

@@ -76,10 +76,11 @@ def _conversations(
         "a question": [USER],
         "an answer": [USER, LAST],
         "a second turn": [USER, LAST, AGAIN, LAST],
-        "white space around texts": [_padded(USER), _padded(LAST), _padded(AGAIN)],
         "a question that needs reasoning": [USER],
         "reasoning": [USER, REASONED, AGAIN, REASONED],
     }
+    if tools:
+        plain["white space around texts"] = [_padded(USER), _padded(LAST), _padded(AGAIN)]
     for start, before in (("", []), (" behind a system message", [SYSTEM])):
         for label, messages in plain.items():
             yield f"{label}{start}", before + messages, None, _words(before + messages)

@@ -17,8 +17,8 @@ def continuation(prompt: str, upto: str, last: str, tags: tuple[str, str]) -> st
     """
     if upto.startswith(prompt):
         return upto[len(prompt) :]
-    before, opening, block = prompt.rpartition(tags[0])
-    if opening and block.strip() == tags[1] and upto.startswith(before):
+    before = _without_empty_block(prompt, tags)
+    if before is not None and upto.startswith(before):
         return upto[len(before) :]
     shared = len(os.path.commonprefix([prompt, upto]))  # noqa: RUF071  texts, not paths
     rest, at = upto[shared:].lstrip(), shared
@@ -31,3 +31,10 @@ def continuation(prompt: str, upto: str, last: str, tags: tuple[str, str]) -> st
     answer = rest.removeprefix(end) if end else upto[shared:]
     space = prompt[len(prompt.rstrip()) :]
     return answer[len(os.path.commonprefix([space, answer])) :]  # noqa: RUF071
+
+
+def _without_empty_block(prompt: str, tags: tuple[str, str]) -> str | None:
+    """A prompt up to the reasoning that it opens and closes at once; None where it does not."""
+    opened = prompt.rstrip().removesuffix(tags[1]).rstrip()
+    closes = tags[0] and prompt.rstrip().endswith(tags[1]) and opened.endswith(tags[0])
+    return opened.removesuffix(tags[0]) if closes else None

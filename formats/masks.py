@@ -328,9 +328,11 @@ class _Encoder:
         """
         past, answer = self.messages[:index], self.messages[index]
         opening, closing = fmt.opened_reasoning
-        before = prompt.removesuffix(opening)
-        if opening and before != prompt and upto.startswith(before) and not upto.startswith(prompt):
-            written = upto.removeprefix(before)
+        start = prompt if upto.startswith(prompt) and closing.strip() not in upto[len(prompt) :] else None
+        if opening and prompt.endswith(opening) and not upto.startswith(prompt):
+            start = prompt.removesuffix(opening)
+        if opening and start is not None and upto.startswith(start):
+            written = upto.removeprefix(start)
             if closing.strip() in answer["content"]:  # the template leaves the line breaks behind reasoning in a text
                 written = written.lstrip("\n")
             return reasoning_of(answer, fmt) + closing + written
