@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 
 
 def continuation(prompt: str, upto: str, last: str, tags: tuple[str, str]) -> str | None:
     """What `upto`, the conversation with its answer, adds to `prompt`; None: it is not written behind that prompt.
 
-    A template may write a prompt differently once the answer follows: with other white space, without a text that it
-    has only at the last user's message (Mistral's system message), without the empty block that stands for no reasoning
-    (Gemma 4). Then the answer is what follows the end of the prompt, from the text of its last message on.
-
-    last  the text of the last message in the prompt
-    tags  what opens and closes reasoning
+    A template may write a prompt differently once the answer follows: with other white space, without the empty block
+    that stands for no reasoning (Gemma 4), without the reasoning of past calls (gpt-oss), without a text that it has
+    only at the last user's message (Mistral's system message). Then the answer is what follows the end of the prompt,
+    from the text of its last message (`last`) on. `tags` open and close reasoning.
     """
     if upto.startswith(prompt):
         return upto[len(prompt) :]
-    before = _without_empty_block(prompt, tags)
-    if before is not None and upto.startswith(before):
-        return upto[len(before) :]
-    shared = len(os.path.commonprefix([prompt, upto]))  # noqa: RUF071  texts, not paths
-    rest, at = upto[shared:].lstrip(), shared
-    while at >= 0 and not rest.startswith(prompt[at:].strip()):
-        at = prompt.find(rest[:1], at + 1)
-    end = prompt[at:].strip() if at >= 0 else ""
-    missing = prompt[shared:at] if at >= 0 else prompt[shared:]
-    if missing.strip() and not (last.strip() and last.strip() in end):
-        return None
-    answer = rest.removeprefix(end) if end else upto[shared:]
+    head, closing = prompt.rstrip().removesuffix(tags[1]).rstrip(), prompt.rstrip().endswith(tags[1])
+    if closing and tags[0] and head.endswith(tags[0]) and upto.startswith(head.removesuffix(tags[0])):
+        return upto[len(head) - len(tags[0]) :]
+    end = prompt[max(prompt.rfind(last.strip()), 0) :] if last.strip() else prompt[-40:]
+    if (at := upto.rfind(end.rstrip())) >= 0:
+        at += len(end.rstrip())
+    else:  # other white space
+        characters, wanted = [*re.finditer(r"\S", upto)], "".join(end.split())
+        if (found := "".join(match[0] for match in characters).rfind(wanted)) < 0:
+            return None
+        at = characters[found + len(wanted) - 1].end()
     space = prompt[len(prompt.rstrip()) :]
-    return answer[len(os.path.commonprefix([space, answer])) :]  # noqa: RUF071
-
-
-def _without_empty_block(prompt: str, tags: tuple[str, str]) -> str | None:
-    """A prompt up to the reasoning that it opens and closes at once; None where it does not."""
-    opened = prompt.rstrip().removesuffix(tags[1]).rstrip()
-    closes = tags[0] and prompt.rstrip().endswith(tags[1]) and opened.endswith(tags[0])
-    return opened.removesuffix(tags[0]) if closes else None
+    return upto[at + len(os.path.commonprefix([space, upto[at:]])) :]  # noqa: RUF071  texts, not paths

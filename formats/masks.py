@@ -323,8 +323,7 @@ class _Encoder:
     def _behind_prompt(self, index: int, prompt: str, upto: str, fmt: Format) -> str | None:
         """What `upto` adds to the prompt that a server feeds, None for nothing.
 
-        A template that always thinks opens reasoning in the prompt and writes none; gpt-oss drops the reasoning of
-        past calls once an answer follows, so the answer is what it adds to a conversation without past reasoning.
+        A template that always thinks opens reasoning in the prompt and writes none, or does not close it.
         """
         past, answer = self.messages[:index], self.messages[index]
         opening, closing = fmt.opened_reasoning
@@ -336,16 +335,7 @@ class _Encoder:
             if closing.strip() in answer["content"]:  # the template leaves the line breaks behind reasoning in a text
                 written = written.lstrip("\n")
             return reasoning_of(answer, fmt) + closing + written
-        found = continuation(prompt, upto, past[-1]["content"], fmt.reasoning_tags)
-        bare = [without_reasoning(message, fmt) for message in past]
-        if found is None and bare != past:
-            try:
-                start = _prompt(bare, self.tools, fmt, self.tokenizer)
-                text = render_messages([*bare, answer], self.tools, fmt, self.tokenizer)
-            except Exception:  # templates raise anything
-                return None
-            return text.removeprefix(start) if text.startswith(start) else None
-        return found
+        return continuation(prompt, upto, past[-1]["content"], fmt.reasoning_tags)
 
 
 def _ends_in(text: str, fmt: Format) -> list[int]:
