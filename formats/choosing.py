@@ -61,8 +61,7 @@ def choose_format(tokenizer: Any) -> tuple[Format, str]:
 
     A registered template that the tokenizer carries (as a trained model does) wins. Then a named format must render
     the very text of the tokenizer's own template, else the own template itself is used. Only a tokenizer without a
-    template, or whose template has no place for tools, gets a format by its control tokens (`Format.detect`).
-    Raises FormatError when nothing fits.
+    template gets a format by its control tokens (`Format.detect`). Raises FormatError when nothing fits.
     """
     load_entry_points()
     own, added = own_template(tokenizer), set(added_tokens(tokenizer))

@@ -327,14 +327,13 @@ class _Encoder:
         """
         past, answer = self.messages[:index], self.messages[index]
         opening, closing = fmt.opened_reasoning
-        start = prompt if upto.startswith(prompt) and closing.strip() not in upto[len(prompt) :] else None
-        if opening and prompt.endswith(opening) and not upto.startswith(prompt):
-            start = prompt.removesuffix(opening)
-        if opening and start is not None and upto.startswith(start):
+        if opening and prompt.endswith(opening):
+            start = prompt if upto.startswith(prompt) else prompt.removesuffix(opening)
             written = upto.removeprefix(start)
-            if closing.strip() in answer["content"]:  # the template leaves the line breaks behind reasoning in a text
-                written = written.lstrip("\n")
-            return reasoning_of(answer, fmt) + closing + written
+            if upto.startswith(start) and (start != prompt or closing.strip() not in written):
+                if closing.strip() in answer["content"]:  # a template may leave the line breaks behind its reasoning
+                    written = written.lstrip("\n")
+                return reasoning_of(answer, fmt) + closing + written
         return continuation(prompt, upto, past[-1]["content"], fmt.reasoning_tags)
 
 

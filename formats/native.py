@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
@@ -212,8 +211,4 @@ def _requires_mistral_ids(tokenizer: Any, kwargs: dict[str, Any]) -> bool:
     return nine is not None and others == [None, None]
 
 
-def detect(added: Set[str], template: str) -> str | None:
-    return "the tokenizer carries a template of its own" if template else None
-
-
-FORMAT = Format("native", "", (), adapt=adapt, detect=detect, detect_order=1_000)
+FORMAT = Format("native", "", (), adapt=adapt)
