@@ -190,6 +190,12 @@ def split_reasoning(text: str, lone_end: bool = False, tags: tuple[str, str] = T
     return None, text
 
 
+def template_error(error: Exception) -> str:
+    """What a template raised, in one line."""
+    text = " ".join(str(error).split())
+    return text.replace("'formats.rendering.CachedDict object'", "a tool")
+
+
 def place(index: int, role: str = "") -> str:
     """How a reason names a message: "message 3 (user)", counted from 1 like rows."""
     return f"message {index + 1} ({role})" if role else f"message {index + 1}"
@@ -264,4 +270,4 @@ def render(conversation: Mapping[str, Any], fmt: Format, tokenizer: Any, add_gen
     try:
         return render_messages(messages, conversation.get("tools"), fmt, tokenizer, add_generation_prompt)
     except Exception as error:  # templates raise anything: TemplateError, TypeError, UndefinedError …
-        raise FormatError(f"format {fmt.name} cannot express this conversation: {error}") from error
+        raise FormatError(f"format {fmt.name} cannot express this conversation: {template_error(error)}") from error

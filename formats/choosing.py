@@ -61,8 +61,7 @@ def choose_format(tokenizer: Any) -> tuple[Format, str]:
 
     A registered template that the tokenizer carries (as a trained model does) wins. Then a named format must render
     the very text of the tokenizer's own template, else the own template itself is used. Only a tokenizer without a
-    template, or whose template has no place for tools, gets a format by its control tokens (`Format.detect`).
-    Raises FormatError when nothing fits.
+    template gets a format by its control tokens (`Format.detect`). Raises FormatError when nothing fits.
     """
     load_entry_points()
     own, added = own_template(tokenizer), set(added_tokens(tokenizer))
@@ -80,17 +79,14 @@ def choose_format(tokenizer: Any) -> tuple[Format, str]:
         if found.difference is None and (found.with_tools or not has_tools):
             missing = "" if has_tools else ", which has no place for tools"
             return fmt, f"the tokenizer's own template{missing} renders as {fmt.name} does"
+    native.raise_if_broken(tokenizer)
     if has_tools:
         return get_format("native", tokenizer), "no named format renders what the tokenizer's own template does"
     if shows_tools(tokenizer):
         name = "native-tools" if text_calls.spelling(tokenizer) else "native"
         return get_format(name, tokenizer), "the tokenizer's own template shows tools but writes no calls"
-    try:
-        fmt, reason = get_format("native-tools", tokenizer), "tools and calls are written into its messages"
-    except FormatError:  # it ends an answer with no token, for one
-        fmt, reason = detect(added, own)
-        fmt = get_format(fmt.name, tokenizer)
-    return fmt, f"the tokenizer's own template has no place for tools; {reason}"
+    why = "the tokenizer's own template has no place for tools; tools and calls are written into its messages"
+    return get_format("native-tools", tokenizer), why
 
 
 def _candidates(added: set[str], own: str, tokenizer: Any) -> Iterator[Format]:

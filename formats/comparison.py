@@ -8,16 +8,18 @@ from typing import Any, NamedTuple
 from formats.base import Format, clean_messages, render_messages
 from formats.derivation import NAMES, TEXT, TOOLS, VALUES, answer, call
 from formats.probing import own_template, own_text
+from formats.reasoning import REASONING
 
 SYSTEM = {"role": "system", "content": "sq0zk"}
 USER, AGAIN = {"role": "user", "content": "wq0zk"}, {"role": "user", "content": "xq0zk"}
 RESULTS = [{"role": "tool", "tool_call_id": f"callid00{n}", "name": NAMES[n], "content": f"rq{n}zk"} for n in (0, 1)]
 LAST = answer("zq0zk")
+REASONED = {**LAST, "reasoning_content": REASONING}
 
 
 class Comparison(NamedTuple):
     """difference: the first conversation that the two render differently; None: they agree on all that could be
-    compared. with_tools: whether a conversation with tools was among these."""
+    compared, an answer among them. with_tools: whether a conversation with tools was among these."""
 
     difference: str | None
     with_tools: bool
@@ -29,21 +31,23 @@ def compare(fmt: Format, tokenizer: Any) -> Comparison:
     Conversations that the own template cannot render, or loses a part of, are skipped. Calls of a template that does
     not show tools are compared without tools. Both get the format's variables: a pinned date is no difference.
     """
-    compared, with_tools = False, False
+    answered, with_tools = False, False
     tools_shown = TOOLS if shows_tools(tokenizer) else None
     for label, messages, tools, words in _conversations(tools_shown):
         prompted = messages[-1]["role"] != "assistant"
-        own = own_text(tokenizer, messages, tools=tools, add_generation_prompt=prompted, **{**fmt.template_kwargs})
+        thinks = {fmt.thinking: True} if fmt.thinking and "reasoning" in label else {}
+        variables = {**fmt.template_kwargs, **thinks}
+        own = own_text(tokenizer, messages, tools=tools, add_generation_prompt=prompted, **variables)
         if own is None or not all(word in own for word in words):
             continue
         try:
-            ours = render_messages(clean_messages(messages, fmt), tools, fmt, tokenizer, prompted)
+            ours = render_messages(clean_messages(messages, fmt), tools, fmt, tokenizer, prompted, **thinks)
         except Exception:  # templates raise anything
             ours = None
         if ours != own:
             return Comparison(label, with_tools)
-        compared, with_tools = True, with_tools or tools is not None
-    return Comparison(None if compared else "every conversation", with_tools)
+        answered, with_tools = answered or not prompted, with_tools or tools is not None
+    return Comparison(None if answered else "every answer", with_tools)
 
 
 def shows_tools(tokenizer: Any) -> bool:
@@ -68,7 +72,15 @@ def _conversations(
         "a text with a call": [USER, answer(TEXT, call()), RESULTS[0], LAST, AGAIN, LAST],
         "a result": [USER, answer("", call()), RESULTS[0]],
     }
-    plain = {"a question": [USER], "an answer": [USER, LAST], "a second turn": [USER, LAST, AGAIN, LAST]}
+    plain = {
+        "a question": [USER],
+        "an answer": [USER, LAST],
+        "a second turn": [USER, LAST, AGAIN, LAST],
+        "a question that needs reasoning": [USER],
+        "reasoning": [USER, REASONED, AGAIN, REASONED],
+    }
+    if tools:
+        plain["white space around texts"] = [_padded(USER), _padded(LAST), _padded(AGAIN)]
     for start, before in (("", []), (" behind a system message", [SYSTEM])):
         for label, messages in plain.items():
             yield f"{label}{start}", before + messages, None, _words(before + messages)
@@ -77,7 +89,12 @@ def _conversations(
             yield f"{label}{start}, {'with' if tools else 'without'} tools", before + messages, tools, words
 
 
+def _padded(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": f"\n {message['content']} \n"}
+
+
 def _words(messages: list[dict[str, Any]]) -> list[str]:
-    words = [message["content"] for message in messages if message["content"]]
+    words = [message["content"].strip() for message in messages if message["content"]]
+    words += [message["reasoning_content"] for message in messages if "reasoning_content" in message]
     calls = [entry["function"] for message in messages for entry in message.get("tool_calls", [])]
     return words + [one["name"] for one in calls] + (list(VALUES) if calls else [])

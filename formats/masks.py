@@ -19,7 +19,16 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from formats.as_text import TEXT_MARK
-from formats.base import Format, FormatError, clean_messages, place, render_messages, without_reasoning
+from formats.base import (
+    Format,
+    FormatError,
+    clean_messages,
+    place,
+    render_messages,
+    template_error,
+    without_reasoning,
+)
+from formats.continuation import continuation
 from formats.escape import escape_conversation
 from formats.losses import lost_in_answer, lost_in_prompt, reasoning_of
 from formats.roles import Answer, token_roles
@@ -277,13 +286,12 @@ class _Encoder:
             try:
                 upto = render_messages(self.messages[: index + 1], self.tools, fmt, self.tokenizer)
             except Exception as error:
-                raise FormatError(f"{where}: format {fmt.name} cannot express it: {error}") from error
-            if not upto.startswith(prompt):
-                upto = self._behind_prompt(index, prompt, upto, fmt)
-            if not upto.startswith(prompt):
+                raise FormatError(f"{where}: format {fmt.name} cannot express it: {template_error(error)}") from error
+            completion = self._behind_prompt(index, prompt, upto, fmt)
+            if completion is None:
                 problem = f"{where}: the template does not render it after the prompt that a server feeds"
                 continue
-            completion = upto[len(prompt) :]
+            upto = prompt + completion
             unwritten = fmt.unwritten_ends[bool(answer.get("tool_calls"))]
             if unwritten and not _ends_in(completion, fmt):
                 completion += unwritten
@@ -312,27 +320,21 @@ class _Encoder:
             return _Turn(prompt, completion, upto, fmt)
         raise FormatError(problem)
 
-    def _behind_prompt(self, index: int, prompt: str, upto: str, fmt: Format) -> str:
-        """`upto` behind the prompt that a server feeds, where the template treats reasoning differently in the two.
+    def _behind_prompt(self, index: int, prompt: str, upto: str, fmt: Format) -> str | None:
+        """What `upto` adds to the prompt that a server feeds, None for nothing.
 
-        A template that always thinks opens reasoning in the prompt and writes none; gpt-oss drops the reasoning of
-        past calls once an answer follows, so the answer is what it adds to a conversation without past reasoning.
+        A template that always thinks opens reasoning in the prompt and writes none, or does not close it.
         """
         past, answer = self.messages[:index], self.messages[index]
         opening, closing = fmt.opened_reasoning
-        before = prompt.removesuffix(opening)
-        if opening and before != prompt and upto.startswith(before):
-            return prompt + reasoning_of(answer, fmt) + closing + upto.removeprefix(before)
-        bare = [without_reasoning(message, fmt) for message in past]
-        if bare != past:
-            try:
-                start = _prompt(bare, self.tools, fmt, self.tokenizer)
-                text = render_messages([*bare, answer], self.tools, fmt, self.tokenizer)
-            except Exception:  # templates raise anything
-                return upto
-            if text.startswith(start):
-                return prompt + text.removeprefix(start)
-        return upto
+        if opening and prompt.endswith(opening):
+            start = prompt if upto.startswith(prompt) else prompt.removesuffix(opening)
+            written = upto.removeprefix(start)
+            if upto.startswith(start) and (start != prompt or closing.strip() not in written):
+                if closing.strip() in answer["content"]:  # a template may leave the line breaks behind its reasoning
+                    written = written.lstrip("\n")
+                return reasoning_of(answer, fmt) + closing + written
+        return continuation(prompt, upto, past[-1]["content"], fmt.reasoning_tags)
 
 
 def _ends_in(text: str, fmt: Format) -> list[int]:
@@ -352,7 +354,7 @@ def _prompt(messages: list[dict], tools: list[dict], fmt: Format, tokenizer: Any
         return render_messages(messages, tools, fmt, tokenizer, add_generation_prompt=True)
     except Exception as error:  # templates raise anything: TemplateError, TypeError, UndefinedError …
         where = f"{place(len(messages) - 1)} and those before it"
-        raise FormatError(f"{where}: format {fmt.name} cannot express them: {error}") from error
+        raise FormatError(f"{where}: format {fmt.name} cannot express them: {template_error(error)}") from error
 
 
 def _thinking_modes(answer: dict, fmt: Format) -> list[Format]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
-from formats.base import THINK, Format, FormatError
+from formats.base import THINK, Format, FormatError, template_error
 from formats.builtin import mistral
 from formats.call_grammar import has_wildcards
+from formats.continuation import continuation
 from formats.derivation import (
     NAMES,
     TEXT,
@@ -19,7 +19,7 @@ from formats.derivation import (
     cut,
     writes_calls,
 )
-from formats.probing import USER, call_message, own_template, own_text, thinks
+from formats.probing import RESULT, USER, call_message, own_template, own_text, thinks
 from formats.reasoning import opened_reasoning, reasoning_tags
 from formats.registry import FORMATS
 from formats.tokens import added_tokens
@@ -65,7 +65,7 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
     kwargs = _variables(tokenizer)
     hybrid = "enable_thinking" in kwargs
     turns = turns_of(tokenizer, kwargs)
-    found = _ends_of_turn(turns, tokenizer, kwargs)
+    found = _ends_of_turn(turns, tokenizer)
     ends = found.tokens
     added = added_tokens(tokenizer)
     control = [text for text in ("[INST]", "[/INST]", "<tool_response>", "</tool_response>") if text in template]
@@ -90,8 +90,7 @@ def adapt(fmt: Format, tokenizer: Any) -> Format:
     if opened[0]:
         marks = (opened[0].strip(), opened[1].strip())
         made = replace(made, opened_reasoning=opened, reasoning_tags=marks, reasoning=marks == THINK)
-    on = {**kwargs, "enable_thinking": True} if hybrid else kwargs
-    tags = reasoning_tags(lambda messages, **more: own_text(tokenizer, messages, tools=TOOLS, **on, **more))
+    tags = _own_tags(tokenizer, kwargs)
     # A tag that also stands in turns without reasoning would cut them; gpt-oss writes a text beside calls as reasoning.
     texts = [(turns.text(probe["content"], *probe["calls"]) or "", probe["content"]) for probe in PROBES if tags]
     cuts = any(tags[1] in text and not (said and text.startswith(tags[0] + said)) for text, said in texts if tags)
@@ -110,17 +109,35 @@ def _variables(tokenizer: Any) -> dict[str, Any]:
     or think always (`opened_reasoning`).
     """
     date = {"date_string": DATE} if "date_string" in own_template(tokenizer) else {}
-    tried: list[dict[str, Any]] = [date]
-    if thinks(tokenizer):
-        tried = [{**date, "enable_thinking": False}, date, {**date, "enable_thinking": True}]
-    return next((kwargs for kwargs in tried if _continues(tokenizer, kwargs)), tried[-1])
+    if not thinks(tokenizer):
+        return date
+    tried: list[dict[str, Any]] = [{**date, "enable_thinking": False}, date, {**date, "enable_thinking": True}]
+    exact = next((kwargs for kwargs in tried if _continues(tokenizer, kwargs, [USER], exact=True)), None)
+    if exact is None:
+        return tried[-1]
+    # One that continues behind a result as well, such as Gemma 4's empty block without thinking.
+    pasts = [USER], [USER, call_message(), RESULT]
+    found = (kwargs for kwargs in (exact, *tried) if all(_continues(tokenizer, kwargs, past) for past in pasts))
+    return next(found, exact)
 
 
-def _continues(tokenizer: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether an answer without reasoning is rendered behind the prompt that a server feeds."""
-    prompt = own_text(tokenizer, [USER], add_generation_prompt=True, **kwargs)
-    text = own_text(tokenizer, [USER, ANSWER], **kwargs)
-    return prompt is not None and text is not None and text.startswith(prompt)
+def _continues(tokenizer: Any, kwargs: dict[str, Any], past: list[dict[str, Any]], exact: bool = False) -> bool:
+    """Whether an answer without reasoning is rendered behind the prompt that a server feeds; not `exact`: but for what
+    `continuation` finds.
+    """
+    tools = None if past == [USER] else TOOLS
+    prompt = own_text(tokenizer, past, tools=tools, add_generation_prompt=True, **kwargs)
+    text = own_text(tokenizer, [*past, ANSWER], tools=tools, **kwargs)
+    if prompt is None or text is None:
+        return False
+    tags = _own_tags(tokenizer, kwargs) or THINK
+    return text.startswith(prompt) or not (exact or continuation(prompt, text, past[-1]["content"], tags) is None)
+
+
+def _own_tags(tokenizer: Any, kwargs: dict[str, Any]) -> tuple[str, str] | None:
+    """What the template writes around reasoning, with thinking on."""
+    on = {**kwargs, "enable_thinking": True} if "enable_thinking" in kwargs else kwargs
+    return reasoning_tags(lambda messages, **more: own_text(tokenizer, messages, tools=TOOLS, **on, **more))
 
 
 def turns_of(tokenizer: Any, kwargs: dict[str, Any]) -> Turns:
@@ -128,10 +145,10 @@ def turns_of(tokenizer: Any, kwargs: dict[str, Any]) -> Turns:
     return Turns(lambda messages, **more: own_text(tokenizer, messages, tools=TOOLS, **kwargs, **more))
 
 
-def _ends_of_turn(turns: Turns, tokenizer: Any, kwargs: dict[str, Any]) -> Ends:
+def _ends_of_turn(turns: Turns, tokenizer: Any) -> Ends:
     ends = ends_of_turn(turns, set(added_tokens(tokenizer)))
     if not ends.tokens:
-        _raise_if_broken(tokenizer, kwargs)
+        raise_if_broken(tokenizer)
         raise FormatError(
             "the tokenizer's own template ends an answer with no token (neither the last answer nor one that a user's "
             "message follows), so generation would not stop; choose a format by name"
@@ -139,15 +156,20 @@ def _ends_of_turn(turns: Turns, tokenizer: Any, kwargs: dict[str, Any]) -> Ends:
     return ends
 
 
-def _raise_if_broken(tokenizer: Any, kwargs: dict[str, Any]) -> None:
-    """Raise FormatError with the template's own message when it cannot even render a question and its answer."""
+def raise_if_broken(tokenizer: Any) -> None:
+    """Raise FormatError with the template's own message when Transformers can render no answer with it."""
+    tried = [([USER, ANSWER], None), ([USER, ANSWER], TOOLS)]
+    if any(own_text(tokenizer, messages, tools=tools) for messages, tools in tried):
+        tried = [([USER, call_message()], TOOLS)]  # may need a filter that Transformers does not have
     try:
-        tokenizer.apply_chat_template([USER, ANSWER], tokenize=False, **kwargs)
+        for messages, tools in tried:
+            tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
     except Exception as error:  # templates raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise FormatError(
-            f"the tokenizer's own template cannot render an answer ({reason}); choose a format by name"
-        ) from error
+        if messages[-1] == ANSWER or "No filter named" in str(error):
+            raise FormatError(
+                f"the tokenizer's own template cannot render an answer ({template_error(error)[:200]}); "
+                "choose a format by name"
+            ) from error
 
 
 def _reader(turns: Turns, ends: tuple[str, ...]) -> Format | None:
@@ -189,8 +211,4 @@ def _requires_mistral_ids(tokenizer: Any, kwargs: dict[str, Any]) -> bool:
     return nine is not None and others == [None, None]
 
 
-def detect(added: Set[str], template: str) -> str | None:
-    return "the tokenizer carries a template of its own" if template else None
-
-
-FORMAT = Format("native", "", (), adapt=adapt, detect=detect, detect_order=1_000)
+FORMAT = Format("native", "", (), adapt=adapt)

@@ -15,6 +15,9 @@ USER = {"role": "user", "content": "wq0zk"}
 CALL_NAME = "fq0zk"
 
 
+RESULT = {"role": "tool", "tool_call_id": "callid000", "name": CALL_NAME, "content": "rq0zk"}
+
+
 def call_message(arguments: dict[str, Any] | str | None = None, call_id: str = "callid000") -> dict[str, Any]:
     """An assistant message with one call of CALL_NAME."""
     call = {"type": "function", "id": call_id, "function": {"name": CALL_NAME, "arguments": arguments or {}}}
@@ -29,15 +32,17 @@ def own_template(tokenizer: Any) -> str:
     else "default".
 
     Lines before it make it independent of the day and of how a server spells messages: today's date is fixed, and a
-    template that takes arguments only as JSON text (DeepSeek V3, functionary) or that reads reasoning from `thinking`
-    or `reasoning` (gpt-oss, LFM2.5) gets them so.
+    template that takes arguments only as JSON text (DeepSeek V3, functionary), that reads reasoning from `thinking` or
+    `reasoning` (gpt-oss, LFM2.5), or that requires the name of the function in a result (FunctionGemma) gets them so.
     """
     if not (template := _published(tokenizer)):
         return ""
     known = _USED.setdefault(tokenizer, {})
     if template not in known:
-        flags = {"TEXT_ARGUMENTS": _takes_only_text(tokenizer, template),
-                 "REASONING": _names_reasoning_differently(tokenizer, template)}  # fmt: skip
+        text = _takes_only_text(tokenizer, template)
+        flags = {"TEXT_ARGUMENTS": text,
+                 "REASONING": _names_reasoning_differently(tokenizer, template),
+                 "RESULT_NAMES": _requires_result_names(tokenizer, template, "{}" if text else {})}  # fmt: skip
         literals = "".join(f"{{%- set {name} = {json.dumps(value)} %}}\n" for name, value in flags.items())
         known[template] = _fixed_date(template) + (literals + PREAMBLE if any(flags.values()) else "") + template
     return known[template]
@@ -63,6 +68,13 @@ def _takes_only_text(tokenizer: Any, template: str) -> bool:
     )
     written = of_text is not None and text in of_text
     return written and (of_object is None or (str(arguments) in of_object and text not in of_object))
+
+
+def _requires_result_names(tokenizer: Any, template: str, arguments: dict[str, Any] | str) -> bool:
+    """Whether the template raises for a result without the name of its function."""
+    asked, nameless = [USER, call_message(arguments)], {key: value for key, value in RESULT.items() if key != "name"}
+    named, unnamed = (_rendered(tokenizer, template, [*asked, one], tools=None) for one in (RESULT, nameless))
+    return named is not None and unnamed is None
 
 
 def _names_reasoning_differently(tokenizer: Any, template: str) -> bool:

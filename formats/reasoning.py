@@ -38,17 +38,21 @@ def opened_reasoning(render: Callable[..., str | None], template: str) -> tuple[
     opens none where there is none.
     """
     prompt, plain = render([USER], add_generation_prompt=True) or "", render([USER, answer(ANSWER)]) or ""
-    if ANSWER not in plain or plain.startswith(prompt):
+    if ANSWER not in plain:
         return "", ""
-    shared = os.path.commonprefix([prompt, plain])  # noqa: RUF071  texts, not paths
+    opened = re.search(r"[<\[][^<>\[\]]*[>\]]\s*\Z", prompt)
+    unclosed = plain.startswith(prompt)  # the answer may still be inside of the reasoning
+    shared = prompt[: opened.start()] if opened and unclosed else os.path.commonprefix([prompt, plain])  # noqa: RUF071
     start = re.sub(r"[<\[][^>\]]*\Z", "", shared)  # without a tag that has only begun
     opening, before = prompt[len(start) :], plain[len(start) :].partition(ANSWER)[0]
     if not re.fullmatch(_TAG, opening.strip()):
         return "", ""
     written = render([USER, {**answer(ANSWER), "reasoning_content": REASONING}]) or ""
     closing = written.removeprefix(prompt + REASONING).partition(ANSWER)[0].removesuffix(before)
-    if written.startswith(prompt + REASONING) and closing.strip():
-        return opening, closing
-    closing = opening.strip().replace("<", "</", 1).replace("[", "[/", 1)
-    space = opening[len(opening.rstrip()) :]
-    return (opening, f"{space}{closing}{2 * space}") if closing in template else ("", "")
+    if not written.startswith(prompt + REASONING) or not closing.strip():
+        closing = opening.strip().replace("<", "</", 1).replace("[", "[/", 1)
+        if closing not in template:
+            return "", ""
+        space = opening[len(opening.rstrip()) :]
+        closing = f"{space}{closing}{2 * space}"
+    return ("", "") if unclosed and closing.strip() in plain[len(prompt) :] else (opening, closing)

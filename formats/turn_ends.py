@@ -27,40 +27,57 @@ def ends_of_turn(turns: Turns, added: set[str]) -> Ends:
     """
     tokens = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
     plain, one = turns.text(ANSWER) or "", turns.text("", call()) or ""
+    pair = turns.text("", call(), call(1)) or turns.text(TEXT, call(), call(1)) or ""
     head, _, tail = plain.partition(ANSWER)
     behind_answer, behind_call = tokens.findall(tail), tokens.findall(behind_last(VALUES[1], one))
-    inside = set(tokens.findall(head))
-    for text in (one, turns.text("", call(), call(1)) or turns.text(TEXT, call(), call(1)) or ""):
-        inside.update(tokens.findall(text[: max(0, text.rfind(VALUES[1]))]))
+    inside = {*tokens.findall(head), *tokens.findall(one[: max(0, one.rfind(VALUES[1]))])}
+    between = inside.union(tokens.findall(pair[: max(0, pair.rfind(VALUES[1]))]))
+    # A template that gives each call a turn of its own has its end between two calls.
+    if not behind_answer or not between.issuperset(behind_answer):
+        inside = between
     ends = [token for token in behind_answer if token not in inside]
     if both := [token for token in ends if token in behind_call]:
         return Ends((both[0],))
     of_call = [token for token in reversed(behind_call) if token not in inside][:1]
+    follows = _Follows(turns, tokens, inside)
     if ends:
-        return Ends(tuple(dict.fromkeys([*ends[:1], *of_call])))
-    return _ends_of_past_turns(turns, tokens, inside, of_call) if plain else Ends(())
-
-
-def _ends_of_past_turns(turns: Turns, tokens: re.Pattern[str], inside: set[str], of_call: list[str]) -> Ends:
-    """The ends of a template that writes none behind the last answer."""
-
-    def next_token(word: str, turn: dict[str, Any], written: str | None, following: dict[str, Any]) -> tuple[str, str]:
-        """(what follows the turn, up to its first token; that token), "" where no token follows at once."""
-        rest = turns.continuation(turn, word, following) or ""
-        own = (written or "").rpartition(word)[2]
-        if not rest.startswith(own):
-            return "", "changed"
-        token = tokens.search(rest, len(own))
-        if token is None or rest[len(own) : token.start()].strip() or token[0] in inside:
-            return "", ""
-        return rest[len(own) : token.end()], token[0]
-
-    behind_answer, end = next_token(ANSWER, answer(ANSWER), turns.text(ANSWER), USER)
-    result = {"role": "tool", "tool_call_id": IDS[0], "name": NAMES[0], "content": USER["content"]}
-    behind_call, end_of_call = next_token(VALUES[1], answer("", call()), turns.text("", call()), result)
-    if not behind_answer or (end_of_call and not behind_call):
+        unwritten, end_of_call = ("", of_call[0]) if of_call else follows.call(one)
+        if not of_call and not unwritten:
+            return Ends((ends[0],))
+        return Ends(tuple(dict.fromkeys((ends[0], end_of_call))), "", unwritten)
+    if not plain:
+        return Ends(())
+    unwritten_answer, end = follows.turn(ANSWER, answer(ANSWER), plain, USER)
+    unwritten, end_of_call = follows.call(one)
+    if not unwritten_answer or (end_of_call and not unwritten):
         return Ends(())
     # A token that the template itself writes behind the call is its end, unless another one follows.
     if of_call and (not end_of_call or of_call[0] == end):
-        behind_call, end_of_call = "", of_call[0]
-    return Ends(tuple(dict.fromkeys(filter(None, (end, end_of_call)))), behind_answer, behind_call)
+        unwritten, end_of_call = "", of_call[0]
+    return Ends(tuple(dict.fromkeys(filter(None, (end, end_of_call)))), unwritten_answer, unwritten)
+
+
+class _Follows(NamedTuple):
+    """Finds what a template writes behind a turn when the conversation continues."""
+
+    turns: Turns
+    tokens: re.Pattern[str]
+    inside: set[str]
+
+    def turn(self, word: str, turn: dict[str, Any], written: str, following: dict[str, Any]) -> tuple[str, str]:
+        """(what follows the turn, up to its first token; that token), "" where no token follows at once."""
+        rest = self.turns.continuation(turn, word, following) or ""
+        own = written.rpartition(word)[2]
+        if not rest.startswith(own):
+            return "", "changed"
+        token = self.tokens.search(rest, len(own))
+        if token is None or rest[len(own) : token.start()].strip() or token[0] in self.inside:
+            return "", ""
+        return rest[len(own) : token.end()], token[0]
+
+    def call(self, written: str) -> tuple[str, str]:
+        """What follows a turn with a call when its result comes; nothing of a template that writes no calls."""
+        if VALUES[1] not in written:
+            return "", ""
+        result = {"role": "tool", "tool_call_id": IDS[0], "name": NAMES[0], "content": USER["content"]}
+        return self.turn(VALUES[1], answer("", call()), written, result)

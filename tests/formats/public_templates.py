@@ -12,9 +12,9 @@ from tests import parts
 
 # Texts in a template that are tokens of its model's vocabulary. Special ones also open or end something for sure.
 _SPECIAL = re.compile(
-    r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>{}]{1,40}｜>|\[/?[A-Z_]{3,24}\]|</?s>|<(?:start|end)_of_turn>|<eos>|<bos>|<sep>"
+    r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>{}]{1,40}｜>|\[/?[A-Z_]{3,24}\]|</?s>|<(?:start|end)_(?:of_turn|function_[a-z]+)>|<eos>|<bos>|<sep>"
     r"|<(?:turn|channel|tool)[a-z_]*\|>|<\|(?:turn|channel|think|tool)[a-z_]*>|<end_of_utterance>"
-    r"|<SPECIAL_\d+>|<seed:[be]os>|<(?:beginning|end)_of_sentence>|\[e~\[|\]~b\]|\]<\]minimax\[>\["
+    r"|\[\|[a-z]+\|\]|<SPECIAL_\d+>|<seed:[be]os>|<(?:beginning|end)_of_sentence>|\[e~\[|\]~b\]|\]<\]minimax\[>\["
 )
 _MARKS = re.compile(
     r"</?(?:tool|think|arg|assistant|user|system|TOOLCALL)[a-z_]*>|</?(?:seed|minimax|mm):[a-z_]+>|</?escape>"
@@ -27,6 +27,8 @@ def control_tokens(template: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     special = _SPECIAL.findall(template)
     if _LLAMA3 in template:
         special.append("<|begin_of_text|>")
+    if re.search(r"'<\|' ?\+|<\|\{\{", template):  # puts them together from the messages' roles
+        special += [f"<|{role}|>" for role in ("system", "user", "assistant", "observation", "tool")]
     if "<｜hy_" in template:  # Hunyuan 3 formats the names of its tokens
         special += [f"<｜hy_{name}:opensource｜>" for name in ("eos", "begin_of_sentence", "User", "Assistant")]
     if "List of tools: " in template:  # LFM2's vocabulary has tokens for calls that its first template does not write

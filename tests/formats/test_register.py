@@ -138,4 +138,4 @@ def test_builtin_formats_are_found_by_file_name():
 def test_auto_asks_formats_in_this_order():
     asked = sorted((fmt for fmt in FORMATS.values() if fmt.detect), key=lambda fmt: fmt.detect_order)
     names = [fmt.name for fmt in asked]
-    assert names == ["llama3", "qwen-xml", "qwen", "chatml", "mistral", "gemma", "phi4-mini", "native"]
+    assert names == ["llama3", "qwen-xml", "qwen", "chatml", "mistral", "gemma", "phi4-mini"]
