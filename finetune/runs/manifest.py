@@ -23,17 +23,13 @@ def write_manifest(folder: Path) -> None:
         sync(path)
 
 
-def has_manifest(folder: Path) -> bool:
-    return (folder / MANIFEST).exists()
-
-
 def manifest_mismatch(folder: Path) -> str | None:
-    """The first file that differs from the folder's manifest; None if all are equal, or there is no manifest."""
-    if not has_manifest(folder):
-        return None
+    """The first file that differs from the folder's manifest; None if all are equal."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         recorded = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} is not complete"
     for name, (size, digest) in recorded.items():
