@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError
+from finetune.errors import UserError, user_errors
 from finetune.evaluation.items import Item
 from finetune.files import acquire_lock, release_lock
 
@@ -26,11 +26,9 @@ def exclusive_folder(folder: Path) -> Iterator[None]:
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     busy = f"another evaluation is writing to {folder}; wait for it, or choose another folder with --output"
     try:
-        try:
+        with user_errors(f"cannot write to {folder}", "choose a folder with --output"):
             folder.mkdir(parents=True, exist_ok=True)
             lock = acquire_lock(folder / ".lock", busy)
-        except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror}; choose a folder with --output") from error
         try:
             yield
         finally:

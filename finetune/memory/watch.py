@@ -10,20 +10,19 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from finetune.errors import UserError
+from finetune.charts.figures import new_figure, picture
+from finetune.errors import UserError, user_errors
 from finetune.files import write_bytes_atomic
 from finetune.memory.devices import Driver, Gpu
 
-COLUMNS = (
-    "time", "index", "name", "status", "memory_used_gb", "memory_free_gb", "memory_total_gb", "utilization_percent",
-    "temperature_c", "power_w",
-)  # fmt: skip
+COLUMNS = ("time", *(field.name for field in fields(Gpu) if field.name != "capability"))
 NUMBER_COLUMNS = [column for column in COLUMNS if column not in ("time", "name", "status")]
 INTEGER_COLUMNS = ("index", "utilization_percent", "temperature_c")
 SUFFIXES = (".json", ".jsonl", ".csv")
@@ -64,16 +63,14 @@ class GpuLog:
         elif self.kind == ".csv":
             text = text.partition("\n")[2]
         data = text.encode("utf-8")
-        try:
-            with self.path.open("r+b", buffering=0) as file:
-                begin = file.seek(-len(closing), os.SEEK_END)
-                if file.write(data) < len(data):  # the disk is nearly full
-                    file.seek(begin)
-                    file.write(closing)
-                    file.truncate()
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}; the log ends here") from error
+        what = user_errors(f"cannot write {self.path}", "the log ends here")
+        with what, self.path.open("r+b", buffering=0) as file:
+            begin = file.seek(-len(closing), os.SEEK_END)
+            if file.write(data) < len(data):  # the disk is nearly full
+                file.seek(begin)
+                file.write(closing)
+                file.truncate()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.records += len(records)
 
 
@@ -175,34 +172,28 @@ def draw(records: list[dict[str, Any]], path: str | Path) -> Path:
     """Write a PNG of memory and load of every GPU over time, with gaps where it was lost; UserError without records."""
     if not records:
         raise UserError("nothing to draw: the log holds no reading")
-    import matplotlib as mpl
+    with new_figure(9, 5.5) as figure:
+        memory, load = figure.subplots(2, 1, sharex=True)
+        for index in sorted({r["index"] for r in records}):
+            of_gpu = [r for r in records if r["index"] == index]
+            times = [datetime.fromisoformat(r["time"]).astimezone() for r in of_gpu]
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+            def values(column: str, rows: list[dict[str, Any]] = of_gpu) -> list[float]:
+                return [float("nan") if r[column] is None else r[column] for r in rows]
 
-    figure, (memory, load) = plt.subplots(2, 1, sharex=True, figsize=(9, 5.5), layout="constrained")
-    for index in sorted({r["index"] for r in records}):
-        of_gpu = [r for r in records if r["index"] == index]
-        times = [datetime.fromisoformat(r["time"]).astimezone() for r in of_gpu]
-
-        def values(column: str, rows: list[dict[str, Any]] = of_gpu) -> list[float]:
-            return [float("nan") if r[column] is None else r[column] for r in rows]
-
-        name = f"{index}: {of_gpu[-1]['name']}".replace("$", r"\$")  # else Matplotlib reads a formula
-        (line,) = memory.plot(times, values("memory_used_gb"), label=name, drawstyle="steps-post")
-        totals = [r["memory_total_gb"] for r in of_gpu if r["memory_total_gb"] is not None]
-        if totals:
-            memory.axhline(totals[-1], color=line.get_color(), linestyle=":", linewidth=1)
-        load.plot(times, values("utilization_percent"), color=line.get_color(), drawstyle="steps-post")
-        lost = [t for t, r in zip(times, of_gpu, strict=True) if r["status"] == "lost"]
-        memory.plot(lost, [0] * len(lost), "x", color=line.get_color(), label=f"{index} lost" if lost else None)
-    memory.set_ylabel("memory in use, GB (dotted: total)")
-    load.set_ylabel("load, %")
-    memory.set_ylim(bottom=0)
-    load.set_ylim(0, 105)
-    memory.legend(loc="upper left")
-    figure.autofmt_xdate()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    plt.close(figure)
-    return write_bytes_atomic(path, picture.getvalue())
+            name = f"{index}: {of_gpu[-1]['name']}"
+            (line,) = memory.plot(times, values("memory_used_gb"), label=name, drawstyle="steps-post")
+            totals = [r["memory_total_gb"] for r in of_gpu if r["memory_total_gb"] is not None]
+            if totals:
+                memory.axhline(totals[-1], color=line.get_color(), linestyle=":", linewidth=1)
+            load.plot(times, values("utilization_percent"), color=line.get_color(), drawstyle="steps-post")
+            lost = [t for t, r in zip(times, of_gpu, strict=True) if r["status"] == "lost"]
+            memory.plot(lost, [0] * len(lost), "x", color=line.get_color(), label=f"{index} lost" if lost else None)
+        memory.set_ylabel("memory in use, GB (dotted: total)")
+        load.set_ylabel("load, %")
+        memory.set_ylim(bottom=0)
+        load.set_ylim(0, 105)
+        memory.legend(loc="upper left")
+        figure.autofmt_xdate()
+        content = picture(figure, dpi=120)
+    return write_bytes_atomic(path, content)

@@ -18,10 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError, no_room
+from finetune.errors import UserError, no_room, user_errors
 from finetune.files import current_umask, require_run_folder, write_text_atomic
 from finetune.runs.config_schema import TRAINER_STATE, checked_config, schema_fault
-from finetune.runs.links import refuse_links
 from finetune.runs.manifest import manifest_mismatch
 from finetune.runs.run_log import counters_fault
 
@@ -53,16 +52,12 @@ def check_writable(experiments_dir: str | Path, *, make: bool = True) -> Path:
     make  False: check the nearest existing parent instead of creating the folder, so that a later refusal leaves none
     """
     folder = Path(experiments_dir)
-    try:
+    with user_errors(f"cannot write to {folder}", "choose another folder with --experiments_dir"):
         if make:
             folder.mkdir(parents=True, exist_ok=True)
         existing = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
         with tempfile.TemporaryFile(dir=existing):
             pass
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror or error}; choose another folder with --experiments_dir"
-        ) from error
     return folder
 
 
@@ -179,6 +174,23 @@ def _claim(temporary: Path, target: Path) -> bool:
         if target.exists():
             return False
         raise
+
+
+def refuse_links(folder: Path, owner: Path | None = None) -> None:
+    """UserError for a link in `folder`, or `folder` itself, that leads out of `owner` (default: `folder`).
+
+    Files are written through links, so one in a run folder could replace any file of this user.
+    """
+    root = (owner or folder).resolve()
+    paths = [] if owner is None else [folder]
+    for parent, folders, files in os.walk(folder):  # does not follow links
+        paths += [Path(parent, name) for name in (*folders, *files)]
+    for path in paths:
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            raise UserError(
+                f"{path} is a link to {path.readlink()}, out of {owner or folder}, where commands would write; "
+                "remove it, or replace it by what it points to"
+            )
 
 
 def folder_status(folder: Path) -> str | None:

@@ -14,12 +14,11 @@ from finetune.models.limits import check_vocabulary, model_positions
 from finetune.models.loading import Loaded, import_unsloth, load_base, load_config, load_tokenizer
 from finetune.models.rope import stretched
 from finetune.runs.experiment import CONFIG, FINAL, Experiment
-from finetune.settings import checked
+from formats import Format, choose_format, get_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from formats import Format
 
 log = logging.getLogger("sandwich")
 
@@ -117,8 +116,6 @@ class Run:
 
     def format_for(self, tokenizer: PreTrainedTokenizerBase) -> Format:
         """The format the run was trained with (the user's own by its file); without a run, chosen by the tokenizer."""
-        from formats import choose_format, get_format
-
         if self.experiment is None:
             fmt = choose_format(tokenizer)[0]
         else:
@@ -139,7 +136,7 @@ def find_run(path: str | Path, *, trust_remote_code: bool = False) -> Run:
     run = _find(path)
     run.trust_remote_code = trust_remote_code
     flags = run.experiment.config["flags"] if run.experiment is not None else {}
-    if isinstance(flags, dict) and flags.get("trust_remote_code") and not trust_remote_code:
+    if flags.get("trust_remote_code") and not trust_remote_code:
         log.warning(
             "run %s: its config sets trust_remote_code, which is ignored; add --trust_remote_code if you trust the "
             "base model", path,
@@ -172,13 +169,7 @@ def _find(path: str | Path) -> Run:
 
 
 def _open_trained(folder: Path) -> Experiment:
-    experiment = Experiment.open(folder, entries=("flags", "base_model", "format"))
-    where, flags, fmt = str(folder / CONFIG), experiment.config["flags"], experiment.config["format"]
-    if not isinstance(flags, dict) or not isinstance(fmt, dict) or not isinstance(fmt.get("name"), str):
-        raise UserError(f"{where}: flags or format is not as train_lora.py writes it; train again")
-    for name in {"max_seq_length", "format", "rope_scaling"} & flags.keys():
-        checked(where, name, flags[name])
-    return experiment
+    return Experiment.open(folder, entries=("flags", "base_model", "format"))
 
 
 def load_for_inference(

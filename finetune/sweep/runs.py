@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import socket
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from filelock import FileLock
 from finetune.errors import UserError
 from finetune.files import acquire_lock, write_text_atomic
 from finetune.runs.experiment import check_writable, folder_status
-from finetune.sweep.grid import Point
-from finetune.sweep.growth import with_earlier_names
+from finetune.settings import Settings
+from finetune.sweep.grid import OWN_FILES, Point, free_name
 
 log = logging.getLogger("sandwich")
 SWEEP, SWEEP_LOG, LOGS, LOCK, TOKEN = "sweep.json", "sweep.log", "logs", ".lock", ".token"
@@ -155,7 +156,7 @@ def _restore_progress(path: Path, config: dict[str, Any], points: list[Point]) -
         identity, digests, command_line = old["id"], dict(old["data"]), " ".join(map(str, old["argv"]))
         config["started"] = str(old["started"])
         records = {record["name"]: record for record in old["runs"]}
-        named = with_earlier_names(points, old["runs"])
+        named = _with_earlier_names(points, old["runs"])
         is_alike = all(_as_stored(config, name) == old["settings"].get(name) for name in ("command", "asha"))
         runs = [SweepRun(point) for point in named or points]
         for run in runs:
@@ -184,6 +185,28 @@ def _restore_progress(path: Path, config: dict[str, Any], points: list[Point]) -
     if len(runs) > len(records):
         log.info("adding %d runs to the %d of sweep %s", len(runs) - len(records), len(records), path.parent)
     return runs
+
+
+def _with_earlier_names(points: Sequence[Point], records: Sequence[dict[str, Any]]) -> list[Point] | None:
+    """The points, in their order, those of the earlier sweep under the names they have in its sweep.json (`records`).
+
+    A run is the same if all its flags are, defaults included. None where a run of the earlier sweep is absent.
+    """
+    names = {_key(record["flags"]): str(record["name"]) for record in records}
+    keys = [_key(point.flags) for point in points]
+    if not names.keys() <= set(keys):
+        return None
+    taken = {*OWN_FILES, *(name.lower() for name in names.values())}
+    return [
+        replace(point, name=names[key] if key in names else free_name(point.name, taken))
+        for point, key in zip(points, keys, strict=True)
+    ]
+
+
+def _key(flags: dict[str, Any]) -> str:
+    with contextlib.suppress(TypeError, UserError):  # another version wrote them: no run of today is the same
+        flags = Settings(**flags).run_flags()
+    return json.dumps(flags, sort_keys=True)
 
 
 def _as_stored(config: dict[str, Any], name: str) -> Any:
