@@ -13,7 +13,7 @@ from finetune.errors import UserError, one_line_errors
 from finetune.files import write_json
 from finetune.flags.types import FlagParser, nonnegative_float, positive_int, positive_ints
 from finetune.progress import say
-from formats import check_format_name, check_tokenizer, get_format
+from formats import check_format_name, check_tokenizer
 
 DEFAULT_TOLERANCE = 0.01
 EXAMPLES = """examples:
@@ -208,8 +208,7 @@ def load_model(args: argparse.Namespace, *, base: bool = False) -> tuple[Any, An
     from finetune.runs.find import load_for_inference
 
     start_logging()
-    model, tokenizer, fmt = load_for_inference(args.model, base=base, trust_remote_code=args.trust_remote_code)
-    return model, tokenizer, get_format(args.format, tokenizer) if args.format else fmt
+    return load_for_inference(args.model, base=base, format_name=args.format, trust_remote_code=args.trust_remote_code)
 
 
 def make_prompts_and_decoding(

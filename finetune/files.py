@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -86,6 +87,17 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
                 f"cannot write {path}: {error.strerror}; free some space or choose another folder"
             ) from error
         raise
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_path(paths: Iterable[Path]) -> Path:
+    """The first of the paths at which there is nothing."""
+    return next(path for path in paths if not path.exists())
 
 
 def write_bytes_atomic(path: str | Path, data: bytes) -> Path:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.chat.reply import LiveText, Reply, read_reply
 from finetune.errors import UserError
 from finetune.models.limits import context_limit
-from formats import Format, check_tokenizer, decode, encode_prompt, get_format
+from formats import Format, check_tokenizer, decode, encode_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -170,18 +170,9 @@ class _Streamer:
         """Called after the last token."""
 
 
-def load_chat_model(
-    path: str | Path,
-    *,
-    base: bool = False,
-    merged: bool = False,
-    format_name: str | None = None,
-    trust_remote_code: bool = False,
-) -> ChatModel:
-    """Load the model that `path` names (see `load_for_inference`); `format_name` overrides the trained format."""
+def load_chat_model(path: str | Path, **options: Any) -> ChatModel:
+    """Load the model that `path` names; options and errors as of `load_for_inference`."""
     from finetune.runs.find import load_for_inference
 
-    model, tokenizer, fmt = load_for_inference(path, base=base, merged=merged, trust_remote_code=trust_remote_code)
-    if format_name:
-        fmt = get_format(format_name, tokenizer)
-    return ChatModel(model, tokenizer, fmt, Path(path).resolve().name if Path(path).is_dir() else str(path))
+    name = Path(path).resolve().name if Path(path).is_dir() else str(path)
+    return ChatModel(*load_for_inference(path, **options), name)

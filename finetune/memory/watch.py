@@ -19,14 +19,13 @@ from rich.console import Console
 
 from finetune.charts.figures import new_figure, picture
 from finetune.errors import UserError, user_errors
-from finetune.files import write_bytes_atomic
+from finetune.files import read_text, write_bytes_atomic
 from finetune.memory.devices import Driver, Gpu
 
 COLUMNS = ("time", *(field.name for field in fields(Gpu) if field.name != "capability"))
 NUMBER_COLUMNS = [column for column in COLUMNS if column not in ("time", "name", "status")]
 INTEGER_COLUMNS = ("index", "utilization_percent", "temperature_c")
 SUFFIXES = (".json", ".jsonl", ".csv")
-RECORD_START = '{"time": "'
 MAX_SLEEP_SECONDS = 1e9  # time.sleep refuses 1e10
 MAX_NUMBER = 1e300  # in a log; Matplotlib's axes overflow beyond
 
@@ -35,8 +34,8 @@ class GpuLog:
     """Appends one record per GPU and reading to a .json (one array), .jsonl or .csv file.
 
     Each reading is one write at the end of the file, closing bracket included, so the file is complete whenever the
-    monitor is killed. An existing log is continued; a record that a power failure cut off is dropped from it. Raises
-    UserError for another suffix, for a file that is not such a log and for a file that cannot be written.
+    monitor is killed. An existing log is continued. Raises UserError for another suffix, for a file that is not such a
+    log and for a file that cannot be written.
     """
 
     def __init__(self, path: str | Path):
@@ -89,36 +88,25 @@ def _as_text(records: list[dict[str, Any]], kind: str) -> str:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a log without one that is cut off at its end. Raises UserError for any other file."""
+    """The records of a log. Raises UserError for any other file, and for one that a power failure has cut off."""
     path = Path(path)
     kind, not_a_log = path.suffix.lower(), f"{path} is not a log of gpu_memory.py (fix it, or choose another --output)"
     if path.exists() and not path.is_file():  # reading a device may never end
         raise UserError(f"cannot read {path}: not a regular file")
+    text, records = read_text(path, "log"), list[dict[str, Any]]()
     try:
-        text = path.read_text(encoding="utf-8").rstrip("\0")  # which some file systems leave after a power failure
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    *lines, cut_off = text.split("\n")
-    if kind == ".csv":
-        header = ",".join(COLUMNS)
-        if (lines.pop(0) if lines else header if header.startswith(cut_off) else "") != header:
-            raise UserError(not_a_log)
-    else:
-        lines.append(cut_off)
-        if kind == ".json":
-            lines = [line.strip().rstrip(",") for line in lines]
-        lines = [line for line in lines if line not in ("", "[", "]", "[]")]
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            values = next(csv.DictReader([line], COLUMNS)) if kind == ".csv" else json.loads(line)
-            records.append(_checked(values))
-        except json.JSONDecodeError as error:
-            if number == len(lines) and (line.startswith(RECORD_START) or RECORD_START.startswith(line)):
-                break
-            raise UserError(not_a_log) from error
-        except (csv.Error, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise UserError(f"{not_a_log}: record {number}: {error}") from error
+        if kind == ".csv":
+            rows: Any = csv.DictReader(io.StringIO(text))
+            if rows.fieldnames not in (None, list(COLUMNS)):
+                raise UserError(not_a_log)
+        elif kind == ".json":
+            rows = json.loads(text or "[]")
+        else:
+            rows = map(json.loads, text.splitlines())
+        for row in rows:
+            records.append(_checked(row))
+    except (csv.Error, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{not_a_log}: record {len(records) + 1}: {error}") from error
     return records
 
 

@@ -173,16 +173,23 @@ def _open_trained(folder: Path) -> Experiment:
 
 
 def load_for_inference(
-    path: str | Path, *, base: bool = False, merged: bool = False, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    base: bool = False,
+    merged: bool = False,
+    format_name: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Format]:
     """(model, tokenizer, format) of an experiment folder, an adapter folder, or a complete model.
 
     base  True: without the adapter. merged  True: adapter folded into the weights (bfloat16 results change slightly).
+    format_name  overrides the format that the run was trained with
     Raises UserError as `find_run` does.
     """
     run = find_run(path, trust_remote_code=trust_remote_code)
     check_available(run.base_name, run.base_revision)
     loaded, fmt = run.load_base()
+    fmt = get_format(format_name, loaded.tokenizer) if format_name else fmt
     model = loaded.model
     if run.adapter is not None and not base:
         model = attach_adapter(model, run.adapter)

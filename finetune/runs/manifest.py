@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
-from finetune.files import sync
+from finetune.files import sha256_of, sync
 
 MANIFEST = "manifest.json"
 
@@ -16,7 +15,7 @@ def write_manifest(folder: Path) -> None:
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
         sync(path)
-        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     target = folder / MANIFEST
     target.write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
     for path in (target, *(path for path in folder.rglob("*") if path.is_dir()), folder):
@@ -37,15 +36,10 @@ def manifest_mismatch(folder: Path) -> str | None:
         try:
             if path.stat().st_size != size:
                 return f"its {name} is not complete ({path.stat().st_size:,} bytes instead of {size:,})"
-            if _sha256(path) != digest:
+            if sha256_of(path) != digest:
                 return f"its {name} is damaged (SHA-256 differs from {MANIFEST})"
         except FileNotFoundError:
             return f"it has no {name}"
         except OSError as error:
             return f"its {name} cannot be read ({error.strerror})"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

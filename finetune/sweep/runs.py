@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import itertools
 import json
 import logging
 import os
@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from finetune.errors import UserError
-from finetune.files import acquire_lock, write_text_atomic
+from finetune.files import acquire_lock, free_path, sha256_of, write_text_atomic
 from finetune.runs.experiment import check_writable, folder_status
 from finetune.settings import Settings
 from finetune.sweep.grid import OWN_FILES, Point, free_name
@@ -215,11 +215,7 @@ def _as_stored(config: dict[str, Any], name: str) -> Any:
 
 def archive_broken(folder: Path) -> None:
     """Rename what is left of an attempt without a checkpoint to the hidden name `.<run>_broken_N`."""
-    for number in range(1, 10_000):
-        target = folder.with_name(f".{folder.name}_broken_{number}")
-        if not target.exists():
-            folder.rename(target)
-            return
+    folder.rename(free_path(folder.with_name(f".{folder.name}_broken_{number}") for number in itertools.count(1)))
 
 
 def data_digests(points: list[Point]) -> dict[str, str]:
@@ -229,8 +225,7 @@ def data_digests(points: list[Point]) -> dict[str, str]:
         for name in [*(flags.get("dataset") or []), *(flags.get("eval_dataset") or []), flags.get("format") or ""]:
             path = name.rsplit("*", 1)[0]  # rows.jsonl*0.5 uses half of the rows
             if path and path not in digests and Path(path).is_file():
-                with Path(path).open("rb") as file:
-                    digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
+                digests[path] = sha256_of(Path(path))
     return digests
 
 
