@@ -1,7 +1,5 @@
 """Settings of chat_lora.py from a config with a section `inference`."""
 
-from __future__ import annotations
-
 import argparse
 from argparse import ArgumentTypeError
 from pathlib import Path

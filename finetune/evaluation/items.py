@@ -1,7 +1,5 @@
 """Scored items: every assistant turn of a held-out conversation, with its prompt and its expected answer."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

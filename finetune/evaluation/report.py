@@ -1,7 +1,5 @@
 """The report: comparison.md, the pictures of tools, and the section of the model card."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Sequence

@@ -3,8 +3,6 @@
 Parses calls with the `formats` package beside this file: the same code that training used.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

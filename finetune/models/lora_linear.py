@@ -13,8 +13,6 @@ widest tensors of a layer. Two of the four are enough: the others are recomputed
 GPU kernels do the same.)
 """
 
-from __future__ import annotations
-
 import types
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The dataset card and its charts: counts, lengths, balance of tools, what was changed and rejected."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rows of a request and its answer in columns: pairs, preference rows, call benchmarks, SQuAD."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from finetune.reading.chat_exports import same_messages

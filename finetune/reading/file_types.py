@@ -1,7 +1,5 @@
 """The type of a file whose name does not tell it, by its first bytes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from finetune.errors import UserError

@@ -1,7 +1,5 @@
 """Measures the memory of a pass on the loaded model, before the first step."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import sys
