@@ -1,7 +1,5 @@
 """A small finished run for the export tests: a random Llama with a real tokenizer, and a random adapter."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

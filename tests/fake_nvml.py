@@ -3,8 +3,6 @@
 The error classes are those of the real package.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any

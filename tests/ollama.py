@@ -1,7 +1,5 @@
 """Ollama's rendering for the tests: Go's text/template on values of Ollama's types (ollama_render.go)."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

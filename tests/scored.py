@@ -1,7 +1,5 @@
 """Items and answers made by hand, for tests of verdicts, metrics and reports."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from finetune.evaluation.items import CALL, Item

@@ -1,7 +1,5 @@
 """Rows of every shape become canonical conversations; rows that cannot be read exactly are refused with the reason."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

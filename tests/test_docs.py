@@ -1,7 +1,5 @@
 """Every page: links and anchors exist, the site's menu has the page, pictures are used, commands are accepted."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import json

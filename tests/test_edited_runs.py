@@ -1,7 +1,5 @@
 """Files of a run that were edited, or that others wrote: a line says which entry is wrong, and nothing else happens."""
 
-from __future__ import annotations
-
 import copy
 import json
 

@@ -1,7 +1,5 @@
 """The command lines of all scripts: --help, both spellings of every flag, no slow import."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib

@@ -1,7 +1,5 @@
 """Rows that belong together: shared instructions are omitted, continued conversations stay in one split."""
 
-from __future__ import annotations
-
 import pytest
 
 from finetune.errors import UserError

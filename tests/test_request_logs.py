@@ -1,7 +1,5 @@
 """Rows that log a request and its response, as APIs, proxies and tracing tools write them."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

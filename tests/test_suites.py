@@ -3,8 +3,6 @@
 The rows have the form of the published files; their contents are invented.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

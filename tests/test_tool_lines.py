@@ -1,7 +1,5 @@
 """Calls that rows write as lines, and tools that rows name without a call."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
