@@ -90,7 +90,7 @@ def _encoded(
 
 
 def choose(
-    model: Any, tokenizer: PreTrainedTokenizerBase, decisions: Decisions, path: Path, *, name: str, seed: int = 0
+    model: Any, tokenizer: PreTrainedTokenizerBase, decisions: Decisions, path: Path, *, name: str
 ) -> tuple[list[Scored], dict[str, Any]]:
     """(the chosen options, scored as if they were answers; confusion of expected and chosen kinds, and macro F1).
 
