@@ -11,6 +11,7 @@ from finetune.errors import UserError
 from finetune.files import read_text
 from finetune.reading.null_padding import without_null_keywords
 from finetune.reading.row_files import RowError, decode_json, json_stream, json_type, strict_json
+from formats.calls import MAX_JSON_DEPTH, json_depth, reject_lone_surrogates
 
 # Type names of Python and of BFCL -> those of JSON Schema.
 _TYPES = {
@@ -209,6 +210,9 @@ def parse_tools(text: str, where: str = "tools") -> list[dict[str, Any]]:
         value = row["tools"] if isinstance(row, dict) and "tools" in row else text
     try:
         tools = normalize_tools(value)
+        reject_lone_surrogates(tools)
+        if json_depth(tools) > MAX_JSON_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
     except ValueError as error:
         raise UserError(f"{where}: {error}; give a JSON array of tool schemas") from error
     if len({tool["function"]["name"] for tool in tools}) < len(tools):
