@@ -103,10 +103,8 @@ class ResultsFile:
 
     def _read(self) -> list[dict[str, Any]]:
         """All complete lines; {} for a line that is not a JSON object."""
-        if not self.path.exists():
-            return []
         with user_errors(f"cannot read {self.path}", "check its permissions"):
-            text = self.path.read_text(encoding="utf-8", errors="replace")
+            text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         lines = []
         for line in text.split("\n")[:-1]:  # not splitlines: a text may hold U+2028
             try:
