@@ -4,6 +4,8 @@ Transformers imports torch wherever it is installed, even to load a tokenizer, w
 worker process. A process that has called `hide_torch` gets the tokenizers without it.
 """
 
+from __future__ import annotations
+
 import contextlib
 import importlib.util
 import io

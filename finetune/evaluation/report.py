@@ -1,21 +1,25 @@
 """The report: comparison.md, the pictures of tools, and the section of the model card."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from finetune.charts.figures import new_figure, picture
+from finetune.charts.fonts import missing_glyphs_ignored
 from finetune.charts.palette import BLUE, ORANGE
 from finetune.evaluation.folder import FILE_PREFIXES
 from finetune.evaluation.metrics import METRICS, Scored, metric_names
 from finetune.evaluation.scoring import BROKEN, NO_CALL, UNDECLARED
-from finetune.files import write_bytes_atomic, write_text_atomic
+from finetune.files import open_atomic, write_bytes_atomic, write_text_atomic
 from finetune.progress import printable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
 
 MAX_SHOWN_CHARACTERS = 200  # of an answer on the terminal
 MAX_PICTURED_TOOLS = 60  # more are unreadable, and a picture has at most 65,535 pixels a side
@@ -112,31 +116,39 @@ def write_pictures(metrics: Scores, folder: Path) -> list[Path]:
         for path in (confusion, f1):
             path.unlink(missing_ok=True)
         return []
+    import matplotlib
+
+    matplotlib.use("Agg")
     return [_confusion_picture(metrics, confusion), _f1_picture(metrics, f1)]
 
 
 def _confusion_picture(metrics: Scores, path: Path) -> Path:
+    import numpy as np
+    from matplotlib import pyplot as plt
+
     labels, tables = _pictured(
         {side: m["confusion_matrix"] for side, m in metrics.items() if m.get("confusion_matrix")}
     )
-    size, ticks = len(labels), {"labels": list(map(_short, labels)), "fontsize": 7}
-    width, height = max(4.0, 0.42 * size + 2.6) * len(tables), max(3.6, 0.42 * size + 2.0)
-    with new_figure(width, height, "".join(labels)) as figure:
-        all_axes = figure.subplots(1, len(tables), squeeze=False)[0]
-        for axis, (side, counts) in zip(all_axes, tables.items(), strict=True):
-            shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-            axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-            for (i, j), count in np.ndenumerate(counts) if size <= 40 else ():
+    size = len(labels)
+    width, height = max(4.0, 0.42 * size + 2.6), max(3.6, 0.42 * size + 2.0)
+    figure, axes = plt.subplots(
+        1, len(tables), figsize=(width * len(tables), height), squeeze=False, layout="constrained"
+    )
+    for axis, (side, counts) in zip(axes[0], tables.items(), strict=True):
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        if len(labels) <= 40:
+            for (i, j), count in np.ndenumerate(counts):
                 if count:
                     color = "white" if shares[i, j] > 0.5 else "black"
                     axis.text(j, i, str(count), ha="center", va="center", fontsize=7, color=color)
-            axis.set_xticks(range(size), rotation=90, **ticks)
-            axis.set_yticks(range(size), **ticks)
-            axis.set_xlabel("tool called")
-            axis.set_ylabel("tool expected")
-            axis.set_title(FILE_PREFIXES[side].replace("_", " "))
-        content = picture(figure, dpi=130, bbox_inches="tight")
-    return write_bytes_atomic(path, content)
+        ticks = {"labels": list(map(_short, labels)), "fontsize": 7, "parse_math": False}
+        axis.set_xticks(range(len(labels)), rotation=90, **ticks)
+        axis.set_yticks(range(len(labels)), **ticks)
+        axis.set_xlabel("tool called")
+        axis.set_ylabel("tool expected")
+        axis.set_title(FILE_PREFIXES[side].replace("_", " "))
+    return _save(figure, path)
 
 
 def _pictured(tables: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, np.ndarray]]:
@@ -144,6 +156,8 @@ def _pictured(tables: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, n
 
     Classes that are empty in all of them are omitted; the rarest of too many tools become OTHERS.
     """
+    import numpy as np
+
     totals: dict[str, int] = {}
     for table in tables.values():
         counts = np.array(table["matrix"])
@@ -167,6 +181,7 @@ def _pictured(tables: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, n
 
 def _f1_picture(metrics: Scores, path: Path) -> Path:
     import pandas
+    from matplotlib import pyplot as plt
 
     tables = {side: m.get("per_tool", {}) for side, m in metrics.items()}
     scores = {side: {tool: row["f1"] for tool, row in table.items()} for side, table in tables.items()}
@@ -174,20 +189,29 @@ def _f1_picture(metrics: Scores, path: Path) -> Path:
     last = tables[list(tables)[-1]]
     frequent = sorted(f1.index, key=lambda tool: -last.get(tool, {}).get("support", 0))[:MAX_PICTURED_TOOLS]
     f1 = f1.fillna(0).loc[sorted(frequent, key=lambda tool: last.get(tool, {}).get("f1", 0))]
-    with new_figure(7, max(2.5, 0.34 * len(f1) + 1.2), "".join(f1.index)) as figure:
-        axis = figure.subplots()
-        f1.plot.barh(ax=axis, width=0.8, color=[BLUE, ORANGE][-len(tables) :])
-        axis.set_yticks(range(len(f1)), list(map(_short, f1.index)), fontsize=8)
-        axis.set_xlim(0, 1)
-        axis.set_xlabel("F1")
-        axis.grid(axis="x", alpha=0.3)
-        axis.legend(loc="lower right")
-        content = picture(figure, dpi=130, bbox_inches="tight")
-    return write_bytes_atomic(path, content)
+    figure, axis = plt.subplots(figsize=(7, max(2.5, 0.34 * len(f1) + 1.2)), layout="constrained")
+    f1.plot.barh(ax=axis, width=0.8, color=[BLUE, ORANGE][-len(tables) :])
+    axis.set_yticks(range(len(f1)), list(map(_short, f1.index)), fontsize=8, parse_math=False)
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("F1")
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(loc="lower right")
+    return _save(figure, path)
 
 
 def _short(label: str) -> str:
     return label if len(label) <= 28 else label[:27] + "…"
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    try:
+        with open_atomic(path) as file, missing_glyphs_ignored():
+            figure.savefig(file, format="png", dpi=130, bbox_inches="tight")
+    finally:
+        plt.close(figure)
+    return path
 
 
 def one_request(scored: dict[str, Sequence[Scored]]) -> str:

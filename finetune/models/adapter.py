@@ -1,5 +1,7 @@
 """LoRA adapters: attached to a base model, checked against it, loaded onto it."""
 
+from __future__ import annotations
+
 import json
 import warnings
 from pathlib import Path
