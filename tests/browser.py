@@ -1,5 +1,7 @@
 """A real browser for the tests of pages; a machine without one skips them and says so."""
 
+from __future__ import annotations
+
 import os
 import shutil
 

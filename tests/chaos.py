@@ -11,6 +11,8 @@ the libraries: every start of a new interpreter would take 10 s. A fork runs sit
 which the tester installs its faults.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil

@@ -1,5 +1,7 @@
 """A small model that has memorised one conversation: the base model answers with text, the adapter calls a tool."""
 
+from __future__ import annotations
+
 from functools import cache
 from pathlib import Path
 

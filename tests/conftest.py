@@ -1,5 +1,7 @@
 """What holds for every test."""
 
+from __future__ import annotations
+
 import signal
 
 import pytest

@@ -1,5 +1,7 @@
 """A small finished run for the export tests: a random Llama with a real tokenizer, and a random adapter."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

@@ -3,6 +3,8 @@
 The error classes are those of the real package.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any

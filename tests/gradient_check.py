@@ -1,5 +1,7 @@
 """Random rows and small LoRA models, and their gradients row by row: what shared passes are compared with."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 

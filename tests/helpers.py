@@ -1,5 +1,7 @@
 """Helpers that several test modules use."""
 
+from __future__ import annotations
+
 import importlib
 from typing import Any
 

@@ -11,6 +11,8 @@ Each use needs a process of its own, because the patches of Unsloth and torch st
   python -m tests.interpreted_cuda memory MODEL …           memory of a step compared with the estimate
 """
 
+from __future__ import annotations
+
 import contextlib
 import importlib
 import json

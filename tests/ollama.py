@@ -1,5 +1,7 @@
 """Ollama's rendering for the tests: Go's text/template on values of Ollama's types (ollama_render.go)."""
 
+from __future__ import annotations
+
 import copy
 import hashlib
 import json

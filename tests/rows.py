@@ -1,5 +1,7 @@
 """Raw rows, and helpers to read them, that several test modules use."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

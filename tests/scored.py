@@ -1,5 +1,7 @@
 """Items and answers made by hand, for tests of verdicts, metrics and reports."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from finetune.evaluation.items import CALL, Item

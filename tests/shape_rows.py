@@ -1,5 +1,7 @@
 """One small row of each shape, with the answers that are trained: shared by the tests and docs/shapes.md."""
 
+from __future__ import annotations
+
 import json
 from typing import Any
 

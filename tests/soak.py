@@ -6,6 +6,8 @@
 Exit status 1 when memory or open files grow, or a run or a reader fails.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os

@@ -1,5 +1,7 @@
 """The directions that imports may take (the contracts in pyproject.toml), and what may lie loose in finetune/."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 from pathlib import Path

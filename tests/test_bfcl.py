@@ -1,5 +1,7 @@
 """BFCL's rows, its checker, and how often our verdicts agree with it."""
 
+from __future__ import annotations
+
 import importlib.util
 from copy import deepcopy
 

@@ -1,5 +1,7 @@
 """BFCL's rows of several turns: BFCL's own answers pass, others fail, and the tools' process can do nothing else."""
 
+from __future__ import annotations
+
 import ast
 import importlib.util
 import json

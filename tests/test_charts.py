@@ -1,5 +1,7 @@
 """Charts of many runs: the legend, the limits, the columns of the table, and what they leave of the picture."""
 
+from __future__ import annotations
+
 import json
 import math
 

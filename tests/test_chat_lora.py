@@ -1,5 +1,7 @@
 """Chat: streamed text, calls and their results, questions, terminal, page, server."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import json

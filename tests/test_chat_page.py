@@ -1,5 +1,7 @@
 """The chat page without a model: verdicts, the gallery, stopping, saving."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,5 +1,7 @@
 """Checks name the problem and its place; near-duplicates stay together; splits have the given shares."""
 
+from __future__ import annotations
+
 import random
 from collections import Counter, defaultdict
 

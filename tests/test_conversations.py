@@ -1,5 +1,7 @@
 """Rows of every shape become canonical conversations; rows that cannot be read exactly are refused with the reason."""
 
+from __future__ import annotations
+
 import copy
 import json
 import os

@@ -1,5 +1,7 @@
 """Choosing between answers by likelihood: the options of a request, and what is chosen."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import replace
 

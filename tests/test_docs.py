@@ -1,5 +1,7 @@
 """Every page: links and anchors exist, the site's menu has the page, pictures are used, commands are accepted."""
 
+from __future__ import annotations
+
 import importlib
 import importlib.util
 import json

@@ -1,5 +1,7 @@
 """Files of a run that were edited, or that others wrote: a line says which entry is wrong, and nothing else happens."""
 
+from __future__ import annotations
+
 import copy
 import json
 

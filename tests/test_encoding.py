@@ -1,5 +1,7 @@
 """Bulk encoding: exactly what formats.encode says for each row, every row accounted for, the cache never wrong."""
 
+from __future__ import annotations
+
 import copy
 import json
 

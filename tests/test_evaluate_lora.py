@@ -1,5 +1,7 @@
 """The script on a small random model: its files, resuming, errors."""
 
+from __future__ import annotations
+
 import json
 import shutil
 import subprocess

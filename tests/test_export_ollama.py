@@ -1,5 +1,7 @@
 """The Go templates for Ollama, rendered by Go's text/template, against the Jinja templates."""
 
+from __future__ import annotations
+
 import json
 import random
 

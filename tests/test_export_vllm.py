@@ -1,5 +1,7 @@
 """The parser plugin for vLLM, loaded from an exported folder with fakes of vLLM's base classes."""
 
+from __future__ import annotations
+
 import importlib.util
 import itertools
 import json

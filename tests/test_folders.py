@@ -1,5 +1,7 @@
 """Folders of the Hub and of `datasets`, and files whose name or layout is not what it seems."""
 
+from __future__ import annotations
+
 import json
 import zipfile
 

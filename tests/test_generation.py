@@ -1,5 +1,7 @@
 """Batched generation with shared prefixes gives the tokens and logits of one prompt at a time."""
 
+from __future__ import annotations
+
 import importlib.util
 import random
 

@@ -1,5 +1,7 @@
 """The command lines of all scripts: --help, both spellings of every flag, no slow import."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import importlib

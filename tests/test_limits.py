@@ -1,5 +1,7 @@
 """The positions and the vocabulary that a model was made for limit rows, evaluation, chat and exports."""
 
+from __future__ import annotations
+
 import json
 from types import SimpleNamespace
 

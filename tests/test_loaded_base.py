@@ -1,5 +1,7 @@
 """The base model as we load it computes what plain Transformers computes, before any adapter."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

@@ -1,5 +1,7 @@
 """show marks exactly the trained tokens; audit counts them and fails on every kind of wrong mask."""
 
+from __future__ import annotations
+
 import pytest
 
 import prepare_data

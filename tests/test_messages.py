@@ -1,5 +1,7 @@
 """Messages as providers and trainers write them: content parts, training marks, calls under other keys, split turns."""
 
+from __future__ import annotations
+
 import json
 from collections import Counter
 from pathlib import Path

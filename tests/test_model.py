@@ -1,5 +1,7 @@
 """What a path names, and the error messages for paths and models that cannot be used; no real model is loaded."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from types import SimpleNamespace

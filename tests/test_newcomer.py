@@ -1,5 +1,7 @@
 """What somebody new runs into first: no environment, misspelled flags and names, a package too few."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 

@@ -1,5 +1,7 @@
 """Every cell of the notebooks, with smaller sizes. A cell is run as Jupyter runs it, without a kernel."""
 
+from __future__ import annotations
+
 import ast
 import contextlib
 import io

@@ -1,5 +1,7 @@
 """Null padding of JSON rows: removed where the tool's schema says so, kept where null is data."""
 
+from __future__ import annotations
+
 import json
 from collections import Counter
 

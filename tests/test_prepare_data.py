@@ -1,5 +1,7 @@
 """prepare: every row is kept or rejected, files are replaced only with --overwrite, user errors are one line."""
 
+from __future__ import annotations
+
 import errno
 import json
 import os

@@ -1,5 +1,7 @@
 """What a smaller rank would do: evaluate_lora.py --ranks, export_lora.py --rank, train_lora.py --eval_ranks."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from pathlib import Path

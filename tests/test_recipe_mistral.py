@@ -1,5 +1,7 @@
 """The recipe for Mistral 7B Instruct v0.2, in its own format, with a tiny model that has the real tokenizer."""
 
+from __future__ import annotations
+
 import json
 import re
 import shlex

@@ -4,6 +4,8 @@ Folders with the names that models and data sets have on the Hub hold tiny model
 families, and the sample rows.
 """
 
+from __future__ import annotations
+
 import contextlib
 import csv
 import hashlib

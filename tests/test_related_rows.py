@@ -1,5 +1,7 @@
 """Rows that belong together: shared instructions are omitted, continued conversations stay in one split."""
 
+from __future__ import annotations
+
 import pytest
 
 from finetune.errors import UserError

@@ -1,5 +1,7 @@
 """Rows that log a request and its response, as APIs, proxies and tracing tools write them."""
 
+from __future__ import annotations
+
 import json
 
 import pytest

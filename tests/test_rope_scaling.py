@@ -1,5 +1,7 @@
 """--rope_scaling stretches a base's positions, is checked in the loaded layers, and reaches every export."""
 
+from __future__ import annotations
+
 import json
 from argparse import ArgumentTypeError
 

@@ -1,5 +1,7 @@
 """--where, columns that mark the split, and the checks of the rows of a run."""
 
+from __future__ import annotations
+
 import pytest
 
 import prepare_data

@@ -1,5 +1,7 @@
 """What a format omits or cannot read is said: omitted reasoning, unreadable calls, another template than the own."""
 
+from __future__ import annotations
+
 import json
 import logging
 from types import SimpleNamespace

@@ -1,5 +1,7 @@
 """Schemas of other dialects: right arguments pass, wrong ones do not, keywords that cannot be checked are named."""
 
+from __future__ import annotations
+
 import pytest
 
 from finetune.json_schema import schema_errors, unchecked_keywords

@@ -1,5 +1,7 @@
 """Verdicts, metrics, intervals and the paired comparison against numbers computed by hand or by another library."""
 
+from __future__ import annotations
+
 import math
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Each shape of row, without a flag: what is trained, what is declared, and what is refused with the reason."""
 
+from __future__ import annotations
+
 import json
 import unicodedata
 from collections import Counter

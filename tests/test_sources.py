@@ -1,5 +1,7 @@
 """Files, folders, the Hub and mixtures of them: every row is read once; number types and nulls are preserved."""
 
+from __future__ import annotations
+
 import csv
 import gzip
 import json

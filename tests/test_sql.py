@@ -1,5 +1,7 @@
 """Rows of real databases: SQLite always, PostgreSQL where it is installed. No password is shown."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil

@@ -1,5 +1,7 @@
 """Phrases that are not used: a reader looks for the standard word (CONTRIBUTING.md, "English")."""
 
+from __future__ import annotations
+
 import re
 import subprocess
 from pathlib import Path

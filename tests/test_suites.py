@@ -3,6 +3,8 @@
 The rows have the form of the published files; their contents are invented.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """The training rows that a run fits least: the real 135M model finds a spoiled call, with the place that differs."""
 
+from __future__ import annotations
+
 import json
 
 import numpy as np

@@ -1,5 +1,7 @@
 """sweep_lora.py --from_largest: which runs are trained, and how the others are reported."""
 
+from __future__ import annotations
+
 import csv
 import json
 

@@ -1,5 +1,7 @@
 """encode and parse: one exact line per row, whatever the row holds, without torch; and the help of every verb."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys

@@ -1,5 +1,7 @@
 """Tools and calls in each spelling: declarations, arguments, calls in an assistant's text."""
 
+from __future__ import annotations
+
 import json
 from collections import Counter
 

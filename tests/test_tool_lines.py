@@ -1,5 +1,7 @@
 """Calls that rows write as lines, and tools that rows name without a call."""
 
+from __future__ import annotations
+
 import json
 
 import pytest

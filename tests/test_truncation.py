@@ -1,5 +1,7 @@
 """An adapter at smaller ranks: best approximation, equality at its own rank, what is refused."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 

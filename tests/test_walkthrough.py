@@ -1,5 +1,7 @@
 """Every command of docs/walkthrough.md, with smaller sizes."""
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import os

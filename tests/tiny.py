@@ -1,5 +1,7 @@
 """A random Llama of two small layers for a real tokenizer, where the text it generates does not matter."""
 
+from __future__ import annotations
+
 from typing import Any
 
 

@@ -1,5 +1,7 @@
 """Runs of train_lora.py on a few rows: the rows, a tiny model, and what a run leaves."""
 
+from __future__ import annotations
+
 import csv
 import json
 import sys
