@@ -1,5 +1,7 @@
 """Chat with a tuned model: in the terminal, in the browser, or through an OpenAI-compatible server."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys

@@ -1,5 +1,7 @@
 """Score a base model and its tuned version on the same held-out rows, with the same decoding."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import json

@@ -1,5 +1,7 @@
 """Export a run as merged weights, GGUF, Ollama model, vLLM command, smaller adapter or Hub repository, and check it."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path

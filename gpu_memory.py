@@ -1,5 +1,7 @@
 """Memory of a run before it starts, what the GPUs of this machine can do, and a monitor for them."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys

@@ -1,5 +1,7 @@
 """Prepare rows for training: normalise, check, split, and look at their tokens."""
 
+from __future__ import annotations
+
 import argparse
 import shlex
 import sys

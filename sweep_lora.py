@@ -1,5 +1,7 @@
 """Train many runs of train_lora.py in parallel, on this machine or on a Ray cluster, and compare them."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import logging

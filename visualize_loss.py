@@ -1,5 +1,7 @@
 """Draw the loss curves of training runs side by side and print a summary table."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path

@@ -1,5 +1,7 @@
 """`train_lora.py --doctor`: whether this machine is ready to train, and what to fix. Imports no third-party package."""
 
+from __future__ import annotations
+
 import contextlib
 import importlib.util
 import json

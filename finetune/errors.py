@@ -1,5 +1,7 @@
 """Errors that a user can cause end in one line and exit status 2; a traceback is for bugs only."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import functools

@@ -1,5 +1,7 @@
 """One logger, two outputs: short lines on the console, all of them with dates in the run's training.log."""
 
+from __future__ import annotations
+
 import logging
 import logging.handlers
 import os

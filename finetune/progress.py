@@ -3,6 +3,8 @@
 Text of others is shown without control characters, which could clear the terminal, retitle it or fake its lines.
 """
 
+from __future__ import annotations
+
 import importlib.abc
 import sys
 import time

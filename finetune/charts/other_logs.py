@@ -4,6 +4,8 @@ trainer_state.json of Transformers' Trainer, trainer_log.jsonl of LLaMA-Factory,
 in a file) and of Weights & Biases (a column for each run and metric, or one run's history).
 """
 
+from __future__ import annotations
+
 import csv
 import json
 import re

@@ -1,5 +1,7 @@
 """Colours and dashes of all charts."""
 
+from __future__ import annotations
+
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY_BLUE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 # Okabe and Ito's palette without black and yellow: distinct on white and with every common colour blindness.
 CATEGORIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY_BLUE)

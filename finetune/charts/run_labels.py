@@ -1,5 +1,7 @@
 """Labels, order and colours for several runs side by side: a label names only what differs between them."""
 
+from __future__ import annotations
+
 import json
 import re
 from dataclasses import dataclass

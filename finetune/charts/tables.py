@@ -1,5 +1,7 @@
 """The summary of many runs: a table for people and a CSV for programs."""
 
+from __future__ import annotations
+
 import csv
 import io
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """The address of a server: whether it is free, before anything slow is loaded, and whether others can reach it."""
 
+from __future__ import annotations
+
 import ipaddress
 import socket
 

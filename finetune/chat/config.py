@@ -1,5 +1,7 @@
 """Settings of chat_lora.py from a config with a section `inference`."""
 
+from __future__ import annotations
+
 import argparse
 from argparse import ArgumentTypeError
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Requests from a run's own data, for the page's gallery."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

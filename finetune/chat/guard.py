@@ -1,5 +1,7 @@
 """Who may use a local server: checks of Host, Origin, token, body and load in front of an ASGI application."""
 
+from __future__ import annotations
+
 import asyncio
 import hmac
 import json

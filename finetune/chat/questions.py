@@ -1,5 +1,7 @@
 """Answering one question or a file of questions without a conversation."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import sys

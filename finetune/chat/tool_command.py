@@ -1,5 +1,7 @@
 """The user's own program that executes a call: JSON on its stdin, the result on its stdout. Never a shell."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os

@@ -1,5 +1,7 @@
 """What an answer is worth at a glance: a valid call, a call against its schema, a broken one, or none."""
 
+from __future__ import annotations
+
 import html
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -1,5 +1,7 @@
 """Encoded data on disk: one .npz of flat arrays per combination of data, format, tokenizer, options and code."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import io

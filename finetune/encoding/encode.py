@@ -3,6 +3,8 @@
 Which tokens are trained is decided by `formats.encode` alone; here rows are only counted, dropped and stored.
 """
 
+from __future__ import annotations
+
 import multiprocessing
 import os
 import pickle

@@ -1,5 +1,7 @@
 """Ids and labels of a data set in flat arrays."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any

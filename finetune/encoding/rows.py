@@ -1,5 +1,7 @@
 """Rows to ids and labels, one after another: what is refused, what is too long, which oldest turns are removed."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field

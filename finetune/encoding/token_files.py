@@ -3,6 +3,8 @@
 `encode_file` and `parse_file` write exactly one line per input row, in order, whatever the row contains.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 from collections import Counter

@@ -4,6 +4,8 @@ Its agent rows need a second model as user and are not read. It asks for calls a
 given in a system prompt; here the model's own format is asked for, so that the scores are not those of its leaderboard.
 """
 
+from __future__ import annotations
+
 import re
 from collections import Counter
 from collections.abc import Iterator

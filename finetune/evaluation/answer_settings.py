@@ -1,5 +1,7 @@
 """Everything besides the row that affects an answer; answers with different settings are never mixed."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from pathlib import Path

@@ -4,6 +4,8 @@ Data and checker come from the package bfcl-eval (Apache-2.0), installed with --
 standard library once `bfcl_eval.constants.model_config`, which imports every vendor's client, is replaced.
 """
 
+from __future__ import annotations
+
 import collections
 import importlib.util
 import json

@@ -1,5 +1,7 @@
 """The output folder: one evaluation at a time, and no scores beside others that they cannot be compared with."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json

@@ -4,6 +4,8 @@ Calls are compared as its exact matcher does. Its other answers are judged there
 no call, and a question back where a value is missing.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from functools import partial

@@ -1,5 +1,7 @@
 """Scored items: every assistant turn of a held-out conversation, with its prompt and its expected answer."""
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import json

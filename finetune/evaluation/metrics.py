@@ -1,5 +1,7 @@
 """From verdicts to metrics: one list of metrics, their values, intervals, and the paired comparison of two models."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import harmonic_mean

@@ -1,5 +1,7 @@
 """The answers between which a model decides: the expected one, calls, a question back, a refusal."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import random

@@ -1,5 +1,7 @@
 """Verdicts on one answer: calls against expected calls and their tools' schemas, text against the expected text."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Collection, Iterator
 from typing import Any

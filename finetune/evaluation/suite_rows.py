@@ -1,5 +1,7 @@
 """Rows of a suite whose data the user brings: found, read and made into items, with errors that name file and row."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path

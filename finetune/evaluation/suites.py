@@ -1,5 +1,7 @@
 """The suites of `evaluate_lora.py --suite NAME:WHAT`, one entry each."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,5 +1,7 @@
 """Scores of text against an expected answer, and a rule of thumb for the quality of an answer."""
 
+from __future__ import annotations
+
 import unicodedata
 from collections import Counter
 from functools import cache

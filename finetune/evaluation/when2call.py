@@ -4,6 +4,8 @@ Each row has one answer of each kind, so that a model can also choose by likelih
 multiple-choice task does.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Which files of an adapter folder are published: an allow-list, without links that lead out of the folder."""
 
+from __future__ import annotations
+
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path

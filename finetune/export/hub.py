@@ -1,5 +1,7 @@
 """A run on the Hugging Face Hub: the adapter with a model card, loss curve and scores, without local paths."""
 
+from __future__ import annotations
+
 import json
 import shutil
 import tempfile

@@ -5,6 +5,8 @@ The definitions are in ollama_templates/shared. Written for the values that Olla
 are usually written (name, description, parameters; type, properties, required).
 """
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Export targets: merged.py, gguf.py, … register one each with `@target`; export_lora.py runs it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

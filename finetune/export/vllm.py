@@ -1,5 +1,7 @@
 """The files with which vLLM serves a run: the command, the chat template, and a parser plugin."""
 
+from __future__ import annotations
+
 import json
 import shlex
 import shutil

@@ -3,6 +3,8 @@
 Parses calls with the `formats` package beside this file: the same code that training used.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Sequence

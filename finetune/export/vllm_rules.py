@@ -1,5 +1,7 @@
 """What vLLM (0.32, 0.33) refuses when it starts, checked before an export is written."""
 
+from __future__ import annotations
+
 from collections.abc import Container
 from pathlib import Path
 from typing import Any

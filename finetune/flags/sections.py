@@ -1,5 +1,7 @@
 """Configs with sections for the model, LoRA, training and inference, in the names of Transformers and PEFT."""
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path

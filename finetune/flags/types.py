@@ -1,5 +1,7 @@
 """The parser of all scripts, what a misspelled flag probably meant, converters, and how Settings declares a flag."""
 
+from __future__ import annotations
+
 import argparse
 import difflib
 import math

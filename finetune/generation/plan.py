@@ -1,5 +1,7 @@
 """Which prompts share a prefix, and which are answered in one batch."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """Checks of arguments against a tool's JSON Schema."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from functools import lru_cache

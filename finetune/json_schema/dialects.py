@@ -5,6 +5,8 @@ Read are booleans of draft-03 and draft-04 (`"exclusiveMinimum": true`, `"requir
 cannot be checked is omitted and named; the rest of the schema is still checked.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")

@@ -4,6 +4,8 @@ jsonschema is made to count the keywords that it evaluates, to search regular ex
 which also reads those of ECMA 262), and to compare the items of a list in linear time.
 """
 
+from __future__ import annotations
+
 import json
 import threading
 from collections.abc import Callable, Hashable, Iterator

@@ -1,5 +1,7 @@
 """`gpu_memory.py check`: the driver, the GPUs, and how large a model each can train."""
 
+from __future__ import annotations
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table

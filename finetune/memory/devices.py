@@ -1,5 +1,7 @@
 """Readings of this machine's NVIDIA GPUs through NVML."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """Model sizes: the matrices and widths of a decoder-only model, from its config.json or a number of parameters."""
 
+from __future__ import annotations
+
 import math
 from collections import Counter
 from collections.abc import Iterable

@@ -1,5 +1,7 @@
 """Memory plans and GPU readings as terminal tables and as JSON."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -1,5 +1,7 @@
 """GPU readings over time: a log that stays readable when the monitor is killed, and its chart."""
 
+from __future__ import annotations
+
 import contextlib
 import csv
 import errno

@@ -5,6 +5,8 @@ reader are fixed: the end-of-turn token (`<|im_start|>` instead of `<|im_end|>`)
 tokenizer that declares SentencePiece byte fallback although it is a byte-level BPE.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import os

@@ -5,6 +5,8 @@ rounded weights never change, so dequantize(W) can be stored: the same products,
 instead of about 0.55.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 from finetune.errors import UserError

@@ -1,5 +1,7 @@
 """Problems with a third-party model, in one line each: on the Hub, in its files, missing weights."""
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import re

@@ -1,5 +1,7 @@
 """The Hugging Face Hub: the user's token, and names that mean something to others."""
 
+from __future__ import annotations
+
 import contextlib
 import difflib
 import functools

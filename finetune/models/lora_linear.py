@@ -13,6 +13,8 @@ widest tensors of a layer. Two of the four are enough: the others are recomputed
 GPU kernels do the same.)
 """
 
+from __future__ import annotations
+
 import types
 from typing import Any
 

@@ -1,5 +1,7 @@
 """References to Python code in the files of a model: removed from everything that is saved, copied or exported."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

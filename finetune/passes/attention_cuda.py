@@ -9,6 +9,8 @@ Three attentions, tried in this order by runner.py:
 * where neither works, Unsloth's forward packs rows without padding and without sharing (`packed_seq_lengths`).
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -8,6 +8,8 @@ subtractions therefore happen inside the product, in its float32 accumulator: tw
 subtract, split into a bfloat16 and the bfloat16 of the remainder, against two columns of ones.
 """
 
+from __future__ import annotations
+
 import torch
 
 QUERY_CHUNK = 256  # positions at a time: their probabilities stay in the cache until they have been used

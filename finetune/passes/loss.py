@@ -1,5 +1,7 @@
 """Cross entropy at the trained positions only, in chunks, without keeping the logits."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -7,6 +7,8 @@ states that it has alone, so the gradient of the summed loss is the same.
 Uses numpy only: a plan can be tested and timed without torch.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

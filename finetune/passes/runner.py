@@ -1,5 +1,7 @@
 """Runs the rows of one step through the model: forward, loss, backward, in passes that fit into memory."""
 
+from __future__ import annotations
+
 import gc
 import math
 from collections.abc import Callable, Sequence

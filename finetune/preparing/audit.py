@@ -3,6 +3,8 @@
 The formats find `Sequence.roles` independently of the labels; the audit compares the two.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -3,6 +3,8 @@
 An error rejects the row; a warning is counted and shown. Calls are checked against their tool's JSON Schema.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import re

@@ -1,5 +1,7 @@
 """Rows with their trained tokens in colour, in the terminal or as one HTML page."""
 
+from __future__ import annotations
+
 import html
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """The verb `prepare`: read, normalise, check, deduplicate, fit to a length, split."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterable, Sequence

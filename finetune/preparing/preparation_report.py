@@ -1,5 +1,7 @@
 """Terminal summary of what `prepare` did."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Rows that belong together: what is a row's own in its request, and rows that continue one conversation."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections import Counter

@@ -1,5 +1,7 @@
 """Near-duplicates and splits: near-duplicate rows are always in the same split."""
 
+from __future__ import annotations
+
 import hashlib
 import random
 import re

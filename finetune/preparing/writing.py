@@ -1,5 +1,7 @@
 """Writes a prepared data set: splits, rejected rows, card and charts, all of them or none."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 from finetune.errors import UserError

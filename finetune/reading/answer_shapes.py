@@ -1,5 +1,7 @@
 """Rows of a request and its answer in columns: pairs, preference rows, call benchmarks, SQuAD."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from finetune.reading.chat_exports import same_messages

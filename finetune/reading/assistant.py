@@ -1,5 +1,7 @@
 """One raw assistant message -> the canonical one: its text, reasoning and calls, wherever the row holds them."""
 
+from __future__ import annotations
+
 import contextlib
 from collections import Counter
 from typing import Any

@@ -1,5 +1,7 @@
 """Calls as ToolACE and Llama write them, `[Name With Spaces(k="v"), f.g(x=[1])]`, read by the declared names."""
 
+from __future__ import annotations
+
 import re
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Rows of call benchmarks and call logs: BFCL, When2Call, xLAM, query logs."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from finetune.reading.answer_shapes import asked, calling

@@ -7,6 +7,8 @@ Known notations: `<function=NAME>{…}</function>` (Llama 3 custom), `<tool_call
 arguments, so braces and closing tags inside strings are safe.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from typing import Any

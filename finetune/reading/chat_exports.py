@@ -1,5 +1,7 @@
 """Rows that are a program's own record of a conversation: Open WebUI, FunctionChat-Bench, Claude Code."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from finetune.reading.columns import decoded

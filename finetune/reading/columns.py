@@ -1,5 +1,7 @@
 """Which column of a row is which field: names in any case, spelling and common language, and hints where none fits."""
 
+from __future__ import annotations
+
 import re
 import shlex
 import unicodedata

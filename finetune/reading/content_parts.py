@@ -7,6 +7,8 @@
 Any other part (an image, a file) rejects the row with its type. Only tool results may be data, written as JSON.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,5 +1,7 @@
 """Conversations for training: rows of any number of sources, read, normalised and counted."""
 
+from __future__ import annotations
+
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence

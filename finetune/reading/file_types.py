@@ -1,5 +1,7 @@
 """The type of a file whose name does not tell it, by its first bytes."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 from finetune.errors import UserError

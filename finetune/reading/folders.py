@@ -4,6 +4,8 @@ Read are `SPLIT.jsonl`, `SPLIT-00000-of-00002.parquet`, the same under `data/` o
 `configs` in a README's front matter, and the Arrow files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Callable

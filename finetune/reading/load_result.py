@@ -1,5 +1,7 @@
 """What reading gives: conversations, rejected rows, counts."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -3,6 +3,8 @@
 {"messages": [{"role": "system"|"user"|"assistant"|"tool", "content": str, ...}], "tools": [{"type": "function", ...}]}
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import re

@@ -5,6 +5,8 @@ a keyword's value is padding, and so is a null argument that the tool does not d
 be null. Nulls inside lists and in arguments that were JSON text are data.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any

@@ -1,5 +1,7 @@
 """Messages as libraries and APIs log them: LangChain, OpenAI Responses, Gemini, lists of question and answer."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from finetune.reading.row_files import EMPTY, RowError, is_list_of_two, json_type

@@ -1,5 +1,7 @@
 """Calls under other keys than `tool_calls`, and other keys in the calls themselves."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterable

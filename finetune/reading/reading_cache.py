@@ -3,6 +3,8 @@
 An entry is named by a hash over the contents of the files and all else that decides the result.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Sequence

@@ -1,5 +1,7 @@
 """Rows that log a request and its response: columns that are objects, such as `request` and LangSmith's `inputs`."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from finetune.reading.columns import LOG_REQUESTS, LOG_RESPONSES, column_key, decoded, match_columns

@@ -1,5 +1,7 @@
 """Readers of single files: JSON Lines, JSON, CSV and Parquet, plain or gzip, each yielding (row number, row)."""
 
+from __future__ import annotations
+
 import csv
 import gzip
 import json

@@ -1,5 +1,7 @@
 """Which rows of a source are read: `--where COLUMN=VALUE`, and columns that mark the split of a row."""
 
+from __future__ import annotations
+
 import json
 from collections import Counter
 from collections.abc import Sequence

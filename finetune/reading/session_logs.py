@@ -1,5 +1,7 @@
 """Session logs of Claude Code: one event a line, linked by `parentUuid`, read as conversations."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Container, Iterable, Iterator
 from typing import Any

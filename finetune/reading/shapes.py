@@ -4,6 +4,8 @@ Columns are first matched to fields (finetune.reading.columns, overridden by `--
 SHAPES that the fields satisfy then reads the row. A new shape is one entry of SHAPES.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any

@@ -1,5 +1,7 @@
 """Limits for files of rows: the length of one line, and how far a small gzip file may expand."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO

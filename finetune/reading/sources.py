@@ -9,6 +9,8 @@ A source is named by one string, the spec:
     rows.jsonl*0.5   org/name*3                              with a weight: a random half, every row three times
 """
 
+from __future__ import annotations
+
 import difflib
 import gzip
 import re

@@ -1,5 +1,7 @@
 """Tools written into the system text: by ToolACE (with calls in brackets), Kimi, Hermes and Glaive."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections import Counter

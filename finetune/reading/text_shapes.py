@@ -1,5 +1,7 @@
 """Shapes that are running text: `User: … Assistant: …` and Glaive's chat."""
 
+from __future__ import annotations
+
 import itertools
 import re
 from typing import Any

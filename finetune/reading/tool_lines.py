@@ -1,5 +1,7 @@
 """Calls as lines of an answer: `Tool: NAME`, `Parameters: {…}`, `Reasoning: why`; and the tool that a row names."""
 
+from __future__ import annotations
+
 import re
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Tool declarations in any common spelling, converted to `{"type": "function", "function": {name, …}}`."""
 
+from __future__ import annotations
+
 import contextlib
 import re
 from collections import Counter

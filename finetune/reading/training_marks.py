@@ -1,5 +1,7 @@
 """Whether a message is trained, under the key of each trainer. There are no weights here: a mark says yes or no."""
 
+from __future__ import annotations
+
 import re
 from typing import Any, NamedTuple
 

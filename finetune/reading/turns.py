@@ -1,5 +1,7 @@
 """Canonical messages -> turns: parallel calls and texts of several messages become one, results follow their calls."""
 
+from __future__ import annotations
+
 from collections import Counter
 from itertools import pairwise
 from typing import Any, NamedTuple

@@ -1,5 +1,7 @@
 """What experiment_config.json must hold for the commands that open a run; others may have written or edited it."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from finetune.errors import UserError

@@ -1,5 +1,7 @@
 """A checkpoint's manifest: the name, size and SHA-256 of each of its files, so that damage is found before loading."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

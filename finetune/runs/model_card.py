@@ -1,5 +1,7 @@
 """The model card of a run: front matter by huggingface_hub, body from model_card.md.jinja."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

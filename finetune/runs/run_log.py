@@ -1,5 +1,7 @@
 """training_log.csv: one flushed row per logged step, and the counters that a resumed run continues from."""
 
+from __future__ import annotations
+
 import csv
 import json
 import re

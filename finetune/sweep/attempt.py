@@ -3,6 +3,8 @@
 Nothing here knows Ray: `call(method, *arguments)` reaches the sweep's Coordinator, wherever that is.
 """
 
+from __future__ import annotations
+
 import contextlib
 import math
 import os

@@ -3,6 +3,8 @@
 It runs on the machine that the sweep was started on, as an actor of ray_runner.py.
 """
 
+from __future__ import annotations
+
 import shutil
 from pathlib import Path
 from typing import Any

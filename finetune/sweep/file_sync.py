@@ -6,6 +6,8 @@ Coordinator, through Ray's object store: Ray itself (2.60) copies code to other 
 bytes, text and numbers are sent; no pickled object of a third party is loaded.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import shutil

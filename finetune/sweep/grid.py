@@ -4,6 +4,8 @@ Every name and value is checked by the flags that train_lora.py declares (finetu
 refused before its first run and not in its ninetieth.
 """
 
+from __future__ import annotations
+
 import itertools
 import json
 import math

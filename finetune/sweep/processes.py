@@ -1,5 +1,7 @@
 """A run's process: starting it, and ending it with everything that it has started."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import signal

@@ -4,6 +4,8 @@ Each task is one process of train_lora.py (attempt.py). Ray's own retries are of
 checkpoint, is decided here.
 """
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import os

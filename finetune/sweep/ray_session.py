@@ -1,5 +1,7 @@
 """Ray, started for one sweep on this machine, or the cluster at --address; and the options of a sweep."""
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import os

@@ -1,5 +1,7 @@
 """The sweep's folder: its runs, the state of each, and how an earlier start of the sweep is continued."""
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import json

@@ -4,6 +4,8 @@ ASHA, Li et al., arXiv:1810.05934: at each rung a run continues only if its loss
 that have reached the rung so far. Rungs are per cent of a run's own length, so runs of different batch sizes compare.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import math

@@ -1,5 +1,7 @@
 """The results of a sweep: the table, the chart, and the best run."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 from dataclasses import dataclass

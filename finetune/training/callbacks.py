@@ -1,5 +1,7 @@
 """Progress and log rows of a run, and stopping it by a signal."""
 
+from __future__ import annotations
+
 import logging
 import signal
 import threading

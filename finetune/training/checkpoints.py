@@ -1,5 +1,7 @@
 """How the trainer writes checkpoints that are complete or absent, and reads them."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os

@@ -1,5 +1,7 @@
 """Steps whose loss or gradient is not finite: their rows are recorded, and a run that cannot continue is ended."""
 
+from __future__ import annotations
+
 import logging
 import math
 from collections.abc import Iterable, Sequence

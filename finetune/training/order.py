@@ -1,5 +1,7 @@
 """The order of an epoch's rows and the steps they form: one shuffle, or rows with the same tools together."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math

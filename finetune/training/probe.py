@@ -1,5 +1,7 @@
 """Measures the memory of a pass on the loaded model, before the first step."""
 
+from __future__ import annotations
+
 import ctypes
 import gc
 import sys

@@ -1,5 +1,7 @@
 """Loading a checkpoint: what is checked before the run continues, and what is removed after it has loaded."""
 
+from __future__ import annotations
+
 import logging
 import shutil
 from pathlib import Path

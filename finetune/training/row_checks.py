@@ -1,5 +1,7 @@
 """The checks of prepare_data.py on the rows of a run: wrong calls and results stop it, other problems are counted."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging

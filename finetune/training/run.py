@@ -1,5 +1,7 @@
 """From settings to a trainer, and the run itself."""
 
+from __future__ import annotations
+
 import json
 import logging
 import math

@@ -1,5 +1,7 @@
 """--init_adapter: a new run, with its own data, optimizer and schedule, that starts from the adapter of another."""
 
+from __future__ import annotations
+
 import logging
 from dataclasses import replace
 from pathlib import Path

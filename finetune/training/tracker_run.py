@@ -1,5 +1,7 @@
 """The tracker of --report_to: one run of the tracker for one run folder, also after a resume, with its parameters."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import logging

@@ -1,5 +1,7 @@
 """TRL's SFTTrainer on given input_ids and labels; its batch is one optimizer step."""
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import math
