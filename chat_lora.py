@@ -10,6 +10,7 @@ from pathlib import Path
 from finetune.chat.address import is_loopback
 from finetune.errors import UserError, one_line_errors, require
 from finetune.flags.types import FlagParser, nonnegative_float, port, positive_float, positive_int, probability
+from formats import check_format_name
 
 EXAMPLES = """examples:
   python chat_lora.py experiments/RUN --tools my_tools.json
@@ -78,21 +79,20 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
 
     from finetune.chat.questions import read_questions
-    from finetune.chat.session import read_tools
     from finetune.chat.tool_command import parse_tool_command
     from finetune.logs import start_logging
-    from formats import check_format_name
+    from finetune.reading.tool_schemas import load_tools_file
 
     # 1. Read the input files, and look for the model, before anything slow is imported.
     if args.format:
         check_format_name(args.format)
     command = parse_tool_command(args.tool_command, args.tool_timeout)
-    tools = read_tools(args.tools) if args.tools else []
+    tools = load_tools_file(args.tools) if args.tools else []
     if args.prompt is not None:
         questions = [args.prompt]
     elif args.questions:
         questions = read_questions(args.questions, tools)
-    start_logging(Console(stderr=True))
+    start_logging()
     for package in packages_of(args):
         require(*package)
     if args.model.endswith(".gguf"):

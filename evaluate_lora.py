@@ -13,6 +13,7 @@ from finetune.errors import UserError, one_line_errors
 from finetune.files import write_json
 from finetune.flags.types import FlagParser, nonnegative_float, positive_int, positive_ints
 from finetune.progress import say
+from formats import check_format_name, check_tokenizer
 
 DEFAULT_TOLERANCE = 0.01
 EXAMPLES = """examples:
@@ -72,7 +73,6 @@ def main(argv: list[str] | None = None) -> int:
     from finetune.evaluation.suites import load_suite
     from finetune.reading.tool_schemas import load_tools_file
     from finetune.runs.find import find_run
-    from formats import check_format_name
 
     tools = load_tools_file(args.tools) if args.tools else None
     items = load_items(args.dataset, limit=args.limit, tools=tools) if args.dataset else []
@@ -112,8 +112,6 @@ def check_flags(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -> int:
     """Answer the items with the models of `run`, score them, and write everything into `folder`."""
     # 2. Load one model, whose adapter is switched on (tuned) or off (base).
-    from rich.console import Console
-
     model, tokenizer, fmt = load_model(args, base=args.only == "base")
     sides = sides_of(model, args)
 
@@ -164,7 +162,7 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
     if run.experiment is not None and len(scored) == 2 and args.output is None and args.dataset and not args.limit:
         card = Path(args.model) / "final_model" / "README.md"
         update_model_card(card, comparison)
-    print_markdown(Console(), comparison)
+    print_markdown(comparison)
     if len(scored) == 2:
         print(f"\nOne request, side by side:\n{one_request(scored)}")
     print(f"\nwritten to {folder}: " + ", ".join(sorted(p.name for p in written)) + ", *_metrics.json, *_results.jsonl")
@@ -190,8 +188,6 @@ def source_names(args: argparse.Namespace) -> str:
 
 def decide(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -> int:
     """Let the models of `run` choose between answers by likelihood and write the report into `folder`."""
-    from rich.console import Console
-
     from finetune.evaluation.decisions import report_decisions
     from finetune.models.limits import context_limit
     from finetune.terminal_tables import print_markdown
@@ -201,22 +197,18 @@ def decide(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -
         run, model, tokenizer, fmt, items, sides_of(model, args), folder, longest=context_limit(model),
         sources=source_names(args), seed=args.seed,
     )  # fmt: skip
-    print_markdown(Console(), report)
+    print_markdown(report)
     print(f"\nwritten to {folder}: comparison.md, *_metrics.json, *_decisions.jsonl")
     return 0
 
 
 def load_model(args: argparse.Namespace, *, base: bool = False) -> tuple[Any, Any, Any]:
     """(model, tokenizer, format) of the command line."""
-    from rich.console import Console
-
     from finetune.logs import start_logging
     from finetune.runs.find import load_for_inference
-    from formats import get_format
 
-    start_logging(Console(stderr=True))
-    model, tokenizer, fmt = load_for_inference(args.model, base=base, trust_remote_code=args.trust_remote_code)
-    return model, tokenizer, get_format(args.format, tokenizer) if args.format else fmt
+    start_logging()
+    return load_for_inference(args.model, base=base, format_name=args.format, trust_remote_code=args.trust_remote_code)
 
 
 def make_prompts_and_decoding(
@@ -226,7 +218,6 @@ def make_prompts_and_decoding(
     from finetune.evaluation.run import answer_token_limit, make_prompts
     from finetune.generation.generate import Decoding
     from finetune.models.limits import context_limit
-    from formats import check_tokenizer
 
     if args.max_new_tokens is None:
         args.max_new_tokens = answer_token_limit(items, tokenizer)
@@ -247,12 +238,10 @@ def make_prompts_and_decoding(
 
 def report_ranks(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -> int:
     """Measure the adapter cut to --ranks and write the report into `folder`."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     from finetune.evaluation.answer_settings import answer_settings
     from finetune.evaluation.rank_losses import check_ranks
     from finetune.evaluation.rank_report import measure_ranks, ranks_markdown, write_rank_report
+    from finetune.terminal_tables import print_markdown
 
     check_ranks(run, args.ranks, args.dataset, "--ranks")
     model, tokenizer, fmt = load_model(args)
@@ -264,21 +253,19 @@ def report_ranks(args: argparse.Namespace, run: Any, items: list[Any], folder: P
         tolerance=DEFAULT_TOLERANCE if args.tolerance is None else args.tolerance, say=say,
     )  # fmt: skip
     written = write_rank_report(report, folder)
-    Console().print(Markdown(ranks_markdown(report)))
+    print_markdown(ranks_markdown(report))
     print(f"\nwritten to {folder}: " + ", ".join(path.name for path in written))
     return 0
 
 
 def list_suspects(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -> int:
     """Write the training rows that the run fits least into `folder`."""
-    from rich.console import Console
-
     from finetune.evaluation.suspects import check_suspects, report_suspects
     from finetune.terminal_tables import print_markdown
 
     check_suspects(run)
     written, table = report_suspects(run, *load_model(args), args.suspects, folder)
-    print_markdown(Console(), table)
+    print_markdown(table)
     print(f"\nwritten to {folder}: " + ", ".join(path.name for path in written))
     return 0
 
@@ -290,7 +277,7 @@ def output_folder(args: argparse.Namespace) -> Path:
     is_run = any((path / name).is_file() for name in ("experiment_config.json", "adapter_config.json"))
     if args.output or not is_run:
         return args.output or Path("evaluation") / path.name / inner
-    from finetune.runs.links import refuse_links
+    from finetune.runs.experiment import refuse_links
 
     refuse_links(path / "evaluation", owner=path)
     return path / "evaluation" / inner

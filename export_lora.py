@@ -78,15 +78,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.dataset and args.rank != adapter.AUTO:
         raise UserError("--dataset is for --rank auto, which chooses the rank by these rows; omit it")
 
-    from rich.console import Console
-
     from finetune.export.targets import Job, output_folder
     from finetune.files import atomic_directory
     from finetune.logs import start_logging
     from finetune.runs.find import find_run
 
     output = output_folder(args.model, args.to, args.output, args.overwrite)
-    start_logging(Console(stderr=True))
+    start_logging()
     run = find_run(args.model, trust_remote_code=args.trust_remote_code)
     name = args.name or Path(args.model).resolve().name
     if Path(name).name != name or name in (".", ".."):

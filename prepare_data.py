@@ -191,20 +191,10 @@ def load_tokenizer_and_format(args: argparse.Namespace) -> tuple:
     return tokenizer, fmt
 
 
-def positions_of(args: argparse.Namespace) -> int | None:
-    """The positions of the model that --tokenizer names; None for a folder that has only a tokenizer."""
-    from finetune.models.limits import model_positions
-    from finetune.models.loading import load_config
-
-    try:
-        return model_positions(load_config(args.tokenizer, trust_remote_code=args.trust_remote_code))
-    except UserError:
-        return None
-
-
 def prepare(args: argparse.Namespace) -> int:
     """Write splits, rejected rows and the dataset card."""
     from finetune.encoding.options import EncodingOptions
+    from finetune.models.loading import known_positions
     from finetune.preparing import preparation
     from finetune.preparing.preparation_report import print_prepared
     from finetune.preparing.writing import WRITTEN, refuse_to_replace, write_prepared, write_rejected
@@ -223,7 +213,8 @@ def prepare(args: argparse.Namespace) -> int:
     given |= reading_options(args) | {"where": parse_where(args.where), "encoding": EncodingOptions.of(args)}
     options = preparation.PrepareOptions(**given)
     tokenizer, fmt = load_tokenizer_and_format(args) if args.tokenizer else (None, None)
-    options.model_positions = positions_of(args) if args.tokenizer else None
+    if args.tokenizer:
+        options.model_positions = known_positions(args.tokenizer, args.trust_remote_code)
     rows = None
     if args.sql is not None:
         from finetune.reading.sql import read_sql
@@ -279,7 +270,7 @@ def encode(args: argparse.Namespace) -> int:
     tokenizer, fmt = load_tokenizer_and_format(args)
     counts = encode_file(
         args.input, args.output, tokenizer, fmt, EncodingOptions.of(args), check=refusal, overwrite=args.overwrite,
-        positions=known_positions(args.tokenizer), **reading_options(args),
+        positions=known_positions(args.tokenizer, args.trust_remote_code), **reading_options(args),
     )  # fmt: skip
     statuses = ", ".join(f"{n} {status}" for status, n in counts.items())
     print(f"{counts.total()} rows: {statuses} -> {args.output}")
@@ -335,7 +326,7 @@ def audit(args: argparse.Namespace) -> int:
     loaded = load_conversations(args.inputs, limit=args.limit, strict=False, **reading_options(args))
     names = (f"{source}, row {row}" for source, row in loaded.origins)
     rows = zip(names, loaded.conversations, strict=True)
-    positions = known_positions(args.tokenizer)
+    positions = known_positions(args.tokenizer, args.trust_remote_code)
     result = audits.audit(rows, tokenizer, fmt, EncodingOptions.of(args), positions=positions)
     result.add_rejected(loaded.rejected)
     audits.print_audit(result, Console())

@@ -272,13 +272,12 @@ def run_options(args: argparse.Namespace) -> Any:
     """The options of the Ray runner."""
     from finetune.sweep.ray_session import SweepOptions
 
-    return SweepOptions(
-        address=None if args.address == "local" else args.address,  # Ray's own name for the default
-        gpus_per_run=args.gpus_per_run, cpus_per_run=args.cpus_per_run, transport=args.transport,
-        scratch=args.scratch and str(Path(args.scratch).absolute()),  # workers have another working folder
-        retries=args.retries, command=tuple(args.command), hang_minutes=args.hang_minutes,
-        force=args.force,
-    )  # fmt: skip
+    given = {name: value for name, value in vars(args).items() if name in SweepOptions.__dataclass_fields__}
+    return SweepOptions(**given | {
+        "address": None if args.address == "local" else args.address,  # Ray's own name for the default
+        "scratch": args.scratch and str(Path(args.scratch).absolute()),  # workers have another working folder
+        "command": tuple(args.command),
+    })  # fmt: skip
 
 
 def default_name(points: list[grid.Point], identity: str) -> str:

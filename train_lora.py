@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from finetune import distributed
 from finetune.errors import Terminated, UserError, one_line_errors
+from finetune.files import free_path
 from finetune.models.bundled import cache_dir
 from finetune.packages import hide_unused, install_command, wants_wandb
 from finetune.runs.experiment import (
@@ -163,8 +164,7 @@ def auto_target(settings: Settings) -> str | None:
         return None  # the first process has renamed it meanwhile
     if not settings.dry_run and distributed.rank() == 0:
         distributed.lock_run(folder)
-        names = (folder.with_name(f"{folder.name}.no_checkpoint_{number}") for number in itertools.count(1))
-        archived = next(path for path in names if not path.exists())
+        archived = free_path(folder.with_name(f"{folder.name}.no_checkpoint_{number}") for number in itertools.count(1))
         folder.rename(archived)
         log.info("%s has no checkpoint: starting again; its former files are in %s", folder, archived)
     return None

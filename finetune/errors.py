@@ -10,7 +10,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,15 @@ class UserError(Exception):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, where it is treated like Ctrl-C but for the exit status."""
+
+
+@contextlib.contextmanager
+def user_errors(what: str, advice: str) -> Iterator[None]:
+    """A system error inside the block becomes a UserError, `what: reason; advice`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}; {advice}") from error
 
 
 def require(module: str, purpose: str) -> None:

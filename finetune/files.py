@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from finetune.errors import NO_SPACE, UserError, no_room
+from finetune.errors import NO_SPACE, UserError, no_room, user_errors
 from formats.safe_yaml import load_yaml
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
     /dev/stdout) is written to, never replaced. Raises UserError when the folder is not writable or the disk is full.
     """
     path = Path(path)
-    try:
+    with user_errors(f"cannot write {path}", "choose a writable folder"):
         if path.exists() and not path.is_file() and not path.is_dir():
             file, temporary = path.open("wb"), None
         else:
@@ -64,8 +65,6 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
             file = os.fdopen(handle, "wb")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose a writable folder") from error
     if temporary is None:
         with file:
             yield file
@@ -76,10 +75,8 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes 0600 files
-        try:
+        with user_errors(f"cannot write {path}", "choose another file"):
             os.replace(temporary, path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}; choose another file") from error
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty: another process has written into it
@@ -90,6 +87,17 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
                 f"cannot write {path}: {error.strerror}; free some space or choose another folder"
             ) from error
         raise
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_path(paths: Iterable[Path]) -> Path:
+    """The first of the paths at which there is nothing."""
+    return next(path for path in paths if not path.exists())
 
 
 def write_bytes_atomic(path: str | Path, data: bytes) -> Path:
@@ -169,11 +177,9 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     Files and folders get the permissions of the umask. Raises UserError when the parent folder is not writable or the
     disk is full.
     """
-    try:
+    with user_errors(f"cannot write to {target.parent}", "choose another folder"):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
-    except OSError as error:
-        raise UserError(f"cannot write to {target.parent}: {error.strerror}; choose another folder") from error
     try:
         yield temporary
         for path in (temporary, *temporary.rglob("*")):
@@ -227,17 +233,22 @@ def release_lock(lock: FileLock | None) -> None:
         lock.release()
 
 
+def read_text(path: str | Path, what: str) -> str:
+    """UTF-8 text of a file, without a byte order mark; UserError, naming `what` it is and the file, if that fails."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {what} {path}: {error.strerror}; check its name and permissions") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
 def read_data(kind: str, path: str | Path) -> Any:
     """The content of a YAML or JSON file; UserError, naming `kind` and the file, when it cannot be read."""
     path = Path(path)
-    is_json = path.suffix.lower() == ".json"
+    is_json, content = path.suffix.lower() == ".json", read_text(path, kind)
     try:
-        content = path.read_text(encoding="utf-8-sig")
         return json.loads(content, object_pairs_hook=_without_duplicates) if is_json else load_yaml(content)
-    except OSError as error:
-        raise UserError(f"cannot read {kind} {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{kind} {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except ImportError:
         raise
     except Exception as error:

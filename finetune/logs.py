@@ -34,8 +34,9 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
-def start_logging(console: Console) -> None:
-    """Print messages on the console, and buffer them for the run folder's log until `log_to_file`."""
+def start_logging(console: Console | None = None) -> None:
+    """Print messages on the console (default: stderr), and buffer them for the run folder's log until `log_to_file`."""
+    console = console or Console(stderr=True)
     log.setLevel(logging.INFO)
     log.propagate = False
     logging.raiseExceptions = False  # training.log on a full disk: the run's own error is the one to show

@@ -46,7 +46,6 @@ KOREAN_TOOL_CALLING = [f"NotoriousH2/instructkr-{name}" for name in ("toolflow",
 
 # Only a person's own command line counts: a recipe or a run folder may come from anyone.
 COMMAND_LINE_ONLY = ("trust_remote_code",)
-log = logging.getLogger("sandwich")
 
 seed_number = number_type(int, lambda value: 0 <= value < 2**32, "an integer >= 0 and < 2**32")  # NumPy's range
 lr_ratio = number_type(float, lambda value: 1 <= value < float("inf"), "a number >= 1")

@@ -48,12 +48,14 @@ def shown_width() -> int:
     return Console().width if sys.stdout.isatty() else 220
 
 
-def print_markdown(console: Console, text: str) -> None:
+def print_markdown(text: str, console: Console | None = None) -> None:
     """Print Markdown; tables by `fit`, because rich's own Markdown splits the names of metrics in narrow terminals."""
+    from rich.console import Console
     from rich.markdown import Markdown
     from rich.markup import escape
     from rich.table import Table
 
+    console = console or Console()
     for block in re.split(r"\n(?=\|)(?<!\|\n)|(?<=\|)\n(?!\|)", text):
         if not block.startswith("|"):
             console.print(Markdown(block))

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from formats import get_format
 from tests import parts
 from tests.training_runs import conversation, write_rows, write_tiny_model
 
@@ -40,3 +41,19 @@ def rows(tmp_path_factory):
 def tiny_model(tmp_path_factory):
     """The folder of a tiny model with random weights."""
     return write_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """SmolLM2's."""
+    return parts.tokenizer("smollm2")
+
+
+@pytest.fixture(scope="session")
+def fmt(tokenizer):
+    return get_format("chatml", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir() -> str:
+    return str(parts.smollm2_dir())

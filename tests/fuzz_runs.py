@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.runs.manifest import write_manifest
 from finetune.runs.run_log import COLUMNS
 from formats import FormatError
 from tests.fuzz_inputs import edited, mutated
@@ -88,14 +89,15 @@ def check_config(case: dict[str, Any], folder: Path) -> None:
         "adapter": (run / "final_model" / "adapter_config.json", ADAPTER),
         "state": (checkpoint / "trainer_state.json", STATE),
         "counters": (checkpoint / "log_counters.json", COUNTERS),
-        "manifest": (checkpoint / "manifest.json", MANIFEST),
     }
     for which, (path, value) in files.items():
-        if which != "manifest" or which in given:
-            path.write_bytes(given.get(which) or json.dumps(value).encode())
+        path.write_bytes(given.get(which) or json.dumps(value).encode())
     for name, data in weights().items():
         (checkpoint / name).write_bytes(data)
     (checkpoint / "adapter_config.json").write_text(json.dumps(ADAPTER), encoding="utf-8")
+    write_manifest(checkpoint)
+    if "manifest" in given:
+        (checkpoint / "manifest.json").write_bytes(given["manifest"])
     suffix = ".json" if case["json"] else ".yaml"
     for name in ("recipe", "sweep"):
         (run / f"{name}{suffix}").write_bytes(given.get(name, b"{}"))

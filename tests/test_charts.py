@@ -11,7 +11,7 @@ from rich.console import Console
 
 from finetune.charts import curves, legend, plots, tables
 from finetune.charts.curves import COLUMNS, LoggedRun
-from finetune.charts.limits import visible_range
+from finetune.charts.plots import visible_range
 from finetune.charts.rows import Rows
 from finetune.charts.run_labels import compare_runs
 from finetune.evaluation.report import _pictured
@@ -148,7 +148,7 @@ def test_metric_names_are_not_split(tmp_path):
     rows = "| metric | n | base |\n| --- | ---: | ---: |\n| missing_parameter_accuracy | 5 | 0.1 |\n"
     text = f"# Title\n\nfive answers\n\n{rows}"
     console = Console(width=40, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    print_markdown(console, text + "\n## F1\n\n| tool | x |\n| --- | ---: |\n| a\\|b | 1 |\n")
+    print_markdown(text + "\n## F1\n\n| tool | x |\n| --- | ---: |\n| a\\|b | 1 |\n", console)
     words = console.export_text().split()
     assert "missing_parameter_accuracy" in words and "a|b" in words and "five" in words
 

@@ -22,9 +22,10 @@ import pytest
 import chat_lora
 from finetune.chat.questions import answer_all, read_questions, start_session
 from finetune.chat.reply import LiveText, Reply, read_reply
-from finetune.chat.session import ChatAgent, ChatSession, ToolResult, read_tools
+from finetune.chat.session import ChatAgent, ChatSession, ToolResult
 from finetune.chat.tool_command import ToolCommand, parse_tool_command
 from finetune.errors import UserError
+from finetune.reading.tool_schemas import load_tools_file
 from formats import FORMATS
 from tests import chat_model, parts
 from tests.browser import CHROMIUM, REASON
@@ -245,25 +246,25 @@ def test_saved_session_is_a_row_for_training(tmp_path):
     assert [m["role"] for m in read[1]["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
 
 
-def test_read_tools_and_questions(tmp_path):
+def test_tools_and_questions(tmp_path):
     file = tmp_path / "tools.json"
     for written in ([LAMP], {"tools": [LAMP]}, chat_model.TOOLS):
         file.write_text(json.dumps(written), encoding="utf-8")
-        assert read_tools(file) == chat_model.TOOLS
+        assert load_tools_file(file) == chat_model.TOOLS
     file.write_text(json.dumps({"messages": [], "tools": [LAMP]}) + "\n" + json.dumps({"messages": []}), "utf-8")
-    assert read_tools(file) == chat_model.TOOLS
+    assert load_tools_file(file) == chat_model.TOOLS
     for wrong, said in (
         ("{", "not valid JSON"), ("[{}]", "no name"), (json.dumps([LAMP, LAMP]), "same name"), ("5", "not a list"),
-        ("null", "no tools are declared"), ("[]", "no tools are declared"), ("[" * 100_000, "too deep"),
+        ("null", "contains no tool schema"), ("[]", "contains no tool schema"), ("[" * 100_000, "too deep"),
         (b"\xff[]", "not UTF-8"), ("[" + "1" * 5000 + "]", "not valid JSON"), ('[{"name": "\\ud800"}]', "surrogate"),
         ('[{"name": "f", "parameters": ' + '{"a": ' * 70 + "{}" + "}" * 71 + "]", "nested deeper"),
         ('[{"name": "f", "name": "g"}]', "duplicate key"),
     ):  # fmt: skip
         file.write_bytes(wrong if isinstance(wrong, bytes) else wrong.encode())
         with pytest.raises(UserError, match=said):
-            read_tools(file)
+            load_tools_file(file)
     with pytest.raises(UserError, match=r"none\.json"):
-        read_tools(tmp_path / "none.json")
+        load_tools_file(tmp_path / "none.json")
     text, lines = tmp_path / "q.txt", tmp_path / "q.jsonl"
     text.write_text("one\n\n two \n", encoding="utf-8")
     assert read_questions(text) == ["one", "two"]
@@ -928,7 +929,7 @@ def test_page_uses_the_public_tunnel_only_on_request(agent, monkeypatch):
 
     monkeypatch.setattr(gradio.Blocks, "launch", launch)
     monkeypatch.setattr("finetune.chat.model.load_chat_model", lambda *_, **__: agent.model)
-    monkeypatch.setattr("finetune.logs.start_logging", lambda _: None)
+    monkeypatch.setattr("finetune.logs.start_logging", lambda: None)
     monkeypatch.setenv("SANDWICH_WEB_PASSWORD", "bread and butter")
     for flags in ([], ["--share"]):
         assert chat_lora.main(["m", "--web", *flags]) == 2

@@ -78,18 +78,6 @@ def test_only_assistant_text_is_stripped():
 def test_reasoning_and_train_flag():
     message = last_message(chat({"role": "assistant", "content": "a", "reasoning_content": " r ", "train": False}))
     assert message == {"role": "assistant", "content": "a", "reasoning_content": "r", "train": False}
-    message = last_message(chat({"role": "assistant", "content": "a", "train": None, "weight": 0}))
-    assert message["train"] is False
-
-
-@pytest.mark.parametrize("key", ["train", "weight", "loss", "training"])
-def test_train_flag_in_each_spelling(key):
-    for value, trained in ((False, False), (0.0, False), (True, True), (1.0, True), (None, True)):
-        message = last_message(chat({"role": "assistant", "content": "a", key: value}))
-        assert message.get("train", True) is trained
-    for value in (0.5, 2, "no", float("nan")):
-        with pytest.raises(RowError, match=f"message 2: {key} is "):
-            normalize_row(chat({"role": "assistant", "content": "a", key: value}))
 
 
 @pytest.mark.parametrize(

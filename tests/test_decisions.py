@@ -62,11 +62,6 @@ def test_options_without_other_rows_come_from_the_schemas():
     )
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return parts.tokenizer("smollm2")
-
-
 @pytest.mark.parametrize("name", ["chatml", "llama3", "unreadable"])
 def test_every_format_is_scored(tokenizer, name, tmp_path):
     """The likelihoods are those of the answer behind its prompt, also where nothing reads calls out of a text."""

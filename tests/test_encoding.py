@@ -19,15 +19,9 @@ from finetune.preparing.checks import check_conversation
 from finetune.reading.conversations import normalize_row
 from finetune.reading.normalize import conversations_fingerprint
 from formats import IGNORE_INDEX, encode, get_format
-from tests import parts
 from tests.rows import LAMP
 
 FMT = get_format("chatml")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return parts.tokenizer("smollm2")
 
 
 def conversation(*texts: str, system: str | None = "Be brief.", tools=(LAMP,)) -> dict:

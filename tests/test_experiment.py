@@ -21,6 +21,7 @@ from finetune import distributed
 from finetune.errors import UserError, one_line_errors
 from finetune.files import open_atomic, write_text_atomic
 from finetune.runs.experiment import CONFIG, COUNTERS, Experiment, check_writable, find_resumable, run_name
+from finetune.runs.manifest import write_manifest
 from finetune.runs.run_log import COLUMNS, RunLog, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,6 +101,7 @@ def make_checkpoint(folder):
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         with zipfile.ZipFile(folder / name, "w") as file:
             file.writestr("a", "some state")
+    write_manifest(folder)
 
 
 def test_resume_finds_the_newest_checkpoint(tmp_path):
@@ -162,7 +164,7 @@ def test_incomplete_checkpoint_is_skipped(tmp_path, name, cut):
 @pytest.mark.parametrize(
     ("name", "text", "why"),
     [
-        ("trainer_state.json", "[]", "not complete"), (COUNTERS, "3", "not complete"),
+        ("trainer_state.json", "[]", "trainer_state.json: "), (COUNTERS, "3", "not complete"),
         ("trainer_state.json", '{"global_step": 7}', "of step 7: the folder was renamed"),
         *(
             ("trainer_state.json", json.dumps({"global_step": 4} | change), rf"trainer_state.json, {entry}")
@@ -178,8 +180,10 @@ def test_incomplete_checkpoint_is_skipped(tmp_path, name, cut):
     ],
 )  # fmt: skip
 def test_damaged_checkpoint_is_skipped(tmp_path, name, text, why):
+    """Its manifest may fit: others can write both."""
     run = make_run(tmp_path, "interrupted", [2, 4])
     (run.folder / "checkpoint-4" / name).write_text(text)
+    write_manifest(run.folder / "checkpoint-4")
     (run.folder / "checkpoint-9").write_text("a file")
     assert find_resumable(str(run.folder), tmp_path)[1].name == "checkpoint-2"
     with pytest.raises(UserError, match=rf"checkpoint-4: its ({name} is )?{why}"):

@@ -186,24 +186,15 @@ def test_stopped_monitor_draws_its_log(tmp_path, number):
 
 
 @pytest.mark.parametrize("suffix", watch.SUFFIXES)
-def test_log_cut_off_at_any_byte_is_continued(tmp_path, suffix):
-    """What a power failure may leave: the end of the last write is missing, or zeros."""
-    gpu = devices.Gpu(0, 'a "quoted", name', memory_used_gb=1.5, memory_total_gb=8.0)
+def test_cut_off_log_is_refused(tmp_path, suffix):
+    """What a power failure may leave; an empty file is a log without records."""
     log = watch.GpuLog(tmp_path / f"log{suffix}")
-    for second in range(2):
-        log.add([gpu], f"2026-11-21T12:00:0{second}+00:00")
-    complete, records = log.path.read_bytes(), watch.read_log(log.path)
-    for size in range(0, len(complete), 5):
-        for zeros in (b"", b"\0\0"):
-            log.path.write_bytes(complete[:size] + zeros)
-            kept = watch.read_log(log.path)
-            assert kept == records[: len(kept)]
-            watch.GpuLog(log.path).add([gpu], "2026-11-21T12:00:09+00:00")
-            after = watch.read_log(log.path)
-            assert after[:-1] == kept and after[-1]["time"].endswith("09+00:00")
-            if suffix == ".json":
-                assert json.loads(log.path.read_text(encoding="utf-8")) == after
-    assert len(kept) >= 1  # the last cut leaves the first record
+    log.add([devices.Gpu(0, 'a "quoted", name', memory_used_gb=1.5)], "2026-11-21T12:00:00+00:00")
+    log.path.write_bytes(log.path.read_bytes()[:-40])
+    with pytest.raises(UserError, match="is not a log of gpu_memory"):
+        watch.GpuLog(log.path)
+    log.path.write_bytes(b"")
+    assert watch.read_log(watch.GpuLog(log.path).path) == []
 
 
 @pytest.mark.parametrize(

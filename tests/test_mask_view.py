@@ -7,24 +7,8 @@ import pytest
 import prepare_data
 from finetune.files import write_jsonl
 from finetune.reading.conversations import normalize_row
-from formats import IGNORE_INDEX, encode, get_format
-from tests import parts
+from formats import IGNORE_INDEX, encode
 from tests.rows import GOOD
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return parts.tokenizer("smollm2")
-
-
-@pytest.fixture(scope="module")
-def fmt(tokenizer):
-    return get_format("chatml", tokenizer)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir() -> str:
-    return str(parts.smollm2_dir())
 
 
 def test_show_marks_exactly_the_trained_tokens(tmp_path, tokenizer_dir, capsys):

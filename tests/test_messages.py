@@ -160,13 +160,14 @@ def test_media_in_a_result_or_column_rejects_the_row():
 @pytest.mark.parametrize("key", TRAINING_MARKS)
 def test_training_marks_of_each_trainer(key):
     when_true = TRAINING_MARKS[key]
-    for value, trained in ((True, when_true), (1, when_true), (0.0, not when_true), (False, not when_true)):
+    for value in (True, 1, 0.0, False, None):
+        trained = True if value is None else bool(value) is when_true
         for message in (says("a", **{key: value}), says([{"type": "text", "text": "a", key: value}])):
             assert messages(message)[0].get("train", True) is trained
         row = {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": AS_JSON}]}
         row["conversations"][1][key] = value
         assert last_message(row).get("train", True) is trained
-    for value in (0.5, 2, "true", [0, 1]):
+    for value in (0.5, 2, "true", [0, 1], float("nan")):
         with pytest.raises(RowError, match=f"message 2: {key} is "):
             messages(says("a", **{key: value}))
 

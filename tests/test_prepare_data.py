@@ -16,26 +16,10 @@ import prepare_data
 from finetune.errors import UserError
 from finetune.files import open_atomic, write_jsonl
 from finetune.reading.conversations import normalize_row
-from formats import encode, get_format
-from tests import parts
+from formats import encode
 from tests.rows import ANSWER, GOOD, LAMP, chat, lamp_call, read
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return parts.tokenizer("smollm2")
-
-
-@pytest.fixture(scope="module")
-def fmt(tokenizer):
-    return get_format("chatml", tokenizer)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir() -> str:
-    return str(parts.smollm2_dir())
 
 
 def fail(capsys, *argv: str) -> str:

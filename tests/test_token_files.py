@@ -7,13 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import prepare_data
 from finetune.files import write_jsonl
 from finetune.reading.conversations import normalize_row
-from formats import IGNORE_INDEX, encode, get_format
-from tests import parts
+from formats import IGNORE_INDEX, encode
 from tests.rows import ANSWER, GOOD, LAMP, chat, lamp_call, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,21 +19,6 @@ REFUSED = {
     "list arguments": (chat(lamp_call([1]), tools=[LAMP]), "not an object"),
     "no messages": ({"id": 3}, "has no messages"),
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return parts.tokenizer("smollm2")
-
-
-@pytest.fixture(scope="module")
-def fmt(tokenizer):
-    return get_format("chatml", tokenizer)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir() -> str:
-    return str(parts.smollm2_dir())
 
 
 def test_encode_writes_one_exact_line_per_row(tmp_path, tokenizer, tokenizer_dir, fmt):

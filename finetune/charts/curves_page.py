@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.charts import curves
 from finetune.charts.plots import X_LABELS, headline, subtitle
+from finetune.charts.rows import Rows
 from finetune.charts.run_labels import Comparison
 from finetune.charts.tables import SHOWN_COLUMNS
 from finetune.files import write_text_atomic
@@ -15,7 +16,6 @@ from finetune.files import write_text_atomic
 if TYPE_CHECKING:
     import numpy as np
 
-    from finetune.charts.rows import Rows
 
 TEMPLATE = Path(__file__).with_name("curves_page.html")
 MAX_POINTS = 60_000  # of all runs together, so that the page stays below a few MB

@@ -6,6 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.charts.curves import LoggedRun
+from finetune.charts.figures import GREY
 from finetune.charts.run_labels import Comparison, Look, comparable, describe, sort_key
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ MAX_VALUES = 8  # entries that show an ordered scale
 MAX_ROWS = 5
 CHART_SHARE = 0.67  # of the picture, at least; the picture grows higher with its legend
 LEFT, RIGHT, TOP, BOTTOM = 0.82, 0.2, 0.76, 0.56  # inches around the axes, without the legend
-GREY = "#666666"
 DOT = (0.0, 1.0)  # a line of nothing: the dot alone
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.charts import curves
 from finetune.charts.call_panel import HEIGHT, add_call_panel, has_scores
-from finetune.charts.fonts import font_family, missing_glyphs_ignored
+from finetune.charts.figures import GREY, GRID, new_figure, picture
 from finetune.charts.legend import DOT, LEFT, Entry, draw_legend
-from finetune.charts.limits import visible_range
 from finetune.charts.repeats import MAX_BANDS, Band, draw_repeats, merge_repeats
 from finetune.charts.run_labels import Comparison, Look, value_text
 from finetune.errors import UserError
@@ -26,8 +24,9 @@ MAX_RAW_POINTS, MAX_SMOOTH_POINTS = 1600, 800  # of one run: more than the pictu
 MAX_RAW_POINTS_OF_ALL = 30_000  # of all runs together: overlapping faint lines show no detail
 MAX_RUNS_WITH_RAW = 16  # of more runs, every logged loss and every evaluation would only be a blur
 EVAL_DOTS = (0, (1, 1.2))
-TEXT, GREY, GRID = "#222222", "#666666", "#E6E6E6"
 X_LABELS = {"step": "optimizer step", "epoch": "epoch", "tokens": "tokens seen", "time": "time"}
+FIRST_SHARE = 0.1  # of a curve: its steep start
+MAX_START = 4  # times the range of the rest: a curve that starts or jumps higher is cut off above
 
 
 def draw_curves(
@@ -48,21 +47,9 @@ def draw_curves(
     steep start does not squash the rest. Runs with --eval_calls get a panel with their scores.
     """
     check_picture_type(output)
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     text = "".join(run.label for run in comparison.runs) + subtitle(comparison)
-    settings = {
-        "font.family": font_family(text), "font.size": 10.5, "text.color": TEXT, "axes.labelcolor": TEXT,
-        "axes.edgecolor": "#BBBBBB", "xtick.color": GREY, "ytick.color": GREY, "svg.fonttype": "none",
-        "agg.path.chunksize": 10000, "axes.unicode_minus": True,
-        "text.parse_math": False,  # names of runs and data sets may contain "$"
-    }  # fmt: skip
-    with rc_context(settings), missing_glyphs_ignored():
+    with new_figure(12, 6.75, text, layout=None) as figure:
         warnings.filterwarnings("ignore", message="Data has no positive values")  # a loss of 0 on a logarithmic axis
-        figure = Figure(figsize=(12, 6.75), dpi=150)
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         bands: list[Band] = []
         headings = headline(comparison), subtitle(comparison)
@@ -80,9 +67,8 @@ def draw_curves(
         draw_legend(figure, comparison, _line_styles(comparison, bands), below=HEIGHT if scored else 0)
         if scored:
             add_call_panel(figure, axes, comparison, x, scale)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=output.suffix[1:].lower(), dpi=150, facecolor="white")
-    write_bytes_atomic(output, buffer.getvalue())
+        content = picture(figure, output.suffix[1:].lower())
+    write_bytes_atomic(output, content)
 
 
 def check_picture_type(output: Path) -> None:
@@ -160,6 +146,25 @@ def _set_y_range(axes: Axes, drawn: list[np.ndarray], log_y: bool, y_range: tupl
             transform=axes.transAxes, va="top", ha="right", color=GREY, fontsize=9,
         )  # fmt: skip
     return top
+
+
+def visible_range(curves: list[np.ndarray]) -> tuple[float, float, float]:
+    """(lowest, top, highest): the y range that must be visible, and the highest value, which may be above `top`.
+
+    curves  smoothed losses of each run, all finite
+    The level that a run holds for more than a tenth of its time is visible, and so is its start unless it would take
+    most of the picture.
+    """
+    import numpy as np
+
+    lowest = min(float(values.min()) for values in curves)
+    highest = max(float(values.max()) for values in curves)
+    bodies = [values[int(len(values) * FIRST_SHARE) :] for values in curves]
+    level = max(float(np.quantile(values, 0.9)) for values in bodies)
+    room = max(level - lowest, 1e-9)
+    if highest <= lowest + MAX_START * room or len(max(curves, key=len)) < 4:
+        return lowest, highest, highest
+    return lowest, level + room, highest
 
 
 def _format_axes(axes: Axes, headings: tuple[str, str], x: str, log_y: bool) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.charts.fonts import font_family, missing_glyphs_ignored
+from finetune.charts.figures import GRID, new_figure, picture
 from finetune.charts.palette import BLUE, GREEN, PURPLE, VERMILLION
-from finetune.charts.plots import GREY, GRID, TEXT
 from finetune.files import write_bytes_atomic
 
 if TYPE_CHECKING:
@@ -33,17 +31,8 @@ def draw_ranks(
     losses, scores  by rank; spectra: singular values of each layer; chosen: the rank with the vertical line
     """
     import numpy as np
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    settings = {
-        "font.family": font_family(title), "font.size": 10.5, "text.color": TEXT, "axes.labelcolor": TEXT,
-        "axes.edgecolor": "#BBBBBB", "xtick.color": GREY, "ytick.color": GREY, "text.parse_math": False,
-    }  # fmt: skip
-    with rc_context(settings), missing_glyphs_ignored():
-        figure = Figure(figsize=(9, 5.4), layout="constrained")
-        FigureCanvasAgg(figure)
+    with new_figure(9, 5.4, title) as figure:
         axes = figure.add_subplot()
         shares = axes.twinx()
         axes.set_zorder(shares.get_zorder() + 1)  # the loss is drawn over what is behind it
@@ -78,6 +67,5 @@ def draw_ranks(
             [*handles[0][0], *handles[1][0]], [*handles[0][1], *handles[1][1]], loc="upper center",
             bbox_to_anchor=(0.5, -0.13), ncols=4, frameon=False, fontsize=9.5,
         )  # fmt: skip
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150, facecolor="white")
-    write_bytes_atomic(output, buffer.getvalue())
+        content = picture(figure)
+    write_bytes_atomic(output, content)

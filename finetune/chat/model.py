@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.chat.reply import LiveText, Reply, read_reply
 from finetune.errors import UserError
 from finetune.models.limits import context_limit
+from formats import Format, check_tokenizer, decode, encode_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from finetune.generation.generate import Decoding
-    from formats import Format
 
 TUNED, BASE = "tuned", "base"
 
@@ -59,8 +59,6 @@ class ChatModel:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        from formats import check_tokenizer
-
         return tuple(check_tokenizer(self.tokenizer, self.fmt))
 
     @contextlib.contextmanager
@@ -73,8 +71,6 @@ class ChatModel:
 
     def prompt_ids(self, messages: list[dict], tools: list[dict], max_new_tokens: int = 1) -> list[int]:
         """Ids of the prompt as a server feeds it. UserError when it leaves no room for an answer."""
-        from formats import encode_prompt
-
         ids = encode_prompt(messages, tools, self.tokenizer, self.fmt)
         context = context_limit(self.model)
         if context is not None and len(ids) + max_new_tokens > context:
@@ -92,8 +88,6 @@ class ChatModel:
 
         Closing the iterator stops the generation. `options` are further entries of the GenerationConfig.
         """
-        from formats import decode
-
         ids = self.prompt_ids(messages, tools, decoding.max_new_tokens)
         live = LiveText(self.tokenizer, self.fmt, tools, self.tokenizer.decode(ids[-16:]))
         events: queue.Queue[str | list[int] | BaseException] = queue.Queue()
@@ -176,20 +170,9 @@ class _Streamer:
         """Called after the last token."""
 
 
-def load_chat_model(
-    path: str | Path,
-    *,
-    base: bool = False,
-    merged: bool = False,
-    format_name: str | None = None,
-    trust_remote_code: bool = False,
-) -> ChatModel:
-    """Load the model that `path` names (see `load_for_inference`); `format_name` overrides the trained format."""
+def load_chat_model(path: str | Path, **options: Any) -> ChatModel:
+    """Load the model that `path` names; options and errors as of `load_for_inference`."""
     from finetune.runs.find import load_for_inference
 
-    model, tokenizer, fmt = load_for_inference(path, base=base, merged=merged, trust_remote_code=trust_remote_code)
-    if format_name:
-        from formats import get_format
-
-        fmt = get_format(format_name, tokenizer)
-    return ChatModel(model, tokenizer, fmt, Path(path).resolve().name if Path(path).is_dir() else str(path))
+    name = Path(path).resolve().name if Path(path).is_dir() else str(path)
+    return ChatModel(*load_for_inference(path, **options), name)

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from finetune.chat.reply import Reply, call_line, read_reply
-from finetune.chat.session import ChatAgent, ChatSession, ToolResult, read_text
-from finetune.errors import UserError
-from finetune.files import json_line
+from finetune.chat.session import ChatAgent, ChatSession, ToolResult
+from finetune.errors import UserError, user_errors
+from finetune.files import json_line, read_text
 from finetune.progress import printable, progress_bar
 from finetune.reading.columns import match_columns
 from finetune.reading.conversations import RowError, normalize_row
 from finetune.reading.row_files import strict_json
-from formats import FormatError
+from formats import FormatError, decode
 
 Events = list[Reply | ToolResult]
 
@@ -131,7 +131,6 @@ def _answers(
             advance(1)
         return
     from finetune.generation.generate import generate
-    from formats import decode
 
     chat, decoding = agent.model, agent.decoding
     prompts = [chat.prompt_ids(session.messages, session.tools, decoding.max_new_tokens) for session in sessions]
@@ -147,13 +146,9 @@ def _answers(
 def _open_output(output: Path | None) -> contextlib.AbstractContextManager[TextIO]:
     if output is None:
         return contextlib.nullcontext(sys.stdout)
-    try:
+    with user_errors(f"cannot write {output}", "choose another file with --output"):
         output.parent.mkdir(parents=True, exist_ok=True)
         return output.open("x", encoding="utf-8", newline="\n")
-    except FileExistsError as error:
-        raise UserError(f"{output} exists already; choose another file with --output") from error
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}; choose another file with --output") from error
 
 
 def _write(

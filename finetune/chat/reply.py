@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from finetune.json_schema import ToolSchemas
-from formats import Parsed, unescape
+from formats import Format, Parsed, unescape
 from formats.escape import MARK
 from formats.tokens import added_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from formats import Format
 
 
 _FIRST_WORD = re.compile(r"[\[{][\s\[{\"']*[\w.-]*")  # of JSON or a list that may become a call

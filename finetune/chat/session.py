@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,9 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from finetune.chat.model import TUNED, ChatModel
 from finetune.chat.reply import Reply
 from finetune.chat.tool_command import failure
-from finetune.errors import UserError
+from finetune.errors import UserError, user_errors
 from finetune.files import json_line
-from formats.calls import MAX_JSON_DEPTH, json_depth, reject_lone_surrogates
 
 if TYPE_CHECKING:
     from finetune.generation.generate import Decoding
@@ -95,15 +93,13 @@ class ChatSession:
         if not self.turns:
             raise UserError("there is nothing to save yet")
         row = {"messages": self.messages, **({"tools": self.tools} if self.tools else {})}
-        try:
+        with user_errors(f"cannot write {path}", "choose another file"):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab+") as file:
                 if file.tell():
                     file.seek(-1, os.SEEK_END)
                     file.write(b"" if file.read(1) == b"\n" else b"\n")  # end an incomplete last line
                 file.write(json_line(row).encode("utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose another file") from error
         return path
 
 
@@ -133,45 +129,3 @@ class ChatAgent:
                 _, call, problems = session.pending[0]
                 # A call that does not fit its schema is not executed.
                 yield session.add_result(failure("; ".join(problems)) if problems else self.tool_command(call))
-
-
-def read_tools(path: str | Path) -> list[dict[str, Any]]:
-    """Tools of a JSON file: a list in any usual notation, {"tools": […]}, or the first row of a JSON Lines file."""
-    if not (tools := parse_tools(read_text(path, "tools"), str(path))):
-        raise UserError(f"tools {path}: no tools are declared")
-    return tools
-
-
-def read_text(path: str | Path, role: str) -> str:
-    """A UTF-8 file as text; UserError names its role."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{role} {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
-
-
-def parse_tools(text: str, where: str = "tools") -> list[dict[str, Any]]:
-    """Tools as JSON text, as in `read_tools`; UserError names the tool that cannot be read."""
-    from finetune.reading.row_files import strict_json
-    from finetune.reading.tool_schemas import normalize_tools
-
-    try:
-        value = strict_json(text)
-    except ValueError as error:
-        try:
-            value = strict_json(text.lstrip().partition("\n")[0])  # the first row of a data set
-        except ValueError:
-            place = f"{error.msg} in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise UserError(f"{where}: not valid JSON ({place}); give a list of tools") from error
-    if isinstance(value, dict) and "tools" in value:
-        value = value["tools"]
-    try:
-        tools = normalize_tools(value)
-        reject_lone_surrogates(tools)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
-    if json_depth(tools) > MAX_JSON_DEPTH:
-        raise UserError(f"{where}: nested deeper than {MAX_JSON_DEPTH} levels")
-    if len({tool["function"]["name"] for tool in tools}) < len(tools):
-        raise UserError(f"{where}: two tools have the same name")
-    return tools

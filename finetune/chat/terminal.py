@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from finetune.chat.model import BASE
 from finetune.chat.reply import Reply, call_line
-from finetune.chat.session import ChatAgent, ChatSession, ToolResult, read_tools
-from finetune.errors import UserError
+from finetune.chat.session import ChatAgent, ChatSession, ToolResult
+from finetune.errors import UserError, user_errors
 from finetune.json_schema import validator_of
 from finetune.models.bundled import cache_dir
 from finetune.progress import printable
+from finetune.reading.tool_schemas import load_tools_file
 from formats import FormatError
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class Terminal:
 
     def _tools(self, rest: str) -> None:
         if rest:
-            self.session.tools = [] if rest == "none" else read_tools(_path(rest))
+            self.session.tools = [] if rest == "none" else load_tools_file(_path(rest))
         for tool in self.session.tools:
             function = tool["function"]
             parameters = function.get("parameters") or {}
@@ -228,11 +229,9 @@ def _keyboard_reader() -> Callable[[str], str]:
         event.current_buffer.insert_text("\n")
 
     path = cache_dir() / "chat_history"
-    try:
+    with user_errors(f"cannot write {path}", "set SANDWICH_CACHE to a writable folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; set SANDWICH_CACHE to a writable folder") from error
     names = ["/" + line.split()[0][1:] for line in HELP.splitlines() if line.startswith("/")]
     session = PromptSession(
         history=FileHistory(str(path)), key_bindings=keys, multiline=True, complete_while_typing=False,

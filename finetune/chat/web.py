@@ -21,9 +21,10 @@ from finetune.chat.examples import Example
 from finetune.chat.guard import Access, Guard
 from finetune.chat.model import BASE, TUNED
 from finetune.chat.reply import Reply
-from finetune.chat.session import ChatAgent, ChatSession, parse_tools
+from finetune.chat.session import ChatAgent, ChatSession
 from finetune.chat.verdicts import STYLE, Verdict, better, problem_html, verdict_html, verdict_of
 from finetune.errors import UserError
+from finetune.reading.tool_schemas import parse_tools
 from formats import FormatError
 
 if TYPE_CHECKING:

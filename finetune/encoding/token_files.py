@@ -18,6 +18,7 @@ from finetune.encoding.options import DEFAULT_OPTIONS, EncodingOptions
 from finetune.encoding.rows import in_rows, warn_of_length, warning_kinds
 from finetune.errors import UserError
 from finetune.files import json_line, open_atomic
+from finetune.models import loading
 from finetune.packages import unhide_torch
 from finetune.progress import progress_bar
 from finetune.reading.normalize import normalize_row
@@ -33,32 +34,15 @@ _PARSED_KEYS = frozenset(("content", "tool_calls", "errors"))
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """A tokenizer by folder, Hub id or the bundled model's name; needs no torch. Raises UserError."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from finetune.models.bundled import resolve_model
-    from finetune.models.hub import check_available
-
-    try:
-        check_available(name)
-    except UserError as error:
-        raise UserError(f"tokenizer {name}: {error}") from error
-    path = resolve_model(name)
+    """A tokenizer by folder, Hub id or the bundled model's name; only its own code may need torch. Raises UserError."""
+    for variable, value in (("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"), ("TRANSFORMERS_VERBOSITY", "error")):
+        os.environ.setdefault(variable, value)
     if trust_remote_code:
         unhide_torch()
-    import transformers
-
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # OSError, ValueError, KeyError, JSON errors: whatever a wrong folder provokes
-        lines = str(error).strip().splitlines()
-        raise UserError(
-            f"tokenizer {name}: cannot be loaded ({type(error).__name__}: {lines[0] if lines else ''}); give a folder "
-            "with tokenizer.json, a Hub id (HF_TOKEN set if it is gated), or smollm2-135m"
-        ) from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
+        return loading.load_tokenizer(name, trust_remote_code=trust_remote_code)
+    except UserError as error:
+        raise UserError(f"tokenizer {name}: {error}") from error
 
 
 def load_format(name: str, tokenizer: Any) -> tuple[Format, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.evaluation.items import CALL, IRRELEVANT, MISSING_PARAMETER, Item
-from finetune.evaluation.scoring import json_equal
+from finetune.evaluation.scoring import json_equal, normalized
 from finetune.evaluation.suite_rows import existing, make_item, read_items
 from finetune.reading.answer_shapes import calling
 from finetune.reading.row_files import RowError
@@ -123,13 +123,9 @@ def _arguments_match(made: dict[str, Any], wanted: dict[str, Any], required: lis
 def _value_matches(made: Any, wanted: Any) -> bool:
     """A text must contain the expected one, apart from case, spaces and the punctuation , . / - _ * ^"""
     if isinstance(wanted, str) and isinstance(made, str):
-        return _normalized(wanted) in _normalized(made)
+        return normalized(wanted) in normalized(made)
     if isinstance(wanted, dict) and isinstance(made, dict):
         return made.keys() == wanted.keys() and all(_value_matches(made[name], wanted[name]) for name in wanted)
     if isinstance(wanted, list) and isinstance(made, list):
         return len(made) == len(wanted) and all(map(_value_matches, made, wanted))
     return json_equal(made, wanted)
-
-
-def _normalized(text: str) -> str:
-    return re.sub(r"[ ,./\-_*^]", "", text).lower().replace("'", '"')

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from finetune.evaluation.bfcl_tools import ToolProcess, ToolsFailed
 from finetune.evaluation.items import CONVERSATION, Item
 from finetune.reading.tool_schemas import normalize_tools
+from formats import Format, FormatError, decode, encode_prompt, unescape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from finetune.generation.generate import Decoding, Generation
-    from formats import Format
 
 UNDECLARED_CALL = "undeclared_tool()"  # what the tools' process is given for a call that must not be evaluated
 
@@ -153,7 +153,6 @@ def converse(
     from bfcl_eval.constants.default_prompts import MAXIMUM_STEP_LIMIT
 
     from finetune.generation.generate import generate
-    from formats import FormatError, decode, encode_prompt, unescape
 
     active = {at: Conversation(item, MAXIMUM_STEP_LIMIT, MORE_TOOLS) for at, item in enumerate(items)}
     with ToolProcess() as tools:

@@ -22,12 +22,12 @@ from finetune.evaluation.report import table_markdown, write_report
 from finetune.evaluation.scoring import score
 from finetune.files import json_lines, write_json, write_text_atomic
 from finetune.progress import progress_bar, say
+from finetune.runs.find import Run
+from formats import Format, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.runs.find import Run
-    from formats import Format
 
 SHOWN = (
     "decision_accuracy", "decision_accuracy_norm", "tool_selection_accuracy", "tool_name_accuracy",
@@ -79,8 +79,6 @@ def _encoded(
     item: Item, option: Option, tokenizer: PreTrainedTokenizerBase, fmt: Format
 ) -> tuple[tuple[list[int], list[int]] | None, str]:
     """((ids, labels) of prompt and answer, why there are none)."""
-    from formats import encode
-
     message: dict[str, Any] = {"role": "assistant", "content": option.text}
     if option.calls:
         message["tool_calls"] = [{"type": "function", "function": dict(call)} for call in option.calls]
@@ -92,7 +90,7 @@ def _encoded(
 
 
 def choose(
-    model: Any, tokenizer: PreTrainedTokenizerBase, decisions: Decisions, path: Path, *, name: str, seed: int = 0
+    model: Any, tokenizer: PreTrainedTokenizerBase, decisions: Decisions, path: Path, *, name: str
 ) -> tuple[list[Scored], dict[str, Any]]:
     """(the chosen options, scored as if they were answers; confusion of expected and chosen kinds, and macro F1).
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError
+from finetune.errors import user_errors
 from finetune.evaluation.items import Item
-from finetune.files import acquire_lock, release_lock
+from finetune.files import acquire_lock, free_path, release_lock
 
 FILE_PREFIXES = {"base": "base_model", "tuned": "finetuned_model"}
 
@@ -26,11 +26,9 @@ def exclusive_folder(folder: Path) -> Iterator[None]:
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     busy = f"another evaluation is writing to {folder}; wait for it, or choose another folder with --output"
     try:
-        try:
+        with user_errors(f"cannot write to {folder}", "choose a folder with --output"):
             folder.mkdir(parents=True, exist_ok=True)
             lock = acquire_lock(folder / ".lock", busy)
-        except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror}; choose a folder with --output") from error
         try:
             yield
         finally:
@@ -58,12 +56,9 @@ def describe_items(items: Sequence[Item]) -> dict[str, Any]:
 
 def archive(path: Path) -> Path:
     """Rename a file to `<stem>.before_<time><suffix>`, never over another one; returns the new path."""
-    stamp = time.strftime("%Y%m%d_%H%M%S")
-    for number in range(1, 10_000):
-        archived = path.with_name(f"{path.stem}.before_{stamp}{f'_{number}' if number > 1 else ''}{path.suffix}")
-        if not archived.exists():
-            return path.replace(archived)
-    raise UserError(f"{path.parent}: too many earlier results from this second; clean up the folder")
+    earlier = f"{path.stem}.before_{time.strftime('%Y%m%d_%H%M%S')}"
+    numbers = ("", *(f"_{number}" for number in range(2, 10_000)))
+    return path.replace(free_path(path.with_name(f"{earlier}{number}{path.suffix}") for number in numbers))
 
 
 def archive_incomparable_scores(folder: Path, metrics: dict[str, dict[str, Any]], say: Callable[[str], None]) -> None:

@@ -9,13 +9,13 @@ from finetune.errors import UserError
 from finetune.models.adapter import adapter_config, lora_rank
 from finetune.progress import progress_bar
 from finetune.runs.find import Run
+from formats import Format
 
 if TYPE_CHECKING:
     from finetune.encoding.encoded import EncodedRows
     from finetune.models.truncation import TruncatableAdapter
     from finetune.passes.plan import Predictions, Row
     from finetune.reading.load_result import LoadResult
-    from formats import Format
 
 DEFAULT_TOLERANCE = 0.01  # nats of loss, share of answers
 TOKENS_PER_PASS = 4096  # halved where they do not fit

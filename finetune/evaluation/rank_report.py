@@ -17,10 +17,10 @@ from finetune.files import write_text_atomic
 from finetune.models.hub import public_name
 from finetune.models.truncation import TruncatableAdapter, energy_share
 from finetune.runs.find import Run
+from formats import Format
 
 if TYPE_CHECKING:
     from finetune.generation.generate import Decoding
-    from formats import Format
 
 REPORT, TABLE, PICTURE, ANSWERS = "ranks.json", "ranks.md", "ranks.png", "rank_answers"
 SHOWN_SCORES = ("tool_name_accuracy", "parameter_accuracy", "schema_valid_rate", "irrelevance_accuracy")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import UserError
+from finetune.errors import user_errors
 from finetune.evaluation.folder import archive
 from finetune.evaluation.items import CONVERSATION, Item
 from finetune.evaluation.metrics import Scored
@@ -19,13 +19,13 @@ from finetune.evaluation.scoring import score
 from finetune.evaluation.suites import suite_verdict
 from finetune.files import json_line, json_lines, write_text_atomic
 from finetune.progress import progress_bar
+from formats import Format, FormatError, decode, encode_prompt, unescape
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from finetune.generation.generate import Decoding, Generation
-    from formats import Format
 
 
 @dataclass
@@ -48,8 +48,6 @@ def make_prompts(
 
     longest  maximum number of tokens of a prompt
     """
-    from formats import FormatError, encode_prompt
-
     prompts = Prompts(longest)
     for item in items:
         try:
@@ -105,12 +103,8 @@ class ResultsFile:
 
     def _read(self) -> list[dict[str, Any]]:
         """All complete lines; {} for a line that is not a JSON object."""
-        try:
-            text = self.path.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror}; check its permissions") from error
+        with user_errors(f"cannot read {self.path}", "check its permissions"):
+            text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         lines = []
         for line in text.split("\n")[:-1]:  # not splitlines: a text may hold U+2028
             try:
@@ -123,13 +117,9 @@ class ResultsFile:
     def append(self, line: dict[str, Any]) -> None:
         """Write one answer to the file. UserError when the disk is full."""
         self.lines[line["item"]] = line
-        try:
+        with user_errors(f"cannot write {self.path}", "free some space and rerun the same command to resume"):
             self.file.write(json_line(line))
             self.file.flush()
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path}: {error.strerror}; free some space and rerun the same command to resume"
-            ) from error
 
     def rewrite(self) -> None:
         """Write the lines again in the order of the items, without the half line of an interrupted evaluation."""
@@ -173,7 +163,6 @@ def run_model(
     Answers that `path` already holds under the same settings are scored again, but not generated again.
     """
     from finetune.generation.generate import generate
-    from formats import decode
 
     results = ResultsFile(path, settings_hash(settings), prompts.items)
     if results.archived:
@@ -251,8 +240,6 @@ def run_model(
 
 def judge(item: Item, text: str, tokenizer: PreTrainedTokenizerBase, fmt: Format) -> dict[str, Any]:
     """The parsed answer and the verdicts on it."""
-    from formats import unescape
-
     parsed = fmt.parse(text, item.tools)
     calls = unescape(parsed.tool_calls, tokenizer, fmt)
     content = unescape(parsed.content, tokenizer, fmt)

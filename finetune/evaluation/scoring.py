@@ -190,12 +190,12 @@ def _matches(value: Any, choice: Any) -> bool:
 
 def _same(value: Any, choice: Any) -> bool:
     if isinstance(choice, str) and isinstance(value, str):
-        return _normalized(value) == _normalized(choice)
+        return normalized(value) == normalized(choice)
     return json_equal(value, choice)
 
 
-def _normalized(text: str) -> str:
-    """BFCL ignores case, spaces, the punctuation , . / - _ * ^ and the kind of quotes."""
+def normalized(text: str) -> str:
+    """BFCL and ACEBench ignore case, spaces, the punctuation , . / - _ * ^ and the kind of quotes."""
     return "".join(c for c in text.lower() if c not in " ,./-_*^").replace("'", '"')
 
 

@@ -19,6 +19,7 @@ from finetune.export.targets import Job, target
 from finetune.models.adapter import lora_rank
 from finetune.models.hub import check_public_base, hub_token, public_base
 from finetune.progress import say
+from finetune.runs.config_schema import schema_fault
 from finetune.runs.experiment import LOG, Experiment
 from finetune.runs.find import Run, find_run
 from finetune.runs.model_card import Scores, model_card
@@ -107,9 +108,6 @@ def _read_metrics(path: Path) -> dict[str, Any]:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); score the run again with evaluate_lora.py") from error
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
-
     from finetune.evaluation.metrics import METRICS
 
     # What the model card reads; the file may have come with a run folder of others.
@@ -121,9 +119,8 @@ def _read_metrics(path: Path) -> dict[str, Any]:
         "intervals_95": {"type": "object", "additionalProperties": interval},
     }
     schema = {"type": "object", "patternProperties": {"^bfcl_": {"type": "number"}}, "properties": properties}
-    if error := best_match(Draft202012Validator(schema).iter_errors(metrics)):
-        entry = ", ".join([str(path), *map(str, error.absolute_path)])
-        raise UserError(f"{entry}: {error.message[:200]}; score the run again with evaluate_lora.py")
+    if fault := schema_fault(schema, metrics):
+        raise UserError(f"{path}{fault}; score the run again with evaluate_lora.py")
     return metrics
 
 

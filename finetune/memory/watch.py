@@ -10,24 +10,22 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from finetune.errors import UserError
-from finetune.files import write_bytes_atomic
+from finetune.charts.figures import new_figure, picture
+from finetune.errors import UserError, user_errors
+from finetune.files import read_text, write_bytes_atomic
 from finetune.memory.devices import Driver, Gpu
 
-COLUMNS = (
-    "time", "index", "name", "status", "memory_used_gb", "memory_free_gb", "memory_total_gb", "utilization_percent",
-    "temperature_c", "power_w",
-)  # fmt: skip
+COLUMNS = ("time", *(field.name for field in fields(Gpu) if field.name != "capability"))
 NUMBER_COLUMNS = [column for column in COLUMNS if column not in ("time", "name", "status")]
 INTEGER_COLUMNS = ("index", "utilization_percent", "temperature_c")
 SUFFIXES = (".json", ".jsonl", ".csv")
-RECORD_START = '{"time": "'
 MAX_SLEEP_SECONDS = 1e9  # time.sleep refuses 1e10
 MAX_NUMBER = 1e300  # in a log; Matplotlib's axes overflow beyond
 
@@ -36,8 +34,8 @@ class GpuLog:
     """Appends one record per GPU and reading to a .json (one array), .jsonl or .csv file.
 
     Each reading is one write at the end of the file, closing bracket included, so the file is complete whenever the
-    monitor is killed. An existing log is continued; a record that a power failure cut off is dropped from it. Raises
-    UserError for another suffix, for a file that is not such a log and for a file that cannot be written.
+    monitor is killed. An existing log is continued. Raises UserError for another suffix, for a file that is not such a
+    log and for a file that cannot be written.
     """
 
     def __init__(self, path: str | Path):
@@ -64,16 +62,14 @@ class GpuLog:
         elif self.kind == ".csv":
             text = text.partition("\n")[2]
         data = text.encode("utf-8")
-        try:
-            with self.path.open("r+b", buffering=0) as file:
-                begin = file.seek(-len(closing), os.SEEK_END)
-                if file.write(data) < len(data):  # the disk is nearly full
-                    file.seek(begin)
-                    file.write(closing)
-                    file.truncate()
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}; the log ends here") from error
+        what = user_errors(f"cannot write {self.path}", "the log ends here")
+        with what, self.path.open("r+b", buffering=0) as file:
+            begin = file.seek(-len(closing), os.SEEK_END)
+            if file.write(data) < len(data):  # the disk is nearly full
+                file.seek(begin)
+                file.write(closing)
+                file.truncate()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.records += len(records)
 
 
@@ -92,36 +88,25 @@ def _as_text(records: list[dict[str, Any]], kind: str) -> str:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a log without one that is cut off at its end. Raises UserError for any other file."""
+    """The records of a log. Raises UserError for any other file, and for one that a power failure has cut off."""
     path = Path(path)
     kind, not_a_log = path.suffix.lower(), f"{path} is not a log of gpu_memory.py (fix it, or choose another --output)"
     if path.exists() and not path.is_file():  # reading a device may never end
         raise UserError(f"cannot read {path}: not a regular file")
+    text, records = read_text(path, "log"), list[dict[str, Any]]()
     try:
-        text = path.read_text(encoding="utf-8").rstrip("\0")  # which some file systems leave after a power failure
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    *lines, cut_off = text.split("\n")
-    if kind == ".csv":
-        header = ",".join(COLUMNS)
-        if (lines.pop(0) if lines else header if header.startswith(cut_off) else "") != header:
-            raise UserError(not_a_log)
-    else:
-        lines.append(cut_off)
-        if kind == ".json":
-            lines = [line.strip().rstrip(",") for line in lines]
-        lines = [line for line in lines if line not in ("", "[", "]", "[]")]
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            values = next(csv.DictReader([line], COLUMNS)) if kind == ".csv" else json.loads(line)
-            records.append(_checked(values))
-        except json.JSONDecodeError as error:
-            if number == len(lines) and (line.startswith(RECORD_START) or RECORD_START.startswith(line)):
-                break
-            raise UserError(not_a_log) from error
-        except (csv.Error, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise UserError(f"{not_a_log}: record {number}: {error}") from error
+        if kind == ".csv":
+            rows: Any = csv.DictReader(io.StringIO(text))
+            if rows.fieldnames not in (None, list(COLUMNS)):
+                raise UserError(not_a_log)
+        elif kind == ".json":
+            rows = json.loads(text or "[]")
+        else:
+            rows = map(json.loads, text.splitlines())
+        for row in rows:
+            records.append(_checked(row))
+    except (csv.Error, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{not_a_log}: record {len(records) + 1}: {error}") from error
     return records
 
 
@@ -175,34 +160,28 @@ def draw(records: list[dict[str, Any]], path: str | Path) -> Path:
     """Write a PNG of memory and load of every GPU over time, with gaps where it was lost; UserError without records."""
     if not records:
         raise UserError("nothing to draw: the log holds no reading")
-    import matplotlib as mpl
+    with new_figure(9, 5.5) as figure:
+        memory, load = figure.subplots(2, 1, sharex=True)
+        for index in sorted({r["index"] for r in records}):
+            of_gpu = [r for r in records if r["index"] == index]
+            times = [datetime.fromisoformat(r["time"]).astimezone() for r in of_gpu]
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+            def values(column: str, rows: list[dict[str, Any]] = of_gpu) -> list[float]:
+                return [float("nan") if r[column] is None else r[column] for r in rows]
 
-    figure, (memory, load) = plt.subplots(2, 1, sharex=True, figsize=(9, 5.5), layout="constrained")
-    for index in sorted({r["index"] for r in records}):
-        of_gpu = [r for r in records if r["index"] == index]
-        times = [datetime.fromisoformat(r["time"]).astimezone() for r in of_gpu]
-
-        def values(column: str, rows: list[dict[str, Any]] = of_gpu) -> list[float]:
-            return [float("nan") if r[column] is None else r[column] for r in rows]
-
-        name = f"{index}: {of_gpu[-1]['name']}".replace("$", r"\$")  # else Matplotlib reads a formula
-        (line,) = memory.plot(times, values("memory_used_gb"), label=name, drawstyle="steps-post")
-        totals = [r["memory_total_gb"] for r in of_gpu if r["memory_total_gb"] is not None]
-        if totals:
-            memory.axhline(totals[-1], color=line.get_color(), linestyle=":", linewidth=1)
-        load.plot(times, values("utilization_percent"), color=line.get_color(), drawstyle="steps-post")
-        lost = [t for t, r in zip(times, of_gpu, strict=True) if r["status"] == "lost"]
-        memory.plot(lost, [0] * len(lost), "x", color=line.get_color(), label=f"{index} lost" if lost else None)
-    memory.set_ylabel("memory in use, GB (dotted: total)")
-    load.set_ylabel("load, %")
-    memory.set_ylim(bottom=0)
-    load.set_ylim(0, 105)
-    memory.legend(loc="upper left")
-    figure.autofmt_xdate()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    plt.close(figure)
-    return write_bytes_atomic(path, picture.getvalue())
+            name = f"{index}: {of_gpu[-1]['name']}"
+            (line,) = memory.plot(times, values("memory_used_gb"), label=name, drawstyle="steps-post")
+            totals = [r["memory_total_gb"] for r in of_gpu if r["memory_total_gb"] is not None]
+            if totals:
+                memory.axhline(totals[-1], color=line.get_color(), linestyle=":", linewidth=1)
+            load.plot(times, values("utilization_percent"), color=line.get_color(), drawstyle="steps-post")
+            lost = [t for t, r in zip(times, of_gpu, strict=True) if r["status"] == "lost"]
+            memory.plot(lost, [0] * len(lost), "x", color=line.get_color(), label=f"{index} lost" if lost else None)
+        memory.set_ylabel("memory in use, GB (dotted: total)")
+        load.set_ylabel("load, %")
+        memory.set_ylim(bottom=0)
+        load.set_ylim(0, 105)
+        memory.legend(loc="upper left")
+        figure.autofmt_xdate()
+        content = picture(figure, dpi=120)
+    return write_bytes_atomic(path, content)

@@ -148,10 +148,10 @@ def load_config(
     return config
 
 
-def known_positions(name: str) -> int | None:
+def known_positions(name: str, trust_remote_code: bool = False) -> int | None:
     """`model_positions` by the name of a tokenizer; None where no usable config.json is beside it."""
     try:
-        return model_positions(load_config(name))
+        return model_positions(load_config(name, trust_remote_code=trust_remote_code))
     except UserError:
         return None
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.encoding.options import DEFAULT_OPTIONS, EncodingOptions
+from finetune.encoding.rows import encode_answers, in_rows, warn_of_length, warning_kinds
 from finetune.preparing.checks import refusal
 from finetune.preparing.mask_view import trained_spans
 from finetune.reading.load_result import Rejected
+from formats import check_tokenizer, decode
 
 
 @dataclass
@@ -53,8 +55,6 @@ class Audit:
         positions: int | None = None,
     ) -> None:  # fmt: skip
         """Encode one row and check what its labels train."""
-        from finetune.encoding.rows import encode_answers, warn_of_length, warning_kinds
-
         if reason := refusal(conversation):
             self._refuse(reason)
             return
@@ -82,8 +82,6 @@ class Audit:
 
     def _check(self, sequence, name: str, ends: set[int], tokenizer, fmt) -> list[str]:
         """Check one sequence; returns the decoded text of each trained span."""
-        from formats import decode
-
         ids, labels, roles = sequence.input_ids, sequence.labels, sequence.roles
         self.tokens.update(roles)
         texts = []
@@ -130,8 +128,6 @@ def audit(
     Warns: a turn whose text is parsed as other calls than the conversation holds; a row with more tokens than
     `positions` (of the model).
     """
-    from formats import check_tokenizer
-
     ends = set(check_tokenizer(tokenizer, fmt))
     result = Audit()
     for name, conversation in rows:
@@ -152,8 +148,6 @@ def print_audit(result: Audit, console) -> None:
     """The audit as tables on a rich console."""
     from rich.markup import escape
     from rich.table import Table
-
-    from finetune.encoding.rows import in_rows
 
     total, trained = result.tokens.total(), result.trained.total()
     table = Table("role", "tokens", "trained", "share trained", title=f"{result.rows:,} rows")

@@ -11,8 +11,7 @@ from finetune.charts.fonts import font_family, missing_glyphs_ignored
 from finetune.charts.palette import BLUE, GREEN, ORANGE
 from finetune.models.hub import public_name
 from finetune.preparing.checks import all_calls, called_tool
-from finetune.preparing.preparation import Prepared, PrepareOptions
-from finetune.preparing.reason_kinds import count_kinds
+from finetune.preparing.preparation import Prepared, PrepareOptions, count_kinds
 from finetune.preparing.splits import SPLITS, request_text
 
 COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}

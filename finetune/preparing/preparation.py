@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune.encoding.options import DEFAULT_OPTIONS, EncodingOptions
+from finetune.encoding.rows import without_oldest_turns
 from finetune.errors import UserError
 from finetune.preparing.checks import ERROR_KINDS, check_conversation, exact_key
-from finetune.preparing.reason_kinds import count_kinds
 from finetune.preparing.related_rows import continued_conversations
 from finetune.preparing.splits import SPLITS, near_duplicate_groups, parse_ratios, split_conversations, split_groups
 from finetune.reading.conversations import load_conversations
 from finetune.reading.load_result import LoadResult, Rejected, SourceRow
 from finetune.reading.sources import parse_spec
 
+MAX_KIND_LENGTH = 160
 # Fields of PrepareOptions that reading takes.
 READING_OPTIONS = ("strict", "limit", "column_map", "tools", "where", "include_rejected")
 
@@ -180,7 +182,6 @@ def _deduplicate_near(rows: list[_Row], groups: list[int], result: Prepared, opt
 
 def _fit_to_length(rows: list[_Row], result: Prepared, options: PrepareOptions, tokenizer, fmt) -> list[_Row]:
     from finetune.encoding.encode import encode_conversations
-    from finetune.encoding.rows import without_oldest_turns
 
     conversations, origins = [row.conversation for row in rows], [row.origin for row in rows]
     encoded = encode_conversations(
@@ -207,3 +208,22 @@ def _fit_to_length(rows: list[_Row], result: Prepared, options: PrepareOptions, 
         conversation = without_oldest_turns(row.conversation, removed) if removed else row.conversation
         kept.append(replace(row, conversation=conversation, length=lengths[index]))
     return kept
+
+
+def reason_kind(row: Rejected) -> str:
+    """The kind of a rejected row: that of its check, or the reason without its numbers, names and values."""
+    if row.kind:
+        return row.kind
+    reason = re.sub(r"messages? \d+( and \d+)?:? ?", "", row.reason)
+    reason = re.sub(r"'[^']*'|\"[^\"]*\"", "…", reason)
+    reason = re.sub(r"(call of|parameters of tool) [^\s:]+", r"\1 …", reason)
+    reason = re.sub(r"\(its columns: [^)]*\)", "(its columns: …)", reason)
+    return re.sub(r"\d+", "N", reason)[:MAX_KIND_LENGTH]
+
+
+def count_kinds(rejected: Iterable[Rejected]) -> list[tuple[str, int, Rejected]]:
+    """(kind, number of rows, its first row), the most frequent kind first."""
+    found: dict[str, list[Rejected]] = {}
+    for row in rejected:
+        found.setdefault(reason_kind(row), []).append(row)
+    return sorted(((kind, len(rows), rows[0]) for kind, rows in found.items()), key=lambda item: -item[1])

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from finetune.encoding.rows import in_rows
 from finetune.preparing.dataset_card import length_summary, shared_requests, tool_balance
-from finetune.preparing.preparation import Prepared
-from finetune.preparing.reason_kinds import count_kinds
+from finetune.preparing.preparation import Prepared, count_kinds
 
 MAX_SHOWN = 12  # lines of a list, names of tools
 

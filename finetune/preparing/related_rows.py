@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.preparing.groups import Groups
-
 WINDOW = 20  # characters of the pieces that are looked for in all requests
 MIN_SHARED_FRACTION = 0.5  # of the requests; a piece that more of them hold is omitted
 MIN_TEXTS = 6  # requests from which a shared piece means something
@@ -90,3 +88,26 @@ def _prefix_keys(conversation: dict[str, Any]) -> list[bytes]:
         if (message["role"] == "assistant" and ends) or number + 1 == len(messages):
             result.append(digest.copy().digest())
     return result
+
+
+class Groups:
+    """Groups of rows, a disjoint-set forest: at first every row is one; a group is named by its smallest index."""
+
+    def __init__(self, count: int):
+        self._parent = list(range(count))
+
+    def find(self, row: int) -> int:
+        """The name of a row's group."""
+        while self._parent[row] != row:
+            self._parent[row] = self._parent[self._parent[row]]
+            row = self._parent[row]
+        return row
+
+    def join(self, a: int, b: int) -> None:
+        """Make one group of those of two rows."""
+        a, b = self.find(a), self.find(b)
+        self._parent[max(a, b)] = min(a, b)
+
+    def names(self) -> list[int]:
+        """The name of every row's group."""
+        return [self.find(row) for row in range(len(self._parent))]

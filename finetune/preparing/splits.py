@@ -16,8 +16,7 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.packages import without_scipy_integrate
 from finetune.preparing.checks import called_tool
-from finetune.preparing.groups import Groups
-from finetune.preparing.related_rows import continued_conversations, own_texts
+from finetune.preparing.related_rows import Groups, continued_conversations, own_texts
 from finetune.reading.load_result import LoadResult
 
 SPLITS = ("train", "validation", "test")

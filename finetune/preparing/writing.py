@@ -6,8 +6,7 @@ from pathlib import Path
 
 from finetune.errors import UserError
 from finetune.files import json_lines, write_together
-from finetune.preparing.preparation import Prepared, PrepareOptions
-from finetune.preparing.reason_kinds import reason_kind
+from finetune.preparing.preparation import Prepared, PrepareOptions, reason_kind
 from finetune.preparing.splits import SPLITS
 from finetune.reading.load_result import Rejected
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from finetune.reading.assistant import REASONING_KEYS, read_assistant
 from finetune.reading.content_parts import Parts, holds_results, read_parts, result_text
-from finetune.reading.media import refuse_media_columns, refuse_media_keys
 from finetune.reading.null_padding import remove_null_padding
 from finetune.reading.provider_messages import converted
 from finetune.reading.raw_calls import CALLS_OF_PARTS, is_call_key, refuse_hidden_calls, without_namespace
@@ -52,6 +51,11 @@ _READ_KEYS = {  # keys of a message that are read, by role
     "assistant": _ASSISTANT_KEYS,
     "call": _ASSISTANT_KEYS,
 }
+# Pictures, sounds and videos: only text can be trained.
+_MEDIA_COLUMNS = ("images", "videos", "audios")  # lists of files, of which the text may or may not hold placeholders
+_MEDIA_OF_PLACEHOLDERS = ("image", "video", "audio", "image_path", "video_path", "audio_path", "image_url")
+_PLACEHOLDER = re.compile(r"<\|?(?:image|video|audio)(?:_?(?:pad|\d+))?\|?>", re.IGNORECASE)
+_MEDIA_KEYS = ("images", "image", "image_url", "videos", "video", "audios")
 
 
 def normalize_row(
@@ -106,7 +110,7 @@ def _conversation(
     declared = normalize_tools(fields.get("tools"), notes)
     if not isinstance(messages, list):
         raise RowError(f"messages: a JSON {json_type(messages)}, not a list")
-    refuse_media_columns(raw, messages)
+    _refuse_media_columns(raw, messages)
     system, messages, declared = without_tools(system_text(fields, notes), messages, declared, notes)
     if system and not (messages and isinstance(messages[0], dict) and _role(messages[0], 1) == "system"):
         messages = [{"role": "system", "content": system}, *messages]
@@ -239,7 +243,7 @@ def _with_parts(message: Message, role: str, parts: Parts) -> tuple[Message, lis
 
 def _check_unread(message: Message, unread: Message, role: str, notes: Counter) -> None:
     """Count the keys that are not read; raises RowError when one of them holds a text, a picture or a call."""
-    refuse_media_keys(unread)
+    _refuse_media_keys(unread)
     is_filled = any(message.get(key) is not None for key in ("content", "value")) or any(
         message.get(key) not in EMPTY for key in ("tool_calls", "function_call")
     )
@@ -267,3 +271,19 @@ def _tool_results(message: Message, content: str, tools: list[dict[str, Any]], n
         return [result]
     notes["<tool_response> tags taken off"] += 1
     return [result | {"content": part.strip().removeprefix(opening).strip()} for part in parts]
+
+
+def _refuse_media_columns(row: dict[str, Any], messages: list[Any]) -> None:
+    """Raises RowError naming a column of a row that holds images, videos or audio for its messages."""
+    for column in (*_MEDIA_COLUMNS, *_MEDIA_OF_PLACEHOLDERS):
+        if row.get(column) in EMPTY:
+            continue
+        if column in _MEDIA_COLUMNS or _PLACEHOLDER.search(as_text(messages)):
+            raise RowError(f"has the column {column}, but only text can be trained; remove such rows")
+
+
+def _refuse_media_keys(unread: dict[str, Any]) -> None:
+    """Raises RowError naming a key of a message that holds images, videos or audio."""
+    key = next((key for key in unread if key in _MEDIA_KEYS), None)
+    if key is not None:
+        raise RowError(f"has {key}, but only text can be trained; remove such rows")

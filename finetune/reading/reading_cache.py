@@ -15,7 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from finetune.files import write_to_cache
+from finetune.files import sha256_of, write_to_cache
 from finetune.reading.sources import Spec, files_of
 
 
@@ -44,8 +44,7 @@ def entry_path(cache_dir: str | Path, specs: list[Spec], options: dict[str, Any]
         digest.update(json.dumps([spec.text, *map(str, paths)]).encode())
         try:
             for path in paths:
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+                digest.update(sha256_of(path).encode())
         except OSError:  # reported when the rows are read
             return None
     return Path(cache_dir) / f"{digest.hexdigest()[:32]}.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from functools import lru_cache
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.files import read_text
 from finetune.reading.null_padding import without_null_keywords
-from finetune.reading.row_files import RowError, decode_json, json_stream, json_type
+from finetune.reading.row_files import RowError, decode_json, json_stream, json_type, strict_json
+from formats.calls import MAX_JSON_DEPTH, json_depth, reject_lone_surrogates
 
 # Type names of Python and of BFCL -> those of JSON Schema.
 _TYPES = {
@@ -195,14 +198,25 @@ def _type(name: str) -> dict[str, Any]:
 
 
 def load_tools_file(path: str | Path) -> list[dict[str, Any]]:
-    """Tool schemas of a JSON or JSON Lines file (`--tools FILE`). Raises UserError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        tools = normalize_tools(text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a JSON file with tool schemas") from error
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; give a JSON array of tool schemas") from error
-    if not tools:
+    """The tools of a file (`--tools FILE`), as `parse_tools` reads them. Raises UserError, also where it has none."""
+    if not (tools := parse_tools(read_text(path, "tools"), str(path))):
         raise UserError(f"{path}: contains no tool schema; give a JSON array of tool schemas")
+    return tools
+
+
+def parse_tools(text: str, where: str = "tools") -> list[dict[str, Any]]:
+    """Tools as JSON text in any usual notation, or as the first row of a data set. UserError, starting with `where`."""
+    value: Any = text
+    with contextlib.suppress(ValueError):
+        row = strict_json(text.lstrip().partition("\n")[0])
+        value = row["tools"] if isinstance(row, dict) and "tools" in row else text
+    try:
+        tools = normalize_tools(value)
+        reject_lone_surrogates(tools)
+        if json_depth(tools) > MAX_JSON_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; give a JSON array of tool schemas") from error
+    if len({tool["function"]["name"] for tool in tools}) < len(tools):
+        raise UserError(f"{where}: two tools have the same name; remove one of them")
     return tools

@@ -45,7 +45,7 @@ TRAINER_STATE: dict[str, Any] = {
 # The flags that commands read from a run's config.
 READ_FLAGS = (
     "format", "max_seq_length", "dataset", "rank", "alpha", "dropout", "target_modules", "lr", "epochs", "batch_size",
-    "grad_accum", "seed",
+    "grad_accum", "seed", "rope_scaling",
 )  # fmt: skip
 
 

@@ -12,18 +12,16 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError, no_room
+from finetune.errors import UserError, no_room, user_errors
 from finetune.files import current_umask, require_run_folder, write_text_atomic
 from finetune.runs.config_schema import TRAINER_STATE, checked_config, schema_fault
-from finetune.runs.links import refuse_links
-from finetune.runs.manifest import MANIFEST, has_manifest, manifest_mismatch
+from finetune.runs.manifest import manifest_mismatch
 from finetune.runs.run_log import counters_fault
 
 log = logging.getLogger("sandwich")
@@ -33,6 +31,9 @@ LOG = "training_log.csv"
 FINAL = "final_model"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 COUNTERS = "log_counters.json"  # in every checkpoint: the totals that training_log.csv continues from
+RESUMED_FILES = (
+    "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", COUNTERS,
+)  # fmt: skip
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "unsloth", "unsloth_zoo")
 
 
@@ -51,16 +52,12 @@ def check_writable(experiments_dir: str | Path, *, make: bool = True) -> Path:
     make  False: check the nearest existing parent instead of creating the folder, so that a later refusal leaves none
     """
     folder = Path(experiments_dir)
-    try:
+    with user_errors(f"cannot write to {folder}", "choose another folder with --experiments_dir"):
         if make:
             folder.mkdir(parents=True, exist_ok=True)
         existing = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
         with tempfile.TemporaryFile(dir=existing):
             pass
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror or error}; choose another folder with --experiments_dir"
-        ) from error
     return folder
 
 
@@ -179,6 +176,23 @@ def _claim(temporary: Path, target: Path) -> bool:
         raise
 
 
+def refuse_links(folder: Path, owner: Path | None = None) -> None:
+    """UserError for a link in `folder`, or `folder` itself, that leads out of `owner` (default: `folder`).
+
+    Files are written through links, so one in a run folder could replace any file of this user.
+    """
+    root = (owner or folder).resolve()
+    paths = [] if owner is None else [folder]
+    for parent, folders, files in os.walk(folder):  # does not follow links
+        paths += [Path(parent, name) for name in (*folders, *files)]
+    for path in paths:
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            raise UserError(
+                f"{path} is a link to {path.readlink()}, out of {owner or folder}, where commands would write; "
+                "remove it, or replace it by what it points to"
+            )
+
+
 def folder_status(folder: Path) -> str | None:
     """`status` in a run folder's config; None where there is none."""
     try:
@@ -221,12 +235,10 @@ def find_resumable(
     if is_checkpoint:
         if damage := checkpoint_damage(path):
             raise UserError(f"--resume {target}: {damage}; name another checkpoint, or the run's folder for its newest")
-        warn_unverified(path)
         return _open_trained(path.parent), path
     experiment = _open_trained(path)
     for checkpoint in reversed(experiment.checkpoints()):
         if (damage := checkpoint_damage(checkpoint)) is None:
-            warn_unverified(checkpoint)
             return experiment, checkpoint
         log.warning("skipping %s: %s", checkpoint, damage)
     raise UserError(f"--resume {target}: the run has no complete checkpoint; start again with --config {path / CONFIG}")
@@ -237,46 +249,30 @@ def _open_trained(folder: Path) -> Experiment:
 
 
 def checkpoint_damage(checkpoint: Path) -> str | None:
-    """Which file of a checkpoint is absent or truncated (a machine went down, a copy was aborted); None if complete.
+    """Which file of a checkpoint is absent, damaged (a machine went down, a copy was aborted) or not of such a run.
 
-    With a manifest every byte is compared to it. Without one (older versions), headers and archive directories only.
+    None if complete. Others may have written a checkpoint and its manifest: what is read before loading is checked.
     """
     if mismatch := manifest_mismatch(checkpoint):
         return mismatch
-    from safetensors import SafetensorError, safe_open
-
-    states = {path.name for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")}
-    states |= {"optimizer.pt", "scheduler.pt"}
-    if not any(name.startswith("rng_state") for name in states):  # one for each process of the run
-        states.add("rng_state.pth")
-    for name in ("adapter_config.json", "trainer_state.json", COUNTERS, "adapter_model.safetensors", *sorted(states)):
-        path = checkpoint / name
+    if missing := next((name for name in RESUMED_FILES if not (checkpoint / name).is_file()), None):
+        return f"it has no {missing}"
+    for name, fault_of in (("trainer_state.json", _state_fault), (COUNTERS, counters_fault)):
         try:
-            if name.endswith(".json"):
-                content = json.loads(path.read_text(encoding="utf-8"))
-                if not isinstance(content, dict):
-                    raise ValueError
-                if name == "trainer_state.json":
-                    if fault := schema_fault(TRAINER_STATE, content):
-                        return f"its {name}{fault}"
-                    step = content["global_step"]
-            elif name.endswith(".safetensors"):
-                safe_open(path, "numpy")
-            elif path.stat() and not zipfile.is_zipfile(path):  # torch writes zip files; their directory is at the end
-                raise ValueError
-        except FileNotFoundError:
-            return f"it has no {name}"
-        except (OSError, ValueError, RecursionError, SafetensorError):
+            if fault := fault_of(checkpoint / name):
+                return fault
+        except (OSError, ValueError, AttributeError, RecursionError):
             return f"its {name} is not complete"
-    if f"checkpoint-{step}" != checkpoint.name:
-        return f"its trainer_state.json is of step {step}: the folder was renamed"
-    return counters_fault(checkpoint / COUNTERS)
+    return None
 
 
-def warn_unverified(checkpoint: Path) -> None:
-    """One line for a checkpoint of an older version, whose bytes cannot be compared to anything."""
-    if not has_manifest(checkpoint):
-        log.warning("%s has no %s: its files cannot be verified", checkpoint, MANIFEST)
+def _state_fault(path: Path) -> str | None:
+    state = json.loads(path.read_text(encoding="utf-8"))
+    if fault := schema_fault(TRAINER_STATE, state):
+        return f"its {path.name}{fault}"
+    if path.parent.name != f"checkpoint-{state['global_step']}":
+        return f"its {path.name} is of step {state['global_step']}: the folder was renamed"
+    return None
 
 
 def package_versions() -> dict[str, str]:

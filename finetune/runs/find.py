@@ -14,12 +14,11 @@ from finetune.models.limits import check_vocabulary, model_positions
 from finetune.models.loading import Loaded, import_unsloth, load_base, load_config, load_tokenizer
 from finetune.models.rope import stretched
 from finetune.runs.experiment import CONFIG, FINAL, Experiment
-from finetune.settings import checked
+from formats import Format, choose_format, get_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from formats import Format
 
 log = logging.getLogger("sandwich")
 
@@ -117,8 +116,6 @@ class Run:
 
     def format_for(self, tokenizer: PreTrainedTokenizerBase) -> Format:
         """The format the run was trained with (the user's own by its file); without a run, chosen by the tokenizer."""
-        from formats import choose_format, get_format
-
         if self.experiment is None:
             fmt = choose_format(tokenizer)[0]
         else:
@@ -139,7 +136,7 @@ def find_run(path: str | Path, *, trust_remote_code: bool = False) -> Run:
     run = _find(path)
     run.trust_remote_code = trust_remote_code
     flags = run.experiment.config["flags"] if run.experiment is not None else {}
-    if isinstance(flags, dict) and flags.get("trust_remote_code") and not trust_remote_code:
+    if flags.get("trust_remote_code") and not trust_remote_code:
         log.warning(
             "run %s: its config sets trust_remote_code, which is ignored; add --trust_remote_code if you trust the "
             "base model", path,
@@ -172,26 +169,27 @@ def _find(path: str | Path) -> Run:
 
 
 def _open_trained(folder: Path) -> Experiment:
-    experiment = Experiment.open(folder, entries=("flags", "base_model", "format"))
-    where, flags, fmt = str(folder / CONFIG), experiment.config["flags"], experiment.config["format"]
-    if not isinstance(flags, dict) or not isinstance(fmt, dict) or not isinstance(fmt.get("name"), str):
-        raise UserError(f"{where}: flags or format is not as train_lora.py writes it; train again")
-    for name in {"max_seq_length", "format", "rope_scaling"} & flags.keys():
-        checked(where, name, flags[name])
-    return experiment
+    return Experiment.open(folder, entries=("flags", "base_model", "format"))
 
 
 def load_for_inference(
-    path: str | Path, *, base: bool = False, merged: bool = False, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    base: bool = False,
+    merged: bool = False,
+    format_name: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Format]:
     """(model, tokenizer, format) of an experiment folder, an adapter folder, or a complete model.
 
     base  True: without the adapter. merged  True: adapter folded into the weights (bfloat16 results change slightly).
+    format_name  overrides the format that the run was trained with
     Raises UserError as `find_run` does.
     """
     run = find_run(path, trust_remote_code=trust_remote_code)
     check_available(run.base_name, run.base_revision)
     loaded, fmt = run.load_base()
+    fmt = get_format(format_name, loaded.tokenizer) if format_name else fmt
     model = loaded.model
     if run.adapter is not None and not base:
         model = attach_adapter(model, run.adapter)

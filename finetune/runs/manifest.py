@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
-from finetune.files import sync
+from finetune.files import sha256_of, sync
 
 MANIFEST = "manifest.json"
 
@@ -16,24 +15,20 @@ def write_manifest(folder: Path) -> None:
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
         sync(path)
-        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     target = folder / MANIFEST
     target.write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
     for path in (target, *(path for path in folder.rglob("*") if path.is_dir()), folder):
         sync(path)
 
 
-def has_manifest(folder: Path) -> bool:
-    return (folder / MANIFEST).exists()
-
-
 def manifest_mismatch(folder: Path) -> str | None:
-    """The first file that differs from the folder's manifest; None if all are equal, or there is no manifest."""
-    if not has_manifest(folder):
-        return None
+    """The first file that differs from the folder's manifest; None if all are equal."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         recorded = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} is not complete"
     for name, (size, digest) in recorded.items():
@@ -41,15 +36,10 @@ def manifest_mismatch(folder: Path) -> str | None:
         try:
             if path.stat().st_size != size:
                 return f"its {name} is not complete ({path.stat().st_size:,} bytes instead of {size:,})"
-            if _sha256(path) != digest:
+            if sha256_of(path) != digest:
                 return f"its {name} is damaged (SHA-256 differs from {MANIFEST})"
         except FileNotFoundError:
             return f"it has no {name}"
         except OSError as error:
             return f"its {name} cannot be read ({error.strerror})"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 from finetune.files import atomic_directory, require_run_folder
 from finetune.runs.experiment import FINAL, Experiment
 from finetune.runs.model_card import model_card
+from formats import Format
 from formats.escape import unmarked_as_special
 from formats.response_template import example_answers, response_template
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from formats import Format
 
 
 def save_final_model(

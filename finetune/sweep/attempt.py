@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.packages import ROOT
 from finetune.runs.experiment import CONFIG, LOG, folder_status, list_checkpoints
 from finetune.runs.run_log import COLUMNS, read_rows
 from finetune.sweep.file_sync import FileSync, Workspace, open_workspace
 from finetune.sweep.processes import end_tree, running_tree, start
 from finetune.sweep.runs import FAILED, FINISHED, INTERRUPTED, REFUSED, STOPPED, archive_broken, now
 
-ROOT = Path(__file__).resolve().parents[2]
 REPORTED_COLUMNS = ("step", "epoch", "loss", "eval_loss")
 MAX_LINES = 12
 MAX_LINE_LENGTH = 500

@@ -21,6 +21,7 @@ from finetune import settings
 from finetune.charts.run_labels import value_text
 from finetune.errors import UserError
 from finetune.files import read_data
+from finetune.runs.config_schema import schema_fault
 from finetune.settings import BY_NAME, FLAGS, Settings
 
 # Flags of train_lora.py that the sweep sets itself.
@@ -124,14 +125,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
     Raises UserError, naming the file and the section.
     """
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
-
-    data = read_data("sweep", path)
-    if error := best_match(Draft202012Validator(SCHEMA).iter_errors(data)):
-        where = ", ".join([f"sweep {path}", *map(str, error.absolute_path)])
-        raise UserError(f"{where}: {error.message}; see docs/sweeps.md")
-    where = f"sweep {path}"
+    where, data = f"sweep {path}", read_data("sweep", path)
+    if fault := schema_fault(SCHEMA, data):
+        raise UserError(f"{where}{fault}; see docs/sweeps.md")
     train = dict(data.get("train") or {})
     recipe = fixed_flags(["--config", str(train.pop("config"))])[0] if "config" in train else {}
     draws = data.get("random")

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import psutil
 
-from finetune.errors import UserError
+from finetune.errors import user_errors
 
 
 def start(arguments: Sequence[str], cwd: Path, output: BinaryIO, task: dict[str, Any]) -> subprocess.Popen:
@@ -26,14 +26,12 @@ def start(arguments: Sequence[str], cwd: Path, output: BinaryIO, task: dict[str,
     env["PYTHONUNBUFFERED"] = "1"
     if not task["gpus"]:
         env["OMP_NUM_THREADS"] = str(max(1, int(task["cpus"])))
-    try:
+    with user_errors(f"cannot start {arguments[0]}", "check --command"):
         return subprocess.Popen(
             list(arguments), cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             start_new_session=os.name == "posix",
             preexec_fn=_end_with_worker(task["processes"] > 1),  # noqa: PLW1509 (system calls only, no Python locks)
         )  # fmt: skip
-    except OSError as error:
-        raise UserError(f"cannot start {arguments[0]}: {error.strerror}; check --command") from error
 
 
 def _end_with_worker(torchrun: bool) -> Callable[[], None] | None:

@@ -10,13 +10,12 @@ import signal
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 from finetune.errors import UserError, require
+from finetune.packages import ROOT
 
 log = logging.getLogger("sandwich")
-ROOT = Path(__file__).resolve().parents[2]
 HANGUP = {signal.SIGHUP} if hasattr(signal, "SIGHUP") else set()  # a closed terminal; Windows has no such signal
 OBJECT_STORE_BYTES = 256 << 20  # chunks of files pass through it, never complete models
 CODE = {"finetune", "formats", "train_lora.py"}  # what a node needs of this checkout

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import itertools
 import json
 import logging
 import os
 import socket
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from typing import Any
 from filelock import FileLock
 
 from finetune.errors import UserError
-from finetune.files import acquire_lock, write_text_atomic
+from finetune.files import acquire_lock, free_path, sha256_of, write_text_atomic
 from finetune.runs.experiment import check_writable, folder_status
-from finetune.sweep.grid import Point
-from finetune.sweep.growth import with_earlier_names
+from finetune.settings import Settings
+from finetune.sweep.grid import OWN_FILES, Point, free_name
 
 log = logging.getLogger("sandwich")
 SWEEP, SWEEP_LOG, LOGS, LOCK, TOKEN = "sweep.json", "sweep.log", "logs", ".lock", ".token"
@@ -155,7 +156,7 @@ def _restore_progress(path: Path, config: dict[str, Any], points: list[Point]) -
         identity, digests, command_line = old["id"], dict(old["data"]), " ".join(map(str, old["argv"]))
         config["started"] = str(old["started"])
         records = {record["name"]: record for record in old["runs"]}
-        named = with_earlier_names(points, old["runs"])
+        named = _with_earlier_names(points, old["runs"])
         is_alike = all(_as_stored(config, name) == old["settings"].get(name) for name in ("command", "asha"))
         runs = [SweepRun(point) for point in named or points]
         for run in runs:
@@ -186,17 +187,35 @@ def _restore_progress(path: Path, config: dict[str, Any], points: list[Point]) -
     return runs
 
 
+def _with_earlier_names(points: Sequence[Point], records: Sequence[dict[str, Any]]) -> list[Point] | None:
+    """The points, in their order, those of the earlier sweep under the names they have in its sweep.json (`records`).
+
+    A run is the same if all its flags are, defaults included. None where a run of the earlier sweep is absent.
+    """
+    names = {_key(record["flags"]): str(record["name"]) for record in records}
+    keys = [_key(point.flags) for point in points]
+    if not names.keys() <= set(keys):
+        return None
+    taken = {*OWN_FILES, *(name.lower() for name in names.values())}
+    return [
+        replace(point, name=names[key] if key in names else free_name(point.name, taken))
+        for point, key in zip(points, keys, strict=True)
+    ]
+
+
+def _key(flags: dict[str, Any]) -> str:
+    with contextlib.suppress(TypeError, UserError):  # another version wrote them: no run of today is the same
+        flags = Settings(**flags).run_flags()
+    return json.dumps(flags, sort_keys=True)
+
+
 def _as_stored(config: dict[str, Any], name: str) -> Any:
     return json.loads(json.dumps(config["settings"].get(name)))
 
 
 def archive_broken(folder: Path) -> None:
     """Rename what is left of an attempt without a checkpoint to the hidden name `.<run>_broken_N`."""
-    for number in range(1, 10_000):
-        target = folder.with_name(f".{folder.name}_broken_{number}")
-        if not target.exists():
-            folder.rename(target)
-            return
+    folder.rename(free_path(folder.with_name(f".{folder.name}_broken_{number}") for number in itertools.count(1)))
 
 
 def data_digests(points: list[Point]) -> dict[str, str]:
@@ -206,8 +225,7 @@ def data_digests(points: list[Point]) -> dict[str, str]:
         for name in [*(flags.get("dataset") or []), *(flags.get("eval_dataset") or []), flags.get("format") or ""]:
             path = name.rsplit("*", 1)[0]  # rows.jsonl*0.5 uses half of the rows
             if path and path not in digests and Path(path).is_file():
-                with Path(path).open("rb") as file:
-                    digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
+                digests[path] = sha256_of(Path(path))
     return digests
 
 

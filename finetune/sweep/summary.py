@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.charts import curves
 from finetune.charts.curves import LoggedRun, last_tenth
+from finetune.charts.plots import draw_curves
 from finetune.charts.run_labels import Comparison, compare_runs
 from finetune.charts.tables import print_table, write_summary
 from finetune.runs.experiment import LOG
@@ -63,8 +64,6 @@ def write_results(sweep: Sweep) -> Best | None:
         print_table(table)
     write_summary(sweep.folder / SUMMARY, comparison, table)
     if any(row["final_loss"] is not None for row in table):  # truncated adapters have none, but their run has
-        from finetune.charts.plots import draw_curves
-
         draw_curves(comparison, sweep.folder / PICTURE, repeats=True)
     return best
 

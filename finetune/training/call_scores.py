@@ -12,12 +12,12 @@ from finetune import distributed
 from finetune.errors import UserError
 from finetune.evaluation.items import CALL, Item, items_of
 from finetune.evaluation.run import answer_token_limit, judge, make_prompts
+from finetune.reading.load_result import LoadResult
+from formats import Format, decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.reading.load_result import LoadResult
-    from formats import Format
 
 log = logging.getLogger("sandwich")
 
@@ -105,7 +105,6 @@ class CallScorer:
     def _answer(self, model: Any, items: range) -> list[float]:
         """[answers with the right tools, with the right arguments too, answers], summed over all processes."""
         from finetune.generation.generate import Decoding, generate
-        from formats import decode
 
         mine: Sequence[int] = items[distributed.rank() :: distributed.size()]
         right = [0.0] * len(VERDICTS)

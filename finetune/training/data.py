@@ -9,13 +9,13 @@ from finetune.errors import UserError
 from finetune.models.bundled import cache_dir
 from finetune.models.limits import LengthLimit
 from finetune.settings import Settings
+from formats import Format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from finetune.encoding.encoded import EncodedRows
     from finetune.reading.load_result import LoadResult
-    from formats import Format
 
 MAX_DROPPED_FRACTION = 0.5  # of the rows; a run that loses more would not train what it was meant to
 

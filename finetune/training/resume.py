@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from finetune.errors import UserError, no_room
+from finetune.errors import UserError, no_room, user_errors
 from finetune.runs.experiment import checkpoint_damage, list_checkpoints
 
 log = logging.getLogger("sandwich")
@@ -89,12 +89,8 @@ def remove_later_checkpoints(checkpoint: Path) -> None:
     names = [path.name for path in checkpoints]
     for path in checkpoints[names.index(checkpoint.name) + 1 :]:
         log.info("removing %s: the run resumes at %s", path.name, checkpoint.name)
-        try:
+        with user_errors(f"{path} cannot be removed", f"remove it, or resume from it with --resume {path}"):
             shutil.rmtree(path)
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be removed ({error.strerror}); remove it, or resume from it with --resume {path}"
-            ) from error
 
 
 def unloadable(checkpoint: Path, error: Exception) -> UserError | None:
