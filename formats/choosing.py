@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,14 @@ def choose_format(tokenizer: Any) -> tuple[Format, str]:
         fmt, reason = detect(added, own)
         fmt = get_format(fmt.name, tokenizer)
     return fmt, f"the tokenizer's own template has no place for tools; {reason}"
+
+
+def alternatives(fmt: Format, tokenizer: Any) -> Iterator[Format]:
+    """The other formats that the tokenizer's model can be trained with, the one that `auto` chooses first."""
+    named = _candidates(set(added_tokens(tokenizer)), own_template(tokenizer), tokenizer)
+    for other in itertools.chain((choose_format(tokenizer)[0],), named):
+        if other.name != fmt.name:
+            yield other
 
 
 def _candidates(added: set[str], own: str, tokenizer: Any) -> Iterator[Format]:

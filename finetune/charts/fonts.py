@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 # Data sets and runs may have Korean names; the first of these that is installed is used.
-KOREAN_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "Malgun Gothic", "NanumGothic", "AppleGothic", "UnDotum")
-KOREAN_FILES = ("NotoSansCJK-Regular.ttc", "NotoSansKR-Regular.otf", "malgun.ttf", "NanumGothic.ttf", "AppleGothic.ttf",
-                "UnDotum.ttf")  # fmt: skip
+KOREAN_FONTS = {
+    "Noto Sans CJK KR": "NotoSansCJK-Regular.ttc", "Noto Sans KR": "NotoSansKR-Regular.otf",
+    "Malgun Gothic": "malgun.ttf", "NanumGothic": "NanumGothic.ttf", "AppleGothic": "AppleGothic.ttf",
+    "UnDotum": "UnDotum.ttf",
+}  # fmt: skip
 
 
 def font_family(text: str) -> list[str]:
@@ -32,7 +34,7 @@ def drawing_font(text: str, size: int) -> FreeTypeFont:
     """Pillow's font for a picture with this text: matplotlib's, without importing it, where that has the letters."""
     from PIL import ImageFont
 
-    for name in () if text.isascii() else KOREAN_FILES:
+    for name in () if text.isascii() else KOREAN_FONTS.values():
         with contextlib.suppress(OSError):
             return ImageFont.truetype(name, size)
     (folder,) = importlib.util.find_spec("matplotlib").submodule_search_locations  # type: ignore[union-attr, misc]
