@@ -298,9 +298,10 @@ def test_refused_rows_name_a_format_with_a_place_for_them(caplog):
     tokenizer = parts.fresh_tokenizer("llama3")
     tokenizer.chat_template = None
     fmt = get_format("auto", tokenizer)
-    data = RunData(load_conversations(ROOT / "data" / "samples" / "korean_apigen.jsonl"))
+    samples = sorted((ROOT / "data" / "samples").glob("korean_*.jsonl"))
+    data = RunData(load_conversations(samples))
     data.encode(tokenizer, fmt, Settings(), LengthLimit(9000, None))
-    assert fmt.name == "llama3" and data.rows.report["refused"] == 14
+    assert fmt.name == "llama3" and data.rows.report["refused"] >= 14
     (said,) = (record.getMessage() for record in caplog.records if "--format" in record.getMessage())
     other = get_format(said.partition("--format ")[2].split()[0], tokenizer)
-    assert encode_conversations(data.train.conversations, tokenizer, other).report["kept"] == 20
+    assert encode_conversations(data.train.conversations, tokenizer, other).report["refused"] == 0
