@@ -54,13 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     # 1. Check the flags and read the rows before anything slow is imported, so that mistakes show within a second.
     console = start_console_log()
     settings, stopped_run, checkpoint = find_stopped_run(settings)
-    if settings.init_adapter and stopped_run is None:
-        from finetune.training.second_stage import with_adapter_flags
-
-        settings = with_adapter_flags(settings)
-    if wants_wandb() and "report_to" not in settings.given and stopped_run is None:
-        settings.report_to = "wandb"
-        log.info("USE_WANDB is set: --report_to wandb")
+    if stopped_run is None:
+        settings = complete_flags(settings)
     check_tracker(settings.report_to)
     check_upload(settings.push_to_hub, settings.model)
     distributed.refuse_sharding()
@@ -98,15 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         trainer = prepare_training(settings, experiment, data, fmt, tokenizer, loaded, model, console)
         if not train(trainer, experiment, checkpoint):
             return trainer.stop_callback.exit_status
-        if distributed.rank() == 0:
-            from finetune.runs.saving import save_final_model
-
-            save_final_model(experiment, model, tokenizer, fmt, end_of_turn_ids)
-        from finetune.training.rank_use import record_rank_use
-
-        record_rank_use(trainer, experiment, settings.eval_ranks or [])
-        if distributed.rank() == 0:
-            experiment.ended("finished")
+        save(trainer, experiment, model, tokenizer, fmt, end_of_turn_ids, settings.eval_ranks or [])
     trainer.stop_callback.restore_handlers()
     if distributed.rank() == 0:
         finish(experiment, settings.push_to_hub)
@@ -143,6 +130,18 @@ def find_stopped_run(settings: Settings) -> tuple[Settings, Experiment | None, P
     settings.revision = run.config.get("base_model_revision") or settings.revision
     log.info("resuming %s at %s", run.folder, checkpoint.name)
     return settings, run, checkpoint
+
+
+def complete_flags(settings: Settings) -> Settings:
+    """Flags of a new run that follow from the adapter of --init_adapter or from the environment."""
+    if settings.init_adapter:
+        from finetune.training.second_stage import with_adapter_flags
+
+        settings = with_adapter_flags(settings)
+    if wants_wandb() and "report_to" not in settings.given:
+        settings.report_to = "wandb"
+        log.info("USE_WANDB is set: --report_to wandb")
+    return settings
 
 
 def auto_target(settings: Settings) -> str | None:
@@ -375,6 +374,21 @@ def train(trainer: SandwichTrainer, experiment: Experiment, checkpoint: Path | N
     flags = ["--resume", str(experiment.folder)] if step else ["--config", str(experiment.folder / CONFIG)]
     log.warning("stopped after step %d; continue with: python train_lora.py %s", step, shlex.join(flags))
     return False
+
+
+def save(
+    trainer: SandwichTrainer, experiment: Experiment, model: PeftModel, tokenizer: PreTrainedTokenizerBase, fmt: Format,
+    end_of_turn_ids: list[int], ranks: list[int],
+) -> None:  # fmt: skip
+    """Save the adapter, evaluate it at smaller ranks (by all processes), and mark the run as finished."""
+    from finetune.runs.saving import save_final_model
+    from finetune.training.rank_use import record_rank_use
+
+    if distributed.rank() == 0:
+        save_final_model(experiment, model, tokenizer, fmt, end_of_turn_ids)
+    record_rank_use(trainer, experiment, ranks)
+    if distributed.rank() == 0:
+        experiment.ended("finished")
 
 
 def finish(experiment: Experiment, repository: str | None) -> None:
