@@ -10,6 +10,12 @@ from finetune.charts.fonts import drawing_font
 WIDTH, ROW, MARGIN, SIZE = 1000, 26, 14, 15  # pixels
 
 
+def short_label(name: str, most: int = 60) -> str:
+    """A name as it is drawn: only printable characters, the end of a long one cut off."""
+    name = "".join(letter if letter.isprintable() else " " for letter in name)
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 def stacked_bars(
     title: str, bars: Sequence[tuple[str, Mapping[str, float]]], colours: Mapping[str, str], full: float | None = None
 ) -> bytes:

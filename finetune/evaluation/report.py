@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from finetune.charts.bars import stacked_bars
+from finetune.charts.bars import short_label, stacked_bars
 from finetune.charts.fonts import missing_glyphs_ignored
 from finetune.charts.palette import BLUE, ORANGE
 from finetune.evaluation.folder import FILE_PREFIXES
@@ -138,7 +138,7 @@ def _confusion_picture(metrics: Scores, path: Path) -> Path:
                 if count:
                     color = "white" if shares[i, j] > 0.5 else "black"
                     axis.text(j, i, str(count), ha="center", va="center", fontsize=7, color=color)
-        ticks = {"labels": list(map(_short, labels)), "fontsize": 7, "parse_math": False}
+        ticks = {"labels": [short_label(label, 28) for label in labels], "fontsize": 7, "parse_math": False}
         axis.set_xticks(range(len(labels)), rotation=90, **ticks)
         axis.set_yticks(range(len(labels)), **ticks)
         axis.set_xlabel("tool called")
@@ -182,16 +182,12 @@ def _f1_picture(metrics: Scores, path: Path) -> Path:
     last = tables[list(tables)[-1]]
     tools = sorted(set().union(*tables.values()), key=lambda tool: (-last.get(tool, {}).get("support", 0), tool))
     bars = [
-        (_short(tool) if number == 0 else "", {side: table.get(tool, {}).get("f1", 0.0)})
+        (short_label(tool, 28) if number == 0 else "", {side: table.get(tool, {}).get("f1", 0.0)})
         for tool in sorted(tools[:MAX_PICTURED_TOOLS], key=lambda tool: -last.get(tool, {}).get("f1", 0))
         for number, (side, table) in enumerate(tables.items())
     ]
     colours = dict(zip(tables, [BLUE, ORANGE][-len(tables) :], strict=True))
     return write_bytes_atomic(path, stacked_bars("F1 by tool", bars, colours, full=1))
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= 28 else label[:27] + "…"
 
 
 def one_request(scored: dict[str, Sequence[Scored]]) -> str:

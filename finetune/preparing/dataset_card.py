@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from finetune.charts.bars import stacked_bars
+from finetune.charts.bars import short_label, stacked_bars
 from finetune.charts.palette import BLUE, GREEN, ORANGE
 from finetune.models.hub import public_name
 from finetune.preparing.checks import all_calls, called_tool
@@ -18,7 +18,6 @@ COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
 MAX_TOOL_BARS, MAX_LENGTH_BARS = 40, 20
 ROUND_STEPS = [digit * 10**power for power in range(12) for digit in (1, 2, 5)]
 MAX_TOOLS_IN_CARD = 30
-MAX_LABEL_LENGTH = 60
 
 
 def length_summary(result: Prepared) -> list[tuple[str, int, int, int, int]]:
@@ -149,9 +148,4 @@ def draw_lengths(result: Prepared, limit: int | None) -> bytes:
 def draw_tools(result: Prepared) -> bytes:
     """PNG: rows per tool and split as bars; the rarest of too many tools share one bar."""
     balance = _most_frequent(tool_balance(result), MAX_TOOL_BARS)
-    return stacked_bars("rows by tool", [(_label(tool), counts) for tool, counts in balance], COLOURS)
-
-
-def _label(name: str) -> str:
-    name = "".join(letter if letter.isprintable() else " " for letter in name)
-    return name if len(name) <= MAX_LABEL_LENGTH else f"{name[: MAX_LABEL_LENGTH - 1]}…"
+    return stacked_bars("rows by tool", [(short_label(tool), counts) for tool, counts in balance], COLOURS)
