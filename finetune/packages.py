@@ -6,11 +6,14 @@ worker process. A process that has called `hide_torch` gets the tokenizers witho
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import os
 import re
 import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +94,21 @@ def hide_unused() -> None:
     if "transformers" not in sys.modules:
         for name in ("sklearn", "scipy", "peft", "bitsandbytes"):
             sys.modules.setdefault(name, None)
+
+
+@contextlib.contextmanager
+def without_scipy_integrate() -> Iterator[None]:
+    """Import datasketch without scipy.integrate: it takes more than a second, and given parameters need no integral."""
+    names = [name for name in ("scipy", "scipy.integrate") if name not in sys.modules]
+    for name in names:
+        sys.modules[name] = types.ModuleType(name)
+    if "scipy.integrate" in names:
+        sys.modules["scipy.integrate"].quad = None
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
 
 
 def unhide_torch() -> None:

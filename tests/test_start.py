@@ -18,7 +18,7 @@ ROWS = str(ROOT / "data" / "samples" / "korean_apigen.jsonl")
     ("command", "unwanted"),
     [
         (["visualize_loss.py", "training_log.csv", "-o", "loss.png"], NO_MODEL),
-        (["prepare_data.py", ROWS, "--output", "out"], (*NO_MODEL, "matplotlib")),
+        (["prepare_data.py", ROWS, "--output", "out"], NO_MODEL),
         (["prepare_data.py", "generate", "--tools", str(ROOT / "data/samples/house_tools.json"), "--output", "made"],
          (*NO_MODEL, "matplotlib")),
         (["train_lora.py", "--doctor"], NO_MODEL),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from finetune.charts.bars import short_label, stacked_bars
+from finetune.charts.fonts import font_family, missing_glyphs_ignored
 from finetune.charts.palette import BLUE, GREEN, ORANGE
 from finetune.models.hub import public_name
 from finetune.preparing.checks import all_calls, called_tool
@@ -15,9 +16,9 @@ from finetune.preparing.reason_kinds import count_kinds
 from finetune.preparing.splits import SPLITS, request_text
 
 COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
-MAX_TOOL_BARS, MAX_LENGTH_BARS = 40, 20
-ROUND_STEPS = [digit * 10**power for power in range(12) for digit in (1, 2, 5)]
+MAX_TOOL_BARS = 40
 MAX_TOOLS_IN_CARD = 30
+MAX_LABEL_LENGTH = 60
 
 
 def length_summary(result: Prepared) -> list[tuple[str, int, int, int, int]]:
@@ -133,19 +134,52 @@ def _cell(text: str) -> str:
 
 
 def draw_lengths(result: Prepared, limit: int | None) -> bytes:
-    """PNG: rows by length, splits stacked."""
-    every = [length for lengths in result.lengths.values() for length in lengths]
-    step = next(step for step in ROUND_STEPS if max(every) - min(every) < step * MAX_LENGTH_BARS)
-    table = {number: Counter() for number in range(min(every) // step, max(every) // step + 1)}
-    for name, lengths in result.lengths.items():
-        for length in lengths:
-            table[length // step][name] += 1
-    bars = [(f"{number * step:,} to {(number + 1) * step - 1:,}", counts) for number, counts in table.items()]
-    title = f"rows by length in {result.unit}" + (f", max_seq_length {limit:,}" if limit else "")
-    return stacked_bars(title, bars, COLOURS)
+    """PNG: histogram of row lengths, splits stacked; a line marks the length limit."""
+    figure, axes = _figure(8, 3.6)
+    names = [name for name in SPLITS if result.lengths[name]]
+    values = [result.lengths[name] for name in names]
+    axes.hist(values, bins=40, stacked=True, label=names, color=[COLOURS[name] for name in names])
+    if limit and max(map(max, values)) > limit / 3:
+        axes.axvline(limit, color="black", linestyle="--", linewidth=1, label=f"max_seq_length {limit}")
+    axes.set_xlabel(f"{result.unit} per row")
+    axes.set_ylabel("rows")
+    return _png(figure, axes)
 
 
 def draw_tools(result: Prepared) -> bytes:
     """PNG: rows per tool and split as bars; the rarest of too many tools share one bar."""
     balance = _most_frequent(tool_balance(result), MAX_TOOL_BARS)
-    return stacked_bars("rows by tool", [(short_label(tool), counts) for tool, counts in balance], COLOURS)
+    labels = [_label(tool) for tool, _ in balance]
+    figure, axes = _figure(8, 1.2 + 0.28 * len(balance), "".join(labels))
+    left = [0] * len(balance)
+    for name in SPLITS:
+        values = [counts[name] for _, counts in balance]
+        axes.barh(range(len(balance)), values, left=left, color=COLOURS[name], label=name)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    axes.set_yticks(range(len(balance)), labels, parse_math=False)  # a name may hold "$"
+    axes.invert_yaxis()
+    axes.set_xlabel("rows")
+    return _png(figure, axes)
+
+
+def _label(name: str) -> str:
+    name = "".join(letter if letter.isprintable() else " " for letter in name)
+    return name if len(name) <= MAX_LABEL_LENGTH else f"{name[: MAX_LABEL_LENGTH - 1]}…"
+
+
+def _figure(width: float, height: float, text: str = ""):
+    """(figure, axes) with a font that has the letters of a text."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["font.family"] = font_family(text)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _png(figure, axes) -> bytes:
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    with missing_glyphs_ignored():
+        figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

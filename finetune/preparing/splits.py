@@ -14,6 +14,7 @@ from operator import itemgetter
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.packages import without_scipy_integrate
 from finetune.preparing.checks import called_tool
 from finetune.preparing.groups import Groups
 from finetune.preparing.related_rows import continued_conversations, own_texts
@@ -23,7 +24,6 @@ SPLITS = ("train", "validation", "test")
 MIN_SIMILARITY = 0.8  # Jaccard similarity of shingles from which two requests count as near-duplicates
 # Bands, and hashes per band, of MinHash LSH: finds 99.98 % of pairs at similarity 0.8 (1 - (1 - 0.8^4)^16).
 LSH_BANDS, LSH_BAND_HASHES = 16, 4
-PRIME = 2**31 - 1  # hash number i of a shingle is (factor i * shingle + offset i) modulo this, as in universal hashing
 # Of 64 hashes, at similarity 0.8 fewer than 40 are shared by 0.03 % of pairs; at 0.45 at least 40 by 0.4 %.
 MIN_SHARED_HASHES = 40
 MIN_WORD_SHINGLES = 500  # characters of a text from which shingles are of words, if it has spaces
@@ -99,16 +99,18 @@ def _lsh_buckets(sets: dict[int, frozenset[int]]) -> tuple[Any, list[list[int]]]
     """(MinHash signatures by item, items that share a band of theirs): items and buckets in ascending order."""
     import numpy as np
 
+    with without_scipy_integrate():
+        from datasketch import MinHash, MinHashLSH
+
     hashes = LSH_BANDS * LSH_BAND_HASHES
-    factors, offsets = np.random.default_rng(1).integers(1, PRIME, (2, hashes, 1), dtype=np.uint64)
+    index = MinHashLSH(num_perm=hashes, params=(LSH_BANDS, LSH_BAND_HASHES))
+    made = MinHash.generator(sets.values(), num_perm=hashes, seed=1, hashfunc=int)
     signatures = np.zeros((max(sets, default=-1) + 1, hashes), dtype=np.uint32)
-    buckets = defaultdict(list)
-    for item in sorted(sets):
-        values = np.fromiter(sets[item], np.uint64, len(sets[item])) % PRIME
-        signatures[item] = ((factors * values + offsets) % PRIME).min(axis=1)
-        for band, part in enumerate(signatures[item].reshape(LSH_BANDS, -1)):
-            buckets[band, part.tobytes()].append(item)
-    return signatures, sorted((bucket for bucket in buckets.values() if len(bucket) > 1), key=itemgetter(0))
+    for item, signature in zip(sets, made, strict=True):
+        index.insert(item, signature, check_duplication=False)
+        signatures[item] = signature.hashvalues
+    buckets = (sorted(table.get(key)) for table in index.hashtables for key in table)
+    return signatures, sorted((bucket for bucket in buckets if len(bucket) > 1), key=itemgetter(0))
 
 
 def parse_ratios(text: str) -> tuple[float, ...]:
