@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     if settings.doctor:
         from finetune import doctor
 
-        return doctor.report()
+        return doctor.report(deep=settings.doctor == "deep")
 
     # 1. Check the flags and read the rows before anything slow is imported, so that mistakes show within a second.
     console = start_console_log()

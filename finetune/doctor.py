@@ -34,30 +34,31 @@ MIN_FREE_GIB = 5
 PROBE_TIMEOUT_SECONDS = 900  # the first import compiles a thousand modules
 INSTALL = "make install, or the pip commands for this kind of machine in the README"
 
-TORCH_FACTS = """
-import json, sys, torch
+# Run in subprocesses: importing Unsloth patches the process, and a broken build may crash it.
+TORCH_PROBE = """
+import contextlib, json, torch
 cuda = torch.cuda.is_available()
 gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if cuda else []
 facts = {"version": torch.__version__, "cuda": torch.version.cuda,
     "hip": getattr(torch.version, "hip", None), "available": cuda,
-    "gpus": [[c.name, c.total_memory / 2**30, f"{c.major}.{c.minor}"] for c in gpus]}
-"""
-TORCH_PROBE = f"""{TORCH_FACTS}
+    "gpus": [[c.name, c.total_memory / 2**30, f"{c.major}.{c.minor}"] for c in gpus],
+    "threads": torch.get_num_threads()}
+with contextlib.suppress(Exception):  # a package is missing
+    from finetune.models.loading import default_dtype
+    facts["dtype"] = default_dtype()
 print("\\nPROBE" + json.dumps(facts))
 """
-# Run in a subprocess: importing Unsloth patches the process, and a broken build may crash it.
-UNSLOTH_PROBE = f"""
-import sys
+UNSLOTH_PROBE = """
+import json, sys
 for name in ("sklearn", "scipy"):  # Transformers imports them where they are installed; they take seconds
     sys.modules[name] = None
-{TORCH_FACTS}
-out = {{"torch": facts}}
+out = {}
 try:
-    from finetune.errors import UserError
     from finetune.models.loading import default_dtype, import_unsloth
     import_unsloth()
+    import torch
     from unsloth.device_type import DEVICE_TYPE
-    out.update(unsloth=DEVICE_TYPE, dtype=default_dtype(), threads=torch.get_num_threads())
+    out.update(unsloth=DEVICE_TYPE, dtype=default_dtype())
     try:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,9 +66,9 @@ try:
         back = dequantize_4bit(*quantize_4bit(weights, quant_type="nf4"))
         out["four_bit"] = bool((back - weights).abs().max() < 0.2)
     except Exception as error:
-        out["four_bit"], out["four_bit_error"] = False, f"{{type(error).__name__}}: {{error}}"
+        out["four_bit"], out["four_bit_error"] = False, f"{type(error).__name__}: {error}"
 except BaseException as error:
-    out["error"] = str(error) if type(error).__name__ == "UserError" else f"{{type(error).__name__}}: {{error}}"
+    out["error"] = str(error) if type(error).__name__ == "UserError" else f"{type(error).__name__}: {error}"
 print("\\nPROBE" + json.dumps(out))
 """
 
@@ -90,9 +91,9 @@ class Checkup:
         self.warnings.append((problem, fix))
 
 
-def report() -> int:
+def report(*, deep: bool = False) -> int:
     """Print one screen; returns 0 when this machine is ready to train, otherwise 1."""
-    checkup = examine()
+    checkup = examine(deep=deep)
     print("Sandwich doctor\n")
     for name, text in checkup.lines:
         print(f"  {name:<12} {text}")
@@ -106,16 +107,21 @@ def report() -> int:
     return 1 if checkup.blocking else 0
 
 
-def examine() -> Checkup:
+def examine(*, deep: bool = False) -> Checkup:
+    """All checks. Unsloth takes many seconds to import: this is done if `deep`, on a GPU, and with other versions than
+    the tested ones.
+    """
     checkup = Checkup()
     _system(checkup)
-    installed = _packages(checkup)
-    unsloth = probe(UNSLOTH_PROBE) if {"torch", "unsloth"} <= installed.keys() else {}
-    # Asked alone where the import of Unsloth ended the process, or is not installed.
-    torch = unsloth.pop("torch", None) or (probe(TORCH_PROBE) if "torch" in installed else None)
+    installed, as_tested = _packages(checkup)
+    torch = probe(TORCH_PROBE) if "torch" in installed else None
     _device(checkup, torch)
-    if torch and "error" not in torch and unsloth:
-        _unsloth(checkup, unsloth, installed["unsloth"])
+    if torch and "error" not in torch and "unsloth" in installed:
+        if deep or torch["available"] or not as_tested:
+            answer = probe(UNSLOTH_PROBE)
+        else:
+            answer = {"dtype": torch.get("dtype")}
+        _unsloth(checkup, answer, installed["unsloth"], torch["threads"])
     checkup.line("HF token", token_source())
     _folders(checkup)
     return checkup
@@ -143,8 +149,8 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def _packages(checkup: Checkup) -> dict[str, str]:
-    """Compare the installed packages with the pins; returns package -> installed version."""
+def _packages(checkup: Checkup) -> tuple[dict[str, str], bool]:
+    """Compare the installed packages with the pins: (package -> installed version, whether all are the pinned ones)."""
     pins = read_pins()
     found = {name: installed_version(name) for name in pins.keys() | REQUIRED}
     installed = {name: version for name, version in found.items() if version}
@@ -162,7 +168,7 @@ def _packages(checkup: Checkup) -> dict[str, str]:
     shown = "  ".join(f"{name} {installed[name]}" for name in SHOWN if name in installed)
     if shown:
         checkup.line("", shown)
-    return installed
+    return installed, not others and not missing
 
 
 def probe(code: str) -> dict[str, Any]:
@@ -225,15 +231,21 @@ def _device(checkup: Checkup, torch: dict[str, Any] | None) -> None:
         checkup.warn(problem, f"pip uninstall {' '.join(cuda_only)}")
 
 
-def _unsloth(checkup: Checkup, answer: dict[str, Any], version: str) -> None:
+def _unsloth(checkup: Checkup, answer: dict[str, Any], version: str, threads: int) -> None:
     if "error" in answer:
         checkup.line("Unsloth", f"{version}, cannot be imported")
         checkup.block(answer["error"], INSTALL)
         return
-    backend = "CPU fallback" if answer["unsloth"] == "cpu" else f"{answer['unsloth'].upper()} backend"
-    checkup.line("Unsloth", f"{version}, {backend}, {answer['threads']} CPU threads")
+    if device := answer.get("unsloth"):
+        used = "CPU fallback" if device == "cpu" else f"{device.upper()} backend"
+    else:
+        used = "not imported, as all versions are the tested ones (--doctor deep does)"
+    checkup.line("Unsloth", f"{version}, {used}")
     dtypes = {"bfloat16": "bfloat16, in hardware", "float16": "float16 (no bfloat16 in hardware)"}
-    checkup.line("Precision", dtypes.get(answer["dtype"], "float32 (bfloat16 is emulated and slow here)"))
+    precision = dtypes.get(answer["dtype"], "float32 (bfloat16 is emulated and slow here)")
+    checkup.line("Precision", f"{precision}; {threads} CPU threads")
+    if not device:
+        return
     checkup.line("4-bit", "works (bitsandbytes NF4, tested)" if answer["four_bit"] else "does not work")
     if not answer["four_bit"]:
         error = answer.get("four_bit_error", "NF4 values are dequantized wrongly")

@@ -9,7 +9,6 @@ from argparse import ArgumentTypeError
 from collections.abc import Container, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
-from types import UnionType
 from typing import Any, Literal, get_args
 
 from finetune.errors import UserError
@@ -178,7 +177,10 @@ class Settings:
     dry_run: bool = setting(False, "check rows, masks, lengths and memory without training", action=True)
     show_mask: int = setting(
         0, "print N rows with the trained tokens in color", nonnegative_int, metavar="N", action=True)
-    doctor: bool = setting(False, "print versions, devices and missing requirements, then exit", action=True)
+    doctor: Literal["quick", "deep"] | None = setting(
+        None, "print versions, devices and missing requirements, then exit; deep: also import Unsloth and compute in 4 "
+        "bit, as is done anyway on a GPU and with other versions than the tested ones", action=True,
+        optional_value=True)
 
     given: set[str] = field(default_factory=set)  # names of the flags set on the command line or in a config
     # fmt: on
@@ -225,7 +227,7 @@ def _flags(declared: Sequence[Field]) -> list[Flag]:
     for one in declared:
         if not (flag := one.metadata.get("flag")):
             continue
-        kind: Any = get_args(one.type)[0] if isinstance(one.type, UnionType) else one.type
+        kind: Any = get_args(one.type)[0] if type(None) in get_args(one.type) else one.type
         convert = flag.convert
         if convert is text:
             convert = {int: positive_int, float: positive_float}.get(kind, text)
@@ -263,7 +265,7 @@ def build_parser() -> FlagParser:
             if flag.many:
                 options |= {"nargs": "+", "action": "extend"}
             if flag.optional_value:
-                options |= {"nargs": "?", "const": ""}
+                options |= {"nargs": "?", "const": next(iter(flag.choices), "")}
         groups[flag.group].add_argument(f"--{flag.name}", **options)
     return parser
 

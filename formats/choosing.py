@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,14 @@ def choose_format(tokenizer: Any) -> tuple[Format, str]:
         return get_format(name, tokenizer), "the tokenizer's own template shows tools but writes no calls"
     why = "the tokenizer's own template has no place for tools; tools and calls are written into its messages"
     return get_format("native-tools", tokenizer), why
+
+
+def alternatives(fmt: Format, tokenizer: Any) -> Iterator[Format]:
+    """The other formats that the tokenizer's model can be trained with, the one that `auto` chooses first."""
+    named = _candidates(set(added_tokens(tokenizer)), own_template(tokenizer), tokenizer)
+    for other in itertools.chain((choose_format(tokenizer)[0],), named):
+        if other.name != fmt.name:
+            yield other
 
 
 def _candidates(added: set[str], own: str, tokenizer: Any) -> Iterator[Format]:

@@ -10,19 +10,21 @@ import pytest
 from finetune import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU_TORCH = {"version": "2.13.0+cpu", "cuda": None, "hip": None, "available": False, "gpus": []}
-CUDA_TORCH = {"version": "2.13.0", "cuda": "13.0", "hip": None, "available": False, "gpus": []}
+CPU_TORCH = {"version": "2.13.0+cpu", "cuda": None, "hip": None, "available": False, "gpus": [], "threads": 2,
+             "dtype": "float32"}  # fmt: skip
+CUDA_TORCH = {**CPU_TORCH, "version": "2.13.0", "cuda": "13.0"}
 
 
-def run_doctor(*options: str, **environment: str) -> subprocess.CompletedProcess:
+def run_doctor(*options: str, deep: bool = False, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *options, str(ROOT / "train_lora.py"), "--doctor"], capture_output=True, text=True,
-        encoding="utf-8", cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment}, check=False,
+        [sys.executable, *options, str(ROOT / "train_lora.py"), "--doctor", *["deep"] * deep],
+        capture_output=True, text=True, encoding="utf-8", cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment}, check=False,
     )  # fmt: skip
 
 
 def test_this_machine_is_ready_to_train():
-    result = run_doctor(HF_TOKEN="hf_secret_that_must_not_show")
+    result = run_doctor(deep=True, HF_TOKEN="hf_secret_that_must_not_show")
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) <= 40 and lines[-1] == "Ready to train."
@@ -30,6 +32,25 @@ def test_this_machine_is_ready_to_train():
         assert any(line.split()[:1] == [name] for line in lines), name
     assert "present (from HF_TOKEN)" in result.stdout
     assert "hf_secret" not in result.stdout + result.stderr
+
+
+def test_unsloth_is_imported_only_where_it_may_fail(monkeypatch):
+    """On a CPU with the tested versions the report says that it was not."""
+    asked = []
+    checkup = examined(monkeypatch, torch=CPU_TORCH, asked=asked)
+    lines = dict(checkup.lines)
+    assert asked == [doctor.TORCH_PROBE] and "not imported" in lines["Unsloth"] and "4-bit" not in lines
+    assert lines["Precision"] == "float32 (bfloat16 is emulated and slow here); 2 CPU threads"
+    for reason in ({"deep": True}, {"installed": {"trl": "1.16.0"}}, {"torch": {**CUDA_TORCH, "available": True}}):
+        asked.clear()
+        lines = dict(examined(monkeypatch, **{"torch": CPU_TORCH, "asked": asked, **reason}).lines)
+        assert asked == [doctor.TORCH_PROBE, doctor.UNSLOTH_PROBE] and "4-bit" in lines, reason
+
+
+def test_torch_probe_imports_no_other_package():
+    heavy = "{'transformers', 'unsloth', 'bitsandbytes', 'scipy', 'sympy', 'pandas', 'datasets'}"
+    code = doctor.TORCH_PROBE.replace("json.dumps(facts)", f"json.dumps(sorted({heavy} & sys.modules.keys()))")
+    assert doctor.probe(f"import sys\n{code}") == []
 
 
 def test_missing_packages_exit_1():
@@ -45,14 +66,17 @@ def test_pins_are_those_of_the_requirements_files():
     assert pins.keys() >= doctor.REQUIRED
 
 
-def examined(monkeypatch, *, torch, gpus=(), installed=None, unsloth=None) -> doctor.Checkup:
-    """The report for a fake machine; torch, unsloth: the answers of the probes."""
+def examined(monkeypatch, *, torch, gpus=(), installed=None, unsloth=None, deep=False, asked=None) -> doctor.Checkup:
+    """The report for a fake machine; torch, unsloth: the answers of the probes, which are added to `asked`."""
     versions = {**doctor.read_pins(), **(installed or {})}
-    answer = {"unsloth": "cpu", "dtype": "float32", "threads": 2, "four_bit": True} | (unsloth or {})
+    answer = {"unsloth": "cpu", "dtype": "float32", "four_bit": True} | (unsloth or {})
+    asked = [] if asked is None else asked
     monkeypatch.setattr(doctor, "installed_version", versions.get)
     monkeypatch.setattr(doctor, "driver_gpus", lambda: list(gpus))
-    monkeypatch.setattr(doctor, "probe", lambda code: torch if code is doctor.TORCH_PROBE else answer)
-    return doctor.examine()
+    monkeypatch.setattr(
+        doctor, "probe", lambda code: asked.append(code) or (torch if code is doctor.TORCH_PROBE else answer)
+    )
+    return doctor.examine(deep=deep)
 
 
 def test_gpu_with_a_cpu_build_of_torch(monkeypatch):
@@ -79,7 +103,7 @@ def test_working_gpu(monkeypatch):
     checkup = examined(monkeypatch, torch=torch, gpus=["NVIDIA H200"], unsloth={"unsloth": "cuda", "dtype": "bfloat16"})
     lines = dict(checkup.lines)
     assert lines["Device"] == "NVIDIA H200, 140 GiB, compute 9.0" and "CUDA backend" in lines["Unsloth"]
-    assert lines["Precision"] == "bfloat16, in hardware" and not checkup.blocking and not checkup.warnings
+    assert lines["Precision"].startswith("bfloat16, in hardware") and not checkup.blocking and not checkup.warnings
 
 
 def test_other_versions_and_missing_packages(monkeypatch):
@@ -92,11 +116,12 @@ def test_other_versions_and_missing_packages(monkeypatch):
 
 
 def test_broken_unsloth_torch_and_4_bit(monkeypatch):
-    checkup = examined(monkeypatch, torch=CPU_TORCH, unsloth={"error": "unsloth cannot be imported (boom)"})
-    assert checkup.blocking[0][0] == "unsloth cannot be imported (boom)"
+    checkup = examined(monkeypatch, torch=CPU_TORCH, deep=True, unsloth={"error": "no unsloth (boom)"})
+    assert checkup.blocking[0][0] == "no unsloth (boom)"
     checkup = examined(monkeypatch, torch={"error": "ImportError: libcudart.so.13"})
     assert "libcudart.so.13" in checkup.blocking[0][0]
-    checkup = examined(monkeypatch, torch=CPU_TORCH, unsloth={"four_bit": False, "four_bit_error": "no kernel"})
+    no_4_bit = {"four_bit": False, "four_bit_error": "no kernel"}
+    checkup = examined(monkeypatch, torch=CPU_TORCH, deep=True, unsloth=no_4_bit)
     assert not checkup.blocking
     assert any("no kernel" in problem and "--no-load_in_4bit" in fix for problem, fix in checkup.warnings)
 

@@ -15,11 +15,15 @@ from finetune.encoding.encode import encode_conversations
 from finetune.encoding.options import EncodingOptions
 from finetune.encoding.rows import turn_starts, without_oldest_turns
 from finetune.errors import UserError
+from finetune.models.limits import LengthLimit
 from finetune.preparing.checks import check_conversation
-from finetune.reading.conversations import normalize_row
+from finetune.reading.conversations import load_conversations, normalize_row
 from finetune.reading.normalize import conversations_fingerprint
+from finetune.settings import Settings
+from finetune.training.data import RunData
 from formats import IGNORE_INDEX, encode, get_format
 from tests.rows import LAMP
+from tests.scripts import ROOT
 
 FMT = get_format("chatml")
 
@@ -281,3 +285,17 @@ def test_labels_that_differ_from_ids_raise(tokenizer, monkeypatch):
     monkeypatch.setattr(row_encoding, "encode_answers", wrong)
     with pytest.raises(AssertionError, match="do not match"):
         encode_conversations(ROWS, tokenizer, FMT, progress=False)
+
+
+def test_refused_rows_name_a_format_with_a_place_for_them(caplog):
+    """A tokenizer of Llama 3 without a template: `llama3` has one call a turn, and no text beside it."""
+    tokenizer = parts.fresh_tokenizer("llama3")
+    tokenizer.chat_template = None
+    fmt = get_format("auto", tokenizer)
+    samples = sorted((ROOT / "data" / "samples").glob("korean_*.jsonl"))
+    data = RunData(load_conversations(samples))
+    data.encode(tokenizer, fmt, Settings(), LengthLimit(9000, None))
+    assert fmt.name == "llama3" and data.rows.report["refused"] >= 14
+    (said,) = (record.getMessage() for record in caplog.records if "--format" in record.getMessage())
+    other = get_format(said.partition("--format ")[2].split()[0], tokenizer)
+    assert encode_conversations(data.train.conversations, tokenizer, other).report["refused"] == 0

@@ -180,7 +180,7 @@ def test_fitness_trains_and_answers_from_one_file(workplace):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["korean", "gennx", "qwen2", "fitness"])
+@pytest.mark.parametrize("page", ["korean", "gennx", "../ko/gennx", "qwen2", "fitness"])
 def test_every_command_of_the_page(page, workplace):
     for command in commands_of(page):
         script = next((word for word in command.split() if word.endswith(".py")), "")

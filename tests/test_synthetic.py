@@ -114,27 +114,52 @@ def test_command_gives_the_committed_samples(tmp_path, command):
         assert path.stat().st_size < 2_000_000
 
 
-def test_samples_for_training_and_evaluation_share_no_request():
-    for prefix in ("demo", "gennx"):
-        asked = [
-            {skeleton(text) for row in read_rows(SAMPLES / f"{prefix}_{name}.jsonl") for text in texts(row, "user")}
-            for name in ("train", "heldout", "natural")
-        ]
-        assert all(not one & other for one, other in itertools.combinations(asked, 2))
+def requests(path: Path) -> set[str]:
+    return {skeleton(text) for row in read_rows(path) for text in texts(row, "user")}
 
 
-@pytest.mark.parametrize("prefix", ["demo", "gennx"])
-def test_hand_written_requests_need_every_tool_and_none(prefix):
-    rows = read_rows(SAMPLES / f"{prefix}_natural.jsonl")
-    tools = {tool["function"]["name"] for tool in json.loads(rows[0]["tools"])}
-    assert len(rows) == 40
-    assert {call["name"] for row in rows for call in calls(row)} == tools
-    categories = Counter(row.get("category") for row in rows)
-    assert categories["missing_parameter"] >= 7 and categories["irrelevant"] >= 4
-    assert sum(len(calls(row)) > 1 for row in rows) >= 3
-    for row in rows:
-        assert "category" in row or calls(row)
-        assert row.get("category") != "missing_parameter" or row["messages"][-1]["content"].endswith("?")
+# Requests written by hand -> the rows of the same tools that are, or can be, trained.
+NATURAL = {
+    "demo_natural": ("demo_train", "demo_heldout"),
+    "gennx_natural": ("gennx_train", "gennx_heldout"),
+    "gennx_natural_ko": ("gennx_train_ko", "gennx_heldout_ko"),
+    "house_natural": (),
+    "korean_natural": ("korean_toolflow", "korean_when2call", "korean_apigen"),
+    "tool_choice_natural": ("tool_choice_train", "tool_choice_validation", "tool_choice_test"),
+}
+
+
+def test_samples_for_training_and_evaluation_share_no_request(tmp_path):
+    assert {path.stem for path in SAMPLES.glob("*natural*")} == NATURAL.keys()
+    for name, others in NATURAL.items():
+        asked = [requests(SAMPLES / f"{one}.jsonl") for one in (name, *others)]
+        if name in ("demo_natural", "gennx_natural"):
+            assert all(not one & other for one, other in itertools.combinations(asked, 2))
+        assert all(not asked[0] & other for other in asked[1:]), name
+    done = prepare("--tools", str(SAMPLES / "house_tools.json"), "--per-tool", "64", "--heldout-rows", "40", "--output",
+                   str(tmp_path))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made = set().union(*map(requests, tmp_path.glob("*.jsonl")))
+    assert len(made) > 100 and not made & requests(SAMPLES / "house_natural.jsonl")
+
+
+@pytest.mark.parametrize("name", NATURAL)
+def test_hand_written_requests_need_every_tool_and_none(name):
+    """Without a category the answer is calls; where a tool is for conversation, it takes the place of the others."""
+    read = load_conversations(SAMPLES / f"{name}.jsonl", strict=True).conversations
+    categories = Counter(row.get("category") for row in read_rows(SAMPLES / f"{name}.jsonl"))
+    tools = {tool["function"]["name"] for tool in read[0]["tools"]}
+    assert len(read) == 40
+    called = Counter(call["name"] for row in read for call in calls(row))
+    assert called.keys() == tools
+    if "direct_chat" in tools:
+        assert categories.keys() == {None} and set(called.values()) == {10}
+    else:
+        assert categories["missing_parameter"] >= 7 and categories["irrelevant"] >= 4
+        assert sum(len(calls(row)) > 1 for row in read) >= 3
+    for row, raw in zip(read, read_rows(SAMPLES / f"{name}.jsonl"), strict=True):
+        assert bool(calls(row)) == ("category" not in raw)
+        assert raw.get("category") != "missing_parameter" or row["messages"][-1]["content"].endswith("?")
 
 
 def test_sample_questions_begin_alike():

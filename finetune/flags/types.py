@@ -185,7 +185,7 @@ class Flag:
     group           starts a section of the help, which also holds the flags below this one
     resumable       may differ when a run is resumed, because it does not change the numbers
     action          says what to do once and is not part of a run's config
-    optional_value  the flag may stand without a value, which then is ""
+    optional_value  the flag may stand without a value, which then is its first choice, or ""
     kind            the annotation without `| None`
     """
 

@@ -68,7 +68,7 @@ def import_unsloth() -> Any:
             raise
         raise UserError(
             f"unsloth cannot be imported ({error}); run: pip install --no-deps -r requirements_unsloth.txt, "
-            "then: python train_lora.py --doctor"
+            "then: python train_lora.py --doctor deep"
         ) from error
     return unsloth
 
@@ -219,7 +219,7 @@ def load_base(
     is_4bit = bool(getattr(model, "is_loaded_in_4bit", False))
     if load_in_4bit and not is_4bit:
         log.warning(
-            "model %s: 4-bit weights were requested, but Unsloth loaded %s; see: python train_lora.py --doctor",
+            "model %s: 4-bit weights were requested, but Unsloth loaded %s; see: python train_lora.py --doctor deep",
             name, dtype,
         )  # fmt: skip
     return Loaded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from finetune.encoding.encoded import EncodedRows
+    from finetune.encoding.options import EncodingOptions
     from finetune.reading.load_result import LoadResult
 
+log = logging.getLogger("sandwich")
 MAX_DROPPED_FRACTION = 0.5  # of the rows; a run that loses more would not train what it was meant to
 
 
@@ -44,9 +47,24 @@ class RunData:
 
         self.rows = encoded(self.train)
         self.eval_rows = encoded(self.held_out) if self.held_out is not None else None
+        if self.rows.report["refused"] and (name := self._better_format(tokenizer, fmt, options)):
+            log.warning("%d rows cannot be written in format %s; --format %s has a place for what they need",
+                        self.rows.report["refused"], fmt.name, name)  # fmt: skip
         check_report(self.rows.report, can_raise_limit=not limit.is_lowered)
         if self.eval_rows is not None and not self.eval_rows.report["trained_tokens"]:
             raise UserError(f"no rows left to evaluate on: {row_counts(self.eval_rows.report)}")
+
+    def _better_format(self, tokenizer: PreTrainedTokenizerBase, fmt: Format, options: EncodingOptions) -> str | None:
+        """A format of this tokenizer that expresses a row of each kind that `fmt` refuses; None where there is none."""
+        from finetune.encoding.rows import encode_answers
+        from formats.choosing import alternatives
+
+        examples = {reason: row for row, reason in self.rows.left_out if reason.startswith("refused: ")}
+        rows = [self.train.conversations[row] for row in examples.values()]
+        for other in alternatives(fmt, tokenizer):
+            if all(encode_answers(row, tokenizer, other, options).status != "refused" for row in rows):
+                return other.name
+        return None
 
 
 def check_report(report: dict[str, Any], *, can_raise_limit: bool = True) -> None:
