@@ -151,10 +151,26 @@ def test_yaml_with_merge_keys_and_aliases():
     assert load_yaml(text)["other"] == {"rank": 4, "lr": 1}
 
 
-@pytest.mark.parametrize("text", ["!!python/object/apply:os.system ['true']", "!!python/name:os.system", "!x y"])
-def test_yaml_makes_no_python_objects(text, tmp_path):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.system ['true']",
+        "!!python/name:os.system",
+        "!x y",
+        "!!timestamp x",
+        "!!int x",
+        "!!bool x",
+        "!!float x",
+        "!!binary é",
+        "!!set x",
+        "[" * 9999,
+    ],
+)
+def test_yaml_of_wrong_or_own_types_is_refused(text, tmp_path):
     path = tmp_path / "x.yaml"
-    path.write_text(f"start: {text}")
+    path.write_text(f"start: {text}", encoding="utf-8")
+    with pytest.raises(ValueError):
+        load_yaml(path.read_text(encoding="utf-8"))
     with pytest.raises(UserError, match="not valid YAML"):
         read_data("config", path)
     with pytest.raises(FormatError):
