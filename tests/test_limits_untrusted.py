@@ -83,6 +83,45 @@ def test_ref_bomb_is_a_broken_schema(keyword, monkeypatch):
     assert schema_errors(schema, {"x": 1})[1]  # known by now
 
 
+MANY = [f"p{n}" for n in range(3000)]
+OBJECTS = [{"a": 1}] * 20_000
+
+
+@pytest.mark.parametrize(
+    ("value", "schema"),
+    [
+        ([[n] for n in range(4000)], {"items": {"enum": [[n] for n in range(4000)]}}),
+        ([[*range(300)]] * 3000, {"items": {"enum": [[*range(300), n] for n in range(300)] * 10}}),
+        (OBJECTS, {"items": {"properties": {key: {} for key in MANY}}}),
+        (OBJECTS, {"items": {"required": MANY}}),
+        (OBJECTS, {"items": {"dependentRequired": {key: ["a"] for key in MANY}}}),
+        (dict.fromkeys(MANY, 1), {"patternProperties": {f"^q{n}": {} for n in range(1000)}}),
+        (
+            dict.fromkeys(MANY, 1),
+            {"patternProperties": {f"^q{n}$": {} for n in range(999)}, "unevaluatedProperties": 0},
+        ),
+        (["text " * 200_000], {"items": {"allOf": [{"type": "integer"}] * 3000}}),
+        ("a" * 200_000, {"allOf": [{"pattern": f"(a|b)*{n}$"} for n in range(300)]}),
+    ],
+    ids=[
+        "enum",
+        "enum of lists",
+        "properties",
+        "required",
+        "dependent",
+        "patterns",
+        "unevaluated",
+        "messages",
+        "search",
+    ],
+)
+def test_work_of_keywords_is_limited(value, schema, monkeypatch):
+    """With a limit on the number of keywords alone, each of these takes seconds to minutes."""
+    monkeypatch.setattr(json_schema, "MAX_CHECKS", 9000)
+    errors, broken = schema_errors(one_property(**schema), {"x": value})
+    assert errors == [] and "more than 9,000 checks" in broken
+
+
 def test_ref_to_itself_is_a_broken_schema():
     assert schema_errors({"$ref": "#"}, {})[1].startswith("cannot be evaluated")
 

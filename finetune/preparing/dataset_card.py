@@ -14,6 +14,7 @@ from finetune.preparing.checks import all_calls, called_tool
 from finetune.preparing.preparation import Prepared, PrepareOptions
 from finetune.preparing.reason_kinds import count_kinds
 from finetune.preparing.splits import SPLITS, request_text
+from finetune.progress import printable
 
 COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
 MAX_TOOL_BARS = 40
@@ -130,7 +131,7 @@ def _public(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(printable(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def draw_lengths(result: Prepared, limit: int | None) -> bytes:
