@@ -14,11 +14,12 @@ from finetune.json_schema import schema_errors, unchecked_keywords, validator_of
 from finetune.preparing.checks import check_conversation
 from finetune.reading import size_limits
 from finetune.reading.normalize import normalize_row
-from finetune.reading.row_files import Unreadable
+from finetune.reading.row_files import RowError, Unreadable
 from finetune.reading.sources import read_rows
 from finetune.reading.tool_schemas import load_tools_file
 from formats import FormatError, get_format
 from formats.safe_yaml import load_yaml
+from tests.fuzz import time_limit
 
 EVIL_TEXT = "a" * 40 + "!"
 
@@ -163,6 +164,48 @@ def test_row_with_a_slow_pattern_is_rejected(monkeypatch):
     }
     problem = check_conversation(conversation)[0]
     assert problem.error and problem.kind == "broken schema" and "takes more than" in problem.text
+
+
+LIST_START = "Here is a list of functions in JSON format that you can invoke"
+FUNCTIONS = "with access to the following functions."
+LONG = 100_000
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("system", LIST_START + " " * LONG + "x"),
+        ("system", LIST_START + "[]" + "very " * LONG),
+        ("system", LIST_START + "[]" + "x [func(" * LONG),
+        ("system", "You are a function calling AI model." * LONG),
+        ("system", "You are a function calling AI model.</tools>" + "<tools>[" * LONG),
+        ("system", "<|im_system|>tool_declare<|im_middle|>" * LONG),
+        ("system", "You are a " * LONG + "{}"),
+        ("system", FUNCTIONS + " Use them" + " " * LONG + "x{}"),
+        ("type", "a" + " " * LONG + "b"),
+        ("type", "optional[" * LONG),
+        ("answer", "Tool: f\nParameters: ```" + " " * LONG + "x```"),
+        ("answer", "Tool: f\nParameters: ```" + " " * LONG + "x"),
+        ("answer", "<tool_call>f\n<arg_key>" + "</arg_key><arg_value>" * LONG),
+        ("answer", "[f(" + " " * LONG + "a)]"),
+        ("answer", "```" + " " * LONG + "x"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_long_texts_are_read_in_linear_time(place, text):
+    """In less than a second; patterns with several repetitions took minutes to days for the same texts."""
+    system = text if place == "system" else f'{LIST_START} [{{"name": "f", "parameters": {{}}}}]'
+    schema = one_property(type=text if place == "type" else "string")
+    row = {
+        "messages": [
+            {"role": "system", "content": system},
+            {"role": "user", "content": "go"},
+            {"role": "assistant", "content": text if place == "answer" else "ok"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}],
+    }
+    with time_limit(5), contextlib.suppress(RowError):
+        assert check_conversation(normalize_row(row)) is not None
 
 
 def yaml_bomb(levels=12):

@@ -106,7 +106,7 @@ _CALL_TAGS = (
 
 # `{"name": "f", "arguments": …` and `[f(a=` at the beginning of a text, whatever is declared.
 _CALL_OBJECT = re.compile(
-    r"""\s*(?:```\w*\s*)?\[?\s*(?:\{\s*["'](?:name|api|api_name|tool|tool_name|function|action)["']\s*:\s*["']?[\w./-]+["']?"""
+    r"""\s*+(?:```\w*+\s*+)?\[?\s*+(?:\{\s*["'](?:name|api|api_name|tool|tool_name|function|action)["']\s*:\s*["']?[\w./-]+["']?"""
     r"""\s*,\s*["'](?:parameters|arguments|args|input|action_input|tool_input)["']\s*:|(?<=\[)[A-Za-z_][\w.]*\(\w+\s*=)"""
 )
 
@@ -122,7 +122,7 @@ def unread_call(text: str, names: Iterable[str]) -> str:
         return found[0].strip()
     if not (declared := "|".join(map(re.escape, names))):
         return ""
-    found = re.match(rf"\s*\[?\s*(?:{declared})\(", text) or re.search(
+    found = re.match(rf"\s*+\[?\s*+(?:{declared})\(", text) or re.search(
         rf"""["'](?:name|tool|function|action)["']\s*:\s*["'](?:{declared})["']|^(?:Action|Tool):\s*(?:{declared})\s*$""",
         text,
         re.MULTILINE,

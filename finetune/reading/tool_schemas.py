@@ -21,6 +21,7 @@ _TYPES = {
 }
 _JSON_TYPES = {"object", "array", "string", "number", "integer", "boolean", "null"}
 _SUBSCHEMAS = ("items", "anyOf", "oneOf", "allOf", "additionalProperties")
+MAX_TYPE_LENGTH = 200
 _GENERIC = re.compile(r"(?P<outer>\w+)\[(?P<inner>.*)\]")
 
 
@@ -180,6 +181,8 @@ def _translated(schema: Any) -> Any:
 
 def _type(name: str) -> dict[str, Any]:
     """`List[int], optional` -> {"type": "array", "items": {"type": "integer"}}; {} for an unknown name."""
+    if len(name) > MAX_TYPE_LENGTH:
+        return {}
     bare = re.sub(r",?\s*optional\s*$", "", name.strip(), flags=re.IGNORECASE)
     if match := _GENERIC.fullmatch(bare):
         outer, inner = match["outer"].lower(), match["inner"]
