@@ -124,7 +124,17 @@ def test_work_of_keywords_is_limited(value, schema, monkeypatch):
 
 
 def test_ref_to_itself_is_a_broken_schema():
-    assert schema_errors({"$ref": "#"}, {})[1].startswith("cannot be evaluated")
+    for reference in ("$ref", "$dynamicRef"):
+        for schema in ({reference: "#"}, {"type": "object", reference: "#"}, {"allOf": [{reference: "#"}]}):
+            assert "nested deeper than 200 levels" in schema_errors(schema, {})[1]
+
+
+def test_deep_value_of_a_recursive_schema_is_checked():
+    node = {"type": "object", "properties": {"k": {"type": "array", "items": {"$ref": "#/$defs/node"}}}}
+    value = {}
+    for _ in range(30):
+        value = {"k": [value]}
+    assert schema_errors({"$defs": {"node": node}, "$ref": "#/$defs/node"}, value) == ([], None)
 
 
 def test_large_value_stays_within_the_limits():

@@ -16,6 +16,7 @@ from typing import Any
 MAX_CHECKS = 300_000  # simple keywords evaluated for one value: about a second
 # What else takes time, in simple keywords.
 ENTRY, REFERENCE, ERROR, MESSAGE_CHARACTER, PATTERN_CHARACTER = 1 / 8, 5, 2, 1 / 500, 1 / 200
+MAX_DEPTH = 200  # of keywords within keywords; far below Python's limit, where jsonschema's library of maps panics
 SMALL_VALUE = 10_000  # characters of JSON
 MAX_PATTERN_SECONDS = 1.0  # for all searches of one value
 MAX_PATTERN_LENGTH = 10_000
@@ -106,9 +107,16 @@ def _counted(name: str, check: Callable[..., Any]) -> Callable[..., Any]:
         if name.startswith("unevaluated") and isinstance(instance, list | dict):  # in quadratic time
             entries += len(instance) ** 2 // 16
         _spend(REFERENCE if name.endswith("Ref") or name == "$ref" else 1 + entries * ENTRY)
-        for error in check(validator, value, instance, schema) or ():
-            _spend(ERROR + len(error.message) * MESSAGE_CHARACTER)
-            yield error
+        depth = getattr(_state, "depth", 0)
+        if depth >= MAX_DEPTH:
+            raise TooExpensive(f"its keywords are nested deeper than {MAX_DEPTH} levels")
+        _state.depth = depth + 1
+        try:
+            for error in check(validator, value, instance, schema) or ():
+                _spend(ERROR + len(error.message) * MESSAGE_CHARACTER)
+                yield error
+        finally:
+            _state.depth = depth
 
     return counting
 
@@ -126,7 +134,7 @@ class LimitedValidator:
         if self._refused:
             raise TooExpensive(self._refused)
         before = getattr(_state, "left", None)
-        _state.left, _state.pattern_seconds = MAX_CHECKS, MAX_PATTERN_SECONDS
+        _state.left, _state.pattern_seconds, _state.depth = MAX_CHECKS, MAX_PATTERN_SECONDS, 0
         try:
             for error in self._validator.iter_errors(value):
                 left, _state.left = _state.left, before
