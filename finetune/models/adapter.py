@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,19 +147,9 @@ class _LimitedPatterns:
     """The module `re`, with a time limit for one match."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(re, name)
-
-    @staticmethod
-    def match(pattern: str, text: str) -> Any:
         import regex
 
-        return regex.match(pattern, text, timeout=MAX_PATTERN_SECONDS)
-
-    @staticmethod
-    def fullmatch(pattern: str, text: str) -> Any:
-        import regex
-
-        return regex.fullmatch(pattern, text, timeout=MAX_PATTERN_SECONDS)
+        return partial(getattr(regex, name), timeout=MAX_PATTERN_SECONDS) if "match" in name else getattr(re, name)
 
 
 @contextlib.contextmanager
