@@ -218,6 +218,14 @@ def test_long_texts_are_read_in_linear_time(place, text):
         assert check_conversation(normalize_row(row)) is not None
 
 
+def test_many_objects_over_several_lines_are_read_in_linear_time(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n\n" + "".join(f'{{\n "prompt": "{"x" * 300}",\n "n": {n}\n}}\n' for n in range(30_000)))
+    with time_limit(5):
+        numbers = [number for _, number, _ in read_rows(path)]
+    assert numbers == list(range(3, 3 + 4 * 30_000, 4))
+
+
 def yaml_bomb(levels=12):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]
