@@ -161,14 +161,14 @@ def _limited_patterns() -> Iterator[None]:
 
     modules = (tuners_utils, lora_model, other)
     for module in modules:
-        module.re = _LimitedPatterns()  # type: ignore[attr-defined]
+        module.re = _LimitedPatterns()
     try:
         yield
     except TimeoutError as error:
         raise ValueError("a pattern in its adapter_config.json takes too long to match") from error
     finally:
         for module in modules:
-            module.re = re  # type: ignore[attr-defined]
+            module.re = re
 
 
 def _checked_matrices(config_file: Path, weights: Path) -> int:
