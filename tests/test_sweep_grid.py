@@ -429,6 +429,12 @@ def test_folder_without_locks(tmp_path, monkeypatch):
         lambda kept: kept["runs"].append(5),
         lambda kept: kept["runs"][0].update(attempts=[5]),
         lambda kept: kept["runs"][0].update(attempts=[{"outcome": "failed", "step": "x", "lines": []}]),
+        lambda kept: kept["runs"][0].update(attempts=[{"outcome": "failed", "step": 1}]),
+        lambda kept: kept["runs"][0].update(name="../elsewhere"),
+        lambda kept: kept["runs"][0].update(name="/tmp/elsewhere"),
+        lambda kept: kept["runs"][0].update(name=".."),
+        lambda kept: kept["runs"][0].update(name="a\\b"),
+        lambda kept: kept["runs"][0].update(name=5),
     ],
 )
 def test_damaged_sweep_json_is_refused(tmp_path, edit):

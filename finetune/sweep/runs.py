@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from finetune.errors import UserError
 from finetune.files import acquire_lock, write_text_atomic
+from finetune.runs.config_schema import schema_fault
 from finetune.runs.experiment import check_writable, folder_status
 from finetune.sweep.grid import Point
 from finetune.sweep.growth import with_earlier_names
@@ -26,6 +27,25 @@ SWEEP, SWEEP_LOG, LOGS, LOCK, TOKEN = "sweep.json", "sweep.log", "logs", ".lock"
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 STOPPED, FAILED, INTERRUPTED = "stopped early", "failed", "interrupted"
 DONE = {FINISHED, STOPPED}
+# What sweep.json must hold for the sweep to continue. Another person may have written it: a name is a folder of a run.
+SCHEMA: dict[str, Any] = {
+    "type": "object", "required": ["id", "data", "argv", "started", "runs", "settings"],
+    "properties": {
+        "data": {"type": "object"}, "argv": {"type": "array"}, "settings": {"type": "object"},
+        "runs": {"type": "array", "items": {
+            "type": "object", "required": ["name", "status", "flags", "attempts"],
+            "properties": {
+                "name": {"type": "string", "pattern": r"^[^./\\][^/\\]*\Z"},
+                "attempts": {"type": "array", "items": {
+                    "type": "object", "required": ["outcome", "step", "lines"],
+                    "properties": {
+                        "step": {"type": ["integer", "null"]}, "lines": {"type": "array", "items": {"type": "string"}},
+                    },
+                }},
+            },
+        }},
+    },
+}  # fmt: skip
 REFUSED = "refused"  # exit status 2: flags or data that the next attempt would be refused for too
 
 
@@ -152,6 +172,8 @@ def _restore_progress(path: Path, config: dict[str, Any], points: list[Point]) -
     """
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
+        if fault := schema_fault(SCHEMA, old):
+            raise ValueError(fault.removeprefix(", "))
         identity, digests, command_line = old["id"], dict(old["data"]), " ".join(map(str, old["argv"]))
         config["started"] = str(old["started"])
         records = {record["name"]: record for record in old["runs"]}
@@ -167,7 +189,7 @@ def _restore_progress(path: Path, config: dict[str, Any], points: list[Point]) -
             folder, done = path.parent / run.name, record["status"] in DONE
             if (done and folder.is_dir()) or folder_status(folder) == FINISHED:
                 run.status = record["status"] if done else FINISHED
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}; start another sweep with --name") from error
     if identity != config["id"] and (named is None or not is_alike):
         raise UserError(
