@@ -447,6 +447,16 @@ def test_damaged_sweep_json_is_refused(tmp_path, edit):
         opened(tmp_path / "s", points(4, 8))
 
 
+@pytest.mark.parametrize("name", ["sweep.json", "summary.csv", "logs", ".lock"])
+def test_link_out_of_a_sweep_is_refused(name, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "outside").write_text("mine")
+    (tmp_path / "s" / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="is a link to"):
+        opened(tmp_path / "s", points(4, 8))
+    assert (tmp_path / "outside").read_text() == "mine"
+
+
 def test_run_with_a_deleted_folder_runs_again(tmp_path):
     sweep = opened(tmp_path / "s", points(4, 8, 16))
     for run, status in zip(sweep.runs, ("finished", "stopped early", "finished"), strict=True):

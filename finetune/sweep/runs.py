@@ -19,7 +19,8 @@ from finetune.errors import UserError
 from finetune.files import acquire_lock, write_text_atomic
 from finetune.runs.config_schema import schema_fault
 from finetune.runs.experiment import check_writable, folder_status
-from finetune.sweep.grid import Point
+from finetune.runs.links import refuse_links
+from finetune.sweep.grid import OWN_FILES, Point
 from finetune.sweep.growth import with_earlier_names
 
 log = logging.getLogger("sandwich")
@@ -141,6 +142,8 @@ def open_sweep(folder: Path, points: list[Point], *, identity: str, argv: list[s
     a data file has changed since the sweep began.
     """
     check_writable(folder)
+    for name in (*OWN_FILES, LOCK, TOKEN):
+        refuse_links(folder / name, owner=folder)
     others = any(not (path.name == LOGS and path.is_dir()) and path.name[0] != "." for path in folder.iterdir())
     path = folder / SWEEP
     if others and not path.exists():
