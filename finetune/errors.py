@@ -111,12 +111,14 @@ def _report(reason: str, code: int = 2) -> int:
     return code
 
 
-def no_room(error: BaseException) -> bool:
-    """Whether the error means a full disk or quota; safetensors and torch raise errors of their own for that.
+def no_room(error: BaseException) -> str | None:
+    """The system's words for a full disk or quota where the error means one; safetensors and torch have their own.
 
-    "unexpected pos" is torch.save's, after a write that was cut short.
+    "unexpected pos" is torch.save's, after a write that was cut short; it does not say why.
     """
     if isinstance(error, OSError) and error.errno in NO_SPACE:
-        return True
+        return os.strerror(error.errno)
     own = r"os error (27|28|122)\b|No space left|file write failed|File too large|unexpected pos \d+ vs"
-    return bool(re.search(own, str(error)))
+    if not (found := re.search(own, str(error))):
+        return None
+    return os.strerror(int(found[1])) if found[1] else "No space left on device or in a quota"

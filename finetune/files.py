@@ -199,9 +199,9 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except Exception as error:
-        if not no_room(error):
+        if not (reason := no_room(error)):
             raise
-        raise UserError(f"{target}: the disk is full; free some space or choose another folder") from error
+        raise UserError(f"cannot write {target}: {reason}; free some space or choose another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

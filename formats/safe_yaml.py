@@ -8,7 +8,10 @@ MAX_NODES = 100_000  # with every alias written out
 
 
 def load_yaml(content: str) -> Any:
-    """The content of a document. Raises ValueError for a duplicate key, or aliases that expand without measure."""
+    """The content of a document; ValueError for whatever is wrong with it.
+
+    PyYAML raises errors of many types: YAMLError for syntax, but AttributeError for `!!timestamp x`.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -27,7 +30,12 @@ def load_yaml(content: str) -> Any:
                     seen.add(key.value)
             return super().construct_mapping(node, deep)
 
-    return yaml.load(content, Loader)  # noqa: S506  (a subclass of SafeLoader)
+    try:
+        return yaml.load(content, Loader)  # noqa: S506  (a subclass of SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"a value does not fit its type ({error})") from error
 
 
 def _expanded_size(node: Any, sizes: dict[int, int | None]) -> int:

@@ -29,14 +29,12 @@ def load(path: str | Path, tokenizer: Any = None, base: Format | None = None) ->
 
     Raises FormatError that names the file and the key.
     """
-    import yaml
-
     path = Path(path)
     try:
         given = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FormatError(f"format file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise FormatError(f"format file {path} is not valid YAML: {error}") from error
     if (
         not isinstance(given, dict)

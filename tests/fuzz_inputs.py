@@ -107,6 +107,8 @@ def _change(box: Any, key: Any, chance: random.Random, pool: list[Any]) -> None:
         box[key], box[other] = box[other], old
     elif kind in (5, 6) and isinstance(old, str):
         at, new = chance.randint(0, len(old)), chance.choice(FRAGMENTS)
+        if chance.random() < 0.02:  # patterns that take quadratic time
+            new = chance.choice((*FRAGMENTS, " ", "\n")) * 3000
         box[key] = old[:at] + new + old[at + chance.choice((0, 0, 1, 5)) :]
     elif kind == 7 and isinstance(old, dict):
         old[chance.choice(KEYS)] = any_value(chance, pool)

@@ -22,6 +22,7 @@ from finetune.reading.normalize import conversations_fingerprint
 from finetune.settings import Settings
 from finetune.training.data import RunData
 from formats import IGNORE_INDEX, encode, get_format
+from tests import parts
 from tests.rows import LAMP
 from tests.scripts import ROOT
 

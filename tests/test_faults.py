@@ -145,17 +145,26 @@ def test_full_disk_at_the_adapter(disk, training, tmp_path):
     assert config_of(folder / "run")["status"] == "failed"
 
 
-def test_read_only_disk_then_resume(tmp_path, training, expected):
-    """What ext4 does after an error of the disk; a mount with open files cannot be made read-only otherwise."""
+@contextlib.contextmanager
+def mounted(tmp_path, kind, options):
+    """A new file system of its own; yields its folder and a call that mounts it once more."""
     image, folder = tmp_path / "image", tmp_path / "disk"
     folder.mkdir()
     with image.open("wb") as file:
-        file.truncate(64 << 20)
-    mount = ["mount", "-o", "loop,errors=remount-ro", image, folder]
-    for command in (["mkfs.ext4", "-q", image], mount):
+        file.truncate(128 << 20)
+    mount = ["mount", "-o", f"loop,{options}", image, folder]
+    for command in ([f"mkfs.{kind}", "-q", image], mount):
         if not shutil.which(command[0]) or subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip(f"cannot run {command[0]}")
+            pytest.skip(f"cannot run {command[0]} for {kind}")
     try:
+        yield folder, lambda: subprocess.run(mount, check=True)
+    finally:
+        subprocess.run(["umount", "-l", folder], capture_output=True, check=False)
+
+
+def test_read_only_disk_then_resume(tmp_path, training, expected):
+    """What ext4 does after an error of the disk; a mount with open files cannot be made read-only otherwise."""
+    with mounted(tmp_path, "ext4", "errors=remount-ro") as (folder, mount_again):
         with running(tmp_path, *training, "--experiments_dir", folder) as group:
             subprocess.run(["mount", "-o", "remount,abort", folder], check=True)
             assert group.poll(120)
@@ -163,10 +172,24 @@ def test_read_only_disk_then_resume(tmp_path, training, expected):
         result = run(*training, "--experiments_dir", folder, "--name", "other")
         ends_in_one_line(result.returncode, result.stderr, "cannot write to", 2)
         subprocess.run(["umount", folder], check=True)
-        subprocess.run(mount, check=True)
+        mount_again()
         resumes_to(expected, training, folder)
-    finally:
-        subprocess.run(["umount", "-l", folder], capture_output=True, check=False)
+
+
+def test_used_up_quota_then_resume(tmp_path, training, expected):
+    """Of btrfs, which also holds for root; writes fail with EDQUOT while the disk has room."""
+    with mounted(tmp_path, "btrfs", "noatime") as (folder, _):
+        if subprocess.run(["btrfs", "quota", "enable", folder], capture_output=True, check=False).returncode:
+            pytest.skip("cannot turn on quotas of btrfs")
+        with running(tmp_path, *training, "--experiments_dir", folder) as group:
+            subprocess.run(["btrfs", "qgroup", "limit", "1K", folder], check=True)
+            assert group.poll(120)
+            ends_in_one_line(group.codes[0], group.text(), "free some space", 1)
+        assert "Disk quota exceeded" in group.text() or "in a quota" in group.text()
+        result = run(*training, "--experiments_dir", folder, "--name", "other")
+        ends_in_one_line(result.returncode, result.stderr, "Disk quota exceeded", 1)
+        subprocess.run(["btrfs", "quota", "disable", folder], check=True)
+        resumes_to(expected, training, folder)
 
 
 def in_each_child(tmp_path, code):
@@ -177,7 +200,7 @@ def in_each_child(tmp_path, code):
 
 
 def test_file_size_limit_then_resume(tmp_path, training, expected):
-    """ulimit -f: writes fail with EFBIG, as they do with EDQUOT where a quota is used up."""
+    """ulimit -f: writes fail with EFBIG."""
     code = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
     result = run(*training, "--experiments_dir", tmp_path, env=in_each_child(tmp_path, code))
     ends_in_one_line(result.returncode, result.stderr, "free some space", 1)

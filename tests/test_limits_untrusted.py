@@ -1,5 +1,6 @@
 """No row, schema or file of others hangs a command or fills the memory: each is rejected with its reason."""
 
+import contextlib
 import gzip
 import json
 
@@ -12,11 +13,12 @@ from finetune.json_schema import schema_errors, unchecked_keywords, validator_of
 from finetune.preparing.checks import check_conversation
 from finetune.reading import size_limits
 from finetune.reading.normalize import normalize_row
-from finetune.reading.row_files import Unreadable
+from finetune.reading.row_files import RowError, Unreadable
 from finetune.reading.sources import read_rows
 from finetune.reading.tool_schemas import load_tools_file
 from formats import FormatError, get_format
 from formats.safe_yaml import load_yaml
+from tests.fuzz import time_limit
 
 EVIL_TEXT = "a" * 40 + "!"
 
@@ -81,8 +83,57 @@ def test_ref_bomb_is_a_broken_schema(keyword, monkeypatch):
     assert schema_errors(schema, {"x": 1})[1]  # known by now
 
 
+MANY = [f"p{n}" for n in range(3000)]
+OBJECTS = [{"a": 1}] * 20_000
+
+
+@pytest.mark.parametrize(
+    ("value", "schema"),
+    [
+        ([[n] for n in range(4000)], {"items": {"enum": [[n] for n in range(4000)]}}),
+        ([[*range(300)]] * 3000, {"items": {"enum": [[*range(300), n] for n in range(300)] * 10}}),
+        (OBJECTS, {"items": {"properties": {key: {} for key in MANY}}}),
+        (OBJECTS, {"items": {"required": MANY}}),
+        (OBJECTS, {"items": {"dependentRequired": {key: ["a"] for key in MANY}}}),
+        (dict.fromkeys(MANY, 1), {"patternProperties": {f"^q{n}": {} for n in range(1000)}}),
+        (
+            dict.fromkeys(MANY, 1),
+            {"patternProperties": {f"^q{n}$": {} for n in range(999)}, "unevaluatedProperties": 0},
+        ),
+        (["text " * 200_000], {"items": {"allOf": [{"type": "integer"}] * 3000}}),
+        ("a" * 200_000, {"allOf": [{"pattern": f"(a|b)*{n}$"} for n in range(300)]}),
+    ],
+    ids=[
+        "enum",
+        "enum of lists",
+        "properties",
+        "required",
+        "dependent",
+        "patterns",
+        "unevaluated",
+        "messages",
+        "search",
+    ],
+)
+def test_work_of_keywords_is_limited(value, schema, monkeypatch):
+    """With a limit on the number of keywords alone, each of these takes seconds to minutes."""
+    monkeypatch.setattr(json_schema, "MAX_CHECKS", 9000)
+    errors, broken = schema_errors(one_property(**schema), {"x": value})
+    assert errors == [] and "more than 9,000 checks" in broken
+
+
 def test_ref_to_itself_is_a_broken_schema():
-    assert schema_errors({"$ref": "#"}, {})[1].startswith("cannot be evaluated")
+    for reference in ("$ref", "$dynamicRef"):
+        for schema in ({reference: "#"}, {"type": "object", reference: "#"}, {"allOf": [{reference: "#"}]}):
+            assert "nested deeper than 200 levels" in schema_errors(schema, {})[1]
+
+
+def test_deep_value_of_a_recursive_schema_is_checked():
+    node = {"type": "object", "properties": {"k": {"type": "array", "items": {"$ref": "#/$defs/node"}}}}
+    value = {}
+    for _ in range(30):
+        value = {"k": [value]}
+    assert schema_errors({"$defs": {"node": node}, "$ref": "#/$defs/node"}, value) == ([], None)
 
 
 def test_large_value_stays_within_the_limits():
@@ -124,6 +175,56 @@ def test_row_with_a_slow_pattern_is_rejected(monkeypatch):
     assert problem.error and problem.kind == "broken schema" and "takes more than" in problem.text
 
 
+LIST_START = "Here is a list of functions in JSON format that you can invoke"
+FUNCTIONS = "with access to the following functions."
+LONG = 100_000
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("system", LIST_START + " " * LONG + "x"),
+        ("system", LIST_START + "[]" + "very " * LONG),
+        ("system", LIST_START + "[]" + "x [func(" * LONG),
+        ("system", "You are a function calling AI model." * LONG),
+        ("system", "You are a function calling AI model.</tools>" + "<tools>[" * LONG),
+        ("system", "<|im_system|>tool_declare<|im_middle|>" * LONG),
+        ("system", "You are a " * LONG + "{}"),
+        ("system", FUNCTIONS + " Use them" + " " * LONG + "x{}"),
+        ("type", "a" + " " * LONG + "b"),
+        ("type", "optional[" * LONG),
+        ("answer", "Tool: f\nParameters: ```" + " " * LONG + "x```"),
+        ("answer", "Tool: f\nParameters: ```" + " " * LONG + "x"),
+        ("answer", "<tool_call>f\n<arg_key>" + "</arg_key><arg_value>" * LONG),
+        ("answer", "[f(" + " " * LONG + "a)]"),
+        ("answer", "```" + " " * LONG + "x"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_long_texts_are_read_in_linear_time(place, text):
+    """In less than a second; patterns with several repetitions took minutes to days for the same texts."""
+    system = text if place == "system" else f'{LIST_START} [{{"name": "f", "parameters": {{}}}}]'
+    schema = one_property(type=text if place == "type" else "string")
+    row = {
+        "messages": [
+            {"role": "system", "content": system},
+            {"role": "user", "content": "go"},
+            {"role": "assistant", "content": text if place == "answer" else "ok"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}],
+    }
+    with time_limit(5), contextlib.suppress(RowError):
+        assert check_conversation(normalize_row(row)) is not None
+
+
+def test_many_objects_over_several_lines_are_read_in_linear_time(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n\n" + "".join(f'{{\n "prompt": "{"x" * 300}",\n "n": {n}\n}}\n' for n in range(30_000)))
+    with time_limit(5):
+        numbers = [number for _, number, _ in read_rows(path)]
+    assert numbers == list(range(3, 3 + 4 * 30_000, 4))
+
+
 def yaml_bomb(levels=12):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]
@@ -149,10 +250,26 @@ def test_yaml_with_merge_keys_and_aliases():
     assert load_yaml(text)["other"] == {"rank": 4, "lr": 1}
 
 
-@pytest.mark.parametrize("text", ["!!python/object/apply:os.system ['true']", "!!python/name:os.system", "!x y"])
-def test_yaml_makes_no_python_objects(text, tmp_path):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.system ['true']",
+        "!!python/name:os.system",
+        "!x y",
+        "!!timestamp x",
+        "!!int x",
+        "!!bool x",
+        "!!float x",
+        "!!binary é",
+        "!!set x",
+        "[" * 9999,
+    ],
+)
+def test_yaml_of_wrong_or_own_types_is_refused(text, tmp_path):
     path = tmp_path / "x.yaml"
-    path.write_text(f"start: {text}")
+    path.write_text(f"start: {text}", encoding="utf-8")
+    with pytest.raises(ValueError):
+        load_yaml(path.read_text(encoding="utf-8"))
     with pytest.raises(UserError, match="not valid YAML"):
         read_data("config", path)
     with pytest.raises(FormatError):

@@ -99,10 +99,14 @@ def test_adapter_that_does_not_fit_is_refused(tmp_path):
         attach_adapter(tiny_llama(tokenizer), tmp_path / "complete")
 
 
+SLOW = r"([a-z_.\d]|[a-z])*[!?]"  # days for the name of a module
+
+
 @pytest.mark.parametrize(
     "change",
     [{"r": 10**9}, {"r": "x"}, {"r": None}, {"r": 2}, {"r": -1}, {"lora_alpha": "x"}, {"target_modules": "((("},
      {"target_modules": 5}, {"target_modules": ["absent"]}, {"target_modules": ["q_proj", "k_proj"]},
+     {"target_modules": SLOW}, {"exclude_modules": SLOW}, {"rank_pattern": {SLOW: 2}},
      {"rank_pattern": {"q_proj": 10**9}}, {"rank_pattern": [3]}, {"peft_type": "NONE"}, {"peft_type": ["LORA"]},
      {"peft_type": "PREFIX_TUNING"}, {"task_type": 5},
      {"modules_to_save": ["lm_head"]},
@@ -110,8 +114,9 @@ def test_adapter_that_does_not_fit_is_refused(tmp_path):
      {"use_dora": True}, {"layer_replication": [[0, 2], [0, 2]]}, {"init_lora_weights": "nonsense"}, [], "x", None],
     ids=str,
 )  # fmt: skip
-def test_edited_adapter_config_is_refused(change, tmp_path):
+def test_edited_adapter_config_is_refused(change, tmp_path, monkeypatch):
     """No traceback, no memory for a rank that the weights do not have, no adapter with random or unused weights."""
+    monkeypatch.setattr("finetune.models.adapter.MAX_PATTERN_SECONDS", 0.05)
     tokenizer = write_adapter(tmp_path)
     path = tmp_path / "adapter_config.json"
     write(path, json.loads(path.read_text("utf-8")) | change if isinstance(change, dict) else json.dumps(change))

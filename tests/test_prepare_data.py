@@ -251,7 +251,7 @@ def test_card_with_names_that_are_hostile_to_yaml(tmp_path):
     """The front matter is loaded by the Hub's library, and each table row stays one line."""
     from huggingface_hub import DatasetCard
 
-    names = ["a: b", "@c", "d\ne", "- f", "---", "{{ g }}", "h | i", "<j>"]
+    names = ["a: b", "@c", "d\ne", "- f", "---", "{{ g }}", "h | i", "<j>", "k\x1b[2J\x9b"]
     rows = [
         {"messages": [{"role": "user", "content": f"ask {name}"}, lamp_call({}, name)], "tools": [{"name": name}]}
         for name in names
@@ -262,9 +262,9 @@ def test_card_with_names_that_are_hostile_to_yaml(tmp_path):
     files = [{"split": name, "path": f"{name}.jsonl"} for name in ("train", "validation")]
     assert card.data.to_dict() == {"configs": [{"config_name": "default", "data_files": files}]}
     lines = card.text.splitlines()
-    for name in ("a: b", "@c", "d e", "- f", "---", "{{ g }}", "h \\| i", "&lt;j>"):
+    for name in ("a: b", "@c", "d e", "- f", "---", "{{ g }}", "h \\| i", "&lt;j>", "k\ufffd[2J\ufffd"):
         assert sum(line.startswith(f"| `{name}` | ") for line in lines) == 1
-    assert any(line.startswith("| rows: @x --- y.jsonl | 8 | 8 |") for line in lines)
+    assert any(line.startswith("| rows: @x --- y.jsonl | 9 | 9 |") for line in lines)
 
 
 def test_prepare_imports_no_torch(tmp_path):

@@ -349,6 +349,23 @@ def test_tools_file_of_mcp_and_json_lines(tmp_path, text):
         load_tools_file(path)
 
 
+@pytest.mark.parametrize(
+    "tools",
+    [
+        {"tools": [LAMP], "lost": "words", "empty": None},
+        {"jsonrpc": "2.0", "id": 1, "result": {"tools": [LAMP], "lost": 1}},
+        {"jsonrpc": "2.0", "id": 1, "result": {"tools": [LAMP]}, "lost": 1},
+        [{"functionDeclarations": [LAMP], "lost": {"a": 1}}],
+        [{"toolSpec": LAMP, "lost": "words"}],
+    ],
+)
+def test_what_is_beside_tools_is_noted(tools):
+    notes = Counter()
+    row = {"messages": [user("q"), says("a")], "tools": tools}
+    assert normalize_row(row, notes=notes)["tools"] == [WRAPPED]
+    assert [note for note in notes if "beside" in note] == ["not read, key 'lost' beside tools"]
+
+
 def test_bare_lists_of_messages(tmp_path):
     for row in ([user("q"), says("a")], [["q", "a"]], ["q", "a"]):
         for name, text in (("a.jsonl", "{0}\n{0}\n"), ("b.json", "[{0}, {0}]")):

@@ -429,6 +429,12 @@ def test_folder_without_locks(tmp_path, monkeypatch):
         lambda kept: kept["runs"].append(5),
         lambda kept: kept["runs"][0].update(attempts=[5]),
         lambda kept: kept["runs"][0].update(attempts=[{"outcome": "failed", "step": "x", "lines": []}]),
+        lambda kept: kept["runs"][0].update(attempts=[{"outcome": "failed", "step": 1}]),
+        lambda kept: kept["runs"][0].update(name="../elsewhere"),
+        lambda kept: kept["runs"][0].update(name="/tmp/elsewhere"),
+        lambda kept: kept["runs"][0].update(name=".."),
+        lambda kept: kept["runs"][0].update(name="a\\b"),
+        lambda kept: kept["runs"][0].update(name=5),
     ],
 )
 def test_damaged_sweep_json_is_refused(tmp_path, edit):
@@ -439,6 +445,16 @@ def test_damaged_sweep_json_is_refused(tmp_path, edit):
     path.write_text(json.dumps(kept))
     with pytest.raises(UserError, match="cannot read"):
         opened(tmp_path / "s", points(4, 8))
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "summary.csv", "logs", ".lock"])
+def test_link_out_of_a_sweep_is_refused(name, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "outside").write_text("mine")
+    (tmp_path / "s" / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="is a link to"):
+        opened(tmp_path / "s", points(4, 8))
+    assert (tmp_path / "outside").read_text() == "mine"
 
 
 def test_run_with_a_deleted_folder_runs_again(tmp_path):

@@ -1,20 +1,24 @@
 """Limits for schemas of others: a few hundred bytes of schema could keep a validator busy for hours.
 
-jsonschema is made to count the keywords that it evaluates, to search regular expressions with a time limit (by `regex`,
-which also reads those of ECMA 262), and to compare the items of a list in linear time.
+jsonschema is made to count its work (keywords, comparisons, searches, errors), to search regular expressions with a
+time limit (by `regex`, which also reads those of ECMA 262), and to compare the items of a list in linear time.
 """
 
 from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator
 from functools import cache
 from typing import Any
 
-MAX_CHECKS = 300_000  # keywords evaluated for one value: about a second
+MAX_CHECKS = 300_000  # simple keywords evaluated for one value: about a second
+# What else takes time, in simple keywords.
+ENTRY, REFERENCE, ERROR, MESSAGE_CHARACTER, PATTERN_CHARACTER = 1 / 8, 5, 2, 1 / 500, 1 / 200
+MAX_DEPTH = 200  # of keywords within keywords; far below Python's limit, where jsonschema's library of maps panics
 SMALL_VALUE = 10_000  # characters of JSON
-MAX_PATTERN_SECONDS = 1.0
+MAX_PATTERN_SECONDS = 1.0  # for all searches of one value
 MAX_PATTERN_LENGTH = 10_000
 _SLOW_PATTERNS: set[str] = set()
 _state = threading.local()
@@ -22,6 +26,15 @@ _state = threading.local()
 
 class TooExpensive(Exception):
     """The check of a value was stopped."""
+
+
+def _spend(checks: float) -> None:
+    """Count work for the value that this thread checks. Raises TooExpensive."""
+    left = getattr(_state, "left", None)
+    if left is not None:
+        if left <= 0:
+            raise TooExpensive(f"it needs more than {MAX_CHECKS:,} checks for one call")
+        _state.left = left - checks
 
 
 class _TimedPatterns:
@@ -36,11 +49,18 @@ class _TimedPatterns:
         slow = f"its pattern {pattern[:100]!r} takes more than {MAX_PATTERN_SECONDS:g} s"
         if pattern in _SLOW_PATTERNS:
             raise TooExpensive(slow)
+        _spend(1 + len(pattern) * PATTERN_CHARACTER)
+        is_counted = getattr(_state, "left", None) is not None
+        began, left = time.thread_time(), _state.pattern_seconds if is_counted else MAX_PATTERN_SECONDS
         try:
-            return regex.search(pattern, text, timeout=MAX_PATTERN_SECONDS)
+            return regex.search(pattern, text, timeout=max(left, 0.001))
         except TimeoutError as error:
-            _SLOW_PATTERNS.add(pattern)  # the next row with this tool need not wait
+            if left > MAX_PATTERN_SECONDS / 2:
+                _SLOW_PATTERNS.add(pattern)  # the next row with this tool need not wait
             raise TooExpensive(slow) from error
+        finally:
+            if is_counted:
+                _state.pattern_seconds = left - (time.thread_time() - began)
 
 
 def _frozen(value: Any) -> Hashable:
@@ -60,29 +80,43 @@ def _is_unique(items: list[Any]) -> bool:
 def _patch_jsonschema() -> None:
     from jsonschema import _keywords, _legacy_keywords, _utils
 
+    equal = _utils.equal
+
+    def counted_equal(one: Any, two: Any) -> bool:
+        _spend(ENTRY)
+        return equal(one, two)
+
     for module in (_keywords, _legacy_keywords, _utils):
         module.re = _TimedPatterns
+        module.equal = counted_equal  # of an enum, and by its own recursion
     _keywords.uniq = _is_unique
 
 
 @cache
 def limited_class(kind: Any) -> Any:
-    """A jsonschema validator class that counts the keywords it evaluates."""
+    """A jsonschema validator class that counts its work."""
     from jsonschema import validators
 
     _patch_jsonschema()
-    counted = {name: _counted(check) for name, check in kind.VALIDATORS.items()}
-    return validators.extend(kind, counted)
+    return validators.extend(kind, {name: _counted(name, check) for name, check in kind.VALIDATORS.items()})
 
 
-def _counted(check: Callable[..., Any]) -> Callable[..., Any]:
-    def counting(*arguments: Any) -> Any:
-        left = getattr(_state, "left", None)
-        if left is not None:
-            if left <= 0:
-                raise TooExpensive(f"it needs more than {MAX_CHECKS:,} checks for one call")
-            _state.left = left - 1
-        return check(*arguments)
+def _counted(name: str, check: Callable[..., Any]) -> Callable[..., Any]:
+    def counting(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any]:
+        entries = len(value) if isinstance(value, list | dict) and name != "enum" else 0  # whose comparisons count
+        if name.startswith("unevaluated") and isinstance(instance, list | dict):  # in quadratic time
+            entries += len(instance) ** 2 // 16
+        _spend(REFERENCE if name.endswith("Ref") or name == "$ref" else 1 + entries * ENTRY)
+        depth = getattr(_state, "depth", 0)
+        if depth >= MAX_DEPTH:
+            raise TooExpensive(f"its keywords are nested deeper than {MAX_DEPTH} levels")
+        _state.depth = depth + 1
+        try:
+            for error in check(validator, value, instance, schema) or ():
+                _spend(ERROR + len(error.message) * MESSAGE_CHARACTER)
+                yield error
+        finally:
+            _state.depth = depth
 
     return counting
 
@@ -100,7 +134,7 @@ class LimitedValidator:
         if self._refused:
             raise TooExpensive(self._refused)
         before = getattr(_state, "left", None)
-        _state.left = MAX_CHECKS
+        _state.left, _state.pattern_seconds, _state.depth = MAX_CHECKS, MAX_PATTERN_SECONDS, 0
         try:
             for error in self._validator.iter_errors(value):
                 left, _state.left = _state.left, before

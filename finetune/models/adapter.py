@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import warnings
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
 from finetune.models.faults import one_line
 from finetune.models.loading import import_unsloth, stdout_to_log
+
+MAX_PATTERN_SECONDS = 1.0
 
 
 def add_lora(
@@ -119,7 +125,7 @@ def attach_adapter(model: Any, folder: Path) -> Any:
         raise UserError(f"{folder} has no {weights.name}; save the adapter in that format")
     try:
         matrices = _checked_matrices(folder / "adapter_config.json", weights)
-        with warnings.catch_warnings(record=True) as caught:
+        with _limited_patterns(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             adapted = PeftModel.from_pretrained(model, str(folder))
         # PEFT leaves what the file lacks as it was initialized, with a warning, and ignores what has no place.
@@ -135,6 +141,34 @@ def attach_adapter(model: Any, folder: Path) -> Any:
         if isinstance(error, KeyError):
             reason = f"its adapter_config.json has no {reason}"
         raise UserError(f"the adapter in {folder} cannot be put on its base model: {reason}") from error
+
+
+class _LimitedPatterns:
+    """The module `re`, with a time limit for one match."""
+
+    def __getattr__(self, name: str) -> Any:
+        import regex
+
+        return partial(getattr(regex, name), timeout=MAX_PATTERN_SECONDS) if "match" in name else getattr(re, name)
+
+
+@contextlib.contextmanager
+def _limited_patterns() -> Iterator[None]:
+    """PEFT matches the patterns of an adapter_config.json with every module's name; one could take it hours."""
+    from peft.tuners import tuners_utils
+    from peft.tuners.lora import model as lora_model
+    from peft.utils import other
+
+    modules = (tuners_utils, lora_model, other)
+    for module in modules:
+        module.re = _LimitedPatterns()
+    try:
+        yield
+    except TimeoutError as error:
+        raise ValueError("a pattern in its adapter_config.json takes too long to match") from error
+    finally:
+        for module in modules:
+            module.re = re
 
 
 def _checked_matrices(config_file: Path, weights: Path) -> int:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cache, partial
+from itertools import islice, pairwise
 from typing import Any
 
 from finetune.encoding.rows import empty_answer
@@ -75,6 +77,7 @@ def _problems(conversation: dict[str, Any]) -> Iterator[Problem]:
     yield from _check_results(messages)
     if empty := empty_answer(conversation):
         yield Problem("empty answer", empty)
+    described = cache(partial(_described_from, messages))
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
     for number, message in enumerate(messages, start=1):
         calls = message.get("tool_calls", ())
@@ -82,7 +85,7 @@ def _problems(conversation: dict[str, Any]) -> Iterator[Problem]:
             yield _warning("call left in the text", f"message {number}: {mark!r} looks like a call; it stays text")
         for call in calls:
             name = call["function"]["name"]
-            if not tools and _named_before(messages[: number - 1], name):
+            if not tools and described(name) < number:
                 yield _warning("tools described only in the text", f"message {number}: calls {name}")
             else:
                 yield from _check_call(call["function"], number, schemas)
@@ -91,11 +94,14 @@ def _problems(conversation: dict[str, Any]) -> Iterator[Problem]:
 _TOOL_WORD = re.compile(r"\b(?:tool|function)s?\b|도구|함수", re.IGNORECASE)
 
 
-def _named_before(messages: list[dict[str, Any]], name: str) -> bool:
-    """Whether a system's or user's message speaks of tools and names this one: an instruction with its own list."""
+def _described_from(messages: list[dict[str, Any]], name: str) -> float:
+    """Number of the first system's or user's message that speaks of tools and names this one: it has its own list."""
     word = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
-    texts = [message["content"] for message in messages if message["role"] in ("system", "user")]
-    return any(word.search(text) and _TOOL_WORD.search(text) for text in texts)
+    for number, message in enumerate(messages, start=1):
+        text = message["content"] if message["role"] in ("system", "user") else ""
+        if word.search(text) and _TOOL_WORD.search(text):
+            return number
+    return math.inf
 
 
 # Opening tags of calls in other formats: Llama 3.1's built-in tools, DeepSeek, gpt-oss, Phi, Command R, Gemma, Kimi.
@@ -106,7 +112,7 @@ _CALL_TAGS = (
 
 # `{"name": "f", "arguments": …` and `[f(a=` at the beginning of a text, whatever is declared.
 _CALL_OBJECT = re.compile(
-    r"""\s*(?:```\w*\s*)?\[?\s*(?:\{\s*["'](?:name|api|api_name|tool|tool_name|function|action)["']\s*:\s*["']?[\w./-]+["']?"""
+    r"""\s*+(?:```\w*+\s*+)?\[?\s*+(?:\{\s*["'](?:name|api|api_name|tool|tool_name|function|action)["']\s*:\s*["']?[\w./-]+["']?"""
     r"""\s*,\s*["'](?:parameters|arguments|args|input|action_input|tool_input)["']\s*:|(?<=\[)[A-Za-z_][\w.]*\(\w+\s*=)"""
 )
 
@@ -122,7 +128,7 @@ def unread_call(text: str, names: Iterable[str]) -> str:
         return found[0].strip()
     if not (declared := "|".join(map(re.escape, names))):
         return ""
-    found = re.match(rf"\s*\[?\s*(?:{declared})\(", text) or re.search(
+    found = re.match(rf"\s*+\[?\s*+(?:{declared})\(", text) or re.search(
         rf"""["'](?:name|tool|function|action)["']\s*:\s*["'](?:{declared})["']|^(?:Action|Tool):\s*(?:{declared})\s*$""",
         text,
         re.MULTILINE,
@@ -194,7 +200,7 @@ def _orphan(message: dict[str, Any], calls: int, ids: set[str], names: set[str],
 def _check_call(function: dict[str, Any], number: int, schemas: dict[str, Any]) -> Iterator[Problem]:
     name, arguments = function["name"], function["arguments"]
     if name not in schemas:
-        declared = ", ".join(schemas)[:200] or "none"
+        declared = ", ".join(islice(schemas, 50))[:200] or "none"
         yield Problem(
             "undeclared tool", f"message {number}: calls {name}, which is not declared (declared: {declared})"
         )

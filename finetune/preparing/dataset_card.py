@@ -13,6 +13,7 @@ from finetune.models.hub import public_name
 from finetune.preparing.checks import all_calls, called_tool
 from finetune.preparing.preparation import Prepared, PrepareOptions, count_kinds
 from finetune.preparing.splits import SPLITS, request_text
+from finetune.progress import printable
 
 COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
 MAX_TOOL_BARS = 40
@@ -129,7 +130,7 @@ def _public(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(printable(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def draw_lengths(result: Prepared, limit: int | None) -> bytes:

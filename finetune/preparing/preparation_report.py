@@ -9,6 +9,7 @@ from finetune.encoding.rows import in_rows
 from finetune.preparing.dataset_card import length_summary, shared_requests, tool_balance
 from finetune.preparing.preparation import Prepared, count_kinds
 
+MAX_TEXT = 1000  # characters of a line, which may hold a name of any length
 MAX_SHOWN = 12  # lines of a list, names of tools
 
 
@@ -24,7 +25,7 @@ def print_prepared(result: Prepared, folder: Path) -> None:
         for index, (text, number) in enumerate(counts):
             if index == 0:
                 console.print(f"[bold]{title}[/bold]")
-            console.print(f"  {number:>7,}  {escape(text)}")
+            console.print(f"  {number:>7,}  {escape(text[:MAX_TEXT])}")
 
     print_counts("columns read", result.loaded.mappings.most_common(MAX_SHOWN))
     print_counts("changed while normalising", result.loaded.notes.most_common(MAX_SHOWN))

@@ -28,14 +28,15 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 def read_assistant(
-    message: Message, content: str, tools: list[dict[str, Any]], notes: Counter, *, only_calls: bool, answered: bool
-) -> tuple[Message, set[str]]:
+    message: Message, content: str, tools: list[dict[str, Any]], names: set[str], notes: Counter, *, only_calls: bool,
+    answered: bool,
+) -> tuple[Message, set[str]]:  # fmt: skip
     """(canonical message, further keys that were read). Raises RowError; the caller adds the message's number.
 
+    names       those of the tools
     only_calls  a message of the role `tool_call` or `function_call`
     answered    the next message is a tool's result
     """
-    names = {tool["function"]["name"] for tool in tools}
     read = set()
     if message.get("channel") is not None or message.get("recipient") is not None:
         message = message | read_channel(message, content, names)

@@ -7,7 +7,7 @@ from typing import Any
 
 from formats.pythonic import read_literal
 
-_ARGUMENT = re.compile(r"""\s*([^()\[\]{},'"=]*[^()\[\]{},'"=\s])\s*=""")
+_ARGUMENT = re.compile(r"""\s*([^()\[\]{},'"=\s][^()\[\]{},'"=]*)=""")
 _PIECE = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^'"()\[\]{},]+|[^'"]""", re.DOTALL)
 
 
@@ -40,10 +40,11 @@ def _arguments(text: str, position: int) -> tuple[dict[str, Any], int]:
         match = _ARGUMENT.match(text, position)
         if match is None:
             raise ValueError(f"an argument without a name at {text[position : position + 30]!r}")
-        if match[1] in arguments:
-            raise ValueError(f"the argument {match[1]} twice")
+        name = match[1].rstrip()
+        if name in arguments:
+            raise ValueError(f"the argument {name} twice")
         end = _value_end(text, match.end())
-        arguments[match[1]] = read_literal(text[match.end() : end])
+        arguments[name] = read_literal(text[match.end() : end])
         position = _after_space(text, end + (text[end] == ","))
     return arguments, _after_space(text, position + 1)
 

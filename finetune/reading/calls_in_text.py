@@ -27,7 +27,9 @@ _GLAIVE = re.compile(r"""\s*\{\s*"name":\s*"(?P<name>[^"]+)",\s*"arguments":\s*'
 _GLAIVE_END = "<|endoftext|>"  # some conversions of Glaive's set keep it after a call
 _MISTRAL = re.compile(r"(?P<name>[^\s\[\]{}]+)(\[CALL_ID\](?P<id>\w+))?\[ARGS\]")
 _GLM = re.compile(r"(?P<name>[^\s<>{}\[\]\"']+)\s*(?=<arg_key>|</tool_call>)")
-_GLM_ARGUMENT = re.compile(r"\s*<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>\s*", re.DOTALL)
+_GLM_ARGUMENT = re.compile(
+    r"\s*<arg_key>(?>(?P<key>.*?)</arg_key>)\s*<arg_value>(?P<value>.*?)</arg_value>\s*", re.DOTALL
+)
 _SPACE = re.compile(r"\s*")
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # of a raw call: OpenAI, Llama, LangChain, Anthropic
 

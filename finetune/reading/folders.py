@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from formats.safe_yaml import load_yaml
 
 _SHARD = re.compile(r"(?P<split>.+?)-(?P<number>\d{5})-of-(?P<total>\d{5})\b.*")
 
@@ -112,13 +113,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _configs(folder: Path) -> dict[str, Any]:
     """Config name -> its `data_files`, from the front matter of README.md."""
-    import yaml
-
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
         match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-        meta = yaml.safe_load(match[1]) if match else None
-    except (OSError, ValueError, yaml.YAMLError):
+        meta = load_yaml(match[1]) if match else None
+    except (OSError, ValueError):
         return {}
     configs = meta.get("configs") if isinstance(meta, dict) else None
     return {

@@ -118,11 +118,11 @@ def _conversation(
         notes["system column not read: the messages begin with a system message of their own"] += 1
     declared = declared or list(tools)
     roles = [_role(message, number) for number, message in enumerate(messages, start=1)]
-    read = []
+    read, names = [], {tool["function"]["name"] for tool in declared}
     for number, message in enumerate(messages, start=1):
         answered = roles[number : number + 1] == ["tool"]
         with _in_message(number, roles[number - 1]):
-            read += _message(message, number, roles[number - 1], answered, declared, notes)
+            read += _message(message, number, roles[number - 1], answered, declared, names, notes)
     if not read:
         raise RowError("messages is empty")
     conversation = {"messages": merge_turns(read, notes), "tools": declared}
@@ -188,8 +188,9 @@ def _content(content: Any, role: str, notes: Counter) -> str | Parts:
 
 
 def _message(
-    message: Message, number: int, role: str, answered: bool, tools: list[dict[str, Any]], notes: Counter
-) -> list[ReadMessage]:
+    message: Message, number: int, role: str, answered: bool, tools: list[dict[str, Any]], names: set[str],
+    notes: Counter,
+) -> list[ReadMessage]:  # fmt: skip
     """One raw message as canonical ones: several where it holds several tool results."""
     content, mark, read = _content(_raw_content(message), role, notes), training_mark(message), set()
     results: list[Message] = []
@@ -198,15 +199,15 @@ def _message(
         mark = mark_of_parts(mark, content.marks)
         message, results, unread, content = _with_parts(message, role, content)
     if role in ("assistant", "call"):
-        canonical, read = read_assistant(message, content, tools, notes, only_calls=role == "call", answered=answered)
+        only = role == "call"
+        canonical, read = read_assistant(message, content, tools, names, notes, only_calls=only, answered=answered)
     unread |= {k: v for k, v in message.items() if k not in _READ_KEYS[role] and k not in read and v not in EMPTY}
     if unread:
         _check_unread(message, unread, role, notes)
     if role in ("assistant", "call"):
         called = {call["function"]["name"] for call in canonical.get("tool_calls", ())}
         # SWE-agent repeats a call under another key.
-        names = [tool["function"]["name"] for tool in tools if tool["function"]["name"] not in called]
-        refuse_hidden_calls(unread, names)
+        refuse_hidden_calls(unread, sorted(names - called) if unread else ())
         trained = {} if mark is None or mark.trained else {"train": False}
         return [ReadMessage(canonical | trained, number, mark)]
     if results:

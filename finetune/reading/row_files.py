@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from finetune.errors import UserError
 from finetune.reading.size_limits import MAX_ROW_BYTES, limited_lines, read_all
-from formats.calls import MAX_JSON_DEPTH, STRICT, json_depth
+from formats.calls import MAX_JSON_DEPTH, STRICT, json_depth, skip_space
 
 ROW_LISTS = ("data", "rows", "train", "examples")  # keys under which a JSON document may hold its rows
 EMPTY: tuple[Any, ...] = (None, "", [], {})  # values that hold nothing
@@ -169,24 +169,19 @@ def _pretty_printed(path: Path) -> list[tuple[int, dict | Unreadable]] | None:
     rows: list[tuple[int, dict | Unreadable]] = []
     try:
         text = raw.decode("utf-8")
-        at = _skip_space(text, 0)
+        at, line = skip_space(text, 0), 1 + text.count("\n", 0, skip_space(text, 0))
         while at < len(text):
             _, end = STRICT.raw_decode(text, at)
             part = text[at:end]
             if not rows and part.startswith("[") and not text[end:].strip() and "\n" in part.strip():
                 items = strict_json(part)  # an array over several lines, named .jsonl
                 return [(number, _as_row(item)) for number, item in enumerate(items, start=1)]
-            rows.append((text.count("\n", 0, at) + 1, read_json_row(part.encode())))
-            at = _skip_space(text, end)
+            rows.append((line, read_json_row(part.encode())))
+            start, at = at, skip_space(text, end)
+            line += text.count("\n", start, at)
     except (ValueError, RecursionError):
         return None
     return rows if all(isinstance(row, dict) for _, row in rows) else None
-
-
-def _skip_space(text: str, at: int) -> int:
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
 
 
 def _as_row(item: Any) -> dict | Unreadable:
@@ -234,7 +229,9 @@ def csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, dict | Unread
         try:
             header = next(reader, None)
             if not header or len(set(header)) != len(header):
-                raise UserError(f"{path}: the first line must name each column once, it is {header}; add a header")
+                raise UserError(
+                    f"{path}: the first line must name each column once, it is {header or 'empty'}; add a header"
+                )
             for number, cells in enumerate(reader, start=1):
                 if len(cells) > len(header):
                     yield number, Unreadable(f"has {len(cells)} cells under {len(header)} columns", str(cells))

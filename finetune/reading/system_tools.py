@@ -14,23 +14,22 @@ from finetune.reading.tool_schemas import normalize_tools
 from formats.calls import STRICT
 
 _LIST_START = re.compile(
-    r"Here is a list of (?:the )?functions in JSON format that you can (?:invoke|use|call)\s*[.:]?\s*(?=\[)",
+    r"Here is a list of (?:the )?functions in JSON format that you can (?:invoke|use|call)[\s.:]*(?=\[)",
     re.IGNORECASE,
 )
 # The sentences that explain the brackets, which the format's own explanation replaces.
 _EXPLANATIONS = re.compile(
     r"(?:Should you decide to return the function call\(s\)\s*[.,:]?\s*)?"
-    r"(?<![^\s.])[^.\n\[]*\[\s*func\w*\([^\n\]]*\]\.?[ \t]*\n?"
+    r"(?<![^\s.])[^.\n\[]{0,500}\[\s{0,9}func\w{0,9}\([^\n\]]{0,500}\]\.?[ \t]*\n?"
     r"(?:\s*(?:NO other text MUST be included|You SHOULD NOT include any other text(?: in the response)?)"
     r"\s*\.?[ \t]*\n?)?"
 )
-_KIMI = re.compile(r"<\|im_system\|>tool_declare<\|im_middle\|>(?P<tools>.*?)<\|im_end\|>\s*", re.DOTALL)
-_HERMES = re.compile(
-    r"You are a function calling AI model\..*?<tools>(?P<tools>\s*[\[{].*?)</tools>.*?(</tool_call>\s*|$)", re.DOTALL
-)
+# (what it begins with, the tools up to the first end, the rest of the block up to its last mark, or all)
+_KIMI = ("<|im_system|>tool_declare<|im_middle|>", re.compile(""), "<|im_end|>", "")
+_HERMES = ("You are a function calling AI model.", re.compile(r"<tools>(?=\s*[\[{])"), "</tools>", "</tool_call>")
 _GLAIVE = re.compile(
-    r"(?:You are an? [\w ]*assistant,? )?with access to the following functions\.\s*"
-    r"Use them(?: if required)?\s*[-:]?\s*$"
+    r"(?:You are an? [\w ]{0,200}assistant,? )?with access to the following functions\.\s*"
+    r"Use them(?: if required)?[\s:-]*$"
 )
 
 
@@ -98,14 +97,25 @@ def tools_of_system_text(text: str) -> tuple[str, list[Any], str] | None:
             raise RowError(f"the list of functions in the system text is not valid JSON ({error})") from error
         rest = [_EXPLANATIONS.sub("", side).strip() for side in (text[: match.start()], text[end:].lstrip(" ."))]
         return "\n".join(filter(None, rest)), tools, "ToolACE"
-    for pattern, where, writer in (
+    for marks, where, writer in (
         (_KIMI, "the tool_declare message", "Kimi"),
         (_HERMES, "the <tools> block", "Hermes"),
     ):
-        if match := pattern.search(text):
-            rest = (text[: match.start()] + text[match.end() :]).strip()
-            return rest, json_stream(match["tools"], where), writer
+        if block := _marked_block(text, *marks):
+            start, tools, end = block
+            return (text[:start] + text[end:]).strip(), json_stream(tools, where), writer
     return _glaive_tools(text)
+
+
+def _marked_block(text: str, begins: str, opening: re.Pattern, closing: str, last: str) -> tuple[int, str, int] | None:
+    """(start, tools, end) of the first block of tools; a pattern with several `.*?` would take quadratic time."""
+    start = text.find(begins)
+    opened = opening.search(text, start + len(begins)) if start >= 0 else None
+    closed = text.find(closing, opened.end()) if opened else -1
+    if opened is None or closed < 0:
+        return None
+    end = text.find(last, closed + len(closing))
+    return start, text[opened.end() : closed], end + len(last) if end >= 0 else len(text)
 
 
 def _glaive_tools(text: str) -> tuple[str, list[Any], str] | None:

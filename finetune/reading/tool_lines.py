@@ -13,7 +13,6 @@ _LABEL = re.compile(
     r"^[ \t]*(?:[#>-]+[ \t]*)?(?:\*\*|__)?(tool|parameters|reasoning)(?:\*\*|__)?[ \t]*:[ \t]*(?:\*\*|__)?[ \t]*",
     re.IGNORECASE | re.MULTILINE,
 )
-_FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 _NOTHING = ("", "none", "null", "n/a", "-")
 
 
@@ -60,8 +59,8 @@ def _is_name(name: str, names: set[str]) -> bool:
 
 def _arguments(text: str) -> dict[str, Any] | None:
     """The object that a text holds as JSON, in a fence, or as Python writes it; None for another text."""
-    if fenced := _FENCED.fullmatch(text):
-        text = fenced[1]
+    if text.startswith("```") and text.endswith("```") and len(text) >= len("``````"):
+        text = text[3:-3].removeprefix("json").strip()
     if text.lower() in _NOTHING:
         return {}
     for read in (strict_json, read_literal):

@@ -24,6 +24,7 @@ _TYPES = {
 }
 _JSON_TYPES = {"object", "array", "string", "number", "integer", "boolean", "null"}
 _SUBSCHEMAS = ("items", "anyOf", "oneOf", "allOf", "additionalProperties")
+MAX_TYPE_LENGTH = 1000
 _GENERIC = re.compile(r"(?P<outer>\w+)\[(?P<inner>.*)\]")
 
 
@@ -62,21 +63,27 @@ def _tools(value: Any) -> tuple[list[dict[str, Any]], Counter]:
     if value is None:  # blank text
         value = []
     if isinstance(value, dict):
-        value = _list_inside(value)
+        value = _list_inside(value, notes)
     if not isinstance(value, list):
         raise RowError(f"tools are a JSON {json_type(value)}, not a list")
     items = [decode_json(item, f"tool {number}", times=2) for number, item in enumerate(value, start=1)]
-    items = [inner for item in items for inner in _declarations(item)]
+    items = [inner for item in items for inner in _declarations(item, notes)]
     return [_tool(item, number, notes) for number, item in enumerate(items, start=1)], notes
 
 
-def _list_inside(value: dict[str, Any]) -> Any:
+def _beside(value: dict[str, Any], key: str, notes: Counter) -> Any:
+    """The tools under `key`; what else the object holds is not read, and noted."""
+    notes.update(f"not read, key {str(other)[:40]!r} beside tools" for other in value if other != key and value[other])
+    return value[key]
+
+
+def _list_inside(value: dict[str, Any], notes: Counter) -> Any:
     """The list of a document that holds one: MCP's `tools/list` (in JSON-RPC or not), Converse's toolConfig."""
     result = value.get("result")
     if isinstance(result, dict) and "tools" in result and "name" not in value:
-        value = result
+        value = _beside({key: value[key] for key in value if key not in ("jsonrpc", "id")}, "result", notes)
     if "name" not in value and isinstance(value.get("tools"), list):
-        return value["tools"]
+        return _beside(value, "tools", notes)
     is_named = not value.keys() & {"name", "function", "type"} and all(
         isinstance(tool, dict) and tool.keys() & {"parameters", "description", "input_schema"}
         for tool in value.values()
@@ -84,15 +91,15 @@ def _list_inside(value: dict[str, Any]) -> Any:
     return [{"name": name, **tool} for name, tool in value.items()] if value and is_named else [value]
 
 
-def _declarations(item: Any) -> list[Any]:
+def _declarations(item: Any, notes: Counter) -> list[Any]:
     """The tools that an item of a list declares: several in Gemini's `functionDeclarations`, else the item itself."""
     if isinstance(item, dict) and "name" not in item:
         for key in ("functionDeclarations", "function_declarations"):
             if isinstance(item.get(key), list):
-                return item[key]
+                return _beside(item, key, notes)
         for key in ("toolSpec", "tool_spec"):
             if isinstance(item.get(key), dict):
-                return [item[key]]
+                return [_beside(item, key, notes)]
         if item.keys() & {"cachePoint", "cache_point"}:
             return []
     return [item]
@@ -183,6 +190,8 @@ def _translated(schema: Any) -> Any:
 
 def _type(name: str) -> dict[str, Any]:
     """`List[int], optional` -> {"type": "array", "items": {"type": "integer"}}; {} for an unknown name."""
+    if len(name) > MAX_TYPE_LENGTH:
+        return {}
     bare = re.sub(r",?\s*optional\s*$", "", name.strip(), flags=re.IGNORECASE)
     if match := _GENERIC.fullmatch(bare):
         outer, inner = match["outer"].lower(), match["inner"]

@@ -156,8 +156,8 @@ class Experiment:
                 log.exception("the run failed")
             if not isinstance(error, UserError) and self.checkpoints():
                 log.warning("resume with: python train_lora.py --resume %s", shlex.quote(str(self.folder)))
-            if no_room(error):
-                raise OSError(errno.ENOSPC, "No space left on device", str(self.folder)) from error
+            if reason := no_room(error):
+                raise OSError(errno.ENOSPC, reason, str(self.folder)) from error
             raise
 
     def checkpoints(self) -> list[Path]:

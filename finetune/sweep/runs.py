@@ -18,7 +18,8 @@ from filelock import FileLock
 
 from finetune.errors import UserError
 from finetune.files import acquire_lock, free_path, sha256_of, write_text_atomic
-from finetune.runs.experiment import check_writable, folder_status
+from finetune.runs.config_schema import schema_fault
+from finetune.runs.experiment import check_writable, folder_status, refuse_links
 from finetune.settings import Settings
 from finetune.sweep.grid import OWN_FILES, Point, free_name
 
@@ -27,6 +28,25 @@ SWEEP, SWEEP_LOG, LOGS, LOCK, TOKEN = "sweep.json", "sweep.log", "logs", ".lock"
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 STOPPED, FAILED, INTERRUPTED = "stopped early", "failed", "interrupted"
 DONE = {FINISHED, STOPPED}
+# What sweep.json must hold for the sweep to continue. Another person may have written it: a name is a folder of a run.
+SCHEMA: dict[str, Any] = {
+    "type": "object", "required": ["id", "data", "argv", "started", "runs", "settings"],
+    "properties": {
+        "data": {"type": "object"}, "argv": {"type": "array"}, "settings": {"type": "object"},
+        "runs": {"type": "array", "items": {
+            "type": "object", "required": ["name", "status", "flags", "attempts"],
+            "properties": {
+                "name": {"type": "string", "pattern": r"^[^./\\][^/\\]*\Z"},
+                "attempts": {"type": "array", "items": {
+                    "type": "object", "required": ["outcome", "step", "lines"],
+                    "properties": {
+                        "step": {"type": ["integer", "null"]}, "lines": {"type": "array", "items": {"type": "string"}},
+                    },
+                }},
+            },
+        }},
+    },
+}  # fmt: skip
 REFUSED = "refused"  # exit status 2: flags or data that the next attempt would be refused for too
 
 
@@ -122,6 +142,8 @@ def open_sweep(folder: Path, points: list[Point], *, identity: str, argv: list[s
     a data file has changed since the sweep began.
     """
     check_writable(folder)
+    for name in (*OWN_FILES, LOCK, TOKEN):
+        refuse_links(folder / name, owner=folder)
     others = any(not (path.name == LOGS and path.is_dir()) and path.name[0] != "." for path in folder.iterdir())
     path = folder / SWEEP
     if others and not path.exists():
@@ -153,6 +175,8 @@ def _restore_progress(path: Path, config: dict[str, Any], points: list[Point]) -
     """
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
+        if fault := schema_fault(SCHEMA, old):
+            raise ValueError(fault.removeprefix(", "))
         identity, digests, command_line = old["id"], dict(old["data"]), " ".join(map(str, old["argv"]))
         config["started"] = str(old["started"])
         records = {record["name"]: record for record in old["runs"]}
@@ -168,7 +192,7 @@ def _restore_progress(path: Path, config: dict[str, Any], points: list[Point]) -
             folder, done = path.parent / run.name, record["status"] in DONE
             if (done and folder.is_dir()) or folder_status(folder) == FINISHED:
                 run.status = record["status"] if done else FINISHED
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}; start another sweep with --name") from error
     if identity != config["id"] and (named is None or not is_alike):
         raise UserError(
