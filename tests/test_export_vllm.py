@@ -9,6 +9,7 @@ import random
 import shlex
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,20 @@ TEXTS = {
         '<|tool_call|>[{"name": "f"}]<|/tool_call|>',
         "<|tool_call|>[]<|/tool_call|> none",
         '<|tool_call|>[{"name": "f", "arguments": {}}',
+    ],
+    "mistral-v11": [
+        "Just text, with [TOOL] in it.",
+        '[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"a": "[ARGS]"}[TOOL_CALLS]g[CALL_ID]abcdefghj[ARGS]{}',
+        'Let me look.[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"a": 1}',
+        "Let me look.[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{",
+    ],
+    # vLLM's own parser takes only names of ASCII letters for calls.
+    "llama3-pythonic": [
+        "Just text, with [f(a=1)] in it.",
+        "[예약하기(인원=2, 날짜='3월 1일'), _f(_x=None)]",
+        "[1, 2] are numbers",
+        "[f(a=1)",
+        "<|python_tag|>[f(a=[1.5, true])]",
     ],
 }  # fmt: skip
 
@@ -255,21 +270,21 @@ def test_too_large_rank_is_refused():
 
 
 # The valid --tool-call-parser names.
-KNOWN_PARSERS = {"hermes", "llama3_json", "pythonic", "mistral", "qwen3_coder", "sandwich", None}
+KNOWN_PARSERS = {"hermes", "llama3_json", "mistral", "qwen3_coder", "sandwich", None}
 
 
 @pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.template])
 def test_command_for_every_format(name):
     fmt = FORMATS[name]
     tokens = {token for names in PARSER_TOKENS.values() for token in names}
-    parser = parser_of(fmt, tokens | ({"[ARGS]"} if name in ("mistral-v11", "mistral-v13") else set()))
+    parser = parser_of(fmt, tokens | ({"[ARGS]"} if name == "mistral-v13" else set()))
     assert parser in KNOWN_PARSERS
     command = shlex.join(serve_command(name="my model", model="org/base", parser=parser, adapter="./adapter", rank=12))
     assert "--chat-template ./chat_template.jinja" in command and "--host 127.0.0.1" in command
     assert "--enable-lora --lora-modules 'my model=./adapter' --max-lora-rank 16" in command
     assert ("--enable-auto-tool-choice" in command) == fmt.has_tools
     assert "--generation-config ./adapter" in command  # its ends of turn, not the base's
-    assert ("--tool-parser-plugin" in command) == (name in TEXTS)
+    assert ("--tool-parser-plugin" in command) == (name in (*TEXTS, "gemma"))
 
 
 @pytest.mark.parametrize(
@@ -280,9 +295,12 @@ def test_command_for_every_format(name):
         ("mistral-v3", {"[TOOL_CALLS]"}, "mistral"),
         ("mistral-v3", set(), "sandwich"),  # vLLM does not start
         ("mistral-v3", {"[TOOL_CALLS]", "[ARGS]"}, "sandwich"),  # vLLM would read calls as v11 writes them
-        ("mistral-v11", {"[TOOL_CALLS]"}, "sandwich"),
+        ("mistral-v11", {"[TOOL_CALLS]", "[ARGS]"}, "sandwich"),  # vLLM would append a call's id to its name
+        ("mistral-v13", {"[TOOL_CALLS]"}, "sandwich"),
         ("mistral-v13", {"[TOOL_CALLS]", "[ARGS]"}, "mistral"),
         ("chatml", set(), "hermes"),
+        ("llama3-pythonic", set(), "sandwich"),
+        ("gemma", set(), "sandwich"),
         ("mistral-v1", set(), None),  # it has no tools
         ("plain", set(), None),
         ("tool-reasoning", set(), "sandwich"),
@@ -308,7 +326,10 @@ def test_name_with_separators_becomes_json():
 
 def test_native_format_gets_the_parser_of_its_calls():
     tokenizer = parts.tokenizer("qwen2.5")
-    assert parser_of(get_format("native", tokenizer), tokenizer.get_vocab()) == "hermes"
+    fmt = get_format("native", tokenizer)
+    assert parser_of(fmt, tokenizer.get_vocab()) == "hermes"
+    opened = replace(fmt, opened_reasoning=("<think>\n", "</think>"))
+    assert parser_of(opened, tokenizer.get_vocab()) == "sandwich", "its reasoning would be content"
 
 
 def test_base_becomes_its_folder(tmp_path, monkeypatch):

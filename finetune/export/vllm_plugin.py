@@ -14,8 +14,9 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
-from formats import FORMATS, get_format  # noqa: E402
+from formats import FORMATS, get_format, pythonic  # noqa: E402
 from formats.base import THINK, split_reasoning  # noqa: E402
+from formats.builtin import llama3, mistral  # noqa: E402
 
 try:  # since vLLM 0.32
     from vllm.renderers.chat_utils import make_tool_call_id
@@ -35,6 +36,9 @@ except ImportError:
 
 PARSER = "sandwich"
 FORMAT = "llama3-function"
+# Readers for which a call is the complete answer, and how such an answer begins.
+WHOLE_ANSWER = (llama3.parse, pythonic.parse)
+STARTS = ("[", "{", "<|python_tag|>")
 
 
 class SandwichToolParser(ToolParser):
@@ -104,7 +108,7 @@ def final_content(text, fmt):
     """The content of an incomplete answer that no later token can change; "" while anything can.
 
     Of a format's markers the second closes a call, the others open one. A call without closing marker lasts until the
-    end of the turn, and one without any begins an answer.
+    end of the turn, and one without any is the complete answer or begins it.
     """
     text = text.lstrip()
     for opening, closing in dict.fromkeys((fmt.reasoning_tags, THINK)):
@@ -114,7 +118,10 @@ def final_content(text, fmt):
         lone_end = fmt.reasoning or (opening, closing) != THINK
         text = split_reasoning(text, lone_end, (opening, closing))[1].lstrip()
     marks = call_markers(fmt)
-    if not marks or (text.startswith(("{", "[")) and len(marks) < 2):
+    if fmt.read_calls in WHOLE_ANSWER:
+        if any(text.startswith(start[: len(text)]) for start in STARTS):
+            return ""
+    elif not marks or (text.startswith(("{", "[")) and len(marks) < 2):
         return ""
     text, suffixes = _unwrapped(text, fmt)
     text = "\n" + text  # a marker may be the beginning of a line
@@ -137,6 +144,8 @@ def call_markers(fmt):
     derived = getattr(fmt.read_calls, "markers", None)
     if derived is not None:
         return derived if fmt.read_calls.has_anchor else ()
+    if fmt.read_calls is mistral.parse:
+        return (mistral.CALLS,)
     named = [one.call_markers for one in FORMATS.values() if one.read_calls is fmt.read_calls]
     return max([fmt.call_markers, *named], key=len)
 

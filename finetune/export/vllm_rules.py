@@ -35,17 +35,19 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # valid values of --max-lor
 
 
 def loads_parser(parser: str, fmt: Format, vocabulary: Container[str]) -> bool:
-    """Whether vLLM's parser starts with this vocabulary and reads the calls of `fmt`.
+    """Whether vLLM's parser starts with this vocabulary and reads the answers of `fmt`.
 
-    The `mistral` parser tells by [ARGS] in the vocabulary which of two spellings the calls have.
+    Reasoning that the prompt has opened would be text of the answer. The `mistral` parser tells by [ARGS] in the
+    vocabulary which of two spellings the calls have, and takes an id before [ARGS] for a part of the name.
     """
-    if not all(token in vocabulary for token in PARSER_TOKENS.get(parser, ())):
+    if not all(token in vocabulary for token in PARSER_TOKENS.get(parser, ())) or fmt.opened_reasoning[0]:
         return False
     if parser != "mistral":
         return True
     version = fmt.template_kwargs.get("version")
     writes_args = version in ("v11", "v13") if version else "[ARGS]" in fmt.template
-    return writes_args == ("[ARGS]" in vocabulary)
+    writes_ids = version == "v11" if version else "[CALL_ID]" in fmt.template
+    return writes_args == ("[ARGS]" in vocabulary) and not writes_ids
 
 
 def max_lora_rank(rank: int) -> int:
