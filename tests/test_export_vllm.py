@@ -162,7 +162,8 @@ def test_plugin_finds_what_parse_finds(name, layout, vllm, tmp_path):
     for text in TEXTS[name]:
         parsed = fmt.parse(text)
         complete = parser_class(tokenizer).extract_tool_calls(text, REQUEST)
-        assert complete.tools_called == bool(parsed.tool_calls)
+        # vLLM 0.32 returns the raw text unless "tools_called" is set, and looks at the calls for the finish reason.
+        assert complete.tools_called == bool(parsed.tool_calls or (layout == "0.32" and parsed.content != text))
         assert [(c.function.name, json.loads(c.function.arguments)) for c in complete.tool_calls] == [
             (call["name"], call["arguments"]) for call in parsed.tool_calls
         ]
@@ -173,7 +174,7 @@ def test_plugin_finds_what_parse_finds(name, layout, vllm, tmp_path):
             if end:  # after the end token, all content is final
                 assert content == parsed.content, text
             assert parsed.content.startswith(content)
-            if not parsed.tool_calls and not parsed.errors and "<" not in text and text:
+            if not parsed.tool_calls and not parsed.errors and text.strip("[") == text and "<" not in text and text:
                 assert early, "plain text is streamed at once"
 
 
@@ -207,6 +208,8 @@ def test_reasoning_that_the_prompt_opened_is_no_content(vllm, tmp_path):
     text = "Look at <c>f {</c>.\n</think>\n\nSo: <c>f {}</c>"
     content, found, _ = streamed(parser, text, own_templates.END, random.Random(0), parser.format)
     assert (content, found) == ("So:", [{"name": "f", "arguments": {}}])
+    answer = parser.extract_tool_calls("Look.\n</think>\n\nSo.", REQUEST)
+    assert (answer.content, answer.tool_calls, answer.tools_called) == ("So.", [], True)  # or vLLM returns the raw text
 
 
 @pytest.mark.parametrize("style", ["cohere", "gptoss", "lfm2_v2", "glm4moe", *own_templates.STYLES])

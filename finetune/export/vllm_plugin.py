@@ -20,8 +20,12 @@ from formats.builtin import llama3, mistral  # noqa: E402
 
 try:  # since vLLM 0.32
     from vllm.renderers.chat_utils import make_tool_call_id
+
+    RETURNS_RAW_TEXT = True  # without "tools_called", whatever the content is
 except ImportError:
     from vllm.entrypoints.chat_utils import make_tool_call_id
+
+    RETURNS_RAW_TEXT = False
 try:  # vLLM has moved its messages twice
     from vllm.entrypoints.generate.base import protocol
 except ImportError:
@@ -62,7 +66,7 @@ class SandwichToolParser(ToolParser):
         parsed = self.format.parse(model_output, _tools(request))
         self.prev_tool_call_arr = [_as_strings(call) for call in parsed.tool_calls]
         return protocol.ExtractedToolCallInformation(
-            tools_called=bool(parsed.tool_calls),
+            tools_called=bool(parsed.tool_calls) or (RETURNS_RAW_TEXT and parsed.content != model_output),
             tool_calls=[
                 protocol.ToolCall(
                     id=make_tool_call_id(), type="function", function=protocol.FunctionCall(**_as_strings(call))

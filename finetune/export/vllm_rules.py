@@ -12,12 +12,8 @@ from formats import Format
 # Tokens without which the constructor of a tool-call parser raises.
 PARSER_TOKENS = {
     "llama3_json": ("<|python_tag|>",),
-    "llama4_json": ("<|python_tag|>",),
     "mistral": ("[TOOL_CALLS]",),
     "lfm2": ("<|tool_call_start|>", "<|tool_call_end|>"),
-    "deepseek_v3": ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
-    "deepseek_v31": ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
-    "jamba": ("<tool_calls>", "</tool_calls>"),
 }
 # Keys of adapter_config.json that PEFT applies and vLLM refuses, as its PEFTHelper does.
 UNSUPPORTED = (
