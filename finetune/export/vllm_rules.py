@@ -33,8 +33,8 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # valid values of --max-lor
 def loads_parser(parser: str, fmt: Format, vocabulary: Container[str]) -> bool:
     """Whether vLLM's parser starts with this vocabulary and reads the answers of `fmt`.
 
-    Reasoning that the prompt has opened would be text of the answer. The `mistral` parser tells by [ARGS] in the
-    vocabulary which of two spellings the calls have, and takes an id before [ARGS] for a part of the name.
+    Reasoning that the prompt has opened would be text of the answer. Where the vocabulary has [ARGS], the `mistral` parser
+    expects calls with it, takes an id before it for a part of the name, and reads no forced calls (a list).
     """
     if not all(token in vocabulary for token in PARSER_TOKENS.get(parser, ())) or fmt.opened_reasoning[0]:
         return False
@@ -42,8 +42,7 @@ def loads_parser(parser: str, fmt: Format, vocabulary: Container[str]) -> bool:
         return True
     version = fmt.template_kwargs.get("version")
     writes_args = version in ("v11", "v13") if version else "[ARGS]" in fmt.template
-    writes_ids = version == "v11" if version else "[CALL_ID]" in fmt.template
-    return writes_args == ("[ARGS]" in vocabulary) and not writes_ids
+    return not writes_args and "[ARGS]" not in vocabulary
 
 
 def max_lora_rank(rank: int) -> int:
