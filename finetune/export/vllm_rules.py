@@ -33,7 +33,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # valid values of --max-lor
 def loads_parser(parser: str, fmt: Format, vocabulary: Container[str]) -> bool:
     """Whether vLLM's parser starts with this vocabulary and reads the answers of `fmt`.
 
-    Reasoning that the prompt has opened would be text of the answer. Where the vocabulary has [ARGS], the `mistral` parser
+    Reasoning that the prompt has opened would be text of the answer. Where the vocabulary has [ARGS], `mistral`
     expects calls with it, takes an id before it for a part of the name, and reads no forced calls (a list).
     """
     if not all(token in vocabulary for token in PARSER_TOKENS.get(parser, ())) or fmt.opened_reasoning[0]:
