@@ -71,7 +71,7 @@ SPELLINGS = {
     "<tool_call>": Spelling(
         "object", "<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>", _JSON, parse_hermes, "hermes"
     ),
-    "<|tool_call|>": Spelling("object", "<|tool_call|>[", ", ", "]", _JSON, _LIST, "granite"),
+    "<|tool_call|>": Spelling("object", "<|tool_call|>[", ", ", "]", _JSON, _LIST),
 }
 
 

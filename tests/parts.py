@@ -231,7 +231,9 @@ def mistral_template(version: str, spm: bool) -> str:
 
 
 def reference_template(name: str) -> str:
-    """A published chat template as TRL ships it for comparison."""
+    """A published chat template as TRL ships it for comparison, or one in a file (*.jinja)."""
+    if name.endswith(".jinja"):
+        return Path(name).read_text(encoding="utf-8")
     return (_package("trl") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 

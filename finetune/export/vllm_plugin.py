@@ -14,13 +14,18 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
-from formats import FORMATS, get_format  # noqa: E402
+from formats import FORMATS, get_format, pythonic  # noqa: E402
 from formats.base import THINK, split_reasoning  # noqa: E402
+from formats.builtin import llama3, mistral  # noqa: E402
 
 try:  # since vLLM 0.32
     from vllm.renderers.chat_utils import make_tool_call_id
+
+    RETURNS_RAW_TEXT = True  # without "tools_called", whatever the content is
 except ImportError:
     from vllm.entrypoints.chat_utils import make_tool_call_id
+
+    RETURNS_RAW_TEXT = False
 try:  # vLLM has moved its messages twice
     from vllm.entrypoints.generate.base import protocol
 except ImportError:
@@ -35,6 +40,9 @@ except ImportError:
 
 PARSER = "sandwich"
 FORMAT = "llama3-function"
+# Readers for which a call is the complete answer, and how such an answer begins.
+WHOLE_ANSWER = (llama3.parse, pythonic.parse)
+STARTS = ("[", "{", "<|python_tag|>")
 
 
 class SandwichToolParser(ToolParser):
@@ -58,7 +66,7 @@ class SandwichToolParser(ToolParser):
         parsed = self.format.parse(model_output, _tools(request))
         self.prev_tool_call_arr = [_as_strings(call) for call in parsed.tool_calls]
         return protocol.ExtractedToolCallInformation(
-            tools_called=bool(parsed.tool_calls),
+            tools_called=bool(parsed.tool_calls) or (RETURNS_RAW_TEXT and parsed.content != model_output),
             tool_calls=[
                 protocol.ToolCall(
                     id=make_tool_call_id(), type="function", function=protocol.FunctionCall(**_as_strings(call))
@@ -104,7 +112,7 @@ def final_content(text, fmt):
     """The content of an incomplete answer that no later token can change; "" while anything can.
 
     Of a format's markers the second closes a call, the others open one. A call without closing marker lasts until the
-    end of the turn, and one without any begins an answer.
+    end of the turn, and one without any is the complete answer or begins it.
     """
     text = text.lstrip()
     for opening, closing in dict.fromkeys((fmt.reasoning_tags, THINK)):
@@ -114,7 +122,10 @@ def final_content(text, fmt):
         lone_end = fmt.reasoning or (opening, closing) != THINK
         text = split_reasoning(text, lone_end, (opening, closing))[1].lstrip()
     marks = call_markers(fmt)
-    if not marks or (text.startswith(("{", "[")) and len(marks) < 2):
+    if fmt.read_calls in WHOLE_ANSWER:
+        if any(text.startswith(start[: len(text)]) for start in STARTS):
+            return ""
+    elif not marks or (text.startswith(("{", "[")) and len(marks) < 2):
         return ""
     text, suffixes = _unwrapped(text, fmt)
     text = "\n" + text  # a marker may be the beginning of a line
@@ -137,6 +148,8 @@ def call_markers(fmt):
     derived = getattr(fmt.read_calls, "markers", None)
     if derived is not None:
         return derived if fmt.read_calls.has_anchor else ()
+    if fmt.read_calls is mistral.parse:
+        return (mistral.CALLS,)
     named = [one.call_markers for one in FORMATS.values() if one.read_calls is fmt.read_calls]
     return max([fmt.call_markers, *named], key=len)
 

@@ -12,12 +12,8 @@ from formats import Format
 # Tokens without which the constructor of a tool-call parser raises.
 PARSER_TOKENS = {
     "llama3_json": ("<|python_tag|>",),
-    "llama4_json": ("<|python_tag|>",),
     "mistral": ("[TOOL_CALLS]",),
     "lfm2": ("<|tool_call_start|>", "<|tool_call_end|>"),
-    "deepseek_v3": ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
-    "deepseek_v31": ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
-    "jamba": ("<tool_calls>", "</tool_calls>"),
 }
 # Keys of adapter_config.json that PEFT applies and vLLM refuses, as its PEFTHelper does.
 UNSUPPORTED = (
@@ -35,17 +31,18 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # valid values of --max-lor
 
 
 def loads_parser(parser: str, fmt: Format, vocabulary: Container[str]) -> bool:
-    """Whether vLLM's parser starts with this vocabulary and reads the calls of `fmt`.
+    """Whether vLLM's parser starts with this vocabulary and reads the answers of `fmt`.
 
-    The `mistral` parser tells by [ARGS] in the vocabulary which of two spellings the calls have.
+    Reasoning that the prompt has opened would be text of the answer. Where the vocabulary has [ARGS], `mistral`
+    expects calls with it, takes an id before it for a part of the name, and reads no forced calls (a list).
     """
-    if not all(token in vocabulary for token in PARSER_TOKENS.get(parser, ())):
+    if not all(token in vocabulary for token in PARSER_TOKENS.get(parser, ())) or fmt.opened_reasoning[0]:
         return False
     if parser != "mistral":
         return True
     version = fmt.template_kwargs.get("version")
     writes_args = version in ("v11", "v13") if version else "[ARGS]" in fmt.template
-    return writes_args == ("[ARGS]" in vocabulary)
+    return not writes_args and "[ARGS]" not in vocabulary
 
 
 def max_lora_rank(rank: int) -> int:

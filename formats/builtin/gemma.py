@@ -1,4 +1,4 @@
-"""Gemma 1 to 3: roles user and model taking turns; calls as a Python list, which vLLM's `pythonic` parser reads."""
+"""Gemma 1 to 3: roles user and model taking turns; calls as a Python list."""
 
 from __future__ import annotations
 
@@ -22,6 +22,5 @@ FORMAT = Format(
     detect=detect,
     detect_order=60,
     tokens=("<start_of_turn>", "<end_of_turn>"),
-    vllm_parser="pythonic",
     ollama=OLLAMA,
 )

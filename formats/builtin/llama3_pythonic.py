@@ -14,6 +14,6 @@ FORMAT = replace(
     template=read_template(__file__),
     read_calls=parse,
     detect=None,
-    vllm_parser="pythonic",
+    vllm_parser=None,
     ollama=OLLAMA,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from formats import Format, get_format
@@ -19,7 +20,7 @@ class Pair(NamedTuple):
     @property
     def label(self) -> str:
         lent = " + its control tokens" if self.tokens else ""
-        return f"{self.vocabulary}{lent}{', ' + self.template if self.template else ''}"
+        return f"{self.vocabulary}{lent}{', ' + Path(self.template).stem if self.template else ''}"
 
     def load(self) -> tuple[Any, Format]:
         text = parts.reference_template(self.template) if self.template else None

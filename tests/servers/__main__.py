@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,24 +67,29 @@ class Outcome:
 
 
 def compare(url: str, answers: dict[str, Any], outcome: Outcome) -> None:
-    """Ask everything and count what equals our own answers."""
-    for name, case in answers.items():
-        outcome.requests += 1
-        for stream in (False, True):
-            served = ask(url, case, stream=stream, max_tokens=MAX_NEW_TOKENS)
-            is_same = served.error is None and served.calls == case["calls"]
-            outcome.same += is_same and not stream
-            outcome.same_streamed += is_same and stream
-            outcome.same_text += is_same and served.content.strip() == case["content"].strip()
-            if not is_same:
-                outcome.differences.append(f"{name}{', streamed' * stream}: {served} instead of {case['calls']}")
-    # One tool, whose arguments have few values: under a grammar the model leaves what it has learned. Without "strict"
-    # some of vLLM's parsers constrain the name alone.
+    """Ask everything, four requests at a time, and count what equals our own answers."""
+    with ThreadPoolExecutor(4) as pool:
+        requests = {
+            (name, stream): pool.submit(ask, url, case, stream=stream, max_tokens=MAX_NEW_TOKENS)
+            for name, case in answers.items()
+            for stream in (False, True)
+        }
+    outcome.requests = len(answers)
+    for (name, stream), request in requests.items():
+        served, case = request.result(), answers[name]
+        is_same = served.error is None and served.calls == case["calls"]
+        outcome.same += is_same and not stream
+        outcome.same_streamed += is_same and stream
+        outcome.same_text += is_same and served.content.strip() == case["content"].strip()
+        if not is_same:
+            outcome.differences.append(f"{name}{', streamed' * stream}: {served} instead of {case['calls']}")
+    # One call of one tool, whose arguments have few values: under a grammar the model leaves what it has learned, and
+    # may write calls until its tokens end. Without "strict" some of vLLM's parsers constrain the name alone.
     only, *_ = answers["call"]["tools"]
     case = {**answers["call"], "tools": [{**only, "function": {**only["function"], "strict": True}}]}
     choices = {"required": "required", "named": {"type": "function", "function": {"name": "weather"}}}
     for kind, choice in choices.items():
-        options = {"max_tokens": MAX_NEW_TOKENS, "tool_choice": choice}
+        options = {"max_tokens": MAX_NEW_TOKENS, "tool_choice": choice, "parallel_tool_calls": False}
         served = [ask(url, case, stream=stream, **options) for stream in (False, True)]
         verdicts = [verdict(one, case) for one in served]
         outcome.forced[kind] = " / ".join(verdicts)
@@ -129,7 +135,7 @@ def serve(pair: Pair, export: str, folder: Path, vllm: Vllm) -> Outcome:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--only", nargs="*", metavar="FORMAT", help="formats or templates (default: all formats with tools)"
+        "--only", nargs="*", metavar="FORMAT", help="formats, templates or *.jinja files (default: all)"
     )
     parser.add_argument("--exports", nargs="+", choices=EXPORTS, default=list(EXPORTS))
     parser.add_argument("--vllm", type=Path, default=ROOT / ".cache" / "vllm", help="virtual environment with vLLM")

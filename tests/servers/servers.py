@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 START_LIMIT_S = 300
@@ -40,15 +41,21 @@ class Vllm:
     """The vLLM of a virtual environment, imported once (see preloaded.py); close it after the last server."""
 
     def __init__(self, venv: Path) -> None:
-        self.process = subprocess.Popen(
-            [venv.absolute() / "bin" / "python", Path(__file__).with_name("preloaded.py")],
+        self.venv = venv
+
+    @cached_property
+    def process(self) -> subprocess.Popen:
+        """Started with the first server."""
+        return subprocess.Popen(
+            [self.venv.absolute() / "bin" / "python", Path(__file__).with_name("preloaded.py")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
             env={**os.environ, **VLLM_VARIABLES},
         )  # fmt: skip
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        if "process" in vars(self):
+            self.process.stdin.close()
+            self.process.wait()
 
     @contextlib.contextmanager
     def server(self, export: Path) -> Iterator[str]:
