@@ -22,6 +22,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,18 @@ def loaded_parts() -> tuple[Any, Any]:
     return tokenizer, get_format(FORMAT, tokenizer=tokenizer)
 
 
+@cache
+def encoded(task: str) -> tuple[list[dict[str, Any]], list[throughput_rows.Row]]:
+    """(conversations to train on, their ids and labels)."""
+    conversations, _ = conversations_and_items(task, 0)
+    return conversations, throughput_rows._encode(conversations, *loaded_parts())
+
+
 def steps_to_train(task: str, seed: int, step_rows: int, count: int) -> list[list[throughput_rows.Row]]:
     """`count` steps of encoded rows, epoch after epoch, in an order that depends on the seed only."""
     from finetune.training.order import steps_of_epoch, tool_sets
 
-    conversations, _ = conversations_and_items(task, 0)
-    rows = throughput_rows._encode(conversations, *loaded_parts())
+    conversations, rows = encoded(task)
     kept = [at for at, (ids, _) in enumerate(rows) if len(ids) <= MAX_TOKENS]
     groups = tool_sets(conversations, kept) if task == "live_multiple" else None
     rng, steps = np.random.default_rng(seed), []
