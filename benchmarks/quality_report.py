@@ -110,9 +110,10 @@ def draw(cells: Cells, target: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for color, (trainer, label) in zip(CATEGORIES, NAMES.items(), strict=False):
-            runs = [one for key, one in cells.items() if key[:2] == (task, trainer)]
+            if not (runs := [one for key, one in cells.items() if key[:2] == (task, trainer)]):
+                continue
             budgets = [(minutes, [np.mean(one["saved"][f"minute_{minutes:g}"]["right"]) for one in runs])
-                       for minutes in (runs[0]["minutes"] if runs else [])]  # fmt: skip
+                       for minutes in runs[0]["minutes"]]  # fmt: skip
             axes.plot([x for x, _ in budgets], [np.mean(ys) for _, ys in budgets], color=color, label=label)
             axes.plot([x for x, ys in budgets for _ in ys], [y for _, ys in budgets for y in ys], ".", color=color)
             rings = [one["saved"][f"step_{step}"] for one in runs for step in one["equal_steps"]]
