@@ -188,12 +188,14 @@ def train(cell: Namespace) -> None:
 
 def score(file: str) -> None:
     """Answer the held-out requests with each adapter of a cell that has no answers yet. In a process of its own."""
+    from finetune.models.loading import import_unsloth, load_base
+
+    import_unsloth()  # before Transformers and PEFT
     from peft import load_peft_weights, set_peft_model_state_dict
 
     from finetune.evaluation.run import answer_token_limit, judge, make_prompts
     from finetune.generation.generate import Decoding, generate
     from finetune.models.adapter import attach_adapter
-    from finetune.models.loading import load_base
     from formats import decode
 
     path = Path(file)
