@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
                 "steps_file": str(steps_file), "model": folder, "device": device, "dtype": dtype,
                 "load_in_4bit": args.load_in_4bit, "checkpointing": args.checkpointing, "steps": args.steps,
                 "warmup": args.warmup, "batch_size": args.batch_size, "grad_accum": args.grad_accum,
-                "profile": args.profile,
+                "profile": args.profile, "lr": 2e-4, "seed": 0,
                 "optim": args.optim or ("adamw_8bit" if device == "cuda" else "adamw_torch"),
                 "max_seq_length": max(len(ids) for step in steps for ids, _ in step),
                 "our_flags": args.our_flags.split(), "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())),

@@ -58,15 +58,18 @@ def _bfcl(workload, tokenizer, fmt, steps, step_rows, seed) -> list[list[Row]]:
     from finetune.training.order import steps_of_epoch, tool_sets
 
     items = load_items(workload.removesuffix("_shuffle"))
-    conversations = []
-    for item in items:
-        calls = [{"type": "function", "function": call} for call in item.expected_calls]
-        answer = {"role": "assistant", "content": "", "tool_calls": calls}
-        conversations.append({"messages": [*item.messages, answer], "tools": item.tools})
+    conversations = [conversation_of(item) for item in items]
     groups = tool_sets(conversations, range(len(conversations))) if workload == "live_multiple" else None
     # The last step of an epoch holds the remaining rows; the first ones are typical.
     chosen = steps_of_epoch(len(conversations), step_rows, np.random.default_rng(seed), groups)[:steps]
     return [_encode([conversations[i] for i in step], tokenizer, fmt) for step in chosen]
+
+
+def conversation_of(item: Any) -> dict[str, Any]:
+    """An item of a suite with its expected calls as the answer."""
+    calls = [{"type": "function", "function": call} for call in item.expected_calls]
+    answer = {"role": "assistant", "content": "", "tool_calls": calls}
+    return {"messages": [*item.messages, answer], "tools": item.tools}
 
 
 def _words(rng: random.Random, count: int) -> str:

@@ -106,9 +106,9 @@ def make_meter(skipped: int):
 
 def trainer_options(task: Namespace, folder: str, steps: int, **more: Any) -> dict[str, Any]:
     return {
-        "output_dir": folder, "max_steps": steps, "learning_rate": 2e-4, "lr_scheduler_type": "constant",
+        "output_dir": folder, "max_steps": steps, "learning_rate": task.lr, "lr_scheduler_type": "constant",
         "optim": task.optim, "weight_decay": 0.01, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
-        "disable_tqdm": True, "seed": 0, "bf16": task.dtype == "bfloat16",
+        "disable_tqdm": True, "seed": task.seed, "bf16": task.dtype == "bfloat16",
         "use_cpu": task.device == "cpu", "dataloader_num_workers": 0, **more,
     }  # fmt: skip
 
@@ -156,6 +156,7 @@ def plain(name, steps, task, meter, folder) -> dict[str, Any]:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=task.checkpointing)
     elif task.checkpointing:
         model.enable_input_require_grads()
+    torch.manual_seed(task.seed)
     config = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     trainer = in_order(Trainer)(
@@ -183,7 +184,7 @@ def unsloth_model(task: Namespace, checkpointing: bool):
         load_in_4bit=task.load_in_4bit,
     )  # fmt: skip
     model = unsloth.FastLanguageModel.get_peft_model(
-        model, r=16, lora_alpha=32, lora_dropout=0, bias="none", random_state=0, target_modules=TARGETS,
+        model, r=16, lora_alpha=32, lora_dropout=0, bias="none", random_state=task.seed, target_modules=TARGETS,
         use_gradient_checkpointing="unsloth" if checkpointing else False,
     )  # fmt: skip
     return model, tokenizer
@@ -210,6 +211,38 @@ def stock(name, steps, task, meter, folder) -> dict[str, Any]:
     )  # fmt: skip
     trainer.train()
     return {}
+
+
+def responses(name, steps, task, meter, folder) -> dict[str, Any]:
+    """As in Unsloth's notebooks: rows are texts that it tokenizes, and train_on_responses_only masks them."""
+    model, tokenizer = unsloth_model(task, checkpointing=True)
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    from unsloth.chat_templates import train_on_responses_only
+
+    rows = [row for step in steps for row in step]
+    trainer = in_order(SFTTrainer)(
+        model=model,
+        processing_class=tokenizer,
+        args=SFTConfig(**trainer_options(
+            task, folder, len(steps), per_device_train_batch_size=task.batch_size, max_length=task.max_seq_length,
+            gradient_accumulation_steps=task.grad_accum, dataset_text_field="text", dataset_num_proc=1,
+        )),
+        train_dataset=Dataset.from_dict({"text": [tokenizer.decode(ids) for ids, _ in rows]}),
+        callbacks=[meter],
+    )  # fmt: skip
+    parts = {"instruction_part": "<|im_start|>user\n", "response_part": "<|im_start|>assistant\n"}
+    trainer = train_on_responses_only(trainer, **parts, num_proc=1)
+    data = trainer.train_dataset
+    trained = [sum(label != IGNORE_INDEX for labels in side for label in labels)
+               for side in (data["labels"], [labels for _, labels in rows])]  # fmt: skip
+    notes = {
+        "rows": len(rows), "rows_kept": len(data), "tokens": sum(map(len, data["input_ids"])),
+        "tokens_of_ours": sum(len(ids) for ids, _ in rows), "trained_tokens": trained[0],
+        "trained_tokens_of_ours": trained[1],
+    }  # fmt: skip
+    trainer.train()
+    return notes
 
 
 def packed(name, steps, task, meter, folder) -> dict[str, Any]:
@@ -264,7 +297,8 @@ def ours(name, steps, task, meter, folder) -> dict[str, Any]:
     from finetune.training.run import make_trainer
 
     arguments = [
-        "--model", task.model, "--dtype", task.dtype, "--max_seq_length", str(task.max_seq_length), "--seed", "0",
+        "--model", task.model, "--dtype", task.dtype, "--max_seq_length", str(task.max_seq_length),
+        "--seed", str(task.seed), "--lr", str(task.lr),
         "--batch_size", str(task.batch_size), "--grad_accum", str(task.grad_accum), "--max_steps", str(len(steps)),
         "--scheduler", "constant", "--warmup_steps", "0", "--optim", task.optim, "--save_steps", "0",
         "--max_grad_norm", "1.0",
@@ -276,7 +310,7 @@ def ours(name, steps, task, meter, folder) -> dict[str, Any]:
     loaded = load_base(task.model, dtype=task.dtype, load_in_4bit=task.load_in_4bit, max_seq_length=task.max_seq_length)
     model = add_lora(
         loaded.model, rank=16, alpha=32, dropout=0.0, target_modules=TARGETS, use_rslora=False,
-        gradient_checkpointing=task.checkpointing, seed=0,
+        gradient_checkpointing=task.checkpointing, seed=task.seed,
     )  # fmt: skip
     experiment = Experiment.create(
         folder, "run", {"gradient_checkpointing": task.checkpointing, "flags": settings.run_flags()}, exact_name=True
