@@ -3,7 +3,7 @@
     python benchmarks/rank_prediction.py --seeds 3407 3408 3409
     python benchmarks/rank_prediction.py --seeds 3407 --repair_steps 4      and the truncations after 4 more steps
 
-The demo's model, data and recipe, shortened to 20 steps of 12 rows, which a CPU can afford. Runs and reports that exist
+The demo's model, data and recipe, shortened to 15 steps of 10 rows, which a CPU can afford. Runs and reports that exist
 already are not repeated; results.json, results.md and results.png are written into the folder after every seed.
 """
 
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from finetune.charts.palette import ramp  # noqa: E402
 
 RANKS = (4, 8, 16, 32, 64)
-HELD_OUT = ("--dataset", "data/samples/demo_heldout.jsonl", "--limit", "40")
+HELD_OUT = ("--dataset", "data/samples/demo_heldout.jsonl", "--limit", "30")
 REPORT = "evaluation/ranks.json"
 SCORES = {"tool_name_accuracy": "tool name", "parameter_accuracy": "parameters"}
 HOW = ("trained", "truncated", "repaired")
@@ -42,7 +42,7 @@ def train_and_evaluate(run: Path, ranks: tuple[int, ...], *flags: Any) -> bool:
     if run.is_dir() and not (run / "final_model").exists():
         shutil.rmtree(run)  # stopped in one of its few steps
     return make(
-        run / "final_model", "train_lora.py", "--config", "configs/demo.yaml", "--batch_size", 12, *flags,
+        run / "final_model", "train_lora.py", "--config", "configs/demo.yaml", "--batch_size", 10, *flags,
         "--experiments_dir", run.parent, "--name", run.name,
     ) and make(
         run / REPORT, "evaluate_lora.py", run, *HELD_OUT, "--ranks", ",".join(map(str, ranks))
@@ -54,7 +54,7 @@ def measure(folder: Path, seed: int, repair_steps: int, flags: list[str]) -> Non
     for rank in reversed(RANKS):
         ranks = RANKS if rank == max(RANKS) else (rank,)
         train_and_evaluate(
-            folder / f"trained_{rank}_{seed}", ranks, "--max_steps", 20, "--rank", rank, "--seed", seed, *flags
+            folder / f"trained_{rank}_{seed}", ranks, "--max_steps", 15, "--rank", rank, "--seed", seed, *flags
         )
     for rank in reversed(RANKS[:-1]) if repair_steps else ():
         cut, largest = folder / f"cut_{rank}_{seed}", folder / f"trained_{max(RANKS)}_{seed}"
