@@ -8,6 +8,8 @@ Each use needs a process of its own, because the patches of Unsloth and torch st
 
   python -m tests.interpreted_cuda train_lora.py FLAGS …    any of the scripts
   python -m tests.interpreted_cuda gradients MODEL          shared, packed and padded passes compared with single rows
+  python -m tests.interpreted_cuda waits MODEL              what makes the CPU wait for the GPU in a step
+  python -m tests.interpreted_cuda compilations MODEL       of FlexAttention, in steps of several lengths
   python -m tests.interpreted_cuda memory MODEL …           memory of a step compared with the estimate
 """
 
@@ -293,14 +295,11 @@ def make_runner(model, dtype: str):
     return runner
 
 
-def gradients(path: str) -> dict[str, Any]:
-    """Relative distances between the gradients of shared, packed and padded passes and of single rows, in float32."""
+def shared_rows(prefix: int = 40) -> list[Any]:
+    """Two groups of two rows with common prefixes."""
     import numpy as np
 
-    from finetune.passes.attention import PackedAttention
-    from finetune.passes.attention_cuda import UnslothPacked
     from finetune.passes.plan import make_row
-    from tests.gradient_check import relative_distance, row_by_row_gradients, shared_gradients
 
     rng = np.random.default_rng(0)
 
@@ -309,11 +308,20 @@ def gradients(path: str) -> dict[str, Any]:
 
     rows = []
     for group in range(2):
-        tools, turn = ids(40), ids(33)
+        tools, turn = ids(prefix), ids(33)
         for number in range(2):
             row = [*tools, *(turn if group or number else []), *ids(9 + 5 * number + 3 * group)]
             rows.append(make_row(row, [*[IGNORE_INDEX] * (len(row) - 6), *row[-6:]]))
-    result = {}
+    return rows
+
+
+def gradients(path: str) -> dict[str, Any]:
+    """Relative distances between the gradients of shared, packed and padded passes and of single rows, in float32."""
+    from finetune.passes.attention import PackedAttention
+    from finetune.passes.attention_cuda import UnslothPacked
+    from tests.gradient_check import relative_distance, row_by_row_gradients, shared_gradients
+
+    rows, result = shared_rows(), {}
     for checkpointing in (False, True):
         runner = make_runner(lora_model(path, dtype="float32", gradient_checkpointing=checkpointing), "float32")
         exact = row_by_row_gradients(runner, rows)
@@ -323,6 +331,80 @@ def gradients(path: str) -> dict[str, Any]:
             distances[runner.mode] = relative_distance(shared_gradients(runner, rows), exact)
         result["recomputed" if checkpointing else "kept"] = distances
     return result
+
+
+class WaitCounter(TorchDispatchMode):
+    """Counts what makes the CPU wait for a GPU: values that are read, and results whose shape depends on values.
+
+    The interpreter reads the arguments of kernels, which a compiled kernel does not: what it calls is not counted.
+    """
+
+    OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount")
+    METHODS = ("cpu", "numpy", "tolist")
+
+    def __init__(self):
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def note(self, name: str) -> None:
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        is_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if is_mask or any(name.strip("_").startswith(one.strip("_")) for one in self.OPERATIONS):
+            self.note(name)
+        return func(*args, **(kwargs or {}))
+
+    def counted(self, name: str, method: Any) -> Any:
+        def count_and_call(tensor, *args, **kwargs):
+            if self in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
+                self.note(name)
+            return method(tensor, *args, **kwargs)
+
+        return count_and_call
+
+
+def waits(path: str) -> dict[str, Any]:
+    """How often a step makes the CPU wait, without and with gradient checkpointing, by operation."""
+    from unittest.mock import patch
+
+    result = {}
+    for checkpointing in (False, True):
+        runner = make_runner(lora_model(path, dtype="float32", gradient_checkpointing=checkpointing), "float32")
+        runner.run(shared_rows(), 1.0, torch.Tensor.backward)  # creates rotary tables and gradients
+        counter = WaitCounter()
+        with contextlib.ExitStack() as stack:
+            for name in WaitCounter.METHODS:
+                method = counter.counted(name, getattr(torch.Tensor, name))
+                stack.enter_context(patch.object(torch.Tensor, name, method))
+            stack.enter_context(counter)
+            runner.run(shared_rows(), 1.0, torch.Tensor.backward)
+        result["recomputed" if checkpointing else "kept"] = {"mode": runner.mode, "counts": counter.counts}
+    return result
+
+
+def compilations(path: str) -> dict[str, Any]:
+    """How often FlexAttention is compiled, as Unsloth calls it, in steps of different lengths, with every layer."""
+    from torch._dynamo.testing import CompileCounter
+    from torch.nn.attention.flex_attention import flex_attention
+    from unsloth.utils import prefix_grouper_kernel
+
+    counter, calls = CompileCounter(), 0
+    compiled = torch.compile(flex_attention, dynamic=True, backend=counter)
+
+    def attend(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        with torch._C.DisableTorchFunction():  # a mode that dynamo would trace
+            return compiled(*args, **kwargs)
+
+    prefix_grouper_kernel._flex_attention_compiled = attend
+    runner = make_runner(lora_model(path, dtype="float32"), "float32")
+    counter.frame_count = calls = 0
+    for prefix in (40, 150, 300, 520):
+        runner.run(shared_rows(prefix), 1.0)
+    return {"mode": runner.mode, "reason": runner.reason, "calls": calls, "compilations": counter.frame_count}
 
 
 def memory(path: str, tokens: int, trained: int, load_in_4bit: bool, gradient_checkpointing: bool) -> dict[str, Any]:
@@ -378,8 +460,8 @@ def main(arguments: list[str]) -> int:
         return importlib.import_module(what.removesuffix(".py")).main(more)
     with contextlib.redirect_stdout(sys.stderr):
         patch_and_import()
-        if what == "gradients":
-            result = gradients(*more)
+        if what in (of_model := {"gradients": gradients, "waits": waits, "compilations": compilations}):
+            result = of_model[what](*more)
         else:
             path, tokens, trained, *switches = more
             result = memory(path, int(tokens), int(trained), "4bit" in switches, "checkpointing" in switches)

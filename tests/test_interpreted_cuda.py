@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.memory import Case, make_model, make_rows, shape
+from benchmarks.memory import Case, make_rows, shape
+from benchmarks.random_model import write_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TRITON = ROOT / ".venv" / "triton"  # as in interpreted_cuda.py, which imports torch
@@ -29,8 +30,7 @@ def run_interpreted(*arguments):
 
 
 def small_model(folder: Path, kind="llama", layers=2, **more):
-    folder.mkdir()
-    return make_model(shape(kind, 128, 320, layers, 4, 2, **more), folder)
+    return write_model(shape(kind, 128, 320, layers, 4, 2, **more), folder)
 
 
 def test_unsloth_forward_is_exact_for_shared_passes(tmp_path):
@@ -41,6 +41,22 @@ def test_unsloth_forward_is_exact_for_shared_passes(tmp_path):
         assert distances["mode"] == "tree"
         assert "Unsloth's shared-prefix kernel" in distances["reason"]
         assert max(distances[mode] for mode in ("tree", "packed", "padded")) < 1e-5
+
+
+def test_layers_do_not_wait_for_the_gpu(tmp_path):
+    """Masks and lengths of a pass are made before it: as many waits with two layers as with four."""
+    few, many = (json.loads(run_interpreted("waits", small_model(tmp_path / str(n), layers=n))) for n in (2, 4))
+    for activations in ("kept", "recomputed"):
+        assert few[activations]["mode"] == "tree"
+        assert few[activations]["counts"]["_local_scalar_dense"] >= 1  # the loss of the pass
+        assert few[activations] == many[activations]
+
+
+def test_unsloth_compiles_attention_once(tmp_path):
+    """In steps of many lengths; otherwise each would cost its step the seconds of a compilation."""
+    result = json.loads(run_interpreted("compilations", small_model(tmp_path / "model")))
+    assert "Unsloth's shared-prefix kernel" in result["reason"]
+    assert result["calls"] == 4 * 2 and result["compilations"] == 1
 
 
 def train(tmp_path, name, *flags, interpreted):
