@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from finetune.charts.palette import ramp  # noqa: E402
 
 RANKS = (4, 8, 16, 32, 64)
-HELD_OUT = ("--dataset", "data/samples/demo_heldout.jsonl", "--limit", "16")
+HELD_OUT = ("--dataset", "data/samples/demo_heldout.jsonl", "--limit", "12", "--max_new_tokens", "80")
 REPORT = "evaluation/ranks.json"
 SCORES = {"tool_name_accuracy": "tool name", "parameter_accuracy": "parameters"}
 PROCESSES = multiprocessing.get_context("fork")  # not on Windows
