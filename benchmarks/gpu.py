@@ -127,10 +127,14 @@ def parts_for_rehearsal(out: Path, model: str) -> list[Part]:
     """The same kinds of parts with a tiny model: Unsloth's CUDA code through Triton's interpreter where it is there."""
     python, interpreter = sys.executable, [sys.executable, "-m", "tests.interpreted_cuda"]
     throughput, tests = out / "throughput_tiny.json", out / "tests.json"
-    rows, short = str(out / ROWS), ["--batch_size", "2", "--max_steps", "2"]
+    rows, short = str(out / ROWS), ["--batch_size", "2", "--limit", "2", "--max_steps", "1"]
     interpreted = [
         Part(f"train_{name}", [*interpreter, *train_command(out, model, name, *flags, *short, rows=rows)[1:]], 900)
-        for name, flags in (("16bit_shared", ()), ("16bit_packed", ("--no-share_prefix",)))
+        for name, flags in (
+            ("16bit_shared", ("--no-load_in_4bit",)),
+            ("4bit_shared", ("--load_in_4bit",)),
+            ("16bit_packed", ("--no-load_in_4bit", "--no-share_prefix")),
+        )
     ]
     ranks = [
         Part(f"ranks_{count}", [python, "-m", "benchmarks.gpu_parts.together", "--ranks", ranks, "--out",
