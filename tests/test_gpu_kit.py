@@ -1,6 +1,7 @@
 """The kit behind `make gpu`, with parts and tests that fail in every way; the GPU itself is not needed."""
 
 import importlib
+import importlib.util
 import json
 import resource
 import shutil
@@ -148,6 +149,23 @@ def test_packed_wheels_leave_out_unneeded_files(tmp_path):
     with zipfile.ZipFile(wheel) as kept:
         assert kept.namelist() == [files[1], files[2], record]
         assert kept.read(record).decode() == f"{files[1]},sha256=x,4\n{files[2]},sha256=x,4\n"
+
+
+def test_wheels_are_installed_once_without_an_index(tmp_path, monkeypatch):
+    info = "packed_thing-1.0.dist-info"
+    wheel = tmp_path / "packed_thing-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as made:
+        made.writestr("packed_thing.py", "value = 3\n")
+        made.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: packed_thing\nVersion: 1.0\n")
+        made.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        made.writestr(f"{info}/RECORD", f"packed_thing.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+    monkeypatch.setenv("PYTHONPATH", "before")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # an environment without Unsloth
+    paths = kit.install_wheels(tmp_path, tmp_path / "site")
+    assert paths == f"{tmp_path / 'site'}:before"
+    assert (tmp_path / "site" / "packed_thing.py").is_file()
+    monkeypatch.setattr(subprocess, "run", None)
+    assert kit.install_wheels(tmp_path, tmp_path / "site") == paths
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="for machines without a GPU")
