@@ -25,8 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.random_model import cached_model  # noqa: E402
 from benchmarks.throughput import MODELS  # noqa: E402
+from benchmarks.throughput_parts.random_model import cached_model  # noqa: E402
 from finetune.errors import one_line_errors  # noqa: E402
 from finetune.files import write_text_atomic  # noqa: E402
 from finetune.memory.estimate import Workload  # noqa: E402

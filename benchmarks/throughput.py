@@ -26,8 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.random_model import cached_model  # noqa: E402
 from benchmarks.throughput_parts import rows as throughput_rows  # noqa: E402
+from benchmarks.throughput_parts.random_model import cached_model  # noqa: E402
 from benchmarks.throughput_parts.trainers import TRAINERS  # noqa: E402
 from formats import IGNORE_INDEX  # noqa: E402
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.memory import Case, make_rows, shape
-from benchmarks.random_model import write_model
+from benchmarks.throughput_parts.random_model import write_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TRITON = ROOT / ".venv" / "triton"  # as in interpreted_cuda.py, which imports torch

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.random_model import write_in_a_process
+from benchmarks.throughput_parts.random_model import write_in_a_process
 from finetune.errors import UserError
 from finetune.models.bundled import CONVERSION_VERSION, NAME, cache_dir, smollm2_dir
 

@@ -1,6 +1,6 @@
 """Models of any shape with random weights under the bundled model's tokenizer: enough for time and memory.
 
-python -m benchmarks.random_model CONFIG.json FOLDER DTYPE TOKENIZER
+python -m benchmarks.throughput_parts.random_model CONFIG.json FOLDER DTYPE TOKENIZER
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from finetune.files import atomic_directory
 from finetune.models.bundled import cache_dir, smollm2_dir
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def cached_model(config: dict[str, Any], dtype: str) -> Path:
@@ -34,7 +34,7 @@ def cached_model(config: dict[str, Any], dtype: str) -> Path:
 
 def write_in_a_process(config: dict[str, Any], folder: Path, dtype: str, tokenizer: Path | None = None) -> Path:
     """As `write_model`, in a process that ends, so that this one holds neither the weights nor the GPU."""
-    command = [sys.executable, "-m", "benchmarks.random_model", json.dumps(config), str(folder), dtype,
+    command = [sys.executable, "-m", "benchmarks.throughput_parts.random_model", json.dumps(config), str(folder), dtype,
                str(tokenizer or smollm2_dir())]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True)
     return folder
