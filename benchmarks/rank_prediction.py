@@ -66,7 +66,7 @@ def measure(folder: Path, seed: int, repair_steps: int, flags: list[str]) -> Non
         train_and_evaluate(
             folder / f"trained_{rank}_{seed}", ranks, "--max_steps", 12, "--rank", rank, "--seed", seed, *flags
         )
-    for rank in reversed(RANKS[:-1]) if repair_steps else ():
+    for rank in RANKS[:-1] if repair_steps else ():
         cut, largest = folder / f"cut_{rank}_{seed}", folder / f"trained_{max(RANKS)}_{seed}"
         if make(cut, "export_lora", largest, "--to", "adapter", "--rank", rank, "--output", cut):
             run = folder / f"repaired_{rank}_{seed}"
