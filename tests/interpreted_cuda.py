@@ -8,8 +8,7 @@ Each use needs a process of its own, because the patches of Unsloth and torch st
 
   python -m tests.interpreted_cuda train_lora.py FLAGS …    any of the scripts
   python -m tests.interpreted_cuda gradients MODEL          shared, packed and padded passes compared with single rows
-  python -m tests.interpreted_cuda waits MODEL              what makes the CPU wait for the GPU in a step
-  python -m tests.interpreted_cuda compilations MODEL       of FlexAttention, in steps of several lengths
+  python -m tests.interpreted_cuda steps MODEL MODEL        what makes the CPU wait for the GPU; what is compiled
   python -m tests.interpreted_cuda memory MODEL …           memory of a step compared with the estimate
 """
 
@@ -460,8 +459,10 @@ def main(arguments: list[str]) -> int:
         return importlib.import_module(what.removesuffix(".py")).main(more)
     with contextlib.redirect_stdout(sys.stderr):
         patch_and_import()
-        if what in (of_model := {"gradients": gradients, "waits": waits, "compilations": compilations}):
-            result = of_model[what](*more)
+        if what == "gradients":
+            result = gradients(*more)
+        elif what == "steps":
+            result = {"waits": [waits(path) for path in more], "compilations": compilations(more[0])}
         else:
             path, tokens, trained, *switches = more
             result = memory(path, int(tokens), int(trained), "4bit" in switches, "checkpointing" in switches)
