@@ -8,7 +8,7 @@ Each use needs a process of its own, because the patches of Unsloth and torch st
 
   python -m tests.interpreted_cuda train_lora.py FLAGS …    any of the scripts
   python -m tests.interpreted_cuda gradients MODEL          shared, packed and padded passes compared with single rows
-  python -m tests.interpreted_cuda steps MODEL MODEL        what makes the CPU wait for the GPU; what is compiled
+  python -m tests.interpreted_cuda waits MODEL MODEL        what makes the CPU wait for the GPU in a step
   python -m tests.interpreted_cuda memory MODEL …           memory of a step compared with the estimate
 """
 
@@ -294,8 +294,8 @@ def make_runner(model, dtype: str):
     return runner
 
 
-def shared_rows(prefix: int = 40) -> list[Any]:
-    """Two groups of two rows with common prefixes."""
+def shared_rows(groups: int) -> list[Any]:
+    """Two rows with common prefixes in each group."""
     import numpy as np
 
     from finetune.passes.plan import make_row
@@ -306,8 +306,8 @@ def shared_rows(prefix: int = 40) -> list[Any]:
         return rng.integers(3, 900, count).tolist()
 
     rows = []
-    for group in range(2):
-        tools, turn = ids(prefix), ids(33)
+    for group in range(groups):
+        tools, turn = ids(40), ids(33)
         for number in range(2):
             row = [*tools, *(turn if group or number else []), *ids(9 + 5 * number + 3 * group)]
             rows.append(make_row(row, [*[IGNORE_INDEX] * (len(row) - 6), *row[-6:]]))
@@ -320,7 +320,7 @@ def gradients(path: str) -> dict[str, Any]:
     from finetune.passes.attention_cuda import UnslothPacked
     from tests.gradient_check import relative_distance, row_by_row_gradients, shared_gradients
 
-    rows, result = shared_rows(), {}
+    rows, result = shared_rows(2), {}
     for checkpointing in (False, True):
         runner = make_runner(lora_model(path, dtype="float32", gradient_checkpointing=checkpointing), "float32")
         exact = row_by_row_gradients(runner, rows)
@@ -368,42 +368,23 @@ def waits(path: str) -> dict[str, Any]:
     """How often a step makes the CPU wait, without and with gradient checkpointing, by operation."""
     from unittest.mock import patch
 
+    from finetune.passes import runner as runner_module
+
     result = {}
     for checkpointing in (False, True):
-        runner = make_runner(lora_model(path, dtype="float32", gradient_checkpointing=checkpointing), "float32")
-        runner.run(shared_rows(), 1.0, torch.Tensor.backward)  # creates rotary tables and gradients
-        counter = WaitCounter()
+        model = lora_model(path, dtype="float32", gradient_checkpointing=checkpointing)
+        # `gradients` covers this check, which takes several steps' time.
+        with patch.object(runner_module, "incompatibility", lambda *of: ""):
+            runner = make_runner(model, "float32")
+        rows, counter = shared_rows(1), WaitCounter()
         with contextlib.ExitStack() as stack:
             for name in WaitCounter.METHODS:
                 method = counter.counted(name, getattr(torch.Tensor, name))
                 stack.enter_context(patch.object(torch.Tensor, name, method))
             stack.enter_context(counter)
-            runner.run(shared_rows(), 1.0, torch.Tensor.backward)
+            runner.run(rows, 1.0, torch.Tensor.backward)
         result["recomputed" if checkpointing else "kept"] = {"mode": runner.mode, "counts": counter.counts}
     return result
-
-
-def compilations(path: str) -> dict[str, Any]:
-    """How often FlexAttention is compiled, as Unsloth calls it, in steps of different lengths, with every layer."""
-    from torch._dynamo.testing import CompileCounter
-    from torch.nn.attention.flex_attention import flex_attention
-    from unsloth.utils import prefix_grouper_kernel
-
-    counter, calls = CompileCounter(), 0
-    compiled = torch.compile(flex_attention, dynamic=True, backend=counter)
-
-    def attend(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        with torch._C.DisableTorchFunction():  # a mode that dynamo would trace
-            return compiled(*args, **kwargs)
-
-    prefix_grouper_kernel._flex_attention_compiled = attend
-    runner = make_runner(lora_model(path, dtype="float32"), "float32")
-    counter.frame_count = calls = 0
-    for prefix in (40, 150, 300, 520):
-        runner.run(shared_rows(prefix), 1.0)
-    return {"mode": runner.mode, "reason": runner.reason, "calls": calls, "compilations": counter.frame_count}
 
 
 def memory(path: str, tokens: int, trained: int, load_in_4bit: bool, gradient_checkpointing: bool) -> dict[str, Any]:
@@ -461,8 +442,8 @@ def main(arguments: list[str]) -> int:
         patch_and_import()
         if what == "gradients":
             result = gradients(*more)
-        elif what == "steps":
-            result = {"waits": [waits(path) for path in more], "compilations": compilations(more[0])}
+        elif what == "waits":
+            result = [waits(path) for path in more]
         else:
             path, tokens, trained, *switches = more
             result = memory(path, int(tokens), int(trained), "4bit" in switches, "checkpointing" in switches)

@@ -12,6 +12,7 @@ flex_attention = lazy("torch.nn.attention.flex_attention")
 attention = lazy("finetune.passes.attention")
 cuda = lazy("finetune.passes.attention_cuda")
 runner_module = lazy("finetune.passes.runner")
+loading = lazy("finetune.models.loading")
 
 PASSES = [
     plan_passes(random_rows(groups, rows, prefix=prefix, nested=nested), 10**9)[0]
@@ -63,18 +64,27 @@ def test_flex_attention_equals_tree_attention(pass_, kv_heads):
     assert actual.isfinite().all()
 
 
-def test_passes_of_many_lengths_compile_once():
+@pytest.mark.parametrize("kernel", ["ours", "Unsloth's"])
+def test_passes_of_many_lengths_compile_once(kernel, monkeypatch):
     """Otherwise each new length or shape of a tree would cost its step the seconds of a compilation."""
+    loading.import_unsloth()
     from torch._dynamo.testing import CompileCounter
+    from unsloth.utils import prefix_grouper_kernel
 
     counter = CompileCounter()
     compiled = torch.compile(flex_attention.flex_attention, dynamic=True, backend=counter)
+    monkeypatch.setattr(prefix_grouper_kernel, "_flex_attention_compiled", compiled)
     for prefix in (150, 230, 400, 513, 1100):
         for nested in (False, True):
             pass_ = plan_passes(random_rows(2, 3, prefix=prefix, nested=nested, seed=prefix), 10**9)[0]
             mask = cuda.block_mask(pass_.segments, len(pass_.input_ids), "cpu")
             q, k, v = (torch.randn(1, heads, mask.seq_lengths[0], 16) for heads in (4, 2, 2))
-            compiled(q, k, v, block_mask=mask, enable_gqa=True, scale=0.25)
+            if kernel == "ours":
+                compiled(q, k, v, block_mask=mask, enable_gqa=True, scale=0.25)
+            else:
+                heads_last = (x.transpose(1, 2) for x in (q, k, v))
+                info = cuda.unsloth_segments(mask, torch.device("cpu"))
+                prefix_grouper_kernel.flex_shared_prefix_attention(*heads_last, info, scale=0.25)
     assert counter.frame_count == 1
 
 

@@ -43,27 +43,14 @@ def test_unsloth_forward_is_exact_for_shared_passes(tmp_path):
         assert max(distances[mode] for mode in ("tree", "packed", "padded")) < 1e-5
 
 
-@pytest.fixture(scope="module")
-def steps(tmp_path_factory):
-    """Of a model with two and one with four layers."""
-    folder = tmp_path_factory.mktemp("models")
-    return json.loads(run_interpreted("steps", *(small_model(folder / str(count), layers=count) for count in (2, 4))))
-
-
-def test_layers_do_not_wait_for_the_gpu(steps):
+def test_layers_do_not_wait_for_the_gpu(tmp_path):
     """Masks and lengths of a pass are made before it: as many waits with two layers as with four."""
-    few, many = steps["waits"]
+    models = [small_model(tmp_path / str(layers), layers=layers) for layers in (2, 4)]
+    few, many = json.loads(run_interpreted("waits", *models))
     for activations in ("kept", "recomputed"):
         assert few[activations]["mode"] == "tree"
         assert few[activations]["counts"]["_local_scalar_dense"] >= 1  # the loss of the pass
         assert few[activations] == many[activations]
-
-
-def test_unsloth_compiles_attention_once(steps):
-    """In steps of many lengths; otherwise each would cost its step the seconds of a compilation."""
-    result = steps["compilations"]
-    assert "Unsloth's shared-prefix kernel" in result["reason"]
-    assert result["calls"] == 4 * 2 and result["compilations"] == 1
 
 
 def train(tmp_path, name, *flags, interpreted):
