@@ -101,15 +101,16 @@ def markdown(entries: list[dict[str, Any]]) -> str:
 
 
 def draw(entries: list[dict[str, Any]], output: Path) -> None:
-    """Loss and scores against the rank: the mean over the seeds as a line, every seed as a dot."""
+    """Loss, and scores above zero, against the rank: the mean over the seeds as a line, every seed as a dot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    named = {"eval_loss": "evaluation loss, nats per token", **SCORES}
+    titles = {name: title for name, title in named.items() if any(entry.get(name) for entry in entries)}
+    figure = Figure(figsize=(max(8, 4 * len(titles)), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    titles = {"eval_loss": "evaluation loss, nats per token", **SCORES}
     labels = dict(zip(HOW, ("trained at this rank", f"rank {max(RANKS)} cut to it", "cut, then repaired"), strict=True))
-    for axes, (name, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
+    for axes, (name, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items(), strict=True):
         for color, line, how in zip(ramp(len(HOW)), ("o-", "s--", "^:"), HOW, strict=True):
             of = [entry for entry in entries if entry["how"] == how and name in entry]
             ranks = sorted({entry["rank"] for entry in of})
