@@ -197,10 +197,6 @@ def main() -> int:
     return int(any("failed" in record for record in records))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 def plan_of(record: dict[str, Any]) -> Workload:
     """The plan in a `memory` entry of experiment_config.json or in a record of benchmarks/memory.py."""
     return Workload(**{**record["plan"], "target_modules": tuple(record["plan"]["target_modules"])})
@@ -209,3 +205,7 @@ def plan_of(record: dict[str, Any]) -> Workload:
 def sizes_of(record: dict[str, Any]) -> Sizes:
     """The model's sizes in a record of benchmarks/memory.py."""
     return Sizes(**{**record["sizes"], "matrices": tuple(Matrix(**m) for m in record["sizes"]["matrices"])})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
