@@ -8,7 +8,6 @@ Each use needs a process of its own, because the patches of Unsloth and torch st
 
   python -m tests.interpreted_cuda train_lora.py FLAGS …    any of the scripts
   python -m tests.interpreted_cuda gradients MODEL          shared, packed and padded passes compared with single rows
-  python -m tests.interpreted_cuda waits MODEL MODEL        what makes the CPU wait for the GPU in a step
   python -m tests.interpreted_cuda memory MODEL …           memory of a step compared with the estimate
 """
 
@@ -294,11 +293,14 @@ def make_runner(model, dtype: str):
     return runner
 
 
-def shared_rows(groups: int) -> list[Any]:
-    """Two rows with common prefixes in each group."""
+def gradients(path: str) -> dict[str, Any]:
+    """Relative distances between the gradients of shared, packed and padded passes and of single rows, in float32."""
     import numpy as np
 
+    from finetune.passes.attention import PackedAttention
+    from finetune.passes.attention_cuda import UnslothPacked
     from finetune.passes.plan import make_row
+    from tests.gradient_check import relative_distance, row_by_row_gradients, shared_gradients
 
     rng = np.random.default_rng(0)
 
@@ -306,21 +308,12 @@ def shared_rows(groups: int) -> list[Any]:
         return rng.integers(3, 900, count).tolist()
 
     rows = []
-    for group in range(groups):
+    for group in range(2):
         tools, turn = ids(40), ids(33)
         for number in range(2):
             row = [*tools, *(turn if group or number else []), *ids(9 + 5 * number + 3 * group)]
             rows.append(make_row(row, [*[IGNORE_INDEX] * (len(row) - 6), *row[-6:]]))
-    return rows
-
-
-def gradients(path: str) -> dict[str, Any]:
-    """Relative distances between the gradients of shared, packed and padded passes and of single rows, in float32."""
-    from finetune.passes.attention import PackedAttention
-    from finetune.passes.attention_cuda import UnslothPacked
-    from tests.gradient_check import relative_distance, row_by_row_gradients, shared_gradients
-
-    rows, result = shared_rows(2), {}
+    result = {}
     for checkpointing in (False, True):
         runner = make_runner(lora_model(path, dtype="float32", gradient_checkpointing=checkpointing), "float32")
         exact = row_by_row_gradients(runner, rows)
@@ -329,61 +322,6 @@ def gradients(path: str) -> dict[str, Any]:
         for runner.mode, runner.attention in (("packed", UnslothPacked()), ("padded", PackedAttention())):
             distances[runner.mode] = relative_distance(shared_gradients(runner, rows), exact)
         result["recomputed" if checkpointing else "kept"] = distances
-    return result
-
-
-class WaitCounter(TorchDispatchMode):
-    """Counts what makes the CPU wait for a GPU: values that are read, and results whose shape depends on values.
-
-    The interpreter reads the arguments of kernels, which a compiled kernel does not: what it calls is not counted.
-    """
-
-    OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount")
-    METHODS = ("cpu", "numpy", "tolist")
-
-    def __init__(self):
-        super().__init__()
-        self.counts: dict[str, int] = {}
-
-    def note(self, name: str) -> None:
-        self.counts[name] = self.counts.get(name, 0) + 1
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        is_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
-        if is_mask or any(name.strip("_").startswith(one.strip("_")) for one in self.OPERATIONS):
-            self.note(name)
-        return func(*args, **(kwargs or {}))
-
-    def counted(self, name: str, method: Any) -> Any:
-        def count_and_call(tensor, *args, **kwargs):
-            if self in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
-                self.note(name)
-            return method(tensor, *args, **kwargs)
-
-        return count_and_call
-
-
-def waits(path: str) -> dict[str, Any]:
-    """How often a step makes the CPU wait, without and with gradient checkpointing, by operation."""
-    from unittest.mock import patch
-
-    from finetune.passes import runner as runner_module
-
-    result = {}
-    for checkpointing in (False, True):
-        model = lora_model(path, dtype="float32", gradient_checkpointing=checkpointing)
-        # `gradients` covers this check, which takes several steps' time.
-        with patch.object(runner_module, "incompatibility", lambda *of: ""):
-            runner = make_runner(model, "float32")
-        rows, counter = shared_rows(1), WaitCounter()
-        with contextlib.ExitStack() as stack:
-            for name in WaitCounter.METHODS:
-                method = counter.counted(name, getattr(torch.Tensor, name))
-                stack.enter_context(patch.object(torch.Tensor, name, method))
-            stack.enter_context(counter)
-            runner.run(rows, 1.0, torch.Tensor.backward)
-        result["recomputed" if checkpointing else "kept"] = {"mode": runner.mode, "counts": counter.counts}
     return result
 
 
@@ -442,8 +380,6 @@ def main(arguments: list[str]) -> int:
         patch_and_import()
         if what == "gradients":
             result = gradients(*more)
-        elif what == "waits":
-            result = [waits(path) for path in more]
         else:
             path, tokens, trained, *switches = more
             result = memory(path, int(tokens), int(trained), "4bit" in switches, "checkpointing" in switches)

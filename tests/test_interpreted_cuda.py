@@ -43,16 +43,6 @@ def test_unsloth_forward_is_exact_for_shared_passes(tmp_path):
         assert max(distances[mode] for mode in ("tree", "packed", "padded")) < 1e-5
 
 
-def test_layers_do_not_wait_for_the_gpu(tmp_path):
-    """Masks and lengths of a pass are made before it: as many waits with two layers as with four."""
-    models = [small_model(tmp_path / str(layers), layers=layers) for layers in (2, 4)]
-    few, many = json.loads(run_interpreted("waits", *models))
-    for activations in ("kept", "recomputed"):
-        assert few[activations]["mode"] == "tree"
-        assert few[activations]["counts"]["_local_scalar_dense"] >= 1  # the loss of the pass
-        assert few[activations] == many[activations]
-
-
 def train(tmp_path, name, *flags, interpreted):
     arguments = [
         "--model", tmp_path / "model", "--dataset", tmp_path / "rows.jsonl", "--format", "chatml", "--batch_size", 2,
