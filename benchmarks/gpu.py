@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -60,47 +61,54 @@ def parts_for_gpu(out: Path, model: str) -> list[Part]:
         result, profile = out / f"throughput_{name}.json", out / f"profile_{name}.txt"
         command = [python, "benchmarks/throughput.py", "--device", "cuda", "--model", shape, "--load_in_4bit",
                    "--checkpointing", "--warmup", "2", "--steps", "3", "--ways", ways, "--workload", workloads,
-                   "--json", str(result), "--profile", str(profile), *flags]  # fmt: skip
+                   "--start_together", "--json", str(result), "--profile", str(profile), *flags]  # fmt: skip
         return Part(f"throughput_{name}", command, limit, result=result, text=profile)
 
     def train(name: str, *flags: str) -> Part:
-        return Part(f"train_{name}", train_command(out, model, name, *flags), 120, group="train")
+        return Part(f"train_{name}", train_command(out, model, name, *flags), 140, group="runs")
+
+    def tests(name: str, expression: str) -> Part:
+        result = out / f"tests_{name}.json"
+        command = [python, "-m", "benchmarks.gpu_parts.limit_tests", "tests/gpu", "-k", expression, "--limit", "75",
+                   "--json", str(result)]  # fmt: skip
+        return Part(f"tests_{name}", command, 140, "runs", result, env={"SANDWICH_GPU_MODEL": model})
 
     memory = [
         Part(f"memory_{case}", [python, "benchmarks/memory.py", "--only", case, "--json", str(out / f"{case}.json")],
-             150, group="memory", result=out / f"{case}.json")
+             70, group="memory", result=out / f"{case}.json")
         for case in MEMORY_SETTINGS
     ]  # fmt: skip
     together = [
         Part(f"ranks_{len(ranks.split(','))}",
              [python, "-m", "benchmarks.gpu_parts.together", "--ranks", ranks, "--out", str(out / "ranks"), "--json",
               str(out / f"ranks_{len(ranks.split(','))}.json"), "--", *train_flags(model), "--max_steps", "20"],
-             120, result=out / f"ranks_{len(ranks.split(','))}.json")
+             60, result=out / f"ranks_{len(ranks.split(','))}.json")
         for ranks in ("16", "8,16", "4,8,16,32")
     ]  # fmt: skip
-    tests = out / "tests.json"
     return [
-        Part("doctor", [python, "train_lora.py", "--doctor"], 60),
         throughput("1.5b", "qwen2.5-1.5b", "packed,ours,stock", "fixed_tools", 120),
-        Part("tests", [python, "-m", "benchmarks.gpu_parts.limit_tests", "tests/gpu", "--limit", "75", "--json",
-                       str(tests)], 200, result=tests, env={"SANDWICH_GPU_MODEL": model}),
-        throughput("8b", "llama-3.1-8b", "packed,ours,stock", "fixed_tools", 170),
+        Part("doctor", [python, "train_lora.py", "--doctor"], 60, group="runs"),
+        tests("models", "not losses and not resumes"),
+        tests("losses", "losses"),
+        tests("resume", "resumes"),
         train("4bit_shared", "--load_in_4bit"),
         train("4bit_packed", "--load_in_4bit", "--no-share_prefix"),
         train("4bit_shared_checkpointing", "--load_in_4bit", "--gradient_checkpointing"),
         train("16bit_shared", "--no-load_in_4bit"),
         train("16bit_packed", "--no-load_in_4bit", "--no-share_prefix"),
         train("16bit_shared_checkpointing", "--no-load_in_4bit", "--gradient_checkpointing"),
+        throughput("8b", "llama-3.1-8b", "packed,ours,stock", "fixed_tools", 120),
         Part("losses", [python, "-m", "benchmarks.gpu_parts.losses", str(out / "runs"), str(out / "losses.json")], 30,
-             result=out / "losses.json"),
-        throughput("1.5b_other", "qwen2.5-1.5b", "packed,ours", "multi_turn,short_qa", 120),
-        *memory,
+             group="answers", result=out / "losses.json"),
         Part("generation", [python, "benchmarks/generation.py", "--model", model, "--limit", "24", "--json",
-                            str(out / "generation.json")], 90, result=out / "generation.json"),
+                            str(out / "generation.json")], 60, group="answers", result=out / "generation.json"),
         Part("evaluation", [python, "evaluate_lora.py", str(out / "runs" / "4bit_shared"), "--dataset", HELD_OUT,
-                            "--limit", "50"], 90),
-        throughput("3b", "llama-3.2-3b", "packed,ours,stock", "fixed_tools", 150),
+                            "--limit", "50"], 60, group="answers"),
+        *memory,
+        # The limits up to here leave half a minute of nine for the start; what follows takes the time that is left.
         *together,
+        throughput("3b", "llama-3.2-3b", "packed,ours,stock", "fixed_tools", 120),
+        throughput("1.5b_other", "qwen2.5-1.5b", "packed,ours", "multi_turn,short_qa", 120),
     ]  # fmt: skip
 
 
@@ -119,10 +127,14 @@ def parts_for_rehearsal(out: Path, model: str) -> list[Part]:
     """The same kinds of parts with a tiny model: Unsloth's CUDA code through Triton's interpreter where it is there."""
     python, interpreter = sys.executable, [sys.executable, "-m", "tests.interpreted_cuda"]
     throughput, tests = out / "throughput_tiny.json", out / "tests.json"
-    rows, short = str(out / ROWS), ["--batch_size", "2", "--max_steps", "2"]
+    rows, short = str(out / ROWS), ["--batch_size", "2", "--limit", "2", "--max_steps", "1"]
     interpreted = [
         Part(f"train_{name}", [*interpreter, *train_command(out, model, name, *flags, *short, rows=rows)[1:]], 900)
-        for name, flags in (("16bit_shared", ()), ("16bit_packed", ("--no-share_prefix",)))
+        for name, flags in (
+            ("16bit_shared", ("--no-load_in_4bit",)),
+            ("4bit_shared", ("--load_in_4bit",)),
+            ("16bit_packed", ("--no-load_in_4bit", "--no-share_prefix")),
+        )
     ]
     ranks = [
         Part(f"ranks_{count}", [python, "-m", "benchmarks.gpu_parts.together", "--ranks", ranks, "--out",
@@ -134,7 +146,7 @@ def parts_for_rehearsal(out: Path, model: str) -> list[Part]:
         Part("doctor", [python, "train_lora.py", "--doctor"], 120),
         Part("throughput_tiny", [python, "benchmarks/throughput.py", "--device", "cpu", "--dtype", "float32", "--model",
              model, "--warmup", "1", "--steps", "1", "--batch_size", "2", "--grad_accum", "1", "--ways",
-             "stock,packed,ours", "--workload", "short_qa", "--json", str(throughput), "--profile",
+             "stock,packed,ours", "--start_together", "--workload", "short_qa", "--json", str(throughput), "--profile",
              str(out / "profile_tiny.txt")], 300, result=throughput, text=out / "profile_tiny.txt"),
         Part("tests", [python, "-m", "benchmarks.gpu_parts.limit_tests", "tests/gpu", "--limit", "75", "--json",
                        str(tests)], 200, result=tests, env={"SANDWICH_GPU_MODEL": model}),
@@ -175,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.pack:
         pack(ROOT / ".whl")
         return 0
+    end = time.monotonic() + 60 * args.minutes
     date = datetime.now(UTC).date().isoformat()
     name = f"gpu_rehearsal_{date}" if args.rehearse else f"gpu_{date}"
     out = (args.out or ROOT / "experiments" / name).resolve()
@@ -205,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     }  # fmt: skip
     run_parts(
         [part for part in parts if part.name in chosen], record, lambda r: write_record(r, path, page(r)),
-        60 * args.minutes, out / "logs",
+        end - time.monotonic(), out / "logs",
     )  # fmt: skip
     open_parts = [name for name in chosen if record["parts"].get(name, {}).get("status") != DONE]
     print(f"{len(chosen) - len(open_parts)} of {len(chosen)} parts done: {path.with_suffix('.md')}")

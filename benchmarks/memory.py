@@ -25,6 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.throughput import MODELS  # noqa: E402
+from benchmarks.throughput_parts.random_model import cached_model  # noqa: E402
 from finetune.errors import one_line_errors  # noqa: E402
 from finetune.files import write_text_atomic  # noqa: E402
 from finetune.memory.estimate import Workload  # noqa: E402
@@ -94,31 +96,14 @@ CPU_CASES |= {
 } | {"demo_bf16": Case(SMALL, dtype="bfloat16", recipe="configs/demo.yaml")}  # fmt: skip
 # Published sizes; random weights take as much memory as trained ones.
 B05 = shape("qwen2", 896, 4864, 24, 14, 2, vocab=151_936)
-B15 = shape("qwen2", 1536, 8960, 28, 12, 2, vocab=151_936)
-B8 = shape("llama", 4096, 14_336, 32, 32, 8, vocab=128_256, tie_word_embeddings=False)
 CUDA_CASES = {
     f"{name}_{bits}_{tokens}": Case(
         config, tokens, flags=(f"--{'' if bits == '4bit' else 'no-'}load_in_4bit",), dtype="bfloat16"
     )
-    for name, config in (("0.5b", B05), ("1.5b", B15), ("8b", B8))
+    for name, config in (("0.5b", B05), ("1.5b", MODELS["qwen2.5-1.5b"]), ("8b", MODELS["llama-3.1-8b"]))
     for bits in ("4bit", "16bit")
     for tokens in (512, 2048, 8192)
 }
-
-
-def make_model(config: dict[str, Any], folder: Path) -> Path:
-    """A model of this shape with random weights under the bundled model's tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from finetune.models.bundled import smollm2_dir
-
-    AutoTokenizer.from_pretrained(smollm2_dir()).save_pretrained(folder)
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config, **ids), dtype=dtype)
-    model.save_pretrained(folder)
-    return folder
 
 
 def make_rows(case: Case, path: Path) -> Path:
@@ -144,11 +129,7 @@ def run(name: str, case: Case) -> dict[str, Any]:
         folder = Path(scratch)
         model = case.model
         if isinstance(model, dict):
-            # In a process of its own, so that this one's memory never holds a model.
-            code = "import sys, json; from pathlib import Path; from benchmarks.memory import make_model; " \
-                   "make_model(json.loads(sys.argv[1]), Path(sys.argv[2]))"  # fmt: skip
-            model = str(folder / "model")
-            subprocess.run([sys.executable, "-c", code, json.dumps(case.model), model], cwd=ROOT, check=True)
+            model = str(cached_model(model, case.dtype))
         flags = ["--config", case.recipe] if case.recipe else [
             "--dataset", str(make_rows(case, folder / "rows.jsonl")), "--format", "chatml",
             "--batch_size", str(case.rows), "--grad_accum", "1", "--max_steps", str(case.steps), "--save_steps", "0",
@@ -213,11 +194,7 @@ def main() -> int:
                 write_text_atomic(args.json, json.dumps([*kept, records[-1]], indent=1) + "\n")
             advance(1)
     print(table(records))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return int(any("failed" in record for record in records))
 
 
 def plan_of(record: dict[str, Any]) -> Workload:
@@ -228,3 +205,7 @@ def plan_of(record: dict[str, Any]) -> Workload:
 def sizes_of(record: dict[str, Any]) -> Sizes:
     """The model's sizes in a record of benchmarks/memory.py."""
     return Sizes(**{**record["sizes"], "matrices": tuple(Matrix(**m) for m in record["sizes"]["matrices"])})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

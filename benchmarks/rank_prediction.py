@@ -1,17 +1,21 @@
 """Five trained ranks beside the truncations of the largest: how well one run predicts the others.
 
-    python benchmarks/rank_prediction.py --seeds 3407 3408 --folder experiments/rank_prediction
+    python benchmarks/rank_prediction.py --seeds 3407 3408 3409
+    python benchmarks/rank_prediction.py --seeds 3407 --repair_steps 4        and the truncations after 4 more steps
+    python benchmarks/rank_prediction.py --limit 12 -- --max_steps 12 --batch_size 8        a shorter one
 
-A short setting that a CPU can afford: the demo's model and recipe, rows of four of its fifteen tools with one call
-each, 20 steps of 6 rows. Runs and reports that exist already are not repeated. Writes results.json, results.md and
-results.png into the folder.
+The demo's model, data and recipe, shortened to 25 steps of 12 rows: about two hours on one core with bfloat16. Runs and
+reports that exist already are not repeated; results.json, results.md and results.png are written after every seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import subprocess
+import multiprocessing
+import os
+import shutil
 import sys
 from pathlib import Path
 from statistics import mean
@@ -23,154 +27,128 @@ sys.path.insert(0, str(ROOT))
 from finetune.charts.palette import ramp  # noqa: E402
 
 RANKS = (4, 8, 16, 32, 64)
-TOOLS = {"POST /db/unit", "POST /db/cons", "POST /db/grup", "GET /db/node"}
-TRAINING = ("--config", "configs/demo.yaml", "--lr", "1e-3", "--batch_size", "6", "--max_steps", "20")
-SCORE = "parameter_accuracy"
+TRAINING = ("--config", "configs/demo.yaml", "--batch_size", 12, "--max_steps", 25)
+HELD_OUT = ("--dataset", "data/samples/demo_heldout.jsonl", "--max_new_tokens", 80)
+REPORT = "evaluation/ranks.json"
+SCORES = {"tool_name_accuracy": "tool name", "parameter_accuracy": "parameters"}
+PROCESSES = multiprocessing.get_context("fork")  # not on Windows
+HOW = ("trained", "truncated", "repaired")
 
 
-def write_rows(source: Path, target: Path) -> Path:
-    """Rows of `source` with one call, of one of `TOOLS`, and the schemas of these tools alone."""
-    kept = []
-    for line in source.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        calls = {call["function"]["name"] for m in row["messages"] for call in m.get("tool_calls") or []}
-        if len(row["messages"]) == 3 and calls and calls <= TOOLS:
-            tools = [tool for tool in json.loads(row["tools"]) if tool["function"]["name"] in TOOLS]
-            kept.append(json.dumps(row | {"tools": json.dumps(tools)}, ensure_ascii=False) + "\n")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("".join(kept), encoding="utf-8")
-    return target
+def make(result: Path, script: str, *arguments: Any) -> bool:
+    """Run a script, which makes `result`, unless it exists; whether it does now."""
+    if not result.exists():
+        process = PROCESSES.Process(target=run_script, args=(script, list(map(str, arguments))))
+        process.start()
+        process.join()
+    return result.exists()
 
 
-def measure(folder: Path, seed: int, rank: int) -> dict[str, Any] | None:
-    """The report of one run; trains and evaluates what is missing. None where that fails."""
-    run, report = folder / f"r{rank}_s{seed}", folder / f"r{rank}_s{seed}" / "evaluation" / "ranks.json"
-    commands = {
-        run / "final_model": ["train_lora.py", *TRAINING, "--rank", rank, "--seed", seed, "--dataset",
-                              folder / "train.jsonl", "--name", run.name, "--experiments_dir", folder],
-        report: ["evaluate_lora.py", run, "--dataset", folder / "heldout.jsonl", "--ranks",
-                 ",".join(map(str, RANKS)) if rank == max(RANKS) else rank],
-    }  # fmt: skip
-    for result, command in commands.items():
-        arguments = [sys.executable, *map(str, command)]
-        if not result.exists() and subprocess.run(arguments, cwd=ROOT, check=False).returncode:
-            return None
-    return read(report)
+def run_script(script: str, arguments: list[str]) -> None:
+    """In a copy of the first process, which has the imports already: they would take as long as four steps."""
+    sys.exit(importlib.import_module(script).main(arguments))
 
 
-def losses_alone(folder: Path, seed: int, every: int) -> dict[int, dict[str, Any]]:
-    """As the reports of one seed's runs, without scores, on every N-th held-out row; the base is loaded once."""
-    from finetune.evaluation.rank_losses import LossMeter, encode_loss_rows
-    from finetune.models.adapter import attach_adapter
-    from finetune.models.truncation import TruncatableAdapter, energy_share
-    from finetune.runs.find import find_run
+def train_and_evaluate(run: Path, ranks: tuple[int, ...], limit: int, *flags: Any) -> None:
+    """Make the run, and its report for `ranks` on the first `limit` held-out rows."""
+    if run.is_dir() and not (run / "final_model").exists():
+        shutil.rmtree(run)  # stopped in one of its few steps
+    names = ("--experiments_dir", run.parent, "--name", run.name)
+    if make(run / "final_model", "train_lora", *TRAINING, *flags, *names):
+        report = ("--limit", limit, "--ranks", ",".join(map(str, ranks)))
+        make(run / REPORT, "evaluate_lora", run, *HELD_OUT, *report)
 
-    reports: dict[int, dict[str, Any]] = {}
-    base = rows = None
+
+def measure(folder: Path, seed: int, limit: int, repair_steps: int, flags: list[str]) -> None:
+    """All runs and reports of one seed, largest rank first."""
     for rank in reversed(RANKS):
-        path = folder / f"r{rank}_s{seed}"
-        if not (path / "final_model").is_dir():
-            continue
-        run = find_run(path)
-        if base is None:
-            loaded, fmt = run.load_base()
-            base, tokenizer = loaded.model, loaded.tokenizer
-            rows = encode_loss_rows(run, tokenizer, fmt, [str(folder / "heldout.jsonl")])[0].sequences[::every]
-        model = attach_adapter(base, run.adapter)
-        adapter, meter = TruncatableAdapter(model), LossMeter(model, tokenizer, rows)
-        reports[rank] = {}
-        for cut in RANKS if rank == max(RANKS) else (rank,):
-            with adapter.at_rank(cut):
-                energy = energy_share(adapter.spectra, cut)
-                reports[rank][str(cut)] = {"eval_loss": round(meter.loss(), 6), "energy": round(energy, 6)}
-            print(f"seed {seed}, trained {rank}, cut to {cut}: {reports[rank][str(cut)]}", flush=True)
-        base = model.unload()
-    print(f"{meter.tokens} trained tokens of {len(rows)} sequences")
-    return reports
+        ranks = RANKS if rank == max(RANKS) else (rank,)
+        train_and_evaluate(folder / f"trained_{rank}_{seed}", ranks, limit, "--rank", rank, "--seed", seed, *flags)
+    for rank in RANKS[:-1] if repair_steps else ():
+        cut, largest = folder / f"cut_{rank}_{seed}", folder / f"trained_{max(RANKS)}_{seed}"
+        if make(cut, "export_lora", largest, "--to", "adapter", "--rank", rank, "--output", cut):
+            repair = (*flags, "--init_adapter", cut, "--max_steps", repair_steps, "--seed", seed)
+            train_and_evaluate(folder / f"repaired_{rank}_{seed}", (rank,), limit, *repair)
 
 
-def read(report: Path) -> dict[str, Any] | None:
-    return json.loads(report.read_text(encoding="utf-8"))["ranks"] if report.is_file() else None
-
-
-def collect(reports: dict[int, dict[int, dict[str, Any] | None]]) -> list[dict[str, Any]]:
-    """An entry for each seed and rank: loss and score of the trained run, if there is one, and of the truncation."""
+def collect(folder: Path) -> list[dict[str, Any]]:
+    """Loss and scores of each seed, rank and way to get it, as far as there are reports."""
     entries = []
-    for seed, of_ranks in reports.items():
-        largest = of_ranks.get(max(RANKS))
-        for rank in RANKS if largest is not None else ():
-            own, cut = (of_ranks.get(rank) or {}).get(str(rank), {}), largest[str(rank)]
-            entries.append(
-                {"seed": seed, "rank": rank, "trained": own.get("eval_loss"), "truncated": cut["eval_loss"],
-                 "trained_score": own.get(SCORE), "truncated_score": cut.get(SCORE), "energy": cut["energy"]}
-            )  # fmt: skip
+    for report in sorted(folder.glob(f"*/{REPORT}")):
+        how, _, seed = report.relative_to(folder).parts[0].split("_")
+        ranks = json.loads(report.read_text(encoding="utf-8"))["ranks"]
+        for rank, values in ranks.items():
+            kept = {name: values[name] for name in ("eval_loss", "energy", *SCORES) if name in values}
+            ways = [how] if len(ranks) == 1 else ["truncated", how] if int(rank) == max(RANKS) else ["truncated"]
+            entries += [{"seed": int(seed), "rank": int(rank), "how": way, **kept} for way in ways]
     return entries
 
 
 def markdown(entries: list[dict[str, Any]]) -> str:
-    """Means over the seeds that have a value."""
-    columns = (f"{what}, {how}" for what in ("loss", SCORE) for how in ("trained", "truncated"))
-    header = ["rank", *columns, "energy kept"]
+    """Means over the seeds."""
+    ways = [how for how in HOW if any(entry["how"] == how for entry in entries)]
+    names = {"eval_loss": "loss", **SCORES}
+    header = ["rank", *(f"{what}, {how}" for what in names.values() for how in ways)]
     lines = [header, ["---:"] * len(header)]
     for rank in RANKS:
-        of = [entry for entry in entries if entry["rank"] == rank]
         cells = [str(rank)]
-        for name in ("trained", "truncated", "trained_score", "truncated_score", "energy"):
-            values = [entry[name] for entry in of if entry[name] is not None]
-            cells.append(f"{mean(values):.4f}" if values else "")
+        for name in names:
+            for how in ways:
+                of = [one[name] for one in entries if (one["rank"], one["how"]) == (rank, how) and name in one]
+                cells.append(f"{mean(of):.4f}" if of else "")
         lines.append(cells)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def draw(entries: list[dict[str, Any]], output: Path) -> None:
-    """Loss of trained ranks and of truncations, one pair of lines for each seed."""
+    """Loss, and scores above zero, against the rank: the mean over the seeds as a line, every seed as a dot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    named = {"eval_loss": "evaluation loss, nats per token", **SCORES}
+    titles = {name: title for name, title in named.items() if any(entry.get(name) for entry in entries)}
+    figure = Figure(figsize=(max(8, 4 * len(titles)), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    seeds = sorted({entry["seed"] for entry in entries})
-    for color, seed in zip(ramp(len(seeds)), seeds, strict=True):
-        of = sorted((entry for entry in entries if entry["seed"] == seed), key=lambda entry: entry["rank"])
-        for name, line in (("trained", "o-"), ("truncated", "s--")):
-            label = f"{name}, seed {seed}" if name == "trained" else f"rank {max(RANKS)} cut to it, seed {seed}"
-            known = [one for one in of if one[name] is not None]
-            axes.plot([one["rank"] for one in known], [one[name] for one in known], line, color=color, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(RANKS, list(map(str, RANKS)))
-    axes.minorticks_off()
-    axes.set_xlabel("rank")
-    axes.set_ylabel("evaluation loss (nats per token)")
-    axes.grid(axis="y", color="#E6E6E6")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    labels = dict(zip(HOW, ("trained at this rank", f"rank {max(RANKS)} cut to it", "cut, then repaired"), strict=True))
+    for axes, (name, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items(), strict=True):
+        for color, line, how in zip(ramp(len(HOW)), ("o-", "s--", "^:"), HOW, strict=True):
+            of = [entry for entry in entries if entry["how"] == how and name in entry]
+            ranks = sorted({entry["rank"] for entry in of})
+            means = [mean(entry[name] for entry in of if entry["rank"] == rank) for rank in ranks]
+            if of:
+                axes.plot(ranks, means, line[1:], color=color, label=labels[how])
+                axes.plot([one["rank"] for one in of], [one[name] for one in of], line[0], color=color, alpha=0.5)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(RANKS, list(map(str, RANKS)))
+        axes.minorticks_off()
+        axes.set_xlabel("rank")
+        axes.set_title(title)
+        axes.grid(axis="y", color="#E6E6E6")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False)
     figure.savefig(output, dpi=150, facecolor="white")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[3407])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3407, 3408, 3409])
     parser.add_argument("--folder", type=Path, default=ROOT / "experiments" / "rank_prediction")
-    parser.add_argument(
-        "--losses",
-        type=int,
-        metavar="N",
-        help="train nothing and score no answers: losses alone of the runs that exist, on every N-th held-out row",
-    )
+    parser.add_argument("--limit", type=int, default=40, metavar="N", help="held-out rows to evaluate")
+    parser.add_argument("--repair_steps", type=int, default=0, metavar="N", help="train each truncation N steps longer")
+    parser.add_argument("flags", nargs="*", help="after --: further flags of train_lora.py for every run")
     args = parser.parse_args()
     folder = args.folder.resolve()
-    write_rows(ROOT / "data/samples/gennx_train.jsonl", folder / "train.jsonl")
-    write_rows(ROOT / "data/samples/gennx_heldout.jsonl", folder / "heldout.jsonl")
-    reports = {
-        seed: losses_alone(folder, seed, args.losses) if args.losses
-        else {rank: measure(folder, seed, rank) for rank in reversed(RANKS)} for seed in args.seeds
-    }  # fmt: skip
-    entries = collect(reports)
-    (folder / "results.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    (folder / "results.md").write_text(markdown(entries), encoding="utf-8")
-    if entries:
-        draw(entries, folder / "results.png")
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(ROOT)
+    for module in ("finetune.training.run", "finetune.evaluation.run"):
+        importlib.import_module(module)
+    for seed in args.seeds:
+        measure(folder, seed, args.limit, args.repair_steps, args.flags)
+        entries = collect(folder)
+        (folder / "results.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        (folder / "results.md").write_text(markdown(entries), encoding="utf-8")
+        if entries:
+            draw(entries, folder / "results.png")
     print(markdown(entries), end="")
 
 

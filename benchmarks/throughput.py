@@ -27,26 +27,30 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.throughput_parts import rows as throughput_rows  # noqa: E402
+from benchmarks.throughput_parts.random_model import cached_model  # noqa: E402
 from benchmarks.throughput_parts.trainers import TRAINERS  # noqa: E402
 from formats import IGNORE_INDEX  # noqa: E402
 
 # Shapes as published in each model's config.json.
 MODELS = {
-    "qwen2.5-1.5b": ("qwen2", {
+    "qwen2.5-1.5b": {
+        "model_type": "qwen2",
         "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
         "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 1e6,
         "max_position_embeddings": 32768,
-    }),
-    "llama-3.2-3b": ("llama", {
+    },
+    "llama-3.2-3b": {
+        "model_type": "llama",
         "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
         "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
         "rope_theta": 5e5, "max_position_embeddings": 131072,
-    }),
-    "llama-3.1-8b": ("llama", {
+    },
+    "llama-3.1-8b": {
+        "model_type": "llama",
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
         "rope_theta": 5e5, "max_position_embeddings": 131072,
-    }),
+    },
 }  # fmt: skip
 # Dense bfloat16 FLOP/s from the manufacturers' data sheets (without sparsity).
 BF16_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
@@ -71,6 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--warmup", type=int, default=0, help="complete steps before them (on a GPU: 2)")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--grad_accum", type=int, default=2)
+    parser.add_argument("--start_together", action="store_true", help="load all trainers at once, which saves the time "
+                        "of imports; they take turns from their first step on")  # fmt: skip
     parser.add_argument("--our_flags", default="", help="more flags of train_lora.py for ours, as one argument")
     parser.add_argument("--profile", metavar="FILE", help="operations of one more step of `ours`, longest first")
     parser.add_argument("--json", metavar="FILE", help="write all measurements to this file")
@@ -82,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     workloads = selected(args.workload, list(throughput_rows.WORKLOADS), "--workload")
     trainers = selected(args.ways, list(TRAINERS), "--ways")
     device, dtype = _device(args.device, args.dtype)
-    folder = _model_folder(args.model, device, dtype)
+    folder = _model_folder(args.model, dtype)
     record = {
         "command": " ".join(["python", "benchmarks/throughput.py", *(sys.argv[1:] if argv is None else argv)]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -100,23 +106,24 @@ def main(argv: list[str] | None = None) -> int:
                 "steps_file": str(steps_file), "model": folder, "device": device, "dtype": dtype,
                 "load_in_4bit": args.load_in_4bit, "checkpointing": args.checkpointing, "steps": args.steps,
                 "warmup": args.warmup, "batch_size": args.batch_size, "grad_accum": args.grad_accum,
-                "profile": args.profile, "lr": 2e-4, "seed": 0,
+                "profile": args.profile, "turn": str(Path(temporary) / "turn.lock"), "lr": 2e-4, "seed": 0,
                 "optim": args.optim or ("adamw_8bit" if device == "cuda" else "adamw_torch"),
                 "max_seq_length": max(len(ids) for step in steps for ids, _ in step),
                 "our_flags": args.our_flags.split(), "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())),
             }  # fmt: skip
-            results = {}
-            for trainer in trainers:
+            results = record["results"][workload] = {}
+            started = [_start(trainer, task, Path(temporary)) for trainer in trainers if args.start_together]
+            for number, trainer in enumerate(trainers):
                 print(f"{workload}: {trainer} …", file=sys.stderr, flush=True)
                 load = _load()
-                results[trainer] = _run(trainer, task, Path(temporary)) | {"load_average": [load, _load()]}
-            compare_with_stock(results)
-            _share_of_peak(results, folder)
-            record["results"][workload] = results
+                process = started[number] if started else _start(trainer, task, Path(temporary))
+                results[trainer] = _result(process, trainer, Path(temporary)) | {"load_average": [load, _load()]}
+                compare_with_stock(results)
+                _share_of_peak(results, folder)
+                if args.json:  # after every trainer, so that an interrupted run keeps its results
+                    Path(args.json).write_text(json.dumps(record, indent=1), encoding="utf-8")
             print_table(workload, results, steps)
-            if args.json:  # after every workload, so that an interrupted run keeps its results
-                Path(args.json).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    return 0
+    return int(any("error" in result for results in record["results"].values() for result in results.values()))
 
 
 def selected(value: str, known: list[str], flag: str) -> list[str]:
@@ -140,29 +147,11 @@ def _device(device: str, dtype: str) -> tuple[str, str]:
     return device, dtype
 
 
-def _model_folder(name: str, device: str, dtype: str) -> str:
-    """A folder that every trainer loads; random weights are written into the cache once."""
-    from finetune.models.bundled import cache_dir, resolve_model, smollm2_dir
+def _model_folder(name: str, dtype: str) -> str:
+    """A folder that every trainer loads."""
+    from finetune.models.bundled import resolve_model
 
-    if name not in MODELS:
-        return resolve_model(name)
-    folder = cache_dir() / "random" / f"{name}-{dtype}"
-    if (folder / "config.json").is_file():
-        return str(folder)
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    kind, shape = MODELS[name]
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())
-    config = AutoConfig.for_model(
-        kind, **shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-    return str(folder)
+    return str(cached_model(MODELS[name], dtype)) if name in MODELS else resolve_model(name)
 
 
 def _rows(folder: str, workload: str, args) -> list:
@@ -175,24 +164,27 @@ def _rows(folder: str, workload: str, args) -> list:
     return throughput_rows.steps_of(workload, tokenizer, fmt, args.steps, args.batch_size * args.grad_accum)
 
 
-def _run(trainer: str, task: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _start(trainer: str, task: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
+    """The process of one trainer; what it prints goes into `<trainer>.log`."""
     path = folder / f"{trainer}.task"
     path.write_text(json.dumps(task | {"way": trainer}), encoding="utf-8")
-    result = path.with_suffix(".result")
-    result.unlink(missing_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.throughput_parts.trainers", str(path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    path.with_suffix(".result").unlink(missing_ok=True)
+    with path.with_suffix(".log").open("w", encoding="utf-8") as log:
+        command = [sys.executable, "-m", "benchmarks.throughput_parts.trainers", str(path)]
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True)
+
+
+def _result(process: subprocess.Popen[str], trainer: str, folder: Path) -> dict[str, Any]:
+    """What the trainer measured, once its process has ended, or why it could not."""
+    process.wait()
+    result, log = folder / f"{trainer}.result", folder / f"{trainer}.log"
+    printed = log.read_text(encoding="utf-8", errors="replace")
     if not result.is_file():
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"error": f"process ended with code {done.returncode}: {last}"}
+        last = (printed.strip().splitlines() or ["no output"])[-1]
+        return {"error": f"process ended with code {process.returncode}: {last}"}
     answer = json.loads(result.read_text(encoding="utf-8"))
     if "error" in answer:
-        print(done.stderr[-3000:], file=sys.stderr)
+        print(printed[-3000:], file=sys.stderr)
     return answer
 
 

@@ -1,5 +1,10 @@
 """The GPU's attention as far as a CPU can check it: FlexAttention's mask, and its uncompiled results."""
 
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -63,18 +68,38 @@ def test_flex_attention_equals_tree_attention(pass_, kv_heads):
     assert actual.isfinite().all()
 
 
-def test_passes_of_many_lengths_compile_once():
+def unsloth_kernel(monkeypatch):
+    """Unsloth's module alone: its package imports Triton."""
+    package = Path(importlib.util.find_spec("unsloth").submodule_search_locations[0])
+    spec = importlib.util.spec_from_file_location("unsloth_kernel", package / "utils" / "prefix_grouper_kernel.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # its dataclass looks itself up there
+    monkeypatch.setitem(sys.modules, "unsloth.utils", SimpleNamespace(prefix_grouper_kernel=module))
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kernel", ["ours", "Unsloth's"])
+def test_passes_of_many_lengths_compile_once(kernel, monkeypatch):
     """Otherwise each new length or shape of a tree would cost its step the seconds of a compilation."""
     from torch._dynamo.testing import CompileCounter
 
+    prefix_grouper_kernel = unsloth_kernel(monkeypatch)
+
     counter = CompileCounter()
     compiled = torch.compile(flex_attention.flex_attention, dynamic=True, backend=counter)
+    monkeypatch.setattr(prefix_grouper_kernel, "_flex_attention_compiled", compiled)
     for prefix in (150, 230, 400, 513, 1100):
         for nested in (False, True):
             pass_ = plan_passes(random_rows(2, 3, prefix=prefix, nested=nested, seed=prefix), 10**9)[0]
             mask = cuda.block_mask(pass_.segments, len(pass_.input_ids), "cpu")
             q, k, v = (torch.randn(1, heads, mask.seq_lengths[0], 16) for heads in (4, 2, 2))
-            compiled(q, k, v, block_mask=mask, enable_gqa=True, scale=0.25)
+            if kernel == "ours":
+                compiled(q, k, v, block_mask=mask, enable_gqa=True, scale=0.25)
+            else:
+                heads_last = (x.transpose(1, 2) for x in (q, k, v))
+                info = cuda.unsloth_segments(mask, torch.device("cpu"))
+                prefix_grouper_kernel.flex_shared_prefix_attention(*heads_last, info, scale=0.25)
     assert counter.frame_count == 1
 
 

@@ -1,6 +1,7 @@
 """The kit behind `make gpu`, with parts and tests that fail in every way; the GPU itself is not needed."""
 
 import importlib
+import importlib.util
 import json
 import resource
 import shutil
@@ -11,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, memory
 from benchmarks.gpu_parts import kit
 from benchmarks.gpu_parts.report import page
-from benchmarks.gpu_parts.schedule import Part, run_parts, write_record
+from benchmarks.gpu_parts.schedule import Part, groups, run_parts, write_record
 from finetune import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,10 +151,62 @@ def test_packed_wheels_leave_out_unneeded_files(tmp_path):
         assert kept.read(record).decode() == f"{files[1]},sha256=x,4\n{files[2]},sha256=x,4\n"
 
 
+def test_wheels_are_installed_once_without_an_index(tmp_path, monkeypatch):
+    info = "packed_thing-1.0.dist-info"
+    wheel = tmp_path / "packed_thing-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as made:
+        made.writestr("packed_thing.py", "value = 3\n")
+        made.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: packed_thing\nVersion: 1.0\n")
+        made.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        made.writestr(f"{info}/RECORD", f"packed_thing.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+    monkeypatch.setenv("PYTHONPATH", "before")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # an environment without Unsloth
+    paths = kit.install_wheels(tmp_path, tmp_path / "site")
+    assert paths == f"{tmp_path / 'site'}:before"
+    assert (tmp_path / "site" / "packed_thing.py").is_file()
+    monkeypatch.setattr(subprocess, "run", None)
+    assert kit.install_wheels(tmp_path, tmp_path / "site") == paths
+
+
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="for machines without a GPU")
 def test_without_a_gpu_is_one_line(tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path / "out")]) == 2
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_limits_leave_valuable_parts_their_turn(tmp_path):
+    """Where everything before it hangs, too; half a minute of nine is for the start."""
+    parts = gpu.parts_for_gpu(tmp_path, "smollm2-135m")
+    names = [part.name for part in parts]
+    valuable = parts[: names.index("ranks_1")]
+    assert names[0] == "throughput_1.5b"
+    assert {name.split("_")[0] for name in names[: len(valuable)]} == {
+        "throughput", "doctor", "tests", "train", "losses", "generation", "evaluation", "memory",
+    }  # fmt: skip
+    assert sum(max(part.limit for part in group) for group in groups(valuable)) <= 9 * 60 - 30
+
+
+def test_each_gpu_test_is_in_one_part(tmp_path):
+    expressions = [part.command[part.command.index("-k") + 1] for part in gpu.parts_for_gpu(tmp_path, "smollm2-135m")
+                   if part.name.startswith("tests_")]  # fmt: skip
+    collected = [
+        line
+        for expression in expressions
+        for line in subprocess.run(
+            [sys.executable, "-m", "pytest", "tests/gpu", "-q", "--collect-only", "-k", expression], cwd=ROOT,
+            capture_output=True, text=True, check=True,
+        ).stdout.splitlines()
+        if "::" in line
+    ]  # fmt: skip
+    assert len(collected) == len(set(collected)) == 9
+
+
+def test_failed_setting_fails_its_part(tmp_path, monkeypatch):
+    """Otherwise the second start would leave it out."""
+    monkeypatch.setattr(memory, "CPU_CASES", {"bad": memory.Case(memory.SMALL, 64, flags=("--rank", "0"))})
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--only", "bad", "--json", str(tmp_path / "bad.json")])
+    assert memory.main() == 1
+    assert "--rank" in json.loads((tmp_path / "bad.json").read_text(encoding="utf-8"))[0]["failed"]
 
 
 def test_every_part_of_the_kit_parses(tmp_path):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.memory import Case, make_model, make_rows, shape
+from benchmarks.memory import Case, make_rows, shape
+from benchmarks.throughput_parts.random_model import write_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TRITON = ROOT / ".venv" / "triton"  # as in interpreted_cuda.py, which imports torch
@@ -29,8 +30,7 @@ def run_interpreted(*arguments):
 
 
 def small_model(folder: Path, kind="llama", layers=2, **more):
-    folder.mkdir()
-    return make_model(shape(kind, 128, 320, layers, 4, 2, **more), folder)
+    return write_model(shape(kind, 128, 320, layers, 4, 2, **more), folder)
 
 
 def test_unsloth_forward_is_exact_for_shared_passes(tmp_path):

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.throughput_parts.random_model import write_in_a_process
 from finetune.errors import UserError
 from finetune.models.bundled import CONVERSION_VERSION, NAME, cache_dir, smollm2_dir
 
@@ -20,6 +21,8 @@ PACKAGES = (
     *("bitsandbytes", "unsloth", "unsloth_zoo", "trl", "datasets", "multiprocess", "dill", "platformdirs"),
     *("jsonschema", "jsonschema_specifications", "referencing", "rpds_py"),
 )
+TINY = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
 TOKENIZER = "tokenizer"  # folder inside .whl
 CUDA_LIBRARY = "cuda130"  # of bitsandbytes' libraries, one for each CUDA version
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
@@ -110,29 +113,11 @@ def test_model(out: Path, *, tiny: bool) -> str:
     tokenizer = ROOT / ".whl" / TOKENIZER
     if not tokenizer.is_dir():
         tokenizer = smollm2_dir()
-    os.environ["SANDWICH_CACHE"] = str(out / "cache")
-    target = out / "model" if tiny else cache_dir() / "models" / f"{NAME}-{CONVERSION_VERSION}"
-    if not (target / "model.safetensors").is_file():
-        code = "import sys, json; from benchmarks.gpu_parts.kit import write_random_model; " \
-               "write_random_model(*sys.argv[1:3], tiny=json.loads(sys.argv[3]))"  # fmt: skip
-        # In a process of its own: this one imports no torch and holds no device.
-        subprocess.run(
-            [sys.executable, "-c", code, str(tokenizer), str(target), json.dumps(tiny)], cwd=ROOT, check=True
-        )
+    target = out / "model"
+    if not tiny:
+        os.environ["SANDWICH_CACHE"] = str(out / "cache")
+        target = cache_dir() / "models" / f"{NAME}-{CONVERSION_VERSION}"
+    if not target.is_dir():
+        config = json.loads((tokenizer / "config.json").read_text(encoding="utf-8"))
+        write_in_a_process(config | (TINY if tiny else {}), target, "float32", tokenizer)
     return str(target) if tiny else NAME
-
-
-def write_random_model(tokenizer: str, target: str, *, tiny: bool) -> None:
-    """SmolLM2-135M's shape, or a tiny one, with random weights under the real tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from finetune.files import atomic_directory
-
-    kept = json.loads((Path(tokenizer) / "config.json").read_text(encoding="utf-8"))
-    if tiny:
-        kept |= {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4,
-                 "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**kept))
-    with atomic_directory(Path(target)) as folder:
-        shutil.copytree(tokenizer, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
-        model.save_pretrained(folder)

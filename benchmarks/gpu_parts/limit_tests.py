@@ -46,7 +46,7 @@ def _note(entry: dict[str, Any]) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
-def run_all(targets: list[str], limit: float, notes: Path) -> tuple[list[dict[str, Any]], int]:
+def run_all(targets: list[str], limit: float, notes: Path, expression: str = "") -> tuple[list[dict[str, Any]], int]:
     """(one entry per test, exit code of the last process); every failure collected, none stopping the others."""
     notes.unlink(missing_ok=True)
     notes.touch()
@@ -55,7 +55,7 @@ def run_all(targets: list[str], limit: float, notes: Path) -> tuple[list[dict[st
         done = [f"--deselect={test}" for test in before]
         code = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu_parts.limit_tests", "-p", "no:cacheprovider",
-             *targets, *done], cwd=ROOT, check=False,
+             "-k", expression, *targets, *done], cwd=ROOT, check=False,
             env={**os.environ, "TEST_LIMIT": str(limit), "TEST_NOTES": str(notes)},
         ).returncode  # fmt: skip
         entries = _entries(notes)
@@ -78,9 +78,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="+", help="test files or folders")
     parser.add_argument("--limit", type=float, default=90, help="seconds for each test (default: 90)")
+    parser.add_argument("-k", default="", metavar="EXPRESSION", help="only the tests that pytest's -k selects")
     parser.add_argument("--json", type=Path, required=True, help="one entry per test")
     args = parser.parse_args(argv)
-    entries, code = run_all(args.targets, args.limit, args.json.with_suffix(".notes"))
+    entries, code = run_all(args.targets, args.limit, args.json.with_suffix(".notes"), args.k)
     write_text_atomic(args.json, json.dumps(entries, indent=1) + "\n")
     bad = [entry for entry in entries if entry["outcome"] not in ("passed", "skipped")]
     # 5: pytest's "no tests were collected", when all that is left was deselected.

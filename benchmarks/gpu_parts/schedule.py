@@ -50,7 +50,7 @@ def run_parts(
     write: Callable[[dict[str, Any]], None],
     seconds: float,
     logs: Path,
-    at_once: int = 4,
+    at_once: int = max(2, min(10, (os.cpu_count() or 2) * 2 // 3)),
 ) -> None:
     """Fill `record["parts"]`, calling `write(record)` after each part; a part already done is left out.
 

@@ -37,7 +37,7 @@ def measure(trainer: str, task: Namespace) -> dict[str, Any]:
     # A short step first: threads, allocator, optimizer state and our check of the first step are not part of a step's
     # usual cost. On a GPU kernels are compiled and tuned by shape, so complete steps (--warmup) are needed too.
     warm = [[(ids[:64], ids[:64]) for ids, _ in steps[0]], *steps[: task.warmup]]
-    meter = make_meter(len(warm))
+    meter = make_meter(len(warm), Path(task.turn))
     train = {"plain": plain, "stock": stock, "stock_fast": stock, "packed": packed}.get(trainer, ours)
     with tempfile.TemporaryDirectory() as folder:
         notes = train(trainer, [*warm, *steps], task, meter, folder)
@@ -66,8 +66,9 @@ def measure(trainer: str, task: Namespace) -> dict[str, Any]:
     }
 
 
-def make_meter(skipped: int):
-    """A Trainer callback that records wall time, CPU time and loss of each step."""
+def make_meter(skipped: int, turn: Path):
+    """A Trainer callback that records wall time, CPU time and loss of each step, while no other process has `turn`."""
+    from filelock import FileLock
     from transformers import TrainerCallback
 
     class Meter(TrainerCallback):
@@ -75,6 +76,10 @@ def make_meter(skipped: int):
             self.steps: list[dict[str, float]] = []
             self.checkpointing = False
             self.losses: list[float] = []
+            self.turn = FileLock(turn)  # until the process ends
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.turn.acquire()
 
         @staticmethod
         def now() -> tuple[float, float]:
