@@ -15,13 +15,15 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, field_validator, model_validator
 
 from finetune.chat.address import check_address
 from finetune.chat.guard import MAX_MESSAGES, MAX_TOOLS, Access, Guard, server_token
 from finetune.chat.model import TUNED, ChatModel, Penalties
 from finetune.chat.reply import Reply
 from finetune.errors import UserError
+from finetune.reading.row_files import RowError
+from finetune.reading.tool_schemas import normalize_tools
 from formats import FormatError
 from formats.calls import MAX_JSON_DEPTH, json_depth, reject_lone_surrogates
 
@@ -69,6 +71,15 @@ class ChatRequest(BaseModel):
         if unknown := body.keys() - cls.model_fields.keys() - IGNORED_FIELDS:
             raise ValueError(f"not supported: {', '.join(sorted(unknown))[:MAX_DETAIL]}")
         return body
+
+    @field_validator("tools")
+    @classmethod
+    def _read_tools(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+        """As training reads them, so that the prompt is the one that was trained."""
+        try:
+            return normalize_tools(tools)
+        except RowError as error:
+            raise ValueError(f'{error}; write {{"type": "function", "function": {{"name": …}}}}') from error
 
     def decoding(self, default: Decoding) -> Decoding:
         """The requested decoding; what the request does not set comes from `default`."""
