@@ -631,7 +631,10 @@ def test_server_refuses_invalid_requests(agent):
         {"response_format": "json"}, {"messages": "x"}, {"messages": [5]}, {"messages": []}, {"tools": [5]},
         {"messages": [{"role": "user", "content": "x"}] * 2001}, {"tools": [{}] * 1001},
         {"messages": [{"role": "user", "content": "\ud800"}]}, {"tools": "x"}, {"top_k": 5}, {"n": 2},
-        {"tools": [{"type": "function"}]}, {"tools": [{"type": "function", "function": {"parameters": []}}]},
+        {"messages": [{"content": "x"}]}, {"messages": [{"role": 5, "content": "x"}]},
+        {"messages": [{"role": "user", "content": 5}]}, {"messages": [{"role": "user", "content": {"a": 1}}]},
+        {"messages": [{"role": "assistant", "tool_calls": "x"}]}, {"tools": [{"type": "function"}]},
+        {"tools": [{"type": "function", "function": {"parameters": []}}]},
     ):  # fmt: skip
         for stream in (False, True):
             content = json.dumps({**asked, **wrong, "stream": stream})

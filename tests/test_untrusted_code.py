@@ -226,7 +226,7 @@ def test_run_folder_with_a_link_out_is_refused(tmp_path, name):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes with a name")
-@pytest.mark.parametrize("name", ["experiment_config.json", "training_log.csv", "final_model/chat_template.jinja"])
+@pytest.mark.parametrize("name", ["training_log.csv", "final_model/chat_template.jinja"])
 def test_run_folder_with_a_pipe_is_refused(tmp_path, name):
     run = make_run(tmp_path, data=False)
     (run / name).unlink(missing_ok=True)
