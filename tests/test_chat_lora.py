@@ -634,6 +634,7 @@ def test_server_refuses_invalid_requests(agent):
         {"messages": [{"content": "x"}]}, {"messages": [{"role": 5, "content": "x"}]},
         {"messages": [{"role": "user", "content": 5}]}, {"messages": [{"role": "user", "content": {"a": 1}}]},
         {"messages": [{"role": "assistant", "tool_calls": "x"}]}, {"tools": [{"type": "function"}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": "f"}]}]},
         {"tools": [{"type": "function", "function": {"parameters": []}}]},
     ):  # fmt: skip
         for stream in (False, True):
