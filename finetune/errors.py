@@ -65,7 +65,8 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
         for name in ("stdout", "stderr"):  # None where the caller has closed it (>&-)
             if getattr(sys, name) is None:
                 setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
-            if isinstance(stream := getattr(sys, name), io.TextIOWrapper) and stream.isatty() and stream.fileno() <= 2:
+            stream = getattr(sys, name)
+            if os.name != "nt" and isinstance(stream, io.TextIOWrapper) and stream.isatty():
                 raw = io.BufferedWriter(_Terminal(stream.fileno(), "wb", closefd=False))
                 setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
         for stream in (sys.stdout, sys.stderr):
