@@ -65,6 +65,10 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
         for name in ("stdout", "stderr"):  # None where the caller has closed it (>&-)
             if getattr(sys, name) is None:
                 setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+            stream = getattr(sys, name)
+            if os.name != "nt" and isinstance(stream, io.TextIOWrapper) and stream.isatty():
+                raw = io.BufferedWriter(_Terminal(stream.fileno(), "wb", closefd=False))
+                setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
         for stream in (sys.stdout, sys.stderr):
             # A pipe on Windows and the C locale cannot encode every letter; that must not fail a finished run.
             if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
@@ -97,6 +101,18 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
             return _report(f"{error.filename}: {error.strerror or error}; check its name and permissions")
 
     return wrapped
+
+
+class _Terminal(io.FileIO):
+    """A terminal that may be closed while the command works, which must not end it: what it writes then is dropped."""
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return memoryview(data).nbytes
 
 
 def _discard_stdout() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -241,6 +242,13 @@ def read_text(path: str | Path, what: str) -> str:
         raise UserError(f"cannot read {what} {path}: {error.strerror}; check its name and permissions") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def read_shown(path: Path) -> str:
+    """Text of a file that somebody else may have written, whatever its bytes; OSError also for a pipe or a device."""
+    if path.exists() and not path.is_file() and not path.is_dir():  # reading it may never end
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_text(encoding="utf-8-sig", errors="replace")
 
 
 def read_data(kind: str, path: str | Path) -> Any:

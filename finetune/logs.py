@@ -26,7 +26,7 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
         message = f"{time.strftime('%H:%M:%S', time.localtime(record.created))}  {printable(record.getMessage())}"
-        self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(message, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class _Printable(logging.Formatter):

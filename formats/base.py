@@ -236,6 +236,7 @@ def _as_text(content: Any, index: int) -> str:
 
 def _clean_call(call: Mapping[str, Any], index: int) -> dict[str, Any]:
     function = call.get("function", call)
+    function = function if isinstance(function, Mapping) else {}
     name, arguments = function.get("name"), function.get("arguments", {})
     if isinstance(arguments, str):
         try:

@@ -631,12 +631,19 @@ def test_server_refuses_invalid_requests(agent):
         {"response_format": "json"}, {"messages": "x"}, {"messages": [5]}, {"messages": []}, {"tools": [5]},
         {"messages": [{"role": "user", "content": "x"}] * 2001}, {"tools": [{}] * 1001},
         {"messages": [{"role": "user", "content": "\ud800"}]}, {"tools": "x"}, {"top_k": 5}, {"n": 2},
+        {"messages": [{"content": "x"}]}, {"messages": [{"role": 5, "content": "x"}]},
+        {"messages": [{"role": "user", "content": 5}]}, {"messages": [{"role": "user", "content": {"a": 1}}]},
+        {"messages": [{"role": "assistant", "tool_calls": "x"}]}, {"tools": [{"type": "function"}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": "f"}]}]},
+        {"tools": [{"type": "function", "function": {"parameters": []}}]},
     ):  # fmt: skip
         for stream in (False, True):
             content = json.dumps({**asked, **wrong, "stream": stream})
             headers = {"content-type": "application/json"}
             answer = client.post("/v1/chat/completions", content=content, headers=headers)
             assert answer.status_code == 400 and answer.json()["detail"], (wrong, answer.text)
+    nameless = client.post("/v1/chat/completions", json={**asked, "tools": [*chat_model.TOOLS, {"type": "function"}]})
+    assert "tool 2 has no name" in nameless.json()["detail"]
     ignored = {"user": "me", "n": 1, "response_format": {"type": "text"}, "parallel_tool_calls": True, "stop": None}
     numbers = {"max_tokens": 3, "temperature": 0, "seed": 1, "top_p": 1, "frequency_penalty": 0.5}
     fine = client.post("/v1/chat/completions", json={**asked, **ignored, **numbers})

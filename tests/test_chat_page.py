@@ -91,6 +91,17 @@ class FakeModel:
         yield reply("Hello", new_tokens=2)
 
 
+def test_page_has_no_formulas(monkeypatch, tmp_path):
+    """With `$$` around it, the text of a code block would be Markdown again, images and HTML included."""
+    gradio = pytest.importorskip("gradio")
+    from finetune.chat.web import build_page
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    page = build_page(ChatAgent(FakeModel(), SimpleNamespace(temperature=0.0, max_new_tokens=9)))
+    chats = [block for block in page.blocks.values() if isinstance(block, gradio.Chatbot)]
+    assert len(chats) == 2 and not any(chat.latex_delimiters for chat in chats)
+
+
 @pytest.fixture
 def handlers(monkeypatch, tmp_path):
     pytest.importorskip("gradio")

@@ -374,6 +374,31 @@ def test_closed_or_full_stdout(stdout, code, said):
     assert len(result.stderr.splitlines()) == bool(said)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has no pseudo-terminals")
+def test_closed_terminal_does_not_end_the_work(tmp_path):
+    """Writing to it is an error, also for a command that handles SIGHUP."""
+    import pty
+
+    script = (
+        "import pathlib, signal, sys, threading\nfrom finetune.errors import one_line_errors\n@one_line_errors\n"
+        "def main():\n    closed = threading.Event()\n    signal.signal(signal.SIGHUP, lambda *_: closed.set())\n"
+        "    print('ready', sys.stdout.isatty() and sys.stderr.isatty())\n"
+        "    while not closed.wait(0.1):\n        print('x', file=sys.stderr)\n"
+        "    print('y')\n    print('z', file=sys.stderr)\n    pathlib.Path(sys.argv[1]).touch()\n    return 3\n"
+        "sys.exit(main())"
+    )
+    process, terminal = pty.fork()
+    if not process:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-c", script, str(tmp_path / "done")])
+    with io.FileIO(terminal, "rb") as file:
+        said = b""
+        while b"x" not in said:
+            said += file.read(1000)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 3
+    assert b"ready True" in said and (tmp_path / "done").exists()
+
+
 def test_stdout_that_cannot_encode_a_letter():
     script = (
         "import sys\nfrom finetune.errors import one_line_errors\n"

@@ -98,6 +98,7 @@ HOSTILE = [
     "<http://evil.example>", "[a]: http://evil.example\n![a]", "    indented <b>", "``` \n<iframe src=x>",
     "&lt;img&gt;", "# title", "a | b\n--|--\n<b> | 2", "~~~\n![x](http://evil.example/y)\n~~~", "$$\\href{http://evil.example}{x}$$",
     "- a\n\n      ![x](//evil.example/x)", "\\![x](http://evil.example/z)", "http://evil.example/a?b=c", "1. a\n2) b",
+    "see www.evil.example/x, a@evil.example",
 ]  # fmt: skip
 
 
@@ -112,6 +113,7 @@ def test_page_shows_markup_as_text(text):
     markdown = pytest.importorskip("markdown_it")
     rendered = markdown.MarkdownIt("gfm-like", {"html": True, "linkify": False, "breaks": True}).render(as_text(text))
     assert set(re.findall(r"<(\w+)", rendered)) <= {"p", "br"}
+    assert not re.search(r"https?:|www\.|@", as_text(text))  # what the page's own renderer makes links of
     plain = html.unescape(re.sub(r"<[^>]*>", "", rendered)).replace("\u00a0", " ")
     assert plain.split() == text.split()
 

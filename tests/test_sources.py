@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 from collections import Counter
 
 import pyarrow as pa
@@ -209,6 +210,16 @@ def test_line_ends_and_byte_order_marks(tmp_path):
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
         assert [row["messages"] for row in load_conversations(tmp_path / name).conversations] == expected, name
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes with a name")
+def test_pipe_and_device_are_refused(tmp_path):
+    """Opening a pipe that nobody writes to would wait for ever."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "device.jsonl").symlink_to("/dev/zero")
+    for name in ("pipe.jsonl", "device.jsonl"):
+        with pytest.raises(UserError, match=f"{name}: not a regular file"):
+            load_conversations(tmp_path / name)
 
 
 @pytest.mark.parametrize("spec", ["nowhere.jsonl", "./nowhere", "C:\\data\\rows.jsonl", "nowhere", "a/b.parquet@train"])

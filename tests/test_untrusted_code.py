@@ -225,6 +225,16 @@ def test_run_folder_with_a_link_out_is_refused(tmp_path, name):
     assert private.read_text() == "alias ll='ls -l'"
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes with a name")
+@pytest.mark.parametrize("name", ["training_log.csv", "final_model/chat_template.jinja"])
+def test_run_folder_with_a_pipe_is_refused(tmp_path, name):
+    run = make_run(tmp_path, data=False)
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    with pytest.raises(UserError, match="is not a regular file"):
+        find_run(run)
+
+
 @pytest.mark.parametrize(
     "changes", [{"flags": "x"}, {"format": "chatml"}, {"format": {"name": ["a"]}}, {"flags": {"max_seq_length": "x"}},
                 {"flags": {"max_seq_length": -1}}, {"flags": {"format": ["a"]}}, {"flags": {"rope_scaling": "{}"}},

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.charts import curves, palette, run_labels
+from finetune.charts import curves, other_logs, palette, run_labels
 from finetune.errors import UserError
 from tests.browser import CHROMIUM, REASON
 
@@ -327,6 +327,17 @@ def test_natural_key_ignores_superscripts():
     assert sorted(["run1²2", "run1²10", "run1", "run4"], key=curves.natural_key) == [
         "run1", "run1²2", "run1²10", "run4",
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes with a name")
+def test_pipe_in_a_run_folder_is_noted(tmp_path):
+    for name in ("training_log.csv", "experiment_config.json", "trainer_state.json"):
+        os.mkfifo(tmp_path / name)
+    assert curves.read_run(tmp_path / "training_log.csv").notes == [
+        "experiment_config.json cannot be read (OSError)", "log cannot be read: not a regular file",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="not a regular file"):
+        other_logs.read_runs([tmp_path / "trainer_state.json"])
 
 
 def test_deeply_nested_config_is_noted(tmp_path):

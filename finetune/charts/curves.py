@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.charts.rows import Rows
 from finetune.errors import UserError
+from finetune.files import read_shown
 from finetune.runs import run_log
 from finetune.runs.experiment import CHECKPOINT, CONFIG, LOG
 
@@ -142,7 +143,7 @@ def read_run(log: Path) -> LoggedRun:
 def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     """The JSON object in a file; {} and a note where there is none."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_shown(path))
     except FileNotFoundError:
         notes.append(f"no {path.name}")
         return {}

@@ -15,6 +15,7 @@ from typing import Any
 
 from finetune.charts.curves import COLUMNS, LoggedRun, parse, read_run, tidy
 from finetune.errors import UserError
+from finetune.files import read_shown
 from finetune.runs.experiment import CHECKPOINT
 
 STEP_NAMES = ("train/global_step", "global_step", "step", "_step")
@@ -58,7 +59,7 @@ def _read(log: Path) -> Iterator[LoggedRun]:
 
 def _text(log: Path) -> str:
     try:
-        return log.read_text(encoding="utf-8-sig", errors="replace")
+        return read_shown(log)
     except OSError as error:
         raise UserError(f"cannot read {log}: {error.strerror}") from error
 
@@ -108,8 +109,7 @@ def _number(value: Any) -> float:
 
 def _header(log: Path) -> list[str]:
     try:
-        with log.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            return next(csv.reader(file), [])
+        return next(csv.reader(read_shown(log).splitlines()[:1]), [])
     except (OSError, csv.Error):  # read_run says why
         return []
 

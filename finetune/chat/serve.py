@@ -15,13 +15,15 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, field_validator, model_validator
 
 from finetune.chat.address import check_address
 from finetune.chat.guard import MAX_MESSAGES, MAX_TOOLS, Access, Guard, server_token
 from finetune.chat.model import TUNED, ChatModel, Penalties
 from finetune.chat.reply import Reply
 from finetune.errors import UserError
+from finetune.reading.row_files import RowError
+from finetune.reading.tool_schemas import normalize_tools
 from formats import FormatError
 from formats.calls import MAX_JSON_DEPTH, json_depth, reject_lone_surrogates
 
@@ -36,12 +38,21 @@ MAX_DETAIL = 2000  # characters of a refusal, which may quote the request
 log = logging.getLogger("sandwich")
 
 
+class Message(BaseModel):
+    """What every template relies on; further fields are passed on."""
+
+    model_config = ConfigDict(extra="allow")
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
 class ChatRequest(BaseModel):
     """The fields of OpenAI's chat completion request that are supported."""
 
     model_config = ConfigDict(extra="allow")
     model: str = TUNED
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: StrictBool | None = None
@@ -70,6 +81,15 @@ class ChatRequest(BaseModel):
             raise ValueError(f"not supported: {', '.join(sorted(unknown))[:MAX_DETAIL]}")
         return body
 
+    @field_validator("tools")
+    @classmethod
+    def _read_tools(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+        """As training reads them, so that the prompt is the one that was trained."""
+        try:
+            return normalize_tools(tools)
+        except RowError as error:
+            raise ValueError(f'{error}; write {{"type": "function", "function": {{"name": …}}}}') from error
+
     def decoding(self, default: Decoding) -> Decoding:
         """The requested decoding; what the request does not set comes from `default`."""
         return replace(
@@ -86,7 +106,8 @@ class ChatRequest(BaseModel):
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages; `developer` is OpenAI's newer name of `system`."""
-        return [{**one, "role": "system"} if one.get("role") == "developer" else one for one in self.messages]
+        messages = [one.model_dump(exclude_unset=True) for one in self.messages]
+        return [{**one, "role": "system"} if one["role"] == "developer" else one for one in messages]
 
     def answered(self, reply: Reply) -> Reply:
         """The reply, without the calls after the first where the request wants at most one."""
@@ -116,7 +137,8 @@ def build_app(model: ChatModel, decoding: Decoding) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     def refuse(_request: Request, error: RequestValidationError) -> JSONResponse:
-        problems = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}".lstrip(": ") for one in error.errors()]
+        errors = [(".".join(map(str, one["loc"][1:])), one["msg"]) for one in error.errors()]
+        problems = [f"{name}: {reason.removeprefix('Value error, ')}".lstrip(": ") for name, reason in errors]
         return JSONResponse({"detail": "; ".join(problems)[:MAX_DETAIL]}, 400)
 
     @app.get("/health")

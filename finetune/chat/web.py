@@ -103,7 +103,9 @@ def build_page(
             chats, verdicts = [], []
             for label in sides if len(sides) > 1 else ["model"]:
                 with gradio.Column(min_width=280):
-                    chats.append(gradio.Chatbot(label=label, height="44vh", layout="panel", elem_classes="pane"))
+                    # Formulas are read before code blocks, and would let text out of them.
+                    looks = {"height": "44vh", "layout": "panel", "elem_classes": "pane", "latex_delimiters": []}
+                    chats.append(gradio.Chatbot(label=label, **looks))
                     verdicts.append(gradio.HTML(verdict_html(""), padding=False))
         with gradio.Row(elem_id="composer"):
             message = gradio.Textbox(
@@ -347,7 +349,9 @@ def _card(title: str, body: str, closed: bool = False) -> dict[str, Any]:
 
 
 # Outside of code blocks Markdown reads none of these in the form of character references.
-_MARKUP = re.compile(r"[&<>\[\]`*#~|$!\\+=:]|(?<!\w)_|_(?!\w)|-(?=[-\s])|(?<=\d)[.)](?=\s)|^[^\S\n]+", re.MULTILINE)
+_MARKUP = re.compile(
+    r"[&<>\[\]`*#~|$!\\+=:@]|(?<!\w)_|_(?!\w)|-(?=[-\s])|(?<=\d)[.)](?=\s)|(?<=www)\.|^[^\S\n]+", re.MULTILINE
+)
 
 
 def as_text(text: str) -> str:

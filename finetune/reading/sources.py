@@ -136,12 +136,7 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, int, dict[str, Any] | Unrea
 
 def _type_of(path: Path) -> str:
     """The suffix in READERS for a file; for an unknown one its content decides. Raises UserError."""
-    suffix = data_suffix(path)
-    if not path.is_file():  # a pipe can be read only once
-        if suffix is None:
-            raise UserError(f"{path}: its name must end in one of {', '.join(READERS)} (also .gz)")
-        return suffix
-    if suffix is None:
+    if (suffix := data_suffix(path)) is None:
         return type_by_content(path)
     with path.open("rb") as file:
         refuse_other_types(path, file.read(64))
@@ -174,6 +169,8 @@ def refuse_same_file(sources: Iterable[str | Path | Spec], target: str | Path) -
 def _files_of(spec: Spec) -> list[Path]:
     """The file itself, or the files of a split in a folder (`train` by default)."""
     if not spec.path.is_dir():
+        if not spec.path.is_file():  # rows are read more than once; a pipe without a writer never ends
+            raise UserError(f"{spec.path}: not a regular file (a pipe or a device); save the rows in a file")
         return [spec.path]
     return files_of_split(spec.path, spec.split or "train", lambda path: data_suffix(path) is not None, spec.config)
 

@@ -177,9 +177,10 @@ def _claim(temporary: Path, target: Path) -> bool:
 
 
 def refuse_links(folder: Path, owner: Path | None = None) -> None:
-    """UserError for a link in `folder`, or `folder` itself, that leads out of `owner` (default: `folder`).
+    """UserError for a link in `folder`, or `folder` itself, that leads out of `owner` (default: `folder`), and a pipe.
 
-    Files are written through links, so one in a run folder could replace any file of this user.
+    Files are written through links, so one in a run folder could replace any file of this user. A pipe is never read
+    to its end.
     """
     root = (owner or folder).resolve()
     paths = [] if owner is None else [folder]
@@ -191,6 +192,8 @@ def refuse_links(folder: Path, owner: Path | None = None) -> None:
                 f"{path} is a link to {path.readlink()}, out of {owner or folder}, where commands would write; "
                 "remove it, or replace it by what it points to"
             )
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path} is not a regular file, and reading it may never end; remove it")
 
 
 def folder_status(folder: Path) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.files import require_run_folder, write_text_atomic
+from finetune.files import read_shown, require_run_folder, write_text_atomic
 
 COLUMNS = (
     "step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_seen", "trained_tokens",
@@ -178,7 +178,7 @@ class LogRows:
 
 def read_log(path: Path) -> LogRows:
     """The rows of a log, without the lines that a kill or a crash damaged. Raises OSError."""
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    text = read_shown(path)
     complete, _, rest = text.rpartition("\n")
     # Every cell is a number, so none is quoted: a stray quote must not swallow the following rows.
     header, *lines = [line.split(",") for line in complete.splitlines()] or [[]]

@@ -103,11 +103,14 @@ class StopCallback(TrainerCallback):
             self._former_handlers[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
         if self.requested:
-            if distributed.size() > 1:  # torchrun forwards a Ctrl-C as SIGTERM and kills ranks that take too long
+            # torchrun forwards a Ctrl-C as SIGTERM and kills ranks that take too long. A closed terminal sends two
+            # SIGHUP, one by its shell.
+            if distributed.size() > 1 or name == "SIGHUP":
                 return
             raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name
+        self.requested = name
         rest = "saving the adapter" if self.is_trained else "finishing this step, then saving a checkpoint"
         if self.raises:
             rest = "stopping the evaluation, then saving a checkpoint"
