@@ -16,7 +16,7 @@ import export_lora
 from benchmarks.llama_cpp_prompts import apply_template
 from finetune.errors import UserError
 from finetune.evaluation.answer_settings import adapter_hash
-from finetune.export.gguf import find_tools, pin_variables, read_metadata, tools_folder
+from finetune.export.gguf import find_tools, llama_cpp_template, pin_variables, read_metadata, tools_folder
 from finetune.export.hub import publish
 from finetune.export.targets import output_folder
 from finetune.files import atomic_directory
@@ -194,7 +194,7 @@ def test_llama_cpp_renders_the_same_prompts(name, exports):
     from finetune.export.llama_check import llama_server
 
     tokenizer = parts.tokenizer("smollm2")
-    fmt = replace(FORMATS[name], template=pin_variables(FORMATS[name].pinned_template()), template_kwargs={})
+    fmt = replace(FORMATS[name], template=llama_cpp_template(FORMATS[name]), template_kwargs={})
     same = 0
     with llama_server(exports[0] / "gguf" / "run-q8_0.gguf", context=64, chat_template=fmt.template) as server:
         for case in LLAMA_CASES:

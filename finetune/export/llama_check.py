@@ -23,6 +23,14 @@ COMPARED_TOKENS = 5  # likeliest tokens of each prompt
 MAX_PROMPT_TOKENS = 2048
 # Largest accepted difference of log-probabilities; for quantised files the difference is only printed.
 MAX_DIFFERENCE_NATS = {"f32": 0.02, "f16": 0.05, "bf16": 0.2}
+# llama.cpp derives its parser of calls from the template. For `<function=NAME>{…}</function>` without an outer tag it
+# misses the closing tag, and refuses every answer to a request with tools. For a template that contains this line of
+# Functionary's it has the right parser, but shows these tokens as text, so they have to be stop strings too.
+FUNCTION_TAG_MARK = (
+    '{#- set has_code_interpreter = tools | selectattr("type", "equalto", "code_interpreter") | list | length > 0 #}'
+)
+FUNCTION_TAG_STOPS = ("<|eot_id|>", "<|eom_id|>")
+HEADER_BYTES = 64 * 2**20  # the vocabulary comes before the template
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,11 @@ def float32_compute(model: PreTrainedModel) -> Iterator[None]:
             hook.remove()
 
 
+def stop_strings(header: bytes) -> tuple[str, ...]:
+    """What has to end an answer beside the end token, by the template in a GGUF file's header."""
+    return FUNCTION_TAG_STOPS if FUNCTION_TAG_MARK.encode() in header else ()
+
+
 @contextlib.contextmanager
 def llama_server(
     path: Path,
@@ -117,6 +130,10 @@ def llama_server(
         params.api_keys = [api_key]
     if chat_template is not None:
         params.chat_template = chat_template
+        params.antiprompt = list(stop_strings(chat_template.encode()))
+    elif path.is_file():
+        with path.open("rb") as file:
+            params.antiprompt = list(stop_strings(file.read(HEADER_BYTES)))
     if exact:
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
