@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
-from finetune.export.llama_check import FUNCTION_TAG_MARK, compare_first_tokens, first_tokens, stop_strings
+from finetune.export.llama_check import (
+    FUNCTION_TAG_MARK,
+    compare_first_tokens,
+    first_tokens,
+    reads_calls,
+    stop_strings,
+)
 from finetune.export.merged import MergedModel, write_merged
 from finetune.export.targets import Job, target
 from finetune.models.remote_code import strip_code
@@ -81,6 +87,11 @@ def write_gguf(job: Job, quantizations: Sequence[str], tools: Tools) -> tuple[li
         check_gguf(path, template, check_tokenizer(merged.tokenizer, merged.format))
         if importlib.util.find_spec("xllamacpp"):
             say(f"{path.name}: {compare_first_tokens(path, expected)}")
+    if merged.format.has_tools and importlib.util.find_spec("xllamacpp") and reads_calls(paths[0], merged) is False:
+        say(
+            f"warning: llama.cpp's server did not read a written call of {merged.format.name}; "
+            "for requests with tools serve it with vLLM"
+        )
     if stops := stop_strings(template.encode()):
         options = " ".join(f"--reverse-prompt '{stop}'" for stop in stops)
         say(f"tools need: llama-server --jinja {options} (chat_lora.py FILE --serve has them)")

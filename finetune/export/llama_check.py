@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -31,6 +32,22 @@ FUNCTION_TAG_MARK = (
 )
 FUNCTION_TAG_STOPS = ("<|eot_id|>", "<|eom_id|>")
 HEADER_BYTES = 64 * 2**20  # the vocabulary comes before the template
+CALL: dict[str, Any] = {
+    "messages": [
+        {"role": "user", "content": "Weather in Turin?"},
+        {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "function": {"name": "weather", "arguments": {"city": "Turin", "days": 2}}}
+        ]},
+    ],
+    "tools": [{"type": "function", "function": {
+        "name": "weather",
+        "description": "Weather of a city.",
+        "parameters": {
+            "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city", "days"],
+        },
+    }}],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,6 +164,34 @@ def llama_server(
         yield server
     finally:
         del server
+
+
+def reads_calls(path: Path, merged: MergedModel) -> bool | None:
+    """Whether llama.cpp's server reads a call as the format writes it; None for a format that refuses the call.
+
+    The server continues the written answer, and parses it with what it generates: here the end token alone.
+    """
+    from formats import IGNORE_INDEX, check_tokenizer, encode
+
+    encoded = encode(CALL, merged.tokenizer, merged.format)
+    if encoded.status == "refused":
+        return None
+    ids = [label for label in encoded.sequences[-1].labels if label != IGNORE_INDEX]
+    end = next(place for place, token in enumerate(ids) if token in check_tokenizer(merged.tokenizer, merged.format))
+    text = merged.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    user, called = CALL["messages"]
+    request = {
+        "messages": [user, {"role": "assistant", "content": text}], "tools": CALL["tools"], "temperature": 0,
+        "max_tokens": 2, "logit_bias": [[ids[end], 1e6]],
+    }  # fmt: skip
+    with llama_server(path) as server:
+        try:
+            message = server.handle_chat_completions(request)["choices"][0]["message"]
+        except RuntimeError:  # "output that does not match the expected format"
+            return False
+    calls = [call["function"] for call in message.get("tool_calls") or []]
+    read = [{"name": call["name"], "arguments": json.loads(call["arguments"])} for call in calls]
+    return read == [call["function"] for call in called["tool_calls"]]
 
 
 def compare_first_tokens(path: Path, expected: list[FirstToken]) -> str:
