@@ -167,7 +167,7 @@ def llama_server(
 
 
 def reads_calls(path: Path, merged: MergedModel) -> bool | None:
-    """Whether llama.cpp's server reads a call as the format writes it; None for a format that refuses the call.
+    """Whether llama.cpp's server reads a call as the format writes it; None if the format refuses it or writes no end.
 
     The server continues the written answer, and parses it with what it generates: here the end token alone.
     """
@@ -177,7 +177,10 @@ def reads_calls(path: Path, merged: MergedModel) -> bool | None:
     if encoded.status == "refused":
         return None
     ids = [label for label in encoded.sequences[-1].labels if label != IGNORE_INDEX]
-    end = next(place for place, token in enumerate(ids) if token in check_tokenizer(merged.tokenizer, merged.format))
+    ends = check_tokenizer(merged.tokenizer, merged.format)
+    end = next((place for place, token in enumerate(ids) if token in ends), None)
+    if end is None:
+        return None
     text = merged.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     user, called = CALL["messages"]
     request = {
@@ -189,9 +192,11 @@ def reads_calls(path: Path, merged: MergedModel) -> bool | None:
             message = server.handle_chat_completions(request)["choices"][0]["message"]
         except RuntimeError:  # "output that does not match the expected format"
             return False
-    calls = [call["function"] for call in message.get("tool_calls") or []]
-    read = [{"name": call["name"], "arguments": json.loads(call["arguments"])} for call in calls]
-    return read == [call["function"] for call in called["tool_calls"]]
+    read = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or []]
+    (written,) = (call["function"] for call in called["tool_calls"])
+    with contextlib.suppress(ValueError):
+        return [(name, json.loads(text)) for name, text in read] == [(written["name"], written["arguments"])]
+    return False
 
 
 def compare_first_tokens(path: Path, expected: list[FirstToken]) -> str:
