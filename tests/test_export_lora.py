@@ -16,7 +16,7 @@ import export_lora
 from benchmarks.llama_cpp_prompts import apply_template
 from finetune.errors import UserError
 from finetune.evaluation.answer_settings import adapter_hash
-from finetune.export.gguf import find_tools, pin_variables, read_metadata, tools_folder
+from finetune.export.gguf import find_tools, llama_cpp_template, pin_variables, read_metadata, tools_folder
 from finetune.export.hub import publish
 from finetune.export.targets import output_folder
 from finetune.files import atomic_directory
@@ -194,7 +194,7 @@ def test_llama_cpp_renders_the_same_prompts(name, exports):
     from finetune.export.llama_check import llama_server
 
     tokenizer = parts.tokenizer("smollm2")
-    fmt = replace(FORMATS[name], template=pin_variables(FORMATS[name].pinned_template()), template_kwargs={})
+    fmt = replace(FORMATS[name], template=llama_cpp_template(FORMATS[name]), template_kwargs={})
     same = 0
     with llama_server(exports[0] / "gguf" / "run-q8_0.gguf", context=64, chat_template=fmt.template) as server:
         for case in LLAMA_CASES:
@@ -211,6 +211,39 @@ def test_llama_cpp_renders_the_same_prompts(name, exports):
             assert apply_template(server.listening_address, messages, ROWS[case]["tools"]) == ours, case
             same += ours is not None
     assert same >= (5 if name in ("plain", "mistral-v1", "llama3-pythonic") else 11)
+
+
+@pytest.mark.parametrize("name", ["llama3-function", "kanana"])
+def test_llama_cpp_reads_calls_in_function_tags(name, exports):
+    """It parses what it is to continue too; without the mark in the template every answer with tools is refused."""
+    from finetune.export.llama_check import CALL, llama_server
+
+    written = {"role": "assistant", "content": '<function=weather>{"city": "Turin", "days": 2}</function>'}
+    request = {
+        "messages": [CALL["messages"][0], written], "tools": CALL["tools"], "temperature": 0, "max_tokens": 2,
+        "logit_bias": [[parts.tokenizer("smollm2").eos_token_id, 1e6]],
+    }  # fmt: skip
+    file, template = exports[0] / "gguf" / "run-q8_0.gguf", llama_cpp_template(FORMATS[name])
+    with llama_server(file, context=1024, chat_template=template) as server:
+        (call,) = server.handle_chat_completions(request)["choices"][0]["message"]["tool_calls"]
+    assert (call["function"]["name"], call["function"]["arguments"]) == ("weather", '{"city": "Turin", "days": 2}')
+
+
+def test_gguf_export_says_whether_llama_cpp_reads_its_calls(exports, monkeypatch):
+    from functools import partial
+
+    from finetune.export import llama_check
+    from finetune.export.merged import MergedModel
+
+    file, merged = (
+        exports[0] / "gguf" / "run-q8_0.gguf",
+        MergedModel(None, parts.tokenizer("smollm2"), FORMATS["chatml"]),
+    )
+    assert "did not read" not in exports[1]["gguf"]
+    assert llama_check.reads_calls(file, merged)
+    other = partial(llama_check.llama_server, chat_template=FORMATS["gemma"].template)
+    monkeypatch.setattr(llama_check, "llama_server", other)
+    assert llama_check.reads_calls(file, merged) is False
 
 
 def test_ollama_folder_is_complete(exports):

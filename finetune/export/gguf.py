@@ -14,6 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
+from finetune.export.llama_check import (
+    FUNCTION_TAG_MARK,
+    compare_first_tokens,
+    first_tokens,
+    reads_calls,
+    stop_strings,
+)
 from finetune.export.merged import MergedModel, write_merged
 from finetune.export.targets import Job, target
 from finetune.models.remote_code import strip_code
@@ -62,7 +69,6 @@ def write_gguf(job: Job, quantizations: Sequence[str], tools: Tools) -> tuple[li
     Each file's header is checked, and its answers where xllamacpp is installed. The merged weights have the run's own
     dtype unless `job.dtype` names another.
     """
-    from finetune.export.llama_check import compare_first_tokens, first_tokens
     from formats import check_tokenizer
 
     dtype, folder = job.dtype, job.folder
@@ -72,7 +78,7 @@ def write_gguf(job: Job, quantizations: Sequence[str], tools: Tools) -> tuple[li
         merged = write_merged(job.run, Path(temporary), dtype)
         expected = first_tokens(merged, job.run)
         merged.model = None
-        template = pin_variables(merged.format.template)
+        template = llama_cpp_template(merged.format)
         set_end_token(merged.tokenizer, merged.format, Path(temporary))
         (Path(temporary) / "chat_template.jinja").write_text(template, encoding="utf-8")
         strip_code(Path(temporary))  # the converter loads tokenizers with trust_remote_code
@@ -81,6 +87,14 @@ def write_gguf(job: Job, quantizations: Sequence[str], tools: Tools) -> tuple[li
         check_gguf(path, template, check_tokenizer(merged.tokenizer, merged.format))
         if importlib.util.find_spec("xllamacpp"):
             say(f"{path.name}: {compare_first_tokens(path, expected)}")
+    if merged.format.has_tools and importlib.util.find_spec("xllamacpp") and reads_calls(paths[0], merged) is False:
+        say(
+            f"warning: llama.cpp's server did not read a written call of {merged.format.name}; "
+            "for requests with tools serve it with vLLM"
+        )
+    if stops := stop_strings(template.encode()):
+        options = " ".join(f"--reverse-prompt '{stop}'" for stop in stops)
+        say(f"tools need: llama-server --jinja {options} (chat_lora.py FILE --serve has them)")
     if "'%r'" in template:
         say(
             f"warning: llama.cpp's Jinja does not support '%r', so it renders earlier calls of {merged.format.name} "
@@ -153,6 +167,12 @@ def set_end_token(tokenizer: PreTrainedTokenizerBase, fmt: Format, folder: Path)
     if tokenizer.eos_token not in fmt.end_of_turn and "eos_token" not in fmt.template:
         tokenizer.eos_token = fmt.end_of_turn[0]
         tokenizer.save_pretrained(str(folder))
+
+
+def llama_cpp_template(fmt: Format) -> str:
+    """The template that a GGUF file carries: with its variables pinned, and the mark for `<function=` calls."""
+    mark = FUNCTION_TAG_MARK if fmt.call_markers[:2] == ("<function=", "</function>") else ""
+    return mark + pin_variables(fmt.pinned_template())
 
 
 def pin_variables(template: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -23,6 +24,30 @@ COMPARED_TOKENS = 5  # likeliest tokens of each prompt
 MAX_PROMPT_TOKENS = 2048
 # Largest accepted difference of log-probabilities; for quantised files the difference is only printed.
 MAX_DIFFERENCE_NATS = {"f32": 0.02, "f16": 0.05, "bf16": 0.2}
+# llama.cpp derives its parser of calls from the template. For `<function=NAME>{…}</function>` without an outer tag it
+# misses the closing tag, and refuses every answer to a request with tools. For a template that contains this line of
+# Functionary's it has the right parser, but shows these tokens as text, so they have to be stop strings too.
+FUNCTION_TAG_MARK = (
+    '{#- set has_code_interpreter = tools | selectattr("type", "equalto", "code_interpreter") | list | length > 0 #}'
+)
+FUNCTION_TAG_STOPS = ("<|eot_id|>", "<|eom_id|>")
+HEADER_BYTES = 64 * 2**20  # the vocabulary comes before the template
+CALL: dict[str, Any] = {
+    "messages": [
+        {"role": "user", "content": "Weather in Turin?"},
+        {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "function": {"name": "weather", "arguments": {"city": "Turin", "days": 2}}}
+        ]},
+    ],
+    "tools": [{"type": "function", "function": {
+        "name": "weather",
+        "description": "Weather of a city.",
+        "parameters": {
+            "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city", "days"],
+        },
+    }}],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,6 +110,11 @@ def float32_compute(model: PreTrainedModel) -> Iterator[None]:
             hook.remove()
 
 
+def stop_strings(header: bytes) -> tuple[str, ...]:
+    """What has to end an answer beside the end token, by the template in a GGUF file's header."""
+    return FUNCTION_TAG_STOPS if FUNCTION_TAG_MARK.encode() in header else ()
+
+
 @contextlib.contextmanager
 def llama_server(
     path: Path,
@@ -117,6 +147,10 @@ def llama_server(
         params.api_keys = [api_key]
     if chat_template is not None:
         params.chat_template = chat_template
+        params.antiprompt = list(stop_strings(chat_template.encode()))
+    elif path.is_file():
+        with path.open("rb") as file:
+            params.antiprompt = list(stop_strings(file.read(HEADER_BYTES)))
     if exact:
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -130,6 +164,39 @@ def llama_server(
         yield server
     finally:
         del server
+
+
+def reads_calls(path: Path, merged: MergedModel) -> bool | None:
+    """Whether llama.cpp's server reads a call as the format writes it; None if the format refuses it or writes no end.
+
+    The server continues the written answer, and parses it with what it generates: here the end token alone.
+    """
+    from formats import IGNORE_INDEX, check_tokenizer, encode
+
+    encoded = encode(CALL, merged.tokenizer, merged.format)
+    if encoded.status == "refused":
+        return None
+    ids = [label for label in encoded.sequences[-1].labels if label != IGNORE_INDEX]
+    ends = check_tokenizer(merged.tokenizer, merged.format)
+    end = next((place for place, token in enumerate(ids) if token in ends), None)
+    if end is None:
+        return None
+    text = merged.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    user, called = CALL["messages"]
+    request = {
+        "messages": [user, {"role": "assistant", "content": text}], "tools": CALL["tools"], "temperature": 0,
+        "max_tokens": 2, "logit_bias": [[ids[end], 1e6]],
+    }  # fmt: skip
+    with llama_server(path) as server:
+        try:
+            message = server.handle_chat_completions(request)["choices"][0]["message"]
+        except RuntimeError:  # "output that does not match the expected format"
+            return False
+    read = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or []]
+    (written,) = (call["function"] for call in called["tool_calls"])
+    with contextlib.suppress(ValueError):
+        return [(name, json.loads(text)) for name, text in read] == [(written["name"], written["arguments"])]
+    return False
 
 
 def compare_first_tokens(path: Path, expected: list[FirstToken]) -> str:
