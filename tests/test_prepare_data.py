@@ -295,7 +295,7 @@ def test_password_is_not_in_the_shown_command():
         (["bad.jsonl", "--output", "out"], "no rows left of 1 read"),
         (["good.jsonl", "--output", "good.jsonl"], "cannot write"),
         (["good.jsonl", "--output", "out", "--map", "x"], "COLUMN=FIELD"),
-        (["good.jsonl", "--output", "out", "--tools", "none.json"], "none.json: cannot be read"),
+        (["good.jsonl", "--output", "out", "--tools", "none.json"], "cannot read tools none.json"),
         (["good.jsonl", "--output", "out", "--max_seq_length", "9"], "--tokenizer"),
         (["good.jsonl*2", "--output", "out"], "weights belong to training"),
         (["good.jsonl", "--output", "out", "--split", "80/20"], "three shares"),

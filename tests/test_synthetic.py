@@ -735,6 +735,10 @@ def test_errors_of_a_phrasing_file(tmp_path, change, message):
             "tool f0: its schema requires more than 5,000 values",
         ),
         (
+            [{"properties": {}, "$defs": {"t": {"$dynamicRef": "#/$defs/t"}}, "$dynamicRef": "#/$defs/t"}],
+            "tool f0: .*nested deeper than 200 levels",
+        ),
+        (
             [{"properties": {"a": {"type": "integer", "minimum": 10**400}}}],
             "tool f0: .*OverflowError",
         ),
@@ -747,7 +751,7 @@ def test_errors_of_a_phrasing_file(tmp_path, change, message):
             "no text fits the pattern .*it takes more than 20,000 steps",
         ),
         ([{"type": "array", "items": {}}], "tool f0: no arguments found .*it does not describe an object"),
-        ([{}, {}, None], "declares the tool f1 2 times"),
+        ([{}, {}, None], "2 tools have the same name, f1"),
     ],
 )
 def test_errors_of_tool_schemas(tmp_path, tools, message):

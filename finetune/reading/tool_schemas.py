@@ -226,6 +226,7 @@ def parse_tools(text: str, where: str = "tools") -> list[dict[str, Any]]:
             raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
     except ValueError as error:
         raise UserError(f"{where}: {error}; give a JSON array of tool schemas") from error
-    if len({tool["function"]["name"] for tool in tools}) < len(tools):
-        raise UserError(f"{where}: two tools have the same name; remove one of them")
+    ((name, count),) = Counter(tool["function"]["name"] for tool in tools).most_common(1) or [("", 0)]
+    if count > 1:
+        raise UserError(f"{where}: {count} tools have the same name, {name}; keep one of them")
     return tools

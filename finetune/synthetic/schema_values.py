@@ -24,6 +24,7 @@ from referencing.exceptions import Unresolvable
 
 from finetune.errors import UserError
 from finetune.json_schema import validator_of
+from finetune.json_schema.limits import TooExpensive
 
 MAX_DEPTH = 6  # of recursive schemas: deeper objects get only their required properties
 MAX_CHARACTERS = 10_000  # of one text
@@ -78,7 +79,12 @@ class SchemaValues:
                 raise UserError(f"its parameters are not a valid JSON Schema ({self._invalid})")
             try:
                 return self._draw()
-            except (RecursionError, Unresolvable, OverflowError) as error:  # Unresolvable: below `not`, `if` and others
+            except (
+                RecursionError,
+                Unresolvable,
+                OverflowError,
+                TooExpensive,
+            ) as error:  # also below `not`, `if` and others
                 raise UserError(f"its schema cannot be followed ({type(error).__name__}: {error})") from error
 
     def _draw(self) -> dict[str, Any]:
