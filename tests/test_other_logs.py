@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import visualize_loss
-from finetune.charts.curves import LoggedRun, find_logs
+from finetune.charts.curves import LoggedRun, find_logs, summarize
 from finetune.charts.other_logs import read_runs
 from finetune.charts.run_labels import compare_runs
 from finetune.errors import UserError
@@ -96,6 +96,16 @@ def test_wandb_history_of_one_run(tmp_path):
     assert run.label == "history"
     assert curve(run) == [(10, 2.5), (20, 2.25)] and curve(run, "eval_loss") == [(10, 2.75)]
     assert curve(run, x="epoch") == [(0.5, 2.5), (1, 2.25)]
+
+
+@pytest.mark.parametrize("steps", [["nan"], ["1", ""], ["", "1", "2"]])
+def test_rows_without_a_step_are_noted(tmp_path, steps):
+    log = tmp_path / "history.csv"
+    log.write_text("_step,train/loss,eval/loss\n" + "".join(f"{step},2,2\n" for step in steps))
+    (run,) = read(log)
+    known = [int(step) for step in steps if step.isdecimal()]
+    assert run.rows["step"].tolist() == known and "1 rows have no step" in run.notes
+    assert summarize(run)["best_eval_step"] == (known[0] if known else None)
 
 
 def test_equal_names_are_not_repeats(tmp_path):

@@ -176,6 +176,9 @@ def tidy(columns: dict[str, list[float]], notes: list[str]) -> Rows:
         elif (diverged := np.isinf(rows[name])).any():
             first = rows["step"][diverged][0]
             notes.append(f"{name} is not finite in {int(diverged.sum())} rows, first at step {first:.0f}")
+    if unplaced := int(np.isnan(rows["step"]).sum()):
+        notes.append(f"{unplaced} rows have no step")
+        rows = rows.take(~np.isnan(rows["step"]))
     if not len(rows):
         return rows
     if not (np.diff(rows["step"]) > 0).all():
