@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 from collections.abc import Iterator
@@ -92,8 +93,11 @@ def choose_format(tokenizer: Any) -> tuple[Format, str]:
 
 def alternatives(fmt: Format, tokenizer: Any) -> Iterator[Format]:
     """The other formats that the tokenizer's model can be trained with, the one that `auto` chooses first."""
+    chosen = []
+    with contextlib.suppress(FormatError):  # its own template is broken, which the user has avoided by --format
+        chosen.append(choose_format(tokenizer)[0])
     named = _candidates(set(added_tokens(tokenizer)), own_template(tokenizer), tokenizer)
-    for other in itertools.chain((choose_format(tokenizer)[0],), named):
+    for other in itertools.chain(chosen, named):
         if other.name != fmt.name:
             yield other
 

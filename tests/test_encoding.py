@@ -21,7 +21,8 @@ from finetune.reading.conversations import load_conversations, normalize_row
 from finetune.reading.normalize import conversations_fingerprint
 from finetune.settings import Settings
 from finetune.training.data import RunData
-from formats import IGNORE_INDEX, encode, get_format
+from formats import IGNORE_INDEX, FormatError, encode, get_format
+from formats.choosing import alternatives
 from tests import parts
 from tests.rows import LAMP
 from tests.scripts import ROOT
@@ -300,3 +301,12 @@ def test_refused_rows_name_a_format_with_a_place_for_them(caplog):
     (said,) = (record.getMessage() for record in caplog.records if "--format" in record.getMessage())
     other = get_format(said.partition("--format ")[2].split()[0], tokenizer)
     assert encode_conversations(data.train.conversations, tokenizer, other).report["refused"] == 0
+
+
+def test_alternatives_of_a_broken_template():
+    """The user has chosen a format by name because `auto` raises."""
+    tokenizer = parts.fresh_tokenizer("llama3")
+    tokenizer.chat_template = "{{ messages | no_such_filter }}"
+    with pytest.raises(FormatError):
+        get_format("auto", tokenizer)
+    assert "kanana" in [other.name for other in alternatives(get_format("llama3", tokenizer), tokenizer)]
