@@ -94,6 +94,8 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     if path.exists() and not path.is_file():  # reading a device may never end
         raise UserError(f"cannot read {path}: not a regular file")
     text, records = read_text(path, "log"), list[dict[str, Any]]()
+    if kind != ".json" and not text.endswith("\n") and text:  # half a number would be one too
+        raise UserError(f"{not_a_log}: its last line is cut off")
     try:
         if kind == ".csv":
             rows: Any = csv.DictReader(io.StringIO(text))
