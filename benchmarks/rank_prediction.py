@@ -4,8 +4,8 @@
     python benchmarks/rank_prediction.py --seeds 3407 --repair_steps 4        and the truncations after 4 more steps
     python benchmarks/rank_prediction.py --limit 12 -- --max_steps 12 --batch_size 8        a shorter one
 
-The demo's model, data and recipe, shortened to 25 steps of 12 rows: about two hours on one core with bfloat16. Runs and
-reports that exist already are not repeated; results.json, results.md and results.png are written after every seed.
+The demo's model, data and recipe, shortened to 25 steps of 12 rows. Runs and reports that exist already
+are not repeated; results.json, results.md and results.png are written after every seed.
 """
 
 from __future__ import annotations
