@@ -69,7 +69,7 @@ def _raise_exception(message: str) -> None:
 
 
 @cache
-def _environment() -> Environment:
+def sandboxed_environment() -> Environment:
     from jinja2.ext import loopcontrols
     from jinja2.runtime import LoopContext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -96,7 +96,7 @@ def _compile(template: str) -> Template | None:
     from jinja2.exceptions import TemplateError
 
     try:
-        return _environment().from_string(template)
+        return sandboxed_environment().from_string(template)
     except TemplateError:  # {% generation %} and whatever else only Transformers' own environment has
         return None
 

@@ -117,7 +117,7 @@ def read_run_folder(run: Path, suffix: str) -> None:
     assert isinstance(found.base_name, str)
     limit = found.experiment.config["flags"].get("max_seq_length")
     assert limit is None or limit > 0
-    found._base_settings()
+    found.base_settings()
     found.format_for(parts.tokenizer("smollm2"))
     if found.base_name == "smollm2-135m":
         assert found.max_length() > 0
@@ -136,9 +136,9 @@ def read_resumed(run: Path, suffix: str) -> None:
         find_resumable(str(run), run.parent)
     with contextlib.suppress(UserError):
         find_resumable("", run.parent)
-    from finetune.runs.experiment import _open_trained
+    from finetune.runs.experiment import open_trained
 
-    experiment = _open_trained(run)
+    experiment = open_trained(run)
     resumed(
         parse(["--resume", str(run), "--force"]), experiment.config["flags"], str(run), changed_versions(experiment)
     )
@@ -153,7 +153,7 @@ def read_adapter(run: Path, suffix: str) -> None:
     (run / "experiment_config.json").rename(run / "moved.json")
     found = find_run(run / "final_model")
     assert isinstance(found.base_name, str)
-    found._base_settings()
+    found.base_settings()
 
 
 def read_recipes(run: Path, suffix: str) -> None:

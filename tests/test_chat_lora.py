@@ -765,14 +765,14 @@ def test_server_role_developer_is_system(client):
 
 def test_server_returns_one_call_where_asked():
     pytest.importorskip("fastapi", reason="pip install -r requirements/optional.txt")
-    from finetune.chat.serve import ChatRequest, _finish_reason
+    from finetune.chat.serve import ChatRequest, finish_reason_of
 
     reply = Reply("", tool_calls=[chat_model.CALL, {"name": "other", "arguments": {}}], problems=[[], ["unknown"]])
     for given, kept in ((None, 2), (True, 2), (False, 1)):
         request = ChatRequest(messages=[{"role": "user", "content": "x"}], parallel_tool_calls=given)
         answered = request.answered(reply)
         assert len(answered.tool_calls) == len(answered.problems) == kept
-        assert answered.tool_calls[0] == chat_model.CALL and _finish_reason(answered) == "tool_calls"
+        assert answered.tool_calls[0] == chat_model.CALL and finish_reason_of(answered) == "tool_calls"
 
 
 def test_penalties_are_those_of_the_api():

@@ -22,7 +22,7 @@ from finetune.reading.tool_schemas import load_tools_file
 from finetune.synthetic.generate import NoNewRequest, Writer, generate, generate_files, shares
 from finetune.synthetic.phrasebook import load_phrasebook
 from finetune.synthetic.phrasing import SPLITS, Value, expand, fill_arguments, read_json
-from finetune.synthetic.schema_phrasing import FOLDER, LANGUAGES, _with_value, task_of
+from finetune.synthetic.schema_phrasing import FOLDER, LANGUAGES, task_of, with_value
 from finetune.synthetic.schema_values import SchemaValues, humanised
 
 ROOT = Path(__file__).parents[1]
@@ -509,7 +509,7 @@ def test_needs_are_worded_without_the_tool(tmp_path):
     ],
 )
 def test_value_replaces_the_words_for_it(task, key, value, expected):
-    assert _with_value(task, key, value) == (expected or task, expected is not None)
+    assert with_value(task, key, value) == (expected or task, expected is not None)
 
 
 def test_texts_follow_the_parameter_and_its_description():

@@ -269,18 +269,18 @@ def test_scores_are_not_written_through_a_link(tmp_path):
 
 
 def test_scratch_folder_of_another_is_refused(tmp_path):
-    from finetune.sweep.file_sync import _private
+    from finetune.sweep.file_sync import private_folder
 
-    own = _private(tmp_path)
-    assert own.stat().st_mode & 0o777 == 0o700 and _private(tmp_path) == own
+    own = private_folder(tmp_path)
+    assert own.stat().st_mode & 0o777 == 0o700 and private_folder(tmp_path) == own
     own.chmod(0o777)
     with pytest.raises(UserError, match="others can write"):
-        _private(tmp_path)
+        private_folder(tmp_path)
     own.rmdir()
     own.symlink_to(tmp_path / "planted")
     (tmp_path / "planted").mkdir()
     with pytest.raises(UserError, match="is a link"):
-        _private(tmp_path)
+        private_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -292,13 +292,13 @@ def test_scratch_folder_of_another_is_refused(tmp_path):
 )  # fmt: skip
 def test_template_runs_no_python(tmp_path, expression):
     """Both environments that render: ours, and the one that Transformers has."""
-    from formats.rendering import _environment, render_template
+    from formats.rendering import render_template, sandboxed_environment
 
     path, messages, tools = tmp_path / "ran", [{"role": "user", "content": "a"}], [{"name": "b"}]
     known = {"messages": messages, "tools": tools, "path": str(path)}
     template = "{{ (" + expression + ") }}"
     for render in (
-        lambda: _environment().from_string(template).render(known),
+        lambda: sandboxed_environment().from_string(template).render(known),
         lambda: render_template(parts.tokenizer("smollm2"), template, messages, tools, False, path=str(path)),
     ):
         text = ""

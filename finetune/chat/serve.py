@@ -169,7 +169,7 @@ def build_app(model: ChatModel, decoding: Decoding) -> FastAPI:
             return StreamingResponse(_chunks(events, head), media_type="text/event-stream")
         *_, reply = events
         message = {"role": "assistant", **_fields(reply, head["id"])}
-        choice = {"index": 0, "message": message, "finish_reason": _finish_reason(reply)}
+        choice = {"index": 0, "message": message, "finish_reason": finish_reason_of(reply)}
         return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": _usage(reply)})
 
     return app
@@ -192,7 +192,7 @@ def _chunks(events: Iterator[str | Reply], head: dict[str, Any]) -> Iterator[str
         calls = [{"index": at, **call} for at, call in enumerate(fields.pop("tool_calls", []))]
         if calls or fields:
             yield chunk({**fields, **({"tool_calls": calls} if calls else {})})
-        yield chunk({}, _finish_reason(event), usage=_usage(event))
+        yield chunk({}, finish_reason_of(event), usage=_usage(event))
     yield "data: [DONE]\n\n"
 
 
@@ -210,7 +210,7 @@ def _fields(reply: Reply, request_id: str) -> dict[str, Any]:
     return message
 
 
-def _finish_reason(reply: Reply) -> str:
+def finish_reason_of(reply: Reply) -> str:
     """A cut answer may lack a call, so "length" comes before "tool_calls"."""
     return "tool_calls" if reply.tool_calls and reply.finish_reason == "stop" else reply.finish_reason
 

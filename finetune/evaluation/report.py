@@ -126,7 +126,7 @@ def _confusion_picture(metrics: Scores, path: Path) -> Path:
     import numpy as np
     from matplotlib import pyplot as plt
 
-    labels, tables = _pictured(
+    labels, tables = pictured_tables(
         {side: m["confusion_matrix"] for side, m in metrics.items() if m.get("confusion_matrix")}
     )
     size = len(labels)
@@ -151,7 +151,7 @@ def _confusion_picture(metrics: Scores, path: Path) -> Path:
     return _save(figure, path)
 
 
-def _pictured(tables: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, np.ndarray]]:
+def pictured_tables(tables: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, np.ndarray]]:
     """(labels, counts of each model) of confusion matrices, which get the same rows and columns.
 
     Classes that are empty in all of them are omitted; the rarest of too many tools become OTHERS.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from finetune.generation.generate import Decoding, Generation
+    from finetune.generation.generate import Decoding, Generation, GenerationReport
 
 
 @dataclass
@@ -162,8 +162,6 @@ def run_model(
 
     Answers that `path` already holds under the same settings are scored again, but not generated again.
     """
-    from finetune.generation.generate import generate
-
     results = ResultsFile(path, settings_hash(settings), prompts.items)
     if results.archived:
         say(f"{path.name} held answers of other settings or rows; they are now in {results.archived.name}")
@@ -172,6 +170,47 @@ def run_model(
     missing = sorted(at for key, at in first.items() if key not in results.lines)
     if len(missing) < len(prompts.items):
         say(f"{name}: {len(prompts.items) - len(missing)} of {len(prompts.items)} answers are already there")
+    with contextlib.closing(results):
+        report = answer_prompts(model, tokenizer, fmt, prompts, decoding, results, missing, name, share_prefix)
+    if report.reason and share_prefix:
+        say(f"{name}: common prefixes of prompts are not shared ({report.reason})")
+    scored = []
+    for item, key in zip(prompts.items, results.keys, strict=True):
+        line = results.lines[key]
+        if item.kind != CONVERSATION:
+            line |= judge(item, line["text"], tokenizer, fmt)
+        told = (line[field] for field in ("content", "parsed_calls", "verdicts", "latency_s"))
+        scored.append(Scored(item, *told, line.get("parse_errors", ())))
+    results.rewrite()
+    generated = any(prompts.items[at].kind != CONVERSATION for at in missing)
+    return scored, {
+        "generated_rows": len(missing),
+        "seconds": round(report.seconds, 3),
+        "method": report.method if generated else None,
+        "prompt_tokens": report.prompt_tokens,
+        "computed_prompt_tokens": report.computed_prompt_tokens,
+        "new_tokens": report.new_tokens,
+        "tokens_per_second": round(report.new_tokens / report.seconds, 2) if generated else None,
+    }
+
+
+def answer_prompts(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    fmt: Format,
+    prompts: Prompts,
+    decoding: Decoding,
+    results: ResultsFile,
+    missing: list[int],
+    name: str,
+    share_prefix: bool,
+) -> GenerationReport:
+    """Append the answers to the prompts at the places `missing` to `results`, each as soon as it is finished.
+
+    Returns the cost of the single answers; conversations, whose tools run between the answers, are not in it.
+    """
+    from finetune.generation.generate import generate
+
     todo = [at for at in missing if prompts.items[at].kind != CONVERSATION]
     conversations = [at for at in missing if prompts.items[at].kind == CONVERSATION]
 
@@ -193,49 +232,22 @@ def run_model(
         append(todo[index], judge(prompts.items[todo[index]], text, tokenizer, fmt) | measured)
         advance(1)
 
-    with contextlib.closing(results):
-        with progress_bar(name, len(todo)) as advance:
-            ids = [prompts.input_ids[at] for at in todo]
-            report = generate(model, ids, decoding=decoding, share_prefix=share_prefix, on_result=record)
-        if conversations:
-            from finetune.evaluation.bfcl_multi_turn import converse
+    with progress_bar(name, len(todo)) as advance:
+        ids = [prompts.input_ids[at] for at in todo]
+        report = generate(model, ids, decoding=decoding, share_prefix=share_prefix, on_result=record)
+    if conversations:
+        from finetune.evaluation.bfcl_multi_turn import converse
 
-            items = [prompts.items[at] for at in conversations]
-            turns = sum(len(item.truth["turns"]) for item in items)
-            with progress_bar(f"{name}, turns of conversations", turns) as advance:
-                finished = converse(
-                    model, tokenizer, fmt, items, decoding, longest=prompts.longest, share_prefix=share_prefix,
-                    on_turn=advance,
-                )  # fmt: skip
-                for index, answer in finished:
-                    append(conversations[index], answer)
-    if report.reason and share_prefix:
-        say(f"{name}: common prefixes of prompts are not shared ({report.reason})")
-    scored = []
-    for item, key in zip(prompts.items, results.keys, strict=True):
-        line = results.lines[key]
-        if item.kind != CONVERSATION:
-            line |= judge(item, line["text"], tokenizer, fmt)
-        scored.append(
-            Scored(
-                item,
-                line["content"],
-                line["parsed_calls"],
-                line["verdicts"],
-                line["latency_s"],
-                line.get("parse_errors", ()),
-            )
-        )
-    results.rewrite()
-    return scored, {
-        "generated_rows": len(missing),
-        "seconds": round(report.seconds, 3),
-        "method": report.method if todo else None,
-        "prompt_tokens": report.prompt_tokens,
-        "computed_prompt_tokens": report.computed_prompt_tokens,
-        "new_tokens": report.new_tokens,
-        "tokens_per_second": round(report.new_tokens / report.seconds, 2) if todo else None,
-    }
+        items = [prompts.items[at] for at in conversations]
+        turns = sum(len(item.truth["turns"]) for item in items)
+        with progress_bar(f"{name}, turns of conversations", turns) as advance:
+            finished = converse(
+                model, tokenizer, fmt, items, decoding, longest=prompts.longest, share_prefix=share_prefix,
+                on_turn=advance,
+            )  # fmt: skip
+            for index, answer in finished:
+                append(conversations[index], answer)
+    return report
 
 
 def judge(item: Item, text: str, tokenizer: PreTrainedTokenizerBase, fmt: Format) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def _convert(source: Path, gguf_file: str, target: Path) -> None:
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # noqa: S105  (a token of the vocabulary)
     tokenizer.clean_up_tokenization_spaces = False  # made for word-piece tokenizers; it would remove spaces on decoding
     tokenizer.save_pretrained(target)
-    _fix_tokenizer(target / "tokenizer.json")
+    correct_tokenizer(target / "tokenizer.json")
 
     # Stored in float32: dequantized 4-bit weights are not exact in bfloat16, and most CPUs compute in float32.
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32)
@@ -78,7 +78,7 @@ def _convert(source: Path, gguf_file: str, target: Path) -> None:
     model.save_pretrained(target, safe_serialization=True)
 
 
-def _fix_tokenizer(path: Path) -> None:
+def correct_tokenizer(path: Path) -> None:
     """Declare the vocabulary's byte-level BPE, which llama.cpp's converter recognizes; ids stay the same."""
     data = json.loads(path.read_text(encoding="utf-8"))
     data["model"].update(byte_fallback=False, fuse_unk=False, unk_token=None)

@@ -217,7 +217,7 @@ def find_resumable(
         candidates = []
         for config in Path(experiments_dir).glob(f"*/{CONFIG}"):
             try:
-                experiment = _open_trained(config.parent)
+                experiment = open_trained(config.parent)
             except UserError:  # a folder of another program, or damaged: not a reason to refuse the others
                 continue
             checkpoints = experiment.checkpoints()
@@ -233,13 +233,13 @@ def find_resumable(
         path = path.resolve()
     is_checkpoint = CHECKPOINT.fullmatch(path.name) and not (path / CONFIG).exists()  # a run may have such a name
     if lock:
-        _open_trained(path.parent if is_checkpoint else path)  # not a run: nothing is locked
+        open_trained(path.parent if is_checkpoint else path)  # not a run: nothing is locked
         lock(path.parent if is_checkpoint else path)
     if is_checkpoint:
         if damage := checkpoint_damage(path):
             raise UserError(f"--resume {target}: {damage}; name another checkpoint, or the run's folder for its newest")
-        return _open_trained(path.parent), path
-    experiment = _open_trained(path)
+        return open_trained(path.parent), path
+    experiment = open_trained(path)
     for checkpoint in reversed(experiment.checkpoints()):
         if (damage := checkpoint_damage(checkpoint)) is None:
             return experiment, checkpoint
@@ -247,7 +247,7 @@ def find_resumable(
     raise UserError(f"--resume {target}: the run has no complete checkpoint; start again with --config {path / CONFIG}")
 
 
-def _open_trained(folder: Path) -> Experiment:
+def open_trained(folder: Path) -> Experiment:
     return Experiment.open(folder, entries=("flags", "data", "format"))
 
 

@@ -47,9 +47,9 @@ class Run:
     @property
     def base_revision(self) -> str | None:
         """The revision of the base model, as far as it is known."""
-        return self._base_settings().get("revision")
+        return self.base_settings().get("revision")
 
-    def _base_settings(self) -> dict[str, Any]:
+    def base_settings(self) -> dict[str, Any]:
         """The arguments of `load_base` with which the base model was loaded for training, as far as they are known."""
         trust = {"trust_remote_code": self.trust_remote_code}
         if self.adapter is None:
@@ -79,7 +79,7 @@ class Run:
         """The entries of the base's config.json that --rope_scaling changes; None without it."""
         if not self.rope_scaling:
             return None
-        config = load_config(self.base_name, self._base_settings().get("revision"), self.trust_remote_code)
+        config = load_config(self.base_name, self.base_settings().get("revision"), self.trust_remote_code)
         return stretched(config, self.rope_scaling, self.base_name)
 
     def max_length(self) -> int | None:
@@ -93,13 +93,13 @@ class Run:
 
     def check_vocabulary(self) -> None:
         """UserError when the tokenizer has more tokens than the base has embeddings; reads no weights."""
-        config = load_config(self.base_name, self._base_settings().get("revision"), self.trust_remote_code)
+        config = load_config(self.base_name, self.base_settings().get("revision"), self.trust_remote_code)
         rows = getattr(config.get_text_config(), "vocab_size", None)
         check_vocabulary(self._tokenizer(), rows, self.base_name)
 
     def load_base(self, **overrides: Any) -> tuple[Loaded, Format]:
         """(base model loaded as for training, format); `overrides` are arguments of `load_base`."""
-        loaded = load_base(self.base_name, **{**self._base_settings(), **overrides})
+        loaded = load_base(self.base_name, **{**self.base_settings(), **overrides})
         if self.experiment is None and self.adapter is not None:  # the template beside it is the trained one
             return loaded, self.load_tokenizer()[1]
         return loaded, self.format_for(loaded.tokenizer)
@@ -112,7 +112,7 @@ class Run:
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.experiment is None and self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file():
             return load_tokenizer(str(self.adapter), trust_remote_code=self.trust_remote_code)
-        return load_tokenizer(self.base_name, self._base_settings().get("revision"), self.trust_remote_code)
+        return load_tokenizer(self.base_name, self.base_settings().get("revision"), self.trust_remote_code)
 
     def format_for(self, tokenizer: PreTrainedTokenizerBase) -> Format:
         """The format the run was trained with (the user's own by its file); without a run, chosen by the tokenizer."""
@@ -152,7 +152,7 @@ def _find(path: str | Path) -> Run:
         return Run(path, None, None)
     path = Path(path)
     if (path / CONFIG).is_file():
-        experiment, adapter = _open_trained(path), path / FINAL
+        experiment, adapter = open_trained(path), path / FINAL
         if not (adapter / "adapter_config.json").is_file():
             checkpoints = experiment.checkpoints()
             if not checkpoints:
@@ -163,12 +163,12 @@ def _find(path: str | Path) -> Run:
     if not is_adapter and not (path / "config.json").is_file():
         raise UserError(f"{path} is neither a run folder, an adapter nor a model; name one of them")
     if is_adapter and (path.parent / CONFIG).is_file():
-        return Run(path, _open_trained(path.parent), path)
+        return Run(path, open_trained(path.parent), path)
     run = path.resolve().parents[1] if path.resolve().parent.name == "exports" else None
-    return Run(path, _open_trained(run) if run and (run / CONFIG).is_file() else None, path if is_adapter else None)
+    return Run(path, open_trained(run) if run and (run / CONFIG).is_file() else None, path if is_adapter else None)
 
 
-def _open_trained(folder: Path) -> Experiment:
+def open_trained(folder: Path) -> Experiment:
     return Experiment.open(folder, entries=("flags", "base_model", "format"))
 
 

@@ -52,13 +52,13 @@ def open_workspace(task: dict[str, Any]) -> Workspace:
             return Workspace(cwd, folder, True)
         if task["transport"] == "shared":
             raise UserError(f"{folder} is not the sweep's folder on this machine; share it, or use --transport ray")
-    scratch = _private(Path(task["scratch"] or tempfile.gettempdir())) / task["sweep_id"] / task["machine"]
+    scratch = private_folder(Path(task["scratch"] or tempfile.gettempdir())) / task["sweep_id"] / task["machine"]
     inside = scratch / (folder.relative_to(cwd) if folder.is_relative_to(cwd) else folder.name)
     inside.mkdir(parents=True, exist_ok=True)
     return Workspace(scratch, inside, False)
 
 
-def _private(parent: Path) -> Path:
+def private_folder(parent: Path) -> Path:
     """This user's folder for scratch files in `parent`, such as /tmp; UserError where somebody else has made it."""
     own = os.getuid() if hasattr(os, "getuid") else None
     folder = parent / ("sandwich_sweeps" if own is None else f"sandwich_sweeps_{own}")

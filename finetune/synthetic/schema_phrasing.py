@@ -100,7 +100,7 @@ class SchemaCase:
         task, rest = self.task, dict(arguments)
         for key, value in arguments.items():
             if isinstance(value, str | int | float) and not isinstance(value, bool):
-                task, replaced = _with_value(task, key, self._text(value))
+                task, replaced = with_value(task, key, self._text(value))
                 if replaced:
                     del rest[key]
         return (task if not rest else self._core(rest, split, task)), None
@@ -169,7 +169,7 @@ def task_of(function: dict[str, Any], words: dict[str, Any]) -> str:
     return f"{verb} {rest}".strip()
 
 
-def _with_value(task: str, key: str, value: str) -> tuple[str, bool]:
+def with_value(task: str, key: str, value: str) -> tuple[str, bool]:
     """The task with a value in place of the words for it: `sort the contents of a file` with `file_name`."""
     for word in humanised(key).lower().split():
         found = re.search(_BEFORE_NOUN + re.escape(word) + _AFTER_NOUN, task)

@@ -77,7 +77,7 @@ def test_different_rendering_falls_back(monkeypatch):
     """A template that our environment renders differently is left to `apply_chat_template`."""
     tokenizer = parts.tokenizer("qwen2.5")
     template = "{{ messages | tojson }}{# other #}"
-    monkeypatch.setitem(rendering._environment().filters, "tojson", lambda value: "wrong")
+    monkeypatch.setitem(rendering.sandboxed_environment().filters, "tojson", lambda value: "wrong")
     count = rendering.COMPARED_RENDERINGS + 2
     texts = {render_template(tokenizer, template, [user("x")], None, False) for _ in range(count)}
     assert texts == {tokenizer.apply_chat_template([user("x")], chat_template=template, tokenize=False)}
