@@ -692,22 +692,39 @@ def broken(change) -> dict:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.pop("frames"), r"phrasings\.json: field 'frames' is missing"),
+        (lambda data: data.pop("frames"), r"phrasings\.json: 'frames' is a required property; see data/samples"),
         (
             lambda data: data["mix"]["train"].update(call_row=1),
             "`mix` in the phrasings has the unknown kind 'call_row'",
         ),
+        (lambda data: data["mix"].update(train={"call": 0}), "`mix` in the phrasings has no weight for a kind of row"),
         (lambda data: data["tools"].pop("POST /db/node"), "no phrasings for the tool POST /db/node"),
         (lambda data: data["common"]["values"].pop("x"), r"POST /db/node: slot \{x\} has no value"),
-        (lambda data: data["common"]["values"].update(x={"real": [0, 1]}), "value 'x' must be one of integer"),
-        (lambda data: data["tools"]["POST /doc/anal"][0]["core"].update(heldout=[]), "`core` has no heldout wording"),
+        (
+            lambda data: data["common"]["values"].update(x={"real": [0, 1]}),
+            "common/values/x: .* is not valid under any of the given schemas",
+        ),
+        (lambda data: data["common"]["values"].update(x=[]), r"common/values/x: \[\] is not of type 'object'"),
+        (
+            lambda data: data["common"]["phrases"].update(point={"train": ["{point}"], "heldout": ["{point}"]}),
+            "phrases within themselves",
+        ),
+        (
+            lambda data: data["common"]["values"].update(ids={"list": {"integer": [1, 2]}, "length": [5, 5]}),
+            "the list .* has too few different values",
+        ),
+        (
+            lambda data: data["tools"]["POST /doc/anal"][0]["core"].update(heldout=[]),
+            r"tools/POST /doc/anal/0/core/heldout: \[\] should be non-empty",
+        ),
+        (lambda data: data.update(extends="missing.json"), r"missing\.json: cannot be read"),
     ],
 )
 def test_errors_of_a_phrasing_file(tmp_path, change, message):
     path = tmp_path / "phrasings.json"
     path.write_text(json.dumps(broken(change)), encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        generate(load_tools_file(SCHEMAS), path, rows=4)
+        generate(load_tools_file(SCHEMAS), path, rows=40)
 
 
 @pytest.mark.parametrize(

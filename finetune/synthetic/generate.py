@@ -204,6 +204,8 @@ def result_message(request: Request) -> dict[str, Any]:
 def shares(mix: dict[str, float], total: int) -> dict[str, int]:
     """`total` split in proportion to the weights of `mix` (largest remainder method)."""
     weight = sum(mix.values())
+    if not weight:
+        raise UserError("`mix` in the phrasings has no weight for a kind of row that these tools can have; add one")
     counts = {kind: int(total * part / weight) for kind, part in mix.items()}
     rest = sorted(mix, key=lambda kind: counts[kind] - total * mix[kind] / weight)
     for kind in rest[: total - sum(counts.values())]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.synthetic.phrasing import (
+    MAX_DRAWS,
     SLOT,
     SPLITS,
-    VALUE_KINDS,
     Deck,
     Value,
     enumeration,
@@ -22,8 +22,7 @@ from finetune.synthetic.phrasing import (
     read_json,
     sample,
 )
-
-MAX_DRAWS = 1000  # of one slot's value, until it differs from others
+from finetune.synthetic.phrasing_schema import check_phrasings
 
 
 @dataclass
@@ -97,17 +96,11 @@ class Case:
         self._slots = [name for name in self._values if name in used and name not in self._each]
 
     def _check(self, phrases: dict[str, Any]) -> None:
-        """Raises UserError for a slot without a value, a value of an unknown kind, or a split without wording."""
+        """Raises UserError for a slot without a value."""
         known = {*self._values, *phrases, "items", *self.spec["arguments"]}
         for name in SLOT.findall(json.dumps([self.spec, phrases], ensure_ascii=False)):
             if name not in known:
                 raise UserError(f"phrasings of {self.tool}: slot {{{name}}} has no value; add it to `values`")
-        for name, value in self._values.items():
-            if not isinstance(value, dict) or not set(value) & set(VALUE_KINDS):
-                raise UserError(f"phrasings of {self.tool}: value {name!r} must be one of {', '.join(VALUE_KINDS)}")
-        for split in SPLITS:
-            if not self.spec["core"][split]:
-                raise UserError(f"phrasings of {self.tool}: `core` has no {split} wording; add one")
 
     @property
     def answerable(self) -> bool:
@@ -192,26 +185,39 @@ class Phrasebook:
     conversation: tuple[str, str] | None = None
 
 
+def read_phrasings(path: Path) -> dict[str, Any]:
+    """A phrasing file. One that `extends` another file of its folder replaces entries of that one, tool by tool.
+
+    Raises UserError for a file that cannot be read or has other entries than data/samples/README.md describes.
+    """
+    data = read_json(path)
+    if isinstance(data, dict) and "extends" in data:
+        base = read_json(path.parent / Path(str(data.pop("extends"))).name)
+        check_phrasings(base, path)
+        for key, value in base.items():
+            both = isinstance(value, dict) and isinstance(data.get(key, {}), dict)
+            data[key] = value | data.get(key, {}) if both else data.get(key, value)
+    check_phrasings(data, path)
+    return data
+
+
 def load_phrasebook(path: str | Path, tools: Sequence[dict[str, Any]], rng: random.Random) -> Phrasebook:
     """The phrasebook of a phrasing file for these tools. Raises UserError for missing entries.
 
     Tools of the file without a schema become requests that no declared tool serves.
     """
-    data = read_json(path)
+    data = read_phrasings(Path(path))
     names = [tool["function"]["name"] for tool in tools]
-    try:
-        fields = {name: data[name] for name in ("language", "system", "frames", "joins", "lists", "chat")}
-        wording = Wording(**fields, decline=data.get("decline", ""))
-        if missing := [name for name in names if name not in data["tools"]]:
-            raise UserError(f"{path}: no phrasings for the tool {missing[0]}; add them, or omit --phrasings")
-        cases = {
-            name: [
-                case for spec in data["tools"][name]
-                for case in [Case(name, spec, data["common"], wording, rng)] * spec.get("weight", 1)
-            ]
-            for name in data["tools"]
-        }  # fmt: skip
-        absent = [name for name in data["tools"] if name not in names] if wording.decline else []
-        return Phrasebook(wording, cases, data["sequences"], data["mix"], absent=absent)
-    except KeyError as error:
-        raise UserError(f"{path}: field {error} is missing; see data/samples/README.md") from error
+    fields = {name: data[name] for name in ("language", "system", "frames", "joins", "lists", "chat")}
+    wording = Wording(**fields, decline=data.get("decline", ""))
+    if missing := [name for name in names if name not in data["tools"]]:
+        raise UserError(f"{path}: no phrasings for the tool {missing[0]}; add them, or omit --phrasings")
+    cases = {
+        name: [
+            case for spec in specs
+            for case in [Case(name, spec, data["common"], wording, rng)] * spec.get("weight", 1)
+        ]
+        for name, specs in data["tools"].items()
+    }  # fmt: skip
+    absent = [name for name in data["tools"] if name not in names] if wording.decline else []
+    return Phrasebook(wording, cases, data["sequences"], data["mix"], absent=absent)

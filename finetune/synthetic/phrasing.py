@@ -7,6 +7,7 @@ training never saw. data/samples/README.md describes the fields.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -18,7 +19,8 @@ from typing import Any
 from finetune.errors import UserError
 
 SPLITS = ("train", "heldout")
-VALUE_KINDS = ("integer", "number", "choice", "list")
+MAX_TEXT, MAX_NESTING = 10_000, 10  # characters of one request, phrases within phrases
+MAX_DRAWS = 1000  # of one value, until it differs from others
 SLOT = re.compile(r"\{(\w+)\}")
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 
@@ -84,11 +86,16 @@ def sample(spec: dict[str, Any], split: str, rng: random.Random, lists: Sequence
     if "list" in spec:
         wanted = rng.randint(*spec["length"])
         values: list[Any] = []
-        while len(values) < wanted:
+        for _ in range(MAX_DRAWS):
+            if len(values) >= wanted:
+                break
             value = sample(spec["list"], split, rng, lists).value
             if value not in values:
                 values.append(value)
-        values.sort()
+        else:
+            raise UserError(f"phrasings: the list {json.dumps(spec)} has too few different values; add some")
+        with contextlib.suppress(TypeError):  # values of several types
+            values.sort()
         return Value(enumeration([str(value) for value in values], rng.choice(lists)), values)
     raise ValueError(f"unknown kind of value: {spec}")
 
@@ -99,16 +106,19 @@ def enumeration(texts: Sequence[str], separators: Sequence[str]) -> str:
     return last.join([between.join(texts[:-1]), texts[-1]]) if len(texts) > 1 else texts[0]
 
 
-def expand(text: str, slots: dict[str, Value], phrases: dict[str, Deck], rng: random.Random) -> str:
-    """The text of a template: alternatives chosen, slots filled."""
+def expand(text: str, slots: dict[str, Value], phrases: dict[str, Deck], rng: random.Random, depth: int = 0) -> str:
+    """The text of a template: alternatives chosen, slots filled. Raises UserError for phrases that do not end."""
     while match := _CHOICE.search(text):
         text = text[: match.start()] + rng.choice(match[1].split("|")) + text[match.end() :]
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
-        return expand(phrases[name].deal(), slots, phrases, rng) if name in phrases else slots[name].text
+        return expand(phrases[name].deal(), slots, phrases, rng, depth + 1) if name in phrases else slots[name].text
 
-    return SLOT.sub(fill, text)
+    text = SLOT.sub(fill, text) if depth <= MAX_NESTING else text
+    if depth > MAX_NESTING or len(text) > MAX_TEXT:
+        raise UserError(f"phrasings: a request of more than {MAX_TEXT:,} characters, or phrases within themselves")
+    return text
 
 
 def fill_arguments(template: Any, slots: dict[str, Value], items: Sequence[dict[str, Value]] = ()) -> Any:
