@@ -67,7 +67,9 @@ def measure(folder: Path, seed: int, limit: int, repair_steps: int, flags: list[
     for rank in RANKS[:-1] if repair_steps else ():
         cut, largest = folder / f"cut_{rank}_{seed}", folder / f"trained_{max(RANKS)}_{seed}"
         if make(cut, "export_lora", largest, "--to", "adapter", "--rank", rank, "--output", cut):
-            repair = (*flags, "--init_adapter", cut, "--max_steps", repair_steps, "--seed", seed)
+            alpha = json.loads((cut / "adapter_config.json").read_text(encoding="utf-8"))["lora_alpha"]
+            repair = (*flags, "--init_adapter", cut, "--rank", rank, "--alpha", alpha, "--max_steps", repair_steps)
+            repair += ("--seed", seed)
             train_and_evaluate(folder / f"repaired_{rank}_{seed}", (rank,), limit, *repair)
 
 

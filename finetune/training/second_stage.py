@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.models.adapter import adapter_config
+from finetune.models.bundled import resolve_model
 from finetune.runs.find import Run, find_run
 from finetune.settings import Settings, checked
 
@@ -67,9 +68,10 @@ def _shown(value: Any) -> str:
 
 
 def _is_same_folder(given: Any, value: Any) -> bool:
-    return isinstance(given, str) and isinstance(value, str) and Path(given).is_dir() and (
-        Path(given).resolve() == Path(value).resolve()
-    )  # fmt: skip
+    if not (isinstance(given, str) and isinstance(value, str)):
+        return False
+    given = resolve_model(given)  # an adapter of the bundled model names its folder
+    return Path(given).is_dir() and Path(given).resolve() == Path(value).resolve()
 
 
 def load_adapter_weights(model: Any, folder: str) -> None:
