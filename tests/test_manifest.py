@@ -84,6 +84,9 @@ def test_planted_counters_are_damage(tmp_path, state, wanted):
     path = tmp_path / COUNTERS
     path.write_text(json.dumps(state))
     assert wanted in counters_fault(path)
+    for other in ([], [{}], "x", 3, None):
+        path.write_text(json.dumps(other))
+        assert "not an object" in counters_fault(path)
     path.write_text(json.dumps(RunLog(None).state() | {"step_losses": math.nan}))  # of a run with --load_best
     assert counters_fault(path) is None
 

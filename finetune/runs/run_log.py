@@ -50,6 +50,8 @@ def counters_fault(path: Path) -> str | None:
     An absent counter is 0: an older version did not have it.
     """
     state = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        return f"its {path.name} is not an object"
     known = asdict(Counters())
     row = state.pop(PENDING, {})
     if not isinstance(row, dict) or set(row) - set(COLUMNS):
