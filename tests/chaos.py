@@ -27,12 +27,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOCKET = "SANDWICH_TESTS_SOCKET"
 KILLED = 137  # the tester's exit status
-# Its mode "unsynced" reads every path that is opened for writing. tempfile opens a folder that way, and the run would
-# end with an error before it could be killed.
+# tempfile opens a folder for writing, to make a file without a name in it. The tester's mode "unsynced" would read the
+# folder and end the run with an error before it could be killed, and "torn" would cut the folder instead of killing.
 FIX = """import os
 from ckpt_chaos import inject
-note = inject._note_open_for_write
+note, event = inject._note_open_for_write, inject._event
 inject._note_open_for_write = lambda path: None if os.path.isdir(path) else note(path)
+inject._event = lambda kind, path, tornable: event(kind, path, tornable and not os.path.isdir(path))
 """
 FLAGS = ("--format", "chatml", "--dtype", "float32", "--batch_size", "2", "--grad_accum", "2", "--max_steps", "4",
          "--save_steps", "2", "--dropout", "0.1", "--eval_fraction", "0.17", "--lr", "5e-3", "--name", "run",

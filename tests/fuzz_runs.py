@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.runs.manifest import write_manifest
-from finetune.runs.run_log import COLUMNS
+from finetune.runs.run_log import COLUMNS, RunLog
 from formats import FormatError
 from tests.fuzz_inputs import edited, mutated
 from tests.scored import item
@@ -131,7 +131,11 @@ def read_resumed(run: Path, suffix: str) -> None:
     from finetune.training.record import changed_versions, refuse_changed
 
     folder_status(run)
-    checkpoint_damage(run / "checkpoint-2")
+    if checkpoint_damage(run / "checkpoint-2") is None:
+        log = RunLog(None)
+        log.restore(json.loads((run / "checkpoint-2" / "log_counters.json").read_bytes()))
+        log.start(2)
+        log.log_row(step=3, epoch=1.0, learning_rate=0.0, grad_norm=0.0)
     with contextlib.suppress(UserError):
         find_resumable(str(run), run.parent)
     with contextlib.suppress(UserError):

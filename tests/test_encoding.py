@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import threading
+import time
 
 import numpy as np
+import psutil
 import pytest
 
 from finetune.encoding import cache as encoding_cache
@@ -89,6 +93,25 @@ def test_several_processes_equal_one(tokenizer, monkeypatch):
     together = encode_conversations(rows, tokenizer, FMT, num_proc=2, progress=False)
     assert same(alone, together)
     assert {**alone.report, "seconds": 0} == {**together.report, "seconds": 0}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
+def test_killed_worker_loses_no_rows(tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(encoding, "CHUNK_ROWS", 3)
+    rows = [called(f"room {i}") for i in range(10)]
+    alone = encode_conversations(rows, tokenizer, FMT, num_proc=1, progress=False)
+    before = set(psutil.Process().children())
+
+    def kill():
+        while not (workers := [one for one in psutil.Process().children() if "spawn_main" in str(one.cmdline())]):
+            time.sleep(0.01)
+        (set(workers) - before).pop().kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    together = encode_conversations(rows, tokenizer, FMT, num_proc=2, progress=False)
+    killer.join()
+    assert "died" in caplog.text and same(alone, together)
 
 
 # over-long rows

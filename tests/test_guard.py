@@ -209,5 +209,6 @@ def test_gguf_proxy_passes_on_only_the_api():
         assert request(app=app, path=path)[0] == 404
     for name, limit in (("messages", guard.MAX_MESSAGES), ("tools", guard.MAX_TOOLS)):
         assert request(app=app, body=json.dumps({name: [{}] * (limit + 1)}).encode())[0] == 400
-    assert request(app=app, body=b"[" * 100_000)[0] == 400
+    for body in (b"[" * 100_000, b"[]", b'{"parallel_tool_calls": false}', b'{"tool_choice": {}}'):
+        assert request(app=app, body=body)[0] == 400
     assert len(seen) == 1

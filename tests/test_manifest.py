@@ -1,6 +1,7 @@
 """Manifests of checkpoints: damage that leaves sizes and headers as they were."""
 
 import json
+import math
 
 import pytest
 
@@ -75,13 +76,18 @@ def test_checkpoint_without_manifest_is_skipped(run, caplog):
 @pytest.mark.parametrize(
     ("state", "wanted"),
     [({"planted": 1}, "unknown key 'planted'"), ({"seconds": "x"}, "not a number"), ({"seconds": None}, "not a number"),
-     ({"pending_evaluation": 3}, "not a row"), ({"pending_evaluation": {"a": 1}}, "not a row")],
+     ({"seconds": math.inf}, "not a number"), ({"tokens_seen": math.nan}, "not a number"),
+     ({"step_losses": 10**400}, "not a number"), ({"pending_evaluation": 3}, "not a row"),
+     ({"pending_evaluation": {"a": 1}}, "not a row")],
 )  # fmt: skip
 def test_planted_counters_are_damage(tmp_path, state, wanted):
     path = tmp_path / COUNTERS
     path.write_text(json.dumps(state))
     assert wanted in counters_fault(path)
-    path.write_text(json.dumps(RunLog(None).state()))
+    for other in ([], [{}], "x", 3, None):
+        path.write_text(json.dumps(other))
+        assert "not an object" in counters_fault(path)
+    path.write_text(json.dumps(RunLog(None).state() | {"step_losses": math.nan}))  # of a run with --load_best
     assert counters_fault(path) is None
 
 

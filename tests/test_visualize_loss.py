@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -327,6 +328,26 @@ def test_natural_key_ignores_superscripts():
     assert sorted(["run1²2", "run1²10", "run1", "run4"], key=curves.natural_key) == [
         "run1", "run1²2", "run1²10", "run4",
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="users and permissions of Unix")
+def test_run_of_another_user_is_noted():
+    with tempfile.TemporaryDirectory() as name:  # tmp_path is closed to others
+        Path(name).chmod(0o755)
+        curves.read_run(make_run(Path(name), "mine") / "training_log.csv")  # loads what only root may be able to
+        make_run(Path(name), "private").chmod(0)
+        user = os.geteuid()
+        try:
+            os.seteuid(user or 65534)  # permissions do not hold for root
+            runs = [curves.read_run(log) for log in curves.find_logs([name])]
+        finally:
+            os.seteuid(user)
+            (Path(name) / "private").chmod(0o755)
+    assert [run.folder.name for run in runs] == ["mine", "private"]
+    assert runs[1].notes == [
+        "experiment_config.json cannot be read (PermissionError)",
+        "log cannot be read: Permission denied",
+    ]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes with a name")

@@ -10,6 +10,7 @@ import glob
 import itertools
 import json
 import math
+import os
 import re
 import time
 from dataclasses import dataclass, field
@@ -109,9 +110,19 @@ def logs_in(folder: Path) -> list[Path]:
     if (folder / LOG).exists() or (folder / CONFIG).exists():
         return [folder / LOG]
     below = {path.parent for name in (LOG, CONFIG) for path in folder.rglob(name)}
+    below |= {path for path in folder.iterdir() if path.is_dir() and _is_private(path)}  # rglob is silent about them
     # A name with a leading dot is a temporary folder of a run that is starting.
     runs = [run / LOG for run in sorted(below, key=natural_key) if not run.name.startswith(".")]
     return runs or _other_logs_in(folder)
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether it is another user's, which cannot be read."""
+    try:
+        os.scandir(folder).close()
+    except PermissionError:
+        return True
+    return False
 
 
 def _other_logs_in(folder: Path) -> list[Path]:

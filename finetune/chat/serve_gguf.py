@@ -86,8 +86,14 @@ def _problem(body: bytes) -> str | None:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
         return f"the body is not valid JSON ({error})"
+    if not isinstance(request, dict):
+        return "the body is not an object"
+    if request.get("parallel_tool_calls") is False:
+        return "parallel_tool_calls: llama.cpp cannot limit an answer to one call"
+    if isinstance(request.get("tool_choice"), dict):
+        return "tool_choice: llama.cpp cannot force a call of one tool; give it this tool alone, and required"
     for name, limit in (("messages", MAX_MESSAGES), ("tools", MAX_TOOLS)):
-        items = request.get(name) if isinstance(request, dict) else None
+        items = request.get(name)
         if isinstance(items, list) and len(items) > limit:
             return f"{name}: must have <= {limit} items"
     return None

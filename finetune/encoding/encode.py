@@ -5,9 +5,11 @@ Which tokens are trained is decided by `formats.encode` alone; here rows are onl
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import pickle
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,6 +30,7 @@ from finetune.progress import progress_bar
 from finetune.reading.normalize import conversations_fingerprint
 from formats import Format
 
+log = logging.getLogger("sandwich")
 MAX_REPORTED_ROWS = 100  # omitted rows named in the report; `EncodedRows.left_out` has all
 CHUNK_ROWS = 64
 PROBE_SECONDS = 1.0  # encoding time of one process, after which the rest is estimated
@@ -101,13 +104,13 @@ def _encode_chunks(
 _WORKER: tuple[Any, Format, EncodingOptions]  # tokenizer, format and options of a worker process
 
 
-def _start_worker(payload: bytes, torchless: bool) -> None:
+def _start_worker(payload: str, torchless: bool) -> None:
     global _WORKER  # noqa: PLW0603  a worker gets its tokenizer once, not with every chunk
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if torchless:
         hide_torch()
-    _WORKER = pickle.loads(payload)  # noqa: S301  (from the parent process, not from a file)
+    _WORKER = pickle.loads(Path(payload).read_bytes())  # noqa: S301  (the parent wrote it into a private folder)
 
 
 def _work(item: Work) -> Chunk:
@@ -117,17 +120,25 @@ def _work(item: Work) -> Chunk:
 def _encode_in_pool(
     work: list[Work], tokenizer: Any, fmt: Format, options: EncodingOptions, processes: int
 ) -> Iterator[Chunk]:
-    payload = pickle.dumps((tokenizer, fmt, options))
     # spawn works on Linux and Windows and never copies the threads of a running torch
     context = multiprocessing.get_context("spawn")
     torchless = type(tokenizer).__module__.startswith("transformers.")  # a tokenizer's own code may need torch
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=(payload, torchless))
-    try:
-        yield from pool.map(_work, work)
-    except BrokenProcessPool as error:
-        raise UserError("a process that turns rows into tokens died (out of memory?); use --num_proc 1") from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    done = 0
+    with tempfile.TemporaryDirectory(prefix="sandwich-") as folder:
+        # Through a pipe it would not fit at once, and the start would wait forever for a worker that died before.
+        payload = Path(folder) / "payload"
+        payload.write_bytes(pickle.dumps((tokenizer, fmt, options)))
+        with ProcessPoolExecutor(processes, context, _start_worker, (str(payload), torchless)) as pool:
+            try:
+                for chunk in pool.map(_work, work):
+                    done += 1
+                    yield chunk
+            except BrokenProcessPool:
+                log.warning("a process that turns rows into tokens died (out of memory?); this one does the rest")
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+    for start, rows in work[done:]:
+        yield encode_chunk(start, rows, tokenizer, fmt, options)
 
 
 def _row_name(row: int, origins: Origins) -> str:

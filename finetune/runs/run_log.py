@@ -21,6 +21,7 @@ COLUMNS = (
 )  # fmt: skip
 
 PENDING = "pending_evaluation"
+MAX_COUNT = 10**15  # tokens; seconds
 _STEP = re.compile(r"[0-9]{1,15}")
 
 
@@ -49,6 +50,8 @@ def counters_fault(path: Path) -> str | None:
     An absent counter is 0: an older version did not have it.
     """
     state = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        return f"its {path.name} is not an object"
     known = asdict(Counters())
     row = state.pop(PENDING, {})
     if not isinstance(row, dict) or set(row) - set(COLUMNS):
@@ -56,8 +59,10 @@ def counters_fault(path: Path) -> str | None:
     for key, value in state.items():
         if key not in known:
             return f"its {path.name} has an unknown key {key!r}"
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return f"its {path.name} has {key} = {value!r}, which is not a number"
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        # The loss of a run that ends with its best checkpoint may be inf or nan.
+        if not is_number or not (0 <= value < MAX_COUNT or (isinstance(value, float) and "loss" in key)):
+            return f"its {path.name} has {key} = {value!r:.100}, which is not a number >= 0 and < 10**15"
     return None
 
 

@@ -66,7 +66,8 @@ class LogCallback(TrainerCallback):
             self.progress.update(self.task, status=status)
         elif not self.quiet:
             done = state.global_step
-            left = timedelta(seconds=round(self.run_log.counters.seconds / max(done, 1) * (state.max_steps - done)))
+            left = self.run_log.counters.seconds / max(done, 1) * (state.max_steps - done)
+            left = timedelta(seconds=round(min(left, 1e9)))  # a timedelta holds less than 1e14 s
             log.info("step %d of %d  %s  %s left", done, state.max_steps, status, left)
 
     def on_train_end(self, args, state, control, **kwargs):
