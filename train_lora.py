@@ -257,7 +257,7 @@ def load_format(settings: Settings) -> tuple[PreTrainedTokenizerBase, Format, li
     else:
         fmt = get_format(settings.format, tokenizer=tokenizer)
         if difference := own_difference(fmt, tokenizer):
-            log.info("%s; --format auto chooses one that does not", difference)
+            log.info("format %s %s; --format auto chooses one that does not", fmt.name, difference)
     return tokenizer, fmt, check_tokenizer(tokenizer, fmt), length_limit(settings, config)
 
 

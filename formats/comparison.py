@@ -59,7 +59,7 @@ def own_difference(fmt: Format, tokenizer: Any) -> str | None:
     """One line on what `fmt` renders differently from the tokenizer's own template; None: nothing, or it has none."""
     if not own_template(tokenizer) or (difference := compare(fmt, tokenizer).difference) is None:
         return None
-    return f"format {fmt.name} renders {difference} differently from the tokenizer's own template"
+    return f"renders {difference} differently from the tokenizer's own template"
 
 
 def _conversations(

@@ -20,10 +20,11 @@ from finetune.export.gguf import find_tools, llama_cpp_template, pin_variables, 
 from finetune.export.hub import publish
 from finetune.export.targets import output_folder
 from finetune.files import atomic_directory
-from formats import FORMATS
+from formats import FORMATS, choose_format
 from formats.base import clean_messages, render_messages
 from tests import ollama, parts
 from tests.exported import make_run
+from tests.formats import public_templates
 from tests.formats.cases import ROWS
 from tests.scripts import run_script
 
@@ -244,6 +245,10 @@ def test_gguf_export_says_whether_llama_cpp_reads_its_calls(exports, monkeypatch
     other = partial(llama_check.llama_server, chat_template=FORMATS["gemma"].template)
     monkeypatch.setattr(llama_check, "llama_server", other)
     assert llama_check.reads_calls(file, merged) is False
+    tokenizer = public_templates.load("gptoss", "bytes")  # llama.cpp continues its answers in the final channel
+    merged = MergedModel(None, tokenizer, choose_format(tokenizer)[0])
+    monkeypatch.setattr(llama_check, "llama_server", partial(other.func, chat_template=tokenizer.chat_template))
+    assert llama_check.reads_calls(file, merged) is None
 
 
 def test_ollama_folder_is_complete(exports):

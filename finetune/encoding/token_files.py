@@ -26,6 +26,7 @@ from finetune.reading.row_files import RowError, Unreadable, json_lines
 from finetune.reading.sources import Spec, data_suffix, parse_spec, read_rows, refuse_same_file
 from finetune.reading.tool_schemas import normalize_tools
 from formats import Encoded, Format, choose_format, encode, get_format
+from formats.comparison import own_difference
 
 log = logging.getLogger(__name__)
 Check = Callable[[dict[str, Any]], str]  # why a conversation is refused; "" if it is not
@@ -46,8 +47,12 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_format(name: str, tokenizer: Any) -> tuple[Format, str]:
-    """(format, why) for a format's name, a YAML file, `native` or `auto`. Raises FormatError."""
-    return choose_format(tokenizer) if name == "auto" else (get_format(name, tokenizer), "asked for")
+    """(format, why and what it renders differently) for a name, a YAML file or `auto`. Raises FormatError."""
+    if name == "auto":
+        return choose_format(tokenizer)
+    fmt = get_format(name, tokenizer)
+    difference = tokenizer is not None and own_difference(fmt, tokenizer)
+    return fmt, f"asked for; it {difference}" if difference else "asked for"
 
 
 def _encode_row(

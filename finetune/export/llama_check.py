@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import math
 import os
@@ -167,9 +168,10 @@ def llama_server(
 
 
 def reads_calls(path: Path, merged: MergedModel) -> bool | None:
-    """Whether llama.cpp's server reads a call as the format writes it; None if the format refuses it or writes no end.
+    """Whether llama.cpp's server reads a call as the format writes it; None where this cannot be found out.
 
-    The server continues the written answer, and parses it with what it generates: here the end token alone.
+    The server continues the written answer, and parses it with what it generates: here the end token alone. Unknown if
+    the format refuses the call or writes no end, or the server continues something else (gpt-oss: the final channel).
     """
     from formats import IGNORE_INDEX, check_tokenizer, encode
 
@@ -183,20 +185,28 @@ def reads_calls(path: Path, merged: MergedModel) -> bool | None:
         return None
     text = merged.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     user, called = CALL["messages"]
-    request = {
-        "messages": [user, {"role": "assistant", "content": text}], "tools": CALL["tools"], "temperature": 0,
-        "max_tokens": 2, "logit_bias": [[ids[end], 1e6]],
-    }  # fmt: skip
+    asked = {"messages": [user], "tools": CALL["tools"]}
+    continued = {**asked, "messages": [user, {"role": "assistant", "content": text}]}
+    request = {**continued, "temperature": 0, "max_tokens": 2, "logit_bias": [[ids[end], 1e6]]}
+    written = [(call["function"]["name"], call["function"]["arguments"]) for call in called["tool_calls"]]
     with llama_server(path) as server:
-        try:
+        # RuntimeError: "output that does not match the expected format"; ValueError: arguments that are not JSON
+        with contextlib.suppress(RuntimeError, ValueError):
             message = server.handle_chat_completions(request)["choices"][0]["message"]
-        except RuntimeError:  # "output that does not match the expected format"
-            return False
-    read = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or []]
-    (written,) = (call["function"] for call in called["tool_calls"])
-    with contextlib.suppress(ValueError):
-        return [(name, json.loads(text)) for name, text in read] == [(written["name"], written["arguments"])]
-    return False
+            functions = [call["function"] for call in message.get("tool_calls") or []]
+            if [(one["name"], json.loads(one["arguments"])) for one in functions] == written:
+                return True
+        before, after = (_apply_template(server.listening_address, one) for one in (asked, continued))
+    is_as_written = before is None or after in (None, f"{before}{text}")  # None: not of the expected format
+    return False if is_as_written else None
+
+
+def _apply_template(url: str, request: dict[str, Any]) -> str | None:
+    """The prompt that a llama.cpp server makes of a request; None if it refuses it."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    with contextlib.closing(connection):
+        connection.request("POST", "/apply-template", json.dumps(request), {"Content-Type": "application/json"})
+        return json.load(connection.getresponse()).get("prompt")
 
 
 def compare_first_tokens(path: Path, expected: list[FirstToken]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from finetune.encoding.token_files import load_format
 from formats import IGNORE_INDEX, FormatError, choose_format, encode, get_format
 from formats.comparison import compare, own_difference
 from tests.formats import own_templates as own
@@ -260,8 +261,10 @@ def test_difference_from_the_own_template_is_named():
     assert own_difference(get_format("qwen", tokenizer), tokenizer) is None
     assert own_difference(get_format("native", tokenizer), tokenizer) is None
     chatml = own_difference(get_format("chatml", tokenizer), tokenizer)
-    assert chatml.startswith("format chatml renders ") and "own template" in chatml
+    assert chatml.startswith("renders ") and "own template" in chatml
     assert compare(get_format("chatml", tokenizer), tokenizer).difference in chatml
+    assert load_format("chatml", tokenizer)[1] == f"asked for; it {chatml}"
+    assert load_format("qwen", tokenizer)[1] == load_format("chatml", None)[1] == "asked for"
 
 
 PUBLIC = {
