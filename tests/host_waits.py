@@ -6,32 +6,43 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_consecutive, aten.equal}
-MASKS = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}  # a boolean index is `nonzero`
-# Without an operation of their own where the tensor is on the CPU already.
-CALLS = {getattr(torch.Tensor, name): name for name in ("tolist", "cpu", "numpy")}
+MASKS = {aten.index, aten.index_put, aten.index_put_}  # a boolean index is `nonzero`
+# Methods without an operation of their own where the tensor is on the CPU already.
+METHODS = ("tolist", "cpu", "numpy", "to")
 
 
 class HostWaits(TorchDispatchMode):
     """Counts values that are read from tensors, sizes that depend on values, and copies between devices."""
 
+    is_counting = True  # not while Triton's interpreter reads the arguments of a kernel
+
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
-        self._calls = _Calls(self)
 
     def __enter__(self) -> HostWaits:
-        self._calls.__enter__()
+        # Not a TorchFunctionMode: it is off inside `Tensor.backward`.
+        for name in METHODS:
+            setattr(torch.Tensor, name, self._counting(name, getattr(torch.Tensor, name)))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._calls.__exit__(*error)
+        for name in METHODS:
+            delattr(torch.Tensor, name)
+
+    def _counting(self, name: str, method: Any) -> Any:
+        def counted(tensor, *args, **kwargs):
+            if self.is_counting and (name != "to" or "cpu" in args):
+                self.counts[name] += 1
+            return method(tensor, *args, **kwargs)
+
+        return counted
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         operation, inputs = func.overloadpacket, tensors((args, kwargs))
@@ -45,16 +56,6 @@ class HostWaits(TorchDispatchMode):
         if len({x.device for x in [*inputs, *tensors(out)]}) > 1:
             self.counts["copy"] += 1
         return out
-
-
-class _Calls(TorchFunctionMode):
-    def __init__(self, waits: HostWaits) -> None:
-        self.waits = waits
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in CALLS or (func is torch.Tensor.to and "cpu" in args[1:]):
-            self.waits.counts[CALLS.get(func, "to cpu")] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def tensors(tree: Any) -> list[torch.Tensor]:

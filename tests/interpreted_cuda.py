@@ -23,6 +23,7 @@ import types
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -30,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from formats import IGNORE_INDEX
+from tests.host_waits import HostWaits
 
 ROOT = Path(__file__).resolve().parents[1]
 ROTARY_TABLES = ("multi_gpu_cos_cached", "multi_gpu_sin_cached")
@@ -259,7 +261,7 @@ def interpret_bfloat16() -> None:
                 storages[storage.data_ptr()] = flat, flat.float()
             return storages[storage.data_ptr()][1].as_strided(value.shape, value.stride(), value.storage_offset())
 
-        with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+        with mock.patch.object(HostWaits, "is_counting", False), _disable_current_modes(), torch.no_grad():
             out = run(self, *map(to_float32, args), **{name: to_float32(value) for name, value in kwargs.items()})
             for flat, in_float32 in storages.values():
                 flat.copy_(in_float32)
@@ -317,7 +319,6 @@ def make_rows(groups: int) -> list[Any]:
 def waits(*paths: str) -> dict[str, Any]:
     """Where the host waits for the GPU in a step of each model, by shared and by packed passes."""
     from finetune.passes.attention_cuda import UnslothPacked
-    from tests.host_waits import HostWaits
 
     result: dict[str, Any] = {"tree": [], "packed": []}
     for path in paths:
@@ -398,7 +399,7 @@ def main(arguments: list[str]) -> int:
     what, *more = arguments
     if what.endswith(".py"):
         patch_and_import()
-        return importlib.import_module(what.removesuffix(".py")).main(more)
+        return importlib.import_module(what.removesuffix(".py").replace("/", ".")).main(more)
     with contextlib.redirect_stdout(sys.stderr):
         patch_and_import()
         if what in ("gradients", "waits"):

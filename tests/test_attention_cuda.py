@@ -156,16 +156,34 @@ def test_a_layer_that_waits_is_counted(monkeypatch, planted, direction):
     assert counts[1] - counts[0] == 3
 
 
-@pytest.mark.parametrize("read", [
-    lambda x: x.tolist(), lambda x: x.cpu(), lambda x: x.to("cpu"), lambda x: x.numpy(), lambda x: x.nonzero(),
-    lambda x: x[x > 0], lambda x: x.masked_select(x > 0), lambda x: x.unique(), lambda x: float(x[0]),
-    lambda x: x.index_put_((x > 0,), x.new_ones(1)), lambda x: torch.repeat_interleave(x.long()),
-])  # fmt: skip
-def test_reads_of_a_cpu_tensor_are_counted(read):
-    """Interpreted CUDA code has all its tensors on the CPU."""
+READS = {
+    "tolist": lambda x: x.tolist(), "cpu": lambda x: x.cpu(), "to": lambda x: x.to("cpu"), "numpy": lambda x: x.numpy(),
+    "nonzero": lambda x: x.nonzero(), "index": lambda x: x[x > 0], "masked_select": lambda x: x.masked_select(x > 0),
+    "_unique2": lambda x: x.unique(), "_local_scalar_dense": lambda x: float(x[0]),
+    "index_put_": lambda x: x.clone().index_put_((x > 0,), x.new_ones(3)),
+    "repeat_interleave": lambda x: torch.repeat_interleave(x.long()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READS)
+def test_reads_of_a_cpu_tensor_are_counted(name):
+    """Interpreted CUDA code has all its tensors on the CPU; forward, recomputed and backward."""
+
+    class Reads(torch.autograd.Function):
+        @staticmethod
+        def forward(_, x):
+            READS[name](x.detach())
+            return x.clone()
+
+        @staticmethod
+        def backward(_, grad):
+            READS[name](grad)
+            return grad
+
+    x = torch.ones(3, requires_grad=True)
     with host_waits.HostWaits() as waits:
-        read(torch.ones(3))
-    assert waits.counts.total() == 1
+        torch.utils.checkpoint.checkpoint(Reads.apply, x, use_reentrant=True).sum().backward()
+    assert waits.counts == {name: 3}
 
 
 def test_model_runs_through_flex_attention():
