@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                          on a machine with an NVIDIA GPU; `make gpu`
     python benchmarks/gpu.py --pack                   before that, where pip has an index: fills the folder .whl
-    python benchmarks/gpu.py --rehearse --minutes 25  without a GPU: the same parts with a tiny model on the CPU
+    python benchmarks/gpu.py --rehearse --minutes 90  without a GPU: the same parts with a tiny model on the CPU
     python benchmarks/gpu.py --only tests,throughput_1.5b
 
 Each part runs in a process of its own with its own time limit, most valuable parts first. The record (JSON and
@@ -13,6 +13,7 @@ with wheels is installed beside the environment; no network is needed.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ from finetune.files import write_text_atomic  # noqa: E402
 
 TRAIN_ROWS, HELD_OUT = "data/samples/gennx_train.jsonl", "data/samples/gennx_heldout.jsonl"
 ROWS = "rows.jsonl"  # of a rehearsal
+REHEARSAL_LIMIT = 1800  # for each part: a rehearsal is for its lines, on a machine that may be busy
 MEMORY_SETTINGS = ("0.5b_4bit_2048", "0.5b_16bit_2048", "1.5b_4bit_512", "1.5b_4bit_2048", "1.5b_16bit_2048",
                    "1.5b_4bit_8192", "8b_4bit_2048", "8b_16bit_2048")  # fmt: skip
 
@@ -126,10 +128,20 @@ def train_command(out: Path, model: str, name: str, *flags: str, rows: str = TRA
 def parts_for_rehearsal(out: Path, model: str) -> list[Part]:
     """The same kinds of parts with a tiny model: Unsloth's CUDA code through Triton's interpreter where it is there."""
     python, interpreter = sys.executable, [sys.executable, "-m", "tests.interpreted_cuda"]
-    throughput, tests = out / "throughput_tiny.json", out / "tests.json"
+    tests = out / "tests.json"
     rows, short = str(out / ROWS), ["--batch_size", "2", "--limit", "2", "--max_steps", "1"]
+    part = functools.partial(Part, limit=REHEARSAL_LIMIT)
+
+    def throughput(name: str, ways: str, *flags: str) -> Part:
+        result, profile = out / f"throughput_{name}.json", out / f"profile_{name}.txt"
+        command = [python, "benchmarks/throughput.py", "--device", "cpu", "--dtype", "float32", "--model", model,
+                   "--checkpointing", "--warmup", "1", "--steps", "1", "--batch_size", "2", "--grad_accum", "1",
+                   "--ways", ways, "--workload", "short_qa", "--json", str(result), "--profile", str(profile),
+                   *flags]  # fmt: skip
+        return part(f"throughput_{name}", command, result=result, text=profile)
+
     interpreted = [
-        Part(f"train_{name}", [*interpreter, *train_command(out, model, name, *flags, *short, rows=rows)[1:]], 900)
+        part(f"train_{name}", [*interpreter, *train_command(out, model, name, *flags, *short, rows=rows)[1:]])
         for name, flags in (
             ("16bit_shared", ("--no-load_in_4bit",)),
             ("4bit_shared", ("--load_in_4bit",)),
@@ -137,28 +149,26 @@ def parts_for_rehearsal(out: Path, model: str) -> list[Part]:
         )
     ]
     ranks = [
-        Part(f"ranks_{count}", [python, "-m", "benchmarks.gpu_parts.together", "--ranks", ranks, "--out",
+        part(f"ranks_{count}", [python, "-m", "benchmarks.gpu_parts.together", "--ranks", ranks, "--out",
              str(out / "ranks"), "--json", str(out / f"ranks_{count}.json"), "--", *train_flags(model, rows), *short],
-             300, result=out / f"ranks_{count}.json")
+             result=out / f"ranks_{count}.json")
         for count, ranks in ((1, "4"), (2, "4,8"))
     ]  # fmt: skip
     return [
-        Part("doctor", [python, "train_lora.py", "--doctor"], 120),
-        Part("throughput_tiny", [python, "benchmarks/throughput.py", "--device", "cpu", "--dtype", "float32", "--model",
-             model, "--warmup", "1", "--steps", "1", "--batch_size", "2", "--grad_accum", "1", "--ways",
-             "stock,packed,ours", "--start_together", "--workload", "short_qa", "--json", str(throughput), "--profile",
-             str(out / "profile_tiny.txt")], 300, result=throughput, text=out / "profile_tiny.txt"),
-        Part("tests", [python, "-m", "benchmarks.gpu_parts.limit_tests", "tests/gpu", "--limit", "75", "--json",
-                       str(tests)], 200, result=tests, env={"SANDWICH_GPU_MODEL": model}),
+        part("doctor", [python, "train_lora.py", "--doctor"]),
+        throughput("tiny", "stock,ours", "--start_together", "--load_in_4bit"),
+        part("tests", [python, "-m", "benchmarks.gpu_parts.limit_tests", "tests/gpu", "--limit", "75", "--json",
+                       str(tests)], result=tests, env={"SANDWICH_GPU_MODEL": model}),
         *interpreted,
-        Part("losses", [python, "-m", "benchmarks.gpu_parts.losses", str(out / "runs"), str(out / "losses.json")], 30,
+        throughput("interpreted", "packed", "--interpreted"),
+        part("losses", [python, "-m", "benchmarks.gpu_parts.losses", str(out / "runs"), str(out / "losses.json")],
              result=out / "losses.json"),
-        Part("memory_tiny_64", [python, "benchmarks/memory.py", "--only", "tiny_64", "--json",
-                                str(out / "tiny_64.json")], 600, result=out / "tiny_64.json"),
-        Part("generation", [python, "benchmarks/generation.py", "--model", model, "--limit", "2", "--max_new_tokens",
-                            "4", "--json", str(out / "generation.json")], 600, result=out / "generation.json"),
-        Part("evaluation", [python, "evaluate_lora.py", str(out / "runs" / "16bit_shared"), "--dataset", rows,
-                            "--limit", "2", "--max_new_tokens", "4"], 200),
+        part("memory_tiny_64", [python, "benchmarks/memory.py", "--only", "tiny_64", "--json",
+                                str(out / "tiny_64.json")], result=out / "tiny_64.json"),
+        part("generation", [python, "benchmarks/generation.py", "--model", model, "--limit", "2", "--max_new_tokens",
+                            "4", "--json", str(out / "generation.json")], result=out / "generation.json"),
+        part("evaluation", [python, "evaluate_lora.py", str(out / "runs" / "16bit_shared"), "--dataset", rows,
+                            "--limit", "2", "--max_new_tokens", "4"]),
         *ranks,
     ]  # fmt: skip
 

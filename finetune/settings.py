@@ -106,8 +106,8 @@ class Settings:
         None, "LoRA+: learning rate of B as a multiple of --lr, which A uses; needs a lower --lr", lr_ratio)
 
     init_adapter: str | None = setting(
-        None, "start from the adapter of this run, with a new optimizer and schedule; model, format, rank, alpha and "
-        "modules are the adapter's", metavar="RUN")
+        None, "start from the adapter of this run, with a new optimizer and schedule; model, format, rank, alpha, "
+        "modules and 4 bits are the adapter's", metavar="RUN")
 
     lr: float = setting(2e-4, "peak learning rate", group="training")
     epochs: float = setting(3.0, "number of epochs")

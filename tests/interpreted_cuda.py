@@ -8,6 +8,7 @@ Each use needs a process of its own, because the patches of Unsloth and torch st
 
   python -m tests.interpreted_cuda train_lora.py FLAGS …    any of the scripts
   python -m tests.interpreted_cuda gradients MODEL          shared, packed and padded passes compared with single rows
+  python -m tests.interpreted_cuda waits MODEL …            where the host waits for the GPU in a step of each model
   python -m tests.interpreted_cuda memory MODEL …           memory of a step compared with the estimate
 """
 
@@ -22,6 +23,7 @@ import types
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -29,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from formats import IGNORE_INDEX
+from tests.host_waits import HostWaits
 
 ROOT = Path(__file__).resolve().parents[1]
 ROTARY_TABLES = ("multi_gpu_cos_cached", "multi_gpu_sin_cached")
@@ -258,7 +261,7 @@ def interpret_bfloat16() -> None:
                 storages[storage.data_ptr()] = flat, flat.float()
             return storages[storage.data_ptr()][1].as_strided(value.shape, value.stride(), value.storage_offset())
 
-        with _disable_current_modes(), torch.no_grad():
+        with mock.patch.object(HostWaits, "is_counting", False), _disable_current_modes(), torch.no_grad():
             out = run(self, *map(to_float32, args), **{name: to_float32(value) for name, value in kwargs.items()})
             for flat, in_float32 in storages.values():
                 flat.copy_(in_float32)
@@ -293,14 +296,11 @@ def make_runner(model, dtype: str):
     return runner
 
 
-def gradients(path: str) -> dict[str, Any]:
-    """Relative distances between the gradients of shared, packed and padded passes and of single rows, in float32."""
+def make_rows(groups: int) -> list[Any]:
+    """Two rows per group, which share 40 tokens in the first group and 73 in the others."""
     import numpy as np
 
-    from finetune.passes.attention import PackedAttention
-    from finetune.passes.attention_cuda import UnslothPacked
     from finetune.passes.plan import make_row
-    from tests.gradient_check import relative_distance, row_by_row_gradients, shared_gradients
 
     rng = np.random.default_rng(0)
 
@@ -308,12 +308,36 @@ def gradients(path: str) -> dict[str, Any]:
         return rng.integers(3, 900, count).tolist()
 
     rows = []
-    for group in range(2):
+    for group in range(groups):
         tools, turn = ids(40), ids(33)
         for number in range(2):
             row = [*tools, *(turn if group or number else []), *ids(9 + 5 * number + 3 * group)]
             rows.append(make_row(row, [*[IGNORE_INDEX] * (len(row) - 6), *row[-6:]]))
-    result = {}
+    return rows
+
+
+def waits(*paths: str) -> dict[str, Any]:
+    """Where the host waits for the GPU in a step of each model, by shared and by packed passes."""
+    from finetune.passes.attention_cuda import UnslothPacked
+
+    result: dict[str, Any] = {"tree": [], "packed": []}
+    for path in paths:
+        runner = make_runner(lora_model(path, dtype="float32", gradient_checkpointing=True), "float32")
+        for mode, attention in (("tree", runner.attention), ("packed", UnslothPacked())):
+            runner.mode, runner.attention = mode, attention
+            with HostWaits() as counted:
+                runner.run_once(make_rows(1), 1.0, torch.Tensor.backward)
+            result[mode].append(counted.counts)
+    return result
+
+
+def gradients(path: str) -> dict[str, Any]:
+    """Relative distances between the gradients of shared, packed and padded passes and of single rows, in float32."""
+    from finetune.passes.attention import PackedAttention
+    from finetune.passes.attention_cuda import UnslothPacked
+    from tests.gradient_check import relative_distance, row_by_row_gradients, shared_gradients
+
+    rows, result = make_rows(2), {}
     for checkpointing in (False, True):
         runner = make_runner(lora_model(path, dtype="float32", gradient_checkpointing=checkpointing), "float32")
         exact = row_by_row_gradients(runner, rows)
@@ -375,11 +399,11 @@ def main(arguments: list[str]) -> int:
     what, *more = arguments
     if what.endswith(".py"):
         patch_and_import()
-        return importlib.import_module(what.removesuffix(".py")).main(more)
+        return importlib.import_module(what.removesuffix(".py").replace("/", ".")).main(more)
     with contextlib.redirect_stdout(sys.stderr):
         patch_and_import()
-        if what == "gradients":
-            result = gradients(*more)
+        if what in ("gradients", "waits"):
+            result = globals()[what](*more)
         else:
             path, tokens, trained, *switches = more
             result = memory(path, int(tokens), int(trained), "4bit" in switches, "checkpointing" in switches)

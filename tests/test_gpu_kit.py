@@ -15,8 +15,10 @@ import pytest
 from benchmarks import gpu, memory
 from benchmarks.gpu_parts import kit
 from benchmarks.gpu_parts.report import page
-from benchmarks.gpu_parts.schedule import Part, groups, run_parts, write_record
+from benchmarks.gpu_parts.schedule import MAX_AT_ONCE, Part, groups, run_parts, write_record
+from benchmarks.throughput_parts.random_model import write_in_a_process
 from finetune import settings
+from finetune.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,9 +70,11 @@ def test_second_start_runs_what_is_missing(tmp_path):
     assert marker.read_text() == "x"
 
 
-def test_no_part_starts_after_the_time(tmp_path):
+def test_the_time_of_all_parts_is_limited(tmp_path):
     record = {}
-    assert run([python("late", "pass")], record, tmp_path, seconds=0) == {"late": "no time left"}
+    parts = [python("slow", "import time; time.sleep(600)", 500), python("late", "pass")]
+    assert run(parts, record, tmp_path, seconds=2) == {"slow": "time limit", "late": "no time left"}
+    assert record["parts"]["slow"]["limit"] <= 2
 
 
 def test_parts_of_a_group_run_at_the_same_time(tmp_path):
@@ -168,6 +172,13 @@ def test_wheels_are_installed_once_without_an_index(tmp_path, monkeypatch):
     assert kit.install_wheels(tmp_path, tmp_path / "site") == paths
 
 
+def test_model_that_cannot_be_written_is_one_line(tmp_path, capfd):
+    """Its process has said why: a full disk, mostly."""
+    with pytest.raises(UserError, match="model could not be written"):
+        write_in_a_process({"model_type": "llama"}, tmp_path / "model", "float32", tmp_path / "no_tokenizer")
+    assert capfd.readouterr().err.strip().splitlines()[-1].startswith("error: ")
+
+
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="for machines without a GPU")
 def test_without_a_gpu_is_one_line(tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path / "out")]) == 2
@@ -175,7 +186,7 @@ def test_without_a_gpu_is_one_line(tmp_path, capsys):
 
 
 def test_limits_leave_valuable_parts_their_turn(tmp_path):
-    """Where everything before it hangs, too; half a minute of nine is for the start."""
+    """Where everything before it hangs, too, on 15 cores or more; half a minute of nine is for the start."""
     parts = gpu.parts_for_gpu(tmp_path, "smollm2-135m")
     names = [part.name for part in parts]
     valuable = parts[: names.index("ranks_1")]
@@ -183,7 +194,9 @@ def test_limits_leave_valuable_parts_their_turn(tmp_path):
     assert {name.split("_")[0] for name in names[: len(valuable)]} == {
         "throughput", "doctor", "tests", "train", "losses", "generation", "evaluation", "memory",
     }  # fmt: skip
+    assert all(len(group) <= MAX_AT_ONCE for group in groups(valuable))
     assert sum(max(part.limit for part in group) for group in groups(valuable)) <= 9 * 60 - 30
+    assert gpu.build_parser().get_default("minutes") == 9
 
 
 def test_each_gpu_test_is_in_one_part(tmp_path):

@@ -43,6 +43,15 @@ def test_unsloth_forward_is_exact_for_shared_passes(tmp_path):
         assert max(distances[mode] for mode in ("tree", "packed", "padded")) < 1e-5
 
 
+def test_no_layer_of_unsloth_waits_for_the_gpu(tmp_path):
+    """Models of one and of three layers wait equally often."""
+    paths = [small_model(tmp_path / f"model_{layers}", layers=layers) for layers in (1, 3)]
+    waits = json.loads(run_interpreted("waits", *paths))
+    for few, many in waits.values():
+        assert few == many
+        assert few["_local_scalar_dense"] >= 1  # the loss
+
+
 def train(tmp_path, name, *flags, interpreted):
     arguments = [
         "--model", tmp_path / "model", "--dataset", tmp_path / "rows.jsonl", "--format", "chatml", "--batch_size", 2,

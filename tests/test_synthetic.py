@@ -27,7 +27,9 @@ from finetune.synthetic.schema_values import SchemaValues, humanised
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "data" / "samples"
-SCHEMAS = SAMPLES / "gennx_tool_schemas_tier1.json"
+SCHEMAS, ALL_SCHEMAS, TIERS = (
+    SAMPLES / f"gennx_{name}.json" for name in ("tool_schemas_tier1", "tool_schemas_all", "tiers")
+)
 README = " ".join((SAMPLES / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").split())
 # The flags of the commands that give the samples.
 COMMANDS = re.findall(r"generate (--tools data/samples/\S+ --output data/samples .*? --name \w+)", README)
@@ -71,7 +73,7 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def prepare(*arguments: str) -> subprocess.CompletedProcess:
+def prepare(*arguments: str | Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "prepare_data.py"), "generate", *arguments]
     return subprocess.run(command, check=False, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
 
@@ -122,6 +124,7 @@ def requests(path: Path) -> set[str]:
 NATURAL = {
     "demo_natural": ("demo_train", "demo_heldout"),
     "gennx_natural": ("gennx_train", "gennx_heldout"),
+    "gennx_natural_all": ("gennx_train", "gennx_heldout", "gennx_natural"),
     "gennx_natural_ko": ("gennx_train_ko", "gennx_heldout_ko"),
     "house_natural": (),
     "korean_natural": ("korean_toolflow", "korean_when2call", "korean_apigen"),
@@ -136,11 +139,12 @@ def test_samples_for_training_and_evaluation_share_no_request(tmp_path):
         if name in ("demo_natural", "gennx_natural"):
             assert all(not one & other for one, other in itertools.combinations(asked, 2))
         assert all(not asked[0] & other for other in asked[1:]), name
-    done = prepare("--tools", str(SAMPLES / "house_tools.json"), "--per-tool", "64", "--heldout-rows", "40", "--output",
-                   str(tmp_path))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    made = set().union(*map(requests, tmp_path.glob("*.jsonl")))
-    assert len(made) > 100 and not made & requests(SAMPLES / "house_natural.jsonl")
+    for name, *flags in (("house_natural", "house_tools.json", "--per-tool", "64", "--heldout-rows", "40"),
+                         ("gennx_natural_all", "gennx_tool_schemas_all.json", "--per-tool", TIERS)):  # fmt: skip
+        done = prepare("--tools", SAMPLES / flags[0], *flags[1:], "--output", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        made = set().union(*map(requests, (tmp_path / name).glob("*.jsonl")))
+        assert len(made) > 100 and not made & requests(SAMPLES / f"{name}.jsonl")
 
 
 @pytest.mark.parametrize("name", NATURAL)
@@ -159,6 +163,7 @@ def test_hand_written_requests_need_every_tool_and_none(name):
         assert sum(len(calls(row)) > 1 for row in read) >= 3
     for row, raw in zip(read, read_rows(SAMPLES / f"{name}.jsonl"), strict=True):
         assert bool(calls(row)) == ("category" not in raw)
+        assert not any(tool in text for tool in tools for text in texts(raw, "user"))
         assert raw.get("category") != "missing_parameter" or row["messages"][-1]["content"].endswith("?")
 
 
@@ -172,7 +177,8 @@ def test_sample_questions_begin_alike():
 @pytest.mark.parametrize("name", sorted({path.name for path in SAMPLES.glob("*.jsonl")} - {"qwen2_test.jsonl"}))
 def test_sample_rows_pass_the_checks_of_prepare_data(name):
     choice = SAMPLES / "tool_choice_tools.json"
-    declared = {"gennx": SCHEMAS, "demo": SAMPLES / "demo_tool_schemas.json", "tool": choice, "query": choice}
+    gennx, demo = ALL_SCHEMAS if "_all" in name else SCHEMAS, SAMPLES / "demo_tool_schemas.json"
+    declared = {"gennx": gennx, "demo": demo, "tool": choice, "query": choice}
     schemas = declared.get(name.partition("_")[0])  # None: each row has its own tools, or none
     tools = load_tools_file(schemas) if schemas else None
     loaded = load_conversations(SAMPLES / name, strict=True, tools=tools)
@@ -819,10 +825,10 @@ def test_call_that_breaks_its_schema_is_an_error(tmp_path):
 
 
 def test_tiers_give_each_tool_its_rows():
-    tools = load_tools_file(SAMPLES / "gennx_tool_schemas_all.json")
-    made = generate(tools, per_tool=SAMPLES / "gennx_tiers.json", seed=7)["train"][1]
+    tools = load_tools_file(ALL_SCHEMAS)
+    made = generate(tools, per_tool=TIERS, seed=7)["train"][1]
     called = Counter(row["messages"][-1]["tool_calls"][0]["function"]["name"] for kind, row in made if kind == "call")
-    tiers = json.loads((SAMPLES / "gennx_tiers.json").read_text("utf-8")).values()
+    tiers = json.loads(TIERS.read_text("utf-8")).values()
     wanted = {name: tier["rows"] for tier in tiers for name in tier["tools"]}
     assert called.keys() == wanted.keys()
     # Rows of calls also replace those of kinds that have no further requests.

@@ -446,9 +446,11 @@ def test_resume_after_an_early_stop_only_saves(rows, tiny_model, tmp_path):
 
 
 def test_second_stage_starts_from_an_adapter(rows, tiny_model, tmp_path):
-    """Other data and a new schedule; rank and modules are the adapter's; the resume does not need the first run."""
+    """Other data and a new schedule; rank, modules and the base in 4 bits are the adapter's; the resume does not need
+    the first run."""
     first = ("--model", tiny_model, "--dataset", rows, "--format", "chatml", "--rank", 3, "--target_modules", "q_proj",
-             "--max_steps", 2, "--lr", "1e-2", "--experiments_dir", tmp_path)  # fmt: skip
+             "--load_in_4bit", "--rope_scaling", "linear:2", "--max_steps", 2, "--lr", "1e-2", "--experiments_dir",
+             tmp_path)  # fmt: skip
     assert run(*first, "--name", "one").returncode == 0
     other = write_rows(tmp_path / "other.jsonl", [conversation(number) for number in range(20, 26)])
     second = ("--init_adapter", tmp_path / "one", "--dataset", other, "--max_steps", 2, "--save_steps", 1,
@@ -459,6 +461,12 @@ def test_second_stage_starts_from_an_adapter(rows, tiny_model, tmp_path):
     assert one.read_bytes() == two.read_bytes()
     flags = config_of(tmp_path / "still")["flags"]
     assert (flags["rank"], flags["alpha"], flags["target_modules"], flags["format"]) == (3, 6, ["q_proj"], "chatml")
+    assert config_of(tmp_path / "still")["load_in_4bit"] and flags["rope_scaling"] == "linear:2"
+    other_base = run(*second, "--no-load_in_4bit", "--rope_scaling", "linear:4", "--dry_run")
+    assert other_base.returncode == 0, other_base.stderr
+    said = " ".join(other_base.stderr.split())
+    assert "made on a base with --load_in_4bit, not --no-load_in_4bit" in said
+    assert "made on a base with --rope_scaling linear:2, not --rope_scaling linear:4" in said
 
     refused(run(*second, "--rank", 4), "it was made with --rank 3, not 4")
     refused(run(*second[2:], "--init_adapter", tiny_model), "not a run or an adapter")

@@ -26,6 +26,7 @@ from finetune.files import write_text_atomic
 ROOT = Path(__file__).resolve().parents[2]
 DONE, FAILED, TIME_LIMIT, NO_TIME = "done", "failed", "time limit", "no time left"
 LINES_OF_A_FAILURE = 12
+MAX_AT_ONCE = 10  # parts of a group, on 15 cores or more
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def run_parts(
     write: Callable[[dict[str, Any]], None],
     seconds: float,
     logs: Path,
-    at_once: int = max(2, min(10, (os.cpu_count() or 2) * 2 // 3)),
+    at_once: int = max(2, min(MAX_AT_ONCE, (os.cpu_count() or 2) * 2 // 3)),
 ) -> None:
     """Fill `record["parts"]`, calling `write(record)` after each part; a part already done is left out.
 

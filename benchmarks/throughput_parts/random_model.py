@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from finetune.errors import UserError, one_line_errors
 from finetune.files import atomic_directory
 from finetune.models.bundled import cache_dir, smollm2_dir
 
@@ -36,7 +37,8 @@ def write_in_a_process(config: dict[str, Any], folder: Path, dtype: str, tokeniz
     """As `write_model`, in a process that ends, so that this one holds neither the weights nor the GPU."""
     command = [sys.executable, "-m", "benchmarks.throughput_parts.random_model", json.dumps(config), str(folder), dtype,
                str(tokenizer or smollm2_dir())]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True)
+    if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
+        raise UserError(f"the model {folder} could not be written: the message is above")
     return folder
 
 
@@ -55,5 +57,10 @@ def write_model(config: dict[str, Any], folder: Path, dtype: str = "float32", to
     return folder
 
 
+@one_line_errors
+def main(config: str, folder: str, dtype: str, tokenizer: str) -> None:
+    write_model(json.loads(config), Path(folder), dtype, Path(tokenizer))
+
+
 if __name__ == "__main__":
-    write_model(json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+    sys.exit(main(*sys.argv[1:]))

@@ -32,6 +32,12 @@ def with_adapter_flags(settings: Settings) -> Settings:
         given = getattr(settings, name)
         if name in settings.given and given not in (None, value) and not _is_same_folder(given, value):
             raise UserError(f"{where}: it was made with --{name} {_shown(value)}, not {_shown(given)}; omit --{name}")
+    for name, value in _base_flags(run).items():
+        given = getattr(settings, name)
+        if name not in settings.given:
+            flags[name] = value
+        elif given != value:
+            log.info("%s: it was made on a base with %s, not %s", where, _switch(name, value), _switch(name, given))
     log.info("starting from the adapter in %s", run.adapter)
     return replace(settings, **flags)  # recorded as the new run's own, so that its resume does not need the other run
 
@@ -42,6 +48,19 @@ def _run_flags(run: Run) -> dict[str, Any]:
     names = ("rank", "alpha", "use_rslora", "target_modules", "last_layers", "format")
     flags = {name: stored[name] for name in names if name in stored}
     return flags | {"model": run.base_name, "revision": config.get("base_model_revision")}
+
+
+def _base_flags(run: Run) -> dict[str, Any]:
+    """How the run loaded the base to which its adapter belongs; another run may choose otherwise."""
+    if run.experiment is None:
+        return {}
+    config = run.experiment.config
+    found = {"load_in_4bit": config.get("load_in_4bit"), "rope_scaling": config["flags"].get("rope_scaling")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _switch(name: str, value: Any) -> str:
+    return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {_shown(value)}"
 
 
 def _third_party_flags(adapter: Path, where: str) -> dict[str, Any]:
