@@ -701,3 +701,19 @@ def test_loraplus_scales_the_learning_rate_of_b(tiny_model, rows, tmp_path):
     second = 0.1 / (1 - 0.9**2) / (0.001 / (1 - 0.999**2)) ** 0.5
     assert largest == {"lora_A": pytest.approx(1e-3 * second, rel=0.02), "lora_B": pytest.approx(4e-3, rel=0.02)}
     assert float(log_rows(tmp_path / "plus")[0]["learning_rate"]) == pytest.approx(1e-3)
+
+
+def test_second_stage_of_an_exported_adapter_takes_the_bundled_model_by_its_name(tmp_path):
+    from finetune.errors import UserError
+    from finetune.models.bundled import resolve_model
+    from finetune.settings import parse
+    from finetune.training.second_stage import with_adapter_flags
+
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    config["base_model_name_or_path"] = resolve_model("smollm2-135m")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").touch()
+    given = ["--init_adapter", str(tmp_path), "--dataset", "rows.jsonl", "--model"]
+    assert with_adapter_flags(parse([*given, "smollm2-135m"])).rank == 2
+    with pytest.raises(UserError, match=r"it was made with --model .*smollm2.*, not other"):
+        with_adapter_flags(parse([*given, "other"]))
