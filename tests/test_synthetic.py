@@ -723,7 +723,6 @@ def broken(change) -> dict:
             lambda data: data["tools"]["POST /doc/anal"][0]["core"].update(heldout=[]),
             r"tools/POST /doc/anal/0/core/heldout: \[\] should be non-empty",
         ),
-        (lambda data: data.update(extends="missing.json"), r"missing\.json: cannot be read"),
     ],
 )
 def test_errors_of_a_phrasing_file(tmp_path, change, message):

@@ -185,28 +185,13 @@ class Phrasebook:
     conversation: tuple[str, str] | None = None
 
 
-def read_phrasings(path: Path) -> dict[str, Any]:
-    """A phrasing file. One that `extends` another file of its folder replaces entries of that one, tool by tool.
-
-    Raises UserError for a file that cannot be read or has other entries than data/samples/README.md describes.
-    """
-    data = read_json(path)
-    if isinstance(data, dict) and "extends" in data:
-        base = read_json(path.parent / Path(str(data.pop("extends"))).name)
-        check_phrasings(base, path)
-        for key, value in base.items():
-            both = isinstance(value, dict) and isinstance(data.get(key, {}), dict)
-            data[key] = value | data.get(key, {}) if both else data.get(key, value)
-    check_phrasings(data, path)
-    return data
-
-
 def load_phrasebook(path: str | Path, tools: Sequence[dict[str, Any]], rng: random.Random) -> Phrasebook:
     """The phrasebook of a phrasing file for these tools. Raises UserError for missing entries.
 
     Tools of the file without a schema become requests that no declared tool serves.
     """
-    data = read_phrasings(Path(path))
+    data = read_json(path)
+    check_phrasings(data, path)
     names = [tool["function"]["name"] for tool in tools]
     fields = {name: data[name] for name in ("language", "system", "frames", "joins", "lists", "chat")}
     wording = Wording(**fields, decline=data.get("decline", ""))
