@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import packages
-from finetune.progress import printable, protect_rich
+from finetune.progress import printable, protect_rich, without_passwords
 from formats import FormatError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -122,8 +122,7 @@ def _discard_stdout() -> None:
 
 
 def _report(reason: str, code: int = 2) -> int:
-    reason = re.sub(r"(?<=://)\S*@", "***@", reason)  # a password in a URL, which may itself hold @ and /
-    print(f"error: {printable(' '.join(reason.split()))}", file=sys.stderr)
+    print(f"error: {printable(without_passwords(' '.join(reason.split())))}", file=sys.stderr)
     return code
 
 

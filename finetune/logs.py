@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from finetune.progress import printable
+from finetune.progress import printable, without_passwords
 
 log = logging.getLogger("sandwich")
 
@@ -25,13 +25,14 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
-        message = f"{time.strftime('%H:%M:%S', time.localtime(record.created))}  {printable(record.getMessage())}"
+        text = printable(without_passwords(record.getMessage()))
+        message = f"{time.strftime('%H:%M:%S', time.localtime(record.created))}  {text}"
         self.console.print(message, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class _Printable(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return printable(without_passwords(super().format(record)))
 
 
 def start_logging(console: Console | None = None) -> None:

@@ -6,6 +6,7 @@ Text of others is shown without control characters, which could clear the termin
 from __future__ import annotations
 
 import importlib.abc
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,16 @@ SECONDS_BETWEEN_LINES = 15
 _CONTROL = (*(set(range(32)) - {ord("\n"), ord("\t")}), *range(0x7F, 0xA0))
 _BIDIRECTIONAL = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # reorder or hide what is around them
 _REPLACED = dict.fromkeys((*_CONTROL, *_BIDIRECTIONAL), "\ufffd")
+
+
+def without_passwords(text: str) -> str:
+    """The text without the user names and passwords of URLs, which may themselves hold @ and /."""
+
+    def hidden(word: re.Match[str]) -> str:
+        scheme, found, rest = word[0].partition("://")
+        return f"{scheme}://***@{rest.rpartition('@')[2]}" if found and "@" in rest else word[0]
+
+    return re.sub(r"\S+", hidden, text)
 
 
 def printable(text: str) -> str:

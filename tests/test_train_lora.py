@@ -176,7 +176,9 @@ def test_killed_run_resumes_to_the_same_bytes(base, rows, tiny_model, tmp_path):
     # A kill while writing a line and a checkpoint would also leave these.
     with (killed / "run" / "training_log.csv").open("a") as file:
         file.write("5,1.6")
-    (killed / "run" / ".saving" / "checkpoint-99").mkdir(parents=True, exist_ok=True)
+    for name in (".saving/checkpoint-99", ".final_model.a1b2.part"):
+        (killed / "run" / name).mkdir(parents=True, exist_ok=True)
+    (killed / "run" / ".training_log.csv.a1b2.part").touch()
     # A machine that went down before the newest checkpoint was on the disk leaves it truncated.
     cut = killed / "run" / "checkpoint-6"
     shutil.rmtree(cut, ignore_errors=True)

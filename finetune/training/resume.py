@@ -41,6 +41,7 @@ class ResumeCallback(TrainerCallback):
         if args.load_best_model_at_end and state.best_global_step:
             forget_damaged_best(trainer.checkpoint.parent, state)
         if args.should_save:
+            remove_leftovers(trainer.checkpoint.parent)
             remove_later_checkpoints(trainer.checkpoint)
 
 
@@ -91,6 +92,15 @@ def remove_later_checkpoints(checkpoint: Path) -> None:
         log.info("removing %s: the run resumes at %s", path.name, checkpoint.name)
         with user_errors(f"{path} cannot be removed", f"remove it, or resume from it with --resume {path}"):
             shutil.rmtree(path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of a process that was killed while it wrote them."""
+    for path in (folder / ".saving", *folder.glob(".*.part")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def unloadable(checkpoint: Path, error: Exception) -> UserError | None:
