@@ -79,7 +79,7 @@ def choose_format(tokenizer: Any) -> tuple[Format, str]:
     for fmt in _candidates(added, own, tokenizer):
         found = compare(fmt, tokenizer)
         if found.difference is None and (found.with_tools or not has_tools):
-            missing = "" if has_tools else ", which has no place for tools"
+            missing = "" if has_tools else ", which has no place for tools,"
             return fmt, f"the tokenizer's own template{missing} renders as {fmt.name} does"
     native.raise_if_broken(tokenizer)
     if has_tools:
