@@ -401,7 +401,7 @@ def main(arguments: list[str]) -> int:
     what, *more = arguments
     if what.endswith(".py"):
         patch_and_import()
-        return importlib.import_module(what.removesuffix(".py").replace("/", ".")).main(more)
+        return importlib.import_module(what.removesuffix(".py")).main(more)
     with contextlib.redirect_stdout(sys.stderr):
         patch_and_import()
         if what in ("gradients", "waits"):
