@@ -128,18 +128,9 @@ def train_command(out: Path, model: str, name: str, *flags: str, rows: str = TRA
 def parts_for_rehearsal(out: Path, model: str) -> list[Part]:
     """The same kinds of parts with a tiny model: Unsloth's CUDA code through Triton's interpreter where it is there."""
     python, interpreter = sys.executable, [sys.executable, "-m", "tests.interpreted_cuda"]
-    tests = out / "tests.json"
+    throughput, tests = out / "throughput_tiny.json", out / "tests.json"
     rows, short = str(out / ROWS), ["--batch_size", "2", "--limit", "2", "--max_steps", "1"]
     part = functools.partial(Part, limit=REHEARSAL_LIMIT)
-
-    def throughput(name: str, ways: str, *flags: str) -> Part:
-        result, profile = out / f"throughput_{name}.json", out / f"profile_{name}.txt"
-        command = [python, "benchmarks/throughput.py", "--device", "cpu", "--dtype", "float32", "--model", model,
-                   "--checkpointing", "--warmup", "1", "--steps", "1", "--batch_size", "2", "--grad_accum", "1",
-                   "--ways", ways, "--workload", "short_qa", "--json", str(result), "--profile", str(profile),
-                   *flags]  # fmt: skip
-        return part(f"throughput_{name}", command, result=result, text=profile)
-
     interpreted = [
         part(f"train_{name}", [*interpreter, *train_command(out, model, name, *flags, *short, rows=rows)[1:]])
         for name, flags in (
@@ -156,11 +147,15 @@ def parts_for_rehearsal(out: Path, model: str) -> list[Part]:
     ]  # fmt: skip
     return [
         part("doctor", [python, "train_lora.py", "--doctor"]),
-        throughput("tiny", "stock,ours", "--start_together", "--load_in_4bit"),
+        # Not `packed`: without a GPU Unsloth packs nothing.
+        part("throughput_tiny", [python, "benchmarks/throughput.py", "--device", "cpu", "--dtype", "float32", "--model",
+             model, "--load_in_4bit", "--checkpointing", "--warmup", "1", "--steps", "1", "--batch_size", "2",
+             "--grad_accum", "1", "--ways", "stock,ours", "--start_together", "--workload", "short_qa", "--json",
+             str(throughput), "--profile", str(out / "profile_tiny.txt")],
+             result=throughput, text=out / "profile_tiny.txt"),
         part("tests", [python, "-m", "benchmarks.gpu_parts.limit_tests", "tests/gpu", "--limit", "75", "--json",
                        str(tests)], result=tests, env={"SANDWICH_GPU_MODEL": model}),
         *interpreted,
-        throughput("interpreted", "packed", "--interpreted"),
         part("losses", [python, "-m", "benchmarks.gpu_parts.losses", str(out / "runs"), str(out / "losses.json")],
              result=out / "losses.json"),
         part("memory_tiny_64", [python, "benchmarks/memory.py", "--only", "tiny_64", "--json",

@@ -77,8 +77,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--grad_accum", type=int, default=2)
     parser.add_argument("--start_together", action="store_true", help="load all trainers at once, which saves the time "
                         "of imports; they take turns from their first step on")  # fmt: skip
-    parser.add_argument("--interpreted", action="store_true", help="Unsloth's CUDA code through Triton's interpreter, "
-                        "for a rehearsal (tests/interpreted_cuda.py)")  # fmt: skip
     parser.add_argument("--our_flags", default="", help="more flags of train_lora.py for ours, as one argument")
     parser.add_argument("--profile", metavar="FILE", help="operations of one more step of `ours`, longest first")
     parser.add_argument("--json", metavar="FILE", help="write all measurements to this file")
@@ -110,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
                 "warmup": args.warmup, "batch_size": args.batch_size, "grad_accum": args.grad_accum,
                 "profile": args.profile, "turn": str(Path(temporary) / "turn.lock"), "lr": 2e-4, "seed": 0,
                 "optim": args.optim or ("adamw_8bit" if device == "cuda" else "adamw_torch"),
-                "interpreted": args.interpreted, "max_seq_length": max(len(ids) for step in steps for ids, _ in step),
+                "max_seq_length": max(len(ids) for step in steps for ids, _ in step),
                 "our_flags": args.our_flags.split(), "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())),
             }  # fmt: skip
             results = record["results"][workload] = {}
@@ -172,10 +170,8 @@ def _start(trainer: str, task: dict[str, Any], folder: Path) -> subprocess.Popen
     path.write_text(json.dumps(task | {"way": trainer}), encoding="utf-8")
     path.with_suffix(".result").unlink(missing_ok=True)
     with path.with_suffix(".log").open("w", encoding="utf-8") as log:
-        command = ["benchmarks.throughput_parts.trainers", str(path)]
-        if task["interpreted"]:
-            command = ["tests.interpreted_cuda", "benchmarks/throughput_parts/trainers.py", str(path)]
-        return subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, stdout=log, stderr=log, text=True)
+        command = [sys.executable, "-m", "benchmarks.throughput_parts.trainers", str(path)]
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True)
 
 
 def _result(process: subprocess.Popen[str], trainer: str, folder: Path) -> dict[str, Any]:

@@ -318,13 +318,15 @@ def make_rows(groups: int) -> list[Any]:
 
 def waits(*paths: str) -> dict[str, Any]:
     """Where the host waits for the GPU in a step of each model, by shared and by packed passes."""
-    from finetune.passes.attention_cuda import UnslothPacked
+    from finetune.passes import runner as passes_runner
+    from finetune.passes.attention_cuda import UnslothPacked, UnslothTree
 
     result: dict[str, Any] = {"tree": [], "packed": []}
     for path in paths:
-        runner = make_runner(lora_model(path, dtype="float32", gradient_checkpointing=True), "float32")
-        for mode, attention in (("tree", runner.attention), ("packed", UnslothPacked())):
-            runner.mode, runner.attention = mode, attention
+        model = lora_model(path, dtype="float32")
+        for mode, attention in (("tree", UnslothTree()), ("packed", UnslothPacked())):
+            passes_runner.choose_mode = lambda *_, found=(mode, "", attention): found
+            runner = make_runner(model, "float32")
             with HostWaits() as counted:
                 runner.run_once(make_rows(1), 1.0, torch.Tensor.backward)
             result[mode].append(counted.counts)
@@ -399,7 +401,7 @@ def main(arguments: list[str]) -> int:
     what, *more = arguments
     if what.endswith(".py"):
         patch_and_import()
-        return importlib.import_module(what.removesuffix(".py").replace("/", ".")).main(more)
+        return importlib.import_module(what.removesuffix(".py")).main(more)
     with contextlib.redirect_stdout(sys.stderr):
         patch_and_import()
         if what in ("gradients", "waits"):

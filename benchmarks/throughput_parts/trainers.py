@@ -373,9 +373,8 @@ def _steps_in_order(trainer, sizes: list[int]):
     return StepLoader(trainer.train_dataset, batch_sampler=InOrder(), collate_fn=trainer.data_collator)
 
 
-def main(arguments: list[str]) -> None:
-    """Entry point of a trainer's process: reads its task from a file, writes `<task>.result`."""
-    (task_file,) = arguments
+def child(task_file: str) -> None:
+    """Entry point of a trainer's process: reads its task, writes `<task>.result`."""
     task = Namespace(**json.loads(Path(task_file).read_text(encoding="utf-8")))
     import torch
 
@@ -391,4 +390,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    child(sys.argv[1])
