@@ -64,16 +64,20 @@ def test_mlflow(inputs, tmp_path):
 
 
 def test_trackio(inputs, tmp_path):
+    """Two runs of one name, in two folders: two runs of the tracker, each continued by its own resume."""
     pytest.importorskip("trackio")
-    tracked_twice("trackio", inputs, tmp_path, TRACKIO_DIR=str(tmp_path / "trackio"))
+    for folder in ("one", "two"):
+        tracked_twice("trackio", inputs, tmp_path / folder, TRACKIO_DIR=str(tmp_path / "trackio"))
     (path,) = (tmp_path / "trackio").glob("*.db")
     with sqlite3.connect(path) as database:
-        metrics = [json.loads(row[0]) for row in database.execute("SELECT metrics FROM metrics")]
-        names = {row[0] for row in database.execute("SELECT DISTINCT run_name FROM metrics")}
-        (config,) = [json.loads(row[0]) for row in database.execute("SELECT config FROM configs")]
-    assert names == {"run"}
-    assert sorted(one["train/global_step"] for one in metrics if "train/loss" in one) == [1, 2, 3, 4]
-    assert (config["rank"], config["alpha"], config["format"]) == (4, 8, "chatml")
+        rows = [(name, json.loads(row)) for name, row in database.execute("SELECT run_name, metrics FROM metrics")]
+        configs = [json.loads(row[0]) for row in database.execute("SELECT config FROM configs")]
+    names = {json.loads((tmp_path / folder / "run" / "tracker.json").read_text())["run"] for folder in ("one", "two")}
+    assert len(names) == 2 and all(name.startswith("run ") for name in names)
+    for name in names:
+        steps = sorted(one["train/global_step"] for of, one in rows if of == name and "train/loss" in one)
+        assert steps == [1, 2, 3, 4]
+    assert [(one["rank"], one["alpha"], one["format"]) for one in configs] == [(4, 8, "chatml")] * 2
 
 
 def test_wandb(inputs, tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from transformers import TrainerCallback
@@ -38,6 +40,10 @@ def tracker_callback(name: str, experiment: Experiment) -> TrainerCallback:
             self.path = experiment.folder / STATE
             self.record = read_state(self.path, name) if state.global_step else {}
             self.sent = dict(self.record.get("sent", {}))  # by the earlier process: its steps are repeated
+            if name == "trackio":  # continues any run of the same name: a new run needs a name of its own
+                self.run_name = self.record.get("run") or args.run_name + ("" if self.record else f" {token_hex(2)}")
+                args = copy.copy(args)
+                args.run_name = self.run_name
             with self.guarded(), environment(RESUMERS[name](self, self.record.get("run"), experiment.folder)):
                 super().on_train_begin(args, state, control, **kwargs)
                 if name == "wandb":
@@ -144,13 +150,13 @@ RESUMERS = {
     "tensorboard": _resume_tensorboard,
     "wandb": lambda callback, run, folder: {"WANDB_RUN_ID": run, "WANDB_RESUME": "allow"} if run else {},
     "mlflow": lambda callback, run, folder: {"MLFLOW_RUN_ID": run} if run else {},
-    "trackio": lambda callback, run, folder: {},  # continues the run of the same name
+    "trackio": lambda callback, run, folder: {},
 }
 RUN_IDS = {
     "tensorboard": lambda callback: callback.logging_dir,
     "wandb": lambda callback: callback._wandb.run.id,
     "mlflow": lambda callback: callback._ml_flow.active_run().info.run_id,
-    "trackio": lambda callback: None,
+    "trackio": lambda callback: callback.run_name,
 }
 PARAMETERS = {
     "tensorboard": lambda callback, values: callback.tb_writer.add_text("parameters", json.dumps(values)),
