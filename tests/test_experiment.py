@@ -164,7 +164,7 @@ def test_incomplete_checkpoint_is_skipped(tmp_path, name, cut):
 @pytest.mark.parametrize(
     ("name", "text", "why"),
     [
-        ("trainer_state.json", "[]", "trainer_state.json: "), (COUNTERS, "3", "not complete"),
+        ("trainer_state.json", "[]", "trainer_state.json: "), (COUNTERS, "3", "not an object"),
         ("trainer_state.json", '{"global_step": 7}', "of step 7: the folder was renamed"),
         *(
             ("trainer_state.json", json.dumps({"global_step": 4} | change), rf"trainer_state.json, {entry}")
