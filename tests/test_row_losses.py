@@ -15,6 +15,8 @@ from finetune.encoding.token_files import encode_file, encoded_rows
 from finetune.preparing.audit import audit, print_audit
 from finetune.preparing.preparation import PrepareOptions, prepare
 from finetune.preparing.preparation_report import print_prepared
+from finetune.settings import Settings
+from finetune.training.run_table import print_run_table
 from formats import choose_format
 from tests.formats import own_templates as own
 from tests.formats.cases import CLOCK, calls, row, says, user
@@ -54,8 +56,11 @@ def test_turns_are_counted_beside_rows(tokenizer, fmt, tmp_path, caplog, capsys)
     """The second turn of a row is another one: 3 turns in 2 rows."""
     asked = says("Open.", reasoning_content="Since five."), user("And West?"), says("Open.", reasoning_content="Too.")
     rows = [row(user("Is Nord open?"), *asked), REASONED[1]]
-    report = encode_conversations(rows, tokenizer, fmt, num_proc=1, progress=False).report
-    assert [(one["turns"], one["rows"]) for one in report["warnings"]] == [(3, 2)]
+    options = EncodingOptions(max_seq_length=512)
+    encoded = encode_conversations(rows, tokenizer, fmt, options, num_proc=1, progress=False)
+    assert [(one["turns"], one["rows"]) for one in encoded.report["warnings"]] == [(3, 2)]
+    print_run_table(Settings(model="smollm2-135m"), encoded, None, fmt)
+    assert f"3 turns in 2 rows: {PLACE} (first: row 1)" in capsys.readouterr().out
     source = tmp_path / "ferry.jsonl"
     source.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
     with caplog.at_level(logging.WARNING):
@@ -119,7 +124,6 @@ def test_run_says_that_its_calls_cannot_be_read(caplog, tokenizer):
 @pytest.mark.parametrize("name,said", [("chatml", True), ("qwen", False), ("auto", False)])
 def test_training_says_how_a_named_format_differs(monkeypatch, caplog, name, said):
     import train_lora
-    from finetune.settings import Settings
     from tests import parts
 
     monkeypatch.setattr("finetune.models.loading.load_tokenizer", lambda *_: parts.tokenizer("qwen3"))

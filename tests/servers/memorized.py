@@ -108,13 +108,13 @@ def memorize(model: Any, sequences: list[Any], answered: list[int], max_steps: i
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min((step + 1) / 30, 1 - step / max_steps)
         hidden = llama.model(**inputs, use_cache=False).last_hidden_state[trained]
         losses = cross_entropy(torch.cat([hidden @ head.T, others], dim=1), targets, reduction="none")
+        loss = losses.max().item()
+        if loss < MAX_LOSS:  # of these weights, not of those before a last step
+            break
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        loss = losses.max().item()
-        if loss < MAX_LOSS:
-            break
     return loss
 
 
