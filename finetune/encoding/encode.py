@@ -123,7 +123,7 @@ def _encode_in_pool(
     # spawn works on Linux and Windows and never copies the threads of a running torch
     context = multiprocessing.get_context("spawn")
     torchless = type(tokenizer).__module__.startswith("transformers.")  # a tokenizer's own code may need torch
-    done = 0
+    done, before = 0, set(multiprocessing.active_children())
     with tempfile.TemporaryDirectory(prefix="sandwich-") as folder:
         # Through a pipe it would not fit at once, and the start would wait forever for a worker that died before.
         payload = Path(folder) / "payload"
@@ -135,6 +135,9 @@ def _encode_in_pool(
                     yield chunk
             except BrokenProcessPool:
                 log.warning("a process that turns rows into tokens died (out of memory?); this one does the rest")
+                # The pool does not end one that was just starting, and would wait for it forever.
+                for process in set(multiprocessing.active_children()) - before:
+                    process.kill()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
     for start, rows in work[done:]:

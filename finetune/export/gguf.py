@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,16 +21,20 @@ from finetune.export.llama_check import (
     compare_first_tokens,
     first_tokens,
     reads_calls,
+    splits_alike,
     stop_strings,
 )
 from finetune.export.merged import MergedModel, write_merged
 from finetune.export.targets import Job, target
+from finetune.models.bundled import resolve_model
+from finetune.models.hub import hub_token
 from finetune.models.remote_code import strip_code
 from finetune.progress import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from finetune.runs.find import Run
     from formats import Format
 
 CONVERTED = ("f16", "bf16", "f32", "q8_0")  # written by the converter; all others need llama-quantize
@@ -81,12 +87,18 @@ def write_gguf(job: Job, quantizations: Sequence[str], tools: Tools) -> tuple[li
         template = llama_cpp_template(merged.format)
         set_end_token(merged.tokenizer, merged.format, Path(temporary))
         (Path(temporary) / "chat_template.jinja").write_text(template, encoding="utf-8")
+        copy_vocabulary(job.run, merged.tokenizer, Path(temporary))
         strip_code(Path(temporary))  # the converter loads tokenizers with trust_remote_code
         paths = convert(Path(temporary), folder, job.name, quantizations, tools)
     for path in paths:
         check_gguf(path, template, check_tokenizer(merged.tokenizer, merged.format))
         if importlib.util.find_spec("xllamacpp"):
             say(f"{path.name}: {compare_first_tokens(path, expected)}")
+    if importlib.util.find_spec("xllamacpp") and not splits_alike(paths[0], merged):
+        say(
+            "warning: llama.cpp splits prompts into other tokens than this model was trained with, so its answers are "
+            "worse; serve it with --to vllm or --to merged"
+        )
     if merged.format.has_tools and importlib.util.find_spec("xllamacpp") and reads_calls(paths[0], merged) is False:
         say(
             f"warning: llama.cpp's server did not read a written call of {merged.format.name}; "
@@ -157,6 +169,26 @@ def convert(merged: Path, folder: Path, name: str, quantizations: Sequence[str],
         f16.unlink()
         paths.remove(f16)
     return paths
+
+
+def copy_vocabulary(run: Run, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Copy the base's SentencePiece vocabulary: Transformers saves `tokenizer.json` alone, which has no scores.
+
+    Also say whether text behind a control token gets a space, which llama.cpp otherwise adds.
+    """
+    from transformers.utils import cached_file
+
+    path = cached_file(
+        resolve_model(run.base_name), "tokenizer.model", revision=run.base_revision, token=hub_token(),
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )  # fmt: skip
+    if path and Path(path).read_bytes()[:1] == b"\n":  # some models have a text file of tiktoken's under this name
+        shutil.copyfile(path, folder / "tokenizer.model")
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        behind = tokenizer.tokenize(f"{tokenizer.bos_token}a", add_special_tokens=False)
+        config["add_prefix_space"] = behind[-1] != "a"
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def set_end_token(tokenizer: PreTrainedTokenizerBase, fmt: Format, folder: Path) -> None:

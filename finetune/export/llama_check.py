@@ -201,12 +201,30 @@ def reads_calls(path: Path, merged: MergedModel) -> bool | None:
     return False if is_as_written else None
 
 
+def splits_alike(path: Path, merged: MergedModel) -> bool:
+    """Whether llama.cpp splits a prompt of its own into the tokens that the model's tokenizer makes of this text."""
+    tokenizer, request = merged.tokenizer, {"messages": CALL["messages"][:1]}
+    with llama_server(path) as server:
+        prompt = _apply_template(server.listening_address, request)
+        if prompt is None:
+            return True  # nothing to compare
+        text = {"content": prompt, "add_special": True, "parse_special": True}
+        theirs = _post(server.listening_address, "/tokenize", text)["tokens"]
+    ours = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    start = [tokenizer.bos_token_id]  # which side adds it depends on the template
+    return theirs[theirs[:1] == start :] == ours[ours[:1] == start :]
+
+
 def _apply_template(url: str, request: dict[str, Any]) -> str | None:
     """The prompt that a llama.cpp server makes of a request; None if it refuses it."""
+    return _post(url, "/apply-template", request).get("prompt")
+
+
+def _post(url: str, route: str, request: dict[str, Any]) -> dict[str, Any]:
     connection = http.client.HTTPConnection(url.removeprefix("http://"))
     with contextlib.closing(connection):
-        connection.request("POST", "/apply-template", json.dumps(request), {"Content-Type": "application/json"})
-        return json.load(connection.getresponse()).get("prompt")
+        connection.request("POST", route, json.dumps(request), {"Content-Type": "application/json"})
+        return json.load(connection.getresponse())
 
 
 def compare_first_tokens(path: Path, expected: list[FirstToken]) -> str:
