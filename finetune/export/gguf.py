@@ -186,7 +186,7 @@ def copy_vocabulary(run: Run, tokenizer: PreTrainedTokenizerBase, folder: Path) 
     if path and Path(path).read_bytes()[:1] == b"\n":  # some models have a text file of tiktoken's under this name
         shutil.copyfile(path, folder / "tokenizer.model")
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        behind = tokenizer.tokenize(f"{tokenizer.bos_token}a", add_special_tokens=False)
+        behind = tokenizer.tokenize(f"{tokenizer.bos_token or tokenizer.eos_token}a", add_special_tokens=False)
         config["add_prefix_space"] = behind[-1] != "a"
         (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
