@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
-import urllib.error
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -55,7 +51,7 @@ def count(name: str) -> tuple[dict[str, int], list[tuple[str, str | None, str | 
     from transformers import AutoTokenizer
 
     from finetune.export.gguf import llama_cpp_template
-    from finetune.export.llama_check import llama_server
+    from finetune.export.llama_check import apply_template, llama_server
     from finetune.models.bundled import smollm2_dir
     from tests.formats.cases import ROWS
 
@@ -86,20 +82,6 @@ def count(name: str) -> tuple[dict[str, int], list[tuple[str, str | None, str | 
             if outcome not in ("same", "both refuse"):
                 different.append((case, ours, theirs))
     return counts, different, refusals
-
-
-def apply_template(address: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str | None:
-    """The prompt that a llama.cpp server renders for an OpenAI request; None when it refuses."""
-    messages = json.loads(json.dumps(messages))
-    for call in (call for message in messages for call in message.get("tool_calls", [])):
-        call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
-    body = json.dumps({"messages": messages, **({"tools": tools} if tools else {})}).encode()
-    request = urllib.request.Request(f"{address}/apply-template", body, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)["prompt"]
-    except urllib.error.HTTPError:
-        return None
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
 import threading
 import time
@@ -112,6 +113,33 @@ def test_killed_worker_loses_no_rows(tokenizer, monkeypatch, caplog):
     together = encode_conversations(rows, tokenizer, FMT, num_proc=2, progress=False)
     killer.join()
     assert "died" in caplog.text and same(alone, together)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
+@pytest.mark.parametrize("when", ["before its start", "behind its start"])
+def test_worker_that_starts_while_another_dies(when, tokenizer, monkeypatch, caplog):
+    """The pool either cannot start it, or forgets it: nobody would end it, and this process would wait at its exit."""
+    monkeypatch.setattr(encoding, "CHUNK_ROWS", 3)
+    before, tried = set(multiprocessing.active_children()), []
+    start = multiprocessing.context.SpawnProcess.start
+
+    def start_late(process):
+        tried.append(process)
+        if when == "behind its start" or len(tried) == 1:
+            start(process)
+        if len(tried) == 2:
+            tried[0].kill()
+            time.sleep(1)
+            if when == "before its start":
+                start(process)
+
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", start_late)
+    rows = [called(f"room {i}") for i in range(10)]
+    together = encode_conversations(rows, tokenizer, FMT, num_proc=2, progress=False)
+    assert "died" in caplog.text and len(tried) == 2 and len(together.rows) == len(rows)
+    for process in set(multiprocessing.active_children()) - before:
+        process.join(5)
+    assert set(multiprocessing.active_children()) == before
 
 
 # over-long rows

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 import export_lora
-from benchmarks.llama_cpp_prompts import apply_template
 from finetune.errors import UserError
 from finetune.evaluation.answer_settings import adapter_hash
 from finetune.export.gguf import find_tools, llama_cpp_template, pin_variables, read_metadata, tools_folder
 from finetune.export.hub import publish
+from finetune.export.llama_check import apply_template
 from finetune.export.targets import Job, output_folder
 from finetune.files import atomic_directory
 from finetune.runs.find import find_run

@@ -128,18 +128,18 @@ def _encode_in_pool(
         # Through a pipe it would not fit at once, and the start would wait forever for a worker that died before.
         payload = Path(folder) / "payload"
         payload.write_bytes(pickle.dumps((tokenizer, fmt, options)))
-        with ProcessPoolExecutor(processes, context, _start_worker, (str(payload), torchless)) as pool:
-            try:
-                for chunk in pool.map(_work, work):
-                    done += 1
-                    yield chunk
-            except BrokenProcessPool:
-                log.warning("a process that turns rows into tokens died (out of memory?); this one does the rest")
-                # The pool does not end one that was just starting, and would wait for it forever.
-                for process in set(multiprocessing.active_children()) - before:
-                    process.kill()
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        pool = ProcessPoolExecutor(processes, context, _start_worker, (str(payload), torchless))
+        try:
+            for chunk in pool.map(_work, work):
+                done += 1
+                yield chunk
+        except (BrokenProcessPool, OSError):  # OSError: its pipes are closed while another process is started
+            log.warning("a process that turns rows into tokens died (out of memory?); this one does the rest")
+            # The pool does not end one that was just starting, and would wait for it forever.
+            for process in set(multiprocessing.active_children()) - before:
+                process.kill()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
     for start, rows in work[done:]:
         yield encode_chunk(start, rows, tokenizer, fmt, options)
 

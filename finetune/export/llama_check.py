@@ -185,9 +185,11 @@ def reads_calls(path: Path, merged: MergedModel) -> bool | None:
         return None
     text = merged.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     user, called = CALL["messages"]
-    asked = {"messages": [user], "tools": CALL["tools"]}
-    continued = {**asked, "messages": [user, {"role": "assistant", "content": text}]}
-    request = {**continued, "temperature": 0, "max_tokens": 2, "logit_bias": [[ids[end], 1e6]]}
+    continued = [user, {"role": "assistant", "content": text}]
+    request = {
+        "messages": continued, "tools": CALL["tools"], "temperature": 0, "max_tokens": 2,
+        "logit_bias": [[ids[end], 1e6]],
+    }  # fmt: skip
     written = [(call["function"]["name"], call["function"]["arguments"]) for call in called["tool_calls"]]
     with llama_server(path) as server:
         # RuntimeError: "output that does not match the expected format"; ValueError: arguments that are not JSON
@@ -196,16 +198,16 @@ def reads_calls(path: Path, merged: MergedModel) -> bool | None:
             functions = [call["function"] for call in message.get("tool_calls") or []]
             if [(one["name"], json.loads(one["arguments"])) for one in functions] == written:
                 return True
-        before, after = (_apply_template(server.listening_address, one) for one in (asked, continued))
+        before, after = (apply_template(server.listening_address, one, CALL["tools"]) for one in ([user], continued))
     is_as_written = before is None or after in (None, f"{before}{text}")  # None: not of the expected format
     return False if is_as_written else None
 
 
 def splits_alike(path: Path, merged: MergedModel) -> bool:
     """Whether llama.cpp splits a prompt of its own into the tokens that the model's tokenizer makes of this text."""
-    tokenizer, request = merged.tokenizer, {"messages": CALL["messages"][:1]}
+    tokenizer = merged.tokenizer
     with llama_server(path) as server:
-        prompt = _apply_template(server.listening_address, request)
+        prompt = apply_template(server.listening_address, CALL["messages"][:1])
         if prompt is None:
             return True  # nothing to compare
         text = {"content": prompt, "add_special": True, "parse_special": True}
@@ -215,9 +217,12 @@ def splits_alike(path: Path, merged: MergedModel) -> bool:
     return theirs[theirs[:1] == start :] == ours[ours[:1] == start :]
 
 
-def _apply_template(url: str, request: dict[str, Any]) -> str | None:
+def apply_template(url: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str | None:
     """The prompt that a llama.cpp server makes of a request; None if it refuses it."""
-    return _post(url, "/apply-template", request).get("prompt")
+    messages = json.loads(json.dumps(messages))
+    for call in (call for message in messages for call in message.get("tool_calls", [])):
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"])  # as in OpenAI's requests
+    return _post(url, "/apply-template", {"messages": messages, **({"tools": tools} if tools else {})}).get("prompt")
 
 
 def _post(url: str, route: str, request: dict[str, Any]) -> dict[str, Any]:
