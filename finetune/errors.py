@@ -106,6 +106,10 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
             if error.filename is None or error.errno not in _BAD_PATH:
                 raise
             return _report(f"{error.filename}: {error.strerror or error}; check its name and permissions")
+        except BaseException as error:  # not an Exception: a Rust library panics, such as at a pattern of a tokenizer
+            if type(error).__name__ != "PanicException":
+                raise
+            return _report(f"a library failed ({error}); a tokenizer or another file of the model may be damaged")
 
     return wrapped
 
