@@ -12,7 +12,7 @@ from typing import Any
 from finetune.errors import UserError, one_line_errors
 from finetune.files import write_json
 from finetune.flags.types import FlagParser, nonnegative_float, positive_int, positive_ints
-from finetune.progress import say
+from finetune.progress import print_text, say
 from formats import check_format_name, check_tokenizer
 
 DEFAULT_TOLERANCE = 0.01
@@ -164,8 +164,10 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
         update_model_card(card, comparison)
     print_markdown(comparison)
     if len(scored) == 2:
-        print(f"\nOne request, side by side:\n{one_request(scored)}")
-    print(f"\nwritten to {folder}: " + ", ".join(sorted(p.name for p in written)) + ", *_metrics.json, *_results.jsonl")
+        print_text(f"\nOne request, side by side:\n{one_request(scored)}")
+    print_text(
+        f"\nwritten to {folder}: " + ", ".join(sorted(p.name for p in written)) + ", *_metrics.json, *_results.jsonl"
+    )
     return 0
 
 
@@ -198,7 +200,7 @@ def decide(args: argparse.Namespace, run: Any, items: list[Any], folder: Path) -
         sources=source_names(args), seed=args.seed,
     )  # fmt: skip
     print_markdown(report)
-    print(f"\nwritten to {folder}: comparison.md, *_metrics.json, *_decisions.jsonl")
+    print_text(f"\nwritten to {folder}: comparison.md, *_metrics.json, *_decisions.jsonl")
     return 0
 
 
@@ -254,7 +256,7 @@ def report_ranks(args: argparse.Namespace, run: Any, items: list[Any], folder: P
     )  # fmt: skip
     written = write_rank_report(report, folder)
     print_markdown(ranks_markdown(report))
-    print(f"\nwritten to {folder}: " + ", ".join(path.name for path in written))
+    print_text(f"\nwritten to {folder}: " + ", ".join(path.name for path in written))
     return 0
 
 
@@ -266,7 +268,7 @@ def list_suspects(args: argparse.Namespace, run: Any, items: list[Any], folder: 
     check_suspects(run)
     written, table = report_suspects(run, *load_model(args), args.suspects, folder)
     print_markdown(table)
-    print(f"\nwritten to {folder}: " + ", ".join(path.name for path in written))
+    print_text(f"\nwritten to {folder}: " + ", ".join(path.name for path in written))
     return 0
 
 

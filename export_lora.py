@@ -10,7 +10,7 @@ from finetune.errors import UserError, one_line_errors
 from finetune.export import adapter, gguf, hub, merged, ollama, vllm  # noqa: F401 (each registers its target)
 from finetune.export.targets import TARGETS
 from finetune.flags.types import FlagParser, nonnegative_float, positive_int
-from finetune.progress import say
+from finetune.progress import print_text, say
 
 EXAMPLES = """examples:
   python export_lora.py experiments/RUN --to merged                      16-bit safetensors for any server
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         finish = TARGETS[args.to].export(job)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     say(f"{size / 1e6:,.1f} MB in {output}")
-    print(output)
+    print_text(output)
     if finish:
         finish(output)
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetune.errors import UserError, one_line_errors
 from finetune.flags.types import FlagParser, number_type, positive_float, positive_int, text
+from finetune.progress import print_text
 
 EXAMPLES = """examples:
   python gpu_memory.py estimate --model Qwen/Qwen2.5-1.5B-Instruct --card 6
@@ -117,7 +118,7 @@ def estimate(args: argparse.Namespace) -> int:
     plan = MemoryPlan(shape, workload, capacity)
     step_rows = args.batch_size * args.grad_accum if args.grad_accum else max(16, args.batch_size)
     if args.json:
-        print(json.dumps(tables.as_json(plan, place, step_rows), indent=2))
+        print_text(json.dumps(tables.as_json(plan, place, step_rows), indent=2))
         return 0
     model = args.model or f"a model of {args.model_size:g} B"
     tables.print_estimate(tables.wide_console(), plan, model, place, step_rows)
@@ -172,14 +173,14 @@ def monitor(args: argparse.Namespace) -> int:
             log = GpuLog(args.output) if args.output else None
             watch(driver, log, wide_console(), interval=args.interval, samples=args.samples)
     except NoDriver as reason:
-        print(f"Nothing to watch: {reason}.")
+        print_text(f"Nothing to watch: {reason}.")
         return 0
     finally:
         for number, handler in zip(stops, before, strict=True):
             signal.signal(number, handler)
     if log is not None and log.records:
         picture = draw(read_log(log.path), args.plot or log.path.with_suffix(".png"))
-        print(f"{log.records} records in {log.path}, drawn in {picture}")
+        print_text(f"{log.records} records in {log.path}, drawn in {picture}")
     return 0
 
 
@@ -187,7 +188,7 @@ def plot(args: argparse.Namespace) -> int:
     """Draw the picture of a log, also of one left by a killed monitor."""
     from finetune.memory.watch import draw, read_log
 
-    print(draw(read_log(args.log), args.output or args.log.with_suffix(".png")))
+    print_text(draw(read_log(args.log), args.output or args.log.with_suffix(".png")))
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from finetune.errors import UserError, one_line_errors
 from finetune.flags.types import FlagParser, folder_name, positive_int
 from finetune.packages import hide_torch
+from finetune.progress import print_text, say
 
 EXAMPLES = """examples:
   prepare_data.py rows.jsonl more.parquet --output data/processed        normalise, check, split 80/10/10
@@ -187,7 +188,7 @@ def load_tokenizer_and_format(args: argparse.Namespace) -> tuple:
     tokenizer = load_tokenizer(args.tokenizer, trust_remote_code=args.trust_remote_code)
     fmt, why = load_format(args.format, tokenizer)
     check_tokenizer(tokenizer, fmt)
-    print(f"format {fmt.name} ({why})", file=sys.stderr)
+    say(f"format {fmt.name} ({why})")
     return tokenizer, fmt
 
 
@@ -273,7 +274,7 @@ def encode(args: argparse.Namespace) -> int:
         positions=known_positions(args.tokenizer, args.trust_remote_code), **reading_options(args),
     )  # fmt: skip
     statuses = ", ".join(f"{n} {status}" for status, n in counts.items())
-    print(f"{counts.total()} rows: {statuses} -> {args.output}")
+    print_text(f"{counts.total()} rows: {statuses} -> {args.output}")
     return 0
 
 
@@ -286,7 +287,9 @@ def parse(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.tokenizer, trust_remote_code=args.trust_remote_code) if args.tokenizer else None
     fmt, _ = load_format(args.format, tokenizer)
     counts = parse_file(args.input, args.output, fmt, overwrite=args.overwrite)
-    print(f"{counts['read']} texts read, {counts['with errors']} with errors, {counts['calls']} calls -> {args.output}")
+    print_text(
+        f"{counts['read']} texts read, {counts['with errors']} with errors, {counts['calls']} calls -> {args.output}"
+    )
     return 0
 
 
@@ -307,7 +310,7 @@ def show(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.html:
         show_html(entries, tokenizer, f"{fmt.name}: {', '.join(args.inputs)}", args.html)
-        print(f"written: {args.html}")
+        print_text(f"written: {args.html}")
     else:
         show_terminal(entries, tokenizer)
     return 0
@@ -341,7 +344,7 @@ def generate(args: argparse.Namespace) -> int:
     if args.reasons and args.phrasings:
         raise UserError("--reasons is for the generic wording; write `reasoning` into the file of --phrasings")
     for path, counts in generate_files(args.tools, args.output, **{name: getattr(args, name) for name in names}):
-        print(f"{path}: {counts.total()} rows (" + ", ".join(f"{n} {kind}" for kind, n in counts.items()) + ")")
+        print_text(f"{path}: {counts.total()} rows (" + ", ".join(f"{n} {kind}" for kind, n in counts.items()) + ")")
     return 0
 
 

@@ -23,7 +23,7 @@ from finetune.flags.types import (
     positive_int,
     text,
 )
-from finetune.progress import printable
+from finetune.progress import print_text
 from finetune.settings import FLAGS
 from finetune.sweep import grid
 from finetune.sweep.from_largest import largest_points
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.experiments_dir / (args.name or default_name(points, identity))
     if args.dry_run:
         for point in points:
-            print(printable(f"{folder / point.name}: train_lora.py {shlex.join(point.arguments())}"))
+            print_text(f"{folder / point.name}: train_lora.py {shlex.join(point.arguments())}")
         return 0
 
     # 2. Create the folder, or open it to resume the sweep.
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         log.info("%s", best.text())
         if best.metric != "eval_loss":
             log.info("(training loss favours large ranks; --eval_fraction or --eval_dataset gives a fair comparison)")
-    print(folder)
+    print_text(folder)
     if status == INTERRUPTED:
         log.warning("interrupted; rerun the same command to resume")
         return 130

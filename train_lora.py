@@ -17,6 +17,7 @@ from finetune.errors import Terminated, UserError, one_line_errors
 from finetune.files import free_path
 from finetune.models.bundled import cache_dir
 from finetune.packages import hide_unused, install_command, wants_wandb
+from finetune.progress import print_text
 from finetune.runs.experiment import (
     CONFIG,
     Experiment,
@@ -403,7 +404,7 @@ def finish(experiment: Experiment, repository: str | None) -> None:
         ending["reason"], steps, ending["max_steps"], ending["adapter_step"], loss, why,
     )  # fmt: skip
     print_closing_table(experiment)
-    print(experiment.folder)
+    print_text(experiment.folder)
     if repository:
         from finetune.export.hub import publish
 

@@ -10,6 +10,7 @@ from finetune.charts import curves
 from finetune.charts.plots import check_picture_type
 from finetune.errors import UserError, one_line_errors
 from finetune.flags.types import FlagParser, nonnegative_int
+from finetune.progress import print_text
 
 DEFAULT_PICTURE = "loss_comparison.png"
 EXAMPLES = """examples:
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
 
         write_page(comparison, table, args.html, x=args.x, log_y=args.log_y, smooth=args.smooth)
     for path in outputs:
-        print(f"{'replaced' if path in replaced else 'wrote'} {path}")
+        print_text(f"{'replaced' if path in replaced else 'wrote'} {path}")
     return 0
 
 

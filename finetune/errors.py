@@ -10,6 +10,7 @@ import io
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,9 @@ def require(module: str, purpose: str) -> None:
 def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
     """Decorate a script's `main`: errors that a user can cause become one `error: …` line on stderr.
 
-    UserError, FormatError, a missing package and system errors of a path: exit status 2. A full disk: 1, so that a
-    sweep tries the run again. Ctrl-C: 130; SIGTERM: 143. A closed pipe (`| head`): no message and the status of `main`.
+    UserError, FormatError, a missing package and system errors of a path: exit status 2. A full disk or memory: 1, so
+    that a sweep tries the run again. Ctrl-C: 130; SIGTERM: 143. A closed pipe (`| head`): no message and the status of
+    `main`.
     """
 
     @functools.wraps(main)
@@ -91,6 +93,11 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
         except BrokenPipeError:
             _discard_stdout()
             return code
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
+            return _report(f"out of memory ({reason}); what helps is in docs/memory.md", code=1)
         except OSError as error:
             if error.errno in NO_SPACE:
                 if error.filename is None:
@@ -99,6 +106,10 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
             if error.filename is None or error.errno not in _BAD_PATH:
                 raise
             return _report(f"{error.filename}: {error.strerror or error}; check its name and permissions")
+        except BaseException as error:  # not an Exception: a Rust library panics, such as at a pattern of a tokenizer
+            if type(error).__name__ != "PanicException":
+                raise
+            return _report(f"a library failed ({error}); a tokenizer or another file of the model may be damaged")
 
     return wrapped
 
@@ -124,6 +135,16 @@ def _discard_stdout() -> None:
 def _report(reason: str, code: int = 2) -> int:
     print(f"error: {printable(without_passwords(' '.join(reason.split())))}", file=sys.stderr)
     return code
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's error has a class of its own; PyTorch's CPU allocator and C++ raise a plain RuntimeError."""
+    own = "out of memory|can't allocate memory|std::bad_alloc"
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and re.search(own, str(error)) is not None)
+    )
 
 
 def no_room(error: BaseException) -> str | None:

@@ -57,6 +57,11 @@ class _WhenRichIsImported(importlib.abc.MetaPathFinder):
             _patch_rich()
 
 
+def print_text(text: object) -> None:
+    """Print the text on stdout."""
+    print(printable(str(text)))
+
+
 def say(text: str) -> None:
     """Print a status line to stderr; stdout is for results."""
     print(printable(text), file=sys.stderr, flush=True)

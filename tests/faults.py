@@ -57,7 +57,7 @@ PATIENCE_SECONDS = 30
 _parents: list[ParentProcess] = []  # the process with rank 0 is forked from the first one, and so on
 
 
-def write_byte_model(folder: Path) -> Path:
+def write_byte_model(folder: Path, **changes: Any) -> Path:
     """A random Llama of two small layers with a token for each byte: a run of it takes seconds, its files are small."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -70,7 +70,8 @@ def write_byte_model(folder: Path) -> Path:
         tokenizer_object=tokens, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
     tokenizer.save_pretrained(folder)
-    tiny_llama(tokenizer, hidden_size=32, intermediate_size=64, max_position_embeddings=8192).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 8192} | changes
+    tiny_llama(tokenizer, **sizes).save_pretrained(folder)
     return folder
 
 

@@ -420,6 +420,32 @@ def test_user_error_of_a_full_disk_exits_with_1(tmp_path, capsys):
     assert one_line_errors(fail)(UserError("row 3 says: No space left on device")) == 2
 
 
+@pytest.mark.parametrize("size", [1 << 50, 1 << 62])
+def test_out_of_memory_exits_with_1(size, tmp_path, capsys):
+    """The errors of PyTorch's allocator and of Python's."""
+    import torch
+
+    allocate = torch.empty if size == 1 << 50 else bytearray
+    with (
+        pytest.raises((RuntimeError, MemoryError)),
+        Experiment.create(tmp_path, "run", {}, exact_name=True).record_outcome(),
+    ):
+        allocate(size)
+    assert one_line_errors(allocate)(size) == 1
+    said = capsys.readouterr().err
+    assert said.count("error: out of memory (") == 1 and "Traceback" not in said
+
+
+def test_panic_of_a_rust_library_is_one_line(capsys):
+    """A tokenizer's pattern that backtracks without an end."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    assert one_line_errors(tokenizer.encode)("a" * 100 + "b") == 2
+    assert "error: a library failed (" in capsys.readouterr().err
+
+
 def test_error_hides_passwords_and_full_disk_exits_1(capsys):
     assert one_line_errors(fail)(UserError("model https://u:hush@host/x and ssh://hush@h: no")) == 2
     assert one_line_errors(fail)(OSError(errno.ENOSPC, "No space left on device", "run/x")) == 1

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ from finetune.runs.manifest import write_manifest
 from tests import faults
 from tests.scripts import run_script
 from tests.test_manifest import flip_256_bytes, zero_4_kb
-from tests.training_runs import config_of, log_rows, run
+from tests.training_runs import config_of, conversation, log_rows, run, write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="signals, limits and mounts of Unix")]
 FLAGS = (
@@ -223,6 +224,30 @@ def test_clock_that_jumps_back(tmp_path, training, expected):
     for age, path in enumerate(kept):
         os.utime(path, (1e9 - age * 1e6, 1e9 - age * 1e6))
     assert "resumed from step 6" in run("--resume", tmp_path / "run").stderr
+
+
+@pytest.mark.parametrize(("room", "code"), [(100 << 20, 0), (0, 1)])
+def test_out_of_memory(room, code, tmp_path):
+    """The address space is limited during the run: half of a pass fits, or nothing does."""
+    import resource
+
+    model = faults.write_byte_model(tmp_path / "model", hidden_size=256, intermediate_size=4096)
+    rows = [conversation(0) for _ in range(16)]
+    for number, row in enumerate(rows):
+        row["messages"][0]["content"] = "Which city is it? " * 9 + f"rain {number} " * 50
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    arguments = ("--model", model, "--dataset", data, "--batch_size", 8, "--grad_accum", 1, "--max_steps", 3,
+                 "--tokens_per_pass", 9000, "--dtype", "float32", *FLAGS[:2], *FLAGS[-4:])  # fmt: skip
+    with running(tmp_path, *arguments, "--experiments_dir", tmp_path) as group:
+        size = int(Path(f"/proc/{group.ids[0]}/statm").read_text().split()[0]) * resource.getpagesize() + room
+        resource.prlimit(group.ids[0], resource.RLIMIT_AS, (size, size))
+        assert group.poll(300) and group.codes == [code], group.text()
+    if code:
+        ends_in_one_line(code, group.text(), "out of memory", 1)
+    else:
+        assert "out of memory; continuing with" in group.text()
+    config = config_of(tmp_path / "run")
+    assert (config["status"], config.get("steps")) == (("failed", None) if code else ("finished", 3))
 
 
 def test_vanished_folder_ends_the_run(tmp_path, training):

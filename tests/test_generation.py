@@ -241,7 +241,7 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
 
     def limited(self, input_ids, **options):
         if input_ids.shape[0] > limit:
-            raise torch.OutOfMemoryError
+            torch.empty(1 << 50)  # more than any machine has
         return forward(self, input_ids, **options)
 
     monkeypatch.setattr(type(model), "forward", limited)

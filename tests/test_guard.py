@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from finetune.chat import guard
+from finetune.chat import address, guard
 from finetune.chat.guard import MAX_BODY_BYTES, Access, Guard, server_token
 
 JSON = {"content-type": "application/json"}
@@ -212,3 +212,8 @@ def test_gguf_proxy_passes_on_only_the_api():
     for body in (b"[" * 100_000, b"[]", b'{"parallel_tool_calls": false}', b'{"tool_choice": {}}'):
         assert request(app=app, body=body)[0] == 400
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize(("host", "shown"), [("::1", "http://[::1]:80"), ("localhost", "http://localhost:80")])
+def test_url_of_a_server(host, shown):
+    assert address.url(host, 80) == shown

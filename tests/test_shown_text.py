@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 
@@ -10,8 +11,11 @@ import pytest
 
 from finetune.charts.tables import csv_text
 from finetune.errors import UserError, one_line_errors
+from finetune.flags.types import FlagParser
 from finetune.logs import log, log_to_file, start_logging
 from finetune.progress import printable, protect_rich, say
+from tests.exported import make_run
+from tests.scripts import ROOT
 
 ESCAPES = [
     "\x1b]0;title\x07",
@@ -84,12 +88,36 @@ def test_rich_keeps_its_own_styles():
 
 @pytest.mark.parametrize("text", ["=HYPERLINK(1)", "+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1"])
 def test_formula_cells_are_prefixed(text):
-    assert csv_text(text) == "'" + text
+    assert csv_text(text) == "'" + printable(text)
 
 
 @pytest.mark.parametrize("value", [-1.5, 3, None, "run=1", "", True])
 def test_other_cells_are_unchanged(value):
-    assert csv_text(value) is value
+    assert csv_text(value) == value
+
+
+def test_text_is_printed_by_print_text_and_say():
+    """Folders and files of others have names, too; doctor.py and settings.py print what is of this machine or ours."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("finetune/**/*.py")]
+    printing = {file.name for file in files if re.search(r"^ *print\(", file.read_text(encoding="utf-8"), re.MULTILINE)}
+    assert printing == {"progress.py", "errors.py", "types.py", "doctor.py", "settings.py"}
+
+
+def test_tables_in_markdown_are_printable(tmp_path):
+    from finetune.evaluation.report import comparison_markdown
+    from finetune.runs.experiment import Experiment
+    from finetune.runs.model_card import model_card
+
+    experiment = Experiment.open(make_run(tmp_path, data=False))
+    experiment.config["base_model"] = experiment.config["flags"]["dataset"][0] = "a" + "".join(ESCAPES)
+    written = model_card(experiment) + comparison_markdown({"tuned": {"intervals_95": {}}}, {}, ESCAPES)
+    assert not set(written) & CONTROLS
+
+
+def test_flag_that_does_not_exist_is_printable(capsys):
+    with pytest.raises(SystemExit):
+        FlagParser("x").parse_args(["--\x1b[2J"])
+    assert not set(capsys.readouterr().err) & CONTROLS
 
 
 HOSTILE = [
@@ -106,7 +134,6 @@ HOSTILE = [
 def test_page_shows_markup_as_text(text):
     """A Markdown renderer that allows HTML makes only paragraphs of it."""
     import html
-    import re
 
     from finetune.chat.web import as_text
 

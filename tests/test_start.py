@@ -37,3 +37,12 @@ def test_command_imports_only_what_it_needs(command, unwanted, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8",
                           check=False)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_python_without_docstrings_is_refused():
+    code = (
+        "from finetune.errors import one_line_errors\nfrom finetune.models.loading import import_unsloth\n"
+        "raise SystemExit(one_line_errors(import_unsloth)())"
+    )
+    done = subprocess.run([sys.executable, "-OO", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("error:") == 1 and "-OO" in done.stderr, done.stderr

@@ -12,6 +12,7 @@ from finetune.charts.rows import Rows
 from finetune.charts.run_labels import Comparison
 from finetune.charts.tables import SHOWN_COLUMNS
 from finetune.files import write_text_atomic
+from finetune.progress import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +56,8 @@ def write_page(
         "rows": [[_json_number(row.get(key)) for key in shown] for row in table],
     }
     # "<" must not end the script element, whatever a run is called.
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = printable(text).replace("<", "\\u003c")
     write_text_atomic(output, TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text))
 
 

@@ -16,6 +16,7 @@ from finetune.charts.curves import duration
 from finetune.charts.plots import short_number
 from finetune.charts.run_labels import Comparison
 from finetune.files import write_text_atomic
+from finetune.progress import printable
 from finetune.terminal_tables import fit, least_width, shown_width
 
 # Column of the summary: its title and how its values are written, here and in curves_page.html (see FORMATTERS).
@@ -83,8 +84,10 @@ def _cell(value: Any, kind: str) -> str:
 
 
 def csv_text(value: Any) -> Any:
-    """A cell of a CSV; text that a spreadsheet would read as a formula gets an apostrophe before it."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    """A printable cell of a CSV; text that a spreadsheet would read as a formula gets an apostrophe before it."""
+    if not isinstance(value, str):
+        return value
+    return "'" * value.startswith(("=", "+", "-", "@", "\t", "\r")) + printable(value)
 
 
 def write_summary(path: Path, comparison: Comparison, table: list[dict[str, Any]]) -> None:

@@ -18,6 +18,11 @@ def check_address(host: str, port: int) -> None:
             raise UserError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from error
 
 
+def url(host: str, port: int) -> str:
+    """The server's URL; an IPv6 address is in brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach the address."""
     try:

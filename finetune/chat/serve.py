@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, field_validator, model_validator
 
-from finetune.chat.address import check_address
+from finetune.chat.address import check_address, url
 from finetune.chat.guard import MAX_MESSAGES, MAX_TOOLS, Access, Guard, server_token
 from finetune.chat.model import TUNED, ChatModel, Penalties
 from finetune.chat.reply import Reply
@@ -120,8 +120,8 @@ def serve(model: ChatModel, decoding: Decoding, host: str, port: int) -> None:
     """Serve until Ctrl-C. UserError when the port is in use."""
     check_address(host, port)
     token = server_token(host)
-    log.info("serving %s at http://%s:%s/v1 (models: %s) %s an API key; stop with Ctrl-C",
-             model.name, host, port, ", ".join(model.sides), "with" if token else "without")  # fmt: skip
+    log.info("serving %s at %s/v1 (models: %s) %s an API key; stop with Ctrl-C",
+             model.name, url(host, port), ", ".join(model.sides), "with" if token else "without")  # fmt: skip
     uvicorn.run(guarded(build_app(model, decoding), host, token), host=host, port=port, log_level="warning")
 
 

@@ -9,7 +9,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.chat.address import check_address
+from finetune.chat.address import check_address, url
 from finetune.chat.guard import MAX_MESSAGES, MAX_TOOLS, Access, Guard, Receive, Send, answer, read_body, server_token
 from finetune.errors import UserError
 
@@ -40,8 +40,8 @@ def serve_gguf(path: Path, host: str, port: int) -> int:
             trust_env=False,
         )
         app = Guard(Proxy(client), Access(host, token, health_path="/health"))
-        log.info("llama.cpp serves %s at http://%s:%s/v1 %s an API key; stop with Ctrl-C",
-                 path.name, host, port, "with" if token else "without")  # fmt: skip
+        log.info("llama.cpp serves %s at %s/v1 %s an API key; stop with Ctrl-C",
+                 path.name, url(host, port), "with" if token else "without")  # fmt: skip
         # Not uvicorn.run, which would end with status 0 at Ctrl-C.
         uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", lifespan="off")).run()
     return 0

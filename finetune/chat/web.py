@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.chat.address import url
 from finetune.chat.examples import Example
 from finetune.chat.guard import Access, Guard
 from finetune.chat.model import BASE, TUNED
@@ -50,7 +51,7 @@ def launch(
     """Serve the page until Ctrl-C. UserError when gradio is missing or the port is in use."""
     page = open_page(agent, system, tools, host, port, share, examples)
     password = " (with a password)" if os.environ.get(PASSWORD_VARIABLE) else ""
-    log.info("the page is at %s%s; stop with Ctrl-C", page.share_url or f"http://{host}:{port}", password)
+    log.info("the page is at %s%s; stop with Ctrl-C", page.share_url or url(host, port), password)
     try:
         threading.Event().wait()  # gradio's own wait would catch Ctrl-C and end with status 0
     finally:

@@ -41,11 +41,8 @@ def comparison_markdown(metrics: Scores, compared: Scores, heading: Sequence[str
         title = "Base against tuned"
         header = ["metric", "n", "base", "tuned", "difference", "95% interval of the difference", "p"]
         rows = [_comparison_row(name, metrics, compared.get(name, {})) for name in metric_names(metrics)]
-    return (
-        "\n".join([f"# {title}", "", *heading, "", table_markdown(header, rows)])
-        + _tool_table(metrics)
-        + _quality_table(metrics)
-    )
+    head = "\n".join([f"# {title}", "", *heading, "", table_markdown(header, rows)])
+    return printable(head + _tool_table(metrics) + _quality_table(metrics))
 
 
 def _comparison_row(name: str, metrics: Scores, test: dict[str, Any]) -> list[str]:

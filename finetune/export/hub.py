@@ -18,7 +18,7 @@ from finetune.export.adapter_files import PUBLIC_FILES, WRITTEN_FILES, copy_adap
 from finetune.export.targets import Job, target
 from finetune.models.adapter import lora_rank
 from finetune.models.hub import check_public_base, hub_token, public_base
-from finetune.progress import say
+from finetune.progress import print_text, say
 from finetune.runs.config_schema import schema_fault
 from finetune.runs.experiment import LOG, Experiment
 from finetune.runs.find import Run, find_run
@@ -41,7 +41,7 @@ def export_hub(job: Job) -> Callable[[Path], None] | None:
         )
     check_token_absent(job.folder)
     for path in _files(job.folder):
-        print(f"{path.stat().st_size:>12,}  {path.relative_to(job.folder).as_posix()}")
+        print_text(f"{path.stat().st_size:>12,}  {path.relative_to(job.folder).as_posix()}")
     if not (job.repo_id and token):
         missing = "--repo_id OWNER/NAME" if not job.repo_id else "a token with write access in HF_TOKEN"
         say(f"nothing was uploaded: that needs {missing}")

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from finetune.progress import printable
+
 Number = TypeVar("Number", int, float)
 Converter = Callable[[str], Number]
 
@@ -93,7 +95,7 @@ class FlagParser(argparse.ArgumentParser):
                 if word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") not in known
             )
         advice = "" if "did you mean" in message or "--help" in message else f"; see {self.prog} --help"
-        print(f"error: {' '.join(message.split())}{advice}", file=sys.stderr)
+        print(printable(f"error: {' '.join(message.split())}{advice}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finetune.errors import UserError
+from finetune.errors import UserError, is_out_of_memory
 from finetune.generation.plan import plan_batches
 from finetune.generation.prefix_cache import Prefix, PrefixCache, Unsupported, active_cache, prefix_attention
 
@@ -118,7 +118,9 @@ def generate(
             (generator.shared_prefix if report.method == "shared_prefix" else generator.padded)(unanswered)
         except Unsupported as error:
             report.method, report.reason = "generate", str(error)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             if decoding.batch_size == 1:
                 raise UserError("out of memory for a single row; lower --max_new_tokens") from error
             decoding = replace(decoding, batch_size=decoding.batch_size // 2)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError
+from finetune.errors import UserError, is_out_of_memory
 from finetune.models.faults import one_line
 from finetune.models.loading import import_unsloth, stdout_to_log
 
@@ -134,9 +134,9 @@ def attach_adapter(model: Any, folder: Path) -> Any:
         if 0 < (places := sum("lora_A" in name for name, _ in adapted.named_parameters())) < matrices:
             raise ValueError(f"its weights are of another model: {matrices} matrices for {places} modules")
         return adapted
-    except MemoryError:
-        raise
     except Exception as error:  # of any kind: an edited adapter_config.json can make PEFT raise anything
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         if isinstance(error, KeyError):
             reason = f"its adapter_config.json has no {reason}"

@@ -8,7 +8,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 
-from finetune.errors import UserError
+from finetune.errors import UserError, is_out_of_memory
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ def _problem(name: str, error: Exception) -> str | None:
         )
     if raised(HFValidationError):
         return "is neither a folder nor a valid Hub id; check --model"
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text, re.IGNORECASE):
+    if any(map(is_out_of_memory, chain)):
         return None
     if "file named model.safetensors" in text:
         return (

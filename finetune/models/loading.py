@@ -48,6 +48,8 @@ def import_unsloth() -> Any:
     """
     if "unsloth" in sys.modules:
         return sys.modules["unsloth"]
+    if sys.flags.optimize > 1:
+        raise UserError("Transformers reads its docstrings: start Python without -OO and PYTHONOPTIMIZE=2")
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it would contact a server at every import

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.errors import UserError
+from finetune.errors import UserError, is_out_of_memory
 from finetune.passes.attention import CpuTree, PackedAttention, UnsupportedModelError
 from finetune.passes.loss import CHUNK_POSITIONS, head_logits, head_loss, logit_transform
 from finetune.passes.plan import (
@@ -27,6 +28,7 @@ from finetune.passes.plan import (
     plan_passes,
 )
 
+log = logging.getLogger("sandwich")
 MIN_TOKENS_PER_PASS = 256
 # Allowed relative distance of hidden states; the 16-bit types round by a few thousandths in each layer.
 HIDDEN_STATE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 4e-2}
@@ -98,11 +100,12 @@ class PassRunner:
         while True:
             try:
                 return compute()
-            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or self.tokens_per_pass <= MIN_TOKENS_PER_PASS:
                     raise
             largest = max(pass_.input_ids.size for pass_ in self.plan(rows))
             self.tokens_per_pass = max(min(self.tokens_per_pass, largest) // 2, MIN_TOKENS_PER_PASS)
+            log.warning("out of memory; continuing with %s tokens per pass", f"{self.tokens_per_pass:,}")
             self.model.zero_grad()
             gc.collect()
             if torch.cuda.is_available():
@@ -253,8 +256,3 @@ def incompatibility(causal_lm: Any, attention: PackedAttention) -> str:
     if distance < HIDDEN_STATE_TOLERANCE.get(causal_lm.dtype, 4e-2):
         return ""
     return f"its hidden states differ by {distance:.1%} from those of the rows alone"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's error has a class of its own; PyTorch's CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

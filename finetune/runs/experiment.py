@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError, no_room, user_errors
+from finetune.errors import UserError, is_out_of_memory, no_room, user_errors
 from finetune.files import current_umask, require_run_folder, write_text_atomic
 from finetune.runs.config_schema import TRAINER_STATE, checked_config, schema_fault
 from finetune.runs.manifest import manifest_mismatch
@@ -152,7 +152,7 @@ class Experiment:
         except BaseException as error:
             with contextlib.suppress(UserError):  # a full disk: the first error is the one to report
                 self.ended("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-            if isinstance(error, Exception) and not isinstance(error, UserError):
+            if isinstance(error, Exception) and not isinstance(error, UserError) and not is_out_of_memory(error):
                 log.exception("the run failed")
             if not isinstance(error, UserError) and self.checkpoints():
                 log.warning("resume with: python train_lora.py --resume %s", shlex.quote(str(self.folder)))

@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.models.hub import public_base, public_name
+from finetune.progress import printable
 from finetune.runs.experiment import CONFIG, Experiment
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -62,7 +63,7 @@ def model_card(
         number=lambda value: "" if value is None else f"{value:.3f}",
         interval=_interval,
     )
-    return card.content.rstrip() + "\n"
+    return printable(card.content.rstrip()) + "\n"
 
 
 def _settings(config: dict[str, Any]) -> dict[str, str]:

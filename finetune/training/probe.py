@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from finetune.errors import is_out_of_memory
 from finetune.passes.plan import make_row
-from finetune.passes.runner import PassRunner, is_out_of_memory
+from finetune.passes.runner import PassRunner
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def measure_pass(runner: PassRunner, sizes: tuple[int, int]) -> PassMemory | Non
     try:
         with torch.random.fork_rng(devices=[runner.device] if on_gpu else []):
             peaks = measure([random_pass(runner, tokens) for tokens in sizes])
-    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         peaks = None

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from finetune.errors import UserError, no_room, user_errors
+from finetune.errors import UserError, is_out_of_memory, no_room, user_errors
 from finetune.runs.experiment import checkpoint_damage, list_checkpoints
 
 log = logging.getLogger("sandwich")
@@ -105,7 +105,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def unloadable(checkpoint: Path, error: Exception) -> UserError | None:
     """A UserError for content of a checkpoint that cannot be loaded; None for an error with another cause."""
-    if isinstance(error, UserError | MemoryError | torch.OutOfMemoryError) or no_room(error):
+    if isinstance(error, UserError) or is_out_of_memory(error) or no_room(error):
         return None
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     older = [path for path in list_checkpoints(checkpoint.parent) if _step(path) < _step(checkpoint)]
