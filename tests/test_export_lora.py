@@ -233,6 +233,7 @@ def test_llama_cpp_reads_calls_in_function_tags(name, exports):
 
 
 def test_gguf_export_says_whether_llama_cpp_reads_its_calls(exports, monkeypatch):
+    from dataclasses import replace
     from functools import partial
 
     from finetune.export import llama_check
@@ -243,14 +244,20 @@ def test_gguf_export_says_whether_llama_cpp_reads_its_calls(exports, monkeypatch
         MergedModel(None, parts.tokenizer("smollm2"), FORMATS["chatml"]),
     )
     assert "did not read" not in exports[1]["gguf"]
-    assert llama_check.reads_calls(file, merged)
+    assert llama_check.unread_answers(file, merged) == []
     other = partial(llama_check.llama_server, chat_template=FORMATS["gemma"].template)
     monkeypatch.setattr(llama_check, "llama_server", other)
-    assert llama_check.reads_calls(file, merged) is False
+    assert llama_check.unread_answers(file, merged) == ["a call", "text with braces"]
+    template = FORMATS["llama3"].template.replace("<|eot_id|>", "<|im_end|>")  # its calls have no opening text
+    llama3 = replace(FORMATS["llama3"], template=template, end_of_turn=("<|im_end|>",), tokens=())
+    merged = MergedModel(None, parts.tokenizer("smollm2"), llama3)
+    untagged = partial(other.func, chat_template=llama_cpp_template(llama3))
+    monkeypatch.setattr(llama_check, "llama_server", untagged)
+    assert llama_check.unread_answers(file, merged) == ["text with braces"]
     tokenizer = public_templates.load("gptoss", "bytes")  # llama.cpp continues its answers in the final channel
     merged = MergedModel(None, tokenizer, choose_format(tokenizer)[0])
     monkeypatch.setattr(llama_check, "llama_server", partial(other.func, chat_template=tokenizer.chat_template))
-    assert llama_check.reads_calls(file, merged) is None
+    assert llama_check.unread_answers(file, merged) == []
 
 
 def test_ollama_folder_is_complete(exports):

@@ -20,9 +20,9 @@ from finetune.export.llama_check import (
     FUNCTION_TAG_MARK,
     compare_first_tokens,
     first_tokens,
-    reads_calls,
     splits_alike,
     stop_strings,
+    unread_answers,
 )
 from finetune.export.merged import MergedModel, write_merged
 from finetune.export.targets import Job, target
@@ -99,9 +99,10 @@ def write_gguf(job: Job, quantizations: Sequence[str], tools: Tools) -> tuple[li
             "warning: llama.cpp splits prompts into other tokens than this model was trained with, so its answers are "
             "worse; serve it with --to vllm or --to merged"
         )
-    if merged.format.has_tools and importlib.util.find_spec("xllamacpp") and reads_calls(paths[0], merged) is False:
+    has_tools = merged.format.has_tools and importlib.util.find_spec("xllamacpp")
+    if has_tools and (unread := unread_answers(paths[0], merged)):
         say(
-            f"warning: llama.cpp's server did not read a written call of {merged.format.name}; "
+            f"warning: llama.cpp's server did not read {' and '.join(unread)} of {merged.format.name}; "
             "for requests with tools serve it with vLLM"
         )
     if stops := stop_strings(template.encode()):
