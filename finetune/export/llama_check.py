@@ -204,7 +204,8 @@ def unread_answers(path: Path, merged: MergedModel) -> list[str]:
                             for one in answer.get("tool_calls", [])]  # fmt: skip
                 if calls == expected and (calls or message["content"] == answer["content"]):
                     continue
-            before, after = (apply_template(server.listening_address, one, CALL["tools"]) for one in ([user], continued))
+            url = server.listening_address
+            before, after = (apply_template(url, one, CALL["tools"]) for one in ([user], continued))
         if before is None or after in (None, f"{before}{written}"):  # None: not of the expected format
             unread.append(name)
     return unread
