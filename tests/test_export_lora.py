@@ -278,7 +278,7 @@ def test_ollama_folder_is_complete(exports):
 def test_vllm_folder_serves_adapter_and_template(run_folder, tmp_path, capsys):
     assert export_lora.main([str(run_folder), "--to", "vllm", "--output", str(tmp_path / "v"), "--name", "house"]) == 0
     script = (tmp_path / "v" / "serve.sh").read_text("utf-8")
-    assert "--tool-call-parser hermes" in script and "--max-lora-rank 16" in script
+    assert "--tool-call-parser sandwich" in script and "--max-lora-rank 16" in script
     assert "--lora-modules house=./adapter" in script and "--max-model-len 1024" in script
     assert "--generation-config ./adapter" in script
     assert (tmp_path / "v" / "adapter" / "adapter_model.safetensors").is_file()
