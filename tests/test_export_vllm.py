@@ -123,7 +123,7 @@ HERMES_TEXTS = [
     '<tool_call>\n{"name": "f", "arguments": {"a": "</tool_call> {"}}\n</tool_call>',
     'So.\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n<tool_call>\n'
     '{"name": "g", "arguments": {"x": [1.5]}}\n</tool_call> Done.',
-    '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call> or <tool_call>{"name": "g", "arguments": {}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call>, <tool_call>{"name": "g", "arguments": {}}</tool_call>',
     '<tool_call>{"name": "f", "arguments": {"a": 1',
     "<tool_call>[1]</tool_call> and <tool_call>",
 ]
