@@ -305,20 +305,19 @@ class TaggedCore:
             key = text[start.end() : equal.start()].strip()
             if key in arguments:
                 raise ValueError(f"duplicate argument {key!r}")
-            if self.json_values:
-                arguments[key], end = read_json(text, equal.end(), "")
-                end = text.find(self.value_end, end, end + len(self.value_end))
-            else:
-                end = text.find(self.value_end, equal.end())
-                raw = text[equal.end() : end]
-                if raw.startswith(_CDATA) and raw.endswith(_CDATA_END):
-                    arguments[key] = raw.removeprefix(_CDATA).removesuffix(_CDATA_END)
-                elif self.untyped:
-                    arguments[key] = _by_schema(raw, types.get(key))
-                else:
-                    arguments[key] = raw if re.escape(equal[1]) == string_mark else _literal(raw)
+            value, behind = read_json(text, equal.end(), "") if self.json_values else (None, equal.end())
+            end = text.find(self.value_end, behind, behind + len(self.value_end) if self.json_values else None)
             if end < 0:
                 raise ValueError("an argument is cut off")
+            raw = text[equal.end() : end]
+            if self.json_values:
+                arguments[key] = value
+            elif raw.startswith(_CDATA) and raw.endswith(_CDATA_END):
+                arguments[key] = raw.removeprefix(_CDATA).removesuffix(_CDATA_END)
+            elif self.untyped:
+                arguments[key] = _by_schema(raw, types.get(key))
+            else:
+                arguments[key] = raw if re.escape(equal[1]) == string_mark else _literal(raw)
             at = end + len(self.value_end)
         return [{"name": name, "arguments": arguments}], at
 

@@ -180,34 +180,32 @@ def unread_answers(path: Path, merged: MergedModel) -> list[str]:
     text = {"role": "assistant", "content": 'As JSON: {"degrees": 7}.'}
     ends = check_tokenizer(merged.tokenizer, merged.format)
     unread = []
-    for name, answer in {"a call": called, "text with braces": text}.items():
-        encoded = encode({**CALL, "messages": [user, answer]}, merged.tokenizer, merged.format)
-        if encoded.status == "refused":
-            continue
-        ids = [label for label in encoded.sequences[-1].labels if label != IGNORE_INDEX]
-        end = next((place for place, token in enumerate(ids) if token in ends), None)
-        if end is None:
-            continue
-        written = merged.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        continued = [user, {"role": "assistant", "content": written}]
-        request = {
-            "messages": continued, "tools": CALL["tools"], "temperature": 0, "max_tokens": 2,
-            "logit_bias": [[ids[end], 1e6]],
-        }  # fmt: skip
-        with llama_server(path) as server:
+    with llama_server(path) as server:
+        for name, answer in {"a call": called, "text with braces": text}.items():
+            encoded = encode({**CALL, "messages": [user, answer]}, merged.tokenizer, merged.format)
+            sequence = encoded.sequences[-1].labels if encoded.status != "refused" else []
+            ids = [label for label in sequence if label != IGNORE_INDEX]
+            end = next((place for place, token in enumerate(ids) if token in ends), None)
+            if end is None:
+                continue
+            written = merged.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            continued = [user, {"role": "assistant", "content": written}]
+            request = {
+                "messages": continued, "tools": CALL["tools"], "temperature": 0, "max_tokens": 2,
+                "logit_bias": [[ids[end], 1e6]],
+            }  # fmt: skip
+            expected = [call["function"] for call in answer.get("tool_calls", [])]
             # RuntimeError: "output that does not match the expected format"; ValueError: arguments that are not JSON
             with contextlib.suppress(RuntimeError, ValueError):
                 message = server.handle_chat_completions(request)["choices"][0]["message"]
-                calls = [(one["function"]["name"], json.loads(one["function"]["arguments"]))
-                         for one in message.get("tool_calls") or []]  # fmt: skip
-                expected = [(one["function"]["name"], one["function"]["arguments"])
-                            for one in answer.get("tool_calls", [])]  # fmt: skip
+                functions = [call["function"] for call in message.get("tool_calls") or []]
+                calls = [{"name": one["name"], "arguments": json.loads(one["arguments"])} for one in functions]
                 if calls == expected and (calls or message["content"] == answer["content"]):
                     continue
             url = server.listening_address
             before, after = (apply_template(url, one, CALL["tools"]) for one in ([user], continued))
-        if before is None or after in (None, f"{before}{written}"):  # None: not of the expected format
-            unread.append(name)
+            if before is None or after in (None, f"{before}{written}"):  # None: not of the expected format
+                unread.append(name)
     return unread
 
 
