@@ -15,7 +15,7 @@ import pytest
 import export_lora
 from finetune.errors import UserError
 from finetune.evaluation.answer_settings import adapter_hash
-from finetune.export.gguf import find_tools, llama_cpp_template, pin_variables, read_metadata, tools_folder
+from finetune.export.gguf import convert, find_tools, llama_cpp_template, pin_variables, read_metadata, tools_folder
 from finetune.export.hub import publish
 from finetune.export.llama_check import apply_template
 from finetune.export.targets import Job, output_folder
@@ -258,6 +258,14 @@ def test_gguf_export_says_whether_llama_cpp_reads_its_calls(exports, monkeypatch
     merged = MergedModel(None, tokenizer, choose_format(tokenizer)[0])
     monkeypatch.setattr(llama_check, "llama_server", partial(other.func, chat_template=tokenizer.chat_template))
     assert llama_check.unread_answers(file, merged) == []
+
+
+def test_gguf_names_further_ends_of_turn(exports, tmp_path):
+    """Without them llama.cpp does not stop there; there are three places."""
+    end = parts.tokenizer("smollm2").eos_token_id
+    (path,) = convert(exports[0] / "merged", tmp_path, "m", ["q8_0"], find_tools(None), [end, 7, 5, 9])
+    header = read_metadata(path)
+    assert [header[f"tokenizer.ggml.{kind}_token_id"] for kind in ("eos", "eot", "eom")] == [end, 7, 5]
 
 
 def test_ollama_folder_is_complete(exports):
