@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -27,7 +28,7 @@ from tests import ollama, parts
 from tests.exported import make_run
 from tests.formats import public_templates
 from tests.formats.cases import ROWS
-from tests.scripts import run_script
+from tests.scripts import ROOT, run_script
 from tests.tiny import tiny_llama
 
 
@@ -258,6 +259,14 @@ def test_gguf_export_says_whether_llama_cpp_reads_its_calls(exports, monkeypatch
     merged = MergedModel(None, tokenizer, choose_format(tokenizer)[0])
     monkeypatch.setattr(llama_check, "llama_server", partial(other.func, chat_template=tokenizer.chat_template))
     assert llama_check.unread_answers(file, merged) == []
+
+
+def test_llama_cpp_server_can_be_closed_at_once(exports):
+    """In a process of its own: where it waits forever, it cannot be interrupted."""
+    code = "import sys\nfrom pathlib import Path\nfrom finetune.export.llama_check import llama_server\n"
+    code += "for _ in range(8):\n    with llama_server(Path(sys.argv[1]), context=64): pass"
+    file = exports[0] / "gguf" / "run-q8_0.gguf"
+    subprocess.run([sys.executable, "-c", code, file], check=True, timeout=120, cwd=ROOT)
 
 
 def test_gguf_names_further_ends_of_turn(exports, tmp_path):

@@ -162,6 +162,8 @@ def llama_server(
             f"llama.cpp cannot serve {path}: the file is missing, incomplete, or not of a supported model"
         ) from error
     try:
+        # A server that is closed before its loop has started waits forever.
+        server.handle_completions({"prompt": "a", "max_tokens": 1})
         yield server
     finally:
         del server
