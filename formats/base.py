@@ -78,7 +78,7 @@ class Format:
     has_tools         the template has a place for tools and calls
     tokens            strings that must be exactly one token each, besides `end_of_turn`
     prepare           messages -> messages, applied before rendering
-    vllm_parser       value of vLLM's --tool-call-parser; None: vLLM has none
+    vllm_parser       value of vLLM's --tool-call-parser; None: vLLM has none that reads all its calls
     ollama            how Ollama serves the format; None: it has no Go template
     """
 

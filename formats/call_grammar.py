@@ -266,12 +266,13 @@ def _constant(word: str) -> Any:
 
 @dataclass(frozen=True)
 class TaggedCore:
-    """A name, then for each argument `key_start KEY equals VALUE value_end`; strings have no quotes.
+    """A name, then for each argument `key_start KEY equals VALUE value_end`; strings have quotes only in JSON.
 
     name_end     what ends the name; blank: white space, or what comes next
     follows      what may come next behind a name without `name_end`
     equals       (head, mark of strings, tail): the mark differs by the value's type, `type="string"`; None instead of
                  the mark where all values are written alike, so that the tool's schema decides the type
+    json_values  every value is JSON
     """
 
     name_end: str
@@ -279,17 +280,18 @@ class TaggedCore:
     equals: tuple[str, str | None, str]
     value_end: str
     follows: tuple[str, ...] = ()
+    json_values: bool = False
 
     @property
     def untyped(self) -> bool:
-        return self.equals[1] is None
+        return self.equals[1] is None and not self.json_values
 
     def __call__(self, text: str, at: int, tools: list[dict] | None) -> tuple[list[dict[str, Any]], int]:
         follows = "|".join(source(part.strip()) for part in self.follows if part.strip())
         stop_at = source(self.name_end.rstrip()) if self.name_end.strip() else rf"\s*(?={follows})"
         key_start = re.compile(source(self.key_start))
         head, string_mark, tail = map(re.escape, (self.equals[0], self.equals[1] or "", self.equals[2]))
-        equals = re.compile(f"{head}(.*?){tail}" if not self.untyped else f"{head}{tail}", re.DOTALL)
+        equals = re.compile(f"{head}(.*?){tail}" if self.equals[1] is not None else f"{head}{tail}", re.DOTALL)
         stop = re.compile(stop_at).search(text, at)
         if not stop:
             raise ValueError("the function's name is cut off")
@@ -298,13 +300,19 @@ class TaggedCore:
         arguments: dict[str, Any] = {}
         while start := key_start.match(text, skip_space(text, at)):
             equal = equals.search(text, start.end())
-            end = text.find(self.value_end, equal.end()) if equal else -1
-            if equal is None or end < 0:
+            if equal is None:
                 raise ValueError("an argument is cut off")
-            key, raw = text[start.end() : equal.start()].strip(), text[equal.end() : end]
+            key = text[start.end() : equal.start()].strip()
             if key in arguments:
                 raise ValueError(f"duplicate argument {key!r}")
-            if raw.startswith(_CDATA) and raw.endswith(_CDATA_END):
+            value, behind = read_json(text, equal.end(), "") if self.json_values else (None, equal.end())
+            end = text.find(self.value_end, behind, behind + len(self.value_end) if self.json_values else None)
+            if end < 0:
+                raise ValueError("an argument is cut off")
+            raw = text[equal.end() : end]
+            if self.json_values:
+                arguments[key] = value
+            elif raw.startswith(_CDATA) and raw.endswith(_CDATA_END):
                 arguments[key] = raw.removeprefix(_CDATA).removesuffix(_CDATA_END)
             elif self.untyped:
                 arguments[key] = _by_schema(raw, types.get(key))

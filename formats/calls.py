@@ -76,12 +76,12 @@ def skip_space(text: str, at: int) -> int:
     return at
 
 
-def read_json(text: str, at: int) -> tuple[Any, int]:
-    """(value, end position) of the JSON object or list at `at`."""
+def read_json(text: str, at: int, starts: str = "{[") -> tuple[Any, int]:
+    """(value, end position) of the JSON object or list at `at`; of any JSON value where `starts` is empty."""
     at = skip_space(text, at)
     if at >= len(text):
         raise ValueError("the text ends where JSON should start")
-    if text[at] not in "{[":
+    if starts and text[at] not in starts:
         raise ValueError(f"{text[at]!r} where JSON should start")
     try:
         value, end = STRICT.raw_decode(text, at)

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from formats.call_grammar import (
@@ -152,19 +153,19 @@ def _json_values(text: str, start: int, *words: str) -> Iterator[tuple[Any, int,
 
 
 def _object(one: str, pair: str) -> _Found | None:
-    value, start, end = next(_json_values(one, 0, NAMES[0], *VALUES), (None, 0, 0))
-    item = value[0] if isinstance(value, list) else value
-    arguments = _path(item, _is_arguments)
-    name = _path(item, lambda node: node == NAMES[0])
-    if arguments is None or (name is None and arguments != (NAMES[0],)):
-        return None
-    core = ObjectCore(None, ()) if name is None else ObjectCore(name, arguments)
-    between = None
-    if pair and not isinstance(value, list):
-        first = next(_json_values(pair, 0, NAMES[0], *VALUES), None)
-        second = first and next(_json_values(pair, first[2], NAMES[1], *VALUES), None)
-        between = pair[first[2] : second[1]] if first and second else None
-    return _Found(one[:start], core, between, one[end:])
+    for depth, (value, start, end) in enumerate(_json_values(one, 0, NAMES[0], *VALUES)):
+        item = value[0] if isinstance(value, list) else value
+        arguments = _path(item, _is_arguments)
+        name = _path(item, lambda node: node == NAMES[0])
+        if arguments is None or (name is None and arguments != (NAMES[0],)):
+            continue
+        first = next(islice(_json_values(pair, 0, NAMES[0], *VALUES), depth, None), None)
+        second = first and next(islice(_json_values(pair, first[2], NAMES[1], *VALUES), depth, None), None)
+        if second and isinstance(value, list):  # a list for each call
+            continue
+        core = ObjectCore(None, ()) if name is None else ObjectCore(name, arguments)
+        return _Found(one[:start], core, pair[first[2] : second[1]] if first and second else None, one[end:])
+    return None
 
 
 def _is_arguments(node: Any) -> bool:
@@ -251,8 +252,23 @@ def _tagged(one: str, pair: str, turns: Turns, ends: tuple[str, ...]) -> _Found 
     number = turns.text("", call(0, {KEYS[0]: 7})) or ""
     match = re.search(rf"{KEYS[0]}(.*?)7{re.escape(value_end)}", number, re.DOTALL)
     marks = _difference(equals, match[1]) if match else (equals, None, "")
-    core = TaggedCore(name_end, key_start, marks, value_end, (key_start, closing, between or ""))
+    json_values = equals.endswith('"') and value_end.startswith('"') and _writes_json(turns, KEYS[0] + equals[:-1])
+    if json_values:
+        marks, value_end = (equals[:-1], None, ""), value_end[1:]
+    core = TaggedCore(name_end, key_start, marks, value_end, (key_start, closing, between or ""), json_values)
     return _Found(one[:name].replace(NAMES[0], ANY_NAME), core, between, closing)
+
+
+def _writes_json(turns: Turns, before: str) -> bool:
+    """Whether the template writes JSON behind `before`, whatever the value."""
+    for value in ('"\n', 7, {"a": ["b", None]}):
+        try:
+            written, _ = STRICT.raw_decode((turns.text("", call(0, {KEYS[0]: value})) or "").partition(before)[2])
+        except ValueError:
+            return False
+        if written != value:
+            return False
+    return True
 
 
 def _difference(text: str, other: str) -> tuple[str, str | None, str]:

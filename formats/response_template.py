@@ -81,12 +81,13 @@ def start_anchors(fmt: Format, tokenizer: Any) -> list[str]:
 
 
 def example_answers(fmt: Format, tokenizer: Any) -> list[tuple[str, str]]:
-    """(prompt, answer) as the format writes them, of a text and of a call; none for what it cannot express."""
+    """(prompt, answer) as the format writes them: a text, a call and two calls; none for what it cannot express."""
     user = {"role": "user", "content": _MARK}
-    call = _message_with_call("f1", "callid001")
+    call, other = _message_with_call("f1", "callid001"), _message_with_call("f2", "callid002")
     call["tool_calls"][0]["function"]["arguments"] = {"a": "7", "b": [1, None, {"c": 'say "}" twice'}]}
+    both = {**call, "tool_calls": call["tool_calls"] + other["tool_calls"]}
     examples = []
-    for answer in ({"role": "assistant", "content": "It is 7."}, call):
+    for answer in ({"role": "assistant", "content": "It is 7."}, call, both):
         messages = fmt.prepare([user, answer]) if fmt.prepare else [user, answer]
         try:
             prompt = render_messages(messages[:1], None, fmt, tokenizer, add_generation_prompt=True)
@@ -159,7 +160,7 @@ def _grammar(fmt: Format) -> dict[str, Any] | None:
         return None
     core = grammar.core
     if isinstance(core, NamedJsonCore) and grammar.closing.strip():
-        name = rf"(?P<name>(?:(?!{source(core.middle)}).)*?\S)" if core.middle.strip() else r"(?P<name>[^\s{]+)"
+        name = rf"(?P<name>(?:(?!{source(core.middle)}).)*?\S)" if core.middle.strip() else r"(?P<name>[^\n{]*?[^\s{])"
         return _tagged(rf"{opening}\s*{name}\s*?{source(core.middle)}", closing, "json", FUNCTION)
     if isinstance(core, ObjectCore) and core.name_path and core.arguments_path:
         keys = [".".join(path) for path in (core.name_path, core.arguments_path)]

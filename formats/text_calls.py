@@ -69,7 +69,7 @@ SPELLINGS = {
     "<|tool_call_start|>": _LFM2,
     "<|tool_list_start|>": _LFM2,
     "<tool_call>": Spelling(
-        "object", "<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>", _JSON, parse_hermes, "hermes"
+        "object", "<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>", _JSON, parse_hermes
     ),
     "<|tool_call|>": Spelling("object", "<|tool_call|>[", ", ", "]", _JSON, _LIST),
 }

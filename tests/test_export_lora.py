@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -15,7 +16,7 @@ import pytest
 import export_lora
 from finetune.errors import UserError
 from finetune.evaluation.answer_settings import adapter_hash
-from finetune.export.gguf import find_tools, llama_cpp_template, pin_variables, read_metadata, tools_folder
+from finetune.export.gguf import convert, find_tools, llama_cpp_template, pin_variables, read_metadata, tools_folder
 from finetune.export.hub import publish
 from finetune.export.llama_check import apply_template
 from finetune.export.targets import Job, output_folder
@@ -27,7 +28,7 @@ from tests import ollama, parts
 from tests.exported import make_run
 from tests.formats import public_templates
 from tests.formats.cases import ROWS
-from tests.scripts import run_script
+from tests.scripts import ROOT, run_script
 from tests.tiny import tiny_llama
 
 
@@ -233,6 +234,7 @@ def test_llama_cpp_reads_calls_in_function_tags(name, exports):
 
 
 def test_gguf_export_says_whether_llama_cpp_reads_its_calls(exports, monkeypatch):
+    from dataclasses import replace
     from functools import partial
 
     from finetune.export import llama_check
@@ -243,14 +245,36 @@ def test_gguf_export_says_whether_llama_cpp_reads_its_calls(exports, monkeypatch
         MergedModel(None, parts.tokenizer("smollm2"), FORMATS["chatml"]),
     )
     assert "did not read" not in exports[1]["gguf"]
-    assert llama_check.reads_calls(file, merged)
+    assert llama_check.unread_answers(file, merged) == []
     other = partial(llama_check.llama_server, chat_template=FORMATS["gemma"].template)
     monkeypatch.setattr(llama_check, "llama_server", other)
-    assert llama_check.reads_calls(file, merged) is False
+    assert llama_check.unread_answers(file, merged) == ["a call", "text with braces"]
+    template = FORMATS["llama3"].template.replace("<|eot_id|>", "<|im_end|>")  # its calls have no opening text
+    llama3 = replace(FORMATS["llama3"], template=template, end_of_turn=("<|im_end|>",), tokens=())
+    merged = MergedModel(None, parts.tokenizer("smollm2"), llama3)
+    untagged = partial(other.func, chat_template=llama_cpp_template(llama3))
+    monkeypatch.setattr(llama_check, "llama_server", untagged)
+    assert llama_check.unread_answers(file, merged) == ["text with braces"]
     tokenizer = public_templates.load("gptoss", "bytes")  # llama.cpp continues its answers in the final channel
     merged = MergedModel(None, tokenizer, choose_format(tokenizer)[0])
     monkeypatch.setattr(llama_check, "llama_server", partial(other.func, chat_template=tokenizer.chat_template))
-    assert llama_check.reads_calls(file, merged) is None
+    assert llama_check.unread_answers(file, merged) == []
+
+
+def test_llama_cpp_server_can_be_closed_at_once(exports):
+    """In a process of its own: where it waits forever, it cannot be interrupted."""
+    code = "import sys\nfrom pathlib import Path\nfrom finetune.export.llama_check import llama_server\n"
+    code += "for _ in range(8):\n    with llama_server(Path(sys.argv[1]), context=64): pass"
+    file = exports[0] / "gguf" / "run-q8_0.gguf"
+    subprocess.run([sys.executable, "-c", code, file], check=True, timeout=120, cwd=ROOT)
+
+
+def test_gguf_names_further_ends_of_turn(exports, tmp_path):
+    """Without them llama.cpp does not stop there; there are three places."""
+    end = parts.tokenizer("smollm2").eos_token_id
+    (path,) = convert(exports[0] / "merged", tmp_path, "m", ["q8_0"], find_tools(None), [end, 7, 5, 9])
+    header = read_metadata(path)
+    assert [header[f"tokenizer.ggml.{kind}_token_id"] for kind in ("eos", "eot", "eom")] == [end, 7, 5]
 
 
 def test_ollama_folder_is_complete(exports):
@@ -271,7 +295,7 @@ def test_ollama_folder_is_complete(exports):
 def test_vllm_folder_serves_adapter_and_template(run_folder, tmp_path, capsys):
     assert export_lora.main([str(run_folder), "--to", "vllm", "--output", str(tmp_path / "v"), "--name", "house"]) == 0
     script = (tmp_path / "v" / "serve.sh").read_text("utf-8")
-    assert "--tool-call-parser hermes" in script and "--max-lora-rank 16" in script
+    assert "--tool-call-parser sandwich" in script and "--max-lora-rank 16" in script
     assert "--lora-modules house=./adapter" in script and "--max-model-len 1024" in script
     assert "--generation-config ./adapter" in script
     assert (tmp_path / "v" / "adapter" / "adapter_model.safetensors").is_file()

@@ -118,9 +118,20 @@ FUNCTION_TEXTS = [
     '<function=f>{"a": 1} x</function>',
     "",
 ]
+HERMES_TEXTS = [
+    "Just text, with < and <tool and </tool_call> in it.",
+    '<tool_call>\n{"name": "f", "arguments": {"a": "</tool_call> {"}}\n</tool_call>',
+    'So.\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n<tool_call>\n'
+    '{"name": "g", "arguments": {"x": [1.5]}}\n</tool_call> Done.',
+    '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call>, <tool_call>{"name": "g", "arguments": {}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {"a": 1',
+    "<tool_call>[1]</tool_call> and <tool_call>",
+]
 TEXTS = {
     "llama3-function": FUNCTION_TEXTS,
     "kanana": [*FUNCTION_TEXTS, '<|python_tag|>{"code": "1"}', 'so <|python_tag|>{"code": "1"} ok', "<|python_tag|>{"],
+    "chatml": HERMES_TEXTS,
+    "qwen": HERMES_TEXTS,
     "phi4-mini": [
         "No call.",
         '<|tool_call|>[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]<|/tool_call|>',
@@ -156,7 +167,7 @@ def plugin_for(name: str, folder: Path):
 def test_plugin_finds_what_parse_finds(name, layout, vllm, tmp_path):
     vllm(layout)
     parser_class = plugin_for(name, tmp_path)
-    tokenizer = Record(convert_tokens_to_ids=len)
+    tokenizer = Record(convert_tokens_to_ids=len, chat_template=None, added_tokens_decoder={})
     fmt = FORMATS[name]
     rng = random.Random(0)
     for text in TEXTS[name]:
@@ -273,7 +284,7 @@ def test_too_large_rank_is_refused():
 
 
 # The valid --tool-call-parser names.
-KNOWN_PARSERS = {"hermes", "llama3_json", "mistral", "qwen3_coder", "sandwich", None}
+KNOWN_PARSERS = {"llama3_json", "mistral", "qwen3_coder", "sandwich", None}
 
 
 @pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.template])
@@ -301,7 +312,7 @@ def test_command_for_every_format(name):
         ("mistral-v11", {"[TOOL_CALLS]", "[ARGS]"}, "sandwich"),  # vLLM would append a call's id to its name
         ("mistral-v13", {"[TOOL_CALLS]"}, "sandwich"),
         ("mistral-v13", {"[TOOL_CALLS]", "[ARGS]"}, "sandwich"),  # vLLM would return forced calls as text
-        ("chatml", set(), "hermes"),
+        ("chatml", set(), "sandwich"),
         ("llama3-pythonic", set(), "sandwich"),
         ("gemma", set(), "sandwich"),
         ("mistral-v1", set(), None),  # it has no tools
@@ -328,9 +339,9 @@ def test_name_with_separators_becomes_json():
 
 
 def test_native_format_gets_the_parser_of_its_calls():
-    tokenizer = parts.tokenizer("qwen2.5")
+    tokenizer = load("qwen3_6", "bytes")
     fmt = get_format("native", tokenizer)
-    assert parser_of(fmt, tokenizer.get_vocab()) == "hermes"
+    assert parser_of(fmt, tokenizer.get_vocab()) == "qwen3_coder"
     opened = replace(fmt, opened_reasoning=("<think>\n", "</think>"))
     assert parser_of(opened, tokenizer.get_vocab()) == "sandwich", "its reasoning would be content"
 

@@ -20,9 +20,9 @@ from finetune.export.llama_check import (
     FUNCTION_TAG_MARK,
     compare_first_tokens,
     first_tokens,
-    reads_calls,
     splits_alike,
     stop_strings,
+    unread_answers,
 )
 from finetune.export.merged import MergedModel, write_merged
 from finetune.export.targets import Job, target
@@ -49,6 +49,25 @@ INSTALL = (
     "run: python -m pip install --no-deps --target {folder} -r requirements/llama_cpp.txt"
     " (or name a llama.cpp folder with --llama_cpp or LLAMA_CPP_DIR)"
 )
+# Runs the converter, which writes one end token: further ends of turn get the other two places that a GGUF file has.
+# Without them llama.cpp does not stop at `<|observation|>`, and its grammar allows only further calls instead.
+CONVERT_WITH_ENDS = """
+import json, pathlib, runpy, sys
+ends, sys.argv = json.loads(sys.argv[1]), sys.argv[2:]
+folder = pathlib.Path(sys.argv[0]).parent
+sys.path[:1] = [str(folder), str(folder / "gguf-py")]
+import gguf
+add_to_gguf = gguf.SpecialVocab.add_to_gguf
+def with_ends(self, *arguments, **options):
+    ids = self.special_token_ids
+    for end in ends:
+        free = [kind for kind in ("eos", "eot", "eom") if kind not in ids]
+        if free and end not in (ids.get(kind) for kind in ("eos", "eot", "eom")):
+            ids[free[0]] = end
+    add_to_gguf(self, *arguments, **options)
+gguf.SpecialVocab.add_to_gguf = with_ends
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 MAX_METADATA_ITEMS = 64  # longer lists of a header, such as the vocabulary, are not read
 _PIN = re.compile(
     r"\{%- if (?P<name>\w+) is not defined %\}(?P<set>\{%- set (?P=name) = .*?%\})\{%- endif %\}", re.DOTALL
@@ -89,9 +108,10 @@ def write_gguf(job: Job, quantizations: Sequence[str], tools: Tools) -> tuple[li
         (Path(temporary) / "chat_template.jinja").write_text(template, encoding="utf-8")
         copy_vocabulary(job.run, merged.tokenizer, Path(temporary))
         strip_code(Path(temporary))  # the converter loads tokenizers with trust_remote_code
-        paths = convert(Path(temporary), folder, job.name, quantizations, tools)
+        ends = check_tokenizer(merged.tokenizer, merged.format)
+        paths = convert(Path(temporary), folder, job.name, quantizations, tools, ends)
     for path in paths:
-        check_gguf(path, template, check_tokenizer(merged.tokenizer, merged.format))
+        check_gguf(path, template, ends)
         if importlib.util.find_spec("xllamacpp"):
             say(f"{path.name}: {compare_first_tokens(path, expected)}")
     if importlib.util.find_spec("xllamacpp") and not splits_alike(paths[0], merged):
@@ -99,9 +119,10 @@ def write_gguf(job: Job, quantizations: Sequence[str], tools: Tools) -> tuple[li
             "warning: llama.cpp splits prompts into other tokens than this model was trained with, so its answers are "
             "worse; serve it with --to vllm or --to merged"
         )
-    if merged.format.has_tools and importlib.util.find_spec("xllamacpp") and reads_calls(paths[0], merged) is False:
+    has_tools = merged.format.has_tools and importlib.util.find_spec("xllamacpp")
+    if has_tools and (unread := unread_answers(paths[0], merged)):
         say(
-            f"warning: llama.cpp's server did not read a written call of {merged.format.name}; "
+            f"warning: llama.cpp's server did not read {' and '.join(unread)} of {merged.format.name}; "
             "for requests with tools serve it with vLLM"
         )
     if stops := stop_strings(template.encode()):
@@ -148,8 +169,16 @@ def _first_file(folders: Sequence[Path], names: Sequence[str], access: int = os.
     return next((path for path in paths if path.is_file() and os.access(path, access)), None)
 
 
-def convert(merged: Path, folder: Path, name: str, quantizations: Sequence[str], tools: Tools) -> list[Path]:
-    """Write `<name>-<quantization>.gguf` files into `folder` from a folder of merged weights; returns their paths."""
+def convert(
+    merged: Path, folder: Path, name: str, quantizations: Sequence[str], tools: Tools, ends: Sequence[int] = ()
+) -> list[Path]:
+    """Write `<name>-<quantization>.gguf` files into `folder` from a folder of merged weights; returns their paths.
+
+    ends  ids of the ends of turn, of which the tokenizer names one
+    """
+    command = tools.convert
+    if len(ends) > 1 and command[0] == sys.executable:
+        command = [sys.executable, "-c", CONVERT_WITH_ENDS, json.dumps([*ends]), *command[1:]]
     # Converting takes half a minute per file, quantising an f16 file a second.
     converted = ("f16", "bf16", "f32") if tools.quantize and len(quantizations) > 1 else CONVERTED
     f16 = folder / f"{name}-f16.gguf"
@@ -159,7 +188,7 @@ def convert(merged: Path, folder: Path, name: str, quantizations: Sequence[str],
         path = folder / f"{name}-{kind}.gguf"
         say(f"writing {path.name} ...")
         if kind in converted:
-            run_tool([*tools.convert, str(merged), "--outfile", str(path), "--outtype", kind])
+            run_tool([*command, str(merged), "--outfile", str(path), "--outtype", kind])
         else:
             run_tool([*tools.quantize, str(f16), str(path), kind.upper(), str(os.cpu_count() or 1)])
         if not path.is_file():
@@ -227,7 +256,8 @@ def run_tool(command: list[str]) -> None:
     if result.returncode:
         lines = [line for line in (result.stderr + result.stdout).splitlines() if line.strip()]
         reason = lines[-1] if lines else f"exit status {result.returncode}"
-        raise UserError(f"llama.cpp failed: {reason} (command: {' '.join(command)})")
+        shown = " ".join(part for part in command if "\n" not in part)
+        raise UserError(f"llama.cpp failed: {reason} (command: {shown})")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

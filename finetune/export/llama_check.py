@@ -162,45 +162,53 @@ def llama_server(
             f"llama.cpp cannot serve {path}: the file is missing, incomplete, or not of a supported model"
         ) from error
     try:
+        # A server that is closed before its loop has started waits forever.
+        server.handle_completions({"prompt": "a", "max_tokens": 1})
         yield server
     finally:
         del server
 
 
-def reads_calls(path: Path, merged: MergedModel) -> bool | None:
-    """Whether llama.cpp's server reads a call as the format writes it; None where this cannot be found out.
+def unread_answers(path: Path, merged: MergedModel) -> list[str]:
+    """Which written answers to a request with tools llama.cpp's server does not read: "a call", "text with braces".
 
-    The server continues the written answer, and parses it with what it generates: here the end token alone. Unknown if
-    the format refuses the call or writes no end, or the server continues something else (gpt-oss: the final channel).
+    The server continues the written answer, and parses it with what it generates: here the end token alone. An answer
+    is omitted if the format refuses it or writes no end, or the server continues something else (gpt-oss: the final
+    channel).
     """
     from formats import IGNORE_INDEX, check_tokenizer, encode
 
-    encoded = encode(CALL, merged.tokenizer, merged.format)
-    if encoded.status == "refused":
-        return None
-    ids = [label for label in encoded.sequences[-1].labels if label != IGNORE_INDEX]
-    ends = check_tokenizer(merged.tokenizer, merged.format)
-    end = next((place for place, token in enumerate(ids) if token in ends), None)
-    if end is None:
-        return None
-    text = merged.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     user, called = CALL["messages"]
-    continued = [user, {"role": "assistant", "content": text}]
-    request = {
-        "messages": continued, "tools": CALL["tools"], "temperature": 0, "max_tokens": 2,
-        "logit_bias": [[ids[end], 1e6]],
-    }  # fmt: skip
-    written = [(call["function"]["name"], call["function"]["arguments"]) for call in called["tool_calls"]]
+    text = {"role": "assistant", "content": 'As JSON: {"degrees": 7}.'}
+    ends = check_tokenizer(merged.tokenizer, merged.format)
+    unread = []
     with llama_server(path) as server:
-        # RuntimeError: "output that does not match the expected format"; ValueError: arguments that are not JSON
-        with contextlib.suppress(RuntimeError, ValueError):
-            message = server.handle_chat_completions(request)["choices"][0]["message"]
-            functions = [call["function"] for call in message.get("tool_calls") or []]
-            if [(one["name"], json.loads(one["arguments"])) for one in functions] == written:
-                return True
-        before, after = (apply_template(server.listening_address, one, CALL["tools"]) for one in ([user], continued))
-    is_as_written = before is None or after in (None, f"{before}{text}")  # None: not of the expected format
-    return False if is_as_written else None
+        for name, answer in {"a call": called, "text with braces": text}.items():
+            encoded = encode({**CALL, "messages": [user, answer]}, merged.tokenizer, merged.format)
+            sequence = encoded.sequences[-1].labels if encoded.status != "refused" else []
+            ids = [label for label in sequence if label != IGNORE_INDEX]
+            end = next((place for place, token in enumerate(ids) if token in ends), None)
+            if end is None:
+                continue
+            written = merged.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            continued = [user, {"role": "assistant", "content": written}]
+            request = {
+                "messages": continued, "tools": CALL["tools"], "temperature": 0, "max_tokens": 2,
+                "logit_bias": [[ids[end], 1e6]],
+            }  # fmt: skip
+            expected = [call["function"] for call in answer.get("tool_calls", [])]
+            # RuntimeError: "output that does not match the expected format"; ValueError: arguments that are not JSON
+            with contextlib.suppress(RuntimeError, ValueError):
+                message = server.handle_chat_completions(request)["choices"][0]["message"]
+                functions = [call["function"] for call in message.get("tool_calls") or []]
+                calls = [{"name": one["name"], "arguments": json.loads(one["arguments"])} for one in functions]
+                if calls == expected and (calls or message["content"] == answer["content"]):
+                    continue
+            url = server.listening_address
+            before, after = (apply_template(url, one, CALL["tools"]) for one in ([user], continued))
+            if before is None or after in (None, f"{before}{written}"):  # None: not of the expected format
+                unread.append(name)
+    return unread
 
 
 def splits_alike(path: Path, merged: MergedModel) -> bool:

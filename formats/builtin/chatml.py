@@ -32,6 +32,5 @@ FORMAT = Format(
     detect=detect,
     detect_order=40,
     tokens=("<|im_start|>", "<|im_end|>"),
-    vllm_parser="hermes",
     ollama=Ollama("chatml", "<tool_call>", parser="qwen3", compact_json=True),
 )

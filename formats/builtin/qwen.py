@@ -45,6 +45,5 @@ FORMAT = Format(
     detect=detect,
     detect_order=30,
     tokens=("<|im_start|>", "<|im_end|>"),
-    vllm_parser="hermes",
     ollama=Ollama("qwen", "<tool_call>", parser="qwen3"),
 )

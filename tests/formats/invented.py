@@ -118,6 +118,13 @@ INVENTED = {
         "</c>",
         not_parse_back="steps nested_arguments typed_arguments path_name",
     ),
+    "JSON in tags": made(
+        '<c n="{{ f.name }}">' + _PAIRS + '<a k="{{ k }}">{{ v | tojson }}</a>{% endfor %}</c>', between="\\n"
+    ),
+    "JSON without a tag behind it": made("({{ f.name }}" + _PAIRS + " :{{ k }} {{ v | tojson }}{% endfor %})"),
+    "calls inside an object": made(
+        '{"name": "{{ f.name }}", "arguments": ' + _JSON + "}", between=", ", around=('{"tool_calls":[', "]}")
+    ),
     "lines of YAML": made(
         "call {{ f.name }}\n" + _PAIRS + "  {{ k }}: {{ v }}\n{% endfor %}", cannot_be_read_back=_ALL_CALLS
     ),

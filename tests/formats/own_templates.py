@@ -41,6 +41,10 @@ STYLES: dict[str, str] = {
     "JSON list": template(
         '{"tool": {{ f.name | tojson }}, "input": {{ f.arguments | tojson }}}', before="CALLS[", between=", ", after="]"
     ),
+    "a list for each call": template(
+        '{"calls": [{"name": "{{ f.name }}", "with": {{ f.arguments | tojson }}}]}', between="\n"
+    ),
+    "JSON behind keys": template("({{ f.name }}" + _PAIRS + " :{{ k }} {{ v | tojson }}{% endfor %})", between="\n"),
     "name before JSON": template(
         "<|call|>functions.{{ f.name }}:{{ number }}<|args|>{{ f.arguments | tojson }}<|/call|>", before="", between=""
     ),

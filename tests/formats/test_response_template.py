@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import sys
 
 import pytest
 
@@ -19,6 +21,7 @@ from tests.formats.fuzz import conversation
 from tests.formats.pairs import PAIRS, Pair
 from tests.formats.public_templates import tokenizer_with
 from tests.helpers import lazy
+from tests.scripts import ROOT
 
 chat_parsing = lazy("transformers.utils.chat_parsing")
 
@@ -117,7 +120,7 @@ def test_custom_format_has_a_template(tmp_path):
         assert read(text, template) == own(text, fmt)
 
 
-@pytest.mark.parametrize("style", ["name before JSON", "JSON list", "tagged XML"])
+@pytest.mark.parametrize("style", ["name before JSON", "JSON list", "a list for each call", "tagged XML"])
 def test_derived_calls_have_a_template(style):
     """JSON calls can be expressed; values without JSON cannot, and then there is no template."""
     tokenizer = tokenizer_with(own_templates.STYLES[style])
@@ -149,6 +152,23 @@ def test_generated_answers_read_alike(pair: Pair):
         messages, tools, _ = escape_conversation(messages, made["tools"], tokenizer, fmt)
         for prompt, text in answers(fmt, tokenizer, [{"messages": messages, "tools": tools}]):
             assert read(text, template, prompt) == own(text, fmt), text
+
+
+def test_vllm_reads_alike(monkeypatch):
+    """vLLM's copy of the parser, in the environment that `make test-servers` builds."""
+    found = next(ROOT.glob(".cache/vllm/lib/python3*/site-packages/vllm/parser/chat_parsing/__init__.py"), None)
+    if found is None:
+        pytest.skip("vLLM is not installed: make test-servers")
+    spec = importlib.util.spec_from_file_location("vllm_chat_parsing", found)
+    monkeypatch.setitem(sys.modules, spec.name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(sys.modules[spec.name])
+    monkeypatch.setitem(globals(), "chat_parsing", sys.modules[spec.name])
+    for pair in FIRST:
+        tokenizer, fmt = pair.load()
+        template = response_template(fmt, tokenizer)
+        for prompt, text in answers(fmt, tokenizer):
+            for pieces in (False, True):
+                assert read(text, template, prompt, pieces) == own(text, fmt), (pair, text)
 
 
 @pytest.mark.parametrize("name", ["chatml", "gemma"])
