@@ -79,7 +79,9 @@ def test_the_remedy_installs_one_pinned_package(module, command):
 def test_missing_optional_packages_are_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--web needs gradio.*pip install gradio==\d"):
-        require("gradio", "--web")
+        require("--web", "gradio")
+    with pytest.raises(UserError, match=r"fastapi and uvicorn, which are not .* pip install fastapi==\S+ uvicorn==\d"):
+        require("--serve", "fastapi", "uvicorn")
     assert "run: pip install gradio==" in packages.missing_message("gradio")
 
 
