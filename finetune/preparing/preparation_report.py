@@ -57,8 +57,8 @@ def print_prepared(result: Prepared, folder: Path) -> None:
     console.print(f"{counted(len(balance), 'tool')}: {escape(tools)}{' …' if len(balance) > MAX_SHOWN else ''}")
     console.print(
         f"{result.loaded.counts['read']:,} read = {result.kept:,} kept + {len(result.rejected):,} rejected; "
-        f"{result.near_duplicates:,} near-duplicates kept together; requests in more than one split: "
-        f"{shared_requests(result):,}"
+        f"{counted(result.near_duplicates, 'near-duplicate')} kept together; "
+        f"requests in more than one split: {shared_requests(result):,}"
     )
     where = f", {folder / 'rejected.jsonl'}" if result.rejected else ""
     console.print(escape(f"written: {folder} (train, validation, test .jsonl, dataset_card.md){where}"))
