@@ -127,6 +127,7 @@ def test_unknown_flags_end_in_one_line(capsys):
         ("chat_lora.py", ["experiments/nope"], "experiments/nope: there is no such folder"),
         ("evaluate_lora.py", ["experiments/nope", "--dataset", ROWS], "experiments/nope: there is no such folder"),
         ("export_lora.py", ["experiments/nope", "--to", "vllm"], "experiments/nope: there is no such folder"),
+        ("export_lora.py", ["smollm2-135m", "--to", "gguf", "--llama_cpp", "docs"], "docs has no convert_hf"),
         ("chat_lora.py", ["smollm2-135m", "--format", "lama3"], "did you mean llama3?"),
         ("prepare_data.py", ["--outptu", "x"], "--outptu: did you mean --output?"),
         ("chat_lora.py", ["--promt", "x"], "did you mean --prompt?"),
