@@ -965,10 +965,10 @@ def test_page_in_a_real_browser(agent, tmp_path, monkeypatch):
             page.get_by_text(chat_model.BASE_ANSWER).wait_for(timeout=120_000)
             for verdict in ("valid call", "no call"):
                 page.get_by_text(verdict, exact=True).wait_for()
+            page.screenshot(path=str(picture))
             page.get_by_label("Result of the pending call").fill(chat_model.RESULT)
             page.get_by_role("button", name="Give the result").click()
             page.get_by_text(chat_model.DONE).wait_for(timeout=120_000)
-            page.screenshot(path=str(picture))
             save = page.get_by_text("Save as JSON Lines")
             page.wait_for_function("element => !element.disabled", arg=save.element_handle())
             with page.expect_download() as download:
