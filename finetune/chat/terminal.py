@@ -128,7 +128,7 @@ class Terminal:
         for error in reply.parse_errors:
             self.say(f"not a call: {error}", style="red")
         if reply.finish_reason == "length":
-            self.say("cut off at --max_new_tokens", style="yellow")
+            self.say("cut off at its maximum length (--max_new_tokens)", style="yellow")
         if not (reply.content or reply.tool_calls or reply.parse_errors):
             self.say("(an empty answer)", style="yellow")
 
