@@ -93,8 +93,10 @@ def main(argv: list[str] | None = None) -> int:
     elif args.questions:
         questions = read_questions(args.questions, tools)
     start_logging()
-    for package in packages_of(args):
-        require(*package)
+    if args.web:
+        require("--web", "gradio")
+    if args.serve:
+        require("--serve", "fastapi", "uvicorn", *["xllamacpp"] * args.model.endswith(".gguf"))
     if args.model.endswith(".gguf"):
         from finetune.chat.serve_gguf import serve_gguf
 
@@ -154,16 +156,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list]:
         raise UserError(f"no model: {missing} an experiment folder or a model, as in chat_lora.py experiments/RUN")
     chosen = args.prompt is not None or args.questions or args.web or args.serve
     return args, [] if chosen else questions
-
-
-def packages_of(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """(package, what needs it) for the packages that a page or a server needs beyond those of training."""
-    if args.web:
-        return [("gradio", "--web")]
-    if args.serve:
-        gguf = [("xllamacpp", "serving a GGUF")] if args.model.endswith(".gguf") else []
-        return [*gguf, ("fastapi", "--serve"), ("uvicorn", "--serve")]
-    return []
 
 
 def check(args: argparse.Namespace, *, answers_and_exits: bool) -> None:

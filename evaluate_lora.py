@@ -12,7 +12,7 @@ from typing import Any
 from finetune.errors import UserError, one_line_errors
 from finetune.files import write_json
 from finetune.flags.types import FlagParser, nonnegative_float, positive_int, positive_ints
-from finetune.progress import print_text, say
+from finetune.progress import counted, print_text, say
 from formats import check_format_name, check_tokenizer
 
 DEFAULT_TOLERANCE = 0.01
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     run = find_run(args.model, trust_remote_code=args.trust_remote_code)
     folder = output_folder(args)
     if items:
-        say(f"{len(items)} answers to score from {len({(i.source, i.row) for i in items})} rows")
+        say(f"{counted(len(items), 'answer')} to score from {counted(len({(i.source, i.row) for i in items}), 'row')}")
 
     from finetune.evaluation.folder import exclusive_folder
 
@@ -153,9 +153,9 @@ def evaluate(args: argparse.Namespace, run: Any, items: list[Any], folder: Path)
         write_json(folder / "comparison.json", compared)
     rows = len({(item.source, item.row) for item in prompts.items})
     heading = [
-        f"{len(prompts.items)} answers of {rows} rows ({source_names(args)}), "
+        f"{counted(len(prompts.items), 'answer')} of {counted(rows, 'row')} ({source_names(args)}), "
         f"format {fmt.name}, {'greedy' if not args.temperature else f'temperature {args.temperature:g}'}, "
-        f"at most {args.max_new_tokens} new tokens. Model: {public_name(args.model)}."
+        f"at most {counted(args.max_new_tokens, 'new token')}. Model: {public_name(args.model)}."
     ]
     written = write_report(metrics, compared, heading, folder)
     comparison = (folder / "comparison.md").read_text(encoding="utf-8")

@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     from finetune.runs.find import find_run
 
     output = output_folder(args.model, args.to, args.output, args.overwrite)
+    if args.to == "gguf":
+        gguf.find_tools(args.llama_cpp, args.quantization)  # refused before the model is read
     start_logging()
     run = find_run(args.model, trust_remote_code=args.trust_remote_code)
     name = args.name or Path(args.model).resolve().name

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finetune.errors import UserError, one_line_errors
 from finetune.flags.types import FlagParser, number_type, positive_float, positive_int, text
-from finetune.progress import print_text
+from finetune.progress import counted, print_text
 
 EXAMPLES = """examples:
   python gpu_memory.py estimate --model Qwen/Qwen2.5-1.5B-Instruct --card 6
@@ -180,7 +180,7 @@ def monitor(args: argparse.Namespace) -> int:
             signal.signal(number, handler)
     if log is not None and log.records:
         picture = draw(read_log(log.path), args.plot or log.path.with_suffix(".png"))
-        print_text(f"{log.records} records in {log.path}, drawn in {picture}")
+        print_text(f"{counted(log.records, 'record')} in {log.path}, drawn in {picture}")
     return 0
 
 

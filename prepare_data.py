@@ -11,7 +11,7 @@ from pathlib import Path
 from finetune.errors import UserError, one_line_errors
 from finetune.flags.types import FlagParser, folder_name, positive_int
 from finetune.packages import hide_torch
-from finetune.progress import print_text, say
+from finetune.progress import counted, print_text, say
 
 EXAMPLES = """examples:
   prepare_data.py rows.jsonl more.parquet --output data/processed        normalise, check, split 80/10/10
@@ -274,7 +274,7 @@ def encode(args: argparse.Namespace) -> int:
         positions=known_positions(args.tokenizer, args.trust_remote_code), **reading_options(args),
     )  # fmt: skip
     statuses = ", ".join(f"{n} {status}" for status, n in counts.items())
-    print_text(f"{counts.total()} rows: {statuses} -> {args.output}")
+    print_text(f"{counted(counts.total(), 'row')}: {statuses} -> {args.output}")
     return 0
 
 
@@ -287,9 +287,8 @@ def parse(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.tokenizer, trust_remote_code=args.trust_remote_code) if args.tokenizer else None
     fmt, _ = load_format(args.format, tokenizer)
     counts = parse_file(args.input, args.output, fmt, overwrite=args.overwrite)
-    print_text(
-        f"{counts['read']} texts read, {counts['with errors']} with errors, {counts['calls']} calls -> {args.output}"
-    )
+    texts, calls = counted(counts["read"], "text"), counted(counts["calls"], "call")
+    print_text(f"{texts} read, {counts['with errors']} with errors, {calls} -> {args.output}")
     return 0
 
 
@@ -344,7 +343,8 @@ def generate(args: argparse.Namespace) -> int:
     if args.reasons and args.phrasings:
         raise UserError("--reasons is for the generic wording; write `reasoning` into the file of --phrasings")
     for path, counts in generate_files(args.tools, args.output, **{name: getattr(args, name) for name in names}):
-        print_text(f"{path}: {counts.total()} rows (" + ", ".join(f"{n} {kind}" for kind, n in counts.items()) + ")")
+        kinds = ", ".join(f"{n} {kind}" for kind, n in counts.items())
+        print_text(f"{path}: {counted(counts.total(), 'row')} ({kinds})")
     return 0
 
 

@@ -23,7 +23,7 @@ from finetune.flags.types import (
     positive_int,
     text,
 )
-from finetune.progress import print_text
+from finetune.progress import counted, print_text
 from finetune.settings import FLAGS
 from finetune.sweep import grid
 from finetune.sweep.from_largest import largest_points
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     options = run_options(args)
     sweep = open_sweep(folder, points, identity=identity, argv=argv, settings=vars(options) | {"asha": args.asha})
     log_to_file(folder / SWEEP_LOG)
-    log.info("sweep %s: %d runs, %d of them done", folder, len(points), len(points) - sweep.count(WAITING))
+    log.info("sweep %s: %s, %d of them done", folder, counted(len(points), "run"), len(points) - sweep.count(WAITING))
     try:
         # 3. Train the runs that are not finished.
         if sweep.count(WAITING):
@@ -238,7 +238,8 @@ def main(argv: list[str] | None = None) -> int:
         sweep.close()
     for run in sweep.runs:
         if run.status == FAILED:
-            log.warning("failed: %s after %d attempts: %s; full log in %s", run.name, len(run.attempts),
+            attempts = counted(len(run.attempts), "attempt")
+            log.warning("failed: %s after %s: %s; full log in %s", run.name, attempts,
                         " | ".join(run.attempts[-1]["lines"][-3:]), sweep.log_path(run))  # fmt: skip
     if best:
         log.info("%s", best.text())

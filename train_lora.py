@@ -17,7 +17,7 @@ from finetune.errors import Terminated, UserError, one_line_errors
 from finetune.files import free_path
 from finetune.models.bundled import cache_dir
 from finetune.packages import hide_unused, install_command, wants_wandb
-from finetune.progress import print_text
+from finetune.progress import counted, print_text
 from finetune.runs.experiment import (
     CONFIG,
     Experiment,
@@ -227,10 +227,10 @@ def load_data(settings: Settings) -> RunData:
     train = load_conversations(settings.dataset, limit=settings.limit, where=parse_where(settings.where), **options)
     check_rows(train, cache_dir() / "checks")
     for mapping, count in train.mappings.items():
-        log.info("%s (%d rows)", mapping, count)
+        log.info("%s (%s)", mapping, counted(count, "row"))
     for note, count in train.notes.items():
         if "not read" in note or "left as text" in note:  # the other notes do not concern lost content
-            log.info("%s (%d times)", note, count)
+            log.info("%s (%s)", note, counted(count, "time"))
     if settings.eval_dataset:
         held_out = load_conversations(settings.eval_dataset, **options)
         check_rows(held_out, cache_dir() / "checks")

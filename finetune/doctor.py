@@ -22,6 +22,7 @@ from finetune.errors import UserError
 from finetune.models.bundled import cache_dir
 from finetune.models.hub import hub_token
 from finetune.packages import read_pins
+from finetune.progress import counted
 
 ROOT = Path(__file__).resolve().parent.parent
 # Packages that every training needs; the other pinned packages are for one command or one kind of model.
@@ -243,7 +244,7 @@ def _unsloth(checkup: Checkup, answer: dict[str, Any], version: str, threads: in
     checkup.line("Unsloth", f"{version}, {used}")
     dtypes = {"bfloat16": "bfloat16, in hardware", "float16": "float16 (no bfloat16 in hardware)"}
     precision = dtypes.get(answer["dtype"], "float32 (bfloat16 is emulated and slow here)")
-    checkup.line("Precision", f"{precision}; {threads} CPU threads")
+    checkup.line("Precision", f"{precision}; {counted(threads, 'CPU thread')}")
     if not device:
         return
     checkup.line("4-bit", "works (bitsandbytes NF4, tested)" if answer["four_bit"] else "does not work")

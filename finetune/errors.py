@@ -44,12 +44,13 @@ def user_errors(what: str, advice: str) -> Iterator[None]:
         raise UserError(f"{what}: {error.strerror or error}; {advice}") from error
 
 
-def require(module: str, purpose: str) -> None:
-    """Raise UserError when a package is missing that `purpose` (such as "--web") needs; imports nothing."""
-    if importlib.util.find_spec(module) is None:
-        package = packages.PACKAGE_OF.get(module, module)
-        command = packages.install_command(module)
-        raise UserError(f"{purpose} needs {package}, which is not installed; run: {command}")
+def require(purpose: str, *modules: str) -> None:
+    """Raise UserError when packages are missing that `purpose` (such as "--web") needs; imports nothing."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        names = " and ".join(packages.PACKAGE_OF.get(module, module) for module in missing)
+        absent = f"which {'is' if len(missing) == 1 else 'are'} not installed"
+        raise UserError(f"{purpose} needs {names}, {absent}; run: {packages.install_command(*missing)}")
 
 
 def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:

@@ -44,13 +44,12 @@ def read_pins(*files: str) -> dict[str, str]:
     return pins
 
 
-def install_command(module: str) -> str:
-    """`pip install NAME==VERSION` for the package of a module, with the version that the project is tested with."""
-    package = PACKAGE_OF.get(module, module)
+def install_command(*modules: str) -> str:
+    """`pip install NAME==VERSION` for the packages of modules, with the versions that the project is tested with."""
+    names = [PACKAGE_OF.get(module, module) for module in modules]
     pins = read_pins(*CORE, OPTIONAL)
-    version = pins.get(normalized(package))
-    name = f"{package}=={version}" if version else package
-    return f"pip install {'--no-deps ' * (normalized(package) in WITH_NO_DEPS)}{name}"
+    pinned = [f"{name}=={pins[normalized(name)]}" if normalized(name) in pins else name for name in names]
+    return f"pip install {'--no-deps ' * (normalized(names[0]) in WITH_NO_DEPS)}{' '.join(pinned)}"
 
 
 def missing_message(module: str) -> str:

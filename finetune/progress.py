@@ -62,6 +62,12 @@ def print_text(text: object) -> None:
     print(printable(str(text)))
 
 
+def counted(number: int | str, noun: str) -> str:
+    """`1 row`, `2,000 rows`; a number that is text is shown as it is."""
+    shown = number if isinstance(number, str) else f"{number:,}"
+    return f"{shown} {noun}{'s' * (shown != '1')}"
+
+
 def say(text: str) -> None:
     """Print a status line to stderr; stdout is for results."""
     print(printable(text), file=sys.stderr, flush=True)

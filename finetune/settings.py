@@ -364,7 +364,7 @@ def resumed(
         if flag.action or (flag.resumable and flag.name in settings.given):
             values[flag.name] = new
         elif flag.name in settings.given and new != old:
-            differences.append(f"--{flag.name} {new} differs from the run's {old}")
+            differences.append(f"--{flag.name} {new} differs from the run's {'default' if old is None else old}")
             values[flag.name] = new
     if differences := [*differences, *other_differences]:
         if not settings.force:

@@ -253,5 +253,5 @@ def test_script_scores_conversations_and_resumes(tmp_path):
     assert metrics["bfcl_accuracy"] == metrics["bfcl_multi_turn_base_accuracy"] == 0.0
     assert metrics["items_by_kind"] == {"conversation": 1} and "tool_name_accuracy" in metrics["not_measured"]
     second = run_script("evaluate_lora.py", *arguments)
-    assert second.returncode == 0 and "1 of 1 answers are already there" in second.stderr
+    assert second.returncode == 0 and "1 of 1 already answered" in second.stderr
     assert json.loads((tmp_path / "out/base_model_metrics.json").read_text("utf-8"))["bfcl_accuracy"] == 0.0

@@ -432,6 +432,21 @@ def test_answer_equals_that_of_the_evaluation(agent):
         model.prompt_ids([{"role": "user", "content": "lamp " * 1100}], [])
 
 
+def test_answer_gets_the_room_that_is_left(agent, monkeypatch, tmp_path):
+    """A recipe trained on 512 tokens, and answers of up to 512: the question takes part of them."""
+    from finetune.chat.questions import answer_all
+
+    questions = [chat_model.REQUEST, "Dim it"]
+    longest = max(len(agent.model.prompt_ids([{"role": "user", "content": text}], [])) for text in questions)
+    monkeypatch.setattr(agent.model.model, "max_seq_length", longest + 2, raising=False)
+    answer_all(agent, questions, "", [], ["base"], tmp_path / "answers.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["row"] for line in lines] == [1, 2] and lines[0]["finish_reason"] == "length"
+    monkeypatch.setattr(agent.model.model, "max_seq_length", longest)
+    with pytest.raises(UserError, match=f"question 1: .* room for {longest}"):
+        answer_all(agent, questions, "", [], ["base"], None)
+
+
 def test_closing_a_stream_stops_the_generation(agent):
     """The lock is released at once, and the next answer is complete."""
     messages = chat_model.conversation()[:1]
@@ -965,10 +980,10 @@ def test_page_in_a_real_browser(agent, tmp_path, monkeypatch):
             page.get_by_text(chat_model.BASE_ANSWER).wait_for(timeout=120_000)
             for verdict in ("valid call", "no call"):
                 page.get_by_text(verdict, exact=True).wait_for()
+            page.screenshot(path=str(picture))
             page.get_by_label("Result of the pending call").fill(chat_model.RESULT)
             page.get_by_role("button", name="Give the result").click()
             page.get_by_text(chat_model.DONE).wait_for(timeout=120_000)
-            page.screenshot(path=str(picture))
             save = page.get_by_text("Save as JSON Lines")
             page.wait_for_function("element => !element.disabled", arg=save.element_handle())
             with page.expect_download() as download:

@@ -155,8 +155,8 @@ def test_script_scores_both_models_and_resumes(dataset, adapter):
     results.write_text("".join(lines[:3]) + lines[3][:50], encoding="utf-8")
     again = run(adapter, *common)
     assert again.returncode == 0, again.stderr
-    assert "tuned: 3 of 8 answers are already there" in again.stderr
-    assert "base: 8 of 8 answers are already there" in again.stderr
+    assert "tuned: 3 of 8 already answered" in again.stderr
+    assert "base: 8 of 8 already answered" in again.stderr
     resumed = read_lines(results)
     assert [line["text"] for line in resumed] == [line["text"] for line in tuned]
     assert resumed[:3] == tuned[:3]
@@ -240,7 +240,7 @@ def test_resuming_scores_again_and_restores_the_order(model, prompts, tmp_path):
     stale = [{**line, "verdicts": {"stale": True}} for line in (complete[5], complete[0], complete[2])]
     path.write_text("".join(json.dumps(line) + "\n" for line in stale), encoding="utf-8")
     rescored, cost = answers(model, prompts, path, said)
-    assert cost["generated_rows"] == 5 and said == ["base: 3 of 8 answers are already there"]
+    assert cost["generated_rows"] == 5 and said == ["base: 3 of 8 already answered"]
     without_time = [{k: v for k, v in line.items() if k != "latency_s"} for line in read_lines(path)]
     assert without_time == [{k: v for k, v in line.items() if k != "latency_s"} for line in complete]
     assert [s.verdicts for s in rescored] == [s.verdicts for s in scored]

@@ -198,7 +198,7 @@ def test_encode_and_audit_know_the_positions(tmp_path, capsys, caplog):
         assert [line.get("warnings") for line in lines] == [None, warnings]
         assert prepare_data.main(["audit", "--tokenizer", str(folder), *flags, str(rows)]) == 0
         assert ("warning: longer than the model's 128 positions" in capsys.readouterr().out) == bool(warnings)
-    assert "1 rows: longer than the model's 128 positions (first: row 2)" in caplog.text
+    assert "1 row: longer than the model's 128 positions (first: row 2)" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["vllm", "merged"])

@@ -79,7 +79,9 @@ def test_the_remedy_installs_one_pinned_package(module, command):
 def test_missing_optional_packages_are_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--web needs gradio.*pip install gradio==\d"):
-        require("gradio", "--web")
+        require("--web", "gradio")
+    with pytest.raises(UserError, match=r"fastapi and uvicorn, which are not .* pip install fastapi==\S+ uvicorn==\d"):
+        require("--serve", "fastapi", "uvicorn")
     assert "run: pip install gradio==" in packages.missing_message("gradio")
 
 
@@ -125,6 +127,7 @@ def test_unknown_flags_end_in_one_line(capsys):
         ("chat_lora.py", ["experiments/nope"], "experiments/nope: there is no such folder"),
         ("evaluate_lora.py", ["experiments/nope", "--dataset", ROWS], "experiments/nope: there is no such folder"),
         ("export_lora.py", ["experiments/nope", "--to", "vllm"], "experiments/nope: there is no such folder"),
+        ("export_lora.py", ["smollm2-135m", "--to", "gguf", "--llama_cpp", "docs"], "docs has no convert_hf"),
         ("chat_lora.py", ["smollm2-135m", "--format", "lama3"], "did you mean llama3?"),
         ("prepare_data.py", ["--outptu", "x"], "--outptu: did you mean --output?"),
         ("chat_lora.py", ["--promt", "x"], "did you mean --prompt?"),

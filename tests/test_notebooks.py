@@ -1,4 +1,7 @@
-"""Every cell of the notebooks, with smaller sizes. A cell is run as Jupyter runs it, without a kernel."""
+"""Every cell of the notebooks, with smaller sizes. A cell is run as Jupyter runs it, without a kernel.
+
+`python -m tests.test_notebooks notebooks/*.ipynb` runs them in full and stores what they print.
+"""
 
 from __future__ import annotations
 
@@ -117,3 +120,13 @@ def test_notebook_is_small_and_ran_in_order(notebook):
 
 def test_there_are_four_notebooks():
     assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        code = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+        for number, (cell, printed) in enumerate(zip(code, run_notebook(path), strict=True), start=1):
+            stream = {"name": "stdout", "output_type": "stream", "text": printed.splitlines(keepends=True)}
+            cell |= {"execution_count": number, "outputs": [stream] if printed else []}
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

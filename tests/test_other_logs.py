@@ -104,7 +104,7 @@ def test_rows_without_a_step_are_noted(tmp_path, steps):
     log.write_text("_step,train/loss,eval/loss\n" + "".join(f"{step},2,2\n" for step in steps))
     (run,) = read(log)
     known = [int(step) for step in steps if step.isdecimal()]
-    assert run.rows["step"].tolist() == known and "1 rows have no step" in run.notes
+    assert run.rows["step"].tolist() == known and "1 row without a step" in run.notes
     assert summarize(run)["best_eval_step"] == (known[0] if known else None)
 
 

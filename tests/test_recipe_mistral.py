@@ -122,7 +122,7 @@ def test_every_command_of_the_page(place):
         assert scores["confusion_matrix"]["labels"][:4] == TOOLS
         assert len(rows_of(results / f"{side}_model_results.jsonl")) == 15
     assert (results / "confusion_matrix.png").is_file()
-    logs = json.loads((place / "evaluation" / "logs" / "finetuned_model_metrics.json").read_text(encoding="utf-8"))
+    logs = json.loads((runs["stage1"] / "evaluation_logs" / "finetuned_model_metrics.json").read_text("utf-8"))
     assert logs["counted"]["tool_name_accuracy"] == 12 and logs["counted"]["parameter_accuracy"] == 11
     serve = (runs["stage1"] / "exports" / "vllm" / "serve.sh").read_text(encoding="utf-8")
     assert "--tool-call-parser sandwich" in serve

@@ -64,7 +64,7 @@ TWICE["tool_calls"] = [call | {"id": name} for call in TWICE["tool_calls"] for n
     [
         ((lamp_call({"room": "a"}),), None, r"row 2: .*declared: none.*--tools FILE"),
         ((lamp_call({"room": "a"}, "dim"),), [LAMP], r"row 2: .*calls dim"),
-        ((lamp_call({"room": "a"}), RESULT, RESULT, ANSWER), [LAMP], "2 results for 1 calls"),
+        ((lamp_call({"room": "a"}), RESULT, RESULT, ANSWER), [LAMP], "2 results for 1 call"),
         ((TWICE, *[RESULT | {"tool_call_id": "p"}] * 2, ANSWER), [LAMP], "a second result for the call 'p'"),
     ],
 )
@@ -82,7 +82,7 @@ def test_warnings_of_a_run_are_counted_and_cached(tmp_path, caplog):
         with caplog.at_level("INFO", logger="sandwich"):
             check_rows(loaded, tmp_path / "cache")
         assert [record.getMessage() for record in caplog.records] == [
-            "kept with a warning: call without a result (1 rows)"
+            "kept with a warning: call without a result (1 row)"
         ]
     assert len(list((tmp_path / "cache").iterdir())) == 1
 

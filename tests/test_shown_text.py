@@ -13,7 +13,7 @@ from finetune.charts.tables import csv_text
 from finetune.errors import UserError, one_line_errors
 from finetune.flags.types import FlagParser
 from finetune.logs import log, log_to_file, start_logging
-from finetune.progress import printable, protect_rich, say
+from finetune.progress import counted, printable, protect_rich, say
 from tests.exported import make_run
 from tests.scripts import ROOT
 
@@ -191,3 +191,10 @@ def test_rich_is_protected_when_it_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert done.stdout.decode().strip() == "a\ufffd[2Jb"
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"), [(0, "0 rows"), (1, "1 row"), (2000, "2,000 rows"), ("1", "1 row"), ("0.2", "0.2 rows")]
+)
+def test_counted(number, shown):
+    assert counted(number, "row") == shown

@@ -205,4 +205,4 @@ def test_whole_benchmark_with_a_stub(tmp_path, monkeypatch, capsys):
         json.dumps({"steps": 5, "seconds": 0.0, "runs": {"rank4": {"at": 3, "times": 99, "how": "failed"}}})
     )
     assert side_by_side.main(argv) == 2
-    assert "failed: rank4 after 1 attempts: the run says why" in capsys.readouterr().err
+    assert "failed: rank4 after 1 attempt: the run says why" in capsys.readouterr().err

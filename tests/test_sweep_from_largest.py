@@ -115,7 +115,7 @@ def test_real_sweep_trains_one_run_and_resumes(rows, tiny_model, tmp_path):
         assert result.returncode == 0, result.stderr
         summaries.append((tmp_path / "s" / "summary.csv").read_text())
     assert [path.name for path in (tmp_path / "s").glob("rank*")] == ["rank8"]
-    assert "1 runs, 1 of them done" in result.stderr
+    assert "1 run, 1 of them done" in result.stderr
     assert summaries[0] == summaries[1] and "from rank 8" in summaries[0]
     sweep = json.loads((tmp_path / "s" / "sweep.json").read_text())
     losses = json.loads((tmp_path / "s" / "rank8" / "experiment_config.json").read_text())["ranks"]["eval_loss"]

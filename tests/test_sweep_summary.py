@@ -91,7 +91,7 @@ def test_diverged_run_is_not_the_best(tmp_path):
     table = {run.folder.name: summarize(run) for run in runs}
     assert table["diverged"]["final_loss"] == float("inf")
     assert (table["diverged"]["min_loss"], table["diverged"]["best_eval_loss"]) == (1.0, 0.5)
-    assert "eval_loss is not finite in 1 rows" in table["evaluation_alone"]["notes"]
+    assert "eval_loss is not finite in 1 row" in table["evaluation_alone"]["notes"]
 
 
 def test_repeats_are_grouped_by_the_sweeps_flags(tmp_path):

@@ -127,7 +127,7 @@ def test_parse_writes_one_line_per_row(tmp_path, capsys):
     source, target = write_jsonl(tmp_path / "t.jsonl", texts), tmp_path / "out.jsonl"
     source.write_text(source.read_text(encoding="utf-8") + "nonsense\n", encoding="utf-8")
     assert prepare_data.main(["parse", "--format", "chatml", str(source), str(target)]) == 0
-    assert capsys.readouterr().out.startswith("5 texts read, 3 with errors, 1 calls")
+    assert capsys.readouterr().out.startswith("5 texts read, 3 with errors, 1 call ")
     rows = read(target)
     assert all(list(row) == ["content", "tool_calls", "errors"] for row in rows)
     assert rows[0] == {

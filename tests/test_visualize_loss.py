@@ -153,7 +153,7 @@ def test_overlong_numbers_are_not_finite(tmp_path):
     lines[4] = re.sub(r"^(4,[^,]*),[^,]*", r"\1," + "9" * 500, lines[4])
     log.write_text("\n".join(lines) + "\n", encoding="utf-8")
     result = visualize("-o", "out.png", "-s", "summary.csv", "long", cwd=tmp_path)
-    assert "loss is not finite in 1 rows, first at step 4" in result.stdout
+    assert "loss is not finite in 1 row, first at step 4" in result.stdout
     (row,) = read_summary(tmp_path / "summary.csv")
     assert row["steps"] == "5" and "1 unreadable line skipped" in row["notes"]
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.charts.rows import Rows
 from finetune.errors import UserError
 from finetune.files import read_shown
+from finetune.progress import counted
 from finetune.runs import run_log
 from finetune.runs.experiment import CHECKPOINT, CONFIG, LOG
 
@@ -186,9 +187,9 @@ def tidy(columns: dict[str, list[float]], notes: list[str]) -> Rows:
             rows[name] = np.where(np.isfinite(rows[name]), rows[name], np.nan)
         elif (diverged := np.isinf(rows[name])).any():
             first = rows["step"][diverged][0]
-            notes.append(f"{name} is not finite in {int(diverged.sum())} rows, first at step {first:.0f}")
+            notes.append(f"{name} is not finite in {counted(int(diverged.sum()), 'row')}, first at step {first:.0f}")
     if unplaced := int(np.isnan(rows["step"]).sum()):
-        notes.append(f"{unplaced} rows have no step")
+        notes.append(f"{counted(unplaced, 'row')} without a step")
         rows = rows.take(~np.isnan(rows["step"]))
     if not len(rows):
         return rows
@@ -212,7 +213,7 @@ def _log_notes(log: run_log.LogRows) -> list[str]:
         return ["not a training log (no columns step and loss)"]
     notes = ["last line is cut"] if log.is_cut else []
     if log.unreadable:
-        notes.append(f"{log.unreadable} unreadable line{'s' * (log.unreadable > 1)} skipped")
+        notes.append(f"{counted(log.unreadable, 'unreadable line')} skipped")
     return notes if log.rows else [*notes, "no rows yet"]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from finetune.charts.curves import COLUMNS, LoggedRun, parse, read_run, tidy
 from finetune.errors import UserError
 from finetune.files import read_shown
+from finetune.progress import counted
 from finetune.runs.experiment import CHECKPOINT
 
 STEP_NAMES = ("train/global_step", "global_step", "step", "_step")
@@ -87,7 +88,7 @@ def _factory_entries(log: Path, notes: list[str]) -> Iterator[Entry]:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             unreadable += 1
     if unreadable:
-        notes.append(f"{unreadable} unreadable line{'s' * (unreadable > 1)} skipped")
+        notes.append(f"{counted(unreadable, 'unreadable line')} skipped")
 
 
 def _seconds(clock: re.Match[str]) -> float:

@@ -14,6 +14,7 @@ from finetune.charts.repeats import MAX_BANDS, Band, draw_repeats, merge_repeats
 from finetune.charts.run_labels import Comparison, Look, value_text
 from finetune.errors import UserError
 from finetune.files import write_bytes_atomic
+from finetune.progress import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -218,8 +219,7 @@ def headline(comparison: Comparison) -> str:
 
 def subtitle(comparison: Comparison) -> str:
     """The number of runs and the settings they share, as far as they fit into about 105 characters."""
-    count = len(comparison.runs)
-    line = f"{count} run{'s' * (count > 1)}"
+    line = counted(len(comparison.runs), "run")
     for key in ("model", "rank", "lr", "epochs", "max_steps", "batch_size", "dataset"):
         value = comparison.common.get(key)
         if value is None or (key == "epochs" and any(run.flags.get("max_steps") for run in comparison.runs)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -69,16 +70,20 @@ class ChatModel:
         with self.lock, self.model.disable_adapter() if side == BASE else contextlib.nullcontext():
             yield self.model
 
-    def prompt_ids(self, messages: list[dict], tools: list[dict], max_new_tokens: int = 1) -> list[int]:
+    def prompt_ids(self, messages: list[dict], tools: list[dict]) -> list[int]:
         """Ids of the prompt as a server feeds it. UserError when it leaves no room for an answer."""
         ids = encode_prompt(messages, tools, self.tokenizer, self.fmt)
-        context = context_limit(self.model)
-        if context is not None and len(ids) + max_new_tokens > context:
+        if self.room(ids) < 1:
             raise UserError(
-                f"the conversation has {len(ids):,} tokens and the answer up to {max_new_tokens:,}, but the model "
-                f"has room for {context:,}; start a new conversation, declare fewer tools or lower --max_new_tokens"
+                f"the conversation has {len(ids):,} tokens, and the model has room for {context_limit(self.model):,} "
+                "with the answer; start a new conversation, or declare fewer tools"
             )
         return ids
+
+    def room(self, ids: list[int]) -> float:
+        """The longest answer to this prompt."""
+        context = context_limit(self.model)
+        return math.inf if context is None else context - len(ids)
 
     def stream(
         self, messages: list[dict], tools: list[dict], decoding: Decoding, side: str = TUNED,
@@ -88,7 +93,8 @@ class ChatModel:
 
         Closing the iterator stops the generation. `options` are further entries of the GenerationConfig.
         """
-        ids = self.prompt_ids(messages, tools, decoding.max_new_tokens)
+        ids = self.prompt_ids(messages, tools)
+        decoding = replace(decoding, max_new_tokens=int(min(decoding.max_new_tokens, self.room(ids))))
         live = LiveText(self.tokenizer, self.fmt, tools, self.tokenizer.decode(ids[-16:]))
         events: queue.Queue[str | list[int] | BaseException] = queue.Queue()
         streamer = _Streamer(self.tokenizer, events.put)

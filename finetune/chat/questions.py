@@ -103,7 +103,7 @@ def answer_all(
     sessions = [start_session(question, system, tools) for question in questions]
     for number, session in enumerate(sessions, 1):  # before the first answer, which may take long
         try:
-            agent.model.prompt_ids(session.messages, session.tools, agent.decoding.max_new_tokens)
+            agent.model.prompt_ids(session.messages, session.tools)
         except (UserError, FormatError) as error:
             raise UserError(f"question {number}: {error}" if len(questions) > 1 else str(error)) from error
     size, total = agent.decoding.batch_size, len(questions) * len(sides)
@@ -125,15 +125,16 @@ def _answers(
 ) -> Iterator[tuple[ChatSession, Events]]:
     """Each answered session, copied, with its replies and results."""
     sessions = [ChatSession(session.system, session.tools, list(session.turns)) for session in sessions]
-    if agent.tool_command is not None or len(sessions) == 1:
+    chat, decoding = agent.model, agent.decoding
+    prompts = [chat.prompt_ids(session.messages, session.tools) for session in sessions]
+    fits = all(decoding.max_new_tokens <= chat.room(ids) for ids in prompts)
+    if agent.tool_command is not None or len(sessions) == 1 or not fits:
         for session in sessions:
             yield session, [event for event in agent.answer(session) if not isinstance(event, str)]
             advance(1)
         return
     from finetune.generation.generate import generate
 
-    chat, decoding = agent.model, agent.decoding
-    prompts = [chat.prompt_ids(session.messages, session.tools, decoding.max_new_tokens) for session in sessions]
     with chat.side(agent.side) as model:
         results = generate(model, prompts, decoding=decoding, on_result=lambda *_: advance(1)).results
     for session, made in zip(sessions, results, strict=True):

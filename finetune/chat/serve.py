@@ -158,7 +158,7 @@ def build_app(model: ChatModel, decoding: Decoding) -> FastAPI:
         tools = [] if request.tool_choice == "none" else request.tools or []
         settings = request.decoding(decoding)
         try:
-            model.prompt_ids(request.conversation(), tools, settings.max_new_tokens)
+            model.prompt_ids(request.conversation(), tools)
         except (FormatError, UserError) as error:
             raise HTTPException(400, str(error)) from error
         options = {} if request.top_p is None else {"top_p": request.top_p}

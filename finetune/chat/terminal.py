@@ -16,7 +16,7 @@ from finetune.chat.session import ChatAgent, ChatSession, ToolResult
 from finetune.errors import UserError, user_errors
 from finetune.json_schema import validator_of
 from finetune.models.bundled import cache_dir
-from finetune.progress import printable
+from finetune.progress import counted, printable
 from finetune.reading.tool_schemas import load_tools_file
 from formats import FormatError
 
@@ -128,7 +128,7 @@ class Terminal:
         for error in reply.parse_errors:
             self.say(f"not a call: {error}", style="red")
         if reply.finish_reason == "length":
-            self.say("cut off at --max_new_tokens", style="yellow")
+            self.say("cut off at its maximum length (--max_new_tokens)", style="yellow")
         if not (reply.content or reply.tool_calls or reply.parse_errors):
             self.say("(an empty answer)", style="yellow")
 
@@ -162,7 +162,7 @@ class Terminal:
             )
             if reason := validator_of(json.dumps(parameters))[1]:
                 self.say(f"      not checked: its parameters are not a JSON Schema ({reason})", style="red")
-        self.say(f"{len(self.session.tools)} tools declared")
+        self.say(f"{counted(len(self.session.tools), 'tool')} declared")
 
     def _system(self, rest: str) -> None:
         if rest:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from finetune.chat.reply import Reply
+from finetune.progress import counted
 
 VALID, INVALID, BROKEN, NO_CALL, CUT = "valid call", "call against the schema", "broken call", "no call", "cut off"
 GOOD, BAD, PLAIN = "good", "bad", "plain"
@@ -52,7 +53,7 @@ def verdict_of(reply: Reply, expected: Sequence[dict[str, Any]] | None = None) -
     if expected is not None:
         wanted = [{"name": call["name"], "arguments": call["arguments"]} for call in expected]
         matches = reply.tool_calls == wanted and not reply.parse_errors
-    numbers = f"{reply.seconds:.1f} s · {reply.new_tokens:,} tokens"
+    numbers = f"{reply.seconds:.1f} s · {counted(reply.new_tokens, 'token')}"
     return Verdict(kind, details, numbers, matches)
 
 

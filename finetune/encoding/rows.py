@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from finetune.encoding.options import EncodingOptions
+from finetune.progress import counted
 from formats import IGNORE_INDEX, Encoded, Format, Sequence, encode
 
 Conversation = dict[str, Any]
@@ -90,8 +91,8 @@ def warning_kinds(encoded: Encoded) -> list[str]:
 def in_rows(warned: Iterable[Hashable]) -> str:
     """`2 rows`, or `3 turns in 2 rows`, for the row of each warning of one kind."""
     turns = list(warned)
-    rows = len(set(turns))
-    return f"{rows:,} rows" if rows == len(turns) else f"{len(turns):,} turns in {rows:,} rows"
+    of_rows = counted(len(set(turns)), "row")
+    return of_rows if len(set(turns)) == len(turns) else f"{counted(len(turns), 'turn')} in {of_rows}"
 
 
 def encode_answers(conversation: Conversation, tokenizer: Any, fmt: Format, options: EncodingOptions) -> Encoded:

@@ -30,7 +30,7 @@ MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param"
 
 def data_folder() -> Path:
     """The package's folder of rows; UserError when the package is not installed."""
-    require("bfcl_eval", "--suite bfcl")
+    require("--suite bfcl", "bfcl_eval")
     spec = importlib.util.find_spec("bfcl_eval")
     return Path(spec.submodule_search_locations[0]) / "data"
 

@@ -21,7 +21,7 @@ from finetune.evaluation.rank_losses import LossMeter
 from finetune.evaluation.report import table_markdown, write_report
 from finetune.evaluation.scoring import score
 from finetune.files import json_lines, write_json, write_text_atomic
-from finetune.progress import progress_bar, say
+from finetune.progress import counted, progress_bar, say
 from finetune.runs.find import Run
 from formats import Format, encode
 
@@ -153,7 +153,7 @@ def report_decisions(
     decisions = make_decisions(items, tokenizer, fmt, longest=longest)
     if decisions.refused:
         item, reason = decisions.refused[0]
-        say(f"{len(decisions.refused)} answers not scored, the first: {item.source} row {item.row}: {reason}")
+        say(f"{counted(len(decisions.refused), 'answer')} not scored, first: {item.source} row {item.row}: {reason}")
     if not decisions.items:
         raise UserError("no row is a request with tools whose answers can be expressed; nothing to choose from")
     scored, metrics = {}, {}

@@ -16,6 +16,7 @@ from finetune.evaluation.run import Prompts, run_model
 from finetune.files import write_text_atomic
 from finetune.models.hub import public_name
 from finetune.models.truncation import TruncatableAdapter, energy_share
+from finetune.progress import counted
 from finetune.runs.find import Run
 from formats import Format
 
@@ -100,10 +101,10 @@ def ranks_markdown(report: dict[str, Any]) -> str:
         shown = ["" if values.get(score) is None else f"{values[score]:.3f}" for score in scores]
         rows.append([name, f"{values['eval_loss']:.4f}", difference, f"{values['energy']:.1%}", *shown])
     of = report["loss_rows"]
-    answers = f"; scores over {report['answers']} answers" if report["answers"] else ""
+    answers = f"; scores over {counted(report['answers'], 'answer')}" if report["answers"] else ""
     heading = (
         f"{report['model']}, rank {whole}, {report['layers']} layers: the best approximation of each rank. Loss over "
-        f"{of['trained_tokens']:,} trained tokens of {of['sequences']:,} sequences ({of['source']}){answers}."
+        f"{of['trained_tokens']:,} trained tokens of {counted(of['sequences'], 'sequence')} ({of['source']}){answers}."
     )
     table = table_markdown(["rank", "loss", "difference", "energy kept", *scores], rows)
     return f"# Ranks\n\n{heading}\n\n{table}\n{report['advice']}\n"

@@ -169,7 +169,7 @@ def run_model(
     first = {key: at for at, key in reversed(list(enumerate(results.keys)))}
     missing = sorted(at for key, at in first.items() if key not in results.lines)
     if len(missing) < len(prompts.items):
-        say(f"{name}: {len(prompts.items) - len(missing)} of {len(prompts.items)} answers are already there")
+        say(f"{name}: {len(prompts.items) - len(missing)} of {len(prompts.items)} already answered")
     with contextlib.closing(results):
         report = answer_prompts(model, tokenizer, fmt, prompts, decoding, results, missing, name, share_prefix)
     if report.reason and share_prefix:

@@ -23,7 +23,7 @@ from finetune.evaluation.rank_losses import LossMeter, encode_as_in_training, ow
 from finetune.evaluation.report import table_markdown
 from finetune.evaluation.scoring import leaves
 from finetune.files import json_lines, write_text_atomic
-from finetune.progress import printable, progress_bar
+from finetune.progress import counted, printable, progress_bar
 from formats import IGNORE_INDEX
 from formats.base import call_of
 
@@ -252,7 +252,7 @@ def report_suspects(
     lines = find_suspects(measured, count, model, tokenizer, fmt)
     early = early_checkpoint(run)
     heading = (
-        f"The {len(lines)} of {len({(turn.source, turn.row) for turn in measured.turns}):,} training rows that "
+        f"The {len(lines)} of {counted(len({(one.source, one.row) for one in measured.turns}), 'training row')} that "
         f"{run.path} fits least, by its "
         + (f"adapters of {early.name} and of the end" if early else "last adapter alone (it has no earlier checkpoint)")
         + f". Rows that are not trained: {measured.not_trained}. Behind >>> is what differs most."

@@ -13,7 +13,7 @@ from finetune.export.targets import Job, target
 from finetune.models.adapter import attach_adapter
 from finetune.models.remote_code import strip_code
 from finetune.models.truncation import TruncatableAdapter, energy_share
-from finetune.progress import say
+from finetune.progress import counted, say
 
 if TYPE_CHECKING:
     from formats import Format
@@ -73,7 +73,8 @@ def choose_rank(job: Job, adapter: TruncatableAdapter, model: Any, tokenizer: An
     losses = losses_by_rank(adapter, LossMeter(model, tokenizer, rows.sequences), halved_ranks(adapter.rank))
     rank = smallest_rank({rank: {"eval_loss": loss} for rank, loss in losses.items()}, job.tolerance)
     shown = ", ".join(f"{rank}: {loss:.4f}" for rank, loss in losses.items())
-    say(f"loss by rank over {len(rows.sequences)} sequences of {source}: {shown}; {rank} is within {job.tolerance:g}")
+    sequences = counted(len(rows.sequences), "sequence")
+    say(f"loss by rank over {sequences} of {source}: {shown}; {rank} is within {job.tolerance:g}")
     return rank
 
 

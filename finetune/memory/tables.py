@@ -13,6 +13,7 @@ from rich.table import Table
 
 from finetune.memory.devices import Gpu
 from finetune.memory.plan import GPU_SIZES_GB, MemoryPlan, command_line, merged_flags, suggest
+from finetune.progress import counted
 from finetune.terminal_tables import fit
 
 Suggestions = dict[int, tuple[MemoryPlan, dict[str, Any]]]  # GPU size in GB -> what `suggest` returns
@@ -134,7 +135,7 @@ def verdict(plan: MemoryPlan, capacity: float, place: str) -> list[str]:
             lines.append(f"No change makes it fit (at best {gb(fitted.peak)}): use a smaller model or a larger GPU.")
     if length := plan.max_row_tokens(rows):
         with_rows = "" if rows == 1 else f" with {rows} rows per pass"
-        lines.append(f"Largest: rows of {length:,} tokens{with_rows}, or {plan.max_rows_per_pass():,} rows of "
+        lines.append(f"Largest: rows of {length:,} tokens{with_rows}, or {counted(plan.max_rows_per_pass(), 'row')} of "
                      f"{workload.longest_row:,} tokens per pass.")  # fmt: skip
     return lines
 

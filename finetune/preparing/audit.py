@@ -14,6 +14,7 @@ from finetune.encoding.options import DEFAULT_OPTIONS, EncodingOptions
 from finetune.encoding.rows import encode_answers, in_rows, warn_of_length, warning_kinds
 from finetune.preparing.checks import refusal
 from finetune.preparing.mask_view import trained_spans
+from finetune.progress import counted
 from finetune.reading.load_result import Rejected
 from formats import check_tokenizer, decode
 
@@ -150,19 +151,19 @@ def print_audit(result: Audit, console) -> None:
     from rich.table import Table
 
     total, trained = result.tokens.total(), result.trained.total()
-    table = Table("role", "tokens", "trained", "share trained", title=f"{result.rows:,} rows")
+    table = Table("role", "tokens", "trained", "share trained", title=counted(result.rows, "row"))
     for column in table.columns[1:]:
         column.justify = "right"
     for role, number in result.tokens.most_common():
         table.add_row(role, f"{number:,}", f"{result.trained[role]:,}", f"{result.trained[role] / number:.1%}")
     table.add_row("all", f"{total:,}", f"{trained:,}", f"{trained / total:.1%}" if total else "-", style="bold")
     console.print(table)
-    console.print(", ".join(f"{number:,} rows {status}" for status, number in result.status.most_common()))
+    console.print(", ".join(f"{counted(number, 'row')} {status}" for status, number in result.status.most_common()))
     for reason, number in result.reasons.most_common(10):
         console.print(f"  refused {number:,}: {escape(reason)}", highlight=False)
     console.print(
-        f"{result.spans:,} trained turns of {result.turns:,} assistant turns; parsed as the same calls: "
-        f"{result.read_back:,}; control tokens escaped: {result.escaped:,}"
+        f"{counted(result.spans, 'trained turn')} of {counted(result.turns, 'assistant turn')}; "
+        f"parsed as the same calls: {result.read_back:,}; control tokens escaped: {result.escaped:,}"
     )
     for title, counter in (("first", result.first_tokens), ("last", result.last_tokens)):
         shown = ", ".join(f"{token!r} {number:,}" for token, number in counter.most_common(6))

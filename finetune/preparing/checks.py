@@ -18,6 +18,7 @@ from typing import Any
 
 from finetune.encoding.rows import empty_answer
 from finetune.json_schema import schema_errors, unchecked_keywords
+from finetune.progress import counted
 from finetune.reading.calls_in_text import call_tag
 
 
@@ -164,7 +165,7 @@ def _check_results(messages: list[dict[str, Any]]) -> Iterator[Problem]:
     for number, message in enumerate(messages, start=1):
         if message["role"] == "assistant":
             if results < len(calls):
-                which = "have no result" if results == 0 else f"are {len(calls)}, with {results} results"
+                which = "have no result" if results == 0 else f"are {len(calls)}, with {counted(results, 'result')}"
                 yield _warning("call without a result", f"message {number}: the calls before it {which}")
             calls, results, answered = message.get("tool_calls", []), 0, set()
             ids = {call["id"] for call in calls if "id" in call}
@@ -191,7 +192,7 @@ def _orphan(message: dict[str, Any], calls: int, ids: set[str], names: set[str],
     if ids and message.get("tool_call_id") and message["tool_call_id"] not in ids:
         return f"no call before it has the tool_call_id {message['tool_call_id']!r}"
     if results > calls:
-        return f"{results} results for {calls} calls"
+        return f"{counted(results, 'result')} for {counted(calls, 'call')}"
     if message.get("name") and message["name"] not in names:
         return f"a result of {message['name']}, which was not called"
     return ""

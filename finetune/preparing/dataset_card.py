@@ -13,7 +13,7 @@ from finetune.models.hub import public_name
 from finetune.preparing.checks import all_calls, called_tool
 from finetune.preparing.preparation import Prepared, PrepareOptions, count_kinds
 from finetune.preparing.splits import SPLITS, request_text
-from finetune.progress import printable
+from finetune.progress import counted, printable
 
 COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
 MAX_TOOL_BARS = 40
@@ -52,7 +52,7 @@ def _most_frequent(table: dict[str, Counter], most: int) -> list[tuple[str, Coun
     """The first entries of a table; if there are more than `most`, the others are one entry."""
     entries = list(table.items())
     rest = entries[most:]
-    others = [(f"{len(rest)} other tools", sum((counts for _, counts in rest), Counter()))] if rest else []
+    others = [(counted(len(rest), "other tool"), sum((counts for _, counts in rest), Counter()))] if rest else []
     return entries[:most] + others
 
 

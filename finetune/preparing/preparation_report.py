@@ -8,6 +8,7 @@ from pathlib import Path
 from finetune.encoding.rows import in_rows
 from finetune.preparing.dataset_card import length_summary, shared_requests, tool_balance
 from finetune.preparing.preparation import Prepared, count_kinds
+from finetune.progress import counted
 
 MAX_TEXT = 1000  # characters of a line, which may hold a name of any length
 MAX_SHOWN = 12  # lines of a list, names of tools
@@ -53,11 +54,11 @@ def print_prepared(result: Prepared, folder: Path) -> None:
         console.print(f"the split {name} gets no row; add rows, or give it a larger share (--split)")
     balance = tool_balance(result)
     tools = ", ".join(f"{tool} {counts.total():,}" for tool, counts in list(balance.items())[:MAX_SHOWN])
-    console.print(f"{len(balance):,} tools: {escape(tools)}{' …' if len(balance) > MAX_SHOWN else ''}")
+    console.print(f"{counted(len(balance), 'tool')}: {escape(tools)}{' …' if len(balance) > MAX_SHOWN else ''}")
     console.print(
         f"{result.loaded.counts['read']:,} read = {result.kept:,} kept + {len(result.rejected):,} rejected; "
-        f"{result.near_duplicates:,} near-duplicates kept together; requests in more than one split: "
-        f"{shared_requests(result):,}"
+        f"{counted(result.near_duplicates, 'near-duplicate')} kept together; "
+        f"requests in more than one split: {shared_requests(result):,}"
     )
     where = f", {folder / 'rejected.jsonl'}" if result.rejected else ""
     console.print(escape(f"written: {folder} (train, validation, test .jsonl, dataset_card.md){where}"))

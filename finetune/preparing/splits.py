@@ -17,6 +17,7 @@ from finetune.errors import UserError
 from finetune.packages import without_scipy_integrate
 from finetune.preparing.checks import called_tool
 from finetune.preparing.related_rows import Groups, continued_conversations, own_texts
+from finetune.progress import counted
 from finetune.reading.load_result import LoadResult
 
 SPLITS = ("train", "validation", "test")
@@ -189,8 +190,8 @@ def split_off(loaded: LoadResult, fraction: float, seed: int) -> tuple[LoadResul
         held_out.update(min(order, key=len))
     if not held_out or len(held_out) == total:
         raise UserError(
-            f"--eval_fraction {fraction} leaves no rows on one side of the split ({total} rows, "
-            f"{len(groups)} groups of similar requests); add rows or name an --eval_dataset"
+            f"--eval_fraction {fraction} leaves no rows on one side of the split ({counted(total, 'row')}, "
+            f"{counted(len(groups), 'group')} of similar requests); add rows or name an --eval_dataset"
         )
     return _subset(loaded, [i for i in range(total) if i not in held_out]), _subset(loaded, sorted(held_out))
 

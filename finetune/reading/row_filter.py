@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.progress import counted
 
 SPLIT_NAMES = frozenset(("train", "training", "validation", "valid", "val", "eval", "dev", "test"))
 
@@ -56,7 +57,8 @@ class RowFilter:
                 raise UserError(f"--where: no row has a column {column!r}; check its name")
         if self.skipped and not self._chosen:
             wanted = " ".join(f"{column}={value}" for column, values in self.where.items() for value in values)
-            raise UserError(f"--where {wanted}: no row has this value ({self.skipped} rows read); check its spelling")
+            read = counted(self.skipped, "row")
+            raise UserError(f"--where {wanted}: no row has this value ({read} read); check its spelling")
         for (source, column), counts in self._marks.items():
             if counts and len(counts) > 1:
                 found = ", ".join(f"{number} {name}" for name, number in counts.most_common())

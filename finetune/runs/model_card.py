@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.models.hub import public_base, public_name
-from finetune.progress import printable
+from finetune.progress import counted, printable
 from finetune.runs.experiment import CONFIG, Experiment
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -73,12 +73,12 @@ def _settings(config: dict[str, Any]) -> dict[str, str]:
     step_rows = flags["batch_size"] * flags["grad_accum"]
     epochs = config["steps"] / max(1, -(-data["sequences"] // step_rows))  # not the flag: --max_steps may have ended it
     settings = {
-        "data": f"{names} ({data['sequences']:,} sequences, {data['trained_tokens']:,} trained tokens)",
+        "data": f"{names} ({counted(data['sequences'], 'sequence')}, {data['trained_tokens']:,} trained tokens)",
         "format": f"{config['format']['name']} (template in `chat_template.jinja`)",
         "LoRA": f"r {flags['rank']}, alpha {flags['alpha']}, dropout {flags['dropout']}, "
         f"{', '.join(flags['target_modules'])}",
-        "training": f"lr {flags['lr']:g}, {epochs:.3g} epochs, {step_rows} "
-        f"rows per step, {config['steps']} steps, seed {flags['seed']}",
+        "training": f"lr {flags['lr']:g}, {counted(f'{epochs:.3g}', 'epoch')}, {step_rows} "
+        f"rows per step, {counted(config['steps'], 'step')}, seed {flags['seed']}",
         "base weights": "4-bit NF4" if config["load_in_4bit"] else config["dtype"],
     }
     if flags.get("rope_scaling"):

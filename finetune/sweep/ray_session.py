@@ -45,7 +45,7 @@ class SweepOptions:
 
 def require_ray() -> None:
     """UserError where Ray is not installed; does not import it, which takes seconds."""
-    require("ray", "a sweep")
+    require("a sweep", "ray")
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ def ray_session(options: SweepOptions) -> Iterator[ModuleType]:
     try:
         import ray
     except ImportError:
-        require("ray", "a sweep")
+        require("a sweep", "ray")
         raise
     arguments = {"logging_level": "ERROR", "log_to_driver": False}
     if own:

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from finetune.errors import UserError
 from finetune.files import acquire_lock, free_path, sha256_of, write_text_atomic
+from finetune.progress import counted
 from finetune.runs.config_schema import schema_fault
 from finetune.runs.experiment import check_writable, folder_status, refuse_links
 from finetune.settings import Settings
@@ -207,7 +208,7 @@ def _restore_progress(path: Path, config: dict[str, Any], points: list[Point]) -
             )
     config["data"] = digests | config["data"]
     if len(runs) > len(records):
-        log.info("adding %d runs to the %d of sweep %s", len(runs) - len(records), len(records), path.parent)
+        log.info("adding %s to the %d of sweep %s", counted(len(runs) - len(records), "run"), len(records), path.parent)
     return runs
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import UserError
 from finetune.models.bundled import cache_dir
 from finetune.models.limits import LengthLimit
+from finetune.progress import counted
 from finetune.settings import Settings
 from formats import Format
 
@@ -48,8 +49,8 @@ class RunData:
         self.rows = encoded(self.train)
         self.eval_rows = encoded(self.held_out) if self.held_out is not None else None
         if self.rows.report["refused"] and (name := self._better_format(tokenizer, fmt, options)):
-            log.warning("%d rows cannot be written in format %s; --format %s has a place for what they need",
-                        self.rows.report["refused"], fmt.name, name)  # fmt: skip
+            log.warning("%s cannot be written in format %s; --format %s has a place for what they need",
+                        counted(self.rows.report["refused"], "row"), fmt.name, name)  # fmt: skip
         check_report(self.rows.report, can_raise_limit=not limit.is_lowered)
         if self.eval_rows is not None and not self.eval_rows.report["trained_tokens"]:
             raise UserError(f"no rows left to evaluate on: {row_counts(self.eval_rows.report)}")

@@ -14,6 +14,7 @@ from finetune.errors import UserError
 from finetune.files import write_to_cache
 from finetune.json_schema import dialects
 from finetune.preparing import checks
+from finetune.progress import counted
 from finetune.reading.load_result import LoadResult
 
 log = logging.getLogger("sandwich")
@@ -35,7 +36,7 @@ def check_rows(loaded: LoadResult, cache_dir: Path) -> None:
         counts = _check_all(loaded)
         write_to_cache(path, json.dumps(counts).encode())
     for kind, number in counts.items():
-        log.info("kept with a warning: %s (%d rows)", kind, number)
+        log.info("kept with a warning: %s (%s)", kind, counted(number, "row"))
 
 
 def _check_all(loaded: LoadResult) -> dict[str, int]:

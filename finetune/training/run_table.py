@@ -13,6 +13,7 @@ from finetune.charts.curves import duration
 from finetune.errors import UserError
 from finetune.memory import tables
 from finetune.memory.sizes import sizes_of_name
+from finetune.progress import counted
 from finetune.settings import Settings
 from finetune.terminal_tables import fit
 from finetune.training.memory_plan import Placement, default_placement, free_memory, plan_for
@@ -51,16 +52,17 @@ def print_run_table(
 
     add("model", settings.model)
     add("format", fmt.name)
-    add("rows", f"{report['rows']:,} read, {report['kept']:,} kept, {report['sequences']:,} sequences")
+    add("rows", f"{report['rows']:,} read, {report['kept']:,} kept, {counted(report['sequences'], 'sequence')}")
     for reason, count in list(report["reasons"].items())[:MAX_DROP_REASONS]:
         add("dropped", f"{count:,} x {reason}")
     if report["rows"] == report["kept"]:
         add("dropped", "none")
     for warning in report.get("warnings", []):
-        turns = f"{warning['turns']:,} turns in " if warning["turns"] != warning["rows"] else ""
-        add("warning", f"{turns}{warning['rows']:,} rows: {warning['warning']} (first: {warning['first']})")
+        turns = f"{counted(warning['turns'], 'turn')} in " if warning["turns"] != warning["rows"] else ""
+        add("warning", f"{turns}{counted(warning['rows'], 'row')}: {warning['warning']} (first: {warning['first']})")
     if report.get("trimmed"):
-        add("trimmed", f"{report['trimmed']:,} rows, {report['turns_removed']:,} oldest turns removed")
+        turns = counted(report["turns_removed"], "oldest turn")
+        add("trimmed", f"{counted(report['trimmed'], 'row')}, {turns} removed")
     if report.get("escaped"):
         add("control tokens", f"{report['escaped']:,} inside contents, {report['control_tokens']}")
     add("tokens", f"{report['tokens']:,} ({share(report['trained_tokens'], report['tokens'])} trained)")
@@ -73,8 +75,8 @@ def print_run_table(
     step_rows = settings.batch_size * settings.grad_accum
     steps_per_epoch = -(-report["sequences"] // step_rows)
     steps = settings.max_steps or max(1, int(steps_per_epoch * settings.epochs))
-    of_rows = f"{step_rows} rows ({settings.batch_size} x {settings.grad_accum})"
-    add("steps", f"{steps:,} of {of_rows}, {steps / steps_per_epoch:.3g} epochs")
+    of_rows = f"{counted(step_rows, 'row')} ({settings.batch_size} x {settings.grad_accum})"
+    add("steps", f"{steps:,} of {of_rows}, {counted(f'{steps / steps_per_epoch:.3g}', 'epoch')}")
     lora = f"r {settings.rank}, alpha {settings.alpha}"
 
     if experiment is not None and trainer is not None:

@@ -122,7 +122,7 @@ def test_entry_point_makes_a_format_known(package):
 
     done = run()
     assert done.returncode == 0, done.stderr
-    assert "1 texts read, 0 with errors, 1 calls" in done.stdout
+    assert "1 text read, 0 with errors, 1 call " in done.stdout
     (package / "shout_format.py").write_text("import nothing_of_this_name\n", encoding="utf-8")
     done = run()
     assert done.returncode == 2 and "entry point shout = shout_format:FORMAT: ModuleNotFoundError" in done.stderr
