@@ -215,6 +215,13 @@ def test_arguments_under_other_keys():
     assert not [note for note in notes if "calls" in note]
     assert calls(called({"name": "f", "arguments": {}, "result": 3, "index": 0}, notes)) == [("f", {})]
     assert notes["not read, key 'result' of calls"] == 1
+    assert calls(called({"name": "f", "arguments": {}, "function": "f"}, notes)) == [("f", {})]
+    assert not notes["not read, key 'function' of calls"]
+    for call in ({"name": "f", "function": "other"}, {"function": {"name": "f", "function": {"name": "other"}}}):
+        with pytest.raises(RowError, match="call of f has no arguments but function"):
+            called(call, notes)
+    assert calls(called({"name": "f", "arguments": {}, "function": "other"}, notes)) == [("f", {})]
+    assert notes["not read, key 'function' of calls"] == 1
 
 
 @pytest.mark.parametrize("arguments", [[1], "[1]", "seven", "7", 7, True, '{"a": NaN}', '{"a": 1, "a": 2}', '{"a"'])

@@ -161,6 +161,7 @@ def _call(item: Any, notes: Counter) -> dict[str, Any]:
         raise RowError(f"call of {name}: {error}") from error
     unread = [key for key, value in {**item, **function}.items() if key not in CALL_KEYS and value not in EMPTY]
     unread += ["type"] if not all(is_call_type(holder.get("type")) for holder in (item, function)) else []
+    unread += ["function"] if function.get("function") not in (*EMPTY, name) else []
     if unread and arguments is None:
         raise RowError(f"call of {name} has no arguments but {', '.join(unread)}; rename it to arguments")
     if marks := [key for key in unread if key in TRAINING_MARKS]:
