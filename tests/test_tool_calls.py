@@ -215,6 +215,11 @@ def test_arguments_under_other_keys():
     assert not [note for note in notes if "calls" in note]
     assert calls(called({"name": "f", "arguments": {}, "result": 3, "index": 0}, notes)) == [("f", {})]
     assert notes["not read, key 'result' of calls"] == 1
+    called({"name": "f", "arguments": {"a": 1}, "function": "text"}, notes)
+    called({"function": {"name": "f", "arguments": {}, "function": "text"}}, notes)
+    assert notes["not read, key 'function' of calls"] == 2
+    with pytest.raises(RowError, match="call of f has no arguments but function"):
+        called({"name": "f", "function": "text"}, notes)
 
 
 @pytest.mark.parametrize("arguments", [[1], "[1]", "seven", "7", 7, True, '{"a": NaN}', '{"a": 1, "a": 2}', '{"a"'])

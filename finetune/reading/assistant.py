@@ -159,7 +159,8 @@ def _call(item: Any, notes: Counter) -> dict[str, Any]:
         arguments = given_arguments(item) if function is item else given_arguments(function, item)
     except RowError as error:
         raise RowError(f"call of {name}: {error}") from error
-    unread = [key for key, value in {**item, **function}.items() if key not in CALL_KEYS and value not in EMPTY]
+    held = {key: value for key, value in item.items() if value is not function} | function
+    unread = [key for key, value in held.items() if key not in CALL_KEYS and value not in EMPTY]
     unread += ["type"] if not all(is_call_type(holder.get("type")) for holder in (item, function)) else []
     if unread and arguments is None:
         raise RowError(f"call of {name} has no arguments but {', '.join(unread)}; rename it to arguments")

@@ -17,7 +17,7 @@ _READ_CALL_KEYS = ("tool_calls", "function_call")  # read by normalize
 _NAMES = ("name", "toolName", "tool_name", "tool", "functionName", "function_name")
 _IDS = ("id", "call_id", "toolCallId", "tool_call_id", "toolUseId", "tool_use_id")
 CALL_TYPES = ("function", "tooluse", "toolcall", "toolcalls", "functioncall")  # squeezed
-CALL_KEYS = frozenset(("name", *ARGUMENT_KEYS, "id", "type", "index", "function"))
+CALL_KEYS = frozenset(("name", *ARGUMENT_KEYS, "id", "type", "index"))
 _FUNCTION_PREFIX = "functions."  # Harmony's namespace of the declared tools
 
 
@@ -86,7 +86,7 @@ def _readable_calls(key: str, value: Any) -> list[dict[str, Any]]:
         for item in value if isinstance(value, list) else [value]:
             call = plain_call(item)
             function = call["function"] if isinstance(call.get("function"), dict) else call
-            unknown = call.keys() - CALL_KEYS
+            unknown = call.keys() - CALL_KEYS - {"function"}
             if not is_call_type(call.get("type")) or unknown or not isinstance(function.get("name"), str):
                 raise RowError(f"it has {', '.join(sorted(unknown)) or 'no name'}")
             calls.append(call)
