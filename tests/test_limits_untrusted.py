@@ -66,6 +66,13 @@ def test_slow_pattern_waits_once(monkeypatch):
     assert "takes more than" in schema_errors(schema, {"x": "b" * 40 + "!"})[1]
 
 
+def test_long_text_in_a_pattern_is_not_searched():
+    for pattern in ("a" * 4000, "[a]" * 3000):
+        assert "more than 1,000 characters" in schema_errors(one_property(pattern=pattern), {"x": "a" * 9000})[1]
+    words = "|".join(f"word{number:04}" for number in range(1000))
+    assert schema_errors(one_property(pattern=words), {"x": "word0999"}) == ([], None)
+
+
 def test_good_patterns_still_work():
     schema = one_property(pattern=r"^\d{4}-\d{2}-\d{2}$")
     assert schema_errors(schema, {"x": "2026-11-28"}) == ([], None)

@@ -20,6 +20,7 @@ MAX_DEPTH = 200  # of keywords within keywords; far below Python's limit, where 
 SMALL_VALUE = 10_000  # characters of JSON
 MAX_PATTERN_SECONDS = 1.0  # for all searches of one value
 MAX_PATTERN_LENGTH = 10_000
+MAX_BRANCH_LENGTH = 1_000  # between two "|": regex prepares the search of a long text in cubic time, without a limit
 _SLOW_PATTERNS: set[str] = set()
 _state = threading.local()
 
@@ -46,6 +47,8 @@ class _TimedPatterns:
 
         if len(pattern) > MAX_PATTERN_LENGTH:
             raise TooExpensive(f"its pattern has more than {MAX_PATTERN_LENGTH:,} characters")
+        if max(map(len, pattern.split("|"))) > MAX_BRANCH_LENGTH:
+            raise TooExpensive(f"an alternative of its pattern has more than {MAX_BRANCH_LENGTH:,} characters")
         slow = f"its pattern {pattern[:100]!r} takes more than {MAX_PATTERN_SECONDS:g} s"
         if pattern in _SLOW_PATTERNS:
             raise TooExpensive(slow)

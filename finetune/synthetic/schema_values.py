@@ -263,7 +263,7 @@ class SchemaValues:
             else:
                 inner, names = schema.get("additionalProperties"), schema.get("propertyNames")
                 key = self._value(names, name, depth) if names else str(self.rng.randint(1, 99))
-            if key not in result and isinstance(key, str):
+            if isinstance(key, str) and key not in result:
                 result[key] = self._value(inner, key, depth + 1)
 
 
