@@ -746,7 +746,7 @@ def test_errors_of_a_phrasing_file(tmp_path, change, message):
         ([{"properties": {"r": {"$ref": "#r"}}, "required": ["r"]}], "tool f0: its schema refers to #r, which it does"),
         ([{"not": {"$ref": "#/$defs/b"}}], "tool f0: its schema cannot be followed .*/[$]defs/b"),
         (
-            [{"minProperties": 2, "propertyNames": {"type": "object"}}],
+            [{"minProperties": 2, "additionalProperties": {}, "propertyNames": {"type": "object"}}],
             "tool f0: no arguments found that fit its schema",
         ),
         ([{"properties": {"a": {"minLength": 10**6}}}], "tool f0: its schema requires 1,000,000 characters for a;"),
