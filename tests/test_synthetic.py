@@ -454,7 +454,7 @@ def test_similar_tools_are_not_omitted(tmp_path):
 
 def test_tools_with_phrasings_but_no_schema_are_declined(tmp_path):
     tools = load_tools_file(SAMPLES / "demo_tool_schemas.json")
-    made = generate(tools, SAMPLES / "gennx_phrasings_en.json", rows=60, seed=0)["train"][1]
+    made = generate(tools, SAMPLES / "demo_phrasings_en.json", rows=60, seed=0)["train"][1]
     absent = [row for kind, row in made if kind == "absent"]
     assert absent and {row["category"] for row in absent} == {"irrelevant"}
     assert {len(json.loads(row["tools"])) for _, row in made} == {6}
