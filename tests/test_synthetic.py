@@ -457,7 +457,7 @@ def test_tools_with_phrasings_but_no_schema_are_declined(tmp_path):
     made = generate(tools, SAMPLES / "demo_phrasings_en.json", rows=60, seed=0)["train"][1]
     absent = [row for kind, row in made if kind == "absent"]
     assert absent and {row["category"] for row in absent} == {"irrelevant"}
-    assert {len(json.loads(row["tools"])) for _, row in made} == {6}
+    assert {len(json.loads(row["tools"])) for _, row in made} == {5}
     assert {call["name"] for _, row in made for call in calls(row)} <= {tool["function"]["name"] for tool in tools}
 
 
