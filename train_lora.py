@@ -322,7 +322,7 @@ def prepare_training(
     """The trainer; the first process also prints the run table and logs into the experiment folder."""
     from finetune.logs import log_to_file
     from finetune.runs.saving import with_format
-    from finetune.training.order import tool_sets
+    from finetune.training.order import groups_for
     from finetune.training.run import make_trainer
     from finetune.training.run_table import print_run_table
 
@@ -331,7 +331,7 @@ def prepare_training(
         if settings.resume is None:
             distributed.lock_run(experiment.folder)
         log_to_file(experiment.folder / "training.log")
-    groups = tool_sets(data.train.conversations, data.rows.rows) if settings.order == "group_tools" else None
+    groups = groups_for(settings.order, data.train.conversations, data.rows.rows)
     saved = with_format(tokenizer, fmt)  # every checkpoint carries the run's own template, not the base's
     trainer = make_trainer(
         settings, experiment, model, saved, data.rows, data.eval_rows, loaded, console, groups, data.train.origins

@@ -100,11 +100,11 @@ def encoded(task: str) -> tuple[list[dict[str, Any]], list[throughput_rows.Row]]
 
 def steps_to_train(task: str, seed: int, step_rows: int, count: int) -> list[list[throughput_rows.Row]]:
     """`count` steps of encoded rows, epoch after epoch, in an order that depends on the seed only."""
-    from finetune.training.order import steps_of_epoch, tool_sets
+    from finetune.training.order import groups_for, steps_of_epoch
 
     conversations, rows = encoded(task)
     kept = [at for at, (ids, _) in enumerate(rows) if len(ids) <= MAX_TOKENS]
-    groups = tool_sets(conversations, kept) if task == "live_multiple" else None
+    groups = groups_for("group_tools" if task == "live_multiple" else "shuffle", conversations, kept)
     rng, steps = np.random.default_rng(seed), []
     while len(steps) < count:
         epoch = steps_of_epoch(len(kept), step_rows, rng, groups)

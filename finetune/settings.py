@@ -124,9 +124,10 @@ class Settings:
     optim: str = setting("auto", "Transformers' optimizer name; auto: adamw_8bit on a GPU, adamw_torch on a CPU")
     seed: int = setting(3407, "seed of adapter initialization, row order and dropout", seed_number)
 
-    order: Literal["shuffle", "group_tools"] = setting(
-        "shuffle", "order of the rows in an epoch: shuffled, or rows with the same tools in one step (faster with many "
-        "tool sets, but a different loss curve)", group="speed and memory")
+    order: Literal["shuffle", "group_tools", "spread_answers"] = setting(
+        "shuffle", "order of the rows in an epoch: shuffled; rows with the same tools in one step (faster with many "
+        "tool sets, but a different loss curve); or each kind of answer, such as calls of one tool, spread evenly over "
+        "the steps (less chance in short runs)", group="speed and memory")
     share_prefix: bool = setting(True, "compute token prefixes that the rows of a step share only once")
     tokens_per_pass: int | None = setting(
         None, "maximum tokens in one forward pass; default: by free memory", resumable=True)

@@ -454,10 +454,10 @@ def test_similar_tools_are_not_omitted(tmp_path):
 
 def test_tools_with_phrasings_but_no_schema_are_declined(tmp_path):
     tools = load_tools_file(SAMPLES / "demo_tool_schemas.json")
-    made = generate(tools, SAMPLES / "gennx_phrasings_en.json", rows=60, seed=0)["train"][1]
+    made = generate(tools, SAMPLES / "demo_phrasings_en.json", rows=60, seed=0)["train"][1]
     absent = [row for kind, row in made if kind == "absent"]
     assert absent and {row["category"] for row in absent} == {"irrelevant"}
-    assert {len(json.loads(row["tools"])) for _, row in made} == {6}
+    assert {len(json.loads(row["tools"])) for _, row in made} == {5}
     assert {call["name"] for _, row in made for call in calls(row)} <= {tool["function"]["name"] for tool in tools}
 
 
@@ -730,6 +730,39 @@ def test_errors_of_a_phrasing_file(tmp_path, change, message):
     path.write_text(json.dumps(broken(change)), encoding="utf-8")
     with pytest.raises(UserError, match=message):
         generate(load_tools_file(SCHEMAS), path, rows=40)
+
+
+def test_a_phrasing_file_extends_another(tmp_path):
+    tools = load_tools_file(SCHEMAS)
+    (tmp_path / "base.json").write_text(json.dumps(broken(lambda data: None)), encoding="utf-8")
+    analyse = {"core": {"train": ["compute it"], "heldout": ["compute it all"]}, "arguments": {}}
+    (tmp_path / "own.json").write_text(
+        json.dumps({"extends": "base.json", "system": "Short.", "tools": {"POST /doc/anal": [analyse]}}),
+        encoding="utf-8",
+    )
+    whole = broken(lambda data: data.update(system="Short.", tools=data["tools"] | {"POST /doc/anal": [analyse]}))
+    (tmp_path / "whole.json").write_text(json.dumps(whole), encoding="utf-8")
+    extended, expected = (
+        {split: rows for split, (_, rows) in generate(tools, tmp_path / name, rows=40, seed=1).items()}
+        for name in ("own.json", "whole.json")
+    )
+    assert extended == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"extends": "none.json"}, "none.json"),
+        ({"extends": "own.json"}, "own.json.*'language' is a required property"),
+        ({"extends": "base.json", "tools": []}, "own.json: tools: .* is not of type 'object'"),
+        ({"extends": 5}, "own.json"),
+    ],
+)
+def test_errors_of_a_file_that_extends_another(tmp_path, content, message):
+    (tmp_path / "base.json").write_text(json.dumps(broken(lambda data: None)), encoding="utf-8")
+    (tmp_path / "own.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        generate(load_tools_file(SCHEMAS), tmp_path / "own.json", rows=40)
 
 
 @pytest.mark.parametrize(

@@ -55,11 +55,12 @@ def _encode(conversations, tokenizer, fmt) -> list[Row]:
 
 def _bfcl(workload, tokenizer, fmt, steps, step_rows, seed) -> list[list[Row]]:
     from finetune.evaluation.bfcl import load_items
-    from finetune.training.order import steps_of_epoch, tool_sets
+    from finetune.training.order import groups_for, steps_of_epoch
 
     items = load_items(workload.removesuffix("_shuffle"))
     conversations = [conversation_of(item) for item in items]
-    groups = tool_sets(conversations, range(len(conversations))) if workload == "live_multiple" else None
+    order = "group_tools" if workload == "live_multiple" else "shuffle"
+    groups = groups_for(order, conversations, range(len(conversations)))
     # The last step of an epoch holds the remaining rows; the first ones are typical.
     chosen = steps_of_epoch(len(conversations), step_rows, np.random.default_rng(seed), groups)[:steps]
     return [_encode([conversations[i] for i in step], tokenizer, fmt) for step in chosen]

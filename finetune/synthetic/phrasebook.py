@@ -185,13 +185,25 @@ class Phrasebook:
     conversation: tuple[str, str] | None = None
 
 
+def read_phrasings(path: str | Path) -> dict[str, Any]:
+    """A phrasing file, checked; with `extends`, its entries and tools in place of those of the file named there."""
+    data = read_json(path)
+    if isinstance(data, dict) and isinstance(base_name := data.get("extends"), str):
+        base = read_json(Path(path).parent / base_name)
+        check_phrasings(base, base_name)
+        if isinstance(tools := data.get("tools", {}), dict):
+            data["tools"] = {**base["tools"], **tools}
+        data = {**base, **data}
+    check_phrasings(data, path)
+    return data
+
+
 def load_phrasebook(path: str | Path, tools: Sequence[dict[str, Any]], rng: random.Random) -> Phrasebook:
     """The phrasebook of a phrasing file for these tools. Raises UserError for missing entries.
 
     Tools of the file without a schema become requests that no declared tool serves.
     """
-    data = read_json(path)
-    check_phrasings(data, path)
+    data = read_phrasings(path)
     names = [tool["function"]["name"] for tool in tools]
     fields = {name: data[name] for name in ("language", "system", "frames", "joins", "lists", "chat")}
     wording = Wording(**fields, decline=data.get("decline", ""))

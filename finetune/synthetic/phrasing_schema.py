@@ -54,6 +54,7 @@ CASE = {
 SCHEMA = {
     "type": "object",
     "properties": {
+        "extends": TEXT,
         "language": TEXT,
         "system": TEXT,
         "decline": TEXT,

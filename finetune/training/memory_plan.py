@@ -14,7 +14,7 @@ from finetune.memory.plan import MemoryPlan, largest_fitting
 from finetune.memory.sizes import Sizes
 from finetune.passes.plan import CPU_TARGET_TOKENS, PaddedPass, Pass, Row, make_row, plan_passes
 from finetune.settings import Settings
-from finetune.training.order import steps_of_epoch
+from finetune.training.order import Groups, steps_of_epoch
 
 if TYPE_CHECKING:
     from finetune.passes.runner import PassRunner
@@ -75,7 +75,7 @@ def plan_for(
     sequences: Sequences,
     *,
     runner: PassRunner | None = None,
-    groups: np.ndarray | None = None,
+    groups: Groups | None = None,
 ) -> MemoryPlan:
     """The plan of a run: tokens per pass, bytes of each part, peak; its capacity is the free memory.
 
@@ -119,7 +119,7 @@ def with_rows(
     sequences: Sequences,
     tokens_per_pass: int,
     planner: Callable[[Sequence[Row]], Sequence[Pass | PaddedPass]] | None = None,
-    groups: np.ndarray | None = None,
+    groups: Groups | None = None,
 ) -> Workload:
     """The workload with the largest pass of the run's first steps.
 
@@ -150,7 +150,7 @@ def choose_tokens_per_pass(
     workload: Workload,
     sequences: Sequences,
     runner: PassRunner | None = None,
-    groups: np.ndarray | None = None,
+    groups: Groups | None = None,
 ) -> int:
     """--tokens_per_pass, or a default that fits the free memory: measured with `runner`, otherwise estimated.
 

@@ -1,36 +1,59 @@
-"""The order of an epoch's rows and the steps they form: one shuffle, or rows with the same tools together."""
+"""The order of an epoch's rows and the steps they form: one shuffle, rows with the same tools in one step, or the rows
+of each kind of answer spread evenly over the steps."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from formats.base import call_of
 
-def tool_sets(conversations: Sequence[dict[str, Any]], rows: Sequence[int]) -> np.ndarray:
-    """int64 [len(rows)]: equal numbers where conversations[rows[i]] have equal tools."""
-    numbers: dict[bytes, int] = {}
-    number_of: dict[int, int] = {}
-    for row in map(int, rows):
-        if row not in number_of:
-            text = json.dumps(conversations[row].get("tools") or [], sort_keys=True)
-            key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-            number_of[row] = numbers.setdefault(key, len(numbers))
-    return np.array([number_of[int(row)] for row in rows], dtype=np.int64)
+
+class Groups(NamedTuple):
+    """numbers: int64 [rows], the group of each row; together: whether the rows of a group belong in one step."""
+
+    numbers: np.ndarray
+    together: bool
+
+
+def groups_for(order: str, conversations: Sequence[dict[str, Any]], rows: Sequence[int]) -> Groups | None:
+    """The groups of conversations[rows[0]], conversations[rows[1]], … for a value of --order."""
+    if order == "shuffle":
+        return None
+    key = tool_set if order == "group_tools" else kind_of_answer
+    keys = {row: key(conversations[row]) for row in set(map(int, rows))}
+    number_of: dict[Hashable, int] = {}
+    numbers = [number_of.setdefault(keys[int(row)], len(number_of)) for row in rows]
+    return Groups(np.array(numbers, dtype=np.int64), together=order == "group_tools")
+
+
+def tool_set(conversation: dict[str, Any]) -> bytes:
+    """A digest that is equal for equal tools."""
+    text = json.dumps(conversation.get("tools") or [], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def kind_of_answer(conversation: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
+    """The number of answers and, of the last one, the names of its calls, else its first two words."""
+    answers = [message for message in conversation["messages"] if message["role"] == "assistant"]
+    last = answers[-1] if answers else {}
+    calls = tuple(call_of(call)["name"] for call in last.get("tool_calls") or ())
+    return len(answers), calls or tuple(str(last.get("content") or "").split()[:2])
 
 
 def steps_of_epoch(
-    rows: int, step_rows: int, rng: np.random.Generator, groups: np.ndarray | None = None
+    rows: int, step_rows: int, rng: np.random.Generator, groups: Groups | None = None
 ) -> list[list[int]]:
     """Every row of an epoch exactly once, in ceil(rows / step_rows) steps; only the last may have fewer rows.
 
-    groups: int64 [rows]; the rows of a group are distributed over as few steps as possible and shuffled within it, then
-    the steps are shuffled. None: one shuffle of all rows.
+    Of groups that belong together, the rows are distributed over as few steps as possible and shuffled within it, then
+    the steps are shuffled. Of other groups every stretch of the epoch has the same share. None: one shuffle of all.
     """
 
     def chunks_of(items: list[int]) -> list[list[int]]:
@@ -41,7 +64,14 @@ def steps_of_epoch(
         return chunks_of(order)
     members: dict[int, list[int]] = {}
     for row in order:
-        members.setdefault(int(groups[row]), []).append(row)
+        members.setdefault(int(groups.numbers[row]), []).append(row)
+    if not groups.together:
+        places = {  # of n rows, one in each n-th of the epoch, all at the same distance
+            row: (number + start) / len(group)
+            for group, start in zip(members.values(), rng.random(len(members)), strict=True)
+            for number, row in enumerate(group)
+        }
+        return chunks_of(sorted(order, key=places.__getitem__))
     chunks = [chunk for group in members.values() for chunk in chunks_of(group)]
     # First fit, largest first: few groups are split. Chunks of equal size stay in shuffled order, so that each epoch
     # combines other groups. by_room[r] holds the steps that have room for r more rows.
@@ -70,7 +100,7 @@ class StepSampler:
     seed: int
     rank: int = 0
     world_size: int = 1
-    groups: np.ndarray | None = None
+    groups: Groups | None = None
     epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:

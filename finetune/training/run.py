@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import PrinterCallback
@@ -23,6 +22,7 @@ from finetune.runs.run_log import COLUMNS, RunLog, peak_memory_gb, read_rows
 from finetune.settings import Settings
 from finetune.training import memory_plan as memory
 from finetune.training.callbacks import LogCallback
+from finetune.training.order import Groups
 from finetune.training.tracker_run import tracker_callback
 from finetune.training.trainer import SandwichTrainer  # imports unsloth first
 
@@ -38,7 +38,7 @@ def make_trainer(
     eval_rows: EncodedRows | None,
     loaded: Loaded,
     console: Console,
-    groups: np.ndarray | None = None,
+    groups: Groups | None = None,
     origins: Sequence[tuple[str, int]] = (),
 ) -> SandwichTrainer:
     """The trainer for these settings, which writes into the experiment's folder; `groups` as in steps_of_epoch.

@@ -13,7 +13,6 @@ from finetune.models.loading import import_unsloth
 
 import_unsloth()
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft.optimizers import create_loraplus_optimizer  # noqa: E402
@@ -30,7 +29,7 @@ from finetune.training.call_scores import CallScorer  # noqa: E402
 from finetune.training.callbacks import LogCallback, StopCallback  # noqa: E402
 from finetune.training.checkpoints import CheckpointMixin  # noqa: E402
 from finetune.training.nonfinite import FiniteCheck  # noqa: E402
-from finetune.training.order import StepSampler  # noqa: E402
+from finetune.training.order import Groups, StepSampler  # noqa: E402
 from finetune.training.resume import EvaluationStopped, RepeatEvaluation, ResumeCallback, unloadable  # noqa: E402
 
 log = logging.getLogger("sandwich")
@@ -62,7 +61,7 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
         tokens_per_pass: int,
         share_prefix: bool,
         log_callback: LogCallback,
-        groups: np.ndarray | None = None,
+        groups: Groups | None = None,
         origins: Sequence[tuple[str, int]] = (),
         loraplus_lr_ratio: float | None = None,
         **kwargs: Any,
