@@ -736,7 +736,7 @@ def test_server_answers_within_the_room_that_is_left(client, agent, monkeypatch)
     messages = chat_model.conversation()[:1]
     room = len(agent.model.prompt_ids(messages, [])) + 2
     monkeypatch.setattr(agent.model.model, "max_seq_length", room, raising=False)
-    answer = client.chat.completions.create(model="base", messages=messages, max_tokens=500)
+    answer = client.chat.completions.create(model="base", messages=messages)
     assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 2)
 
 

@@ -269,6 +269,8 @@ def test_infinite_losses_and_odd_names_are_drawn(tmp_path):
     odd = {"flags": {"rank": "x", "lr": None, "model": 5, "dataset": {"a": 1}}, "status": ["x"],
            "trainable_parameters": "many"}  # fmt: skip
     (make_run(runs, "odd") / "experiment_config.json").write_text(json.dumps(odd))
+    huge = {"flags": {}, "trainable_parameters": 10**400}
+    (make_run(runs, "huge") / "experiment_config.json").write_text(json.dumps(huge))
     outputs = ["-o", "out.png", "-s", "out.csv", "--html", "out.html", "--log-y"]
     result = visualize(*outputs, "experiments", cwd=tmp_path)
     assert result.stderr == "" and picture_size(tmp_path / "out.png")[0] == 1800

@@ -80,7 +80,10 @@ def print_table(table: list[dict[str, Any]]) -> None:
 
 
 def _cell(value: Any, kind: str) -> str:
-    return "" if value is None or value != value else FORMATTERS[kind](value)
+    try:
+        return "" if value is None or value != value else FORMATTERS[kind](value)
+    except OverflowError:  # a number of hundreds of digits in another's config
+        return "too large"
 
 
 def csv_text(value: Any) -> Any:

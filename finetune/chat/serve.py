@@ -158,9 +158,11 @@ def build_app(model: ChatModel, decoding: Decoding) -> FastAPI:
         tools = [] if request.tool_choice == "none" else request.tools or []
         settings = request.decoding(decoding)
         try:
-            model.prompt_ids(request.conversation(), tools)
+            room = model.room(model.prompt_ids(request.conversation(), tools))
         except (FormatError, UserError) as error:
             raise HTTPException(400, str(error)) from error
+        if (asked := request.max_tokens or request.max_completion_tokens) and asked > room:
+            raise HTTPException(400, f"max_tokens is {asked:,}, but the model has room for {room:,} behind this prompt")
         options = {} if request.top_p is None else {"top_p": request.top_p}
         made = model.stream(request.conversation(), tools, settings, side, request.penalties(), **options)
         events = (event if isinstance(event, str) else request.answered(event) for event in made)
