@@ -107,6 +107,10 @@ def test_overridden_columns_are_counted_as_not_read():
         row = {"system": system, "messages": [own, *said("x")["messages"]]}
         assert normalize_row(row, notes=notes)["messages"][0] == own
         assert notes["system column not read: the messages begin with a system message of their own"] == number
+    for empty in ({"role": "system"}, {"role": "system", "content": ""}, {"from": "system", "value": ""}):
+        row = {"system": "Be kind.", "messages": [empty, *said("x")["messages"]]}
+        messages = normalize_row(row)["messages"]
+        assert (messages[0]["content"], messages[1]["role"]) == ("Be kind.", "user")
     row = {"a": "1", "b": "2", "completion": "c"}
     assert normalize_row(row, column_map={"a": "prompt", "b": "prompt"})["messages"][0]["content"] == "1"
     assert describe(row, {"a": "prompt", "b": "prompt"}).endswith("not read: b")

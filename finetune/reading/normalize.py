@@ -114,6 +114,8 @@ def _conversation(
     system, messages, declared = without_tools(system_text(fields, notes), messages, declared, notes)
     if system and not (messages and isinstance(messages[0], dict) and _role(messages[0], 1) == "system"):
         messages = [{"role": "system", "content": system}, *messages]
+    elif system and _either(messages[0], "content", "value") in EMPTY:
+        messages = [{**messages[0], "content": system}, *messages[1:]]
     elif system and system != _either(messages[0], "content", "value"):
         notes["system column not read: the messages begin with a system message of their own"] += 1
     declared = declared or list(tools)
