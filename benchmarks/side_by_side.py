@@ -53,7 +53,7 @@ def words_of(args: argparse.Namespace, at_once: int, folder: Path, name: str, ru
     sweep = ["--rank", *map(str, RANKS[:runs]), "--experiments_dir", str(folder), "--name", name, "--retries", "0"]
     if args.command:
         sweep += ["--command", args.command]
-    flags = ["--config", str(ROOT / "configs" / "demo.yaml"), "--dataset",
+    flags = ["--config", str(ROOT / "configs" / "demo_full.yaml"), "--dataset",
              str(ROOT / "data" / "samples" / "gennx_train.jsonl"), "--model", args.model,
              "--max_steps", str(args.steps), "--save_steps", "0"]  # fmt: skip
     if args.cuda:
