@@ -39,7 +39,7 @@ from finetune.files import write_text_atomic  # noqa: E402
 
 MODEL, FORMAT = "smollm2-135m", "chatml"
 TASKS = {
-    "demo": "the demo's six GEN NX tools; held out: its rows of other wordings; right: tools and all arguments",
+    "demo": "the demo's five GEN NX tools; held out: its rows of other wordings; right: tools and all arguments",
     "live_multiple": "BFCL live_multiple, rows with the same tools in the same step; held out: tool sets that share no "
     "tool with the trained ones; right: accepted by BFCL's checker",
 }

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -166,18 +166,18 @@ class _Generator:
                 for at, ids, reason in self._decode(cache, suffixes, _Sampler(self.decoding, batch_rows)):
                     self.finish(batch_rows[at], Generation(ids, reason, time.perf_counter() - started))
 
-    def _forward(self, cache: PrefixCache, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Write keys and values of `input_ids` (n, S) to the cache; returns the last logits (n, vocabulary)."""
+    def _forward(self, model: PreTrainedModel, cache: PrefixCache, ids: torch.Tensor, positions: torch.Tensor) -> Any:
+        """Write keys and values of `ids` (n, S) to the cache; returns the output of the model, or of its body alone."""
         with active_cache(cache):
-            output = self.model(input_ids=input_ids, position_ids=positions, use_cache=False, logits_to_keep=1)
+            output = model(input_ids=ids, position_ids=positions, use_cache=False)
         if len(cache.keys) != self.model.config.get_text_config().num_hidden_layers:
             raise Unsupported("not every layer uses Transformers' attention interface")
-        return output.logits[:, -1]
+        return output
 
     def _compute_prefix(self, input_ids: list[int]) -> Prefix:
         cache = PrefixCache([(0, 1, None)], len(input_ids))
         ids = torch.tensor([input_ids], device=self.model.device)
-        self._forward(cache, ids, torch.arange(len(input_ids), device=self.model.device)[None])
+        self._forward(self.model.base_model, cache, ids, torch.arange(len(input_ids), device=self.model.device)[None])
         self.report.computed_prompt_tokens += len(input_ids)
         return Prefix([keys[0] for keys in cache.keys], [values[0] for values in cache.values])
 
@@ -197,7 +197,8 @@ class _Generator:
                 for at, tokens in enumerate(suffixes[start:end]):
                     ids[at, : len(tokens) - 1] = torch.tensor(tokens[:-1])
                 cache.part = (start, end)
-                self._forward(cache, ids.to(device), offsets[start:end, None] + torch.arange(longest, device=device))
+                positions = offsets[start:end, None] + torch.arange(longest, device=device)
+                self._forward(self.model.base_model, cache, ids.to(device), positions)
             start = end
         cache.part = (0, cache.rows)
         self.report.computed_prompt_tokens += sum(map(len, suffixes))
@@ -215,7 +216,8 @@ class _Generator:
         finished: set[int] = set()
         for step in range(max_new_tokens):
             cache.slots, cache.longest = slots, max(len(suffixes[row]) for row in rows) + step
-            tokens = sample(self._forward(cache, tokens[:, None], (offsets + slots)[:, None]), rows)
+            output = self._forward(self.model, cache, tokens[:, None], (offsets + slots)[:, None])
+            tokens = sample(output.logits[:, -1], rows)
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 if row in finished:
                     continue

@@ -30,43 +30,65 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 @dataclass
+class Bucket:
+    """Short segments as n rows of L positions for one call; the last token of a shorter segment is repeated at its end.
+
+    No earlier token attends to a repetition, and a repetition has no gradient: its query is one of the segment, so its
+    recomputed probabilities are at most 1 and cannot overflow.
+    """
+
+    index: torch.Tensor  # int64 [n, L], the token of each position
+    is_own: torch.Tensor  # bool [n, L], false for repetitions
+
+    @classmethod
+    def of(cls, segments: list[Segment]) -> Bucket:
+        start, end = (torch.tensor([getattr(s, name) for s in segments])[:, None] for name in ("start", "end"))
+        positions = start + torch.arange(int((end - start).max()))
+        return cls(torch.minimum(positions, end - 1), positions < end)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, H, T, D] -> [n, H, L, D]; in memory both are ordered as [T, H, D], so that tokens are copied whole."""
+        rows = x.transpose(1, 2)[0].index_select(0, self.index.flatten())
+        return rows.view(*self.index.shape, *rows.shape[1:]).transpose(1, 2)
+
+    def gather_grad(self, x: torch.Tensor) -> torch.Tensor:
+        """`gather` with zeros for repetitions."""
+        return self.gather(x).masked_fill_(~self.is_own[:, None, :, None], 0)
+
+    def scatter(self, target: torch.Tensor, rows: torch.Tensor) -> None:
+        """Inverse of `gather`, in place: every token belongs to exactly one segment, so nothing is summed."""
+        tokens = rows.transpose(1, 2)[self.is_own].to(target.dtype)
+        target.transpose(1, 2)[0].index_copy_(0, self.index[self.is_own], tokens)
+
+
+@dataclass
 class Layout:
     """The attention blocks of one pass of T tokens, computed once and used by every layer.
 
-    long: (start, end) of segments whose causal block is a call of its own; short: int64 indices [n, L] per bucket of
-    segments, -1 for padding; above: (start, end, subtree_end) of segments that have descendants.
+    long: (start, end) of segments whose causal block is a call of its own; short: the others, in buckets of similar
+    length; above: (start, end, subtree_end) of segments that have descendants.
     """
 
     long: list[tuple[int, int]]
-    short: list[torch.Tensor]
+    short: list[Bucket]
     above: list[tuple[int, int, int]]
 
     @classmethod
     def of(cls, segments: list[Segment]) -> Layout:
         long: list[tuple[int, int]] = []
-        buckets: dict[int, list[torch.Tensor]] = {}
+        buckets: dict[int, list[Segment]] = {}
         for s in segments:
             if s.end - s.start > MAX_BATCHED_LENGTH:
                 long.append((s.start, s.end))
             else:
-                buckets.setdefault((s.end - s.start - 1).bit_length(), []).append(torch.arange(s.start, s.end))
-        short = [
-            torch.nn.utils.rnn.pad_sequence(bucket, batch_first=True, padding_value=-1) for bucket in buckets.values()
-        ]
-        return cls(long, short, [(s.start, s.end, s.subtree_end) for s in segments if s.subtree_end > s.end])
+                buckets.setdefault((s.end - s.start - 1).bit_length(), []).append(s)
+        above = [(s.start, s.end, s.subtree_end) for s in segments if s.subtree_end > s.end]
+        return cls(long, [Bucket.of(bucket) for bucket in buckets.values()], above)
 
 
-def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[1, H, T, D] -> [n, H, L, D]; padding is zero, which adds nothing to any gradient."""
-    rows = x[0][:, index.clamp(min=0)]
-    rows = rows.masked_fill((index < 0)[None, :, :, None], 0)
-    return rows.transpose(0, 1)
-
-
-def _scatter(target: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
-    """Inverse of `_gather`, in place: every token belongs to exactly one segment, so nothing is summed."""
-    is_token = index >= 0
-    target[0][:, index[is_token]] = rows.transpose(0, 1)[:, is_token].to(target.dtype)
+def _empty(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialized [1, H, T, D] like x, ordered as [T, H, D] in memory, as the projections want it."""
+    return x.new_empty(1, x.shape[2], x.shape[1], x.shape[3], dtype=dtype).transpose(1, 2)
 
 
 def _repeat(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -86,19 +108,18 @@ class _TreeAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         groups = query.shape[1] // key.shape[1]
         k, v = _repeat(key, groups), _repeat(value, groups)
-        # [1, T, H, D] in memory, as the output projection wants it.
-        output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        output = _empty(query, query.dtype)
+        lse = _empty(query[..., :1], torch.float32)[..., 0]
 
         for start, end in layout.long:
             block = slice(start, end)
             output[:, :, block], lse[:, :, block] = _flash(
                 query[:, :, block], k[:, :, block], v[:, :, block], 0.0, True, scale=scale
             )
-        for index in layout.short:
-            out, log = _flash(*(_gather(x, index) for x in (query, k, v)), 0.0, True, scale=scale)
-            _scatter(output, index, out)
-            _scatter(lse[..., None], index, log[..., None])
+        for bucket in layout.short:
+            out, log = _flash(*(bucket.gather(x) for x in (query, k, v)), 0.0, True, scale=scale)
+            bucket.scatter(output, out)
+            bucket.scatter(lse[..., None], log[..., None])
         for start, end, subtree_end in layout.above:
             below = slice(end, subtree_end)
             out, log = _flash(query[:, :, below], k[:, :, start:end], v[:, :, start:end], 0.0, False, scale=scale)
@@ -122,17 +143,17 @@ class _TreeAttention(torch.autograd.Function):
         else:
             k, v, block_grads = _repeat(key, groups), _repeat(value, groups), flash_grads
         # Sums of many blocks: accumulated in float32 whatever the kernel's type.
-        dq, dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (query, k, v))
+        dq, dk, dv = (_empty(x, torch.float32) for x in (query, k, v))
 
         for start, end in layout.long:
             block = slice(start, end)
             tensors = [x[:, :, block] for x in (grad_output, query, k, v, output, lse)]
             dq[:, :, block], dk[:, :, block], dv[:, :, block] = block_grads(*tensors, causal=True, scale=scale)
-        for index in layout.short:
-            tensors = [_gather(x, index) for x in (grad_output, query, k, v, output, lse[..., None])]
-            tensors[5] = tensors[5][..., 0].contiguous()
-            for target, rows in zip((dq, dk, dv), block_grads(*tensors, causal=True, scale=scale), strict=True):
-                _scatter(target, index, rows)
+        for bucket in layout.short:
+            tensors = [bucket.gather_grad(grad_output), *(bucket.gather(x) for x in (query, k, v, output))]
+            grads = block_grads(*tensors, bucket.gather(lse[..., None])[..., 0], causal=True, scale=scale)
+            for target, rows in zip((dq, dk, dv), grads, strict=True):
+                bucket.scatter(target, rows)
         for start, end, subtree_end in layout.above:
             below, above = slice(end, subtree_end), slice(start, end)
             tensors = [grad_output[:, :, below], query[:, :, below], k[:, :, above], v[:, :, above],
