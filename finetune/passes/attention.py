@@ -151,7 +151,8 @@ class _TreeAttention(torch.autograd.Function):
             dq[:, :, block], dk[:, :, block], dv[:, :, block] = block_grads(*tensors, causal=True, scale=scale)
         for bucket in layout.short:
             tensors = [bucket.gather_grad(grad_output), *(bucket.gather(x) for x in (query, k, v, output))]
-            grads = block_grads(*tensors, bucket.gather(lse[..., None])[..., 0], causal=True, scale=scale)
+            tensors.append(bucket.gather(lse[..., None])[..., 0])
+            grads = block_grads(*tensors, causal=True, scale=scale)
             for target, rows in zip((dq, dk, dv), grads, strict=True):
                 bucket.scatter(target, rows)
         for start, end, subtree_end in layout.above:
