@@ -90,14 +90,22 @@ def qwen25_dir() -> Path:
     return _cached("qwen2.5", convert)
 
 
+MISTRAL_FILES = {
+    "v1": "tokenizer.model.v1",
+    "v3": "mistral_instruct_tokenizer_240323.model.v3",
+    "v7": "mistral_instruct_tokenizer_241114.model.v7",
+    "tekken": "tekken_240911.json",
+}
+
+
+def sentencepiece_file(name: str) -> Path | None:
+    """The `tokenizer.model` of a vocabulary of `FOLDERS`, where it has one."""
+    file = MISTRAL_FILES.get(name.removeprefix("mistral-"), "")
+    return _package("mistral_common") / "data" / file if ".model." in file else None
+
+
 def mistral_dir(version: str) -> Path:
     """Mistral "v1", "v3", "v7" (SentencePiece) or "tekken" (Nemo and later), with mistral-common's template."""
-    files = {
-        "v1": "tokenizer.model.v1",
-        "v3": "mistral_instruct_tokenizer_240323.model.v3",
-        "v7": "mistral_instruct_tokenizer_241114.model.v7",
-        "tekken": "tekken_240911.json",
-    }
 
     def own_template(source: Path) -> str:
         from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
@@ -105,7 +113,7 @@ def mistral_dir(version: str) -> Path:
         return convert_tokenizer_to_chat_template(source)
 
     def convert(target: Path) -> None:
-        source = _package("mistral_common") / "data" / files[version]
+        source = _package("mistral_common") / "data" / MISTRAL_FILES[version]
         if version == "tekken":
             from transformers import PreTrainedTokenizerFast
             from transformers.integrations.mistral.tokenizer import MistralConverter

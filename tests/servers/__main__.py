@@ -4,8 +4,10 @@
 
 For each format a small model learns six answers by heart, so that greedy answers do not depend on rounding. Every
 answer is requested complete and streamed with tool_choice auto, and one call with required and with a named function;
-these two are written under a JSON grammar that the model has not learned, so any valid call passes.
-Exit status 1 when a call differs from our own generation's, a forced one is not valid, or a server does not start.
+these two are written under a JSON grammar that the model has not learned, so any valid call passes. llama.cpp's are
+shown and not judged: there `required` allows text of any length before a call, and a named function is the same as
+`auto`. Exit status 1 when a call differs from our own generation's, a forced one is not valid, or a server does not
+start; for an export that warned that llama.cpp does not read its calls ("warns" in the table), when all are the same.
 """
 
 from __future__ import annotations
@@ -28,9 +30,12 @@ from finetune.json_schema import schema_errors
 from tests.formats.pairs import Pair
 from tests.scripts import ROOT
 from tests.servers.client import Answer, ask
-from tests.servers.memorized import EXPORTS, MAX_NEW_TOKENS, default_pairs, folder_of
+from tests.servers.memorized import EXPORTS, MAX_NEW_TOKENS, default_pairs, folder_of, log_of
 from tests.servers.servers import StartError, Vllm, llama_cpp_server
 
+CANNOT_READ = "llama.cpp's server did not read a call"  # in the warning of an export
+# llama.cpp's converter shows Gemma 4's quotes, which are control tokens, for Gemma's own architecture only.
+FAILS_AS_LLAMA = {("gemma4_v5", "gguf")}
 HEADER = (
     "| format | vocabulary | export | parser | calls as ours | streamed | text as ours | required | named | start, s |",
     "| --- | --- | --- | --- | ---: | ---: | ---: | --- | --- | ---: |",
@@ -51,16 +56,18 @@ class Outcome:
     same_text: int = 0
     forced: dict[str, str] = field(default_factory=dict)
     differences: list[str] = field(default_factory=list)
+    is_warned: bool = False
 
     @property
     def passed(self) -> bool:
-        return self.requests > 0 and self.same == self.same_streamed == self.requests and not self.differences
+        is_same = self.requests > 0 and self.same == self.same_streamed == self.requests
+        return is_same != self.is_warned and (self.is_warned or not self.differences)
 
     def row(self) -> str:
         of = f"of {self.requests}"
         cells = [
-            f"`{self.pair.format}`", self.pair.label, self.export, self.parser, f"{self.same} {of}",
-            f"{self.same_streamed} {of}", f"{self.same_text} of {2 * self.requests}",
+            f"`{self.pair.format}`", self.pair.label, self.export, "warns" if self.is_warned else self.parser,
+            f"{self.same} {of}", f"{self.same_streamed} {of}", f"{self.same_text} of {2 * self.requests}",
             self.forced.get("required", "-"), self.forced.get("named", "-"), f"{self.start_s:.0f}",
         ]  # fmt: skip
         return "| " + " | ".join(cells) + " |"
@@ -93,7 +100,8 @@ def compare(url: str, answers: dict[str, Any], outcome: Outcome) -> None:
         served = [ask(url, case, stream=stream, **options) for stream in (False, True)]
         verdicts = [verdict(one, case) for one in served]
         outcome.forced[kind] = " / ".join(verdicts)
-        outcome.differences += [f"{kind}: {one}" for one in served if verdict(one, case) not in ("same", "valid")]
+        if outcome.export != "gguf":
+            outcome.differences += [f"{kind}: {one}" for one in served if verdict(one, case) not in ("same", "valid")]
 
 
 def verdict(served: Answer, case: dict[str, Any]) -> str:
@@ -119,6 +127,13 @@ def serve(pair: Pair, export: str, folder: Path, vllm: Vllm) -> Outcome:
         outcome.differences.append("there is no export: see memorized.log")
         return outcome
     answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+    is_known = (pair.template, export) in FAILS_AS_LLAMA
+    outcome.is_warned = is_known or CANNOT_READ in log_of(made).read_text(encoding="utf-8")
+    outcome.differences += [
+        f"{name}: our own generation does not read the trained calls"
+        for name, case in answers.items()
+        if case["calls"] != case["trained_calls"]
+    ]
     began = time.monotonic()
     if export != "gguf":
         words = shlex.split((made / "serve.sh").read_text(encoding="utf-8").splitlines()[-1])
