@@ -68,7 +68,7 @@ define RUN_RECIPE
 	@name=$(subst -,_,$@)_$$(date +%Y%m%d_%H%M%S); run=experiments/$$name; set -x; \
 	$(PY) train_lora.py --config configs/$(subst -,_,$@).yaml --name $$name; \
 	$(PY) visualize_loss.py $$run -o $$run/loss.png --html $$run/loss.html; \
-	$(PY) evaluate_lora.py $$run --dataset $(HELD_OUT); \
+	$(PY) evaluate_lora.py $$run --dataset $(HELD_OUT) --batch_size 128; \
 	{ set +x; } 2>/dev/null; printf '%s\n' "" "Output files:" \
 		"  run            $$run/experiment_config.json, training_log.csv" \
 		"  adapter        $$run/final_model/" \

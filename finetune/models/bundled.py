@@ -10,6 +10,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from finetune.errors import UserError, require
@@ -59,14 +62,15 @@ def _convert(source: Path, gguf_file: str, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+    # Stored in float32: dequantized 4-bit weights are not exact in bfloat16, and most CPUs compute in float32.
+    with _gguf_parsed_once():
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32)
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # noqa: S105  (a token of the vocabulary)
     tokenizer.clean_up_tokenization_spaces = False  # made for word-piece tokenizers; it would remove spaces on decoding
     tokenizer.save_pretrained(target)
     correct_tokenizer(target / "tokenizer.json")
 
-    # Stored in float32: dequantized 4-bit weights are not exact in bfloat16, and most CPUs compute in float32.
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32)
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
@@ -76,6 +80,19 @@ def _convert(source: Path, gguf_file: str, target: Path) -> None:
         config.bos_token_id = tokenizer.convert_tokens_to_ids("<|im_start|>")
         config.eos_token_id = config.pad_token_id = end_of_turn
     model.save_pretrained(target, safe_serialization=True)
+
+
+@contextmanager
+def _gguf_parsed_once() -> Iterator[None]:
+    """Transformers parses a GGUF file anew for the tokenizer, the model, and the configuration of each."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def correct_tokenizer(path: Path) -> None:
