@@ -162,6 +162,13 @@ def test_blocks_do_not_change_the_answers(monkeypatch):
     assert whole == one_by_one(model, prompts, [5], 6)
 
 
+def test_prompts_have_no_logits():
+    model, lengths = tiny("llama"), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: lengths.append(inputs[0].shape[1]))
+    generation.generate(model, random_prompts(), decoding=generation.Decoding((97,), max_new_tokens=6, batch_size=16))
+    assert lengths == [1] * 6  # one for each new token
+
+
 def test_adapter_on_and_off():
     """A PEFT model answers with its adapter, and as the base model inside `disable_adapter`."""
     from peft import LoraConfig, get_peft_model

@@ -44,14 +44,14 @@ def dense_reference(q, k, v, pass_):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-@pytest.mark.parametrize("nested", [False, True])
-def test_tree_attention_equals_dense_attention(kv_heads, nested):
-    """Output and gradients, against float64 under the mask of the tree."""
+@pytest.mark.parametrize(("nested", "size"), [(False, 1), (True, 1), (True, 6)])
+def test_tree_attention_equals_dense_attention(kv_heads, nested, size):
+    """Output and gradients, against float64 under the mask of the tree; scores of hundreds would overflow alone."""
     (pass_,) = plan_passes(random_rows(groups=3, rows_per_group=4, prefix=400, nested=nested), 10**9)
     tokens = len(pass_.input_ids)
     torch.manual_seed(0)
-    q = torch.randn(1, 6, tokens, 16, requires_grad=True)
-    k, v = (torch.randn(1, kv_heads, tokens, 16, requires_grad=True) for _ in range(2))
+    q = (size * torch.randn(1, 6, tokens, 16)).requires_grad_()
+    k, v = ((size * torch.randn(1, kv_heads, tokens, 16)).requires_grad_() for _ in range(2))
     out = attention.tree_attention(q, k, v, attention.Layout.of(pass_.segments))
     upstream = torch.randn_like(out)
     actual = (out, *torch.autograd.grad(out, (q, k, v), upstream))
@@ -59,7 +59,7 @@ def test_tree_attention_equals_dense_attention(kv_heads, nested):
     reference = dense_reference(*exact, pass_)
     expected = (reference, *torch.autograd.grad(reference, exact, upstream.double()))
     for a, b in zip(actual, expected, strict=True):
-        assert ((a - b).norm() / b.norm()).item() < 2e-6
+        assert ((a - b).norm() / b.norm()).item() < 2e-6 * size**2
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,11 @@ class _Generator:
                     self.finish(batch_rows[at], Generation(ids, reason, time.perf_counter() - started))
 
     def _forward(self, model: PreTrainedModel, cache: PrefixCache, ids: torch.Tensor, positions: torch.Tensor) -> Any:
-        """Write keys and values of `ids` (n, S) to the cache; returns the output of the model, or of its body alone."""
+        """Write keys and values of `ids` (n, S) to the cache; returns the output of the model, or of its body alone.
+
+        The body alone for prompts: with `logits_to_keep` PyTorch multiplies the last positions of n rows with n copies
+        of the output embeddings (`torch.matmul` of a slice).
+        """
         with active_cache(cache):
             output = model(input_ids=ids, position_ids=positions, use_cache=False)
         if len(cache.keys) != self.model.config.get_text_config().num_hidden_layers:
