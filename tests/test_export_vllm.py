@@ -294,7 +294,8 @@ def test_command_for_every_format(name):
     parser = parser_of(fmt, tokens)
     assert parser in KNOWN_PARSERS
     command = shlex.join(serve_command(name="my model", model="org/base", parser=parser, adapter="./adapter", rank=12))
-    assert "--chat-template ./chat_template.jinja" in command and "--host 127.0.0.1" in command
+    assert "--chat-template ./chat_template.jinja --chat-template-content-format string" in command
+    assert "--host 127.0.0.1" in command
     assert "--enable-lora --lora-modules 'my model=./adapter' --max-lora-rank 16" in command
     assert ("--enable-auto-tool-choice" in command) == fmt.has_tools
     assert "--generation-config ./adapter" in command  # its ends of turn, not the base's

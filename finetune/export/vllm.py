@@ -58,6 +58,8 @@ def serve_command(
         if str(text or "").startswith("-"):
             raise UserError(f"the {what} {text!r} begins with -, which vLLM would read as a flag; correct it")
     command = ["vllm", "serve", model, "--host", "127.0.0.1", "--chat-template", "./chat_template.jinja"]
+    # As in training. Left to itself vLLM gives some templates lists of parts, which they refuse or print.
+    command += ["--chat-template-content-format", "string"]
     if revision and adapter:
         command += ["--revision", revision]
     if parser:
