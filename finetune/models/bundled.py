@@ -84,7 +84,7 @@ def _convert(source: Path, gguf_file: str, target: Path) -> None:
 
 @contextmanager
 def _gguf_parsed_once() -> Iterator[None]:
-    """Transformers parses a GGUF file anew for the tokenizer, the model, and the configuration of each."""
+    """Transformers would parse a GGUF file four times: for tokenizer and model, and for the configuration of each."""
     import gguf
 
     reader = gguf.GGUFReader
