@@ -1,13 +1,14 @@
 """Quality per minute: ours, Unsloth's trainer as it comes and Transformers + PEFT train the same model on the same rows
-in the same order; adapters saved at equal CPU minutes and after equal steps answer the same held-out requests.
+in the same order, for equal CPU minutes and for equal steps; the adapters answer the same held-out requests.
 
     python benchmarks/quality.py --tasks demo --seeds 0 1 2 --out quality
     python benchmarks/quality.py --out quality --record 2026-11-30_quality_cpu     writes .json, .md and .png
 
+Each budget is a run of its own whose learning rate falls linearly to zero over it, as for somebody who has that time.
 Minutes are of one thread's processor time from the start of training (imports, loading, tokenizing and scoring not
-counted), so that other programs on the machine change them little. Each adapter is the last one finished within its
-minutes, of one run at a constant learning rate. A rerun of the same command trains and scores only what --out lacks;
-several at a time may share --out if their tasks or seeds differ.
+counted), so that other programs on the machine change them little; the adapter is that of the last step finished
+within them. A rerun of the same command trains and scores only what --out lacks; several at a time may share --out if
+their tasks or seeds differ.
 """
 
 from __future__ import annotations
@@ -39,22 +40,24 @@ from finetune.files import write_text_atomic  # noqa: E402
 
 MODEL, FORMAT = "smollm2-135m", "chatml"
 TASKS = {
-    "demo": "the demo's five GEN NX tools; held out: its rows of other wordings; right: tools and all arguments",
+    "demo": "the demo's five GEN NX tools, every step with the same mix of answers; held out: its rows of other "
+    "wordings; right: tools and all arguments, or no call where a question or a refusal is expected",
     "live_multiple": "BFCL live_multiple, rows with the same tools in the same step; held out: tool sets that share no "
     "tool with the trained ones; right: accepted by BFCL's checker",
 }
+ORDERS = {"demo": "spread_answers", "live_multiple": "group_tools"}
 MAX_TOKENS = 1024  # longer rows of live_multiple are omitted, on both sides
 
 
 def conversations_and_items(task: str, limit: int) -> tuple[list[dict[str, Any]], list[Any]]:
-    """(conversations to train on, `limit` held-out items that expect calls)."""
-    from finetune.evaluation.items import CALL, load_items
+    """(conversations to train on, `limit` held-out items)."""
+    from finetune.evaluation.items import load_items
 
     if task == "demo":
         from finetune.reading.conversations import load_conversations
 
         samples = ROOT / "data" / "samples"
-        items = [item for item in load_items([samples / "demo_heldout.jsonl"]) if item.kind == CALL]
+        items = load_items([samples / "demo_heldout.jsonl"])
         return load_conversations([samples / "demo_train.jsonl"]).conversations, items[:limit]
     from finetune.evaluation import bfcl
 
@@ -104,7 +107,7 @@ def steps_to_train(task: str, seed: int, step_rows: int, count: int) -> list[lis
 
     conversations, rows = encoded(task)
     kept = [at for at, (ids, _) in enumerate(rows) if len(ids) <= MAX_TOKENS]
-    groups = groups_for("group_tools" if task == "live_multiple" else "shuffle", conversations, kept)
+    groups = groups_for(ORDERS[task], conversations, kept)
     rng, steps = np.random.default_rng(seed), []
     while len(steps) < count:
         epoch = steps_of_epoch(len(kept), step_rows, rng, groups)
@@ -112,60 +115,65 @@ def steps_to_train(task: str, seed: int, step_rows: int, count: int) -> list[lis
     return steps[:count]
 
 
-def make_snapshots(folder: Path, minutes: Sequence[float], steps: Sequence[int]):
-    """A Trainer callback that saves adapters at CPU minutes and steps, and ends the run after the last of them."""
+def budgets_of(cell: Namespace) -> dict[str, dict[str, float]]:
+    """{name: minutes or steps} of a cell's runs."""
+    minutes = {f"minute_{minutes:g}": {"minutes": minutes} for minutes in cell.minutes}
+    return minutes | {f"step_{steps}": {"steps": steps} for steps in cell.equal_steps}
+
+
+def make_budget(rate: float, *, minutes: float | None = None, steps: int | None = None):
+    """A Trainer callback that lowers the learning rate from `rate` linearly to zero over a budget, and ends with it."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
     from transformers import TrainerCallback
 
-    class Snapshots(TrainerCallback):
+    class Budget(TrainerCallback):
         def __init__(self):
-            self.minutes, self.steps = sorted(minutes), sorted(steps)
-            self.saved: dict[str, dict[str, float]] = {}
             self.losses: list[float] = []
             self.not_counted = 0.0
+            self.ended = False
+
+        def seconds(self) -> float:
+            return time.process_time() - self.started - self.not_counted
 
         def on_train_begin(self, args, state, control, model=None, **kwargs):
             self.started = time.process_time()
             self.keep(model, 0, 0.0)
 
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            spent = state.global_step / steps if steps else self.seconds() / (60 * minutes)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * max(0.0, 1 - spent)
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seconds = self.seconds()
+            over = minutes is not None and seconds > 60 * minutes
+            if not over:
+                before = time.process_time()
+                self.keep(model, state.global_step, seconds)
+                self.not_counted += time.process_time() - before
+            self.ended = control.should_training_stop = over or state.global_step == steps
+
         def keep(self, model, step: int, seconds: float) -> None:
             state = get_peft_model_state_dict(model, save_embedding_layers=False)
             self.kept = {name: value.detach().clone().contiguous() for name, value in state.items()}
             self.at = {"step": step, "cpu_minutes": round(seconds / 60, 3)}
-
-        def save(self, model, name: str) -> None:
-            path = folder / name
-            path.mkdir(parents=True, exist_ok=True)
-            save_file(self.kept, path / "adapter_model.safetensors")
-            model.peft_config["default"].save_pretrained(str(path))
-            self.saved[name] = self.at
-
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            now = time.process_time()
-            seconds = now - self.started - self.not_counted
-            while self.minutes and seconds > 60 * self.minutes[0]:
-                self.save(model, f"minute_{self.minutes.pop(0):g}")
-            self.keep(model, state.global_step, seconds)
-            if self.steps and state.global_step == self.steps[0]:
-                self.save(model, f"step_{self.steps.pop(0)}")
-            control.should_training_stop = not self.minutes and not self.steps
-            self.not_counted += time.process_time() - now
+            self.config = model.peft_config["default"]
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if logs and "loss" in logs and "grad_norm" in logs:
                 self.losses.append(round(float(logs["loss"]), 4))
 
-    return Snapshots()
+    return Budget()
 
 
 def train(cell: Namespace) -> None:
-    """Train one (task, trainer, seed) and write its JSON and adapters. Runs in a process of its own."""
+    """Train the budgets of one (task, trainer, seed) that its JSON lacks. Runs in a process of its own."""
     from finetune.models.loading import default_dtype, import_unsloth
 
     if cell.trainer != "plain":
         import_unsloth()  # before Transformers, or some of its optimizations are off
     import torch
+    from safetensors.torch import save_file
 
     from benchmarks.throughput_parts import trainers
     from finetune.models.bundled import resolve_model
@@ -177,13 +185,22 @@ def train(cell: Namespace) -> None:
         steps=1, warmup=0, batch_size=min(4, cell.step_rows), grad_accum=max(1, cell.step_rows // 4), profile=None,
         optim="adamw_torch", max_seq_length=2 * MAX_TOKENS, our_flags=[], threads=1, lr=cell.lr, seed=cell.seed,
     )  # fmt: skip
-    snapshots = make_snapshots(Path(cell.file).with_suffix(""), cell.minutes, cell.equal_steps)
-    with tempfile.TemporaryDirectory() as folder:
-        notes = getattr(trainers, cell.trainer)(cell.trainer, steps, task, snapshots, folder)
-    if snapshots.minutes or snapshots.steps:
-        raise UserError(f"{cell.file}: {cell.max_steps} steps ended before the last budget; raise --max_steps")
-    record = vars(cell) | {"dtype": task.dtype, "losses": snapshots.losses, "notes": notes, "saved": snapshots.saved}
-    write_text_atomic(Path(cell.file), json.dumps(record, indent=1, default=str))
+    file = Path(cell.file)
+    record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {**vars(cell), "saved": {}}
+    for name, budget in budgets_of(cell).items():
+        if name in record["saved"]:
+            continue
+        callback = make_budget(cell.lr, **budget)
+        with tempfile.TemporaryDirectory() as folder:
+            notes = getattr(trainers, cell.trainer)(cell.trainer, steps, task, callback, folder)
+        if not callback.ended:
+            raise UserError(f"{file}: {cell.max_steps} steps ended before {name}; raise --max_steps")
+        adapter = file.with_suffix("") / name
+        adapter.mkdir(parents=True, exist_ok=True)
+        save_file(callback.kept, adapter / "adapter_model.safetensors")
+        callback.config.save_pretrained(str(adapter))
+        record["saved"][name] = {**callback.at, "losses": callback.losses}
+        write_text_atomic(file, json.dumps(record | {"dtype": task.dtype, "notes": notes}, indent=1, default=str))
 
 
 def score(file: str) -> None:
@@ -218,13 +235,18 @@ def score(file: str) -> None:
         answers = generate(adapted, prompts.input_ids, decoding=decoding).results
         texts = [decode(answer.input_ids, tokenizer, fmt) for answer in answers]
         verdicts = [judge(*pair, tokenizer, fmt)["verdicts"] for pair in zip(prompts.items, texts, strict=True)]
-        saved["right"] = [int(one.get("bfcl_valid", one["arguments_correct"])) for one in verdicts]
-        saved["tool"] = [int(one["name_correct"]) for one in verdicts]
+        saved["right"] = [first_of(one, "bfcl_valid", "arguments_correct", "no_call_correct") for one in verdicts]
+        saved["tool"] = [first_of(one, "name_correct", "no_call_correct") for one in verdicts]
         saved["examples"] = texts[:3]
         record["origins"] = [[*item.origin, item.turn] for item in prompts.items]
         write_text_atomic(path, json.dumps(record, indent=1))
         print(f"{path.stem} {name}: {np.mean(saved['right']):.3f} right, {np.mean(saved['tool']):.3f} tools, step "
               f"{saved['step']}, {saved['cpu_minutes']:.2f} CPU minutes", flush=True)  # fmt: skip
+
+
+def first_of(verdicts: dict[str, Any], *names: str) -> int:
+    """The first of these verdicts that the request has, as 0 or 1."""
+    return int(next(verdicts[name] for name in names if name in verdicts))
 
 
 def run_cells(args: argparse.Namespace) -> None:
@@ -235,11 +257,12 @@ def run_cells(args: argparse.Namespace) -> None:
                 file = args.out / f"{task}_{trainer}_{seed}.json"
                 cell = {"task": task, "trainer": trainer, "seed": seed, "file": str(file), "minutes": args.minutes}
                 cell |= {name: getattr(args, name) for name in ("equal_steps", "step_rows", "max_steps", "items", "lr")}
-                if not file.is_file():
-                    child("train", json.dumps(cell))
-                record = json.loads(file.read_text(encoding="utf-8"))
+                record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"saved": {}, **cell}
                 if different := [name for name, value in cell.items() if name != "file" and record[name] != value]:
                     raise UserError(f"{file} was made with other {', '.join(different)}; use another --out")
+                if budgets_of(args).keys() - record["saved"].keys():
+                    child("train", json.dumps(cell))
+                    record = json.loads(file.read_text(encoding="utf-8"))
                 if any("right" not in saved for saved in record["saved"].values()):
                     child("score", str(file))
 
@@ -279,11 +302,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--trainers", default="all", help=f"comma-separated, or all. {listed}")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="order of the rows and LoRA's start (default 0 1 2)")
     add("--minutes", type=float, nargs="+", default=[1, 2, 4], help="budgets in CPU minutes (default 1 2 4)")
-    add("--equal_steps", type=int, nargs="+", default=[24], help="also score after these steps (default 24)")
+    add("--equal_steps", type=int, nargs="+", default=[12], help="also train for these steps (default 12)")
     add("--step_rows", type=int, default=8, help="rows of an optimizer step (default 8)")
-    add("--max_steps", type=int, default=200, help="end of a run whose budgets are not reached (default 200)")
-    add("--items", type=int, default=100, help="held-out requests, at most (default 100)")
-    add("--lr", type=float, default=2e-3, help="constant learning rate of all trainers (default 2e-3)")
+    add("--max_steps", type=int, default=100, help="end of a run that does not reach its minutes (default 100)")
+    add("--items", type=int, default=150, help="held-out requests, at most (default 150)")
+    add("--lr", type=float, default=2e-3, help="learning rate at the start, of all trainers (default 2e-3)")
     add("--out", type=Path, default=Path("quality"), help="one JSON and the adapters of each run (default quality/)")
     add("--record", metavar="FILE", help="train nothing; write FILE.json, FILE.md and FILE.png from --out")
     add("--child", nargs=2, help=argparse.SUPPRESS)

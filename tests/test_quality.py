@@ -1,4 +1,4 @@
-"""The quality benchmark: held-out tools are not trained, snapshots lie within their budgets, verdicts of its tests."""
+"""The quality benchmark: held-out tools are not trained, runs end with their budgets, verdicts of its tests."""
 
 import json
 from argparse import Namespace
@@ -31,33 +31,58 @@ def test_all_trainers_get_the_same_order():
     assert [len(step) for step in first] == [8, 8, 8]
 
 
-def test_snapshots_lie_within_their_budgets(tmp_path, monkeypatch):
-    """Steps of 20 s: a minute ends with step 3, two minutes with step 6; what the callback takes does not count."""
+def train_steps(callback, monkeypatch) -> tuple[list[float], list[float]]:
+    """Steps of 20 s, each of which writes its number into the weights: (learning rates, weights that are kept)."""
     import torch
-    from peft import LoraConfig, get_peft_model, load_peft_weights
+    from peft import LoraConfig, get_peft_model
 
-    clock = iter(range(0, 10**6, 20))
-    monkeypatch.setattr(quality.time, "process_time", lambda: next(clock))
-    layers = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    model = get_peft_model(layers, LoraConfig(r=2, target_modules=["0"]))
+    clock = [0]
+    monkeypatch.setattr(quality.time, "process_time", lambda: clock[0])
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
     weight = next(value for name, value in model.named_parameters() if "lora_B" in name)
-    snapshots = quality.make_snapshots(tmp_path, [1, 2], [2])
-    control = Namespace(should_training_stop=False)
-    snapshots.on_train_begin(None, None, control, model=model)
-    for step in range(1, 20):
-        with torch.no_grad():
-            weight.fill_(step)
-        snapshots.on_step_end(None, Namespace(global_step=step), control, model=model)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    control, rates = Namespace(should_training_stop=False), []
+    callback.on_train_begin(None, None, control, model=model)
+    for step in range(20):
+        callback.on_step_begin(None, Namespace(global_step=step), control, model=model, optimizer=optimizer)
+        rates.append(optimizer.param_groups[0]["lr"])
+        clock[0] += 20
+        weight.data.fill_(step + 1)
+        callback.on_step_end(None, Namespace(global_step=step + 1), control, model=model)
         if control.should_training_stop:
             break
-    assert {name: saved["step"] for name, saved in snapshots.saved.items()} == {
-        "step_2": 2,
-        "minute_1": 3,
-        "minute_2": 6,
-    }
-    assert step == 7
-    saved = load_peft_weights(str(tmp_path / "minute_1"), device="cpu")
-    assert {float(value.unique()) for name, value in saved.items() if "lora_B" in name} == {3.0}
+    return rates, sorted({float(value.unique()) for name, value in callback.kept.items() if "lora_B" in name})
+
+
+def test_run_ends_with_its_minutes(monkeypatch):
+    """A minute has three steps of 20 s; the fourth, which ends after it, does not count."""
+    budget = quality.make_budget(0.6, minutes=1)
+    rates, kept = train_steps(budget, monkeypatch)
+    assert rates == pytest.approx([0.6, 0.4, 0.2, 0.0])
+    assert (budget.at, kept, budget.ended) == ({"step": 3, "cpu_minutes": 1.0}, [3.0], True)
+
+
+def test_run_ends_with_its_steps(monkeypatch):
+    budget = quality.make_budget(0.6, steps=6)
+    rates, kept = train_steps(budget, monkeypatch)
+    assert rates == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    assert (budget.at, kept, budget.ended) == ({"step": 6, "cpu_minutes": 2.0}, [6.0], True)
+
+
+def test_trained_budgets_are_not_trained_again(tmp_path, monkeypatch):
+    """A rerun trains only the budgets that a file lacks, and refuses a file made with another rate."""
+    started = []
+    monkeypatch.setattr(quality, "child", lambda *words: started.append(words[0]))
+    command = ["--tasks", "demo", "--trainers", "ours", "--seeds", "0", "--minutes", "1", "--equal_steps", "4"]
+    command += ["--out", str(tmp_path)]
+    done = run("ours", [1], step_rows=8, max_steps=100, items=150, lr=2e-3)
+    file = tmp_path / "demo_ours_0.json"
+    file.write_text(json.dumps(done), encoding="utf-8")
+    assert quality.main(command) == 0 and started == []
+    assert quality.main([*command, "--lr", "0.1"]) == 2
+    del done["saved"]["step_4"]
+    file.write_text(json.dumps(done), encoding="utf-8")
+    assert quality.main(command) == 0 and started == ["train"]
 
 
 def run(trainer: str, right: list[int], **more) -> dict:

@@ -100,17 +100,17 @@ def answer_all(
     with_questions: each question is written before its answers, where these are text.
     Without a tool command, `batch_size` questions are answered at a time.
     """
-    sessions = [start_session(question, system, tools) for question in questions]
+    sessions, prompts = [start_session(question, system, tools) for question in questions], []
     for number, session in enumerate(sessions, 1):  # before the first answer, which may take long
         try:
-            agent.model.prompt_ids(session.messages, session.tools)
+            prompts.append(agent.model.prompt_ids(session.messages, session.tools))
         except (UserError, FormatError) as error:
             raise UserError(f"question {number}: {error}" if len(questions) > 1 else str(error)) from error
     size, total = agent.decoding.batch_size, len(questions) * len(sides)
     with _open_output(output) as file, progress_bar("answers", total, shown=len(questions) > 1) as advance:
         for at in range(0, len(sessions), size):
-            batch = sessions[at : at + size]
-            answers = [list(_answers(replace(agent, side=side), batch, advance)) for side in sides]
+            batch, ids = sessions[at : at + size], prompts[at : at + size]
+            answers = [list(_answers(replace(agent, side=side), batch, ids, advance)) for side in sides]
             for number, by_side in enumerate(zip(*answers, strict=True), at + 1):
                 if with_questions and not _is_json_lines(output):
                     asked = " ".join(batch[number - at - 1].messages[-1]["content"].split())
@@ -121,12 +121,11 @@ def answer_all(
 
 
 def _answers(
-    agent: ChatAgent, sessions: list[ChatSession], advance: Callable[[int], None]
+    agent: ChatAgent, sessions: list[ChatSession], prompts: list[list[int]], advance: Callable[[int], None]
 ) -> Iterator[tuple[ChatSession, Events]]:
-    """Each answered session, copied, with its replies and results."""
+    """Each answered session, copied, with its replies and results; `prompts` are the ids of the sessions."""
     sessions = [ChatSession(session.system, session.tools, list(session.turns)) for session in sessions]
     chat, decoding = agent.model, agent.decoding
-    prompts = [chat.prompt_ids(session.messages, session.tools) for session in sessions]
     fits = all(decoding.max_new_tokens <= chat.room(ids) for ids in prompts)
     if agent.tool_command is not None or len(sessions) == 1 or not fits:
         for session in sessions:
