@@ -488,6 +488,84 @@ def test_small_talk_stays_text_where_the_tool_takes_no_free_text(tmp_path, schem
     assert rows and not any(calls(row) for row in rows)
 
 
+@pytest.mark.parametrize("parameter", ["conversation_id", "user", "chat_id"])
+def test_small_talk_is_no_call_of_a_tool_about_conversations(tmp_path, parameter):
+    schema = {"type": "object", "properties": {parameter: {"type": "string"}}, "required": [parameter]}
+    tools = [{"name": "delete_conversation", "description": "Delete a conversation.", "parameters": schema}, *NOTES]
+    made = rows_of(tools, tmp_path, rows=120, seed=0)
+    assert not any(calls(row) for kind, row in made if kind == "chat")
+    assert any(kind == "absent" for kind, _ in made)
+
+
+def object_of(properties: dict, required: list[str] | None = None, **more) -> dict:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties if required is None else required),
+        **more,
+    }
+
+
+STRICT = object_of({"status": {"type": "string", "enum": ["open", "paid"]}, "cursor": {"type": ["string", "null"]},
+                    "kind": {"const": "audit"}})  # fmt: skip
+ONE_OF_TWO = object_of({"id": {"type": "integer"}, "url": {"type": "string", "format": "uri"}}, [],
+                       anyOf=[{"required": ["id"]}, {"required": ["url"]}])  # fmt: skip
+SOME_OR_ALL = {"type": "object", "oneOf": [
+    {**object_of({"ids": {"type": "array", "items": {"type": "integer"}}}), "additionalProperties": False},
+    {"properties": {"all": {"type": "boolean"}}, "additionalProperties": False},
+]}  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", [STRICT, ONE_OF_TWO, SOME_OR_ALL], ids=["strict", "one_of_two", "some_or_all"])
+def test_questions_ask_for_what_the_request_lacks(tmp_path, schema):
+    """Not for constants, values that may be null, or one of two alternatives where the other is given."""
+    made = rows_of([{"name": "list_entries", "description": "List entries.", "parameters": schema}], tmp_path,
+                   per_tool=40, seed=0)  # fmt: skip
+    asked = Counter(row["messages"][-1]["content"] for kind, row in made if kind == "missing")
+    for kind, row in made:
+        if kind == "missing":
+            assert not re.search(r"https?://|\bid\b.*\d", texts(row, "user")[0])
+    names = {"Which status shall I use?", "Which id shall I use?", "Which url shall I use?", "Which ids shall I use?"}
+    assert set(asked) <= names
+
+
+def test_every_value_and_key_of_a_map_is_said(tmp_path):
+    """Also where the task's words make room for a value, and for keys that no schema declares."""
+    headers = {"type": "object", "additionalProperties": {"type": "string"},
+               "propertyNames": {"enum": ["Content-Type", "X-Api-Key", "Accept"]}}  # fmt: skip
+    tools = [
+        {"name": "get_weather", "description": "Get the weather for the given city.", "parameters": object_of(
+            {"city": {"type": "string"}, "units": {"enum": ["celsius", "kelvin"]}})},
+        {"name": "send_request", "description": "Send a request.", "parameters": object_of({"headers": headers})},
+        {"name": "insert_row", "description": "Insert a row.", "parameters": object_of({"values": {"type": "object"}})},
+    ]  # fmt: skip
+    for _, row in rows_of(tools, tmp_path, per_tool=40, seed=0):
+        said = " ".join(texts(row, "user"))
+        for call in calls(row):
+            for value in json.loads(call["arguments"]).values():
+                assert value, "an empty object"
+                words = [*value, *value.values()] if isinstance(value, dict) else [value]
+                assert all(word in said for word in words), (said, call)
+
+
+def test_no_call_repeats_in_an_answer(tmp_path):
+    tools = [{"name": "list_printers", "description": "List printers."}, {"name": "ping", "description": "Ping it."}]
+    parallel = [calls(row) for kind, row in rows_of(tools, tmp_path, per_tool=6, seed=0) if kind == "parallel"]
+    assert parallel and all(first != second for first, second in parallel)
+
+
+def test_what_a_shell_could_do_is_not_declined(tmp_path):
+    command = object_of({"command": {"type": "string"}})
+    tools = [
+        {"name": "bash", "description": "Run a shell command.", "parameters": command},
+        {"name": "grep", "description": "Search files.", "parameters": object_of({"pattern": {"type": "string"}})},
+        {"name": "read_file", "description": "Read a file.", "parameters": object_of({"path": {"type": "string"}})},
+    ]
+    for kind, row in rows_of(tools, tmp_path, per_tool=20, seed=0):
+        if kind == "absent":
+            assert "bash" not in [tool["function"]["name"] for tool in json.loads(row["tools"])]
+
+
 def test_needs_are_worded_without_the_tool(tmp_path):
     """Text common to all descriptions is not what a tool does; some requests name neither tool nor description."""
     requests = [texts(row, "user")[0] for kind, row in rows_of(NOTES, tmp_path, per_tool=32, seed=2) if kind == "call"]
@@ -509,6 +587,7 @@ def test_needs_are_worded_without_the_tool(tmp_path):
         ("sort the contents of a file line by line", "file_name", "a.txt", "sort the contents of a.txt line by line"),
         ("remove a file or directory", "file_name", "a.txt", None),
         ("get the weather for a given city", "city", "Oslo", "get the weather for Oslo"),
+        ("delete a contract", "contract_id", "E-5126", "delete contract E-5126"),  # not `delete E-5126`
         ("switch branches", "branch_name", "main", None),
         ("show a file system", "file", "a.txt", None),
         ("lock the door", "name", "front", None),
@@ -644,6 +723,53 @@ def test_texts_come_from_description_format_or_name():
 # --- phrasing files
 
 
+@pytest.mark.parametrize(
+    ("schema", "pattern"),
+    [
+        ({"description": "where to, e.g. anna@corp.example.com or ben@corp.example.com."}, r"\w+@corp[.]example[.]com"),
+        ({"description": "such as an email address or a phone number"}, r"[A-Z]-\d{4}"),  # by the name, customer_id
+        ({"pattern": r"^\d{4}-\d{2}-\d{2}$", "format": "date"}, r"2026-[01]\d-[0-3]\d"),
+        ({"pattern": "^[A-Z]{3}$", "description": "e.g. USD, EUR"}, "USD|EUR"),
+        ({"pattern": r".*\S.*"}, r"[\w -]+"),
+        ({"format": "email", "maxLength": 16}, r".{1,16}"),
+        ({"format": "duration"}, r"P.+"),
+        ({"format": "uuid4"}, r"[0-9a-f-]{36}"),
+        ({"enum": ["a", None]}, "a"),
+    ],
+)
+def test_texts_are_what_people_write(schema, pattern):
+    words = read_json(FOLDER / "en.json")["values"]
+    values = SchemaValues(object_of({"customer_id": {"type": "string", **schema}}), words, random.Random(0))
+    drawn = {values.draw("f")["customer_id"] for _ in range(20)}
+    assert all(re.fullmatch(pattern, text) for text in drawn), drawn
+
+
+def test_examples_of_objects_are_used():
+    words = read_json(FOLDER / "en.json")["values"]
+    row = {"name": "Anna", "age": 41}
+    free = object_of({"values": {"type": "object", "examples": [row]}})
+    assert SchemaValues(free, words, random.Random(0)).draw("f") == {"values": row}
+    hard = {
+        "type": "object",
+        "required": ["a"],
+        "properties": {"a": {"not": {"type": "string"}}},
+        "examples": [{"a": 5}],
+    }
+    assert SchemaValues(hard, words, random.Random(0)).draw("f") == {"a": 5}
+    none = {"type": "object", "properties": {}, "additionalProperties": {}}
+    assert SchemaValues(none, words, random.Random(0)).draw("f") == {}
+
+
+def test_nullable_recursion_ends_with_null():
+    node = {"type": "object", "required": ["next"], "properties": {
+        "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}}  # fmt: skip
+    schema = {**object_of({"list": {"$ref": "#/$defs/node"}}), "$defs": {"node": node}}
+    words = read_json(FOLDER / "en.json")["values"]
+    assert '"next": null' in json.dumps(SchemaValues(schema, words, random.Random(0)).draw("f"))
+    anything = object_of({"x": {"anyOf": [{"type": "string"}, True]}})
+    assert all(SchemaValues(anything, words, random.Random(seed)).draw("f") for seed in range(9))
+
+
 def test_slots_keep_their_types_and_repeat_keys():
     slots = {"id": Value("7", 7), "x": Value("0.5", 0.5), "ids": Value("3 and 4", [3, 4]), "axis": Value("Z", "FZ")}
     template = {"Assign": {"{id}": {"X": "{x}", "{axis}": -1, "NOTE": "no. {id}"}}, "KEYS": "{ids}"}
@@ -667,6 +793,15 @@ def test_brackets_in_values_are_not_templates():
         ("Queries a table", "query a table"),
         ("Fetches pages", "fetch pages"),
         ("Get weather", "get weather"),
+        ("Click an element", "click an element"),
+        ("Useful for when you need to answer questions about math. Input: a question.", "answer questions about math"),
+        ("Get weather for a U.S. city. Fast.", "get weather for a U.S. city"),
+        ("Search documents, e.g. guides. Fast.", "search documents, e.g. guides"),
+        (
+            "Legt einen Termin an, z. B. ein Treffen. Schnell.",
+            "use the tool for legt einen Termin an, z. B. ein Treffen",
+        ),
+        ("Does " + "very " * 60 + "much", "do it now"),
         ("Direct conversation", "use the tool for direct conversation"),
         ("GPU statistics", "use the tool for GPU statistics"),
         ("", "do it now"),
@@ -806,7 +941,7 @@ def test_errors_of_a_file_that_extends_another(tmp_path, content, message):
             "tool f0: .*OverflowError",
         ),
         (
-            [{"properties": {"a": {"type": "string", "pattern": "((((((((a+)+)+)+)+)+)+)+)+"}}, "required": ["a"]}],
+            [{"properties": {"a": {"type": "string", "pattern": "^((((((((a+)+)+)+)+)+)+)+)+$"}}, "required": ["a"]}],
             "no text fits the pattern .*it takes more than 20,000 steps",
         ),
         ([{"type": "array", "items": {}}], "tool f0: no arguments found .*it does not describe an object"),
@@ -868,7 +1003,7 @@ def test_tiers_give_each_tool_its_rows():
     wanted = {name: tier["rows"] for tier in tiers for name in tier["tools"]}
     assert called.keys() == wanted.keys()
     # Rows of calls also replace those of kinds that have no further requests.
-    assert all(rows <= called[name] <= 1.2 * rows + 1 for name, rows in wanted.items())
+    assert all(rows <= called[name] <= 1.3 * rows + 1 for name, rows in wanted.items())
 
 
 @pytest.mark.parametrize(

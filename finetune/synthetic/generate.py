@@ -77,7 +77,7 @@ class Writer:
         for _ in range(MAX_TRIES):
             messages = make(*subject)
             requests = [message["content"] for message in messages if message["role"] == "user"]
-            if not any(text in self.seen for text in requests):
+            if requests and not any(text in self.seen for text in requests):
                 self.seen.update(requests)
                 break
         else:
@@ -145,6 +145,8 @@ class Writer:
         """One request for two calls that do not depend on each other, in one answer."""
         other = self._deal("other", self.declared)
         requests = [self._case(tool).request(self.split, core_only=True) for tool in (name, other)]
+        if name == other and requests[0].arguments == requests[1].arguments:
+            return []
         clauses = {slot: Value(one.core, None) for slot, one in zip(("first", "second"), requests, strict=True)}
         core = expand(self._deal("both", self.book.wording.both[self.split]), clauses, {}, self.rng)
         return [{"role": "user", "content": self._framed(core)}, call_message(*requests)]
@@ -172,7 +174,10 @@ class Writer:
         return [user, {"role": "assistant", "content": self.book.wording.decline}]
 
     def _missing_row(self) -> list[dict[str, Any]]:
-        text, question = self._deal("missing", self._incomplete).incomplete(self.split)
+        drawn = self._deal("missing", self._incomplete).incomplete(self.split)
+        if drawn is None:  # not every draw needs an argument
+            return []
+        text, question = drawn
         return _pair((text if text[-1:] in SENTENCE_ENDS else self._framed(text), question))
 
     def _ambiguous_row(self) -> list[dict[str, Any]]:

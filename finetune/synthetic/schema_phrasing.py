@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune.synthetic.phrasebook import Phrasebook, Request, Wording
 from finetune.synthetic.phrasing import SPLITS, Deck, Value, enumeration, expand, read_json
-from finetune.synthetic.schema_values import GENERIC_WORDS, SchemaValues, errors_prefixed, humanised
+from finetune.synthetic.schema_values import GENERIC_WORDS, SchemaValues, humanised, schema_errors
 
 FOLDER = Path(__file__).parent / "phrasings"
 LANGUAGES = ("en", "ko")
@@ -27,7 +27,14 @@ _BEFORE_NOUN = r"\b(?:an?|the|any|one|your|this) (?:(?:new|given|specified|speci
 _AFTER_NOUN = r"\b(?=$|[,.;)]| (?:of|in|on|at|to|into|from|with|by|for|as|that|which|line|using|given)\b)"
 ANNOTATIONS = {"type", "title", "description", "default", "examples"}  # keywords that restrict nothing further
 _CONVERSATION = re.compile(r"\b(chat|conversation|small talk|greetings?)\b", re.IGNORECASE)
+_SPOKEN = {"message", "text", "query", "question", "prompt", "input", "content"}  # what such a tool gets
+_RUNS_ANYTHING = {"bash", "shell", "terminal", "python", "code", "command", "commands", "sql", "computer", "browser"}
 _LONG_WORD = re.compile(r"\w{5,}")
+_STOP_WORDS = {"the", "and", "for", "with", "from", "into", "this", "that", "all", "its", "any", "one", "your", "tool"}
+_DETERMINERS = {"a", "an", "the", "all", "any", "one", "your", "this", "these", "multiple"}
+MAX_TASK_LENGTH = 200  # longer first sentences are no request
+# The end of a sentence; not of "e.g. x", "z. B.", "U.S. x" or "approx. x".
+_SENTENCE_END = re.compile(r"(?<!\b\w)[.!?](?=\s+(?![a-z]))\s|[.!?](?=\s*$)|。|\n")
 
 
 class SchemaCase:
@@ -71,16 +78,29 @@ class SchemaCase:
         return self.wording.sentence(self._fill(self.rng.choice(self.reasons), task=self.task, tool=self.name))
 
     def incomplete(self, split: str) -> tuple[str, str] | None:
-        """(request without one required argument, the question for it), None when no argument is required."""
-        with errors_prefixed(f"tool {self.name}"):
-            required = self.values.resolved(self.values.root).get("required", [])
-        if not required:
+        """(request without one required argument, the question for it), None when the call needs no argument."""
+        for _ in range(MAX_TRIES):
+            arguments = self._distinct_arguments()
+            with schema_errors(self.name):
+                required = [key for key in arguments if self.values.can_be_asked_for(arguments, key)]
+            if required:
+                break
+        else:
             return None
-        arguments = self._distinct_arguments()
         missing = self.rng.choice(required)
         rest = {key: value for key, value in arguments.items() if key != missing}
         text = self._fill(self._decks[split, "incomplete"].deal(), core=self._core(rest, split, self.task))
         return self.wording.sentence(text), self._fill(self.words["question"], label=humanised(missing))
+
+    def words_of_task(self) -> tuple[set[str], set[str]]:
+        """(the verb and those of the same meaning, the words for what the tool works on)."""
+        verbs = {""}
+        text = self.task
+        if self.wording.language == "en":
+            verb, _, text = self.task.partition(" ")
+            verbs = set(self._verbs["verbs"]) if self._verbs else {verb}
+        words = {word.removesuffix("s") for word in re.findall(r"\w+", text.lower())}
+        return verbs, {word for word in words if len(word) > 2 or not word.isascii()} - _STOP_WORDS
 
     def _distinct_arguments(self) -> dict[str, Any]:
         """Arguments without two equal texts, such as a file that is copied to itself, where that can be avoided."""
@@ -122,8 +142,11 @@ class SchemaCase:
         # A single text needs no label: "search the web for: flood levels".
         if len(arguments) == 1 and texts and len(self.values.root.get("properties", {})) == 1:
             return self._fill(self._decks[split, "with_text"].deal(), **slots, text=texts[0])
-        pairs = self._arguments(arguments, split)
-        return self._fill(self._decks[split, "with_arguments"].deal(), **slots, arguments=pairs)
+        pairs, templates = self._arguments(arguments, split), self._decks[split, "with_arguments"]
+        template = templates.deal()
+        while task != self.task and "{task}" not in template:  # this task may hold a value
+            template = templates.deal()
+        return self._fill(template, **slots, arguments=pairs)
 
     def _arguments(self, arguments: dict[str, Any], split: str) -> str:
         """`city Oslo and days 3`"""
@@ -133,12 +156,16 @@ class SchemaCase:
         return expand(template, {name: Value(text, text) for name, text in slots.items()}, {}, self.rng)
 
     def _pairs(self, arguments: dict[str, Any], pair: str) -> list[str]:
-        return [self._fill(pair, label=humanised(key), value=self._text(value)) for key, value in arguments.items()]
+        return [self._fill(pair, label=self._label(key), value=self._text(value)) for key, value in arguments.items()]
+
+    def _label(self, key: str) -> str:
+        """A parameter's name in words; another key of an object as it is."""
+        return humanised(key) if key in self.values.declared else self._text(key)
 
     def _text(self, value: Any, inside: bool = False) -> str:
         """A value's text in the request: several words quoted, objects and nested lists in brackets."""
         if isinstance(value, dict):
-            text = ", ".join(f"{humanised(key)} {self._text(inner, True)}" for key, inner in value.items())
+            text = ", ".join(f"{self._label(key)} {self._text(inner, True)}" for key, inner in value.items())
             return f"({text})"
         if isinstance(value, list):
             texts = [self._text(inner, True) for inner in value]
@@ -155,14 +182,17 @@ def task_of(function: dict[str, Any], words: dict[str, Any]) -> str:
 
     English descriptions in the third person ("Searches ...") become imperative ("search ...").
     """
-    description = re.split(r"(?<=[.!?。])\s|\n", str(function.get("description") or "").strip())[0]
+    description = _SENTENCE_END.split(str(function.get("description") or "").strip())[0]
     description = description.partition(": ")[0].rstrip(".!。:")
-    if not description:
-        return humanised(function["name"])
+    if not description or len(description) > MAX_TASK_LENGTH:
+        description = humanised(function["name"])
     if words["language"] != "en":
         return description
+    description = re.sub(r"^useful (?:for )?when you (?:need|want) to ", "", description, flags=re.IGNORECASE)
     first, _, rest = description.partition(" ")
     verb = next((form for form in _stems(first.lower()) if form in words["verbs"]), None)
+    if verb is None and rest.partition(" ")[0].lower() in _DETERMINERS and not first.endswith("s"):
+        verb = first.lower()  # "click an element"
     if verb is None:
         noun = description if first[1:] != first[1:].lower() else description[:1].lower() + description[1:]
         return words["noun_task"].replace("{description}", noun)
@@ -170,11 +200,15 @@ def task_of(function: dict[str, Any], words: dict[str, Any]) -> str:
 
 
 def with_value(task: str, key: str, value: str) -> tuple[str, bool]:
-    """The task with a value in place of the words for it: `sort the contents of a file` with `file_name`."""
+    """The task with a value in place of the words for it: `sort the contents of a file` with `file_name`.
+
+    Behind the verb the noun stays (`delete contract E-5126`), because it tells the tool from others.
+    """
     for word in humanised(key).lower().split():
         found = re.search(_BEFORE_NOUN + re.escape(word) + _AFTER_NOUN, task)
         if word not in GENERIC_WORDS and found:
-            return task[: found.start()] + value + task[found.end() :], True
+            noun = "" if " " in task[: found.start()].strip() else f"{word} "
+            return task[: found.start()] + noun + value + task[found.end() :], True
     return task, False
 
 
@@ -198,7 +232,7 @@ def talks(function: dict[str, Any]) -> str | None:
         return None
     ((name, schema),) = properties.items()
     is_any_text = isinstance(schema, dict) and schema.get("type") == "string" and schema.keys() <= ANNOTATIONS
-    return name if is_any_text else None
+    return name if is_any_text and humanised(name).split()[-1] in _SPOKEN else None
 
 
 def _stems(word: str) -> list[str]:
@@ -226,7 +260,7 @@ def general_phrasebook(
         ]
         for split in SPLITS
     }  # fmt: skip
-    absent = [] if conversation or len(tools) == 1 else [name for name in cases if _is_alone(name, functions)]
+    absent = [] if conversation or len(tools) == 1 else [name for name in cases if _is_alone(name, cases)]
     mix = {kind: part for kind, part in words["mix"].items() if absent or kind != "absent"}
     return Phrasebook(wording, cases, pairs, dict.fromkeys(SPLITS, mix), ambiguous, absent, conversation)
 
@@ -235,11 +269,15 @@ def _tasks(cases: dict[str, list[SchemaCase]], pair: Sequence[str]) -> dict[str,
     return {slot: Value(cases[name][0].task, None) for slot, name in zip(("first", "second"), pair, strict=True)}
 
 
-def _is_alone(name: str, functions: Sequence[dict[str, Any]]) -> bool:
-    """Whether no other tool is described in half of the tool's own words, so that nothing serves its requests."""
-    words = {f["name"]: set(_LONG_WORD.findall(str(f.get("description") or f["name"]).lower())) for f in functions}
-    own = words.pop(name)
-    return bool(own) and not any(2 * len(own & others) >= len(own) for others in words.values())
+def _is_alone(name: str, cases: dict[str, list[SchemaCase]]) -> bool:
+    """Whether no other tool does the same with half of what this one works on, so that nothing serves its requests."""
+    verbs, objects = cases[name][0].words_of_task()
+    for other, (case,) in cases.items():
+        other_verbs, other_objects = case.words_of_task()
+        is_similar = verbs & other_verbs and 2 * len(objects & other_objects) >= len(objects)
+        if other != name and (is_similar or not _RUNS_ANYTHING.isdisjoint(humanised(other).split())):
+            return False
+    return True
 
 
 def _mentions(text: str, tools: Sequence[dict[str, Any]]) -> bool:

@@ -26,15 +26,18 @@ from finetune.errors import UserError
 from finetune.json_schema import validator_of
 from finetune.json_schema.limits import TooExpensive
 
-MAX_DEPTH = 6  # of recursive schemas: deeper objects get only their required properties
+MAX_DEPTH = 4  # of recursive schemas: deeper objects get their required properties, or one that holds no others
 MAX_CHARACTERS = 10_000  # of one text
 MAX_VALUES = 5_000  # in one call's arguments
 MAX_REFERENCES = 20  # followed in a row
 MAX_TRIES = 300
 MAX_PATTERN_STEPS = 20_000  # of drawing one text that fits a pattern
 OPTIONAL_SHARE = 0.35  # of optional properties that are given
-# "e.g. Seoul, Paris" and "for example: a, b" in a description
-_EXAMPLES = re.compile(r"(?:e\.g\.,?|for example:?|for instance:?|such as|예:|예를 들어)\s+([^.;)\n]+)", re.IGNORECASE)
+# "e.g. Seoul, Paris" and "for example: a, b" in a description, up to the end of the sentence
+_EXAMPLES = re.compile(
+    r"(?:e\.g\.,?|for example:?|for instance:?|such as|예:|예를 들어)\s+((?:[^.;)\n]|\.(?!\s|$|\)))+)", re.IGNORECASE
+)
+_NO_EXAMPLE = re.compile(r"(?:an?|the|any|or|and|your|etc)\b", re.IGNORECASE)  # "such as an email address"
 # "'local' for local branches, 'remote' for remote ones" in a description
 _QUOTED = re.compile(r"(?<!\w)'([\w.:/-]{1,20})'(?!\w)")
 GENERIC_WORDS = {"name", "id", "path", "value", "number", "type", "data", "input", "text"}  # in names of parameters
@@ -55,12 +58,15 @@ def humanised(name: str) -> str:
 
 
 @contextlib.contextmanager
-def errors_prefixed(prefix: str) -> Iterator[None]:
-    """UserErrors of the block begin with `prefix`."""
+def schema_errors(tool: str) -> Iterator[None]:
+    """Errors of the block, also those of a schema that cannot be followed, become UserErrors that name the tool."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{prefix}: {error}") from error
+        raise UserError(f"tool {tool}: {error}") from error
+    except (RecursionError, Unresolvable, OverflowError, TooExpensive) as error:  # also below `not`, `if` and others
+        what = f"its schema cannot be followed ({type(error).__name__}: {error})"
+        raise UserError(f"tool {tool}: {what}; simplify it or remove the tool") from error
 
 
 class SchemaValues:
@@ -71,21 +77,14 @@ class SchemaValues:
         self._validator, self._invalid = validator_of(json.dumps(schema))
         # Without the keywords that are not valid: a minimum that is a text, a list of required names that is an object.
         self.root = {} if self._invalid else self._validator.schema
+        self.declared = set(_property_names(self.root))
 
     def draw(self, tool: str) -> dict[str, Any]:
         """An object that the schema accepts; raises UserError naming `tool` when none is found."""
-        with errors_prefixed(f"tool {tool}"):
+        with schema_errors(tool):
             if self._invalid:
                 raise UserError(f"its parameters are not a valid JSON Schema ({self._invalid})")
-            try:
-                return self._draw()
-            except (
-                RecursionError,
-                Unresolvable,
-                OverflowError,
-                TooExpensive,
-            ) as error:  # also below `not`, `if` and others
-                raise UserError(f"its schema cannot be followed ({type(error).__name__}: {error})") from error
+            return self._draw()
 
     def _draw(self) -> dict[str, Any]:
         reason = "it does not describe an object"
@@ -97,7 +96,22 @@ class SchemaValues:
                 return value
             if error is not None:
                 reason = error.message[:200]
+        if examples := [one for one in self._examples(self.root) if self._validator.is_valid(one)]:
+            return self.rng.choice(examples)
         raise UserError(f"no arguments found that fit its schema ({reason}); add `examples` to it")
+
+    @staticmethod
+    def _examples(schema: dict[str, Any]) -> list[dict[str, Any]]:
+        found = schema.get("examples")
+        return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+    def can_be_asked_for(self, arguments: dict[str, Any], key: str) -> bool:
+        """Whether the call is incomplete without this argument, and its value is not the only possible one."""
+        rest = {name: value for name, value in arguments.items() if name != key}
+        if self._validator.is_valid(rest) or self._validator.is_valid({**rest, key: None}):
+            return False
+        schema = self.resolved(self.resolved(self.root).get("properties", {}).get(key))
+        return "const" not in schema and len(schema.get("enum", "ab")) > 1
 
     def resolved(self, schema: Any) -> dict[str, Any]:
         """The schema merged with its `$ref`, its `allOf` and one branch of its `anyOf` or `oneOf`."""
@@ -113,8 +127,8 @@ class SchemaValues:
             elif name := next((name for name in ("anyOf", "oneOf") if schema.get(name)), None):
                 # null means that the property may be omitted, which optional properties are anyway
                 branches = [part for part in schema[name] if part != {"type": "null"}] or schema[name]
-                branch = self.rng.choice(branches) if isinstance(branches[0], dict) else {}
-                schema = _merged(_without(schema, name), branch)
+                branch = self.rng.choice(branches)
+                schema = _merged(_without(schema, name), branch if isinstance(branch, dict) else {})
             else:
                 return schema
         return {}
@@ -136,14 +150,18 @@ class SchemaValues:
         self._drawn += 1
         if self._drawn > MAX_VALUES:
             raise UserError(f"its schema requires more than {MAX_VALUES:,} values in one call, too many for a request")
+        if depth >= MAX_DEPTH and isinstance(schema, dict) and {"type": "null"} in schema.get("anyOf", ()):
+            return None  # the end of a list whose elements contain the next one
         schema = self.resolved(schema)
         if "const" in schema:
             return schema["const"]
         if schema.get("enum"):
-            return self.rng.choice(schema["enum"])
+            return self.rng.choice([value for value in schema["enum"] if value is not None] or [None])
         kind = self._type(schema)
         if kind != "object" and isinstance(schema.get("examples"), list) and schema["examples"]:
             return self.rng.choice(schema["examples"])
+        if kind == "object" and not schema.get("properties") and (examples := self._examples(schema)):
+            return self.rng.choice(examples)
         match kind:
             case "null":
                 return None
@@ -182,12 +200,17 @@ class SchemaValues:
 
     def _string(self, schema: dict[str, Any], name: str) -> str:
         low, high = schema.get("minLength", 0), schema.get("maxLength", math.inf)
+        texts = [text for text in self._texts(schema, name) if low <= len(text) <= high]
         if "pattern" in schema:
-            return min((_from_pattern(schema["pattern"], self.rng) for _ in range(8)),
-                       key=lambda text: (not low <= len(text) <= high, len(text)))  # fmt: skip
+            # By jsonschema, which limits the time of a pattern and reads those of ECMA 262.
+            fits = validator_of(json.dumps({"pattern": schema["pattern"]}))[0].is_valid
+            if fitting := [text for text in texts if fits(text)]:
+                return self.rng.choice(fitting)
+            drawn = [_from_pattern(schema["pattern"], self.rng) for _ in range(8)]
+            return min(drawn, key=lambda text: (not low <= len(text) <= high, _odd_characters(text), len(text)))
         if low > MAX_CHARACTERS:
             raise UserError(f"its schema requires {low:,} characters for {name or 'a value'}; add `examples` beside it")
-        text = self.rng.choice(self._texts(schema, name))
+        text = self.rng.choice(texts or self._texts(schema, name))
         while len(text) < low:
             text = f"{text} {self.rng.choice(self.words['word'])}"
         if len(text) > high:
@@ -197,11 +220,12 @@ class SchemaValues:
 
     def _texts(self, schema: dict[str, Any], name: str) -> list[str]:
         """Texts for a property: by its format, by the examples in its description, or by a word in its name."""
-        if schema.get("format") in self.words:
-            return self.words[schema["format"]]
+        kind = str(schema.get("format"))
+        if texts := self.words.get(kind) or self.words.get(kind.rstrip("1345")):  # pydantic's `uuid4` and others
+            return texts
         if match := _EXAMPLES.search(str(schema.get("description", ""))):
             parts = [part.strip(" '\"`") for part in re.split(r",\s*(?:or|and)?\s*|\s+or\s+|\s+and\s+", match[1])]
-            if examples := [part for part in parts if 0 < len(part) <= 40]:
+            if examples := [part for part in parts if 0 < len(part) <= 40 and not _NO_EXAMPLE.match(part)]:
                 return examples
         quoted = list(dict.fromkeys(_QUOTED.findall(str(schema.get("description", "")))))
         if len(quoted) > 1:
@@ -217,7 +241,7 @@ class SchemaValues:
     def _array(self, schema: dict[str, Any], name: str, depth: int) -> list[Any]:
         values = [self._value(part, name, depth + 1) for part in schema.get("prefixItems", [])]
         items = schema.get("items", {})
-        low = max(schema.get("minItems", 1 if depth < MAX_DEPTH else 0), 0)
+        low = max(schema.get("minItems", 1 if depth <= MAX_DEPTH else 0), 0)
         high = min(schema.get("maxItems", max(low, 3)), max(low, 4))
         wanted = self.rng.randint(min(low, high), high) if items is not False else len(values)
         for _ in range(MAX_TRIES):
@@ -237,22 +261,26 @@ class SchemaValues:
         given = {key for key in optional if self.rng.random() < share}
         while len(given) + len(required) < minimum and len(given) < len(optional):
             given.add(next(key for key in optional if key not in given))
-        if not given and not required and optional and depth < MAX_DEPTH:
+        if depth >= MAX_DEPTH:
+            kinds = {key: self._type(self.resolved(properties[key])) for key in optional}
+            optional = [key for key, kind in kinds.items() if kind not in ("object", "array")]
+        if not given and not required and optional:
             given.add(self.rng.choice(optional))
         while given and len(given) + len(required) > maximum:
             given.remove(max(given))
         keys = [key for key in properties if key in required or key in given]
         keys += [key for key in required if key not in properties]
         result = {key: self._value(properties.get(key, {}), key, depth + 1) for key in keys}
-        is_map = not properties and (
-            isinstance(schema.get("additionalProperties"), dict) or schema.get("patternProperties")
-        )
+        # An object of any content gets some; the parameters of a tool that declares none do not.
+        values = schema.get("additionalProperties", {})
+        is_free = depth > 0 if values in ({}, True) else isinstance(values, dict)
+        is_map = not properties and (is_free or schema.get("patternProperties"))
         extra = max(minimum - len(result), self.rng.randint(1, 2) if is_map and depth < MAX_DEPTH else 0)
         self._add_entries(result, schema, len(result) + min(extra, maximum - len(result)), name, depth)
         return result
 
     def _add_entries(self, result: dict[str, Any], schema: dict[str, Any], size: float, name: str, depth: int) -> None:
-        """Fill a map up to `size`: keys by `patternProperties`, by `propertyNames`, or numbers."""
+        """Fill a map up to `size`: keys by `patternProperties`, by `propertyNames`, or words."""
         patterns = schema.get("patternProperties")
         for _ in range(MAX_TRIES):
             if len(result) >= size:
@@ -262,7 +290,7 @@ class SchemaValues:
                 key = _from_pattern(pattern, self.rng)
             else:
                 inner, names = schema.get("additionalProperties"), schema.get("propertyNames")
-                key = self._value(names, name, depth) if names else str(self.rng.randint(1, 99))
+                key = self._value(names, name, depth) if names else self.rng.choice(self.words["word"])
             if isinstance(key, str) and key not in result:
                 result[key] = self._value(inner, key, depth + 1)
 
@@ -270,6 +298,22 @@ class SchemaValues:
 def _is_useful(schema: Any) -> bool:
     """Whether a property's schema allows more than null."""
     return schema is not False and not (isinstance(schema, dict) and schema.get("type") == "null")
+
+
+def _property_names(schema: Any) -> Iterator[str]:
+    """Names of properties anywhere in a schema."""
+    if isinstance(schema, dict):
+        if isinstance(properties := schema.get("properties"), dict):
+            yield from properties
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for part in schema:
+            yield from _property_names(part)
+
+
+def _odd_characters(text: str) -> int:
+    """The number of characters that people rarely write in a value."""
+    return len(re.sub(r"[\w .:/@+-]", "", text)) + sum(text.count(space) for space in "\t\n\r\v\f")
 
 
 def _without(schema: dict[str, Any], key: str) -> dict[str, Any]:
