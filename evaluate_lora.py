@@ -103,6 +103,9 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag, others in excluded.items():
         if given[flag] and (other := next((one for one in given if one in others and given[one]), None)):
             raise UserError(f"{flag} and {other} exclude each other; omit one of them")
+    unused = {"--limit": args.limit, "--tools": args.tools, "--max_new_tokens": args.max_new_tokens}
+    if args.suspects and (flag := next((flag for flag, value in unused.items() if value), None)):
+        raise UserError(f"--suspects lists rows of the whole training data; omit {flag}")
     if args.tolerance is not None and not args.ranks:
         raise UserError("--tolerance needs --ranks")
     if not args.dataset and not args.suite and not args.ranks and not args.suspects:

@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer, fmt, end_of_turn_ids, limit = load_format(settings)
     record.refuse_changed(stopped_run, settings.force, format=record.template_sha256(fmt))
     data.encode(tokenizer, fmt, settings, limit)
+    scorer = call_scorer(settings, data, fmt, tokenizer, end_of_turn_ids) if settings.eval_calls else None
     show_masks(data, tokenizer, settings.show_mask)
     if settings.dry_run:
         from finetune.training.run_table import print_run_table
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # 4. Train and save.
     with experiment.record_outcome():
-        trainer = prepare_training(settings, experiment, data, fmt, tokenizer, loaded, model, console)
+        trainer = prepare_training(settings, experiment, data, fmt, tokenizer, loaded, model, console, scorer)
         if not train(trainer, experiment, checkpoint):
             return trainer.stop_callback.exit_status
         save(trainer, experiment, model, tokenizer, fmt, end_of_turn_ids, settings.eval_ranks or [])
@@ -317,7 +318,7 @@ def terminate(number: int, frame: object) -> None:
 
 def prepare_training(
     settings: Settings, experiment: Experiment, data: RunData, fmt: Format, tokenizer: PreTrainedTokenizerBase,
-    loaded: Loaded, model: PeftModel, console: Console,
+    loaded: Loaded, model: PeftModel, console: Console, scorer: CallScorer | None,
 ) -> SandwichTrainer:  # fmt: skip
     """The trainer; the first process also prints the run table and logs into the experiment folder."""
     from finetune.logs import log_to_file
@@ -336,24 +337,23 @@ def prepare_training(
     trainer = make_trainer(
         settings, experiment, model, saved, data.rows, data.eval_rows, loaded, console, groups, data.train.origins
     )
-    if settings.eval_calls:
-        trainer.call_scorer = call_scorer(settings, experiment, data, fmt, tokenizer)
+    if scorer is not None:  # how many calls it scores is kept in the run's config, so that a resume scores the same
+        trainer.call_scorer = scorer
+        scorer.begin(experiment.config.get("scored_calls"), lambda chosen: experiment.update(scored_calls=chosen))
     if is_main:
         print_run_table(settings, data.rows, data.eval_rows, fmt, experiment=experiment, trainer=trainer)
     return trainer
 
 
 def call_scorer(
-    settings: Settings, experiment: Experiment, data: RunData, fmt: Format, tokenizer: PreTrainedTokenizerBase
+    settings: Settings, data: RunData, fmt: Format, tokenizer: PreTrainedTokenizerBase, end_of_turn_ids: list[int]
 ) -> CallScorer:
-    """Scores calls at each evaluation; how many is kept in the run's config, so that a resume scores the same ones."""
+    """Scores calls at each evaluation. UserError when no row that is held out has one."""
     from finetune.training.call_scores import CallScorer
 
     return CallScorer(
-        data.held_out, data.eval_rows.rows, tokenizer, fmt, experiment.config["format"]["end_of_turn_ids"],
-        count=settings.eval_calls, budget=settings.eval_calls_budget, seed=settings.seed,
-        longest=data.rows.report["max_seq_length"], chosen=experiment.config.get("scored_calls"),
-        on_chosen=lambda chosen: experiment.update(scored_calls=chosen),
+        data.held_out, data.eval_rows.rows, tokenizer, fmt, end_of_turn_ids, count=settings.eval_calls,
+        budget=settings.eval_calls_budget, seed=settings.seed, longest=data.rows.report["max_seq_length"],
     )  # fmt: skip
 
 

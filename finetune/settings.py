@@ -153,7 +153,8 @@ class Settings:
     early_stopping_patience: int | None = setting(None, "stop after N evaluations without improvement")
     early_stopping_threshold: float = setting(0.0, "minimum improvement that counts", nonnegative_float)
     load_best: bool | None = setting(
-        None, "keep the weights of the best evaluation at the end; default: with --early_stopping_patience yes")
+        None, "keep the weights of the best evaluation at the end; default: yes with --early_stopping_patience or "
+        "an accuracy as --metric_for_best_model")
     report_to: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = setting(
         "none", "also log to a tracker; with USE_WANDB=true in the environment or .env the default is wandb",
         resumable=True)
@@ -200,10 +201,11 @@ class Settings:
         if self.metric_for_best_model != "eval_loss" and not self.eval_calls:
             raise UserError(f"--metric_for_best_model {self.metric_for_best_model} needs --eval_calls N")
         if self.load_best is None:
-            self.load_best = self.early_stopping_patience is not None
+            self.load_best = self.early_stopping_patience is not None or self.metric_for_best_model != "eval_loss"
             if self.load_best and not self.save_steps:
+                flag = "early_stopping_patience" if self.early_stopping_patience else "metric_for_best_model"
                 raise UserError(
-                    "--early_stopping_patience keeps the best checkpoint, and --save_steps 0 turns checkpoints off; "
+                    f"--{flag} keeps the best checkpoint, and --save_steps 0 turns checkpoints off; "
                     "omit --save_steps, or add --no-load_best to keep the last step's weights"
                 )
         if self.load_best and not self.save_steps:

@@ -20,6 +20,7 @@ ROWS = {"simple_python": 400, "multiple": 200, "parallel": 200, "parallel_multip
 
 
 def test_parse_categories():
+    assert parse_categories("multiple,simple_python,multiple") == ["multiple", "simple_python"]
     assert parse_categories("simple_python, irrelevance") == ["simple_python", "irrelevance"]
     assert parse_categories("") == list(CATEGORIES)
     assert parse_categories("multi_turn_base") == ["multi_turn_base"]

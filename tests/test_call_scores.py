@@ -1,6 +1,8 @@
 """--eval_calls: calls scored at each evaluation of a run, and the checkpoint that is kept by them."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +14,7 @@ from tests.helpers import lazy
 from tests.training_runs import config_of, conversation, log_rows, run, write_rows
 
 call_scores = lazy("finetune.training.call_scores")
+trainer_module = lazy("finetune.training.trainer")
 generate = lazy("finetune.generation.generate")
 
 
@@ -62,12 +65,57 @@ def test_budget_decides_at_the_first_evaluation(held_out, monkeypatch):
     monkeypatch.setattr(call_scores.time, "monotonic", lambda: clock[0] + oracle.answered)
     monkeypatch.setattr(generate, "generate", oracle)
     chosen = []
-    scorer = scorer_of(held_out, on_chosen=chosen.append)
+    scorer = scorer_of(held_out)
+    scorer.begin(on_chosen=chosen.append)
     scorer.score(None, seconds=80)
     scorer.score(None, seconds=10_000)  # later evaluations answer the same requests
     assert (oracle.sizes, chosen) == ([4, 4], [4])
     clock[0] = 72.0
     assert scorer.share() == pytest.approx(8 / 80)
+
+
+def test_processes_decide_alike(held_out, monkeypatch):
+    """Two processes whose clocks say 80 and 0 seconds stop at the same request."""
+    oracle = Oracle(parts.tokenizer("smollm2"), wrong_from=99)
+    monkeypatch.setattr(generate, "generate", oracle)
+    monkeypatch.setattr(call_scores.time, "monotonic", lambda: float(oracle.answered))
+    chosen = []
+    for seconds, other in ((80, 0), (0, 80)):
+        oracle.answered = 0
+        monkeypatch.setattr(call_scores.distributed, "size", lambda: 2)
+        monkeypatch.setattr(
+            call_scores.distributed, "totals",
+            lambda values, other=other: [2 * values[0], values[1] + 0.1 * other] if len(values) == 2 else values,
+        )  # fmt: skip
+        scorer = scorer_of(held_out)
+        scorer.begin(on_chosen=chosen.append)
+        scorer.score(None, seconds=seconds)
+    assert chosen[0] == chosen[1] < 40
+
+
+def test_items_without_a_usable_prompt_are_replaced(held_out, caplog):
+    """N requests that can be answered, not N of which some cannot."""
+    for row in held_out.conversations[:36]:
+        row["messages"][0]["content"] += " and tomorrow" * 200
+    caplog.set_level("INFO")
+    scorer = scorer_of(held_out, count=4, longest=400)
+    assert len(scorer.prompts.items) == 4 and not caplog.records
+    assert len(scorer_of(held_out, count=10, longest=400).prompts.items) == 4
+    assert "--eval_calls 10: only 4 requests held out" in caplog.text and "rows.jsonl row" in caplog.text
+
+
+def test_formats_whose_calls_cannot_be_read_are_refused(held_out, monkeypatch):
+    unreadable = replace(get_format("chatml"), read_calls=None)
+    monkeypatch.setattr("tests.test_call_scores.get_format", lambda *_: unreadable)
+    with pytest.raises(UserError, match=r"--eval_calls: .*; choose another --format, or omit --eval_calls"):
+        scorer_of(held_out)
+
+
+def test_accuracies_of_a_loss_that_is_not_finite_are_never_the_best():
+    trainer = SimpleNamespace(call_scorer=object())
+    scores = trainer_module.SandwichTrainer._score_calls(trainer, is_finite=False)
+    assert set(scores) == {"eval_tool_name_accuracy", "eval_parameter_accuracy"}
+    assert all(value != value for value in scores.values())
 
 
 def test_rows_without_calls_are_refused(tmp_path):
@@ -80,7 +128,7 @@ def test_run_logs_the_scores(rows, tiny_model, tmp_path):
     flags = ["--model", tiny_model, "--dataset", rows, "--eval_fraction", "0.25", "--format", "chatml", "--batch_size",
              2, "--grad_accum", 1, "--eval_steps", 2, "--save_steps", 2, "--experiments_dir", tmp_path,
              "--eval_calls", 8, "--eval_calls_budget", "0.9", "--metric_for_best_model", "eval_parameter_accuracy",
-             "--load_best"]  # fmt: skip
+             ]  # fmt: skip
     whole = run(*flags, "--max_steps", 4, "--name", "whole")
     assert whole.returncode == 0, whole.stderr
     assert "--eval_calls took" in whole.stderr
@@ -98,6 +146,19 @@ def test_run_logs_the_scores(rows, tiny_model, tmp_path):
     "flags,message",
     [
         (["--eval_calls", 4], "--eval_calls needs evaluation rows"),
+        (
+            [
+                "--eval_fraction",
+                "0.5",
+                "--eval_calls",
+                4,
+                "--metric_for_best_model",
+                "eval_parameter_accuracy",
+                "--save_steps",
+                0,
+            ],
+            "--metric_for_best_model keeps the best checkpoint",
+        ),
         (["--eval_fraction", "0.5", "--metric_for_best_model", "eval_parameter_accuracy"], "needs --eval_calls N"),
     ],
 )

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from finetune.errors import UserError
 from finetune.evaluation.items import Option
 from tests import parts
 from tests.helpers import lazy
@@ -92,6 +93,17 @@ def test_every_format_is_scored(tokenizer, name, tmp_path):
         assert one.verdicts["decision_correct"] is best.is_expected
     assert sum(sum(row.values()) for row in found["decision_confusion"].values()) == 4
     assert 0 <= found["decision_macro_f1"] <= 1
+
+
+def test_likelihoods_that_are_not_finite_are_refused(tokenizer, tmp_path):
+    from formats import get_format
+    from tests.tiny import tiny_llama
+
+    made = decisions.make_decisions(items(), tokenizer, get_format("chatml", tokenizer), longest=1000)
+    model = tiny_llama(tokenizer).eval()
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="row 1, turn 1: the likelihood of an answer is not finite"):
+        decisions.choose(model, tokenizer, made, tmp_path / "decisions.jsonl", name="base")
 
 
 def test_options_that_a_row_brings(tokenizer):

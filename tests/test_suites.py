@@ -248,6 +248,9 @@ def test_when2call_items(tmp_path):
         ({"answers": {"shout": "No!"}}, "unknown kind of answer 'shout'"),
         ({"answers": 3}, "row 1: not a row of when2call"),
         ({"tools": [3]}, "tool 1 is a JSON number"),
+        ({"answers": WHEN2CALL["answers"] | {"tool_call": "[]"}}, "answer 'tool_call' is not a call with a name"),
+        ({"answers": WHEN2CALL["answers"] | {"tool_call": '{"name": 5}'}}, "answer 'tool_call' is not a call with a"),
+        ({"answers": WHEN2CALL["answers"] | {"direct": 5}}, "answer 'direct' is not a text"),
     ],
 )
 def test_rows_that_are_not_of_the_suite(tmp_path, row, reason):
@@ -283,6 +286,71 @@ def test_missing_parts(functionchat, acebench):
     (acebench / "data_all/data_en/possible_answer/data_normal_atom_bool.json").unlink()
     with pytest.raises(UserError, match=r"possible_answer: no data_normal_atom_bool\.json there"):
         load_suite(f"acebench:{acebench}")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"ground_truth": says("빌려 드릴게요.")}, "row 1: not a row of functionchat .its answer has no call"),
+        ({"ground_truth": None}, "its answer has no call"),
+        ({"type_of_output": "slot"}, "its answer has a call, which is not expected"),
+    ],
+)
+def test_answers_that_are_not_of_their_kind(functionchat, change, reason):
+    path = functionchat / "data/FunctionChat-Dialog.jsonl"
+    row = json.loads(path.read_text(encoding="utf-8"))
+    row["turns"][1] |= change
+    write(path, row)
+    with pytest.raises(UserError, match=reason):
+        load_suite(f"functionchat:{functionchat}")
+
+
+@pytest.mark.parametrize(
+    ("question", "truth", "reason"),
+    [
+        ("Please note this.\nuser: Dim it", {"set_lamp": {}}, "question does not begin and end with user:"),
+        ("user: Dim it\nsystem: Which room?", {"set_lamp": {}}, "question does not begin and end with user:"),
+        ("system: Which room?", {"set_lamp": {}}, "question does not begin and end with user:"),
+        ("Dim it", {"set_lamp": {}}, "question does not begin and end with user:"),
+        ("user: Dim it", {}, "its answer has no call"),
+        ("user: Dim it", [{}], "its answer has no call"),
+    ],
+)
+def test_acebench_rows_that_lose_something(acebench, question, truth, reason):
+    folder = acebench / "data_all/data_en"
+    write(folder / "data_normal_x.json", {"id": "x", "question": question, "function": [lamp("room")]})
+    write(folder / "possible_answer/data_normal_x.json", {"id": "x", "ground_truth": truth})
+    with pytest.raises(UserError, match=rf"data_normal_x\.json row 1: not a row of acebench \({reason}"):
+        load_suite(f"acebench:{acebench}")
+
+
+def test_files_of_no_known_part_and_without_rows(acebench, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="has no row to score"):
+        load_suite(f"when2call:{tmp_path / 'empty.jsonl'}")
+    write(acebench / "data_all/data_en/data_typo_x.json", {})
+    with pytest.raises(UserError, match=r"data_typo_x\.json: not a part of ACEBench that is known"):
+        load_suite(f"acebench:{acebench}")
+
+
+@pytest.mark.parametrize(
+    ("row", "answer", "reason"),
+    [
+        ("{", "", r"BFCL_v4_simple_python\.json row 1: not a row of bfcl"),
+        ('{"id": "a"}', '{"id": "a", "ground_truth": []}', "has no 'question'"),
+        ("[1]", "", "is a JSON array, not an object"),
+        ('{"id": "a", "question": [[]], "function": []}', "", "has no 'a'"),  # not a row that expects no call
+    ],
+)
+def test_damaged_rows_of_bfcl(tmp_path, monkeypatch, row, answer, reason):
+    from finetune.evaluation import bfcl
+
+    (tmp_path / "possible_answer").mkdir()
+    (tmp_path / "BFCL_v4_simple_python.json").write_text(row + "\n", encoding="utf-8")
+    (tmp_path / "possible_answer/BFCL_v4_simple_python.json").write_text(answer, encoding="utf-8")
+    monkeypatch.setattr(bfcl, "data_folder", lambda: tmp_path)
+    with pytest.raises(UserError, match=reason):
+        load_suite("bfcl:simple_python")
 
 
 def test_every_suite_says_what_it_takes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,6 +108,35 @@ def test_trained_spans_belong_to_their_turns():
         assert (turn.message["content"] or turn.tool) in text and text.count("<|im_end|>") == 1
         assert len(turn.margins()) == turn.end - turn.first
 
+    # Without one of its answers, the turns of a row cannot be told apart.
+    ids, labels = encoded.sequences[0]
+    trained = np.flatnonzero(np.asarray(labels) >= 0)
+    end = int(trained[np.flatnonzero(np.diff(trained) > 1)[0]]) + 1
+    assert not list(suspects._turns(loaded, encoded.rows, [(ids, [-100] * end + labels[end:])], [found], ()))
+
+
+@pytest.mark.parametrize(
+    ("steps", "adapter", "ending", "early"),
+    [
+        ([6], "final_model", 6, None),  # the same weights twice
+        ([3, 6], "final_model", 6, 3),
+        ([3, 6], "final_model", 3, None),  # --load_best kept the first
+        ([3, 6], "checkpoint-6", None, 3),  # a run that was stopped
+        ([3], "checkpoint-3", None, None),
+        ([3, 6], "final_model", None, 3),  # of an older version
+    ],
+)
+def test_early_checkpoint(tmp_path, steps, adapter, ending, early):
+    paths = [tmp_path / f"checkpoint-{step}" for step in steps]
+    for path in paths:
+        path.mkdir()
+        (path / "adapter_model.safetensors").touch()
+    experiment = SimpleNamespace(
+        checkpoints=lambda: paths, config={"ending": {"adapter_step": ending}} if ending else {}
+    )
+    found = suspects.early_checkpoint(SimpleNamespace(experiment=experiment, adapter=tmp_path / adapter))
+    assert (found and found.name) == (early and f"checkpoint-{early}")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -150,6 +180,7 @@ def test_a_planted_error_is_found(run):
         (["--ranks", "2"], "--suspects and --ranks exclude each other"),
         (["--decisions"], "--suspects and --decisions exclude each other"),
         (["--only", "base"], "--suspects and --only exclude each other"),
+        (["--limit", "10"], "--suspects lists rows of the whole training data; omit --limit"),
     ],
 )
 def test_flags_that_exclude_each_other(arguments, reason, capsys):

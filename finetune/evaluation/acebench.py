@@ -10,12 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from finetune.errors import UserError
 from finetune.evaluation.items import CALL, IRRELEVANT, MISSING_PARAMETER, Item
 from finetune.evaluation.scoring import json_equal, normalized
-from finetune.evaluation.suite_rows import existing, make_item, read_items
+from finetune.evaluation.suite_rows import existing, make_item, read_answers, read_items
 from finetune.reading.answer_shapes import calling
 from finetune.reading.row_files import RowError
 
@@ -32,23 +32,14 @@ def load_items(folder: str, *, limit: int | None = None) -> list[Item]:
     items: list[Item] = []
     for path in existing(folder, PLACES, "data_*.json", NAME, SOURCE):
         category = path.stem.removeprefix("data_")
+        if category.startswith("agent_"):
+            continue
         kind = next((KINDS[start] for start in KINDS if category.startswith(start)), None)
         if kind is None:
-            continue
-        answers = _answers(existing(str(path.parent / "possible_answer"), (), path.name, NAME, SOURCE)[0])
+            raise UserError(f"{path}: not a part of ACEBench that is known ({', '.join(KINDS)}); remove it")
+        answers = read_answers(existing(str(path.parent / "possible_answer"), (), path.name, NAME, SOURCE)[0], NAME)
         items += read_items(path, NAME, partial(_items, category, kind, answers), limit=limit)
     return items
-
-
-def _answers(path: Path) -> dict[str, Any]:
-    answers = {}
-
-    def keep(number: int, row: dict[str, Any]) -> Iterator[Item]:
-        answers[row["id"]] = row["ground_truth"]
-        yield from ()
-
-    read_items(path, NAME, keep)
-    return answers
 
 
 def _items(category: str, kind: str, answers: dict[str, Any], number: int, row: dict[str, Any]) -> Iterator[Item]:
@@ -67,9 +58,9 @@ def _items(category: str, kind: str, answers: dict[str, Any], number: int, row: 
 
 def _turns(text: str) -> list[dict[str, str]]:
     """The messages of `user: …\\nsystem: …\\nuser: …`."""
-    _, *parts = _SPEAKER.split(text)
-    if not parts:
-        raise RowError("question does not begin with user:")
+    before, *parts = _SPEAKER.split(text)
+    if before.strip() or parts[:1] != ["user"] or parts[-2] != "user":
+        raise RowError("question does not begin and end with user:")
     return [
         {"role": _ROLES[role], "content": content.strip()}
         for role, content in zip(parts[::2], parts[1::2], strict=True)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import collections
 import importlib.util
-import json
 import sys
 import types
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, require
 from finetune.evaluation.items import CALL, IRRELEVANT, Item
+from finetune.evaluation.suite_rows import read_answers, read_items
+from finetune.reading.row_files import json_lines
 from finetune.reading.tool_schemas import normalize_tools
 
 WITH_ANSWERS = (
@@ -37,7 +39,7 @@ def data_folder() -> Path:
 
 def parse_categories(names: str) -> list[str]:
     """`simple_python,multiple` -> categories; "" means all but those of several turns, which take hours."""
-    categories = [name.strip() for name in names.split(",") if name.strip()] or list(CATEGORIES)
+    categories = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip())) or list(CATEGORIES)
     for name in categories:
         if name not in (*CATEGORIES, *MULTI_TURN):
             choices = ", ".join((*CATEGORIES, *MULTI_TURN))
@@ -52,40 +54,48 @@ def load_items(names: str, *, limit: int | None = None) -> list[Item]:
         if category in MULTI_TURN:
             items += _multi_turn_items(category, limit)
             continue
-        answers = {}
+        answers = None
         if category in WITH_ANSWERS:
-            answers = {row["id"]: row["ground_truth"] for row in _read_rows(f"possible_answer/BFCL_v4_{category}")}
-        for number, row in enumerate(_read_rows(f"BFCL_v4_{category}")[:limit], 1):
-            possible = answers.get(row["id"])
-            items.append(
-                Item(
-                    source=f"bfcl:{category}",
-                    row=number,
-                    turn=len(row["question"][0]),
-                    kind=CALL if possible is not None else IRRELEVANT,
-                    messages=row["question"][0],
-                    tools=normalize_tools(row["function"]),
-                    expected_calls=[first_answer(call) for call in possible or []],
-                    possible_answers=possible,
-                    category=category,
-                )
-            )
+            answers = read_answers(data_folder() / "possible_answer" / f"BFCL_v4_{category}.json", "bfcl")
+        items += read_items(_rows_file(category), "bfcl", partial(_items, category, answers), limit=limit)
     return items
+
+
+def _items(category: str, answers: dict[str, Any] | None, number: int, row: dict[str, Any]) -> Iterator[Item]:
+    possible = None if answers is None else answers[row["id"]]
+    yield Item(
+        source=f"bfcl:{category}",
+        row=number,
+        turn=len(row["question"][0]),
+        kind=CALL if possible is not None else IRRELEVANT,
+        messages=row["question"][0],
+        tools=normalize_tools(row["function"]),
+        expected_calls=[first_answer(call) for call in possible or []],
+        possible_answers=possible,
+        category=category,
+    )
 
 
 def _multi_turn_items(category: str, limit: int | None) -> list[Item]:
     folder = data_folder()
     from finetune.evaluation.bfcl_multi_turn import item_of
 
-    answers = {row["id"]: row["ground_truth"] for row in _read_rows(f"possible_answer/BFCL_v4_{category}")}
-    rows = _read_rows(f"BFCL_v4_{category}")[:limit]
-    return [item_of(row, answers[row["id"]], number, category, folder) for number, row in enumerate(rows, 1)]
+    answers = read_answers(folder / "possible_answer" / f"BFCL_v4_{category}.json", "bfcl")
+
+    def make(number: int, row: dict[str, Any]) -> Iterator[Item]:
+        yield item_of(row, answers[row["id"]], number, category, folder)
+
+    return read_items(_rows_file(category), "bfcl", make, limit=limit)
+
+
+def _rows_file(category: str) -> Path:
+    return data_folder() / f"BFCL_v4_{category}.json"
 
 
 @cache
-def _read_rows(name: str) -> list[dict[str, Any]]:
-    text = (data_folder() / f"{name}.json").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+def _functions(category: str) -> dict[int, list[dict[str, Any]]]:
+    """The tools of each row, by its number, with BFCL's own names of types."""
+    return {number: row["function"] for number, row in json_lines(_rows_file(category))}
 
 
 def first_answer(possible: dict[str, dict[str, list]]) -> dict[str, Any]:
@@ -120,7 +130,7 @@ def check(item: Item, made: list[dict]) -> bool:
     ast_checker, language = _checker()
     languages = {"simple_java": language.JAVA, "simple_javascript": language.JAVASCRIPT}
     result = ast_checker(
-        _read_rows(f"BFCL_v4_{item.category}")[item.row - 1]["function"],  # with BFCL's own names of types
+        _functions(item.category)[item.row],
         [{call["name"]: call["arguments"]} for call in made],
         item.possible_answers,
         languages.get(item.category, language.PYTHON),

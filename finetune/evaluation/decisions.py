@@ -5,6 +5,7 @@ Nothing is parsed, so formats whose calls cannot be read are scored too.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -108,6 +109,9 @@ def choose(
     for item, options, pairs in zip(decisions.items, decisions.options, decisions.sequences, strict=True):
         found = [next(predictions) for _ in options]
         totals = [float(one.log_p.sum()) for one in found]
+        if not all(map(math.isfinite, totals)):
+            where = f"{item.source} row {item.row}, turn {item.turn}"
+            raise UserError(f"{where}: the likelihood of an answer is not finite; try another --dtype or checkpoint")
         trained = [[label for label in labels if label >= 0] for _, labels in pairs]
         sizes = [max(1, len(tokenizer.decode(ids[:-1]))) for ids in trained]
         norms = [total / size for total, size in zip(totals, sizes, strict=True)]

@@ -40,6 +40,21 @@ class Prompts:
     input_ids: list[list[int]] = field(default_factory=list)
     refused: list[tuple[Item, str]] = field(default_factory=list)
 
+    def add(self, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, fmt: Format) -> None:
+        """Add the items that have a usable prompt; the others to `refused`."""
+        for item in items:
+            try:
+                ids = encode_prompt(item.messages, item.tools, tokenizer, fmt)
+            except FormatError as error:
+                self.refused.append((item, str(error)))
+                continue
+            if self.longest is not None and len(ids) > self.longest:
+                reason = f"{len(ids):,} prompt tokens; the model has room for {self.longest:,} and an answer"
+                self.refused.append((item, reason))
+                continue
+            self.items.append(item)
+            self.input_ids.append(ids)
+
 
 def make_prompts(
     items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, fmt: Format, *, longest: int | None = None
@@ -49,18 +64,7 @@ def make_prompts(
     longest  maximum number of tokens of a prompt
     """
     prompts = Prompts(longest)
-    for item in items:
-        try:
-            ids = encode_prompt(item.messages, item.tools, tokenizer, fmt)
-        except FormatError as error:
-            prompts.refused.append((item, str(error)))
-            continue
-        if longest is not None and len(ids) > longest:
-            reason = f"{len(ids):,} prompt tokens; the model has room for {longest:,} and an answer"
-            prompts.refused.append((item, reason))
-            continue
-        prompts.items.append(item)
-        prompts.input_ids.append(ids)
+    prompts.add(items, tokenizer, fmt)
     return prompts
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.evaluation.items import Item
+from finetune.evaluation.items import CALL, Item
 from finetune.reading.normalize import normalize_row
 from finetune.reading.row_files import RowError, Unreadable, json_lines
 from formats.base import call_of
@@ -42,6 +42,18 @@ def read_items(
     return items_of_rows(((str(path), *row) for row in json_lines(path)), suite, make, limit=limit)
 
 
+def read_answers(path: Path, suite: str) -> dict[str, Any]:
+    """`ground_truth` of each row of a JSON Lines file, by `id`."""
+    answers = {}
+
+    def keep(number: int, row: Row) -> Iterator[Item]:
+        answers[row["id"]] = row["ground_truth"]
+        yield from ()
+
+    read_items(path, suite, keep)
+    return answers
+
+
 def items_of_rows(
     rows: Iterator[tuple[str, int, Any]],
     suite: str,
@@ -73,5 +85,7 @@ def make_item(source: str, row: int, kind: str, messages: list[Any], tools: Any,
     if answer:
         *before, last = before
     calls = [call_of(call) for call in last.get("tool_calls") or []]
+    if bool(calls) != (kind == CALL) and (answer or kind == CALL):
+        raise RowError("its answer has no call" if kind == CALL else "its answer has a call, which is not expected")
     text = None if calls else last.get("content") or None
     return Item(source, row, len(before), kind, before, conversation["tools"], calls, text, **more)

@@ -46,7 +46,10 @@ def load_suite(text: str, *, limit: int | None = None) -> list[Item]:
     if name not in SUITES:
         forms = ", ".join(f"{suite.name}:{suite.takes}" for suite in SUITES.values())
         raise UserError(f"--suite {text}: there is no suite {name!r}; choose from {forms}")
-    return SUITES[name].load(what, limit=limit)
+    items = SUITES[name].load(what, limit=limit)
+    if not items:
+        raise UserError(f"--suite {text} has no row to score")
+    return items
 
 
 def suite_verdict(item: Item, made: list[dict], errors: list[str], ours: dict[str, Any]) -> dict[str, bool]:

@@ -10,6 +10,7 @@ median of the turns of their tool: answers of a kind that the run has not learne
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,19 +80,29 @@ def check_suspects(run: Run) -> None:
 
 
 def early_checkpoint(run: Run) -> Path | None:
-    """The run's first checkpoint; None where it has none besides the last."""
-    assert run.experiment is not None
+    """The run's first checkpoint before the step of its adapter; None where it has none."""
+    assert run.experiment is not None and run.adapter is not None
     found = [path for path in run.experiment.checkpoints() if (path / "adapter_model.safetensors").is_file()]
-    return next((path for path in found if path != run.adapter), None)
+    ending = run.experiment.config.get("ending") or {}
+    last = _step(run.adapter) if run.adapter in found else ending.get("adapter_step", math.inf)
+    return next((path for path in found if _step(path) < last), None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 @dataclass
 class Measured:
-    """The turns of all trained rows, the sequences (ids, labels) that hold them, and the number of rows without one."""
+    """The turns of all trained rows, the sequences (ids, labels) that hold them, and the number of rows without one.
+
+    unclear  number of trained rows of which some sequences are too long, so that turns and sequences cannot be paired
+    """
 
     turns: list[Turn]
     sequences: Sequence[tuple[list[int], list[int]]]
     not_trained: int
+    unclear: int
 
 
 def measure_turns(run: Run, model: Any, tokenizer: PreTrainedTokenizerBase, fmt: Format) -> Measured:
@@ -113,7 +124,9 @@ def measure_turns(run: Run, model: Any, tokenizer: PreTrainedTokenizerBase, fmt:
     trimmed = range(len(loaded.conversations)) if flags.get("train_on") == "last" else rows.turns_removed
     turns = list(_turns(loaded, rows.rows, rows.sequences, by_adapter, trimmed))
     _score(turns)
-    return Measured(turns, rows.sequences, len(loaded.conversations) - len({int(row) for row in rows.rows}))
+    trained = {int(row) for row in rows.rows}
+    unclear = {tuple(loaded.origins[row]) for row in trained} - {(turn.source, turn.row) for turn in turns}
+    return Measured(turns, rows.sequences, len(loaded.conversations) - len(trained), len(unclear))
 
 
 def _turns(
@@ -125,7 +138,7 @@ def _turns(
 ) -> Iterator[Turn]:
     """Trained turns in the order of the sequences; a row that stands several times in the data is taken once.
 
-    trimmed  conversations whose first turns are not trained; otherwise it is the last ones, where they are too long
+    trimmed  conversations whose first turns are not trained; others are left out unless each turn has its tokens
     """
     seen: set[tuple[str, int, int]] = set()
     spans_of: dict[int, list[tuple[int, int, int]]] = {}  # conversation -> (sequence, first token, end)
@@ -141,7 +154,9 @@ def _turns(
         ]  # fmt: skip
         taken: dict[int, int] = {}
         own_turns = assistant[-len(spans) :] if conversation in trimmed else assistant
-        for (number, first, end), index in zip(spans, own_turns, strict=False):
+        if len(own_turns) != len(spans):
+            continue
+        for (number, first, end), index in zip(spans, own_turns, strict=True):
             source, row = loaded.origins[conversation]
             offset = taken.get(number, 0)
             taken[number] = offset + end - first
@@ -255,7 +270,8 @@ def report_suspects(
         f"The {len(lines)} of {counted(len({(one.source, one.row) for one in measured.turns}), 'training row')} that "
         f"{run.path} fits least, by its "
         + (f"adapters of {early.name} and of the end" if early else "last adapter alone (it has no earlier checkpoint)")
-        + f". Rows that are not trained: {measured.not_trained}. Behind >>> is what differs most."
+        + f". Rows that are not trained: {measured.not_trained}; with answers that are too long, not ranked: "
+        + f"{measured.unclear}. Behind >>> is what differs most."
     )
     listed = {(line["source"], line["row"], line["turn"]) for line in lines}
     others = [

@@ -29,10 +29,7 @@ def load_items(file: str, *, limit: int | None = None) -> list[Item]:
         rows = read_rows(parse_spec(file))
     except UserError as error:
         raise UserError(f"--suite {NAME}:{file}: {error}; get it with: {SOURCE}") from error
-    items = items_of_rows(rows, NAME, _items, limit=limit)
-    if not items:
-        raise UserError(f"--suite {NAME}:{file} has no rows; get it with: {SOURCE}")
-    return items
+    return items_of_rows(rows, NAME, _items, limit=limit)
 
 
 def _items(number: int, row: dict[str, Any]) -> Iterator[Item]:
@@ -46,6 +43,10 @@ def _items(number: int, row: dict[str, Any]) -> Iterator[Item]:
             continue
         is_call = KINDS[name] == CALL
         call = decode_json(text, name) if is_call else None
+        if is_call and not (isinstance(call, dict) and isinstance(call.get("name"), str)):
+            raise RowError(f"answer {name!r} is not a call with a name")
+        if not is_call and not isinstance(text, str):
+            raise RowError(f"answer {name!r} is not a text")
         options.append(Option(name, [call] if is_call else [], "" if is_call else text, name == correct))
     right = next((option for option in options if option.is_expected), None)
     if right is None:

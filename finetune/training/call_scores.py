@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from finetune import distributed
 from finetune.errors import UserError
 from finetune.evaluation.items import CALL, Item, items_of
-from finetune.evaluation.run import answer_token_limit, judge, make_prompts
+from finetune.evaluation.run import Prompts, answer_token_limit, judge
 from finetune.reading.load_result import LoadResult
 from formats import Format, decode
 
@@ -45,24 +45,38 @@ class CallScorer:
         budget: float,
         seed: int,
         longest: int,
-        chosen: int | None = None,
-        on_chosen: Callable[[int], None] = lambda chosen: None,
     ):
-        """held_out: conversations, of which those at `kept` are used; longest: tokens of a prompt; chosen: number of
-        items that the run's first evaluation settled on, None before it; on_chosen: is told that number.
+        """held_out: conversations, of which those at `kept` are used; longest: tokens of a prompt.
 
-        Raises UserError when no row holds a call.
+        Raises UserError when no row holds a call, and for a format whose calls cannot be read.
         """
+        if fmt.unreadable_calls:
+            raise UserError(f"--eval_calls: {fmt.unreadable_calls}; choose another --format, or omit --eval_calls")
         items = [item for row in sorted(set(kept)) for item in self._call_items(held_out, row)]
         random.Random(seed).shuffle(items)
-        prompts = make_prompts(items[:count], tokenizer, fmt, longest=longest)
+        prompts, tried = Prompts(longest), 0
+        while tried < len(items) and len(prompts.items) < count:
+            some = items[tried : tried + count - len(prompts.items)]
+            prompts.add(some, tokenizer, fmt)
+            tried += len(some)
         if not prompts.items:
             why = f" ({prompts.refused[0][1]})" if prompts.refused else ""
             raise UserError(f"--eval_calls: no row held out for evaluation has a call that can be answered{why}")
+        if len(prompts.items) < count:
+            refused = [f"; not {item.source} row {item.row}: {reason}" for item, reason in prompts.refused[:1]]
+            log.info("--eval_calls %d: only %d requests held out for evaluation can be answered with a call%s",
+                     count, len(prompts.items), "".join(refused))  # fmt: skip
         self.prompts, self.tokenizer, self.fmt = prompts, tokenizer, fmt
-        self.budget, self.chosen, self.on_chosen = budget, chosen, on_chosen
         self.stop_ids, self.max_new_tokens = tuple(stop_ids), answer_token_limit(prompts.items, tokenizer)
-        self.created, self.seconds = time.monotonic(), 0.0  # seconds: spent here so far
+        self.budget = budget
+        self.begin()
+
+    def begin(self, chosen: int | None = None, on_chosen: Callable[[int], None] = lambda chosen: None) -> None:
+        """A run starts; chosen: number of items that its first evaluation settled on, None before it; on_chosen: is
+        told that number.
+        """
+        self.chosen, self.on_chosen = chosen, on_chosen
+        self.started, self.seconds = time.monotonic(), 0.0  # seconds: spent here so far
 
     @staticmethod
     def _call_items(held_out: LoadResult, row: int) -> list[Item]:
@@ -82,7 +96,7 @@ class CallScorer:
 
     def share(self) -> float:
         """The fraction of the time since this run started or resumed that was spent here."""
-        return self.seconds / (time.monotonic() - self.created)
+        return self.seconds / (time.monotonic() - self.started)
 
     def _measure(self, model: Any, allowed: float) -> list[float]:
         """Answer growing chunks while the next one is expected to fit into `allowed` seconds; at least one."""
@@ -92,9 +106,9 @@ class CallScorer:
             chunk = range(done, min(done + size, every))
             totals = [a + b for a, b in zip(totals, self._answer(model, chunk), strict=True)]
             done, size = chunk.stop, 2 * size
-            # All processes must take the same decision.
-            spent = distributed.totals([time.monotonic() - started])[0] / distributed.size()
-            if spent * (1 + min(size, every - done) / done) > allowed:
+            # All processes must take the same decision, and each has its own clock.
+            spent, limit = distributed.totals([time.monotonic() - started, allowed])
+            if spent * (1 + min(size, every - done) / done) > limit:
                 break
         if done < every:
             log.info("--eval_calls: %d of %d requests fit into --eval_calls_budget %g", done, every, self.budget)

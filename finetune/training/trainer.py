@@ -25,7 +25,7 @@ from finetune.errors import UserError  # noqa: E402
 from finetune.passes.plan import make_row  # noqa: E402
 from finetune.passes.runner import PassRunner  # noqa: E402
 from finetune.runs.experiment import CONFIG, LOG, Experiment  # noqa: E402
-from finetune.training.call_scores import CallScorer  # noqa: E402
+from finetune.training.call_scores import METRICS, CallScorer  # noqa: E402
 from finetune.training.callbacks import LogCallback, StopCallback  # noqa: E402
 from finetune.training.checkpoints import CheckpointMixin  # noqa: E402
 from finetune.training.nonfinite import FiniteCheck  # noqa: E402
@@ -217,7 +217,7 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
         loss = self.evaluation_loss()
         with self._stoppable():
             self.run_log.pause()
-            calls = self._score_calls()
+            calls = self._score_calls(is_finite=math.isfinite(loss))
         self.runner.model.train()
         metrics = {"eval_loss": loss, **calls}
         self.run_log.log_eval(step=self.state.global_step, epoch=self.state.epoch or 0.0, **metrics)
@@ -248,9 +248,11 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
         loss_sum, positions = distributed.totals([loss_sum, sum(len(row.positions) for row in rows)])
         return loss_sum / positions
 
-    def _score_calls(self) -> dict[str, float]:
+    def _score_calls(self, *, is_finite: bool) -> dict[str, float]:
         if self.call_scorer is None:
             return {}
+        if not is_finite:  # not even 0, which a checkpoint could have as its best score
+            return {f"eval_{name}": math.nan for name in METRICS}
         with self.runner.autocast():
             return self.call_scorer.score(self.runner.model, self.run_log.counters.seconds)
 
