@@ -488,7 +488,7 @@ def test_small_talk_stays_text_where_the_tool_takes_no_free_text(tmp_path, schem
     assert rows and not any(calls(row) for row in rows)
 
 
-@pytest.mark.parametrize("parameter", ["conversation_id", "user", "chat_id"])
+@pytest.mark.parametrize("parameter", ["conversation_id", "user", "chat_id", ""])
 def test_small_talk_is_no_call_of_a_tool_about_conversations(tmp_path, parameter):
     schema = {"type": "object", "properties": {parameter: {"type": "string"}}, "required": [parameter]}
     tools = [{"name": "delete_conversation", "description": "Delete a conversation.", "parameters": schema}, *NOTES]
@@ -796,7 +796,7 @@ def test_brackets_in_values_are_not_templates():
         ("Click an element", "click an element"),
         ("Useful for when you need to answer questions about math. Input: a question.", "answer questions about math"),
         ("Get weather for a U.S. city. Fast.", "get weather for a U.S. city"),
-        ("Search documents, e.g. guides. Fast.", "search documents, e.g. guides"),
+        ("Search documents, e.g.  guides. Fast.", "search documents, e.g.  guides"),
         (
             "Legt einen Termin an, z. B. ein Treffen. Schnell.",
             "use the tool for legt einen Termin an, z. B. ein Treffen",

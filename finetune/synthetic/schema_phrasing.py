@@ -34,7 +34,7 @@ _STOP_WORDS = {"the", "and", "for", "with", "from", "into", "this", "that", "all
 _DETERMINERS = {"a", "an", "the", "all", "any", "one", "your", "this", "these", "multiple"}
 MAX_TASK_LENGTH = 200  # longer first sentences are no request
 # The end of a sentence; not of "e.g. x", "z. B.", "U.S. x" or "approx. x".
-_SENTENCE_END = re.compile(r"(?<!\b\w)[.!?](?=\s+(?![a-z]))\s|[.!?](?=\s*$)|。|\n")
+_SENTENCE_END = re.compile(r"(?<!\b\w)[.!?]\s+(?![a-z\s])|[.!?]\s*$|。|\n")
 
 
 class SchemaCase:
@@ -232,7 +232,7 @@ def talks(function: dict[str, Any]) -> str | None:
         return None
     ((name, schema),) = properties.items()
     is_any_text = isinstance(schema, dict) and schema.get("type") == "string" and schema.keys() <= ANNOTATIONS
-    return name if is_any_text and humanised(name).split()[-1] in _SPOKEN else None
+    return name if is_any_text and humanised(name).rpartition(" ")[2] in _SPOKEN else None
 
 
 def _stems(word: str) -> list[str]:
@@ -260,7 +260,8 @@ def general_phrasebook(
         ]
         for split in SPLITS
     }  # fmt: skip
-    absent = [] if conversation or len(tools) == 1 else [name for name in cases if _is_alone(name, cases)]
+    tasks = {name: case.words_of_task() for name, (case,) in cases.items()}
+    absent = [] if conversation or len(tools) == 1 else [name for name in cases if _is_alone(name, tasks)]
     mix = {kind: part for kind, part in words["mix"].items() if absent or kind != "absent"}
     return Phrasebook(wording, cases, pairs, dict.fromkeys(SPLITS, mix), ambiguous, absent, conversation)
 
@@ -269,11 +270,13 @@ def _tasks(cases: dict[str, list[SchemaCase]], pair: Sequence[str]) -> dict[str,
     return {slot: Value(cases[name][0].task, None) for slot, name in zip(("first", "second"), pair, strict=True)}
 
 
-def _is_alone(name: str, cases: dict[str, list[SchemaCase]]) -> bool:
-    """Whether no other tool does the same with half of what this one works on, so that nothing serves its requests."""
-    verbs, objects = cases[name][0].words_of_task()
-    for other, (case,) in cases.items():
-        other_verbs, other_objects = case.words_of_task()
+def _is_alone(name: str, words: dict[str, tuple[set[str], set[str]]]) -> bool:
+    """Whether no other tool does the same with half of what this one works on, so that nothing serves its requests.
+
+    words  `words_of_task` of each tool
+    """
+    verbs, objects = words[name]
+    for other, (other_verbs, other_objects) in words.items():
         is_similar = verbs & other_verbs and 2 * len(objects & other_objects) >= len(objects)
         if other != name and (is_similar or not _RUNS_ANYTHING.isdisjoint(humanised(other).split())):
             return False
