@@ -129,7 +129,7 @@ def make_budget(rate: float, *, minutes: float | None = None, steps: int | None 
     class Budget(TrainerCallback):
         def __init__(self):
             self.losses: list[float] = []
-            self.not_counted, self.last, self.fastest = 0.0, 0.0, float("inf")
+            self.not_counted = 0.0
             self.ended = False
 
         def seconds(self) -> float:
@@ -146,15 +146,12 @@ def make_budget(rate: float, *, minutes: float | None = None, steps: int | None 
 
         def on_step_end(self, args, state, control, model=None, **kwargs):
             seconds = self.seconds()
-            self.fastest, self.last = min(self.fastest, seconds - self.last), seconds
-            self.ended = state.global_step == steps
-            if minutes is not None:  # a step that cannot end within them is not started
-                self.ended = seconds + self.fastest > 60 * minutes
-            control.should_training_stop = self.ended
-            if minutes is None or seconds <= 60 * minutes:
+            over = minutes is not None and seconds > 60 * minutes
+            if not over:
                 before = time.process_time()
                 self.keep(model, state.global_step, seconds)
                 self.not_counted += time.process_time() - before
+            self.ended = control.should_training_stop = over or state.global_step == steps
 
         def keep(self, model, step: int, seconds: float) -> None:
             state = get_peft_model_state_dict(model, save_embedding_layers=False)

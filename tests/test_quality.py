@@ -31,8 +31,8 @@ def test_all_trainers_get_the_same_order():
     assert [len(step) for step in first] == [8, 8, 8]
 
 
-def train_steps(callback, monkeypatch, seconds: list[int]) -> tuple[list[float], list[float]]:
-    """Steps that take `seconds` and write their number into the weights: (learning rates, weights that are kept)."""
+def train_steps(callback, monkeypatch) -> tuple[list[float], list[float]]:
+    """Steps of 20 s, each of which writes its number into the weights: (learning rates, weights that are kept)."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -43,10 +43,10 @@ def train_steps(callback, monkeypatch, seconds: list[int]) -> tuple[list[float],
     optimizer = torch.optim.SGD([weight], lr=1.0)
     control, rates = Namespace(should_training_stop=False), []
     callback.on_train_begin(None, None, control, model=model)
-    for step, taken in enumerate(seconds):
+    for step in range(20):
         callback.on_step_begin(None, Namespace(global_step=step), control, model=model, optimizer=optimizer)
         rates.append(optimizer.param_groups[0]["lr"])
-        clock[0] += taken
+        clock[0] += 20
         weight.data.fill_(step + 1)
         callback.on_step_end(None, Namespace(global_step=step + 1), control, model=model)
         if control.should_training_stop:
@@ -54,19 +54,17 @@ def train_steps(callback, monkeypatch, seconds: list[int]) -> tuple[list[float],
     return rates, sorted({float(value.unique()) for name, value in callback.kept.items() if "lora_B" in name})
 
 
-@pytest.mark.parametrize("seconds, started", [([20] * 9, 3), ([10, 20, 20, 20, 20], 4)], ids=["even", "fast_start"])
-def test_run_ends_with_its_minutes(monkeypatch, seconds, started):
-    """The third step is the last within a minute; a fourth starts only where it could have ended within it."""
+def test_run_ends_with_its_minutes(monkeypatch):
+    """A minute has three steps of 20 s; the fourth, which ends after it, does not count."""
     budget = quality.make_budget(0.6, minutes=1)
-    rates, kept = train_steps(budget, monkeypatch, seconds)
-    elapsed = [sum(seconds[:step]) for step in range(started)]
-    assert rates == pytest.approx([0.6 * (1 - so_far / 60) for so_far in elapsed])
-    assert (budget.at["step"], kept, budget.ended) == (3, [3.0], True)
+    rates, kept = train_steps(budget, monkeypatch)
+    assert rates == pytest.approx([0.6, 0.4, 0.2, 0.0])
+    assert (budget.at, kept, budget.ended) == ({"step": 3, "cpu_minutes": 1.0}, [3.0], True)
 
 
 def test_run_ends_with_its_steps(monkeypatch):
     budget = quality.make_budget(0.6, steps=6)
-    rates, kept = train_steps(budget, monkeypatch, [20] * 9)
+    rates, kept = train_steps(budget, monkeypatch)
     assert rates == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     assert (budget.at, kept, budget.ended) == ({"step": 6, "cpu_minutes": 2.0}, [6.0], True)
 
