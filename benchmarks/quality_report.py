@@ -119,7 +119,9 @@ def draw(cells: Cells, target: Path) -> None:
             rings = [one["saved"][f"step_{step}"] for one in runs for step in one["equal_steps"]]
             points = [one["cpu_minutes"] for one in rings], [np.mean(one["right"]) for one in rings]
             axes.plot(*points, "o", markersize=9, color=color, fillstyle="none")
-        axes.set(title=task, xlabel="CPU minutes of one thread (rings: equal steps)", ylim=(-0.02, 1.02))
+        axes.set(
+            title=task, xlabel="CPU minutes of one thread (rings: equal steps)", ylim=(-0.02, 1.02), xlim=(0, None)
+        )
         axes.set_ylabel("share of held-out requests answered right")
         axes.legend(frameon=False)
     figure.savefig(target, dpi=110)
