@@ -111,7 +111,7 @@ class SchemaValues:
         if self._validator.is_valid(rest) or self._validator.is_valid({**rest, key: None}):
             return False
         schema = self.resolved(self.resolved(self.root).get("properties", {}).get(key))
-        return "const" not in schema and len(schema.get("enum", "ab")) > 1
+        return "const" not in schema and not ("enum" in schema and len(schema["enum"]) == 1)
 
     def resolved(self, schema: Any) -> dict[str, Any]:
         """The schema merged with its `$ref`, its `allOf` and one branch of its `anyOf` or `oneOf`."""
@@ -313,7 +313,7 @@ def _property_names(schema: Any) -> Iterator[str]:
 
 def _odd_characters(text: str) -> int:
     """The number of characters that people rarely write in a value."""
-    return len(re.sub(r"[\w .:/@+-]", "", text)) + sum(text.count(space) for space in "\t\n\r\v\f")
+    return len(re.sub(r"[\w .:/@+-]", "", text))
 
 
 def _without(schema: dict[str, Any], key: str) -> dict[str, Any]:
