@@ -23,7 +23,8 @@ from finetune.synthetic.generate import NoNewRequest, Writer, generate, generate
 from finetune.synthetic.phrasebook import load_phrasebook
 from finetune.synthetic.phrasing import SPLITS, Value, expand, fill_arguments, read_json
 from finetune.synthetic.schema_phrasing import FOLDER, LANGUAGES, task_of, with_value
-from finetune.synthetic.schema_values import SchemaValues, humanised
+from finetune.synthetic.schema_texts import humanised, texts_for
+from finetune.synthetic.schema_values import SchemaValues
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "data" / "samples"
@@ -595,21 +596,81 @@ def test_needs_are_worded_without_the_tool(tmp_path):
 )
 def test_value_replaces_the_words_for_it(task, key, value, expected):
     assert with_value(task, key, value) == (expected or task, expected is not None)
+    assert with_value("set the scale of a pod", "scale", "3", keeps_noun=True)[0] == "set scale 3 of a pod"
 
 
-def test_texts_follow_the_parameter_and_its_description():
+@pytest.mark.parametrize(
+    ("name", "schema", "about", "expected"),
+    [
+        ("file_name", {}, "", "file"),
+        ("branch_name", {}, "", "branch"),
+        ("user_name", {}, "", "user"),
+        ("customer_names", {}, "", "name"),
+        ("name", {}, "Adds a contact.", "name"),
+        ("name", {"description": "Name of the pod"}, "Shows a pod to a user.", "word"),
+        ("name", {}, "Restarts a pod.", "word"),
+        ("order_id", {}, "", "id"),
+        ("message_id", {}, "", "id"),
+        ("notificationID", {}, "", "id"),
+        ("repo", {}, "", "repo"),
+        ("repo_path", {}, "", "repo path"),
+        ("email_address", {}, "", "email"),
+        ("mode", {"description": "'l' for lines, 'w' for words"}, "", ["l", "w"]),
+        ("body", {"description": "for 'add' and 'reply', not for 'method'"}, "", "message"),  # of the enum, or a name
+        ("version", {"description": "examples of valid versions are: v1, apps/v1"}, "", ["v1", "apps/v1"]),
+        ("type", {"description": "Here are the options: read, write."}, "", ["read", "write"]),
+        ("sort", {"description": "One of the following: asc, desc"}, "", ["asc", "desc"]),
+        ("brake", {"description": 'Possible values: "engage", `release`.'}, "", ["engage", "release"]),
+        ("owner", {"description": "one of the people of the team"}, "", "user"),
+        ("user_first_name", {}, "", "name"),
+        ("destination", {}, "Drives somewhere.", "city"),
+        ("destination", {}, "Moves a file.", "destination file"),
+        ("ref", {"description": "e.g. refs/pull/{number}/head"}, "", "revision"),
+        ("since", {"description": "ISO 8601 date and time"}, "", "date-time"),
+        ("day", {"description": "as DD/MM/YYYY"}, "", ["15/01/2026", "21/03/2026", "30/05/2026"]),
+        ("card", {"description": "Expiry (MM/YY)"}, "", ["01/26", "03/26", "05/26"]),
+        ("at", {"description": "yyyy-mm-dd hh:mm"}, "", ["2026-01-15 09:30", "2026-03-21 14:00"]),
+        ("time", {}, "", "time"),
+        ("time", {"format": "time"}, "", "format time"),
+    ],
+)
+def test_texts_follow_the_parameter_and_its_description(name, schema, about, expected):
     words = read_json(FOLDER / "en.json")["values"]
+    while isinstance(expected, str):
+        expected = words[expected]
+    found = texts_for(schema, name, words, about=about, reserved={"add", "reply", "method"})
+    assert found[: len(expected)] == expected
+
+
+def test_ranges_that_the_description_tells_and_ordered_limits():
     properties = {
-        "file_name": {"type": "string"},
-        "branch_name": {"type": "string"},
-        "mode": {"type": "string", "description": "'l' for lines, 'w' for words"},
-        "user_name": {"type": "string"},
-        "order_id": {"type": "string"},
-    }
-    schema = {"type": "object", "properties": properties, "required": list(properties)}
-    drawn = SchemaValues(schema, words, random.Random(0)).draw("f")
-    assert drawn["file_name"] in words["file"] and drawn["branch_name"] in words["branch"]
-    assert drawn["mode"] in ("l", "w") and drawn["user_name"] in words["user"] and drawn["order_id"] in words["id"]
+        "pedal": {"type": "number", "description": "between 0 (free) and 1 (pressed)"},
+        "priority": {"type": "integer", "description": "Priority from 1 to 5"},
+        "page": {"type": "integer", "minimum": 90, "maximum": 99, "description": "Not from 1 to 5"},
+        "max_price": {"type": "number"}, "min_price": {"type": "number"},
+        "startDate": {"type": "string"}, "endDate": {"type": "string"},
+    }  # fmt: skip
+    values = SchemaValues(
+        {"properties": properties, "required": list(properties)},
+        read_json(FOLDER / "en.json")["values"],
+        random.Random(0),
+    )
+    for _ in range(50):
+        drawn = values.draw("f")
+        assert 0 <= drawn["pedal"] <= 1 and 1 <= drawn["priority"] <= 5 and drawn["page"] >= 90
+        assert drawn["min_price"] <= drawn["max_price"] and drawn["startDate"] <= drawn["endDate"]
+
+
+def test_numbers_are_whole_unless_measured():
+    schemas = {
+        "issue_number": {}, "perPage": {"maximum": 100}, "price": {"maximum": 9}, "x": {"default": 0.5, "maximum": 9},
+        "share": {"minimum": 0, "maximum": 1},
+    }  # fmt: skip
+    properties = {name: {"type": "number", "minimum": 1, **schema} for name, schema in schemas.items()}
+    values = SchemaValues({"properties": properties, "required": list(schemas)}, {}, random.Random(0))
+    drawn = [values.draw("f") for _ in range(50)]
+    whole = {name: all(isinstance(one[name], int) for one in drawn) for name in schemas}
+    assert whole == {"issue_number": True, "perPage": True, "price": False, "x": False, "share": False}
 
 
 # --- values of any schema
@@ -802,6 +863,7 @@ def test_brackets_in_values_are_not_templates():
             "use the tool for legt einen Termin an, z. B. ein Treffen",
         ),
         ("Does " + "very " * 60 + "much", "do it now"),
+        ("Create, update or delete labels", "create, update or delete labels"),
         ("Direct conversation", "use the tool for direct conversation"),
         ("GPU statistics", "use the tool for GPU statistics"),
         ("", "do it now"),
@@ -813,8 +875,8 @@ def test_description_becomes_a_clause(description, task):
 
 
 def test_humanised_names():
-    assert [humanised(name) for name in ("top_k", "startDate", "LCNAME", "POST /db/node", "note-2")] == [
-        "top k", "start date", "LCNAME", "POST /db/node", "note 2",
+    assert [humanised(name) for name in ("top_k", "startDate", "userIDs", "LCNAME", "POST /db/node", "note-2")] == [
+        "top k", "start date", "user ids", "LCNAME", "POST /db/node", "note 2",
     ]  # fmt: skip
 
 

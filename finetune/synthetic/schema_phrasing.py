@@ -16,7 +16,8 @@ from typing import Any
 
 from finetune.synthetic.phrasebook import Phrasebook, Request, Wording
 from finetune.synthetic.phrasing import SPLITS, Deck, Value, enumeration, expand, read_json
-from finetune.synthetic.schema_values import GENERIC_WORDS, SchemaValues, humanised, schema_errors
+from finetune.synthetic.schema_texts import GENERIC_WORDS, humanised
+from finetune.synthetic.schema_values import SchemaValues, schema_errors
 
 FOLDER = Path(__file__).parent / "phrasings"
 LANGUAGES = ("en", "ko")
@@ -50,7 +51,8 @@ class SchemaCase:
     ):
         self.reasons = words["reasons"] if reasons else []
         self.name, self.words, self.wording, self.rng = function["name"], words, wording, rng
-        self.values = SchemaValues(function.get("parameters") or {"type": "object"}, words["values"], rng)
+        about = f"{humanised(self.name)} {function.get('description') or ''}"
+        self.values = SchemaValues(function.get("parameters") or {"type": "object"}, words["values"], rng, about)
         self.task = task_of(function, words)
         self._decks = {
             (split, name): Deck(rng, words[name][split])
@@ -120,7 +122,7 @@ class SchemaCase:
         task, rest = self.task, dict(arguments)
         for key, value in arguments.items():
             if isinstance(value, str | int | float) and not isinstance(value, bool):
-                task, replaced = with_value(task, key, self._text(value))
+                task, replaced = with_value(task, key, self._text(value), keeps_noun=not isinstance(value, str))
                 if replaced:
                     del rest[key]
         return (task if not rest else self._core(rest, split, task)), None
@@ -190,24 +192,26 @@ def task_of(function: dict[str, Any], words: dict[str, Any]) -> str:
         return description
     description = re.sub(r"^useful (?:for )?when you (?:need|want) to ", "", description, flags=re.IGNORECASE)
     first, _, rest = description.partition(" ")
+    first, comma, _ = first.partition(",")  # "create, update or delete a label"
     verb = next((form for form in _stems(first.lower()) if form in words["verbs"]), None)
     if verb is None and rest.partition(" ")[0].lower() in _DETERMINERS and not first.endswith("s"):
         verb = first.lower()  # "click an element"
     if verb is None:
         noun = description if first[1:] != first[1:].lower() else description[:1].lower() + description[1:]
         return words["noun_task"].replace("{description}", noun)
-    return f"{verb} {rest}".strip()
+    return f"{verb}{comma} {rest}".strip()
 
 
-def with_value(task: str, key: str, value: str) -> tuple[str, bool]:
+def with_value(task: str, key: str, value: str, *, keeps_noun: bool = False) -> tuple[str, bool]:
     """The task with a value in place of the words for it: `sort the contents of a file` with `file_name`.
 
-    Behind the verb the noun stays (`delete contract E-5126`), because it tells the tool from others.
+    Behind the verb the noun stays (`delete contract E-5126`), because it tells the tool from others; keeps_noun:
+    everywhere, as for numbers (`update scale 3 of a deployment`).
     """
     for word in humanised(key).lower().split():
         found = re.search(_BEFORE_NOUN + re.escape(word) + _AFTER_NOUN, task)
         if word not in GENERIC_WORDS and found:
-            noun = "" if " " in task[: found.start()].strip() else f"{word} "
+            noun = "" if " " in task[: found.start()].strip() and not keeps_noun else f"{word} "
             return task[: found.start()] + noun + value + task[found.end() :], True
     return task, False
 

@@ -25,6 +25,7 @@ from referencing.exceptions import Unresolvable
 from finetune.errors import UserError
 from finetune.json_schema import validator_of
 from finetune.json_schema.limits import TooExpensive
+from finetune.synthetic.schema_texts import humanised, texts_for
 
 MAX_DEPTH = 4  # of recursive schemas: deeper objects get their required properties, or one that holds no others
 MAX_CHARACTERS = 10_000  # of one text
@@ -33,28 +34,25 @@ MAX_REFERENCES = 20  # followed in a row
 MAX_TRIES = 300
 MAX_PATTERN_STEPS = 20_000  # of drawing one text that fits a pattern
 OPTIONAL_SHARE = 0.35  # of optional properties that are given
-# "e.g. Seoul, Paris" and "for example: a, b" in a description, up to the end of the sentence
-_EXAMPLES = re.compile(
-    r"(?:e\.g\.,?|for example:?|for instance:?|such as|예:|예를 들어)\s+((?:[^.;)\n]|\.(?!\s|$|\)))+)", re.IGNORECASE
+# Words in names of numbers that are measured: other numbers are counts, ids and pages, and drawn whole.
+_MEASURED = re.compile(
+    r"\b(?:price|amount|cost|rate|temperature|weight|height|width|length|latitude|longitude|lat|lon|lng|distance|radius|"
+    r"score|ratio|percent|percentage|threshold|factor|balance|salary|fee|budget|value|speed|confidence|probability|volume)"
+    r"s?\b"
 )
-_NO_EXAMPLE = re.compile(r"(?:an?|the|any|or|and|your|etc)\b", re.IGNORECASE)  # "such as an email address"
-# "'local' for local branches, 'remote' for remote ones" in a description
-_QUOTED = re.compile(r"(?<!\w)'([\w.:/-]{1,20})'(?!\w)")
-GENERIC_WORDS = {"name", "id", "path", "value", "number", "type", "data", "input", "text"}  # in names of parameters
+# "between 0 (left) and 1 (right)", "from 1 to 5", "(1-10)" in a description
+_NUMBER = r"(-?\d+(?:\.\d+)?)"
+_RANGE = re.compile(
+    rf"(?:\bfrom|\bbetween|\brange:?|\(|\[) ?{_NUMBER}(?: \([^)]*\))?(?: ?[-–~] ?| to | and |, ?){_NUMBER}\b"
+)
+_LIMITS = {"min": "max", "minimum": "maximum", "start": "end", "from": "to", "lower": "upper", "since": "until"}
+_DATED = re.compile(r"\d{4}-\d\d|\d\d:\d\d")  # of dates and times that sort as text
 # The type of a schema without `type`, by the keywords it has.
 _TYPE_KEYWORDS = {
     "object": {"properties", "additionalProperties", "patternProperties", "required"},
     "array": {"items", "prefixItems", "minItems"},
     "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
 }
-
-
-def humanised(name: str) -> str:
-    """`top_k` -> `top k`, `startDate` -> `start date`; names with other characters stay."""
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_\-]*", name):
-        return name
-    words = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", re.sub(r"[_\-]+", " ", name)).strip()
-    return words if words.isupper() else words.lower()
 
 
 @contextlib.contextmanager
@@ -70,14 +68,15 @@ def schema_errors(tool: str) -> Iterator[None]:
 
 
 class SchemaValues:
-    """Draws values for one schema; `words` is the `values` entry of a file in finetune/synthetic/phrasings."""
+    """Draws values for one schema; words and about: as in `texts_for`."""
 
-    def __init__(self, schema: dict[str, Any], words: dict[str, list[str]], rng: random.Random):
-        self.words, self.rng = words, rng
+    def __init__(self, schema: dict[str, Any], words: dict[str, Any], rng: random.Random, about: str = ""):
+        self.words, self.rng, self.about = words, rng, about
         self._validator, self._invalid = validator_of(json.dumps(schema))
         # Without the keywords that are not valid: a minimum that is a text, a list of required names that is an object.
         self.root = {} if self._invalid else self._validator.schema
         self.declared = set(_property_names(self.root))
+        self.reserved = self.declared | set(_enum_texts(self.root))
 
     def draw(self, tool: str) -> dict[str, Any]:
         """An object that the schema accepts; raises UserError naming `tool` when none is found."""
@@ -170,7 +169,7 @@ class SchemaValues:
             case "integer":
                 return self._integer(schema)
             case "number":
-                return self._number(schema)
+                return self._number(schema, name)
             case "string":
                 return self._string(schema, name)
             case "array":
@@ -188,9 +187,11 @@ class SchemaValues:
         step = Fraction(str(schema.get("multipleOf", 1))).numerator  # whole multiples of 2.5 are multiples of 5
         return self._multiple(step, low, high)
 
-    def _number(self, schema: dict[str, Any]) -> float | int:
+    def _number(self, schema: dict[str, Any], name: str) -> float | int:
         low, high = _bounds(schema, integer=False)
-        step = schema.get("multipleOf") or (0.5 if high - low > 4 else (high - low) / 20 or 1)
+        shown = [schema.get(key) for key in ("default", "minimum", "maximum")]
+        is_measured = _MEASURED.search(humanised(name).lower()) or any(isinstance(n, float) and n % 1 for n in shown)
+        step = schema.get("multipleOf") or ((0.5 if is_measured else 1) if high - low > 4 else (high - low) / 20 or 1)
         value = min(max(round(self._multiple(step, low, high), 6), low), high)
         return int(value) if value == int(value) else value
 
@@ -200,7 +201,8 @@ class SchemaValues:
 
     def _string(self, schema: dict[str, Any], name: str) -> str:
         low, high = schema.get("minLength", 0), schema.get("maxLength", math.inf)
-        texts = [text for text in self._texts(schema, name) if low <= len(text) <= high]
+        all_texts = texts_for(schema, name, self.words, about=self.about, reserved=self.reserved)
+        texts = [text for text in all_texts if low <= len(text) <= high]
         if "pattern" in schema:
             # By jsonschema, which limits the time of a pattern and reads those of ECMA 262.
             fits = validator_of(json.dumps({"pattern": schema["pattern"]}))[0].is_valid
@@ -210,7 +212,7 @@ class SchemaValues:
             return min(drawn, key=lambda text: (not low <= len(text) <= high, _odd_characters(text), len(text)))
         if low > MAX_CHARACTERS:
             raise UserError(f"its schema requires {low:,} characters for {name or 'a value'}; add `examples` beside it")
-        text = self.rng.choice(texts or self._texts(schema, name))
+        text = self.rng.choice(texts or all_texts)
         while len(text) < low:
             text = f"{text} {self.rng.choice(self.words['word'])}"
         if len(text) > high:
@@ -218,29 +220,11 @@ class SchemaValues:
             text = self.rng.choice(fitting) if fitting else text[: int(high)].ljust(low, "x")
         return text
 
-    def _texts(self, schema: dict[str, Any], name: str) -> list[str]:
-        """Texts for a property: by its format, by the examples in its description, or by a word in its name."""
-        kind = str(schema.get("format"))
-        if texts := self.words.get(kind) or self.words.get(kind.rstrip("1345")):  # pydantic's `uuid4` and others
-            return texts
-        if match := _EXAMPLES.search(str(schema.get("description", ""))):
-            parts = [part.strip(" '\"`") for part in re.split(r",\s*(?:or|and)?\s*|\s+or\s+|\s+and\s+", match[1])]
-            if examples := [part for part in parts if 0 < len(part) <= 40 and not _NO_EXAMPLE.match(part)]:
-                return examples
-        quoted = list(dict.fromkeys(_QUOTED.findall(str(schema.get("description", "")))))
-        if len(quoted) > 1:
-            return quoted
-        words = humanised(name).lower().split()
-        if len(words) > 1 and words[-1] in GENERIC_WORDS:  # `file name` is a file; `branch name` is not a person's
-            words = [*([] if words[-1] == "name" else [words[-1]]), *words[:-1]]
-        for word in reversed(words):
-            if texts := self.words.get(word) or self.words.get(word.removesuffix("s")):
-                return texts
-        return self.words["word"]
-
     def _array(self, schema: dict[str, Any], name: str, depth: int) -> list[Any]:
         values = [self._value(part, name, depth + 1) for part in schema.get("prefixItems", [])]
         items = schema.get("items", {})
+        if isinstance(items, dict) and "description" in schema:  # often the only one: "Doors, such as front, rear"
+            items = {"description": schema["description"], **items}
         low = max(schema.get("minItems", 1 if depth <= MAX_DEPTH else 0), 0)
         high = min(schema.get("maxItems", max(low, 3)), max(low, 4))
         wanted = self.rng.randint(min(low, high), high) if items is not False else len(values)
@@ -271,6 +255,7 @@ class SchemaValues:
         keys = [key for key in properties if key in required or key in given]
         keys += [key for key in required if key not in properties]
         result = {key: self._value(properties.get(key, {}), key, depth + 1) for key in keys}
+        _order_limits(result)
         # An object of any content gets some; the parameters of a tool that declares none do not.
         values = schema.get("additionalProperties", {})
         is_free = depth > 0 if values in ({}, True) else isinstance(values, dict)
@@ -298,6 +283,16 @@ class SchemaValues:
 def _is_useful(schema: Any) -> bool:
     """Whether a property's schema allows more than null."""
     return schema is not False and not (isinstance(schema, dict) and schema.get("type") == "null")
+
+
+def _enum_texts(schema: Any) -> Iterator[str]:
+    """Texts that an `enum` anywhere in a schema allows."""
+    if isinstance(schema, dict):
+        yield from (value for value in schema.get("enum") or () if isinstance(value, str))
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for part in schema:
+            yield from _enum_texts(part)
 
 
 def _property_names(schema: Any) -> Iterator[str]:
@@ -330,9 +325,24 @@ def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _order_limits(values: dict[str, Any]) -> None:
+    """Exchange a lower limit that is above its upper one, such as `min_price` 9 and `max_price` 5, or two dates."""
+    for key, first in values.items():
+        for low, high in _LIMITS.items():
+            other = re.sub(rf"(?<![a-zA-Z]){low}(?![a-z])", high, key)
+            last = values.get(other) if other != key else None
+            are_numbers = all(isinstance(value, int | float) for value in (first, last))
+            if (are_numbers or all(_DATED.match(str(value)) for value in (first, last))) and first > last:
+                values[key], values[other] = last, first
+
+
 def _bounds(schema: dict[str, Any], *, integer: bool) -> tuple[float, float]:
-    """Lowest and highest value to draw; an open end is some tens away."""
+    """Lowest and highest value to draw, also those of the description; an open end is some tens away."""
     low, high = schema.get("minimum"), schema.get("maximum")
+    if schema.keys().isdisjoint(_TYPE_KEYWORDS["number"]) and (told := _RANGE.search(str(schema.get("description")))):
+        low, high = sorted(json.loads(number) for number in told.groups())
+        if integer:
+            low, high = math.ceil(low), math.floor(high)
     # The exclusive bounds of draft 4 are booleans: there values on the bound are drawn and rejected by the validator.
     if not isinstance(above := schema.get("exclusiveMinimum", True), bool):
         inside = math.floor(above) + 1 if integer else above + 1e-3
