@@ -2,7 +2,7 @@
 in the same order, for equal CPU minutes and for equal steps; the adapters answer the same held-out requests.
 
     python benchmarks/quality.py --tasks demo --seeds 0 1 2 --out quality
-    python benchmarks/quality.py --out quality --record 2026-11-30_quality_cpu     writes .json, .md and .png
+    python benchmarks/quality.py --out quality --record 2026-12-01_quality_cpu     writes .json, .md and .png
 
 Each budget is a run of its own whose learning rate falls linearly to zero over it, as for somebody who has that time.
 Minutes are of one thread's processor time from the start of training (imports, loading, tokenizing and scoring not
