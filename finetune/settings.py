@@ -200,16 +200,15 @@ class Settings:
                 raise UserError(f"--{name} needs evaluation rows; add --eval_dataset or --eval_fraction")
         if self.metric_for_best_model != "eval_loss" and not self.eval_calls:
             raise UserError(f"--metric_for_best_model {self.metric_for_best_model} needs --eval_calls N")
+        flag = "load_best"
         if self.load_best is None:
             self.load_best = self.early_stopping_patience is not None or self.metric_for_best_model != "eval_loss"
-            if self.load_best and not self.save_steps:
-                flag = "early_stopping_patience" if self.early_stopping_patience else "metric_for_best_model"
-                raise UserError(
-                    f"--{flag} keeps the best checkpoint, and --save_steps 0 turns checkpoints off; "
-                    "omit --save_steps, or add --no-load_best to keep the last step's weights"
-                )
+            flag = "early_stopping_patience" if self.early_stopping_patience else "metric_for_best_model"
         if self.load_best and not self.save_steps:
-            raise UserError("--load_best needs checkpoints; --save_steps 0 turns them off")
+            raise UserError(
+                f"--{flag} needs checkpoints, and --save_steps is 0 in the command or recipe; set --save_steps, or add "
+                "--no-load_best to keep the last step's weights"
+            )
         if self.eval_ranks and max(self.eval_ranks) >= self.rank:
             raise UserError(f"--eval_ranks {max(self.eval_ranks)}: must be < {self.rank}, the --rank that is trained")
         if "all-linear" in self.target_modules and len(self.target_modules) > 1:

@@ -1,6 +1,7 @@
 """--eval_calls: calls scored at each evaluation of a run, and the checkpoint that is kept by them."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -118,6 +119,32 @@ def test_accuracies_of_a_loss_that_is_not_finite_are_never_the_best():
     assert all(value != value for value in scores.values())
 
 
+@pytest.mark.parametrize(
+    "evaluations,best",
+    [
+        ([(0.75, 0.5), (0.75, 0.25), (0.5, 0.125)], 2),  # (accuracy, loss)
+        ([(0.75, 0.25), (0.75, 0.5)], 1),
+        ([(0.5, 0.25), (0.75, 0.5)], 2),
+        ([(0.75, math.nan), (0.75, 0.5)], 1),
+        ([(0.75, 0.5), (math.nan, 0.25)], 1),
+    ],
+)
+def test_of_equal_accuracies_the_lower_loss_is_the_best(evaluations, best):
+    import transformers
+
+    state = transformers.TrainerState()
+    args = transformers.TrainingArguments(
+        "unused", metric_for_best_model="eval_parameter_accuracy", greater_is_better=True
+    )
+    trainer = object.__new__(trainer_module.SandwichTrainer)
+    trainer.state, trainer.args = state, args
+    for state.global_step, (accuracy, loss) in enumerate(evaluations, 1):
+        metrics = {"eval_parameter_accuracy": accuracy, "eval_loss": loss}
+        state.log_history.append({**metrics, "step": state.global_step})
+        trainer._determine_best_metric(metrics, None)
+    assert state.best_global_step == best
+
+
 def test_rows_without_calls_are_refused(tmp_path):
     row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
     with pytest.raises(UserError, match="no row held out for evaluation has a call"):
@@ -138,8 +165,9 @@ def test_run_logs_the_scores(rows, tiny_model, tmp_path):
     names = ("step", "eval_loss", "eval_tool_name_accuracy", "eval_parameter_accuracy")
     values = [[row[name] for name in names] for row in log_rows(tmp_path / "whole")]
     assert [row[2:] for row in values] == [["", ""], ["0.0", "0.0"], ["", ""], ["0.0", "0.0"]]
-    # No checkpoint answers better than the first evaluated one, so that one is kept.
-    assert config["ending"]["adapter_step"] == 2
+    # No checkpoint answers better than another one, so that of the lowest loss is kept.
+    losses = {float(loss): int(step) for step, loss, *_ in values if loss}
+    assert config["ending"]["adapter_step"] == losses[min(losses)] == 4
 
 
 @pytest.mark.parametrize(
@@ -157,7 +185,7 @@ def test_run_logs_the_scores(rows, tiny_model, tmp_path):
                 "--save_steps",
                 0,
             ],
-            "--metric_for_best_model keeps the best checkpoint",
+            "--metric_for_best_model needs checkpoints, and --save_steps is 0",
         ),
         (["--eval_fraction", "0.5", "--metric_for_best_model", "eval_parameter_accuracy"], "needs --eval_calls N"),
     ],

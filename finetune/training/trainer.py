@@ -289,3 +289,13 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
             return
         self._determine_best_metric(metrics=metrics, trial=None)
         self.run_log.evaluation_pending = False
+
+    # Overridden (transformers 5.17): Trainer keeps the first of equal values, and few requests give few different ones.
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether this evaluation is the best so far; of equal accuracies that of the lower loss is."""
+        state = self.state
+        losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+        is_equal = metrics.get(str(self.args.metric_for_best_model)) == state.best_metric
+        if is_equal and metrics["eval_loss"] < losses.get(state.best_global_step, -math.inf):
+            state.best_metric = None
+        return super()._determine_best_metric(metrics, trial)
