@@ -403,7 +403,9 @@ def test_comparison_markdown_of_one_model():
     }
     table = comparison_markdown(metrics, {}, ["heading"])
     assert "| tool_name_accuracy | 1 | 1.000 | 1.000 to 1.000 |" in table
-    assert "| set_lamp | 1 | 1.000 |" in table
+    assert "| set_lamp | 1 | 1.000 |" in table and "not scored" not in table
+    metrics["tuned"]["not_scored"] = 12
+    assert "heading\n12 further answers not scored: longer" in comparison_markdown(metrics, {}, ["heading"])
 
 
 def test_pictures_of_many_tools_and_of_odd_names(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from finetune.evaluation.folder import FILE_PREFIXES
 from finetune.evaluation.metrics import METRICS, Scored, metric_names
 from finetune.evaluation.scoring import BROKEN, NO_CALL, UNDECLARED
 from finetune.files import open_atomic, write_bytes_atomic, write_text_atomic
-from finetune.progress import printable
+from finetune.progress import counted, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,9 @@ def comparison_markdown(metrics: Scores, compared: Scores, heading: Sequence[str
         title = "Base against tuned"
         header = ["metric", "n", "base", "tuned", "difference", "95% interval of the difference", "p"]
         rows = [_comparison_row(name, metrics, compared.get(name, {})) for name in metric_names(metrics)]
-    head = "\n".join([f"# {title}", "", *heading, "", table_markdown(header, rows)])
+    omitted = max((one.get("not_scored", 0) for one in metrics.values()), default=0)
+    note = f"{counted(omitted, 'further answer')} not scored: longer than the context, or not for this format."
+    head = "\n".join([f"# {title}", "", *heading, *[note] * (omitted > 0), "", table_markdown(header, rows)])
     return printable(head + _tool_table(metrics) + _quality_table(metrics))
 
 
