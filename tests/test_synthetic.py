@@ -630,6 +630,51 @@ def test_value_replaces_the_words_for_it(task, key, value, expected):
         ("day", {"description": "as DD/MM/YYYY"}, "", ["15/01/2026", "21/03/2026", "30/05/2026"]),
         ("card", {"description": "Expiry (MM/YY)"}, "", ["01/26", "03/26", "05/26"]),
         ("at", {"description": "yyyy-mm-dd hh:mm"}, "", ["2026-01-15 09:30", "2026-03-21 14:00"]),
+        ("speed", {"description": "one of quiet, turbo (default turbo)"}, "", ["quiet", "turbo"]),
+        ("kind", {"description": "must be one of 'a', 'b', or 'c'"}, "", ["a", "b", "c"]),
+        ("kind", {"description": "Allowed values: json | xml"}, "", ["json", "xml"]),
+        ("kind", {"description": "options: json/xml/csv"}, "", ["json", "xml", "csv"]),
+        ("kind", {"description": "one of: 1 (low), 2 (high)"}, "", ["1", "2"]),
+        ("kind", {"description": "'not started', 'in progress' or 'done'"}, "", ["not started", "in progress", "done"]),
+        ("kind", {"description": "The 'id' from the 'list_orders' response"}, "", "word"),
+        ("kind", {"description": "ID of one of the resources in the account"}, "", "word"),
+        ("kind", {"description": "such as when the user asks for it"}, "", "word"),
+        ("kind", {"description": "for example the user's name or order number"}, "", "word"),
+        ("kind", {"description": "Options are:\n- 'get' - reads one\n- 'set' - writes it"}, "", ["get", "set"]),
+        ("label_selector", {"description": "e.g. 'app=shop,env=prod'"}, "", ["app=shop,env=prod"]),
+        ("query", {"description": "e.g. '/<log-name>', 'kubelet'"}, "", ["kubelet"]),
+        ("priority", {"description": "high, medium or low"}, "", ["high", "medium", "low"]),
+        ("mode", {"description": "Travel mode (driving, walking, transit)"}, "", ["driving", "walking", "transit"]),
+        ("state", {"description": "lost/stolen/damaged"}, "", ["lost", "stolen", "damaged"]),
+        ("kind", {"description": "사이즈: S, M, L"}, "", ["S", "M", "L"]),
+        ("kind", {"description": "(한식, 중식, 일식 중 하나)"}, "", ["한식", "중식", "일식"]),
+        ("kind", {"description": "음식 (예: 한식, 중식 등)"}, "", ["한식", "중식"]),
+        ("user", {"description": "Username or email"}, "", "user"),
+        ("content", {"description": "Markdown or HTML"}, "", "content"),
+        ("tags", {"description": 'e.g. ["work", "home"]'}, "", ["work", "home"]),
+        ("place", {"description": "e.g. San Francisco, CA"}, "", ["San Francisco, CA"]),
+        ("place", {"description": "e.g. Rock and Roll"}, "", ["Rock and Roll"]),
+        ("symbol", {"description": "e.g. 'AAPL' for Apple Inc."}, "", ["AAPL"]),
+        ("coupon_code", {"description": "Coupon code"}, "", "id"),
+        ("code", {"description": "Python code"}, "", "code"),
+        ("order_number", {}, "", "id"),
+        ("pin", {"description": "6-digit PIN"}, "", ["482173"]),
+        ("ssn", {"description": "(XXX-XX-XXXX)"}, "", ["482-17-3059"]),
+        ("recipient", {"description": "Recipient email"}, "", "email"),
+        ("origin", {"description": "IATA code"}, "", "airport"),
+        ("name", {"description": "The user-friendly name"}, "", "word"),
+        ("name", {"description": "Name of the user's playlist"}, "", "word"),
+        ("name", {"description": "Your name"}, "", "name"),
+        ("length", {"description": "Duration in ISO 8601"}, "", "duration"),
+        ("day", {"description": "The day, ISO-8601 date"}, "", "date"),
+        ("dob", {"description": "Date of birth (YYYY-MM-DD)"}, "", ["1990-01-15"]),
+        ("birthday", {"format": "date"}, "", ["1990-01-15"]),
+        ("day", {"description": "as YYYYMMDD"}, "", ["20260115"]),
+        ("day", {"description": "DD Month YYYY"}, "", ["15 January 2026"]),
+        ("day", {"description": "YYYY년 MM월 DD일"}, "", ["2026년 01월 15일"]),
+        ("at", {"description": "hh:mm AM/PM"}, "", ["02:00 PM"]),
+        ("at", {"description": "YYYY-MM-DDTHH:MM:SS+09:00"}, "", ["2026-01-15T09:30:00+09:00"]),
+        ("at", {"description": "YYYY-MM-DDTHH:MM:SS.sssZ"}, "", ["2026-01-15T09:30:00.000Z"]),
         ("time", {}, "", "time"),
         ("time", {"format": "time"}, "", "format time"),
     ],
@@ -642,23 +687,86 @@ def test_texts_follow_the_parameter_and_its_description(name, schema, about, exp
     assert found[: len(expected)] == expected
 
 
-def test_ranges_that_the_description_tells_and_ordered_limits():
+def test_few_examples_get_others_of_their_kind():
+    words = read_json(FOLDER / "en.json")["values"]
+    texts = {
+        name: texts_for({"description": f"e.g. {example}"}, name, words)
+        for name, example in [("city", "Paris"), ("hotel_id", "HTL-123"), ("start", "2025-01-02T03:04:05-05:00"),
+                              ("currency", "usd"), ("entity_id", "light.hall")]
+    }  # fmt: skip
+    assert texts["city"] == ["Paris", *words["city"]] and texts["currency"][:2] == ["usd", "usd"]
+    assert len(texts["hotel_id"]) > 4 and all(re.fullmatch(r"HTL-\d{3}", text) for text in texts["hotel_id"])
+    assert texts["start"][1] == "2026-01-15T09:30:00-05:00" and texts["entity_id"] == ["light.hall"]
+
+
+@pytest.mark.parametrize(
+    ("description", "allowed"),
+    [
+        ("Priority from 1 to 5", range(1, 6)),
+        ("Month (01-12)", range(1, 13)),
+        ("Between 1 and 5", range(1, 6)),
+        ("0 (free) to 4 (full)", range(5)),
+        ("range -3..3", range(-3, 4)),
+        ("Z in mm [0, 9]", range(10)),
+        ("between $1,000 and $1,003", range(1000, 1004)),
+        ("평점(1-5점)", range(1, 6)),
+        ("1부터 5까지", range(1, 6)),
+        ("must be 12, 24 or 36", (12, 24, 36)),
+        ("ISO (100, 200, 400)", (100, 200, 400)),
+        ("min 3, max 5", range(3, 6)),
+        ("PIN (4-6 digits)", range(1000, 10000)),
+        ("Release year, e.g. 1999", range(1980, 2019)),
+        ("since 2015-01-01", range(1, 52)),
+        ("Unix timestamp (2024-01-01 = 17)", range(1, 52)),
+    ],
+)
+def test_numbers_follow_the_description(description, allowed):
+    schema = {"properties": {"n": {"type": "integer", "description": description}}, "required": ["n"]}
+    values = SchemaValues(schema, {}, random.Random(0))
+    drawn = {values.draw("f")["n"] for _ in range(100)}
+    assert drawn <= set(allowed) and (len(drawn) > 20 or drawn == set(allowed))
+
+
+def test_ranges_complete_the_schema_and_limits_are_in_order():
     properties = {
         "pedal": {"type": "number", "description": "between 0 (free) and 1 (pressed)"},
-        "priority": {"type": "integer", "description": "Priority from 1 to 5"},
+        "hour": {"type": "integer", "minimum": 0, "description": "Hour (0-23)"},
         "page": {"type": "integer", "minimum": 90, "maximum": 99, "description": "Not from 1 to 5"},
         "max_price": {"type": "number"}, "min_price": {"type": "number"},
         "startDate": {"type": "string"}, "endDate": {"type": "string"},
+        "check_in": {"type": "string", "description": "DD/MM/YYYY"},
+        "check_out": {"type": "string", "description": "DD/MM/YYYY"},
     }  # fmt: skip
-    values = SchemaValues(
-        {"properties": properties, "required": list(properties)},
-        read_json(FOLDER / "en.json")["values"],
-        random.Random(0),
-    )
+    words = read_json(FOLDER / "en.json")["values"]
+    values = SchemaValues({"properties": properties, "required": list(properties)}, words, random.Random(0))
     for _ in range(50):
         drawn = values.draw("f")
-        assert 0 <= drawn["pedal"] <= 1 and 1 <= drawn["priority"] <= 5 and drawn["page"] >= 90
+        assert 0 <= drawn["pedal"] <= 1 and 0 <= drawn["hour"] <= 23 and drawn["page"] >= 90
         assert drawn["min_price"] <= drawn["max_price"] and drawn["startDate"] <= drawn["endDate"]
+        assert drawn["check_in"].split("/")[::-1] <= drawn["check_out"].split("/")[::-1]
+
+
+def test_a_value_with_a_default_is_not_asked_for():
+    properties = {
+        "calendar": {"type": "string", "description": "Calendar, defaults to 'primary'"},
+        "page": {"type": "integer", "default": 1}, "day": {"type": "string"},
+    }  # fmt: skip
+    values = SchemaValues({"properties": properties, "required": list(properties)}, {"word": ["a"]}, random.Random(0))
+    assert [values.can_be_asked_for(dict.fromkeys(properties, "a"), name) for name in properties] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_short_arrays_of_few_choices():
+    """Elements repeat only where the schema requires more of them than there are."""
+    few = {"type": "array", "items": {"enum": ["a", "b"]}}
+    properties = {"few": few, "three": {**few, "minItems": 3}}
+    values = SchemaValues({"properties": properties, "required": list(properties)}, {}, random.Random(0))
+    for _ in range(20):
+        drawn = values.draw("f")
+        assert len(set(drawn["few"])) == len(drawn["few"]) and len(drawn["three"]) >= 3
 
 
 def test_numbers_are_whole_unless_measured():
@@ -864,6 +972,7 @@ def test_brackets_in_values_are_not_templates():
         ),
         ("Does " + "very " * 60 + "much", "do it now"),
         ("Create, update or delete labels", "create, update or delete labels"),
+        ("This tool will create a label.", "create a label"),
         ("Direct conversation", "use the tool for direct conversation"),
         ("GPU statistics", "use the tool for GPU statistics"),
         ("", "do it now"),

@@ -34,6 +34,12 @@ _LONG_WORD = re.compile(r"\w{5,}")
 _STOP_WORDS = {"the", "and", "for", "with", "from", "into", "this", "that", "all", "its", "any", "one", "your", "tool"}
 _DETERMINERS = {"a", "an", "the", "all", "any", "one", "your", "this", "these", "multiple"}
 MAX_TASK_LENGTH = 200  # longer first sentences are no request
+# "This tool allows you to search": the rest says what to do.
+_PREAMBLE = re.compile(
+    r"^(?:useful (?:for )?when you (?:need|want) to |"
+    r"this (?:tool|function|endpoint|api) (?:will |can (?:be used to )?|is used to |(?:allows|lets) you (?:to )?)?)",
+    re.IGNORECASE,
+)
 # The end of a sentence; not of "e.g. x", "z. B.", "U.S. x" or "approx. x".
 _SENTENCE_END = re.compile(r"(?<!\b\w)[.!?]\s+(?![a-z\s])|[.!?]\s*$|。|\n")
 
@@ -190,7 +196,7 @@ def task_of(function: dict[str, Any], words: dict[str, Any]) -> str:
         description = humanised(function["name"])
     if words["language"] != "en":
         return description
-    description = re.sub(r"^useful (?:for )?when you (?:need|want) to ", "", description, flags=re.IGNORECASE)
+    description = _PREAMBLE.sub("", description)
     first, _, rest = description.partition(" ")
     first, comma, _ = first.partition(",")  # "create, update or delete a label"
     verb = next((form for form in _stems(first.lower()) if form in words["verbs"]), None)
@@ -222,7 +228,7 @@ def own_descriptions(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     texts = sorted(str(function.get("description") or "").strip() for function in functions)
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(texts[0], texts[-1], strict=False))
     common = "".join(character for character, _ in same)
-    end = max(common.rfind(mark) for mark in (". ", ": ", "\n"))
+    end = max(common.rfind(mark) for mark in (". ", ": ", " | ", "\n"))
     if len(functions) == 1 or end < 0:
         return functions
     return [{**function, "description": str(function["description"]).strip()[end + 1 :]} for function in functions]
@@ -265,7 +271,9 @@ def general_phrasebook(
         for split in SPLITS
     }  # fmt: skip
     tasks = {name: case.words_of_task() for name, (case,) in cases.items()}
-    absent = [] if conversation or len(tools) == 1 else [name for name in cases if _is_alone(name, tasks)]
+    general = {function["name"] for function in functions if _runs_anything(function)}
+    absent = [name for name in cases if _is_alone(name, tasks) and not general - {name}]
+    absent = [] if conversation or len(tools) == 1 else absent
     mix = {kind: part for kind, part in words["mix"].items() if absent or kind != "absent"}
     return Phrasebook(wording, cases, pairs, dict.fromkeys(SPLITS, mix), ambiguous, absent, conversation)
 
@@ -280,11 +288,18 @@ def _is_alone(name: str, words: dict[str, tuple[set[str], set[str]]]) -> bool:
     words  `words_of_task` of each tool
     """
     verbs, objects = words[name]
-    for other, (other_verbs, other_objects) in words.items():
-        is_similar = verbs & other_verbs and 2 * len(objects & other_objects) >= len(objects)
-        if other != name and (is_similar or not _RUNS_ANYTHING.isdisjoint(humanised(other).split())):
-            return False
-    return True
+    return not any(
+        verbs & other_verbs and 2 * len(objects & other_objects) >= len(objects)
+        for other, (other_verbs, other_objects) in words.items()
+        if other != name
+    )
+
+
+def _runs_anything(function: dict[str, Any]) -> bool:
+    """Whether the tool may do what others do: it runs commands, programs or queries, or uses a screen."""
+    properties = (function.get("parameters") or {}).get("properties")
+    names = [function["name"], *(properties if isinstance(properties, dict) else ())]
+    return any(not _RUNS_ANYTHING.isdisjoint(humanised(name).split()) for name in names)
 
 
 def _mentions(text: str, tools: Sequence[dict[str, Any]]) -> bool:

@@ -25,6 +25,7 @@ from referencing.exceptions import Unresolvable
 from finetune.errors import UserError
 from finetune.json_schema import validator_of
 from finetune.json_schema.limits import TooExpensive
+from finetune.synthetic.descriptions import told_numbers, told_range
 from finetune.synthetic.schema_texts import humanised, texts_for
 
 MAX_DEPTH = 4  # of recursive schemas: deeper objects get their required properties, or one that holds no others
@@ -40,13 +41,13 @@ _MEASURED = re.compile(
     r"score|ratio|percent|percentage|threshold|factor|balance|salary|fee|budget|value|speed|confidence|probability|volume)"
     r"s?\b"
 )
-# "between 0 (left) and 1 (right)", "from 1 to 5", "(1-10)" in a description
-_NUMBER = r"(-?\d+(?:\.\d+)?)"
-_RANGE = re.compile(
-    rf"(?:\bfrom|\bbetween|\brange:?|\(|\[) ?{_NUMBER}(?: \([^)]*\))?(?: ?[-–~] ?| to | and |, ?){_NUMBER}\b"
-)
-_LIMITS = {"min": "max", "minimum": "maximum", "start": "end", "from": "to", "lower": "upper", "since": "until"}
-_DATED = re.compile(r"\d{4}-\d\d|\d\d:\d\d")  # of dates and times that sort as text
+# Words of names for the two ends of one span.
+_LIMITS = {
+    "min": "max", "minimum": "maximum", "start": "end", "from": "to", "lower": "upper", "since": "until",
+    "after": "before", "gte": "lte", "check in": "check out", "departure": "return", "pickup": "dropoff",
+}  # fmt: skip
+_DATED = re.compile(r"\d[\d\s:/.T-]{3,}")  # the beginning of dates and times
+_HAS_DEFAULT = re.compile(r"\bdefaults?\b|\bif omitted\b|기본값", re.IGNORECASE)
 # The type of a schema without `type`, by the keywords it has.
 _TYPE_KEYWORDS = {
     "object": {"properties", "additionalProperties", "patternProperties", "required"},
@@ -72,6 +73,7 @@ class SchemaValues:
 
     def __init__(self, schema: dict[str, Any], words: dict[str, Any], rng: random.Random, about: str = ""):
         self.words, self.rng, self.about = words, rng, about
+        self._position: dict[str, int] = {}  # of a text in its list, in which dates ascend
         self._validator, self._invalid = validator_of(json.dumps(schema))
         # Without the keywords that are not valid: a minimum that is a text, a list of required names that is an object.
         self.root = {} if self._invalid else self._validator.schema
@@ -110,6 +112,8 @@ class SchemaValues:
         if self._validator.is_valid(rest) or self._validator.is_valid({**rest, key: None}):
             return False
         schema = self.resolved(self.resolved(self.root).get("properties", {}).get(key))
+        if "default" in schema or _HAS_DEFAULT.search(str(schema.get("description"))):
+            return False
         return "const" not in schema and not ("enum" in schema and len(schema["enum"]) == 1)
 
     def resolved(self, schema: Any) -> dict[str, Any]:
@@ -166,6 +170,8 @@ class SchemaValues:
                 return None
             case "boolean":
                 return self.rng.random() < 0.5
+            case "integer" | "number" if numbers := told_numbers(str(schema.get("description"))):
+                return self.rng.choice(numbers)
             case "integer":
                 return self._integer(schema)
             case "number":
@@ -202,6 +208,7 @@ class SchemaValues:
     def _string(self, schema: dict[str, Any], name: str) -> str:
         low, high = schema.get("minLength", 0), schema.get("maxLength", math.inf)
         all_texts = texts_for(schema, name, self.words, about=self.about, reserved=self.reserved)
+        self._position |= {text: at for at, text in enumerate(all_texts)}
         texts = [text for text in all_texts if low <= len(text) <= high]
         if "pattern" in schema:
             # By jsonschema, which limits the time of a pattern and reads those of ECMA 262.
@@ -228,12 +235,13 @@ class SchemaValues:
         low = max(schema.get("minItems", 1 if depth <= MAX_DEPTH else 0), 0)
         high = min(schema.get("maxItems", max(low, 3)), max(low, 4))
         wanted = self.rng.randint(min(low, high), high) if items is not False else len(values)
-        for _ in range(MAX_TRIES):
+        for _ in range(20 * wanted):
             if len(values) >= wanted:
                 break
             value = self._value(items, name, depth + 1)
-            # few repeated elements, even where the schema allows them: they make an odd request
-            if value not in values or (not schema.get("uniqueItems") and self.rng.random() < 0.2):
+            # Few repeated numbers and no other repeated elements, where there are enough: they make an odd request.
+            may_repeat = not schema.get("uniqueItems") and (isinstance(value, int | float) or len(values) < low)
+            if value not in values or (may_repeat and self.rng.random() < 0.2):
                 values.append(value)
         return values
 
@@ -255,7 +263,7 @@ class SchemaValues:
         keys = [key for key in properties if key in required or key in given]
         keys += [key for key in required if key not in properties]
         result = {key: self._value(properties.get(key, {}), key, depth + 1) for key in keys}
-        _order_limits(result)
+        self._order_limits(result)
         # An object of any content gets some; the parameters of a tool that declares none do not.
         values = schema.get("additionalProperties", {})
         is_free = depth > 0 if values in ({}, True) else isinstance(values, dict)
@@ -263,6 +271,18 @@ class SchemaValues:
         extra = max(minimum - len(result), self.rng.randint(1, 2) if is_map and depth < MAX_DEPTH else 0)
         self._add_entries(result, schema, len(result) + min(extra, maximum - len(result)), name, depth)
         return result
+
+    def _order_limits(self, values: dict[str, Any]) -> None:
+        """Exchange a lower limit that is above its upper one, such as `min_price` 9 and `max_price` 5, or two dates."""
+        names = {humanised(key).lower(): key for key in values}
+        for name, key in names.items():
+            for low, high in _LIMITS.items():
+                other = names.get(re.sub(rf"\b{low}\b", high, name), key)
+                ends = [values[key], values[other]]
+                if all(isinstance(end, str) and _DATED.match(end) for end in ends):
+                    ends = [self._position.get(end, 0) for end in ends]
+                if other != key and all(isinstance(end, int | float) for end in ends) and ends[0] > ends[1]:
+                    values[key], values[other] = values[other], values[key]
 
     def _add_entries(self, result: dict[str, Any], schema: dict[str, Any], size: float, name: str, depth: int) -> None:
         """Fill a map up to `size`: keys by `patternProperties`, by `propertyNames`, or words."""
@@ -325,24 +345,10 @@ def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _order_limits(values: dict[str, Any]) -> None:
-    """Exchange a lower limit that is above its upper one, such as `min_price` 9 and `max_price` 5, or two dates."""
-    for key, first in values.items():
-        for low, high in _LIMITS.items():
-            other = re.sub(rf"(?<![a-zA-Z]){low}(?![a-z])", high, key)
-            last = values.get(other) if other != key else None
-            are_numbers = all(isinstance(value, int | float) for value in (first, last))
-            if (are_numbers or all(_DATED.match(str(value)) for value in (first, last))) and first > last:
-                values[key], values[other] = last, first
-
-
 def _bounds(schema: dict[str, Any], *, integer: bool) -> tuple[float, float]:
     """Lowest and highest value to draw, also those of the description; an open end is some tens away."""
     low, high = schema.get("minimum"), schema.get("maximum")
-    if schema.keys().isdisjoint(_TYPE_KEYWORDS["number"]) and (told := _RANGE.search(str(schema.get("description")))):
-        low, high = sorted(json.loads(number) for number in told.groups())
-        if integer:
-            low, high = math.ceil(low), math.floor(high)
+    told_low, told_high = told_range(str(schema.get("description")))
     # The exclusive bounds of draft 4 are booleans: there values on the bound are drawn and rejected by the validator.
     if not isinstance(above := schema.get("exclusiveMinimum", True), bool):
         inside = math.floor(above) + 1 if integer else above + 1e-3
@@ -350,6 +356,10 @@ def _bounds(schema: dict[str, Any], *, integer: bool) -> tuple[float, float]:
     if not isinstance(below := schema.get("exclusiveMaximum", True), bool):
         inside = math.ceil(below) - 1 if integer else below - 1e-3
         high = inside if high is None else min(inside, high)
+    if low is None and told_low is not None and (high is None or told_low <= high):
+        low = math.ceil(told_low) if integer else told_low
+    if high is None and told_high is not None and (low is None or low <= told_high):
+        high = math.floor(told_high) if integer else told_high
     if low is None:
         low = 1 if high is None or high >= 1 else high - 50
     if high is None:
