@@ -675,6 +675,8 @@ def test_value_replaces_the_words_for_it(task, key, value, expected):
         ("at", {"description": "hh:mm AM/PM"}, "", ["02:00 PM"]),
         ("at", {"description": "YYYY-MM-DDTHH:MM:SS+09:00"}, "", ["2026-01-15T09:30:00+09:00"]),
         ("at", {"description": "YYYY-MM-DDTHH:MM:SS.sssZ"}, "", ["2026-01-15T09:30:00.000Z"]),
+        ("query", {"description": "Finds pages. Supports:\n- title: words of it\n- author: a name"}, "", "query"),
+        ("note", {"description": "Note for the email"}, "Sends an email.", "word"),
         ("time", {}, "", "time"),
         ("time", {"format": "time"}, "", "format time"),
     ],
@@ -744,6 +746,12 @@ def test_ranges_complete_the_schema_and_limits_are_in_order():
         assert 0 <= drawn["pedal"] <= 1 and 0 <= drawn["hour"] <= 23 and drawn["page"] >= 90
         assert drawn["min_price"] <= drawn["max_price"] and drawn["startDate"] <= drawn["endDate"]
         assert drawn["check_in"].split("/")[::-1] <= drawn["check_out"].split("/")[::-1]
+
+
+def test_a_description_that_contradicts_the_schema_is_ignored():
+    rooms = {"type": "integer", "minimum": 5, "multipleOf": 5, "description": "1 or 2"}
+    values = SchemaValues({"properties": {"rooms": rooms}, "required": ["rooms"]}, {}, random.Random(0))
+    assert values.draw("f")["rooms"] in range(5, 60, 5)
 
 
 def test_a_value_with_a_default_is_not_asked_for():

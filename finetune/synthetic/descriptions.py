@@ -46,9 +46,10 @@ _RANGES = [
 _DIGITS = re.compile(r"\b(\d{1,2})(?:\s?[-–]\s?\d+)?[ -]digits?\b", re.IGNORECASE)  # "6-digit code", "8-12 digits"
 _LOWEST = re.compile(rf"(?:\b(?:min(?:imum)?|at least)(?: of|:| is)?|최소) ?{_NUMBER}{_NO_LENGTH}", re.IGNORECASE)
 _HIGHEST = re.compile(rf"(?:\b(?:max(?:imum)?|at most|up to)(?: of|:| is)?|최대) ?{_NUMBER}{_NO_LENGTH}", re.IGNORECASE)
+# "12, 24 or 36", "(100, 200, 400)"; begins at the first number only, or long lists would take quadratic time
 _NUMBERS = re.compile(
-    rf"(?<![\w.,/:-])(?:(?:{_PLAIN},\s*)*{_PLAIN},?\s+(?:or|또는)\s+{_PLAIN}|(?<=\()(?:{_PLAIN},\s*){{2,}}{_PLAIN}(?=\)))"
-    + _NO_LENGTH
+    rf"(?<![\w.,/:-])(?<!, )(?:(?:{_PLAIN}, ?)*{_PLAIN},?\s+(?:or|또는)\s+{_PLAIN}"
+    rf"|(?<=\()(?:{_PLAIN}, ?){{2,}}{_PLAIN}(?=\))){_NO_LENGTH}"
 )
 _DATE_PART = "(?:YYYY|YY|MONTH|MMM|MM|M|DD|D)"
 _CLOCK = r"HH:MM(?::SS(?:\.SSS)?)?(?:Z|[+-](?:HH:MM|\d\d:\d\d))?(?: ?AM\b)?"

@@ -30,7 +30,11 @@ _PERSON = re.compile(
     r"|사람|고객|사용자|회원|직원|연락처|학생|환자|손님|담당자|수신자|성함|예약자",
     re.IGNORECASE,
 )
-_KINDS = re.compile(r"\b(email|phone|url|airport|hostname)\b", re.IGNORECASE)  # in descriptions
+# "Recipient email", not "a note for the email"
+_KIND = re.compile(
+    r"(?<!\bthe )(?<!\ban )\b(email|phone|url|airport|hostname)(?: address| number| code)?(?:e?s)?(?=[.,;(]|$)",
+    re.IGNORECASE,
+)
 
 
 def humanised(name: str) -> str:
@@ -57,14 +61,15 @@ def texts_for(
     if texts := _dates(parts, description, words):
         return texts
     told, are_all = told_texts(description, reserved)
-    named = _by_name(parts, description or about, words)
-    if told:
+    named = _by_name(parts, description, about, words)
+    is_free = parts[-1:] and parts[-1] in FREE_TEXTS  # its description may list what it can contain
+    if told and not (is_free and are_all):
         return told if are_all or len(told) >= ENOUGH_EXAMPLES else _with_others(told, parts, words)
     if _is_birth(kind, parts, description):
         return _moments(words, "%Y-%m-%d", 1990)
     if form := digits_form(description):
         return [_filled(form, by) for by in range(6)]
-    choices = [] if parts[-1:] and parts[-1] in FREE_TEXTS else bare_choices(description)
+    choices = [] if is_free else bare_choices(description)
     nouns = {choice.lower().split()[-1].removesuffix("s") for choice in choices}
     return choices if choices and nouns.isdisjoint(words.keys() | GENERIC_WORDS) else named or _listed(words, "word")
 
@@ -118,17 +123,18 @@ def _with_others(examples: list[str], parts: list[str], words: dict[str, Any]) -
             others += [one for one in shifted if not re.search(r"\b0\d", one) or re.search(r"\b0\d", text)]
     if len(others) > len(examples) or parts[-1:] == ["id"]:  # ids have the form of the example
         return others
-    named = _listed(words, " ".join(parts[-2:])) or _by_name(parts[-1:], "", words)
+    named = _listed(words, " ".join(parts[-2:])) or _by_name(parts[-1:], "", "", words)
     return [*examples, *([text.lower() for text in named] if all(map(str.islower, examples)) else named)]
 
 
-def _by_name(parts: list[str], about: str, words: dict[str, Any]) -> list[str]:
-    """The list by the words of the name, or of what it is about; [] where there is none."""
+def _by_name(parts: list[str], description: str, about: str, words: dict[str, Any]) -> list[str]:
+    """The list by the words of the name, or of the description; [] where there is none."""
     for start in range(len(parts) - 1):  # "email address" of `sender_email_address`
         if texts := _listed(words, " ".join(parts[start:])):
             return texts
-    if re.search(r"\bairport code|\bIATA\b", about) and parts[-1:] != ["name"] and not re.search(r"\bcity\b", about):
+    if re.search(r"\bairport code|\bIATA\b", description) and not re.search(r"\b(?:city|name)\b", description):
         return _listed(words, "airport")
+    about = description or about
     last = parts[-1] if parts else ""
     if last in ("code", "number", "pin") and not (last == "code" and _PROGRAM.search(about)):
         return _listed(words, parts[-2] if len(parts) > 1 and last == "number" else "id") or _listed(words, "id")
@@ -142,4 +148,4 @@ def _by_name(parts: list[str], about: str, words: dict[str, Any]) -> list[str]:
         for key in (f"{part} file" if is_file else part, part, part.removesuffix("s")):
             if texts := _listed(words, key):
                 return texts
-    return _listed(words, found[1].lower()) if (found := _KINDS.search(about)) else []
+    return _listed(words, found[1].lower()) if (found := _KIND.search(description)) else []

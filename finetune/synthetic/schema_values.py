@@ -73,7 +73,9 @@ class SchemaValues:
 
     def __init__(self, schema: dict[str, Any], words: dict[str, Any], rng: random.Random, about: str = ""):
         self.words, self.rng, self.about = words, rng, about
+        self._reads_descriptions = True
         self._position: dict[str, int] = {}  # of a text in its list, in which dates ascend
+        self._texts: dict[Any, list[str]] = {}
         self._validator, self._invalid = validator_of(json.dumps(schema))
         # Without the keywords that are not valid: a minimum that is a text, a list of required names that is an object.
         self.root = {} if self._invalid else self._validator.schema
@@ -89,8 +91,9 @@ class SchemaValues:
 
     def _draw(self) -> dict[str, Any]:
         reason = "it does not describe an object"
-        for _ in range(MAX_TRIES):
+        for attempt in range(MAX_TRIES):
             self._drawn = 0
+            self._reads_descriptions = attempt < MAX_TRIES // 2  # they may contradict the schema
             value = self._value(self.root, "", 0)
             error = next(self._validator.iter_errors(value), None)
             if error is None and isinstance(value, dict):
@@ -156,6 +159,8 @@ class SchemaValues:
         if depth >= MAX_DEPTH and isinstance(schema, dict) and {"type": "null"} in schema.get("anyOf", ()):
             return None  # the end of a list whose elements contain the next one
         schema = self.resolved(schema)
+        if not self._reads_descriptions:
+            schema = _without(schema, "description")
         if "const" in schema:
             return schema["const"]
         if schema.get("enum"):
@@ -207,8 +212,11 @@ class SchemaValues:
 
     def _string(self, schema: dict[str, Any], name: str) -> str:
         low, high = schema.get("minLength", 0), schema.get("maxLength", math.inf)
-        all_texts = texts_for(schema, name, self.words, about=self.about, reserved=self.reserved)
-        self._position |= {text: at for at, text in enumerate(all_texts)}
+        key = (name, str(schema.get("format")), str(schema.get("description")))
+        if key not in self._texts:
+            self._texts[key] = texts_for(schema, name, self.words, about=self.about, reserved=self.reserved)
+            self._position |= {text: at for at, text in enumerate(self._texts[key])}
+        all_texts = self._texts[key]
         texts = [text for text in all_texts if low <= len(text) <= high]
         if "pattern" in schema:
             # By jsonschema, which limits the time of a pattern and reads those of ECMA 262.
