@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from finetune.errors import one_line_errors
 from finetune.files import json_lines, write_text_atomic
 from finetune.reading.tool_schemas import load_tools_file
 from finetune.synthetic.generate import generate
@@ -30,7 +31,8 @@ EXAMPLE = Path(__file__).parents[1] / "data" / "samples" / "demo_tool_schemas.js
 TEXTS = {"ask": ("missing_parameter", "Which one?"), "none": ("irrelevant", "Sorry, I have no tool for that.")}
 
 
-def main() -> None:
+@one_line_errors
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tools", nargs="?", default=EXAMPLE, help="JSON file with tool schemas")
     parser.add_argument("--per_tool", type=int, default=32)
@@ -39,7 +41,7 @@ def main() -> None:
     tools = load_tools_file(args.tools)
     if args.natural:
         write_text_atomic(Path(args.natural[1]), json_lines(natural_rows(args.natural[0], tools)))
-        return
+        return 0
     rows = generate(tools, per_tool=args.per_tool)["train"][1]
     print(f"rows: {dict(Counter(kind for kind, _ in rows))}")
     words = read_json(FOLDER / "en.json")
@@ -49,6 +51,7 @@ def main() -> None:
         print(f"{name:<30}{number:>6}{number / styles.total():>8.0%}")
     own = sum(number == 1 for number in Counter(tasks.values()).values())
     print(f"tools with a description of their own: {own} of {len(tools)}")
+    return 0
 
 
 def style(row: dict, tasks: dict[str, str]) -> str:
@@ -76,4 +79,4 @@ def natural_rows(name: str, tools: list[dict]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
