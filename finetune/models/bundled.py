@@ -10,14 +10,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import UserError, require
 from finetune.files import atomic_directory
 from finetune.packages import unhide_torch
+from finetune.progress import progress_bar
 
 NAME = "smollm2-135m"
 CONVERSION_VERSION = "v1"  # part of the folder's name: increase it when the conversion gives another result
@@ -84,15 +86,26 @@ def _convert(source: Path, gguf_file: str, target: Path) -> None:
 
 @contextmanager
 def _gguf_parsed_once() -> Iterator[None]:
-    """Transformers would parse a GGUF file four times: for tokenizer and model, and for the configuration of each."""
-    import gguf
+    """Transformers would parse a GGUF file four times: for tokenizer and model, and for the configuration of each.
 
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = cache(reader)
+    Its progress bar for the tensors is replaced by ours.
+    """
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as loader
+
+    reader, bar = gguf.GGUFReader, loader.tqdm
+    gguf.GGUFReader, loader.tqdm = cache(reader), _with_progress
     try:
         yield
     finally:
-        gguf.GGUFReader = reader
+        gguf.GGUFReader, loader.tqdm = reader, bar
+
+
+def _with_progress(tensors: Sequence[Any], **_: object) -> Iterator[Any]:
+    with progress_bar(f"converting {NAME}, once", len(tensors)) as advance:
+        for tensor in tensors:
+            yield tensor
+            advance()
 
 
 def correct_tokenizer(path: Path) -> None:
