@@ -296,6 +296,6 @@ class SandwichTrainer(CheckpointMixin, SFTTrainer):
         state = self.state
         losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
         is_equal = metrics.get(str(self.args.metric_for_best_model)) == state.best_metric
-        if is_equal and metrics["eval_loss"] < losses.get(state.best_global_step, -math.inf):
+        if is_equal and metrics.get("eval_loss", math.inf) < losses.get(state.best_global_step, -math.inf):
             state.best_metric = None
         return super()._determine_best_metric(metrics, trial)
