@@ -22,7 +22,7 @@ from finetune.reading.tool_schemas import load_tools_file
 from finetune.synthetic.generate import NoNewRequest, Writer, generate, generate_files, shares
 from finetune.synthetic.phrasebook import load_phrasebook
 from finetune.synthetic.phrasing import SPLITS, Value, expand, fill_arguments, read_json
-from finetune.synthetic.schema_phrasing import FOLDER, LANGUAGES, task_of, with_value
+from finetune.synthetic.schema_phrasing import FOLDER, LANGUAGES, own_descriptions, task_of, with_value
 from finetune.synthetic.schema_texts import humanised, texts_for
 from finetune.synthetic.schema_values import SchemaValues
 
@@ -659,7 +659,8 @@ def test_value_replaces_the_words_for_it(task, key, value, expected):
         ("code", {"description": "Python code"}, "", "code"),
         ("order_number", {}, "", "id"),
         ("pin", {"description": "6-digit PIN"}, "", ["482173"]),
-        ("ssn", {"description": "(XXX-XX-XXXX)"}, "", ["482-17-3059"]),
+        ("ssn", {"description": "(###-##-####)"}, "", ["482-17-3059"]),
+        ("part", {"description": "in the form XX-XX"}, "", ["48-21"]),
         ("recipient", {"description": "Recipient email"}, "", "email"),
         ("origin", {"description": "IATA code"}, "", "airport"),
         ("name", {"description": "The user-friendly name"}, "", "word"),
@@ -989,6 +990,13 @@ def test_brackets_in_values_are_not_templates():
 def test_description_becomes_a_clause(description, task):
     words = read_json(FOLDER / "en.json")
     assert task_of({"name": "do_it_now", "description": description}, words) == task
+
+
+@pytest.mark.parametrize("beginning", ["Part of the shop. ", "Shop: ", "Shop | ", "Shop\n"])
+def test_what_all_descriptions_begin_with_is_omitted(beginning):
+    tools = [{"function": {"name": name, "description": f"{beginning}{name}s a cart"}} for name in ("open", "close")]
+    words = read_json(FOLDER / "en.json")
+    assert [task_of(function, words) for function in own_descriptions(tools)] == ["open a cart", "close a cart"]
 
 
 def test_humanised_names():

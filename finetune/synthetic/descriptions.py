@@ -152,10 +152,11 @@ def _number(text: str) -> float:
 
 
 def digits_form(description: str) -> str | None:
-    """The digits that a description asks for, each as X: `6-digit code`, `(XXX-XX-XXXX)`."""
+    """The digits that a description asks for, each as #: `6-digit code`, `(###-##-####)`, also with X."""
     if found := _DIGITS.search(description):
-        return "X" * int(found[1])
-    return found[0] if (found := re.search(r"\bX+(?:[-. ]X+)+\b", description)) else None
+        return "#" * int(found[1])
+    found = re.search(r"(?<!\w)[X#]+(?:[-. ][X#]+)+(?!\w)", description)
+    return found[0].replace("X", "#") if found else None
 
 
 def date_form(description: str) -> str | None:

@@ -228,7 +228,7 @@ def own_descriptions(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     texts = sorted(str(function.get("description") or "").strip() for function in functions)
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(texts[0], texts[-1], strict=False))
     common = "".join(character for character, _ in same)
-    end = max(common.rfind(mark) for mark in (". ", ": ", " | ", "\n"))
+    end = max(common.rfind(mark) for mark in (". ", ": ", "| ", "\n"))
     if len(functions) == 1 or end < 0:
         return functions
     return [{**function, "description": str(function["description"]).strip()[end + 1 :]} for function in functions]

@@ -105,9 +105,9 @@ def _moments(words: dict[str, Any], form: str, year: int | None = None) -> list[
 
 
 def _filled(form: str, by: int) -> str:
-    """Digits in the place of X: XXX-XX-XXXX."""
+    """Digits in the place of #: ###-##-####."""
     digits = iter((DIGITS[by:] + DIGITS) * len(form))
-    return re.sub("X", lambda _: next(digits), form)
+    return re.sub("#", lambda _: next(digits), form)
 
 
 def _with_others(examples: list[str], parts: list[str], words: dict[str, Any]) -> list[str]:

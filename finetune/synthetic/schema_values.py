@@ -79,8 +79,12 @@ class SchemaValues:
         self._validator, self._invalid = validator_of(json.dumps(schema))
         # Without the keywords that are not valid: a minimum that is a text, a list of required names that is an object.
         self.root = {} if self._invalid else self._validator.schema
-        self.declared = set(_property_names(self.root))
-        self.reserved = self.declared | set(_enum_texts(self.root))
+        parts = list(_parts(self.root))
+        self.declared = {
+            name for part in parts if isinstance(part.get("properties"), dict) for name in part["properties"]
+        }
+        enums = [part["enum"] for part in parts if isinstance(part.get("enum"), list)]
+        self.reserved = self.declared | {value for values in enums for value in values if isinstance(value, str)}
 
     def draw(self, tool: str) -> dict[str, Any]:
         """An object that the schema accepts; raises UserError naming `tool` when none is found."""
@@ -313,25 +317,13 @@ def _is_useful(schema: Any) -> bool:
     return schema is not False and not (isinstance(schema, dict) and schema.get("type") == "null")
 
 
-def _enum_texts(schema: Any) -> Iterator[str]:
-    """Texts that an `enum` anywhere in a schema allows."""
+def _parts(schema: Any) -> Iterator[dict[str, Any]]:
+    """All objects in a schema, its own included."""
     if isinstance(schema, dict):
-        yield from (value for value in schema.get("enum") or () if isinstance(value, str))
+        yield schema
         schema = list(schema.values())
-    if isinstance(schema, list):
-        for part in schema:
-            yield from _enum_texts(part)
-
-
-def _property_names(schema: Any) -> Iterator[str]:
-    """Names of properties anywhere in a schema."""
-    if isinstance(schema, dict):
-        if isinstance(properties := schema.get("properties"), dict):
-            yield from properties
-        schema = list(schema.values())
-    if isinstance(schema, list):
-        for part in schema:
-            yield from _property_names(part)
+    for part in schema if isinstance(schema, list) else ():
+        yield from _parts(part)
 
 
 def _odd_characters(text: str) -> int:
