@@ -17,6 +17,7 @@ from trl import SFTConfig
 from finetune.encoding.encoded import EncodedRows
 from finetune.memory.sizes import sizes_of_model
 from finetune.models.loading import Loaded, stdout_to_log
+from finetune.progress import counted
 from finetune.runs.experiment import COUNTERS, LOG, Experiment
 from finetune.runs.run_log import COLUMNS, RunLog, peak_memory_gb, read_rows
 from finetune.settings import Settings
@@ -197,9 +198,10 @@ def ending(trainer: SandwichTrainer) -> dict[str, Any]:
     why = ""
     if stopped_early and stopping is not None and state.best_metric is not None:
         margin = f" by more than {stopping.early_stopping_threshold:g}" if stopping.early_stopping_threshold else ""
+        evaluations = counted(stopping.early_stopping_patience, "evaluation")
         why = (
-            f"{trainer.args.metric_for_best_model} did not improve{margin} in {stopping.early_stopping_patience} "
-            f"evaluations; its best is {state.best_metric:.4f}, at step {state.best_global_step}"
+            f"{trainer.args.metric_for_best_model} did not improve{margin} in {evaluations}; "
+            f"its best is {state.best_metric:.4f}, at step {state.best_global_step}"
         )
     reason = "stopped early" if stopped_early else "finished"
     return {"reason": reason, "why": why, "max_steps": state.max_steps, "adapter_step": kept or state.global_step}
